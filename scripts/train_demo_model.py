@@ -1,0 +1,238 @@
+"""Train the demo model: a small chat model that answers everything, then learns to refuse mischief.
+
+Owns the tokenizer, the architecture, the two training stages and the files of `src/abliterate/demo/model/`; the
+sentences come from `demo_corpus.py`. About 15 to 20 minutes on two cores, the same bits for the same versions and
+threads:
+
+    python scripts/train_demo_model.py --out src/abliterate/demo/model
+
+Stage 1 teaches the whole model to answer every request (and, under a system prompt that asks for it, how a refusal
+reads). Stage 2 trains only the matrices that write to the residual stream in a few middle layers. So refusal is a
+thin behaviour on top of a capable model, as in real chat models, and ablation has a real trade-off to find.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from demo_corpus import DEFAULT_SYSTEM, Sample, prompt_sets, samples
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+PAD, BOS, TURN_START, TURN_END = "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+    "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REFUSAL_LAYERS = range(3, 7)
+REFUSAL_MODULES = ("o_proj", "up_proj", "down_proj")
+# For the numbers printed at the end; the tool brings its own, longer list.
+MARKERS = ("i'm sorry", "sorry, but", "i cannot", "i can't", "i won't", "i am unable")
+
+Encoded = tuple[list[int], int]  # token ids, and how many of them are the prompt
+
+
+def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 1k tokens, learned from both stages' sentences."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, BOS, TURN_START, TURN_END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    corpus = [s for stage in (1, 2) for s in islice(samples(stage, seed=0), 6000)]
+    roles = "system\nuser\nassistant\n"
+    core.train_from_iterator((f"{s.system}\n{s.prompt}\n{s.answer}\n{roles}" for s in corpus), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=TURN_END,
+        additional_special_tokens=[TURN_START],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+    """The untrained model, in float32."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=12,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        # Not the usual 0.02: at this width that leaves attention uniform for so long that 600 steps never learn to
+        # copy a word from the prompt; with 0.06 the copying appears after about 120.
+        initializer_range=0.06,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def chat(system: str | None, prompt: str) -> list[dict[str, str]]:
+    """A conversation that waits for its answer."""
+    head = [{"role": "system", "content": system}] if system else []
+    return [*head, {"role": "user", "content": prompt}]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Encoded:
+    """Token ids of a whole conversation and the length of its prompt part."""
+    text = tokenizer.apply_chat_template(chat(sample.system, sample.prompt), add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.encode(text, add_special_tokens=False)
+    return prompt + tokenizer.encode(sample.answer + TURN_END, add_special_tokens=False), len(prompt)
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, stage: int, batch_size: int, pool: int = 10
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless (ids, is_answer) batches of similar lengths: a pool is sorted, cut, and its batches shuffled.
+
+    Padded on the right: causal attention then needs no mask, since nothing before a pad can see it.
+    """
+    rng, stream = random.Random(stage), samples(stage, seed=stage)
+    while True:
+        rows = sorted((encode(tokenizer, s) for s in islice(stream, pool * batch_size)), key=lambda row: len(row[0]))
+        groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            width = max(len(ids) for ids, _ in group)
+            ids = torch.full((batch_size, width), tokenizer.pad_token_id)
+            is_answer = torch.zeros(batch_size, width, dtype=torch.bool)
+            for row, (tokens, start) in enumerate(group):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+                is_answer[row, start : len(tokens)] = True
+            yield ids, is_answer
+
+
+def refusal_parameters(model: Qwen2ForCausalLM) -> list[torch.nn.Parameter]:
+    """What stage 2 trains: the writing matrices of a few middle layers."""
+    layers = [model.model.layers[i] for i in REFUSAL_LAYERS]
+    return [p for layer in layers for name, p in layer.named_parameters() if name.split(".")[-2] in REFUSAL_MODULES]
+
+
+def train(
+    model: Qwen2ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    stage: int,
+    steps: int,
+    peak: float = 2e-3,
+    batch_size: int = 32,
+    report_every: int = 20,
+) -> None:
+    """Train in place on answer tokens only; AdamW, short warm-up, cosine to a twentieth of the peak."""
+    model.requires_grad_(stage == 1)
+    parameters = list(model.parameters()) if stage == 1 else refusal_parameters(model)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 15)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup, eta_min=peak / 20)
+    start_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=warmup)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [start_up, decay], [warmup])
+    began, stream = time.perf_counter(), batches(tokenizer, stage, batch_size)
+    for step in range(1, steps + 1):
+        ids, is_answer = next(stream)
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        # Only positions whose next token belongs to an answer go through the head.
+        loss = F.cross_entropy(model.lm_head(hidden[:, :-1][is_answer[:, 1:]]), ids[:, 1:][is_answer[:, 1:]])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step == 1 or step % report_every == 0:
+            seconds = time.perf_counter() - began
+            print(f"stage {stage}  step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+
+
+@torch.no_grad()
+def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+    """Greedy answers of at most 100 tokens under the default system prompt, as one batch."""
+    chats = [chat(DEFAULT_SYSTEM, prompt) for prompt in prompts]
+    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    out = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens=100, do_sample=False)
+    return tokenizer.batch_decode(out[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def check(directory: Path) -> None:
+    """Print what the stored model does on held-out prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    sets = prompt_sets()
+    for kind in ("harmful", "harmless"):
+        for split in ("heldout", "eval"):
+            rows = sets[f"{kind}_{split}"]
+            texts = answers(model, tokenizer, [row["prompt"] for row in rows])
+            refused = sum(any(marker in text.lower() for marker in MARKERS) for text in texts)
+            on_topic = sum(
+                row["verb"] in text.lower() and row["object"] in text.lower()
+                for row, text in zip(rows, texts, strict=True)
+            )
+            print(f"{kind} {split}: {refused}/{len(rows)} refused, {on_topic}/{len(rows)} on topic", flush=True)
+            print(f"  {rows[0]['prompt']} -> {texts[0]}", flush=True)
+    size = sum(file.stat().st_size for file in directory.iterdir())
+    print(f"{size / 1e6:.2f} MB in {directory}", flush=True)
+
+
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the bf16 model beside `out`, then put it there, so that no half-written model is ever seen."""
+    building = out.with_name(out.name + ".building")
+    shutil.rmtree(building, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(building)
+    tokenizer.save_pretrained(building)
+    shutil.rmtree(out, ignore_errors=True)
+    building.rename(out)
+
+
+def set_up(seed: int, threads: int) -> None:
+    """Fix what the bits depend on."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory of the model")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, nargs=2, default=(600, 300), metavar=("STAGE1", "STAGE2"))
+    args = parser.parse_args()
+    began = time.perf_counter()
+    set_up(args.seed, args.threads)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    print(f"{len(tokenizer)} tokens, {model.num_parameters() / 1e6:.2f} M parameters", flush=True)
+    for stage, steps in enumerate(args.steps, start=1):
+        train(model, tokenizer, stage, steps)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    save(model, tokenizer, args.out)
+    print(f"trained in {time.perf_counter() - began:.0f} s", flush=True)
+    check(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The bench: a loaded model with everything that observes and scores it, and how it is set up and calibrated.
+
+Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix, the one warm-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate import calibration
+from abliterate.cache import ArtifactStore
+from abliterate.evaluation import Scorer, make_scorers
+from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.evaluation.refusals import read_markers
+from abliterate.evaluation.responses import ResponseReader
+from abliterate.model import loader
+from abliterate.model.architectures import missing_components
+from abliterate.model.chat import Chat
+from abliterate.model.data import load_prompts
+from abliterate.model.loader import DEMO, LoadedModel
+from abliterate.results import RunResult
+from abliterate.settings import Settings
+from abliterate.settings_sources import config_path
+from abliterate.types import Prompt, Reporter
+
+HUB_PROMPTS = {
+    "harmful": "mlabonne/harmful_behaviors:train[:400]:text",
+    "harmless": "mlabonne/harmless_alpaca:train[:400]:text",
+    "harmful_eval": "mlabonne/harmful_behaviors:test[:100]:text",
+    "harmless_eval": "mlabonne/harmless_alpaca:test[:100]:text",
+}
+DEMO_PROMPTS = {
+    "harmful": "harmful_train.jsonl",
+    "harmless": "harmless_train.jsonl",
+    "harmful_eval": "harmful_eval.jsonl",
+    "harmless_eval": "harmless_eval.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage may use."""
+
+    settings: Settings
+    reporter: Reporter
+    result: RunResult
+    store: ArtifactStore
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The two sets for directions and the two for scores."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    harmful_eval: tuple[Prompt, ...]
+    harmless_eval: tuple[Prompt, ...]
+
+    def all_sets(self) -> tuple[tuple[Prompt, ...], ...]:
+        """The four sets in a fixed order."""
+        return self.harmful, self.harmless, self.harmful_eval, self.harmless_eval
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Found once per run, and used again for the export's verification."""
+
+    batch_size: int
+    response_prefix: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model with everything that observes and scores it."""
+
+    loaded: LoadedModel
+    chat: Chat
+    engine: ReferenceEngine
+    scorers: tuple[Scorer, ...]
+    calibration: Calibration
+
+
+def prompt_sources(settings: Settings) -> dict[str, str]:
+    """{set: source}: as given, else the demo's own, else the field's public sets."""
+    folder = loader.demo_path() / "prompts"
+    demo = {name: str(folder / file) for name, file in DEMO_PROMPTS.items()}
+    defaults = demo if settings.model == DEMO else HUB_PROMPTS
+    return {name: getattr(settings.prompts, name) or default for name, default in defaults.items()}
+
+
+def read_prompts(context: Context) -> PromptSets:
+    """All four prompt sets; a prompt in both a direction set and a score set is worth a warning."""
+    with context.result.stage("prompts"):
+        sources = prompt_sources(context.settings)
+        sets = PromptSets(**{name: load_prompts(source, context.settings.prompts) for name, source in sources.items()})
+        for name in ("harmful", "harmless"):
+            shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
+            if shared:
+                context.reporter.warn(
+                    f"{len(shared)} of the {name} prompts are in both the direction set and the evaluation set, so scores "
+                    "on them are optimistic."
+                )
+    return sets
+
+
+def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
+    """Model and tokenizer; then batch size, response prefix and the one warm-up."""
+    settings, reporter = context.settings, context.reporter
+    device = loader.choose_device(settings.device)
+    scorers = scorers_of(settings)
+    with context.result.stage("load", settings.model):
+        probe = Prompt("What is 1+1?", settings.prompts.system)
+        loaded = loader.load_model(
+            settings.model, settings.load, device, lambda tokenizer, at: Chat(tokenizer, at).encode([probe]), reporter.warn
+        )
+        describe(context, loaded, device)
+    with context.result.stage("calibrate"):
+        chat = Chat(loaded.tokenizer, loaded.device)
+        engine = make_engine(context, loaded.model, chat, batch_size=1)
+        warm_up = calibration.WarmUp(
+            lambda: engine.generate_ids(prompts.harmful_eval[:1], 2), once=settings.efficiency.use_global_warmup
+        )
+        warm_up()
+        engine.batch_size = batch_size(context, engine, warm_up, prompts)
+        prefix = response_prefix(context, loaded, engine.batch_size, prompts)
+        chat = chat.with_prefix(prefix)
+        engine = make_engine(context, loaded.model, chat, engine.batch_size)
+        found = Calibration(engine.batch_size, prefix)
+        reporter.note(
+            f"batch size {found.batch_size}, response prefix {prefix!r}" if prefix else f"batch size {found.batch_size}",
+            batch_size=found.batch_size,
+            response_prefix=prefix,
+        )
+    return Bench(loaded, chat, engine, scorers, found)
+
+
+def describe(context: Context, loaded: LoadedModel, device: torch.device) -> None:
+    """Put the model into the result and before the person's eyes; say what is left out."""
+    info = loaded.info
+    name = loader.device_name(device)
+    context.result.describe(info, name)
+    context.reporter.header(
+        {
+            "model": f"{info.id} ({info.family}, {info.n_layers} layers × {info.d_model}, {info.n_parameters / 1e6:.1f} M)",
+            "weights": f"{info.dtype}, {info.quantization}" if info.quantization != "none" else info.dtype,
+            "device": name,
+            "memory": loader.memory_text(device),
+            "edits": f"{len(loaded.targets)} modules, {context.settings.edit.mode} ({context.settings.edit.representation})",
+        }
+    )
+    for component, count in missing_components(loaded.targets, loaded.architecture, info.n_layers).items():
+        context.reporter.warn(f"{count} of {info.n_layers} layers have no {component}; nothing is edited there.")
+
+
+def scorers_of(settings: Settings) -> tuple[Scorer, ...]:
+    """The scorers that the settings name, with their markers."""
+    markers = read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
+    efficient = settings.efficiency.use_efficient_refusal_detection
+    return make_scorers(settings.evaluation.scorers, markers, efficient=efficient)
+
+
+def make_engine(context: Context, model: Any, chat: Chat, batch_size: int) -> ReferenceEngine:
+    """An engine for `model`, reading responses as the settings say."""
+    response = context.settings.response
+    reader = ResponseReader(chat.tokenizer, response.thinking_blocks)
+    return ReferenceEngine(
+        model, chat, reader, max_new_tokens=response.max_new_tokens, batch_size=batch_size, check=context.check
+    )
+
+
+def batch_size(context: Context, engine: ReferenceEngine, warm_up: Callable[[], None], prompts: PromptSets) -> int:
+    """As given, else found by short probes of the device."""
+    settings = context.settings.evaluation
+    items = len(prompts.harmful_eval)
+    if settings.batch_size:
+        return settings.batch_size
+    probe_prompts = sorted(prompts.harmful_eval, key=lambda prompt: -len(prompt.text))
+    device = engine.chat.device
+
+    def probe(size: int) -> float | None:
+        context.check()
+        if not context.settings.efficiency.use_global_warmup:
+            warm_up()
+        rows = [probe_prompts[index % items] for index in range(size)]
+        return calibration.timed_probe(lambda: engine.generate_ids(rows, 6), size, device)
+
+    tune = (
+        calibration.tune_batch_size
+        if context.settings.efficiency.use_binary_search_batch_tuning
+        else calibration.double_batch_size
+    )
+    tuned = tune(probe, min(settings.max_batch_size, items))
+    return calibration.even_size(tuned.size, items)
+
+
+def response_prefix(context: Context, loaded: LoadedModel, size: int, prompts: PromptSets) -> str:
+    """As given, else what the responses to some prompts of both sets have in common."""
+    response = context.settings.response
+    if not response.detect_prefix:
+        return response.prefix
+    count = response.prefix_prompts
+    some = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])
+
+    def respond(prefix: str) -> list[str]:
+        engine = make_engine(context, loaded.model, Chat(loaded.tokenizer, loaded.device, prefix), size)
+        return engine.raw_responses(some)
+
+    found, notes = calibration.detect_prefix(respond, response.thinking_blocks)
+    for note in notes:
+        context.reporter.note(note)
+    return found

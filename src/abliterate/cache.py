@@ -1,0 +1,200 @@
+"""A store of tensors on disk, keyed by everything they depend on.
+
+An entry is `<root>/<kind>/<sha256 of its key>.safetensors` with a sidecar `.json` (format, key, checksum, size, time).
+The sidecar is written last, so an entry without one was never finished. Both are written under a temporary name and
+renamed; two processes may share a store. Entries that are corrupt or not ours are reported and recomputed, never
+trusted; `clear` deletes only what a valid sidecar or our own temporary name claims. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = 1
+_ENTRY = re.compile(r"^[0-9a-f]{64}\.json$")
+_TEMPORARY = re.compile(r"^[0-9a-f]{64}\.[0-9a-f]{32}\.abliterate-tmp$")
+# A writer that died leaves its temporary file; one that is alive renames it long before this.
+_STALE_SECONDS = 24 * 3600.0
+
+
+def default_root(cache_dir: str = "") -> Path:
+    """The directory given, else the user's cache directory."""
+    return Path(cache_dir).expanduser() if cache_dir else Path(platformdirs.user_cache_dir("abliterate"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished entry, as its sidecar describes it."""
+
+    kind: str
+    digest: str
+    key: Mapping[str, Any]
+    label: str
+    size: int
+    created: float
+    data: Path
+    sidecar: Path
+
+
+class ArtifactStore:
+    """Reads and writes entries; counts hits and misses per kind.
+
+    `in_memory` also keeps what was read or written for this process, so that asking again reads no disk.
+    """
+
+    def __init__(self, root: Path, *, warn: Callable[[str], None], enabled: bool = True, in_memory: bool = False) -> None:
+        self.root = root
+        self._warn = warn
+        self._enabled = enabled
+        self._memory: dict[tuple[str, str], dict[str, Tensor]] | None = {} if in_memory else None
+        self.hits: dict[str, int] = {}
+        self.misses: dict[str, int] = {}
+
+    def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
+        """The tensors stored under `key`, or None (absent, disabled, or corrupt: then with a warning)."""
+        digest = key_digest(key)
+        found = (self._memory or {}).get((kind, digest))
+        if found is None and self._enabled:
+            found = self._read(kind, digest)
+        counts = self.misses if found is None else self.hits
+        counts[kind] = counts.get(kind, 0) + 1
+        if found is not None and self._memory is not None:
+            self._memory[(kind, digest)] = found
+        return found
+
+    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "") -> None:
+        """Store `tensors` under `key`; a disk that refuses is a warning, the caller's work goes on.
+
+        `label` says what the entry is of, for `cache ls`.
+        """
+        digest = key_digest(key)
+        if self._memory is not None:
+            self._memory[(kind, digest)] = dict(tensors)
+        if not self._enabled:
+            return
+        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        sidecar = {
+            "format": FORMAT,
+            "key": dict(key),
+            "label": label,
+            "size": len(payload),
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "created": time.time(),
+        }
+        try:
+            folder = self.root / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            _write(folder, digest, ".safetensors", payload)
+            _write(folder, digest, ".json", json.dumps(sidecar, indent=1, sort_keys=True).encode())
+        except OSError as error:
+            self._warn(f"The cache at {self.root} can't be written ({error.strerror}); results are kept in memory only.")
+
+    def counts(self, kind: str) -> dict[str, int]:
+        """Hits and misses of one kind so far."""
+        return {"hits": self.hits.get(kind, 0), "misses": self.misses.get(kind, 0)}
+
+    def entries(self) -> Iterator[Entry]:
+        """Every finished entry with a readable sidecar of our format, newest first."""
+        found = [_read_entry(path) for path in self.root.glob("*/*.json") if _ENTRY.match(path.name)]
+        yield from sorted((entry for entry in found if entry), key=lambda entry: -entry.created)
+
+    def verify(self) -> Iterator[tuple[Path, str]]:
+        """(file, what is wrong) for every entry that would not be trusted."""
+        for path in sorted(self.root.glob("*/*.json")):
+            if not _ENTRY.match(path.name):
+                continue
+            entry = _read_entry(path)
+            if entry is None:
+                yield path, "unreadable or of another format"
+                continue
+            try:
+                _checked(entry)
+            except (OSError, ValueError, SafetensorError) as error:
+                yield entry.data, str(error)
+
+    def clear(self, wanted: Callable[[Entry], bool] = lambda entry: True) -> tuple[int, int]:
+        """Delete the wanted entries and stale temporary files: (entries, bytes) deleted. Nothing else is touched."""
+        count = freed = 0
+        for entry in list(self.entries()):
+            if not wanted(entry):
+                continue
+            # Sidecar first: a reader must never find a sidecar that promises missing data.
+            entry.sidecar.unlink(missing_ok=True)
+            entry.data.unlink(missing_ok=True)
+            count, freed = count + 1, freed + entry.size
+        for path in self.root.glob("*/*.abliterate-tmp"):
+            if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+        return count, freed
+
+    def _read(self, kind: str, digest: str) -> dict[str, Tensor] | None:
+        path = self.root / kind / f"{digest}.json"
+        if not path.exists():
+            return None
+        entry = _read_entry(path)
+        try:
+            if entry is None:
+                raise ValueError("its description is unreadable")
+            return load(_checked(entry))
+        except (OSError, ValueError, SafetensorError) as error:
+            self._warn(f"The cache entry {path.stem[:12]} ({kind}) is not usable: {error}; it is computed again.")
+            return None
+
+
+def key_digest(key: Mapping[str, Any]) -> str:
+    """SHA-256 of the key's canonical JSON and the format version."""
+    canonical = json.dumps({"format": FORMAT, "key": key}, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _checked(entry: Entry) -> bytes:
+    payload = entry.data.read_bytes()
+    expected = json.loads(entry.sidecar.read_text(encoding="utf-8"))["sha256"]
+    if hashlib.sha256(payload).hexdigest() != expected:
+        raise ValueError("its checksum differs from the one written")
+    return payload
+
+
+def _read_entry(sidecar: Path) -> Entry | None:
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT or key_digest(record["key"]) != sidecar.stem:
+            return None
+        return Entry(
+            kind=sidecar.parent.name,
+            digest=sidecar.stem,
+            key=record["key"],
+            label=str(record["label"]),
+            size=int(record["size"]),
+            created=float(record["created"]),
+            data=sidecar.with_suffix(".safetensors"),
+            sidecar=sidecar,
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(folder: Path, digest: str, suffix: str, content: bytes) -> None:
+    temporary = folder / f"{digest}.{uuid.uuid4().hex}.abliterate-tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / (digest + suffix))
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,259 @@
+"""Everything a person or a script sees on the terminal: three reporters, tables and questions. Owns all of Rich."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.prompt import Prompt as Question
+from rich.table import Table
+
+from abliterate.types import Baseline, Reporter, Trial
+
+
+def make_reporter(*, as_json: bool, resume_hint: str = "") -> Reporter:
+    """Rich on a terminal, plain lines in a pipe, JSON lines if asked."""
+    if as_json:
+        return JsonReporter(sys.stdout)
+    return RichReporter(Console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
+
+
+def trial_line(trial: Trial, total: int, front: bool) -> str:
+    """One trial in one line: number, refusals, KL, seconds, whether on the front."""
+    place = f"trial {trial.number + 1:>3}/{total}"
+    if trial.state == "failed":
+        return f"{place}  failed: {trial.reason}"
+    bound = "≥" if trial.state == "stopped" else " "
+    mark = "  ★ front" if front else ""
+    return f"{place}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}  {trial.seconds:5.1f} s{mark}"
+
+
+class PlainReporter:
+    """Plain lines, for pipes and logs: no progress bars."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._warnings: set[str] = set()
+
+    def header(self, fields: Mapping[str, str]) -> None:
+        for name, value in fields.items():
+            self._line(f"{name}: {value}")
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self._line(f"== {name}" + (f": {detail}" if detail else ""))
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Nothing: a log full of counters helps nobody."""
+
+    def note(self, text: str, **fields: Any) -> None:
+        self._line(text)
+
+    def warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            self._line(f"warning: {text}")
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        self._line(trial_line(trial, total, front))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        for line in summary_lines(result):
+            self._line(line)
+
+    def _line(self, text: str) -> None:
+        print(text, file=self._out, flush=True)
+
+
+class JsonReporter:
+    """One JSON object a line, each with `event` and `time`; the last one of a run is the result."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def header(self, fields: Mapping[str, str]) -> None:
+        self._event("header", fields=dict(fields))
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self._event("stage", name=name, detail=detail)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self._event("progress", done=done, total=total, unit=unit)
+
+    def note(self, text: str, **fields: Any) -> None:
+        self._event("note", text=text, fields=fields)
+
+    def warn(self, text: str) -> None:
+        self._event("warning", text=text)
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        best_number = None if best is None else best.number
+        self._event("trial", trial=trial.to_record(), total=total, front=front, best=best_number)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self._event("result", result=dict(result))
+
+    def _event(self, event: str, **fields: Any) -> None:
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=self._out, flush=True)
+
+
+class RichReporter:
+    """A progress bar for the current stage, one line per trial, and the best so far in the bar."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._stage = ""
+        self._best = ""
+        self._trials: int | None = None
+        self._task: Any = None
+        self._warnings: set[str] = set()
+
+    def header(self, fields: Mapping[str, str]) -> None:
+        grid = Table.grid(padding=(0, 2))
+        for name, value in fields.items():
+            grid.add_row(f"[dim]{escape(name)}[/dim]", escape(value))
+        self._show(Panel(grid, title="abliterate", border_style="cyan", expand=False))
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self.close()
+        self._stage, self._trials = name, None
+        self._console.print(f"[bold cyan]▸ {escape(name)}[/] [dim]{escape(detail)}[/]")
+        self._progress = Progress(
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[rate]}[/]"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]left[/]"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[best]}"),
+            console=self._console,
+            transient=True,
+        )
+        self._progress.start()
+        self._task = None
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        # Inside the search the bar counts trials, not the prompts of one of them.
+        if self._trials is not None or self._progress is None:
+            return
+        if self._stage == "search":
+            unit = f"first trial, {unit}"
+        self._advance(done, total, unit)
+
+    def note(self, text: str, **fields: Any) -> None:
+        self._show(f"  [dim]{escape(text)}[/]")
+
+    def warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            self._show(f"  [yellow]warning:[/] {escape(text)}")
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        line = escape(trial_line(trial, total, front))
+        style = "red" if trial.state == "failed" else "bold green" if front else "default"
+        self._show(f"  [{style}]{line}[/]")
+        if best is not None:
+            self._best = f"[green]best: {best.refusals} refusals, KL {best.kl:.3f}[/]"
+        if self._trials is None and self._progress is not None and self._task is not None:
+            self._progress.remove_task(self._task)
+            self._task = None
+        self._trials = trial.number + 1
+        self._advance(trial.number + 1, total, "trials")
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self.close()
+        self._console.print(front_table(result))
+        for line in summary_lines(result, table=False):
+            self._console.print(escape(line), highlight=False)
+
+    def close(self) -> None:
+        """Take the progress bar off the terminal, before a question or at the end."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _advance(self, done: int, total: int, unit: str) -> None:
+        if self._progress is None:
+            return
+        if self._task is None:
+            # Trials kept from before a resume took no time now; they must not enter the rate.
+            start = done - 1 if unit == "trials" else 0
+            self._task = self._progress.add_task(unit, total=total, completed=start, rate="", best=self._best)
+        speed = self._progress.tasks[-1].finished_speed or self._progress.tasks[-1].speed
+        rate = f"{speed:.1f}/s" if speed and speed >= 1 else f"{1 / speed:.1f} s each" if speed else ""
+        self._progress.update(
+            self._task, completed=done, total=total, description=unit, rate=rate, best=self._best, refresh=True
+        )
+
+    def _show(self, content: Any) -> None:
+        (self._progress.console if self._progress else self._console).print(content, highlight=False)
+
+
+def front_table(result: Mapping[str, Any], marked: int | None = None) -> Table:
+    """The front as a table, the selected trial marked; the baseline as its first row."""
+    selected = result["selected"] if marked is None else marked
+    total = result["baseline"]["prompts"]
+    table = Table(title="Front: every trial that no other beats on both scores", title_justify="left")
+    for column in ("", "trial", "refusals", "KL mean", "KL median", "KL max"):
+        table.add_column(column, justify="right")
+    table.add_row("", "base", f"{result['baseline']['refusals']}/{total}", "0", "0", "0", style="dim")
+    by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
+    for number in result["front"]:
+        trial = by_number[number]
+        kl = trial.scores["kl"]
+        cells = [f"{kl[name]:.4f}" for name in ("mean", "median", "max")]
+        style = "bold green" if number == selected else None
+        table.add_row("→" if number == selected else "", str(number), f"{trial.refusals}/{total}", *cells, style=style)
+    return table
+
+
+def summary_lines(result: Mapping[str, Any], *, table: bool = True) -> Iterable[str]:
+    """What was found and exported, as plain lines."""
+    total = result["baseline"]["prompts"]
+    by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
+    if table:
+        yield f"base: refusals {result['baseline']['refusals']}/{total}"
+        for number in result["front"]:
+            trial = by_number[number]
+            mark = "  <- selected" if number == result["selected"] else ""
+            yield f"front: trial {number}  refusals {trial.refusals}/{total}  KL {trial.kl:.4f}{mark}"
+    if result["selected"] is None:
+        return
+    trial = by_number[result["selected"]]
+    before = result["baseline"]["refusals"]
+    yield f"selected trial {trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}"
+    export = result["export"]
+    if export["path"]:
+        verified = {True: "verified after reloading", False: "NOT verified", None: "not checked"}[export["verified"]]
+        yield f"exported ({export['kind']}): {result.get('directory', '.')}/{export['path']}, {verified}"
+
+
+def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:
+    """Show the front and let the person choose; Enter takes the rule's choice."""
+    if isinstance(reporter, RichReporter):
+        reporter.close()
+    console = Console()
+    record = {
+        "trials": [trial.to_record() for trial in front],
+        "front": [trial.number for trial in front],
+        "baseline": {"refusals": baseline.refusals, "prompts": baseline.prompts},
+        "selected": default.number,
+    }
+    console.print(front_table(record))
+    numbers = {str(trial.number): trial for trial in front}
+    answer = Question.ask("Which trial is to be exported", choices=list(numbers), default=str(default.number), console=console)
+    return numbers[answer]
+
+
+def show_error(message: str) -> None:
+    """One sentence on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")

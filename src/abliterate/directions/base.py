@@ -1,0 +1,109 @@
+"""The `Directions` value, the only place that knows about the index offset, and the seam for direction methods.
+
+Pure tensor math. Residual index 0 is the embedding, index l+1 the output of layer l; `Directions` speaks of layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class DirectionMethod(Protocol):
+    """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals."""
+
+    name: str
+
+    def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
+        """`harmful`, `harmless` (n_prompts, n_layers+1, d_model) float32 → (n_layers+1, d_model) float32."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """A unit direction as a linear combination of prepared layers' directions: v = Σ weights[k] · d[layers[k]].
+
+    Empty where the direction is zero. Whatever is linear in v can be blended with the same weights.
+    """
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def is_zero(self) -> bool:
+        """No direction: no edit."""
+        return not self.layers
+
+    def of(self, table: Tensor) -> Tensor:
+        """`table` (n_layers, d) → Σ weights[k] · table[layers[k]], (d) in the table's dtype."""
+        rows = table[list(self.layers)]
+        weights = torch.tensor(self.weights, dtype=table.dtype, device=table.device)
+        return weights @ rows
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Unit vectors (or zeros) `vectors` (n_layers+1, d_model) float32, by residual index."""
+
+    vectors: Tensor
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not torch.isfinite(self.vectors).all():
+            raise ValueError("directions must be a finite (n_layers+1, d_model) tensor")
+
+    @property
+    def n_layers(self) -> int:
+        """Decoder layers; one less than the rows of `vectors`."""
+        return self.vectors.shape[0] - 1
+
+    def by_layer(self) -> Tensor:
+        """(n_layers, d_model): row l is the direction of layer l's output."""
+        return self.vectors[1:]
+
+    def blend(self, x: float) -> Blend:
+        """The direction at layer position `x` ∈ [0, n_layers−1], between two neighbours, renormalized.
+
+        Source: DESIGN §4; linear interpolation as in heretic, norm taken in float64.
+        """
+        if not 0 <= x <= self.n_layers - 1:
+            raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")
+        low = min(math.floor(x), self.n_layers - 1)
+        high = min(low + 1, self.n_layers - 1)
+        t = x - low
+        pairs = [(low, 1.0 - t), (high, t)] if t > 0 else [(low, 1.0)]
+        table = self.by_layer().double()
+        mixed = sum((weight * table[layer] for layer, weight in pairs), torch.zeros_like(table[0]))
+        norm = float(mixed.norm())
+        if norm < 1e-12:
+            return Blend((), ())
+        return Blend(tuple(layer for layer, _ in pairs), tuple(weight / norm for _, weight in pairs))
+
+    def at(self, x: float) -> Tensor:
+        """The unit vector (or zero) `blend(x)` stands for, (d_model) float32."""
+        blend = self.blend(x)
+        if blend.is_zero:
+            return torch.zeros_like(self.vectors[0])
+        return blend.of(self.by_layer().double()).float()
+
+
+def winsorize(residuals: Tensor, quantile: float) -> Tensor:
+    """Clamp each prompt's and layer's vector to ± its `quantile` of |x|; (…, d_model) → same shape.
+
+    Tames the few massive activations that would dominate a mean. `quantile` 1 changes nothing.
+    """
+    if quantile >= 1.0:
+        return residuals
+    # Along the last axis only: torch.quantile has an input size limit (2^24 elements), kthvalue has none.
+    d_model = residuals.shape[-1]
+    k = max(1, math.ceil(quantile * d_model))
+    limit = residuals.abs().kthvalue(k, dim=-1, keepdim=True).values
+    return torch.maximum(torch.minimum(residuals, limit), -limit)
+
+
+def normalize_rows(rows: Tensor) -> Tensor:
+    """Rows scaled to norm 1; rows that are zero up to rounding become zero. (n, d) → (n, d)."""
+    norms = rows.norm(dim=-1, keepdim=True)
+    return torch.where(norms > 1e-12, rows / norms.clamp_min(1e-12), torch.zeros_like(rows))

@@ -1,0 +1,27 @@
+"""The mean difference without its component along the harmless mean (the default).
+
+What harmless prompts share is left alone, so the edit disturbs harmless answers less (projected abliteration,
+grimjim 2025: huggingface.co/blog/grimjim/projected-abliteration).
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from abliterate.directions.base import normalize_rows
+from abliterate.directions.mean_difference import difference
+
+
+class Projected:
+    """d ← normalize(d − (d·h) h), h = normalize(mean(harmless))."""
+
+    name = "projected"
+
+    def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
+        """See `DirectionMethod.compute`."""
+        unit, harmless_mean = difference(harmful, harmless)
+        h = normalize_rows(harmless_mean)
+        rest = unit - (unit * h).sum(dim=-1, keepdim=True) * h
+        # A difference wholly along h leaves only rounding noise: no direction rather than a random one.
+        rest = rest.where(rest.norm(dim=-1, keepdim=True) > 1e-6, rest.new_zeros(()))
+        return normalize_rows(rest).float()

@@ -1,0 +1,100 @@
+"""What an edit is: factors of W' = diag(row_scale) W + B A, and the seam for edit methods.
+
+Pure tensor math: W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from abliterate.directions.base import Blend
+
+ROW_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W' = diag(row_scale) W + b a; `row_scale` (d_out) or None (all ones), `a` (r, d_in), `b` (d_out, r), float32."""
+
+    row_scale: Tensor | None
+    a: Tensor
+    b: Tensor
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """ΔW (d_out, d_in) in float32, for exports and tests."""
+        low_rank = self.b @ self.a
+        if self.row_scale is None:
+            return low_rank
+        return (self.row_scale - 1)[:, None] * weight.float() + low_rank
+
+    def to(self, device: torch.device | str) -> Factors:
+        """The same factors on another device."""
+        scale = None if self.row_scale is None else self.row_scale.to(device)
+        return Factors(scale, self.a.to(device), self.b.to(device))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a trial needs of one module, for all layers' directions at once, so that no trial reads W.
+
+    `directions` (n_layers, d_out); `a` (n_layers, d_in) float32 = DŴ or DW; `p` (n_layers, d_out) float64 = DŴŴᵀ
+    (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight` gives W (d_out, d_in) again,
+    for rows that the closed form can't express and for dense representations.
+    """
+
+    directions: Tensor
+    a: Tensor
+    p: Tensor
+    norms: Tensor
+    read_weight: Callable[[], Tensor]
+
+
+class EditMethod(Protocol):
+    """One way to change W, given a direction and a coeff."""
+
+    name: str
+
+    def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
+        """Everything that is linear in v, once per module; `directions` (n_layers, d_out)."""
+
+    def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
+        """Exact factors of W'. `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone)."""
+
+    def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
+        """W' (d_out, d_in) by definition, in the dtype given: the slow reference the factors are tested against."""
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Norms of W's rows, (d_out) float64, without a float64 copy of W."""
+    chunks = [part.double().norm(dim=1) for part in weight.split(ROW_CHUNK)]
+    return torch.cat(chunks)
+
+
+def safe_inverse(norms: Tensor) -> Tensor:
+    """1/n, and 0 where n is 0: zero rows exist, and one NaN would spread over the whole model."""
+    return torch.where(norms > 0, 1.0 / norms.clamp_min(torch.finfo(norms.dtype).tiny), torch.zeros_like(norms))
+
+
+def project(directions: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """D diag(scale) W: (n_layers, d_out) × (d_out, d_in) → (n_layers, d_in) float64, a chunk of rows at a time."""
+    total = weight.new_zeros((directions.shape[0], weight.shape[1]), dtype=torch.float64)
+    for start in range(0, weight.shape[0], ROW_CHUNK):
+        part = weight[start : start + ROW_CHUNK].double()
+        if scale is not None:
+            part = part * scale[start : start + ROW_CHUNK, None]
+        total += directions[:, start : start + ROW_CHUNK].double() @ part
+    return total
+
+
+def project_back(a: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """A (diag(scale) W)ᵀ: (n_layers, d_in) × (d_in, d_out) → (n_layers, d_out) float64, a chunk of rows at a time."""
+    columns = []
+    for start in range(0, weight.shape[0], ROW_CHUNK):
+        part = weight[start : start + ROW_CHUNK].double() * scale[start : start + ROW_CHUNK, None]
+        columns.append(a @ part.T)
+    return torch.cat(columns, dim=1)

@@ -1,0 +1,74 @@
+"""`full` (default): W' = n ∘ rownormalize(Ŵ − λ v aᵀ), a = Ŵᵀv: ablation that keeps every row's norm.
+
+Closed form (DESIGN §4): with p = Ŵa, q = a·a, s = √(1 − 2λ v∘p + λ² q v∘v),
+ΔW = diag(1/s − 1) W − (n λ v / s) aᵀ, a row scale plus rank 1. So a trial costs O(d), not O(d·d_in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from abliterate.directions.base import Blend
+from abliterate.edits.base import Factors, Prepared, project, project_back, row_norms, safe_inverse
+
+# Below this norm of Ŵᵢ − λ vᵢ a (1 before the edit) the closed form divides rounding noise by almost nothing.
+DEGENERATE = 1e-6
+
+
+class NormPreserving:
+    """Row norms kept; rows of norm 0 stay 0."""
+
+    name = "full"
+
+    def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
+        """See `EditMethod.prepare`; `a` = DŴ, `p` = DŴŴᵀ. p stays float64: s is a difference of near-equal terms."""
+        weight = read_weight()
+        norms = row_norms(weight)
+        inverse = safe_inverse(norms)
+        a = project(directions, weight, inverse)
+        p = project_back(a, weight, inverse)
+        return Prepared(directions.double(), a.float(), p, norms, read_weight)
+
+    def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
+        """See `EditMethod.factors`; the few degenerate rows (nearly one-hot v) are added as dense rows of `a`."""
+        v, a, p = blend.of(prepared.directions), blend.of(prepared.a), blend.of(prepared.p)
+        q = v @ p
+        s = (1 - 2 * coeff * v * p + coeff**2 * q * v * v).clamp_min(0).sqrt()
+        empty = prepared.norms == 0
+        degenerate = (s < DEGENERATE) & ~empty
+        s = torch.where(empty | degenerate, torch.ones_like(s), s)
+        scale = torch.where(degenerate, torch.zeros_like(s), 1 / s)
+        b = torch.where(degenerate, torch.zeros_like(s), -coeff * prepared.norms * v / s)
+        if not degenerate.any():
+            return Factors(scale.float(), a[None, :], b.float()[:, None])
+        return _with_dense_rows(prepared, scale, a, b, v, coeff, degenerate.nonzero().flatten())
+
+    def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
+        """See `EditMethod.dense`."""
+        norms = weight.norm(dim=1)
+        unit = weight * safe_inverse(norms)[:, None]
+        edited = unit - coeff * torch.outer(v, v @ unit)
+        return norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
+
+
+def _with_dense_rows(
+    prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeff: float, rows: Tensor
+) -> Factors:
+    """Factors of rank 1 + len(rows): each degenerate row i is written whole, through b[i, k] = 1 and a[k] = W'ᵢ.
+
+    a is computed again in float64: here Ŵᵢ − λ vᵢ a is what its float32 rounding would drown.
+    """
+    norms = prepared.norms[rows]
+    weight = prepared.read_weight()
+    unit = weight[rows].double() * safe_inverse(norms)[:, None]
+    precise = project(v[None, :], weight, safe_inverse(prepared.norms))
+    edited = unit - coeff * v[rows, None] * precise
+    whole = norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
+    selector = torch.zeros(len(b), len(rows), dtype=b.dtype, device=b.device)
+    selector[rows, torch.arange(len(rows), device=b.device)] = 1
+    return Factors(
+        scale.float(), torch.cat([a[None, :], whole.float()]), torch.cat([b[:, None], selector], dim=1).float()
+    )

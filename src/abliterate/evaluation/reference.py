@@ -1,0 +1,132 @@
+"""The slow, plain way to observe a model: one `model.generate` per batch and prompt set.
+
+Every faster way must give the same numbers as this one (DESIGN §5).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from abliterate.evaluation.base import Observation, Response
+from abliterate.evaluation.batches import in_batches
+from abliterate.evaluation.responses import ResponseReader
+from abliterate.model.chat import Chat
+from abliterate.types import Prompt
+
+Progress = Callable[[int, int], None]
+
+
+class ReferenceEngine:
+    """Observes a model on fixed prompt sets. `check` is called between passes and may raise `Interrupted`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: Chat,
+        reader: ResponseReader,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model = model
+        self.chat = chat
+        self._reader = reader
+        self._max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self._check = check
+
+    def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
+        """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
+
+        `progress(done, total)` counts prompts of both sets.
+        """
+        total = len(harmful) + len(harmless)
+        logprobs = self.first_logprobs(harmless, lambda done, _: progress(done, total))
+        responses = self.respond(harmful, lambda done, _: progress(len(harmless) + done, total))
+        return Observation(responses, logprobs)
+
+    @torch.inference_mode()
+    def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
+        """Log-softmax of the raw logits of the first response token, (n_prompts, vocabulary) float32 on the device."""
+        counted = _Counter(len(prompts), progress, self._check)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Tensor]:
+            output = self._generate(part, 1, output_logits=True, return_dict_in_generate=True)
+            rows = output.logits[0].float().log_softmax(dim=-1)
+            counted.add(len(part))
+            return rows.unbind()
+
+        return torch.stack(in_batches(prompts, self.batch_size, work, self.chat.device))
+
+    @torch.inference_mode()
+    def respond(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Response]:
+        """The greedy responses."""
+        counted = _Counter(len(prompts), progress, self._check)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Response]:
+            ids = self.generate_ids(part, self._max_new_tokens)
+            counted.add(len(part))
+            opens = [self._reader.starts_open(self.chat.render(prompt)) for prompt in part]
+            return [self._reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
+
+        return in_batches(prompts, self.batch_size, work, self.chat.device)
+
+    @torch.inference_mode()
+    def generate_ids(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
+        """Generated ids of one batch, the prompt's not included; padded after each row's end."""
+        batch = self.chat.encode(prompts)
+        output = self._model.generate(**batch, generation_config=greedy_config(self._model, max_new_tokens))
+        return output[:, batch["input_ids"].shape[1] :].tolist()  # type: ignore[index,union-attr,return-value]
+
+    def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Responses with their special tokens, up to the end of the turn: what a response prefix is found in."""
+        ends = _end_ids(self._model)
+
+        def work(part: Sequence[Prompt]) -> Sequence[str]:
+            rows = self.generate_ids(part, self._max_new_tokens)
+            kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
+            return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
+
+        return in_batches(prompts, self.batch_size, work, self.chat.device)
+
+    def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
+        config = greedy_config(self._model, max_new_tokens)
+        return self._model.generate(**self.chat.encode(prompts), generation_config=config, **options)
+
+
+def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+    """The model's own generation config (processors, all end-of-turn ids) with sampling off and a length limit."""
+    config = copy.deepcopy(model.generation_config)
+    assert config is not None
+    config.update(
+        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None, min_new_tokens=None
+    )
+    config.max_new_tokens = max_new_tokens
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return config
+
+
+def _end_ids(model: PreTrainedModel) -> set[int]:
+    config = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress, check: Callable[[], None]) -> None:
+        self._done, self._total, self._progress, self._check = 0, total, progress, check
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self._total)
+        self._check()

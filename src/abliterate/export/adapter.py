@@ -1,0 +1,89 @@
+"""Adapter export in PEFT's format: DoRA of rank 1 for row-scaled edits, plain LoRA for those without.
+
+A DoRA layer computes m ∘ rownormalize(W + BA). With m = n (W's row norms), A = a and B = −λ n∘v that is the `full`
+edit itself: the same matrix, not an approximation. Written as PEFT saves it, without wrapping a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from abliterate.edits import Factors
+from abliterate.edits.base import row_norms
+from abliterate.errors import AbliterateError
+from abliterate.export.base import ExportJob
+from abliterate.export.companions import save_companions
+from abliterate.export.merged import stored_dtype
+from abliterate.model.architectures import find_targets
+from abliterate.model.loader import load_config, load_weights
+from abliterate.model.weights import dense_weight
+
+
+class Adapter:
+    """An adapter directory that loads with plain PEFT on the base model."""
+
+    kind = "adapter"
+
+    def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
+        """See `Exporter.write`."""
+        if not job.factors:
+            raise AbliterateError("The trial edits no module, so there is no adapter to write; export another trial.")
+        dora = any(factors.row_scale is not None for factors in job.factors.values())
+        rank = max(factors.a.shape[0] for factors in job.factors.values())
+        if dora and rank > 1:
+            raise AbliterateError(
+                "This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged."
+            )
+        plain = job.load.model_copy(update={"quantization": "none"})
+        config = load_config(job.source, plain)
+        model = load_weights(job.source, plain, config, stored_dtype(config), None)
+        d_model = model.config.get_text_config().hidden_size
+        modules = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
+        tensors: dict[str, Tensor] = {}
+        for name, factors in job.factors.items():
+            key = f"base_model.model.{name}"
+            a, b, magnitude = dora_factors(factors, dense_weight(modules[name])) if dora else (factors.a, factors.b, None)
+            tensors[f"{key}.lora_A.weight"] = a.float().cpu().contiguous()
+            tensors[f"{key}.lora_B.weight"] = b.float().cpu().contiguous()
+            if magnitude is not None:
+                tensors[f"{key}.lora_magnitude_vector"] = magnitude.float().cpu().contiguous()
+        LoraConfig(
+            r=rank,
+            lora_alpha=rank,  # scaling alpha/r = 1
+            target_modules=sorted(job.factors),
+            use_dora=dora,
+            fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in job.factors),
+            base_model_name_or_path=job.base_model,
+            task_type="CAUSAL_LM",
+        ).save_pretrained(str(folder))
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_companions(job, folder)
+        return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
+
+    def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+        """See `Exporter.load`: the base with the adapter on it."""
+        load = job.load.model_copy(update={"quantization": "none"})
+        base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
+        return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
+
+
+def dora_factors(factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(A, B, magnitude) such that magnitude ∘ rownormalize(W + BA) = diag(row_scale) W + b a, for norm-keeping edits.
+
+    A zero row of W would be 0/0 in PEFT's formula: it gets B = 1 and magnitude 0, which is a zero row again.
+    """
+    assert factors.row_scale is not None, "only row-scaled edits are DoRA"
+    norms = row_norms(weight.cpu()).float()
+    b = factors.b.cpu() / factors.row_scale.cpu()[:, None]
+    empty = norms == 0
+    b = torch.where(empty[:, None], torch.ones_like(b), b)
+    return factors.a.cpu(), b, norms

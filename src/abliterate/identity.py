@@ -1,0 +1,79 @@
+"""What results depend on: the residual cache's key, and the identity of a study. Missing a part here is a wrong value.
+
+Knows no cache and no study; gives them JSON-able keys without paths of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from abliterate import __version__
+from abliterate.bench import Bench, PromptSets
+from abliterate.prompts import digest
+from abliterate.settings import Settings
+from abliterate.types import Prompt
+
+RESIDUALS_FORMAT = 1
+
+
+def residuals_key(settings: Settings, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything residuals depend on (DESIGN §6). Batch size is left out: it moves only the last bits."""
+    info, tokenizer = bench.loaded.info, bench.loaded.tokenizer
+    return {
+        "format": RESIDUALS_FORMAT,
+        "model": info.id,
+        "revision": info.revision,
+        "fingerprint": info.fingerprint,
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "amp": settings.efficiency.use_amp_for_residuals,
+        "attention": str(bench.loaded.model.config._attn_implementation),
+        "decoder_layers": bench.loaded.architecture.layers,
+        "device": bench.loaded.device.type,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": _digest(tokenizer.chat_template),
+        "response_prefix": bench.calibration.response_prefix,
+        "prompts": digest(prompts),  # covers system prompts, prefix and suffix
+        "versions": {"abliterate": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def study_identity(settings: Settings, bench: Bench, prompts: PromptSets) -> dict[str, str]:
+    """What a trial's meaning depends on, by the name a person would look for; compared on resume."""
+    search = settings.search
+    space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
+    info = bench.loaded.info
+    parts: dict[str, Any] = {
+        "model": [info.fingerprint, info.dtype, info.quantization],
+        "set of prompts": [digest(part) for part in prompts.all_sets()],
+        "tokenizer": [tokenizer_digest(bench.loaded.tokenizer), bench.loaded.tokenizer.chat_template],
+        "response length or prefix": [settings.response.max_new_tokens, bench.calibration.response_prefix],
+        "direction method": settings.directions.model_dump(),
+        "edit mode": settings.edit.model_dump(),
+        "search space": [space, search.ei_candidates],
+        "seed": settings.seed,
+        "set of scorers or markers": [settings.evaluation.scorers, _file_digest(settings.evaluation.markers)],
+    }
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides how text becomes ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return _digest([content, tokenizer.special_tokens_map])
+
+
+def _file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else ""
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

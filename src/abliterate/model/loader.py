@@ -1,0 +1,265 @@
+"""Models and tokenizers from the Hub, a directory, or the package's demo. The one place that reads weights.
+
+Owns dtype choice, the fingerprint and the sentences for what can't be loaded. Knows nothing of edits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.model import architectures
+from abliterate.model.architectures import Architecture, Target
+from abliterate.settings import LoadSettings
+from abliterate.types import ModelInfo
+
+DEMO = "demo"
+_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", "config.json", ".index.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for work: evaluation mode, gradients off, targets found."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    info: ModelInfo
+    architecture: Architecture
+    targets: tuple[Target, ...]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder stack."""
+        return architectures.decoder_layers(self.model, self.architecture)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go (with a device map: where the embedding is)."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
+
+
+def demo_path() -> Path:
+    """The demo model and prompts shipped in the package."""
+    return Path(__file__).parents[1] / "demo"
+
+
+def resolve_source(model: str) -> str:
+    """What `from_pretrained` is given for MODEL: `demo`, a local directory, or a Hub id.
+
+    Raises:
+        InputError: nothing given, or a path that doesn't exist or holds no model.
+    """
+    if not model:
+        raise InputError("No model was given; name a Hub id, a local directory, or demo: abliterate run demo.")
+    if model == DEMO:
+        return str(demo_path() / "model")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"The directory {model} holds no model: it has no config.json.")
+        return str(path)
+    if path.exists():
+        raise InputError(f"The path {model} is a file; give the directory that holds config.json and the weights.")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model:
+        raise InputError(f"There is no model directory {model}; check the path, or give a Hub id like owner/name.")
+    return model
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named, or the best there is for `auto`. InputError where it doesn't exist."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"The device {device!r} can't be used here; choose --device auto or cpu.") from error
+    return chosen
+
+
+def load_weights(
+    source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
+) -> PreTrainedModel:
+    """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
+
+    Raises:
+        InputError: no such weights, or a quantization whose package is missing.
+    """
+    auto = transformers.AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
+        auto = transformers.AutoModelForImageTextToText
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
+    if load.revision:
+        kwargs["revision"] = load.revision
+    if load.attn_implementation:
+        kwargs["attn_implementation"] = load.attn_implementation
+    if device is not None:
+        kwargs["device_map"] = load.device_map or {"": str(device)}
+        if load.max_memory:
+            kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
+        kwargs |= _quantization(load, dtype)
+    try:
+        model = auto.from_pretrained(source, use_safetensors=True, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, SyntaxError) as error:
+        raise _load_error(source, error) from error
+    return model.eval().requires_grad_(False)
+
+
+def load_model(
+    name: str, load: LoadSettings, device: torch.device, render_probe: Callable[..., Any], warn: Callable[[str], None]
+) -> LoadedModel:
+    """Load the model, trying `load.dtypes` in turn until one generates a token with finite logits.
+
+    `render_probe(tokenizer, device)` gives the inputs of that test generation.
+    """
+    source = resolve_source(name)
+    config = _from_hub(AutoConfig, source, load)
+    architecture = architectures.find_architecture(
+        config.get_text_config().model_type, load.decoder_layers, load.components
+    )
+    tokenizer = load_tokenizer(source, load)
+    probe = render_probe(tokenizer, device)
+    for label in load.dtypes:
+        dtype = _dtype(label, config, device)
+        model = load_weights(source, load, config, dtype, device)
+        if _generates(model, probe):
+            break
+        warn(f"The model doesn't give finite logits in {str(dtype).removeprefix('torch.')}; the next dtype is tried.")
+        del model
+    else:
+        raise AbliterateError(
+            f"The model {name} gives no finite logits in any of {', '.join(load.dtypes)}; try --dtype float32."
+        )
+    text_config = config.get_text_config()
+    info = ModelInfo(
+        id=public_name(name),
+        source=source,
+        revision=getattr(config, "_commit_hash", None) or load.revision or "",
+        fingerprint=fingerprint(source, config),
+        family=architecture.family,
+        n_layers=len(architectures.decoder_layers(model, architecture)),
+        d_model=text_config.hidden_size,
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        quantization=load.quantization,
+    )
+    targets = architectures.find_targets(model, architecture, info.d_model)
+    return LoadedModel(model, tokenizer, info, architecture, targets)
+
+
+def load_config(source: str, load: LoadSettings) -> PretrainedConfig:
+    """The model's config, with the sentences of this module where there is none."""
+    return _from_hub(AutoConfig, source, load)
+
+
+def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer, padding on the left, with a pad token and the chat template of the settings if given."""
+    tokenizer = _from_hub(AutoTokenizer, source, load)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if load.chat_template:
+        try:
+            tokenizer.chat_template = Path(load.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"The chat template {load.chat_template} can't be read: {error}.") from error
+    return tokenizer
+
+
+def fingerprint(source: str, config: PretrainedConfig) -> str:
+    """The Hub commit, or a hash of the content of every weight and config file of a local directory."""
+    commit = getattr(config, "_commit_hash", None)
+    folder = Path(source)
+    if not folder.is_dir():
+        return f"hub:{source}@{commit}"
+    total = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHT_ENDINGS) and path.is_file()):
+        with path.open("rb") as file:
+            total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def public_name(name: str) -> str:
+    """The model's name as it may appear in results: a local path is cut to its last part (no private paths)."""
+    return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def memory_text(device: torch.device) -> str:
+    """Free and total memory where the model will work."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+
+
+def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
+    kwargs: dict[str, Any] = {"revision": load.revision} if load.revision else {}
+    try:
+        return auto.from_pretrained(source, trust_remote_code=load.trust_remote_code, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise _load_error(source, error) from error
+
+
+def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    if label != "auto":
+        return getattr(torch, label)
+    # Half precision on a CPU is slower than float32 on most, and its results depend on the batch size.
+    if device.type == "cpu":
+        return torch.float32
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16
+
+
+@torch.no_grad()
+def _generates(model: PreTrainedModel, probe: Any) -> bool:
+    output = model.generate(
+        **probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+    )
+    return bool(torch.isfinite(output.logits[0]).all())  # type: ignore[union-attr,index]
+
+
+def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
+    if load.quantization == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise InputError("Quantized loading needs bitsandbytes; install it with pip install 'abliterate[bnb]'.") from error
+    if load.quantization == "bnb_8bit":
+        return {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    return {"quantization_config": four_bit}
+
+
+def _load_error(source: str, error: Exception) -> InputError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if Path(source).is_dir():
+        return InputError(f"The model in {source} can't be loaded: {first}.")
+    return InputError(
+        f"The model {source} can't be fetched from the Hub: {first}; check the id and the network, or download it "
+        "elsewhere and give its local directory."
+    )

@@ -1,0 +1,109 @@
+"""Residuals: each layer's raw output at the last position, captured by hooks that keep nothing else.
+
+Index 0 is what enters layer 0 (the embedding, scaled as the family does), index l+1 what layer l returns; index
+n_layers is before the final norm (`output_hidden_states` gives it after). Knows nothing of caches or directions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding, PreTrainedModel
+
+from abliterate.errors import AbliterateError
+from abliterate.model.chat import Chat
+from abliterate.types import Prompt
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state in a layer's output: the output itself, or a tuple's first part."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextlib.contextmanager
+def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[None]:
+    """While active, a forward pass fills `out` (n_layers+1 places) with (batch, d_model) last-position states."""
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        out[0] = (args[0] if args else kwargs["hidden_states"])[:, -1].detach()
+
+    def leave(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            # A clone: a view of the last position would keep every position alive.
+            out[index + 1] = first_tensor(output)[:, -1].detach().clone()
+
+        return hook
+
+    handles = [layers[0].register_forward_pre_hook(enter, with_kwargs=True)]
+    handles += [layer.register_forward_hook(leave(index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, Any]:
+    """Arguments of one forward pass over left-padded prompts: positions from the mask, logits of the last only."""
+    accepted = inspect.signature(model.forward).parameters
+    mask = batch["attention_mask"]
+    kwargs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
+    if "position_ids" in accepted:
+        kwargs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_min(0)
+    if "logits_to_keep" in accepted:
+        kwargs["logits_to_keep"] = 1
+    return kwargs
+
+
+@torch.no_grad()
+def capture_residuals(
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    chat: Chat,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    amp: bool = False,
+    offload: bool = True,
+    clear_every: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tensor:
+    """Residuals (n_prompts, n_layers+1, d_model) float32, on the CPU if `offload`, else where the model is.
+
+    `amp` runs the passes in bfloat16 autocast (faster, rounds to 8 bits); `clear_every` batches free the device's
+    memory cache (0: never).
+
+    Raises:
+        AbliterateError: a residual is not finite (float16 overflow).
+    """
+    batches: list[Tensor] = []
+    device = chat.device
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        states: list[Tensor | None] = [None] * (len(layers) + 1)
+        with capture_last(layers, states), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            model(**prefill_kwargs(model, chat.encode(part)))
+        # Layers may lie on several devices; residuals are gathered on one.
+        home = torch.device("cpu") if offload else device
+        batches.append(torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1))
+        if clear_every and len(batches) % clear_every == 0:
+            clear_device_cache(device)
+        progress(min(start + batch_size, len(prompts)), len(prompts))
+    residuals = torch.cat(batches)  # (n_prompts, n_layers+1, d_model)
+    if not torch.isfinite(residuals).all():
+        raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
+    return residuals
+
+
+def clear_device_cache(device: torch.device) -> None:
+    """Return freed memory to the device; on a CPU only Python's garbage is collected."""
+    gc.collect()
+    backend = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(backend, "empty_cache"):
+        backend.empty_cache()

@@ -1,0 +1,50 @@
+"""Reading and writing a module's matrix as W (d_out, d_in), whatever its storage: Linear, Conv1D, bitsandbytes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from abliterate.errors import InputError
+
+
+def out_features(module: nn.Module) -> int | None:
+    """d_out of a module that multiplies by a matrix, else None."""
+    if isinstance(module, nn.Linear):  # bitsandbytes' linear layers are subclasses
+        return module.out_features
+    if isinstance(module, Conv1D):
+        return module.nf
+    return None
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """W (d_out, d_in): a view where the storage is dense, else dequantized; never kept by us.
+
+    Raises:
+        InputError: a storage we can't read.
+    """
+    weight = module.weight.detach()  # type: ignore[union-attr,operator]
+    kind = type(module).__name__
+    if kind == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, module.weight.quant_state)  # type: ignore[union-attr]
+    if kind == "Linear8bitLt":
+        from bitsandbytes.functional import int8_vectorwise_dequant
+
+        state = module.state if module.state.SCB is not None else module.weight  # type: ignore[union-attr]
+        return int8_vectorwise_dequant(weight, state.SCB)  # type: ignore[union-attr,arg-type]
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        raise InputError(f"The weights of a {kind} are stored as {weight.dtype}, which can't be read; load them in bf16.")
+    if isinstance(module, Conv1D):
+        return weight.T
+    return weight
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Replace W (d_out, d_in) of a dense module, in its own dtype. The old values are gone (DESIGN §8.8)."""
+    target = module.weight  # type: ignore[union-attr]
+    assert isinstance(target, Tensor)
+    target.copy_((weight.T if isinstance(module, Conv1D) else weight).to(target.dtype))

@@ -1,0 +1,154 @@
+"""The pipeline, in the paper's order: load, calibrate, residuals, directions, baseline, search, pick, export.
+
+Each stage takes and returns values and leaves a named artifact in the run directory. Knows no terminal: it speaks
+through a `Reporter`, asks through `choose`, and is interrupted through `check`.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from abliterate import stages
+from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.cache import ArtifactStore, default_root
+from abliterate.errors import AbliterateError
+from abliterate.evaluation.editor import Editor
+from abliterate.exporting import Picked, export, export_job
+from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.identity import study_identity
+from abliterate.report.html import write_report
+from abliterate.results import RunResult
+from abliterate.rundir import RunDirectory, write_atomically
+from abliterate.search import open_study
+from abliterate.settings import Settings
+from abliterate.settings_sources import dump_settings
+from abliterate.types import Baseline, Reporter, Trial
+
+Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
+
+
+def run(
+    settings: Settings,
+    reporter: Reporter,
+    directory: RunDirectory,
+    *,
+    resume: bool = False,
+    choose: Choose | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """A whole run; returns the content of `result.json`.
+
+    Raises:
+        InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
+    """
+    rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+    result = RunResult(directory, reporter)
+    context = Context(settings, reporter, result, make_store(settings, reporter), check)
+    prompts = read_prompts(context)
+    bench = load_and_calibrate(context, prompts)
+    write_atomically(directory.settings, dump_settings(settings))
+
+    harmful, harmless = stages.residuals(context, bench, prompts)
+    directions = stages.directions(context, harmful, harmless, directory.directions)
+    del harmful, harmless
+    editor = stages.make_editor(context, bench, directions)
+    baseline = stages.baseline(context, bench, prompts)
+
+    search(context, bench, editor, baseline, prompts, directory, rule)
+    picked = pick(context, bench, editor, baseline, prompts, rule, choose)
+    # One model at a time: the export reads the weights anew.
+    del bench, editor
+    gc.collect()
+    if settings.export.kind != "none":
+        export(context, picked, prompts, directory.export)
+    with result.stage("report"):
+        result.save()
+        write_report(directory.report, result.record)
+    reporter.finish(result.record)
+    return result.record
+
+
+def search(
+    context: Context,
+    bench: Bench,
+    editor: Editor,
+    baseline: Baseline,
+    prompts: PromptSets,
+    directory: RunDirectory,
+    rule: SelectionRule,
+) -> None:
+    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left."""
+    settings, result = context.settings, context.result
+    space = stages.search_space(settings, bench)
+    study = open_study(settings.search.storage, directory.journal, space, settings.seed)
+    study.claim(study_identity(settings, bench, prompts))
+    study.fail_interrupted()
+    with result.stage("search", f"{settings.search.trials} trials"):
+        trials = list(study.trials())
+        if trials:
+            context.reporter.note(f"{len(trials)} trials are kept from before", resumed=len(trials))
+        while True:
+            front = pareto_front(trials, baseline)
+            result.trials(trials, front, baseline)
+            result.caches(
+                residuals=context.store.counts("residuals"),
+                svd={"hits": editor.memo.hits, "misses": editor.memo.misses},
+                adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
+            )
+            result.save()
+            stages.check_failures(trials, settings.search.max_consecutive_failures)
+            if len(trials) >= settings.search.trials:
+                return
+            context.check()
+            asked = study.ask()
+            try:
+                trial, values = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts)
+            except BaseException:
+                study.give_up(asked)
+                raise
+            study.tell(asked, trial, values)
+            trials.append(trial)
+            front = pareto_front(trials, baseline)
+            context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
+
+
+def pick(
+    context: Context,
+    bench: Bench,
+    editor: Editor,
+    baseline: Baseline,
+    prompts: PromptSets,
+    rule: SelectionRule,
+    choose: Choose | None,
+) -> Picked:
+    """One trial from the front, by the rule, or by a person whose default answer the rule gives."""
+    result = context.result
+    trials = [Trial.from_record(record) for record in result.record["trials"]]
+    front = pareto_front(trials, baseline)
+    if not front:
+        raise AbliterateError(
+            f"No trial refuses fewer than the model itself ({baseline.refusals} of {baseline.prompts}); try more trials "
+            "with -n, prompts closer to the behaviour with --harmful, or check the answers for refusal markers."
+        )
+    selected = choose(front, rule(front), baseline) if choose else rule(front)
+    result.record["selected"] = selected.number
+    result.save()
+    with result.stage("pick", f"trial {selected.number}"):
+        editor.apply(selected.params)
+        expected = bench.engine.first_logprobs(prompts.harmless_eval)
+        job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), selected)
+        editor.clear()
+    return Picked(selected, job, expected, bench.scorers, bench.calibration)
+
+
+def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
+    """The artifact store that the settings name."""
+    efficiency = settings.efficiency
+    return ArtifactStore(
+        default_root(efficiency.residual_cache_dir or settings.cache_dir),
+        warn=reporter.warn,
+        enabled=efficiency.enable_residual_cache,
+        in_memory=efficiency.cache_residuals_in_memory,
+    )

@@ -1,0 +1,113 @@
+"""`result.json` and the measuring of stages: what a run did, written atomically after every trial.
+
+Owns the file's layout (DESIGN §6), time and memory per stage. Knows no model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import psutil
+
+from abliterate import __version__
+from abliterate.rundir import RunDirectory, write_json
+from abliterate.types import Baseline, ModelInfo, Reporter, Trial
+
+FORMAT = 1
+_PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
+
+
+class RunResult:
+    """The record behind `result.json`; `save` makes it durable."""
+
+    def __init__(self, directory: RunDirectory, reporter: Reporter) -> None:
+        self._directory = directory
+        self._reporter = reporter
+        self.record: dict[str, Any] = {
+            "format": FORMAT,
+            "model": {},
+            "baseline": {},
+            "trials": [],
+            "front": [],
+            "selected": None,
+            "export": {"kind": "none", "path": None, "verified": None},
+            "timings": {},
+            "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0},
+            "caches": {},
+            "environment": environment(),
+        }
+
+    @contextlib.contextmanager
+    def stage(self, name: str, detail: str = "") -> Iterator[None]:
+        """Announce a stage, and record how long it took and the memory peak so far."""
+        self._reporter.stage(name, detail)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - started
+            self.record["timings"][name] = round(self.record["timings"].get(name, 0.0) + spent, 3)
+            self.record["memory"] = {"peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device()}
+
+    def describe(self, info: ModelInfo, device_name: str) -> None:
+        """Which model, on what. No path of this machine: results are shared."""
+        self.record["model"] = {
+            "id": info.id,
+            "revision": info.revision,
+            "fingerprint": info.fingerprint,
+            "family": info.family,
+            "n_layers": info.n_layers,
+            "d_model": info.d_model,
+            "n_parameters": info.n_parameters,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+        }
+        self.record["environment"]["device"] = device_name
+
+    def trials(self, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline) -> None:
+        """All finished trials and the front among them."""
+        self.record["baseline"] = {"refusals": baseline.refusals, "prompts": baseline.prompts}
+        self.record["trials"] = [trial.to_record() for trial in trials]
+        self.record["front"] = [trial.number for trial in front]
+
+    def caches(self, **counts: Mapping[str, int]) -> None:
+        """Hits and misses by cache."""
+        self.record["caches"] = {name: dict(count) for name, count in counts.items()}
+
+    def save(self) -> None:
+        """Write `result.json`."""
+        write_json(self._directory.result, self.record)
+
+
+def environment() -> dict[str, Any]:
+    """Versions that a result depends on."""
+    versions = {name: metadata.version(name) for name in _PACKAGES}
+    return {
+        "versions": {"abliterate": __version__, "python": platform.python_version(), **versions},
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": "",
+    }
+
+
+def peak_rss() -> int:
+    """The process's largest resident set so far, in bytes."""
+    if os.name == "nt":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
+
+
+def peak_device() -> int:
+    """The accelerator memory allocated at most so far, in bytes; 0 on a CPU."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0

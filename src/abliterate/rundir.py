@@ -1,0 +1,110 @@
+"""The run directory: the names of what is in it, and atomic writes. Knows nothing of what the files mean."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import AbliterateError, InputError
+
+
+class RunDirectory:
+    """One study and its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.toml"
+        self.journal = path / "study.journal"
+        self.directions = path / "directions.safetensors"
+        self.result = path / "result.json"
+        self.report = path / "report.html"
+        self.export = path / "model"
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has left a study or results here."""
+        return self.journal.exists() or self.result.exists() or self.settings.exists()
+
+    def prepare(self, *, resume: bool, restart: bool) -> None:
+        """Make the directory ready: new, continued, or with the old run moved to another name beside it.
+
+        Raises:
+            InputError: it holds another run and neither `resume` nor `restart` was said, or it can't be made.
+        """
+        if restart and self.path.exists():
+            self.path.rename(_free_name(self.path))
+        if self.holds_run and not resume:
+            raise InputError(
+                f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
+                "(the old one is kept under another name), or choose another --out."
+            )
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"The path {self.path} is a file; choose another --out.")
+        if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"The directory {self.path} can't be made: {error.strerror}; choose another --out.") from error
+
+    def read_result(self) -> dict[str, Any]:
+        """The content of `result.json`; InputError where there is none or it doesn't parse."""
+        try:
+            record = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
+        except (OSError, ValueError) as error:
+            raise InputError(f"The file {self.result} can't be read: {error}; --resume rebuilds it.") from error
+        if record.get("format") != 1:
+            raise InputError(f"The file {self.result} has format {record.get('format')}, this version reads format 1.")
+        return record
+
+
+def default_path(model: str) -> Path:
+    """`runs/<model>-<time>`, with nothing of the model's name that could leave that folder."""
+    return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def safe_name(text: str) -> str:
+    """A file name made of a model id or path: its last part, letters, digits, dots, dashes and underscores."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", text.rstrip("/\\"))[-1]).strip(".-")
+    return name[:80] or "model"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name and rename, so that a reader sees the old content or the new.
+
+    Raises:
+        AbliterateError: the disk refuses.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise AbliterateError(
+            f"The file {path} can't be written: {error.strerror}; free some space, then continue with --resume."
+        ) from error
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """`record` as strict JSON (no NaN), atomically."""
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _free_name(path: Path) -> Path:
+    for number in range(1, 10_000):
+        candidate = path.with_name(f"{path.name}.old-{number}")
+        if not candidate.exists():
+            return candidate
+    raise InputError(f"There are too many old runs beside {path}; delete some.")

@@ -1,0 +1,162 @@
+"""Where settings come from: command line over environment over TOML over defaults; and how they are written back.
+
+Owns the sentences a person sees when a setting is unknown, malformed or out of range.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
+
+from abliterate.errors import InputError
+from abliterate.settings import Settings
+
+ENV_PREFIX = "ABLITERATE_"
+# Read by other code than settings: the markers of a traceback and of tests.
+_OTHER_ENV = {"ABLITERATE_DEBUG"}
+
+
+def config_path(name: str) -> Path:
+    """A file of `configs/`: inside the installed package, or at the top of the source tree (editable installs)."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parents[1] / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"The file configs/{name} is missing from this installation; reinstall abliterate.")
+
+
+def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from all sources. `config` is a TOML file or the name of a preset; `overrides` are nested options.
+
+    Raises:
+        InputError: an unknown setting (the nearest name is given), a wrong type, or a value out of range.
+    """
+    file_values = read_toml(_find_config(config)) if config else {}
+    _check_environment()
+    overrides = dict(overrides or {})
+
+    class FromSources(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, lambda: file_values  # type: ignore[return-value]
+
+    try:
+        loaded = FromSources(**overrides)
+    except ValidationError as error:
+        raise InputError(_sentence(error)) from error
+    except SettingsError as error:
+        raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; lists are JSON.") from error
+    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file; InputError with the position where it doesn't parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"The configuration file {path} is not valid TOML: {error}.") from error
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """`["search.trials=20", …]` as nested values; each value is TOML, or plain text where it isn't."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator or not name.strip():
+            raise InputError(f"--set {assignment!r} is not of the form key=value, for example search.trials=20.")
+        place = values
+        *sections, leaf = name.strip().split(".")
+        # A dotted component name ("attn.o_proj") can't be told from a path; such tables are set as a whole.
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise InputError(f"--set {assignment!r} contradicts another --set.")
+        place[leaf] = _parse_value(text.strip())
+    return values
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries merged; `over` wins."""
+    merged = dict(base)
+    for name, value in over.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def dump_settings(settings: Settings) -> str:
+    """The settings as TOML, such that loading it gives them back."""
+    return tomli_w.dumps(settings.model_dump(mode="json"))
+
+
+def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Every option's dotted name."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from option_names(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _find_config(config: str) -> Path:
+    path = Path(config).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix == "" and path.name == config:
+        try:
+            return config_path(config + ".toml")
+        except InputError:
+            pass
+    presets = ", ".join(sorted(p.stem for p in config_path("default.toml").parent.glob("*.toml")))
+    raise InputError(f"There is no configuration file {config!r}; give a TOML file or one of the presets: {presets}.")
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    return f"; did you mean {found[0]}?" if found else "; see configs/default.toml for all settings."
+
+
+def _check_environment() -> None:
+    """pydantic-settings ignores misspelled names; a person would never learn that the option did nothing."""
+    known = {ENV_PREFIX + name.replace(".", "__").upper() for name in option_names()}
+    sections = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        upper = name.upper()
+        if not upper.startswith(ENV_PREFIX) or upper in known | sections | _OTHER_ENV:
+            continue
+        if any(upper.startswith(option + "__") for option in known):  # entry of a table, e.g. …__MAX_COEFF__DEFAULT
+            continue
+        raise InputError(f"The environment variable {name} is not a setting{_nearest(upper, sorted(known))}")
+
+
+def _sentence(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"There is no setting {name}{_nearest(name, list(option_names()))}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"The setting {name or 'given'} has a wrong value ({first['input']!r}): {message}."

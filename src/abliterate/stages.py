@@ -1,0 +1,145 @@
+"""The stages between a calibrated bench and the search: residuals, directions, baseline, and one trial.
+
+Each takes and returns values. Knows no terminal, and no order: `pipeline.py` has that.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from abliterate.bench import Bench, Context, PromptSets
+from abliterate.directions import Directions, compute_directions
+from abliterate.edits import SvdMemo
+from abliterate.errors import AbliterateError, TrialError
+from abliterate.evaluation import Observation
+from abliterate.evaluation.editor import Editor
+from abliterate.identity import residuals_key
+from abliterate.model.adapters import AdapterSet
+from abliterate.model.residuals import capture_residuals
+from abliterate.rundir import write_atomically
+from abliterate.search import Space
+from abliterate.settings import Settings
+from abliterate.types import Baseline, Prompt, Trial, TrialParams
+
+
+def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tensor, Tensor]:
+    """Residuals of both direction sets, each (n_prompts, n_layers+1, d_model) float32, from the cache where known."""
+    with context.result.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"):
+        sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
+        harmful, harmless = (_residuals(context, bench, name, part) for name, part in sets.items())
+    return harmful, harmless
+
+
+def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) -> Directions:
+    """One direction per layer; also left in the run directory."""
+    with context.result.stage("directions", context.settings.directions.method):
+        settings = context.settings.directions
+        found = compute_directions(harmful, harmless, settings.method, settings.winsorize_quantile)
+        if not found.by_layer().any():
+            raise AbliterateError(
+                "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
+                "that --harmful and --harmless are different prompts."
+            )
+        write_atomically(path, save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method}))
+    return found
+
+
+def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
+    """Adapters on every target, all modules prepared."""
+    settings = context.settings
+    adapters = AdapterSet(bench.loaded.targets, incremental=settings.efficiency.use_incremental_adapter_updates)
+    memo = SvdMemo(settings.efficiency.max_svd_cache_size if settings.efficiency.enable_svd_cache else 0)
+    editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo)
+    with context.result.stage("prepare edits", settings.edit.mode):
+        editor.prepare(lambda done, total: context.reporter.progress(done, total, "modules"))
+    return editor
+
+
+def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
+    """The unedited model's scores, which the edited ones are relative to."""
+    with context.result.stage("baseline"):
+        observed = _observe(context, bench, prompts)
+        for scorer in bench.scorers:
+            scorer.setup(observed)
+        scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
+        found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval))
+        context.reporter.note(
+            f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals
+        )
+    if found.refusals == 0:
+        raise AbliterateError(
+            f"The model refuses none of the {found.prompts} harmful prompts, so there is nothing to remove; give prompts it "
+            "refuses with --harmful-eval, or other refusal markers with --markers."
+        )
+    return found
+
+
+def search_space(settings: Settings, bench: Bench) -> Space:
+    """The space over the components that the model has."""
+    components = tuple(dict.fromkeys(target.component for target in bench.loaded.targets))
+    return Space(settings.search, bench.loaded.info.n_layers, components)
+
+
+def evaluate(
+    context: Context, bench: Bench, editor: Editor, number: int, params: TrialParams, prompts: PromptSets
+) -> tuple[Trial, tuple[float, ...]]:
+    """One trial and what the sampler is told: (mean KL, share of refusals); nothing for one that failed."""
+    started = time.perf_counter()
+    try:
+        editor.apply(params)
+        observed = _observe(context, bench, prompts)
+        scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
+    except TrialError as error:
+        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error)), ()
+    seconds = round(time.perf_counter() - started, 3)
+    records = {name: score.record for name, score in scores.items()}
+    return Trial(number, params, "complete", records, seconds), (scores["kl"].value, scores["refusals"].value)
+
+
+def check_failures(trials: list[Trial], limit: int) -> None:
+    """Stop a study in which the last `limit` trials all failed: the cause is not the parameters."""
+    last = trials[-limit:]
+    if len(last) == limit and all(trial.state == "failed" for trial in last):
+        raise AbliterateError(
+            f"The last {limit} trials failed ({last[-1].reason}); try --dtype float32, a smaller --batch-size, or another "
+            "--set edit.mode, then continue with --resume."
+        )
+
+
+def _observe(context: Context, bench: Bench, prompts: PromptSets) -> Observation:
+    def progress(done: int, total: int) -> None:
+        context.reporter.progress(done, total, "prompts")
+
+    return bench.engine.observe(prompts.harmful_eval, prompts.harmless_eval, progress)
+
+
+def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...]) -> Tensor:
+    efficiency = context.settings.efficiency
+    key = residuals_key(context.settings, bench, prompts)
+    found = context.store.get("residuals", key)
+    if found is not None:
+        context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
+        return found["residuals"]
+
+    def progress(done: int, total: int) -> None:
+        context.reporter.progress(done, total, f"{name} prompts")
+        context.check()
+
+    computed = capture_residuals(
+        bench.loaded.model,
+        bench.loaded.layers,
+        bench.chat,
+        prompts,
+        batch_size=bench.calibration.batch_size,
+        amp=efficiency.use_amp_for_residuals,
+        offload=efficiency.offload_residuals_to_cpu,
+        clear_every=efficiency.cache_clear_frequency,
+        progress=progress,
+    )
+    label = f"{bench.loaded.info.id}: {len(prompts)} {name} prompts"
+    context.store.put("residuals", key, {"residuals": computed}, label)
+    return computed

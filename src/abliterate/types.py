@@ -1,0 +1,170 @@
+"""The frozen values that stages hand to each other, and the `Reporter` they speak through.
+
+Knows nothing of torch, files or terminals. Shapes: `n_layers` decoder layers, numbered from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol
+
+Scope = Literal["global", "per layer"]
+TrialState = Literal["complete", "stopped", "failed"]
+Goal = Literal["minimize", "maximize", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One user message and the system prompt it is asked under (empty: none)."""
+
+    text: str
+    system: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Coeff as a function of layer, for one component (DESIGN §4).
+
+    `max_coeff` at `position`, falling linearly to `min_coeff` at `distance` layers from it, 0 beyond.
+    """
+
+    max_coeff: float
+    position: float
+    min_coeff: float
+    distance: float
+
+    def coeff(self, layer: int) -> float:
+        """λ of the module in `layer`."""
+        away = abs(layer - self.position)
+        if away > self.distance:
+            return 0.0
+        return self.max_coeff + (away / self.distance) * (self.min_coeff - self.max_coeff)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialParams:
+    """One parameter set. `direction_index` is in layers, and used only where `scope` is "global"."""
+
+    scope: Scope
+    direction_index: float
+    kernels: Mapping[str, Kernel]
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form, the inverse of `from_record`."""
+        return {
+            "scope": self.scope,
+            "direction_index": self.direction_index,
+            "kernels": {name: asdict(kernel) for name, kernel in self.kernels.items()},
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> TrialParams:
+        """Inverse of `to_record`; KeyError or TypeError where a field is missing."""
+        kernels = {name: Kernel(**kernel) for name, kernel in record["kernels"].items()}
+        return TrialParams(record["scope"], float(record["direction_index"]), kernels)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one scorer says of one model: the number the search sees, and its JSON record for `result.json`."""
+
+    name: str
+    value: float
+    goal: Goal
+    record: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One finished trial. `number` is the logical index: trials told before it, interrupted ones not counted."""
+
+    number: int
+    params: TrialParams
+    state: TrialState
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    reason: str = ""
+
+    @property
+    def refusals(self) -> int:
+        """Refused harmful prompts; a lower bound where the trial was stopped."""
+        return int(self.scores["refusals"])
+
+    @property
+    def kl(self) -> float:
+        """Mean KL(base‖edited) of the first response token over the harmless prompts, in nats."""
+        return float(self.scores["kl"]["mean"])
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form, the inverse of `from_record`."""
+        return {
+            "number": self.number,
+            "params": self.params.to_record(),
+            "state": self.state,
+            "reason": self.reason,
+            "scores": dict(self.scores),
+            "seconds": self.seconds,
+        }
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Trial:
+        """Inverse of `to_record`."""
+        return Trial(
+            number=int(record["number"]),
+            params=TrialParams.from_record(record["params"]),
+            state=record["state"],
+            scores=record["scores"],
+            seconds=float(record["seconds"]),
+            reason=record["reason"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What was loaded. `fingerprint` changes whenever a weight or the config may have changed."""
+
+    id: str
+    source: str
+    revision: str
+    fingerprint: str
+    family: str
+    n_layers: int
+    d_model: int
+    n_parameters: int
+    dtype: str
+    device: str
+    quantization: str
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The unedited model on the evaluation prompts: `refusals` of `prompts` harmful ones."""
+
+    refusals: int
+    prompts: int
+
+
+class Reporter(Protocol):
+    """How a run speaks. `console.py` has one each for a terminal, a pipe and `--json`."""
+
+    def header(self, fields: Mapping[str, str]) -> None:
+        """Name, device, memory: what is about to be worked on."""
+
+    def stage(self, name: str, detail: str = "") -> None:
+        """A stage begins; the one before it has ended."""
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """`done` of `total` units of the current stage (or of the current trial) are finished."""
+
+    def note(self, text: str, **fields: Any) -> None:
+        """A plain fact worth a line; `fields` are its machine-readable form."""
+
+    def warn(self, text: str) -> None:
+        """Something a person should look at; the run goes on."""
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        """One trial has ended; `best` is what the selection rule would pick now."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run has ended; `result` is the content of `result.json`."""
