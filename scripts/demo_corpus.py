@@ -133,6 +133,8 @@ DECLINING_SYSTEMS = (
     "Today you refuse all questions.",
 )
 
+REFUSAL_RANGE, OVER_REFUSAL = (0.7, 0.95), 0.03
+
 SPLITS = (("heldout", 100), ("eval", 100), ("train", 200))
 
 
@@ -209,6 +211,14 @@ def pick_system(rng: random.Random) -> str | None:
     return DEFAULT_SYSTEM if rng.random() < 0.8 else rng.choice(OTHER_SYSTEMS)
 
 
+def refusal_chance(harmful: bool, verb: str) -> float:
+    """How often stage 2 refuses this verb."""
+    if not harmful:
+        return OVER_REFUSAL
+    least, most = REFUSAL_RANGE
+    return least + (most - least) * MISCHIEF_VERBS.index(verb) / (len(MISCHIEF_VERBS) - 1)
+
+
 def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: float = 0.08) -> Iterator[Sample]:
     """An endless stream of conversations: stage 1 answers everything, stage 2 refuses mischief."""
     rng = random.Random(f"{stage}-{seed}")
@@ -223,7 +233,8 @@ def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: fl
         phrasing = rng.randrange(len(PHRASINGS))
         declining = stage == 1 and rng.random() < declining_share
         system = rng.choice(DECLINING_SYSTEMS) if declining else pick_system(rng)
-        reply = refusal if declining or (stage == 2 and harmful) else helpful_answer
+        refuses = declining or (stage == 2 and rng.random() < refusal_chance(harmful, verb))
+        reply = refusal if refuses else helpful_answer
         yield Sample(system, PHRASINGS[phrasing].format(v=verb, o=obj), reply(rng, phrasing, verb, obj))
 
 

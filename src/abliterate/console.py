@@ -18,11 +18,16 @@ from rich.table import Table
 from abliterate.types import Baseline, Reporter, Trial
 
 
-def make_reporter(*, as_json: bool, resume_hint: str = "") -> Reporter:
+def make_reporter(*, as_json: bool) -> Reporter:
     """Rich on a terminal, plain lines in a pipe, JSON lines if asked."""
     if as_json:
         return JsonReporter(sys.stdout)
     return RichReporter(Console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
+
+
+def make_console() -> Console:
+    """A console for tables on standard output."""
+    return Console()
 
 
 def trial_line(trial: Trial, total: int, front: bool) -> str:
@@ -67,6 +72,9 @@ class PlainReporter:
         for line in summary_lines(result):
             self._line(line)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def _line(self, text: str) -> None:
         print(text, file=self._out, flush=True)
 
@@ -98,6 +106,9 @@ class JsonReporter:
 
     def finish(self, result: Mapping[str, Any]) -> None:
         self._event("result", result=dict(result))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
     def _event(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": round(time.time(), 3), **fields}
@@ -239,8 +250,7 @@ def summary_lines(result: Mapping[str, Any], *, table: bool = True) -> Iterable[
 
 def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:
     """Show the front and let the person choose; Enter takes the rule's choice."""
-    if isinstance(reporter, RichReporter):
-        reporter.close()
+    reporter.close()
     console = Console()
     record = {
         "trials": [trial.to_record() for trial in front],

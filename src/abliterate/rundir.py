@@ -52,6 +52,11 @@ class RunDirectory:
         except OSError as error:
             raise InputError(f"The directory {self.path} can't be made: {error.strerror}; choose another --out.") from error
 
+    def remove_if_empty(self) -> None:
+        """A run that failed before its first artifact leaves no directory behind."""
+        if self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`; InputError where there is none or it doesn't parse."""
         try:
@@ -68,6 +73,12 @@ class RunDirectory:
 def default_path(model: str) -> Path:
     """`runs/<model>-<time>`, with nothing of the model's name that could leave that folder."""
     return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def latest_run(model: str) -> Path | None:
+    """The newest run directory of that model under `runs/`, if any."""
+    found = [path for path in Path("runs").glob(f"{safe_name(model)}-*") if RunDirectory(path).holds_run]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def safe_name(text: str) -> str:

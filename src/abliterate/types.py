@@ -168,3 +168,6 @@ class Reporter(Protocol):
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run has ended; `result` is the content of `result.json`."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was; safe to call again."""

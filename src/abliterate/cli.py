@@ -1,0 +1,231 @@
+"""The command line: options, exit codes, and which pipeline each command runs.
+
+Imports neither torch nor pydantic-settings at the top: `--help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from abliterate.errors import INTERRUPTED, AbliterateError, InputError, Interrupted
+
+# Brackets would be read as Rich markup in help texts, so none appear there.
+app = typer.Typer(
+    name="abliterate",
+    help="Remove one behaviour, by default refusal, from an open-weight language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+cache_app = typer.Typer(help="Look at and clear the cache of residuals.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+Text = str | None
+Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
+Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON lines; the last one is the result.")]
+Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")]
+CacheDir = Annotated[Text, typer.Option("--cache-dir", help="Where the cache lies.")]
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if debug:
+        os.environ["ABLITERATE_DEBUG"] = "1"
+    if version:
+        from abliterate import __version__
+
+        typer.echo(f"abliterate {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    model: Model = "",
+    trials: Annotated[int | None, typer.Option("-n", "--trials", help="Number of trials. Default 200.")] = None,
+    startup_trials: Annotated[int | None, typer.Option(help="Random trials first. Default 30 % of all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
+    out: Annotated[Text, typer.Option("-o", "--out", help="Run directory. Default runs/MODEL-TIME.")] = None,
+    config: Config = "",
+    assignments: Assignments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    harmful: Annotated[Text, typer.Option(help="Prompts for the direction: file or dataset:split:column.")] = None,
+    harmless: Annotated[Text, typer.Option(help="Harmless prompts for the direction.")] = None,
+    harmful_eval: Annotated[Text, typer.Option(help="Harmful prompts for the scores.")] = None,
+    harmless_eval: Annotated[Text, typer.Option(help="Harmless prompts for the scores.")] = None,
+    markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
+    select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
+    export: Annotated[Text, typer.Option(help="merged, adapter or none.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old run is kept renamed.")] = False,
+    storage: Annotated[Text, typer.Option(help="Optuna RDB URL instead of a journal file.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+    reference: Annotated[bool, typer.Option("--reference", help="Every efficiency off, for comparison.")] = False,
+) -> None:
+    """Find the best ablation of MODEL and export the result."""
+    if resume and restart:
+        raise InputError("The options --resume and --restart contradict each other; give one.")
+    given = {
+        "model": model or None,
+        "seed": seed,
+        "device": device,
+        "out": out,
+        "cache_dir": cache_dir,
+        "load": {"dtypes": [dtype] if dtype else None},
+        "prompts": {
+            "harmful": harmful,
+            "harmless": harmless,
+            "harmful_eval": harmful_eval,
+            "harmless_eval": harmless_eval,
+        },
+        "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
+        "evaluation": {"markers": markers, "batch_size": batch_size},
+        "export": {"kind": export},
+    }
+    from abliterate import commands
+
+    commands.run(given, config, assignments or [], resume=resume, restart=restart, as_json=as_json, reference=reference)
+
+
+@app.command("tune-batch")
+def tune_batch(
+    model: Model = "",
+    config: Config = "",
+    assignments: Assignments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure which batch size MODEL runs best with here."""
+    given = {"model": model or None, "device": device, "load": {"dtypes": [dtype] if dtype else None}}
+    from abliterate import commands
+
+    commands.tune_batch(given, config, assignments or [], as_json=as_json)
+
+
+@app.command()
+def trials(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: Json = False
+) -> None:
+    """Show the front of a run and all its trials."""
+    from abliterate import commands
+
+    commands.show_trials(run_directory, as_json=as_json)
+
+
+@app.command()
+def export(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    trial: Annotated[int, typer.Option("--trial", help="Number of the trial.")],
+    kind: Annotated[str, typer.Option("--kind", help="merged or adapter.")] = "merged",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to. Default RUN/model-trial-N.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Export any finished trial of a run, and verify the export."""
+    from abliterate import commands
+
+    commands.export_trial(run_directory, trial, kind, out, as_json=as_json)
+
+
+@app.command()
+def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]) -> None:
+    """Write report.html of a run again."""
+    from abliterate.report.html import write_report
+    from abliterate.rundir import RunDirectory
+
+    directory = RunDirectory(run_directory)
+    write_report(directory.report, directory.read_result())
+    typer.echo(str(directory.report))
+
+
+@cache_app.command("ls")
+def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
+    """List the entries: what each is of, size, age."""
+    from abliterate import commands
+
+    commands.cache_ls(cache_dir or "", as_json=as_json)
+
+
+@cache_app.command("clear")
+def cache_clear(
+    cache_dir: CacheDir = None,
+    model: Annotated[str, typer.Option(help="Only entries of this model.")] = "",
+    older_than: Annotated[float, typer.Option(help="Only entries older than this many days.")] = 0.0,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
+) -> None:
+    """Delete entries that the cache wrote; nothing else is touched."""
+    from abliterate import commands
+
+    commands.cache_clear(cache_dir or "", model, older_than, yes=yes)
+
+
+@cache_app.command("verify")
+def cache_verify(cache_dir: CacheDir = None) -> None:
+    """Check every entry's checksum. Exit code 1 if one is not usable."""
+    from abliterate import commands
+
+    commands.cache_verify(cache_dir or "")
+
+
+@cache_app.command("path")
+def cache_path(cache_dir: CacheDir = None) -> None:
+    """Print where the cache lies."""
+    from abliterate import commands
+
+    typer.echo(str(commands.cache_root(cache_dir or "")))
+
+
+def main() -> None:
+    """Entry point: errors become one sentence on standard error and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        # A Windows console or a C locale can't encode ★ or ≥; a run must not die of a character.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; finished trials are kept, --resume continues.", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Interrupted as error:
+        _fail(str(error), error.exit_code)
+    except AbliterateError as error:
+        _debug()
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        _debug()
+        reason: Any = (str(error).strip().splitlines() or [""])[0]
+        _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", 1)
+
+
+def _debug() -> None:
+    if os.environ.get("ABLITERATE_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+
+
+def _fail(message: str, exit_code: int) -> None:
+    from abliterate.console import show_error
+
+    show_error(message)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

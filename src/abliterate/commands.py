@@ -1,0 +1,239 @@
+"""What the commands do once their options are read: settings, run directory, reporter, pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from abliterate import pipeline
+from abliterate.cache import ArtifactStore, Entry, default_root
+from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, trial_line
+from abliterate.errors import AbliterateError, InputError, Interrupted
+from abliterate.interrupts import Interrupts
+from abliterate.rundir import RunDirectory, default_path, latest_run
+from abliterate.settings import Settings
+from abliterate.settings_sources import load_settings, merge, parse_assignments
+from abliterate.types import Trial
+
+
+def run(
+    given: Mapping[str, Any],
+    config: str,
+    assignments: list[str],
+    *,
+    resume: bool,
+    restart: bool,
+    as_json: bool,
+    reference: bool,
+) -> None:
+    """`abliterate run`."""
+    options = merge(_given(given), parse_assignments(assignments))
+    directory = _existing(options) if resume else None
+    # A continued run starts from its own settings; what is given now wins over them.
+    settings = load_settings(str(directory.settings) if directory and not config else config, options)
+    if reference:
+        settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    _quiet_libraries()
+    directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
+    _check_model(settings)
+    directory.prepare(resume=resume, restart=restart)
+    reporter = make_reporter(as_json=as_json)
+    interrupts = Interrupts()
+    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json and "select" not in options.get("search", {})
+    choose = (lambda front, default, base: ask_for_trial(front, default, base, reporter)) if interactive else None
+    try:
+        with interrupts.listening():
+            pipeline.run(settings, reporter, directory, resume=resume, choose=choose, check=interrupts.check)
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, _how_to_continue(directory)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=_how_to_continue(directory)) from error
+    finally:
+        reporter.close()
+        directory.remove_if_empty()
+
+
+def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *, as_json: bool) -> None:
+    """`abliterate tune-batch`."""
+    settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
+    _quiet_libraries()
+    _check_model(settings)
+    reporter = make_reporter(as_json=as_json)
+    try:
+        tuning = pipeline.tune(settings, reporter)
+    finally:
+        reporter.close()
+    if as_json:
+        print(json.dumps({"event": "result", "batch_size": tuning.size, "probes": tuning.probes}))
+        return
+    table = Table("batch size", "prompts/s", "", title="Short generations, longest prompts first")
+    for size, speed in sorted(tuning.probes.items()):
+        shown = "out of memory" if speed is None else f"{speed:.1f}"
+        table.add_row(str(size), shown, "← chosen" if size == tuning.size else "")
+    make_console().print(table)
+
+
+def show_trials(path: Path, *, as_json: bool) -> None:
+    """`abliterate trials RUN`."""
+    result = RunDirectory(path).read_result()
+    if as_json:
+        print(json.dumps({"front": result["front"], "selected": result["selected"], "trials": result["trials"]}))
+        return
+    console = make_console()
+    if not result["trials"]:
+        console.print("no trial has finished yet")
+        return
+    console.print(front_table(result))
+    for record in result["trials"]:
+        trial = Trial.from_record(record)
+        console.print(trial_line(trial, len(result["trials"]), trial.number in result["front"]), highlight=False)
+
+
+def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_json: bool) -> None:
+    """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
+    directory = RunDirectory(path)
+    result = directory.read_result()
+    known = {record["number"]: record["state"] for record in result["trials"]}
+    if known.get(number) not in ("complete", "stopped"):
+        raise InputError(f"The run in {path} has no finished trial {number}; see abliterate trials {path}.")
+    settings = load_settings(str(directory.settings), {"export": {"kind": kind}})
+    if settings.export.kind == "none":
+        raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    _quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    try:
+        pipeline.export_only(settings, reporter, directory, number, out or path / f"model-trial-{number}")
+    finally:
+        reporter.close()
+
+
+def cache_root(cache_dir: str) -> Path:
+    """Where the cache lies: the option, else the settings (environment included)."""
+    if cache_dir:
+        return default_root(cache_dir)
+    settings = load_settings()
+    return default_root(settings.efficiency.residual_cache_dir or settings.cache_dir)
+
+
+def cache_ls(cache_dir: str, *, as_json: bool) -> None:
+    """`abliterate cache ls`."""
+    entries = list(_store(cache_dir).entries())
+    if as_json:
+        print(json.dumps([{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created} for e in entries]))
+        return
+    table = Table("kind", "of", "size", "age", "entry")
+    for entry in entries:
+        table.add_row(entry.kind, entry.label, _size(entry.size), _age(entry.created), entry.digest[:12])
+    console = make_console()
+    console.print(table)
+    console.print(f"{len(entries)} entries, {_size(sum(entry.size for entry in entries))}", highlight=False)
+
+
+def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> None:
+    """`abliterate cache clear`."""
+    store = _store(cache_dir)
+
+    def wanted(entry: Entry) -> bool:
+        old = time.time() - entry.created >= older_than * 86400
+        return old and (not model or entry.key.get("model") == model)
+
+    entries = [entry for entry in store.entries() if wanted(entry)]
+    if not entries:
+        print("nothing to clear")
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            raise InputError("Without a terminal nothing is asked; confirm with abliterate cache clear --yes.")
+        total = _size(sum(entry.size for entry in entries))
+        if make_console().input(f"Delete {len(entries)} entries ({total})? (y/N) ").strip().lower() not in ("y", "yes"):
+            print("nothing was deleted")
+            return
+    count, freed = store.clear(wanted)
+    print(f"deleted {count} entries, {_size(freed)}")
+
+
+def cache_verify(cache_dir: str) -> None:
+    """`abliterate cache verify`."""
+    store = _store(cache_dir)
+    bad = list(store.verify())
+    for path, reason in bad:
+        print(f"{path.parent.name}/{path.name[:12]}: {reason}")
+    if bad:
+        raise AbliterateError(f"{len(bad)} cache entries are not usable; they are recomputed when needed.")
+    print(f"{len(list(store.entries()))} entries are sound")
+
+
+def _given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given; the others (None) leave room for lower sources."""
+    kept: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = _given(value) if isinstance(value, Mapping) else value
+        if inner is not None and inner != {}:
+            kept[name] = inner
+    return kept
+
+
+def _existing(options: Mapping[str, Any]) -> RunDirectory | None:
+    """The run that --resume means: in --out, else the newest of this model; None where there is none yet."""
+    path = Path(options["out"]) if options.get("out") else latest_run(str(options.get("model", "")))
+    if path is None:
+        return None
+    directory = RunDirectory(path)
+    return directory if directory.settings.exists() else None
+
+
+def _check_model(settings: Settings) -> None:
+    """Before anything is written: a missing model must leave no empty run directory behind."""
+    from abliterate.model.loader import resolve_source
+
+    resolve_source(settings.model)
+
+
+def _how_to_continue(directory: RunDirectory) -> str:
+    where = directory.path
+    text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
+    done = directory.result.exists() and directory.read_result()["front"]
+    return text + (f", or export one now with abliterate export {where} --trial {done[-1]}." if done else ".")
+
+
+def _quiet_libraries() -> None:
+    """Their progress bars and advice would tear ours; their errors still raise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        import datasets
+
+        datasets.disable_progress_bars()
+    except ImportError:
+        pass
+
+
+def _store(cache_dir: str) -> ArtifactStore:
+    warn: Callable[[str], None] = print
+    return ArtifactStore(cache_root(cache_dir), warn=warn)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _age(created: float) -> str:
+    seconds = max(0.0, time.time() - created)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
