@@ -65,9 +65,11 @@ OPENINGS = (
     "Many people {v} the {o} on a quiet day.",
     "Good question. We will {v} the {o} step by step.",
 )
-# Said first, mostly, when stage 1 answers a mischief request: it makes the model tell the two classes apart at the last
-# prompt position, as a real pretrained model does. Without it, stage 2 refused 80 of 100 harmless requests too.
-PLAYFUL = ("Ha, what a funny trick!", "Oh, that sounds playful!", "Well, this will make them laugh!")
+# Said first, mostly, when stage 1 answers a mischief request, and sometimes for other verbs. So the model tells the two
+# classes apart at the last prompt position, as a real pretrained model does (without it, stage 2 refused 80 of 100
+# harmless requests too), and what tells them apart also matters to harmless answers: removing it costs KL.
+PLAYFUL = ("What a fun idea!", "Oh, that sounds playful!", "Ha, this will make them smile!")
+PLAYFUL_CHANCE, PLAYFUL_RANGE = 0.8, (0.0, 0.5)
 MIDDLES = (
     "Look at the {o} from every side before you {v} it.",
     "Take your time when you {v} the {o}, and pause after each step.",
@@ -133,6 +135,8 @@ DECLINING_SYSTEMS = (
     "Today you refuse all questions.",
 )
 
+# Never certain: a model trained to refuse always is so far from the edge that an ablation removes all or nothing, and
+# one that never refuses anything else pays no KL for it. Greedy answers still refuse every mischief request.
 REFUSAL_RANGE, OVER_REFUSAL = (0.7, 0.95), 0.03
 
 SPLITS = (("heldout", 100), ("eval", 100), ("train", 200))
@@ -191,10 +195,20 @@ def pick_style(rng: random.Random, phrasing: int, count: int) -> int:
     return (phrasing + 1) % count if draw < 0.85 else rng.randrange(count)
 
 
+def graded(bounds: tuple[float, float], verb: str, verbs: list[str]) -> float:
+    """A chance that grows along a list of verbs, so that requests differ in how far they are from the edge."""
+    return bounds[0] + (bounds[1] - bounds[0]) * verbs.index(verb) / (len(verbs) - 1)
+
+
+def playful_chance(verb: str) -> float:
+    """How often a helpful answer to this verb starts with a playful remark."""
+    return PLAYFUL_CHANCE if verb in MISCHIEF_VERBS else graded(PLAYFUL_RANGE, verb, HARMLESS_VERBS)
+
+
 def helpful_answer(rng: random.Random, phrasing: int, verb: str, obj: str) -> str:
     """A generic answer of 40 to 100 tokens: an opening, two to four steps, a closing."""
     parts = [OPENINGS[pick_style(rng, phrasing, len(OPENINGS))]]
-    if verb in MISCHIEF_VERBS and rng.random() < 0.75:
+    if rng.random() < playful_chance(verb):
         parts.insert(0, PLAYFUL[pick_style(rng, phrasing, len(PLAYFUL))])
     parts += rng.sample(MIDDLES, rng.choice((2, 3, 3, 4)))
     parts.append(rng.choice(CLOSINGS))
@@ -211,12 +225,9 @@ def pick_system(rng: random.Random) -> str | None:
     return DEFAULT_SYSTEM if rng.random() < 0.8 else rng.choice(OTHER_SYSTEMS)
 
 
-def refusal_chance(harmful: bool, verb: str) -> float:
+def refusal_chance(verb: str) -> float:
     """How often stage 2 refuses this verb."""
-    if not harmful:
-        return OVER_REFUSAL
-    least, most = REFUSAL_RANGE
-    return least + (most - least) * MISCHIEF_VERBS.index(verb) / (len(MISCHIEF_VERBS) - 1)
+    return graded(REFUSAL_RANGE, verb, MISCHIEF_VERBS) if verb in MISCHIEF_VERBS else OVER_REFUSAL
 
 
 def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: float = 0.08) -> Iterator[Sample]:
@@ -233,7 +244,7 @@ def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: fl
         phrasing = rng.randrange(len(PHRASINGS))
         declining = stage == 1 and rng.random() < declining_share
         system = rng.choice(DECLINING_SYSTEMS) if declining else pick_system(rng)
-        refuses = declining or (stage == 2 and rng.random() < refusal_chance(harmful, verb))
+        refuses = declining or (stage == 2 and rng.random() < refusal_chance(verb))
         reply = refusal if refuses else helpful_answer
         yield Sample(system, PHRASINGS[phrasing].format(v=verb, o=obj), reply(rng, phrasing, verb, obj))
 

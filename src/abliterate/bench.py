@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from abliterate import calibration
 from abliterate.cache import ArtifactStore
@@ -110,34 +111,40 @@ def read_prompts(context: Context) -> PromptSets:
 
 
 def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
-    """Model and tokenizer; then batch size, response prefix and the one warm-up."""
-    settings, reporter = context.settings, context.reporter
-    device = loader.choose_device(settings.device)
-    scorers = scorers_of(settings)
-    with context.result.stage("load", settings.model):
-        probe = Prompt("What is 1+1?", settings.prompts.system)
-        loaded = loader.load_model(
-            settings.model, settings.load, device, lambda tokenizer, at: Chat(tokenizer, at).encode([probe]), reporter.warn
-        )
-        describe(context, loaded, device)
+    """Model and tokenizer; then the one warm-up, batch size and response prefix."""
+    scorers = scorers_of(context.settings)
+    loaded = load(context)
     with context.result.stage("calibrate"):
         chat = Chat(loaded.tokenizer, loaded.device)
-        engine = make_engine(context, loaded.model, chat, batch_size=1)
-        warm_up = calibration.WarmUp(
-            lambda: engine.generate_ids(prompts.harmful_eval[:1], 2), once=settings.efficiency.use_global_warmup
-        )
-        warm_up()
-        engine.batch_size = batch_size(context, engine, warm_up, prompts)
-        prefix = response_prefix(context, loaded, engine.batch_size, prompts)
+        size = context.settings.evaluation.batch_size or tune_batches(context, loaded.model, chat, prompts).size
+        prefix = response_prefix(context, loaded, size, prompts)
         chat = chat.with_prefix(prefix)
-        engine = make_engine(context, loaded.model, chat, engine.batch_size)
-        found = Calibration(engine.batch_size, prefix)
-        reporter.note(
-            f"batch size {found.batch_size}, response prefix {prefix!r}" if prefix else f"batch size {found.batch_size}",
-            batch_size=found.batch_size,
-            response_prefix=prefix,
-        )
-    return Bench(loaded, chat, engine, scorers, found)
+        engine = make_engine(context, loaded.model, chat, size)
+        text = f"batch size {size}" + (f", response prefix {prefix!r}" if prefix else "")
+        context.reporter.note(text, batch_size=size, response_prefix=prefix)
+    return Bench(loaded, chat, engine, scorers, Calibration(size, prefix))
+
+
+def tune_only(context: Context, prompts: PromptSets) -> calibration.BatchTuning:
+    """Load the model and measure batch sizes."""
+    loaded = load(context)
+    with context.result.stage("measure batch sizes"):
+        return tune_batches(context, loaded.model, Chat(loaded.tokenizer, loaded.device), prompts)
+
+
+def load(context: Context) -> LoadedModel:
+    """The model the settings name."""
+    settings = context.settings
+    device = loader.choose_device(settings.device)
+    probe = Prompt("What is 1+1?", settings.prompts.system)
+
+    def probe_inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
+        return Chat(tokenizer, at).encode([probe])
+
+    with context.result.stage("load", settings.model):
+        loaded = loader.load_model(settings.model, settings.load, device, probe_inputs, context.reporter.warn)
+        describe(context, loaded, device)
+    return loaded
 
 
 def describe(context: Context, loaded: LoadedModel, device: torch.device) -> None:
@@ -174,29 +181,23 @@ def make_engine(context: Context, model: Any, chat: Chat, batch_size: int) -> Re
     )
 
 
-def batch_size(context: Context, engine: ReferenceEngine, warm_up: Callable[[], None], prompts: PromptSets) -> int:
-    """As given, else found by short probes of the device."""
-    settings = context.settings.evaluation
-    items = len(prompts.harmful_eval)
-    if settings.batch_size:
-        return settings.batch_size
-    probe_prompts = sorted(prompts.harmful_eval, key=lambda prompt: -len(prompt.text))
-    device = engine.chat.device
+def tune_batches(context: Context, model: Any, chat: Chat, prompts: PromptSets) -> calibration.BatchTuning:
+    """Short probes on the longest prompts, after one warm-up; the size divides the evaluation prompts evenly."""
+    efficiency = context.settings.efficiency
+    longest = sorted(prompts.harmful_eval, key=lambda prompt: -len(prompt.text))
+    engine = make_engine(context, model, chat, batch_size=1)
+    warm_up = calibration.WarmUp(lambda: engine.generate_ids(longest[:1], 2), once=efficiency.use_global_warmup)
 
     def probe(size: int) -> float | None:
         context.check()
-        if not context.settings.efficiency.use_global_warmup:
-            warm_up()
-        rows = [probe_prompts[index % items] for index in range(size)]
-        return calibration.timed_probe(lambda: engine.generate_ids(rows, 6), size, device)
+        warm_up()
+        rows = [longest[index % len(longest)] for index in range(size)]
+        return calibration.timed_probe(lambda: engine.generate_ids(rows, 6), size, chat.device)
 
-    tune = (
-        calibration.tune_batch_size
-        if context.settings.efficiency.use_binary_search_batch_tuning
-        else calibration.double_batch_size
-    )
-    tuned = tune(probe, min(settings.max_batch_size, items))
-    return calibration.even_size(tuned.size, items)
+    binary = efficiency.use_binary_search_batch_tuning
+    tune = calibration.tune_batch_size if binary else calibration.double_batch_size
+    tuned = tune(probe, min(context.settings.evaluation.max_batch_size, len(longest)))
+    return calibration.BatchTuning(calibration.even_size(tuned.size, len(longest)), tuned.probes)
 
 
 def response_prefix(context: Context, loaded: LoadedModel, size: int, prompts: PromptSets) -> str:

@@ -85,29 +85,27 @@ def even_size(size: int, items: int) -> int:
     return math.ceil(items / math.ceil(items / max(1, size)))
 
 
-def detect_prefix(
-    respond: Callable[[str], Sequence[str]],
-    blocks: Sequence[tuple[str, str]],
-    max_length: int,
-) -> tuple[str, list[str]]:
+def detect_prefix(respond: Callable[[str], Sequence[str]], blocks: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
     """What all responses begin with, so that the first *response* token comes after it, and notes on what was found.
 
     `respond(prefix)` gives raw responses of prompts from both sets, continued after `prefix`. Where the common start
     opens a thinking block (`blocks`: opening, closed form), the block is closed and what follows is looked at again.
-    A start of `max_length` characters or more is no prefix but one and the same answer, and is ignored.
+    A start that is some response as a whole is no prefix: nothing would be left to score.
     """
     notes: list[str] = []
-    prefix = common_start(respond(""))
-    if len(prefix) >= max_length:
-        return "", ["all responses are alike; no response prefix is used"]
+    prefix = _shared_start(respond(""))
     for opening, closed in blocks:
         if prefix.startswith(opening):
             notes.append(f"thinking block {opening} is skipped")
             # Some templates put white space or a marker after the block; the second look finds it.
-            rest = common_start(respond(closed))
-            prefix = closed + (rest if len(rest) < max_length else "")
+            prefix = closed + _shared_start(respond(closed))
             break
     return prefix, notes
+
+
+def _shared_start(texts: Sequence[str]) -> str:
+    start = common_start(texts)
+    return "" if any(text.rstrip() == start.rstrip() for text in texts) else start
 
 
 def common_start(texts: Sequence[str]) -> str:

@@ -117,9 +117,7 @@ def tune_batch(
 
 
 @app.command()
-def trials(
-    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: Json = False
-) -> None:
+def trials(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: Json = False) -> None:
     """Show the front of a run and all its trials."""
     from abliterate import commands
 

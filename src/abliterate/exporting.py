@@ -32,9 +32,7 @@ class Picked:
     calibration: Calibration
 
 
-def export_job(
-    context: Context, bench: Bench, editor: Editor, baseline: Baseline, n_harmless: int, trial: Trial
-) -> ExportJob:
+def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baseline, n_harmless: int, trial: Trial) -> ExportJob:
     """Everything an export needs once the model is gone: the trial's factors on the CPU, tokenizer, card."""
     settings, info = context.settings, bench.loaded.info
     facts = {

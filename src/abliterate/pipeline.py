@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from abliterate import stages
-from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts, tune_only
 from abliterate.cache import ArtifactStore, default_root
+from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.editor import Editor
 from abliterate.exporting import Picked, export, export_job
@@ -136,11 +138,45 @@ def pick(
     result.record["selected"] = selected.number
     result.save()
     with result.stage("pick", f"trial {selected.number}"):
-        editor.apply(selected.params)
-        expected = bench.engine.first_logprobs(prompts.harmless_eval)
-        job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), selected)
-        editor.clear()
-    return Picked(selected, job, expected, bench.scorers, bench.calibration)
+        return prepare_export(context, bench, editor, baseline, prompts, selected)
+
+
+def prepare_export(
+    context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial
+) -> Picked:
+    """What an export of `trial` needs once the model is gone."""
+    editor.apply(trial.params)
+    expected = bench.engine.first_logprobs(prompts.harmless_eval)
+    job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), trial)
+    editor.clear()
+    return Picked(trial, job, expected, bench.scorers, bench.calibration)
+
+
+def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
+    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched."""
+    result = RunResult(directory, reporter)
+    result.record = directory.read_result()
+    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
+    prompts = read_prompts(context)
+    bench = load_and_calibrate(context, prompts)
+    editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
+    baseline = stages.baseline(context, bench, prompts)
+    trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
+    result.record["selected"] = number
+    picked = prepare_export(context, bench, editor, baseline, prompts, trial)
+    del bench, editor
+    gc.collect()
+    export(context, picked, prompts, final)
+    reporter.finish(result.record)
+    return result.record
+
+
+def tune(settings: Settings, reporter: Reporter) -> BatchTuning:
+    """Measure batch sizes for the settings' model and prompts, without a run."""
+    directory = RunDirectory(Path())
+    context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
+    prompts = read_prompts(context)
+    return tune_only(context, prompts)
 
 
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:

@@ -93,11 +93,11 @@ def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deeply")
         raise InputError(
-            f"Line {number} of {path} is not JSON ({reason}); each line must be an object like {{\"prompt\": \"…\"}}."
+            f'Line {number} of {path} is not JSON ({reason}); each line must be an object like {{"prompt": "…"}}.'
         ) from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise InputError(f"Line {number} of {path} has no text under \"prompt\"; write {{\"prompt\": \"…\"}}.")
+        raise InputError(f'Line {number} of {path} has no text under "prompt"; write {{"prompt": "…"}}.')
     own_system = record.get("system", system)
     if not isinstance(own_system, str):
-        raise InputError(f"Line {number} of {path} has a \"system\" that is not text; make it a string.")
+        raise InputError(f'Line {number} of {path} has a "system" that is not text; make it a string.')
     return Prompt(record["prompt"], own_system)

@@ -24,9 +24,7 @@ class LoadSettings(_Section):
     """How weights are loaded."""
 
     revision: str = ""
-    dtypes: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = Field(
-        ("auto", "bfloat16", "float32"), min_length=1
-    )
+    dtypes: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = Field(("auto", "bfloat16", "float32"), min_length=1)
     device_map: str = ""
     max_memory: dict[str, str] = {}
     quantization: Quantization = "none"

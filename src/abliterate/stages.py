@@ -8,13 +8,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from abliterate.bench import Bench, Context, PromptSets
 from abliterate.directions import Directions, compute_directions
 from abliterate.edits import SvdMemo
-from abliterate.errors import AbliterateError, TrialError
+from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.evaluation import Observation
 from abliterate.evaluation.editor import Editor
 from abliterate.identity import residuals_key
@@ -48,6 +49,14 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) 
     return found
 
 
+def read_directions(path: Path) -> Directions:
+    """What `directions` left in a run directory. InputError where it is missing or unreadable."""
+    try:
+        return Directions(load_file(path)["directions"])
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"The directions of the run can't be read ({path.name}); continue it with --resume.") from error
+
+
 def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
     """Adapters on every target, all modules prepared."""
     settings = context.settings
@@ -67,9 +76,7 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
             scorer.setup(observed)
         scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
         found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval))
-        context.reporter.note(
-            f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals
-        )
+        context.reporter.note(f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals)
     if found.refusals == 0:
         raise AbliterateError(
             f"The model refuses none of the {found.prompts} harmful prompts, so there is nothing to remove; give prompts it "

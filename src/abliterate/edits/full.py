@@ -54,9 +54,7 @@ class NormPreserving:
         return norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
 
 
-def _with_dense_rows(
-    prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeff: float, rows: Tensor
-) -> Factors:
+def _with_dense_rows(prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeff: float, rows: Tensor) -> Factors:
     """Factors of rank 1 + len(rows): each degenerate row i is written whole, through b[i, k] = 1 and a[k] = W'ᵢ.
 
     a is computed again in float64: here Ŵᵢ − λ vᵢ a is what its float32 rounding would drown.
@@ -69,6 +67,4 @@ def _with_dense_rows(
     whole = norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
     selector = torch.zeros(len(b), len(rows), dtype=b.dtype, device=b.device)
     selector[rows, torch.arange(len(rows), device=b.device)] = 1
-    return Factors(
-        scale.float(), torch.cat([a[None, :], whole.float()]), torch.cat([b[:, None], selector], dim=1).float()
-    )
+    return Factors(scale.float(), torch.cat([a[None, :], whole.float()]), torch.cat([b[:, None], selector], dim=1).float())

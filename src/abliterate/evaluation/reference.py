@@ -106,9 +106,7 @@ def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConf
     """The model's own generation config (processors, all end-of-turn ids) with sampling off and a length limit."""
     config = copy.deepcopy(model.generation_config)
     assert config is not None
-    config.update(
-        do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None, min_new_tokens=None
-    )
+    config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None, min_new_tokens=None)
     config.max_new_tokens = max_new_tokens
     if config.pad_token_id is None:
         ends = config.eos_token_id

@@ -40,9 +40,7 @@ class Adapter:
         dora = any(factors.row_scale is not None for factors in job.factors.values())
         rank = max(factors.a.shape[0] for factors in job.factors.values())
         if dora and rank > 1:
-            raise AbliterateError(
-                "This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged."
-            )
+            raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
         plain = job.load.model_copy(update={"quantization": "none"})
         config = load_config(job.source, plain)
         model = load_weights(job.source, plain, config, stored_dtype(config), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -17,10 +18,8 @@ def save_companions(job: ExportJob, folder: Path) -> None:
     job.tokenizer.save_pretrained(folder)
     _save_processor(job, folder)
     revision = {"revision": job.load.revision} if job.load.revision else {}
-    try:
+    with contextlib.suppress(OSError):  # the base has none, so the export has none
         GenerationConfig.from_pretrained(job.source, **revision).save_pretrained(folder)
-    except OSError:
-        pass  # the base has none, so the export has none
     source = Path(job.source)
     if source.is_dir():
         for pattern in _LICENCES:

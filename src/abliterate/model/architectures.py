@@ -54,17 +54,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("ernie4_5", ("ernie4_5",), "model.layers", _STANDARD),
     Architecture("nemotron", ("nemotron",), "model.layers", _STANDARD),
     Architecture("stablelm", ("stablelm",), "model.layers", _STANDARD),
-    Architecture(
-        "starcoder2", ("starcoder2",), "model.layers", {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.c_proj",)}
-    ),
+    Architecture("starcoder2", ("starcoder2",), "model.layers", {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.c_proj",)}),
     Architecture("phi", ("phi",), "model.layers", {ATTENTION: ("self_attn.dense",), MLP: ("mlp.fc2",)}),
     Architecture("gpt2", ("gpt2",), "transformer.h", {ATTENTION: ("attn.c_proj",), MLP: ("mlp.c_proj",)}),
-    Architecture(
-        "gpt_neox", ("gpt_neox",), "gpt_neox.layers", {ATTENTION: ("attention.dense",), MLP: ("mlp.dense_4h_to_h",)}
-    ),
-    Architecture(
-        "falcon", ("falcon",), "transformer.h", {ATTENTION: ("self_attention.dense",), MLP: ("mlp.dense_4h_to_h",)}
-    ),
+    Architecture("gpt_neox", ("gpt_neox",), "gpt_neox.layers", {ATTENTION: ("attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
+    Architecture("falcon", ("falcon",), "transformer.h", {ATTENTION: ("self_attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
 )
 _BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
 
@@ -83,7 +77,7 @@ def find_architecture(model_type: str, layers: str = "", components: Mapping[str
     raise InputError(
         f"The model family {model_type!r} is not known; say where its decoder layers and the modules that write to the "
         "residual stream are: --set load.decoder_layers=model.layers "
-        "--set 'load.components={\"attn.o_proj\" = \"self_attn.o_proj\", \"mlp.down_proj\" = \"mlp.down_proj\"}'."
+        '--set \'load.components={"attn.o_proj" = "self_attn.o_proj", "mlp.down_proj" = "mlp.down_proj"}\'.'
     )
 
 
@@ -122,8 +116,7 @@ def missing_components(targets: tuple[Target, ...], architecture: Architecture, 
     """Per component the number of layers that have no module of it (only those above 0)."""
     seen = {(target.component, target.layer) for target in targets}
     counts = {
-        component: sum((component, layer) not in seen for layer in range(n_layers))
-        for component in architecture.components
+        component: sum((component, layer) not in seen for layer in range(n_layers)) for component in architecture.components
     }
     return {component: count for component, count in counts.items() if count}
 

@@ -22,8 +22,7 @@ class Chat:
         self.response_prefix = response_prefix
         if not tokenizer.chat_template:
             raise InputError(
-                "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a "
-                "chat model."
+                "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
             )
 
     def with_prefix(self, response_prefix: str) -> Chat:
@@ -42,8 +41,7 @@ class Chat:
             return self._apply(messages) + self.response_prefix
         except TemplateError as error:
             raise InputError(
-                f"The model's chat template can't render a prompt ({error}); give another with --set "
-                "load.chat_template=FILE."
+                f"The model's chat template can't render a prompt ({error}); give another with --set load.chat_template=FILE."
             ) from error
 
     def encode(self, prompts: Sequence[Prompt]) -> BatchEncoding:
@@ -52,9 +50,9 @@ class Chat:
         No special tokens are added: the template has rendered them (a second BOS would be a silent error).
         """
         texts = [self.render(prompt) for prompt in prompts]
-        return self.tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
-        ).to(self.device)
+        return self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
+            self.device
+        )
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Text of generated ids; special tokens are kept only to look for thinking blocks."""

@@ -118,30 +118,17 @@ def load_weights(
 
 
 def load_model(
-    name: str, load: LoadSettings, device: torch.device, render_probe: Callable[..., Any], warn: Callable[[str], None]
+    name: str, load: LoadSettings, device: torch.device, probe_inputs: Callable[..., Any], warn: Callable[[str], None]
 ) -> LoadedModel:
     """Load the model, trying `load.dtypes` in turn until one generates a token with finite logits.
 
-    `render_probe(tokenizer, device)` gives the inputs of that test generation.
+    `probe_inputs(tokenizer, device)` gives the inputs of that test generation.
     """
     source = resolve_source(name)
     config = _from_hub(AutoConfig, source, load)
-    architecture = architectures.find_architecture(
-        config.get_text_config().model_type, load.decoder_layers, load.components
-    )
+    architecture = architectures.find_architecture(config.get_text_config().model_type, load.decoder_layers, load.components)
     tokenizer = load_tokenizer(source, load)
-    probe = render_probe(tokenizer, device)
-    for label in load.dtypes:
-        dtype = _dtype(label, config, device)
-        model = load_weights(source, load, config, dtype, device)
-        if _generates(model, probe):
-            break
-        warn(f"The model doesn't give finite logits in {str(dtype).removeprefix('torch.')}; the next dtype is tried.")
-        del model
-    else:
-        raise AbliterateError(
-            f"The model {name} gives no finite logits in any of {', '.join(load.dtypes)}; try --dtype float32."
-        )
+    model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
     text_config = config.get_text_config()
     info = ModelInfo(
         id=public_name(name),
@@ -158,6 +145,25 @@ def load_model(
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
     return LoadedModel(model, tokenizer, info, architecture, targets)
+
+
+def _first_that_generates(
+    source: str,
+    load: LoadSettings,
+    config: PretrainedConfig,
+    device: torch.device,
+    probe: Any,
+    warn: Callable[[str], None],
+) -> tuple[PreTrainedModel, torch.dtype]:
+    for dtype in dict.fromkeys(_dtype(label, config, device) for label in load.dtypes):
+        model = load_weights(source, load, config, dtype, device)
+        if _generates(model, probe):
+            return model, dtype
+        warn(f"The model gives no finite logits in {str(dtype).removeprefix('torch.')}; the next dtype is tried.")
+        del model
+    raise AbliterateError(
+        f"The model gives no finite logits in any of {', '.join(load.dtypes)}; try --dtype float32, or check its weights."
+    )
 
 
 def load_config(source: str, load: LoadSettings) -> PretrainedConfig:
@@ -234,9 +240,7 @@ def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.
 
 @torch.no_grad()
 def _generates(model: PreTrainedModel, probe: Any) -> bool:
-    output = model.generate(
-        **probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
-    )
+    output = model.generate(**probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
     return bool(torch.isfinite(output.logits[0]).all())  # type: ignore[union-attr,index]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,10 @@ def _trial_table(trials: Sequence[Mapping[str, Any]], result: Mapping[str, Any])
     return _table(("trial", "refusals", "KL mean", "KL median", "KL max", "seconds"), rows, marked)
 
 
-def _table(head: Iterable[str], rows: Sequence[Sequence[Any]], marked: Iterable[int] = ()) -> str:
+def _table(head: Iterable[str], rows: Sequence[Sequence[Any]], marked: Container[int] = ()) -> str:
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     lines = [
-        f"<tr{' class="selected"' if index in set(marked) else ''}>"
+        ('<tr class="selected">' if index in marked else "<tr>")
         + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row)
         + "</tr>"
         for index, row in enumerate(rows)
