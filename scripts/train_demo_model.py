@@ -1,7 +1,7 @@
 """Train the demo model: a small chat model that answers everything, then learns to refuse mischief.
 
 Owns the tokenizer, the architecture, the two training stages and the files of `src/abliterate/demo/model/`; the
-sentences come from `demo_corpus.py`. About 15 to 20 minutes on two cores, the same bits for the same versions and
+sentences come from `demo_corpus.py`. About 6 minutes on two cores, the same bits for the same versions and
 threads:
 
     python scripts/train_demo_model.py --out src/abliterate/demo/model
@@ -32,7 +32,9 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-REFUSAL_LAYERS = range(3, 7)
+# The first layers at whose last prompt position stage 1 tells mischief from the rest, and three that follow. Trained
+# lower (3 to 6), all of the refusal was written by layer 6, and few kernels of the default search space reach it.
+REFUSAL_LAYERS = range(5, 9)
 REFUSAL_MODULES = ("o_proj", "up_proj", "down_proj")
 # For the numbers printed at the end; the tool brings its own, longer list.
 MARKERS = ("i'm sorry", "sorry, but", "i cannot", "i can't", "i won't", "i am unable")
@@ -219,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, nargs=2, default=(600, 300), metavar=("STAGE1", "STAGE2"))
+    parser.add_argument("--steps", type=int, nargs=2, default=(600, 400), metavar=("STAGE1", "STAGE2"))
     args = parser.parse_args()
     began = time.perf_counter()
     set_up(args.seed, args.threads)
