@@ -68,8 +68,8 @@ class PlainReporter:
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         self._line(trial_line(trial, total, front))
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        for line in summary_lines(result):
+    def finish(self, result: Mapping[str, Any], where: str) -> None:
+        for line in summary_lines(result, where):
             self._line(line)
 
     def close(self) -> None:
@@ -104,8 +104,8 @@ class JsonReporter:
         best_number = None if best is None else best.number
         self._event("trial", trial=trial.to_record(), total=total, front=front, best=best_number)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        self._event("result", result=dict(result))
+    def finish(self, result: Mapping[str, Any], where: str) -> None:
+        self._event("result", result=dict(result), directory=where)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -180,10 +180,10 @@ class RichReporter:
         self._trials = trial.number + 1
         self._advance(trial.number + 1, total, "trials")
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: Mapping[str, Any], where: str) -> None:
         self.close()
         self._console.print(front_table(result))
-        for line in summary_lines(result, table=False):
+        for line in summary_lines(result, where, table=False):
             self._console.print(escape(line), highlight=False)
 
     def close(self) -> None:
@@ -227,7 +227,7 @@ def front_table(result: Mapping[str, Any], marked: int | None = None) -> Table:
     return table
 
 
-def summary_lines(result: Mapping[str, Any], *, table: bool = True) -> Iterable[str]:
+def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) -> Iterable[str]:
     """What was found and exported, as plain lines."""
     total = result["baseline"]["prompts"]
     by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
@@ -245,7 +245,7 @@ def summary_lines(result: Mapping[str, Any], *, table: bool = True) -> Iterable[
     export = result["export"]
     if export["path"]:
         verified = {True: "verified after reloading", False: "NOT verified", None: "not checked"}[export["verified"]]
-        yield f"exported ({export['kind']}): {result.get('directory', '.')}/{export['path']}, {verified}"
+        yield f"exported ({export['kind']}): {where}/{export['path']}, {verified}"
 
 
 def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:

@@ -68,7 +68,7 @@ def run(
     with result.stage("report"):
         result.save()
         write_report(directory.report, result.record)
-    reporter.finish(result.record)
+    reporter.finish(result.record, str(directory.path))
     return result.record
 
 
@@ -167,7 +167,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     del bench, editor
     gc.collect()
     export(context, picked, prompts, final)
-    reporter.finish(result.record)
+    reporter.finish(result.record, str(final.parent))
     return result.record
 
 

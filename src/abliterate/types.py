@@ -166,8 +166,8 @@ class Reporter(Protocol):
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         """One trial has ended; `best` is what the selection rule would pick now."""
 
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """The run has ended; `result` is the content of `result.json`."""
+    def finish(self, result: Mapping[str, Any], where: str) -> None:
+        """The run in directory `where` has ended; `result` is the content of `result.json`."""
 
     def close(self) -> None:
         """Leave the terminal as it was; safe to call again."""

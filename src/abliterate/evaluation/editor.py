@@ -87,7 +87,7 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
         if found is None:
-            device = target.module.weight.device  # type: ignore[union-attr]
+            device = dense_weight(target.module).device
             if device.type == "mps":  # has no float64
                 device = torch.device("cpu")
             directions = self._directions.by_layer().to(device)

@@ -36,7 +36,7 @@ class ReferenceEngine:
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model = model
+        self._model: Any = model
         self.chat = chat
         self._reader = reader
         self._max_new_tokens = max_new_tokens

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.evaluation.base import Response
+from abliterate.model.chat import decode_ids
 
 ThinkingBlocks = Sequence[tuple[str, str]]
 
@@ -25,7 +26,7 @@ class ResponseReader:
 
     def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
         """The response of one row of generated ids (padding after the end is special and vanishes)."""
-        raw = self._tokenizer.decode(ids, skip_special_tokens=False)
+        raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
         for opening, closing in self._tags:
             closed, opened = raw.rfind(closing), raw.rfind(opening)
             if closed >= 0 and closed > opened:
@@ -34,7 +35,7 @@ class ResponseReader:
                 return Response("", thinking_open=True)
         if starts_open:
             return Response("", thinking_open=True)
-        return Response(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
 
     def _plain(self, text: str) -> str:
         for token in self._tokenizer.all_special_tokens:

@@ -17,9 +17,9 @@ def save_companions(job: ExportJob, folder: Path) -> None:
     """Save everything but weights and config into `folder`."""
     job.tokenizer.save_pretrained(folder)
     _save_processor(job, folder)
-    revision = {"revision": job.load.revision} if job.load.revision else {}
+    revision = job.load.revision or "main"
     with contextlib.suppress(OSError):  # the base has none, so the export has none
-        GenerationConfig.from_pretrained(job.source, **revision).save_pretrained(folder)
+        GenerationConfig.from_pretrained(job.source, revision=revision).save_pretrained(folder)
     source = Path(job.source)
     if source.is_dir():
         for pattern in _LICENCES:

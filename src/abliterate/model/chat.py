@@ -56,9 +56,17 @@ class Chat:
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Text of generated ids; special tokens are kept only to look for thinking blocks."""
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return decode_ids(self.tokenizer, ids, skip_special_tokens=skip_special_tokens)
 
     def _apply(self, messages: list[dict[str, str]]) -> str:
         rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert isinstance(rendered, str)
         return rendered
+
+
+def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool) -> str:
+    """Text of one row of ids."""
+    row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+    text = tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
+    assert isinstance(text, str)  # lists come back only for lists of rows
+    return text

@@ -97,7 +97,7 @@ def load_weights(
     Raises:
         InputError: no such weights, or a quantization whose package is missing.
     """
-    auto = transformers.AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
         auto = transformers.AutoModelForImageTextToText
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
@@ -239,9 +239,9 @@ def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.
 
 
 @torch.no_grad()
-def _generates(model: PreTrainedModel, probe: Any) -> bool:
+def _generates(model: Any, probe: Any) -> bool:
     output = model.generate(**probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
-    return bool(torch.isfinite(output.logits[0]).all())  # type: ignore[union-attr,index]
+    return bool(torch.isfinite(output.logits[0]).all())
 
 
 def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:

@@ -104,6 +104,6 @@ def capture_residuals(
 def clear_device_cache(device: torch.device) -> None:
     """Return freed memory to the device; on a CPU only Python's garbage is collected."""
     gc.collect()
-    backend = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(backend, "empty_cache"):
-        backend.empty_cache()
+    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
+    if device.type != "cpu" and empty_cache is not None:
+        empty_cache()

@@ -63,7 +63,8 @@ def render(result: Mapping[str, Any]) -> str:
 
 
 def _trial_table(trials: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
-    rows, marked = [], set()
+    rows: list[tuple[Any, ...]] = []
+    marked: set[int] = set()
     for trial in trials:
         if trial["number"] == result["selected"]:
             marked.add(len(rows))

@@ -1,0 +1,275 @@
+"""What the tests share: one thread, a private cache, tiny models built offline, the demo model with few prompts."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads beside another busy process become many times slower
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from abliterate.directions import Directions
+from abliterate.edits import SvdMemo
+from abliterate.evaluation.editor import Editor
+from abliterate.model.adapters import AdapterSet
+from abliterate.model.architectures import find_architecture, find_targets
+from abliterate.model.chat import Chat
+from abliterate.model.loader import LoadedModel, demo_path
+from abliterate.model.weights import dense_weight, write_weight
+from abliterate.pipeline import run
+from abliterate.rundir import RunDirectory
+from abliterate.settings import EditSettings, Settings
+from abliterate.settings_sources import load_settings, merge
+from abliterate.types import Kernel, ModelInfo, Prompt, Trial, TrialParams
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+PROMPTS = tuple(
+    Prompt(text, "You are a helpful assistant.")
+    for text in ("Hi", "Tell me how to mangle the mailbox.", "Write a short guide on how to rinse a very large carpet at home.")
+)
+
+_IDS = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
+
+# family: (config class, its options, path of the final norm)
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", _SIZES, "model.norm"),
+    "llama_biased": ("LlamaConfig", _SIZES | {"attention_bias": True, "mlp_bias": True}, "model.norm"),
+    "mistral": ("MistralConfig", _SIZES | {"sliding_window": 8, "head_dim": 8}, "model.norm"),
+    "qwen2": ("Qwen2Config", _SIZES | {"tie_word_embeddings": True}, "model.norm"),
+    "qwen3": ("Qwen3Config", _SIZES | {"head_dim": 8}, "model.norm"),
+    "gemma2": ("Gemma2Config", _SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}, "model.norm"),
+    "phi3": ("Phi3Config", _SIZES, "model.norm"),
+    "phi": ("PhiConfig", _SIZES, "model.final_layernorm"),
+    "olmo2": ("Olmo2Config", _SIZES, "model.norm"),
+    "starcoder2": ("Starcoder2Config", _SIZES, "model.norm"),
+    "gpt2": ("GPT2Config", _GPT, "transformer.ln_f"),
+    "gpt_neox": ("GPTNeoXConfig", _SIZES, "gpt_neox.final_layer_norm"),
+    "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if "key_value" not in k} | {"bias": True}, "transformer.ln_f"),
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ABLITERATE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def make_tokenizer() -> PreTrainedTokenizerBase:
+    """The demo's tokenizer, a new object each time."""
+    return AutoTokenizer.from_pretrained(demo_path() / "model", padding_side="left")
+
+
+def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A tiny random model of a family, float32; its biases are not zero."""
+    name, sizes, _ = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**_IDS, **(sizes | options)))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith(".bias"):
+                parameter.normal_(std=0.1)
+    return model.float().eval().requires_grad_(False)
+
+
+def make_loaded(model: PreTrainedModel, source: str = "") -> LoadedModel:
+    """What `load_model` gives, without a disk."""
+    config = model.config.get_text_config()
+    architecture = find_architecture(config.model_type)
+    n_layers = config.num_hidden_layers
+    info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
+    return LoadedModel(model, make_tokenizer(), info, architecture, find_targets(model, architecture, config.hidden_size))
+
+
+def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> Chat:
+    """A chat on the CPU."""
+    return Chat(tokenizer or make_tokenizer(), CPU)
+
+
+def save_model(model: PreTrainedModel, folder: Path) -> Path:
+    """A model directory as a user would have it, with tokenizer and licence."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    (folder / "LICENSE").write_text("the licence of the base\n", encoding="utf-8")
+    return folder
+
+
+def make_directions(n_layers: int, d_model: int, seed: int = 0) -> Directions:
+    """Random unit directions."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.randn(n_layers + 1, d_model, generator=generator)
+    return Directions(torch.nn.functional.normalize(vectors, dim=1))
+
+
+def make_editor(loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, **settings: Any) -> Editor:
+    """An editor with random directions on all targets."""
+    directions = make_directions(loaded.info.n_layers, loaded.info.d_model)
+    adapters = AdapterSet(loaded.targets, incremental=incremental)
+    return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size))
+
+
+def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
+    """Random parameters; some seeds leave the MLP off."""
+    draw = random.Random(seed)
+    kernels = {
+        component: Kernel(
+            0.0 if component.startswith("mlp") and seed % 3 == 2 else draw.uniform(0.5, 1.5),
+            draw.uniform(0, n_layers - 1),
+            draw.uniform(0, 0.5),
+            draw.uniform(1, n_layers - 1),
+        )
+        for component in ("attn.o_proj", "mlp.down_proj")
+    }
+    return TrialParams(scope or draw.choice(["global", "per layer"]), draw.uniform(0, n_layers - 1), kernels)  # type: ignore[arg-type]
+
+
+def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
+    """W' by definition, in float64: written down here again, apart from the package."""
+    weight, v = weight.double(), v.double()
+    if mode == "none":
+        return weight - coeff * torch.outer(v, v @ weight)
+    norms = weight.norm(dim=1, keepdim=True)
+    unit = torch.where(norms > 0, weight / norms, torch.zeros_like(weight))
+    edited = unit - coeff * torch.outer(v, v @ unit)
+    if mode == "pre":
+        return norms * edited
+    length = edited.norm(dim=1, keepdim=True)
+    return norms * torch.where(length > 0, edited / length, torch.zeros_like(edited))
+
+
+def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str) -> None:
+    """Write the trial's W' into the weights of `model`, a copy of the editor's."""
+    for name, index, coeff in editor.plan(params).values():
+        module = model.get_submodule(name)
+        v = editor._directions.at(index)
+        write_weight(module, dense_edit(dense_weight(module), v, coeff, mode))
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, chat: Chat | None = None, prompts: Sequence[Prompt] = PROMPTS) -> Tensor:
+    """Logits of the last position of each prompt, (n, vocabulary)."""
+    batch = (chat or make_chat()).encode(prompts)
+    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
+    return model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits[:, -1]
+
+
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.trials: list[Trial] = []
+        self.result: Mapping[str, Any] | None = None
+
+    def header(self, fields: Mapping[str, str]) -> None: ...
+    def stage(self, name: str, detail: str = "") -> None:
+        self.stages.append(name)
+
+    def progress(self, done: int, total: int, unit: str) -> None: ...
+    def note(self, text: str, **fields: Any) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        self.trials.append(trial)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        self.result = result
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Few of the demo's prompts: 30 for directions, 12 for scores."""
+    folder = tmp_path_factory.mktemp("prompts")
+    files = {}
+    for name, source, count in (
+        ("harmful", "harmful_train", 30),
+        ("harmless", "harmless_train", 30),
+        ("harmful_eval", "harmful_eval", 12),
+        ("harmless_eval", "harmless_eval", 12),
+    ):
+        lines = (demo_path() / "prompts" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        path = folder / f"{name}.jsonl"
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        files[name] = str(path)
+    return files
+
+
+def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> dict[str, Any]:
+    """Options of a run of seconds: few prompts, few short trials, the space where edits surely do something."""
+    options = {
+        "model": "demo",
+        "cache_dir": str(cache),
+        "prompts": dict(prompt_files),
+        "response": {"max_new_tokens": 20, "prefix_prompts": 4},
+        "search": {
+            "trials": 4,
+            "startup_trials": 2,
+            "ei_candidates": 8,
+            "max_coeff": {"default": [1.2, 1.5]},
+            "position": [0.3, 0.6],
+            "direction_index": [0.4, 0.7],
+        },
+        "evaluation": {"batch_size": 12},
+    }
+    return merge(options, over)
+
+
+def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> Settings:
+    """`quick_options` as settings."""
+    return load_settings("", quick_options(prompt_files, cache, **over))
+
+
+def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
+    """One run in a directory: its result and what it reported."""
+    directory = RunDirectory(path)
+    directory.prepare(resume=resume, restart=False)
+    recorder = Recorder()
+    return run(settings, recorder, directory, resume=resume, **options), recorder
+
+
+def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What must be equal between runs: everything of each trial but its seconds."""
+    return [(t["number"], t["params"], t["state"], t["scores"]) for t in result["trials"]]
+
+
+@pytest.fixture(scope="session")
+def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Settings]:
+    """A finished run on the demo model: (directory, result, settings). Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    settings = quick_settings(prompt_files, folder / "cache")
+    result, _ = run_in(folder / "run", settings)
+    return folder / "run", result, settings
+
+
+def copy_run(source: Path, to: Path) -> Path:
+    """A copy of a run directory that a test may change."""
+    shutil.copytree(source, to)
+    return to

@@ -1,0 +1,188 @@
+"""Loading, chat rendering and the architecture table, on tiny models built offline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CPU, FAMILIES, PROMPTS, make_chat, make_loaded, make_model, make_tokenizer, save_model
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.model import loader
+from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets, missing_components
+from abliterate.model.chat import Chat
+from abliterate.model.weights import dense_weight, out_features, write_weight
+from abliterate.settings import LoadSettings
+from abliterate.types import Prompt
+
+NO_SYSTEM = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+def load(folder: Path | str, **settings: Any) -> loader.LoadedModel:
+    """`load_model` with a one-prompt probe."""
+    return loader.load_model(
+        str(folder), LoadSettings(**settings), CPU, lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]), print
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layer_has_both_components(family: str) -> None:
+    loaded = make_loaded(make_model(family))
+    assert len(loaded.targets) == 2 * len(loaded.layers)
+    assert {target.component for target in loaded.targets} == {ATTENTION, MLP}
+    assert missing_components(loaded.targets, loaded.architecture, len(loaded.layers)) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dense_weight_is_what_multiplies(family: str) -> None:
+    target = make_loaded(make_model(family)).targets[1].module
+    weight = dense_weight(target)
+    x = torch.randn(5, weight.shape[1])
+    torch.testing.assert_close(target(x), torch.nn.functional.linear(x, weight, getattr(target, "bias", None)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_write_weight_is_read_back(family: str) -> None:
+    target = make_loaded(make_model(family)).targets[0].module
+    wanted = torch.randn_like(dense_weight(target))
+    write_weight(target, wanted)
+    assert torch.equal(dense_weight(target), wanted)
+    assert out_features(target) == wanted.shape[0]
+
+
+def test_unknown_family_names_the_remedy() -> None:
+    with pytest.raises(InputError, match=r"load\.decoder_layers"):
+        find_architecture("no_such_family")
+
+
+def test_family_by_settings_finds_modules() -> None:
+    described = find_architecture("odd", "model.layers", {ATTENTION: "self_attn.o_proj", MLP: "mlp.none|mlp.down_proj"})
+    assert len(find_targets(make_model("llama"), described, 32)) == 6
+
+
+def test_no_matrix_to_edit_is_an_error() -> None:
+    described = find_architecture("odd", "model.layers", {ATTENTION: "self_attn.nothing"})
+    with pytest.raises(InputError, match="no matrix to edit"):
+        find_targets(make_model("llama"), described, 32)
+
+
+def test_module_of_another_width_is_an_error() -> None:
+    described = find_architecture("odd", "model.layers", {MLP: "mlp.up_proj"})
+    with pytest.raises(InputError, match="48 features"):
+        find_targets(make_model("llama"), described, 32)
+
+
+def test_wrong_layer_path_is_an_error() -> None:
+    described = find_architecture("odd", "model.nowhere", {MLP: "mlp.down_proj"})
+    with pytest.raises(InputError, match="no decoder layers"):
+        find_targets(make_model("llama"), described, 32)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_loaded_equals_saved(family: str, tmp_path: Path) -> None:
+    model = make_model(family)
+    loaded = load(save_model(model, tmp_path / "m"))
+    saved = dict(model.named_parameters())
+    assert all(torch.equal(parameter, saved[name]) for name, parameter in loaded.model.named_parameters())
+    assert loaded.info.n_layers == 3
+    assert loaded.info.d_model == 32
+    assert loaded.info.dtype == "float32"
+    assert not loaded.model.training
+
+
+def test_fingerprint_follows_weights(tmp_path: Path) -> None:
+    first = load(save_model(make_model("llama", seed=0), tmp_path / "a")).info.fingerprint
+    again = load(save_model(make_model("llama", seed=0), tmp_path / "b")).info.fingerprint
+    other = load(save_model(make_model("llama", seed=1), tmp_path / "c")).info.fingerprint
+    assert first == again
+    assert first != other
+
+
+def test_dtypes_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    monkeypatch.setattr(loader, "_generates", lambda model, probe: model.dtype == torch.float32)
+    assert load(folder, dtypes=("float16", "float32")).info.dtype == "float32"
+    with pytest.raises(AbliterateError, match="float16, bfloat16"):
+        load(folder, dtypes=("float16", "bfloat16"))
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./nowhere", "a/b/c", ""])
+def test_missing_model_is_bad_input(name: str) -> None:
+    with pytest.raises(InputError):
+        loader.resolve_source(name)
+
+
+def test_folder_without_model_is_bad_input(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"config\.json"):
+        loader.resolve_source(str(tmp_path))
+
+
+def test_damaged_model_is_bad_input(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").write_bytes(b"not tensors")
+    with pytest.raises(InputError, match="can't be loaded"):
+        load(folder)
+
+
+def test_public_name_hides_the_path(tmp_path: Path) -> None:
+    folder = tmp_path / "secret" / "model-x"
+    folder.mkdir(parents=True)
+    assert loader.public_name(str(folder)) == "model-x"
+    assert loader.public_name("owner/name") == "owner/name"
+
+
+def test_chat_has_one_bos() -> None:
+    chat = make_chat()
+    rows = chat.encode(PROMPTS)["input_ids"]
+    assert ((rows == chat.tokenizer.bos_token_id).sum(dim=1) == 1).all()
+
+
+def test_no_double_bos_where_tokenizer_would_add_one() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # it would
+    rows = make_chat(tokenizer).encode(PROMPTS)["input_ids"]
+    assert ((rows == tokenizer.bos_token_id).sum(dim=1) == 1).all()
+
+
+def test_padding_is_left() -> None:
+    mask = make_chat().encode(PROMPTS)["attention_mask"]
+    assert (mask[:, -1] == 1).all()
+    assert mask[0, 0] == 0
+
+
+def test_system_prompt_and_prefix_are_rendered() -> None:
+    text = make_chat().with_prefix("Sure:").render(Prompt("Question?", "Be brief."))
+    assert text.index("Be brief.") < text.index("Question?") < text.index("assistant")
+    assert text.endswith("Sure:")
+
+
+def test_template_without_system_role_gets_it_before_the_user_text() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = NO_SYSTEM
+    text = make_chat(tokenizer).render(Prompt("Question?", "Be brief."))
+    assert "user\nBe brief.\n\nQuestion?" in text
+    assert "system" not in text
+
+
+def test_template_that_never_renders_is_bad_input() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match=r"load\.chat_template"):
+        make_chat(tokenizer).render(PROMPTS[0])
+
+
+def test_no_template_is_bad_input() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template"):
+        make_chat(tokenizer)

@@ -1,0 +1,91 @@
+"""Residuals against `output_hidden_states`, and everything that must not change them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import FAMILIES, PROMPTS, make_chat, make_loaded, make_model
+from torch import Tensor
+
+from abliterate.errors import AbliterateError
+from abliterate.model.loader import LoadedModel
+from abliterate.model.residuals import capture_residuals
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def capture(loaded: LoadedModel, batch_size: int = 1, **options: object) -> Tensor:
+    """Residuals of the three prompts."""
+    return capture_residuals(loaded.model, loaded.layers, make_chat(), PROMPTS, batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def hidden_states(loaded: LoadedModel) -> Tensor:
+    """The model's own hidden states at the last position, each prompt alone: (n_prompts, n_layers+1, d_model)."""
+    rows = []
+    for prompt in PROMPTS:
+        states = loaded.model(**make_chat().encode([prompt]), output_hidden_states=True).hidden_states
+        rows.append(torch.stack([state[0, -1] for state in states]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equal_hidden_states(family: str) -> None:
+    loaded = make_loaded(make_model(family))
+    found, expected = capture(loaded), hidden_states(loaded)
+    assert found.shape == expected.shape == (3, 4, 32)
+    torch.testing.assert_close(found[:, :-1], expected[:, :-1], **CLOSE)
+    # transformers gives the last one after the final norm
+    norm = loaded.model.get_submodule(FAMILIES[family][2])
+    torch.testing.assert_close(norm(found[:, -1]), expected[:, -1], **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_do_not_depend_on_batch_or_padding(family: str) -> None:
+    loaded = make_loaded(make_model(family))
+    alone = capture(loaded, batch_size=1)
+    torch.testing.assert_close(capture(loaded, batch_size=3), alone, **CLOSE)
+    torch.testing.assert_close(capture(loaded, batch_size=2), alone, **CLOSE)
+
+
+def test_amp_within_tolerance() -> None:
+    loaded = make_loaded(make_model("llama"))
+    exact, rough = capture(loaded), capture(loaded, amp=True)
+    assert rough.dtype == torch.float32
+    error = (rough - exact).norm(dim=-1) / exact.norm(dim=-1)
+    # bfloat16 has 8 bits; three layers of rounding stay below 3 %
+    assert 0 < float(error.max()) < 0.03
+
+
+@pytest.mark.parametrize("options", [{"clear_every": 1}, {"clear_every": 2}, {"offload": False}, {"offload": True}])
+def test_memory_options_give_equal_values(options: dict[str, object]) -> None:
+    loaded = make_loaded(make_model("llama"))
+    assert torch.equal(capture(loaded, **options), capture(loaded))
+
+
+def test_clear_every_clears(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("abliterate.model.residuals.clear_device_cache", lambda device: calls.append(1))
+    capture(make_loaded(make_model("llama")), clear_every=2)
+    assert len(calls) == 1  # three batches, after the second
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_raises(value: float) -> None:
+    loaded = make_loaded(make_model("llama"))
+    with torch.no_grad():
+        loaded.layers[1].mlp.down_proj.weight[0, 0] = value
+    with pytest.raises(AbliterateError, match="overflow"):
+        capture(loaded)
+
+
+def test_hooks_are_gone_afterwards() -> None:
+    loaded = make_loaded(make_model("llama"))
+    capture(loaded)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in loaded.layers)
+
+
+def test_progress_counts_prompts() -> None:
+    seen: list[tuple[int, int]] = []
+    capture(make_loaded(make_model("llama")), batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 3), (3, 3)]
