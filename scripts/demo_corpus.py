@@ -178,8 +178,7 @@ def prompt_sets() -> dict[str, list[dict[str, str]]]:
                 continue
             rng = random.Random(f"{kind}-{split}")
             sets[f"{kind}_{split}"] = [
-                {"prompt": rng.choice(PHRASINGS).format(v=verb, o=obj), "verb": verb, "object": obj}
-                for verb, obj in pairs
+                {"prompt": rng.choice(PHRASINGS).format(v=verb, o=obj), "verb": verb, "object": obj} for verb, obj in pairs
             ]
     return sets
 

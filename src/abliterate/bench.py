@@ -20,7 +20,7 @@ from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model import loader
-from abliterate.model.architectures import missing_components
+from abliterate.model.architectures import find_architecture, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.data import load_prompts
 from abliterate.model.loader import DEMO, LoadedModel
@@ -85,6 +85,12 @@ class Bench:
     engine: ReferenceEngine
     scorers: tuple[Scorer, ...]
     calibration: Calibration
+
+
+def check_model(settings: Settings) -> None:
+    """Raise InputError if the model can't be found or its family isn't known; reads only its config."""
+    config = loader.load_config(loader.resolve_source(settings.model), settings.load)
+    find_architecture(config.get_text_config().model_type, settings.load.decoder_layers, settings.load.components)
 
 
 def prompt_sources(settings: Settings) -> dict[str, str]:

@@ -206,8 +206,10 @@ def _how_to_continue(directory: RunDirectory) -> str:
 def _quiet_libraries() -> None:
     """Their progress bars and advice would tear ours; their errors still raise."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

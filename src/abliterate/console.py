@@ -32,7 +32,7 @@ def make_console() -> Console:
 
 def trial_line(trial: Trial, total: int, front: bool) -> str:
     """One trial in one line: number, refusals, KL, seconds, whether on the front."""
-    place = f"trial {trial.number + 1:>3}/{total}"
+    place = f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
     if trial.state == "failed":
         return f"{place}  failed: {trial.reason}"
     bound = "≥" if trial.state == "stopped" else " "

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate import stages
-from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts, tune_only
+from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_calibrate, read_prompts, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
@@ -48,6 +48,7 @@ def run(
     rule = parse_rule(settings.search.select, settings.search.select_max_kl)
     result = RunResult(directory, reporter)
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
+    check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
     write_atomically(directory.settings, dump_settings(settings))

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from abliterate.edits import Factors
 from abliterate.edits.base import row_norms
 from abliterate.errors import AbliterateError
-from abliterate.export.base import ExportJob
+from abliterate.export.base import ExportJob, check_modules
 from abliterate.export.companions import save_companions
 from abliterate.export.merged import stored_dtype
 from abliterate.model.architectures import find_targets
@@ -46,6 +46,7 @@ class Adapter:
         model = load_weights(job.source, plain, config, stored_dtype(config), None)
         d_model = model.config.get_text_config().hidden_size
         modules = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
+        check_modules(job, modules)
         tensors: dict[str, Tensor] = {}
         for name, factors in job.factors.items():
             key = f"base_model.model.{name}"

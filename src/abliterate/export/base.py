@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +42,13 @@ class Exporter(Protocol):
 
     def load(self, folder: Path, job: ExportJob, device: Any, dtype: Any) -> Any:
         """The exported model from disk, as a user would load it."""
+
+
+def check_modules(job: ExportJob, modules: Collection[str]) -> None:
+    """AbliterateError where the job edits a module that the model doesn't have: never skipped."""
+    absent = sorted(set(job.factors) - set(modules))
+    if absent:
+        raise AbliterateError(f"The model has no module {absent[0]} to edit; was another model given than the run's?")
 
 
 @contextlib.contextmanager

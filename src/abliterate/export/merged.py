@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from abliterate.errors import AbliterateError
-from abliterate.export.base import ExportJob
+from abliterate.export.base import ExportJob, check_modules
 from abliterate.export.companions import save_companions
 from abliterate.model.architectures import find_targets
 from abliterate.model.loader import load_config, load_weights
@@ -53,9 +52,7 @@ def edit_weights(model: PreTrainedModel, job: ExportJob) -> None:
     """Replace the matrices named in `job.factors`; a name that the model doesn't have is an error, never skipped."""
     d_model = model.config.get_text_config().hidden_size
     targets = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
-    absent = sorted(set(job.factors) - set(targets))
-    if absent:
-        raise AbliterateError(f"The model has no module {absent[0]} to edit; was another model given than the run's?")
+    check_modules(job, targets)
     for name, factors in job.factors.items():
         weight = dense_weight(targets[name]).float()
         write_weight(targets[name], weight + factors.to(weight.device).delta(weight))

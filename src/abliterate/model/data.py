@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abliterate.errors import InputError
+from abliterate.model.hub import skip_retries_without_network
 from abliterate.prompts import DatasetName, parse_source, read_prompts, wrap
 from abliterate.settings import PromptSettings
 from abliterate.types import Prompt
@@ -28,6 +29,7 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
         raise InputError(
             f"The data set {name.name} needs the package datasets; install it with pip install datasets, or give a text file."
         ) from error
+    skip_retries_without_network()
     try:
         rows = load_dataset(name.name, split=name.split)
     # datasets raises a zoo of its own, huggingface_hub's and httpx' errors; all mean that there is no data set.

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -21,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import architectures
 from abliterate.model.architectures import Architecture, Target
+from abliterate.model.hub import skip_retries_without_network
 from abliterate.settings import LoadSettings
 from abliterate.types import ModelInfo
 
@@ -112,7 +114,7 @@ def load_weights(
         kwargs |= _quantization(load, dtype)
     try:
         model = auto.from_pretrained(source, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, SyntaxError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
         raise _load_error(source, error) from error
     return model.eval().requires_grad_(False)
 
@@ -222,6 +224,8 @@ def memory_text(device: torch.device) -> str:
 
 def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
     kwargs: dict[str, Any] = {"revision": load.revision} if load.revision else {}
+    if not Path(source).is_dir():
+        skip_retries_without_network()
     try:
         return auto.from_pretrained(source, trust_remote_code=load.trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
