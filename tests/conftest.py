@@ -198,7 +198,7 @@ class Recorder:
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         self.trials.append(trial)
 
-    def finish(self, result: Mapping[str, Any]) -> None:
+    def finish(self, result: Mapping[str, Any], *rest: Any) -> None:
         self.result = result
 
     def close(self) -> None: ...

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from abliterate.errors import INTERRUPTED, AbliterateError, InputError, Interrupted
+from abliterate.errors import FAILED, INTERRUPTED, AbliterateError, InputError, Interrupted
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
 app = typer.Typer(
@@ -205,10 +205,13 @@ def main() -> None:
     except AbliterateError as error:
         _debug()
         _fail(str(error), error.exit_code)
+    except OSError as error:
+        _debug()
+        _fail(f"{error.strerror or error}; finished trials are kept: mend that, then continue with --resume.", FAILED)
     except Exception as error:
         _debug()
         reason: Any = (str(error).strip().splitlines() or [""])[0]
-        _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", 1)
+        _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED)
 
 
 def _debug() -> None:

@@ -23,7 +23,7 @@ from abliterate.identity import study_identity
 from abliterate.report.html import write_report
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory, write_atomically
-from abliterate.search import open_study
+from abliterate.search import Study, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
 from abliterate.types import Baseline, Reporter, Trial
@@ -51,6 +51,7 @@ def run(
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
+    study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
     write_atomically(directory.settings, dump_settings(settings))
 
     harmful, harmless = stages.residuals(context, bench, prompts)
@@ -59,7 +60,7 @@ def run(
     editor = stages.make_editor(context, bench, directions)
     baseline = stages.baseline(context, bench, prompts)
 
-    search(context, bench, editor, baseline, prompts, directory, rule)
+    search(context, bench, editor, study, baseline, prompts, rule)
     picked = pick(context, bench, editor, baseline, prompts, rule, choose)
     # One model at a time: the export reads the weights anew.
     del bench, editor
@@ -73,21 +74,27 @@ def run(
     return result.record
 
 
-def search(
-    context: Context,
-    bench: Bench,
-    editor: Editor,
-    baseline: Baseline,
-    prompts: PromptSets,
-    directory: RunDirectory,
-    rule: SelectionRule,
-) -> None:
-    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left."""
-    settings, result = context.settings, context.result
+def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: RunDirectory) -> Study:
+    """The run's study, new or continued; refused where the options given would change what its trials mean."""
+    settings = context.settings
     space = stages.search_space(settings, bench)
     study = open_study(settings.search.storage, directory.journal, space, settings.seed)
     study.claim(study_identity(settings, bench, prompts))
     study.fail_interrupted()
+    return study
+
+
+def search(
+    context: Context,
+    bench: Bench,
+    editor: Editor,
+    study: Study,
+    baseline: Baseline,
+    prompts: PromptSets,
+    rule: SelectionRule,
+) -> None:
+    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left."""
+    settings, result = context.settings, context.result
     with result.stage("search", f"{settings.search.trials} trials"):
         trials = list(study.trials())
         if trials:

@@ -99,7 +99,8 @@ class ReferenceEngine:
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
         config = greedy_config(self._model, max_new_tokens)
-        return self._model.generate(**self.chat.encode(prompts), generation_config=config, **options)
+        config.update(**options)  # options beside a config are deprecated in transformers 5
+        return self._model.generate(**self.chat.encode(prompts), generation_config=config)
 
 
 def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:

@@ -1,0 +1,240 @@
+"""Exports reload as what the trial was, and nothing half-written ever carries the final name."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits_of, make_editor, make_loaded, make_model, make_params, save_model
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from abliterate.edits import Factors
+from abliterate.errors import AbliterateError
+from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
+from abliterate.model.loader import LoadedModel
+from abliterate.settings import ExportSettings, LoadSettings
+
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def zero_row(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a zero row in one edited matrix."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5].zero_()
+    return model
+
+
+def make_job(loaded: LoadedModel, factors: Mapping[str, Factors]) -> ExportJob:
+    """A job as the pipeline makes it."""
+    return ExportJob(
+        loaded.info.source, LoadSettings(), ExportSettings(), loaded.architecture, loaded.tokenizer, factors, "tiny", "the card"
+    )
+
+
+def trial_of(model: PreTrainedModel, folder: Path, seed: int = 0, **settings: Any) -> tuple[ExportJob, Tensor, LoadedModel]:
+    """A saved model, a trial on it: its job and its logits."""
+    loaded = make_loaded(model, str(save_model(model, folder / "base")))
+    editor = make_editor(loaded, **settings)
+    params = make_params(seed)
+    editor.apply(params)
+    return make_job(loaded, editor.factors(params)), logits_of(loaded.model), loaded
+
+
+def write(kind: str, job: ExportJob, folder: Path) -> Mapping[str, Any]:
+    """Export into a folder."""
+    folder.mkdir()
+    return EXPORTERS[kind].write(job, folder)
+
+
+def peft_logits(job: ExportJob, folder: Path) -> Tensor:
+    """What a user gets with plain PEFT."""
+    base = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
+    return logits_of(PeftModel.from_pretrained(base, str(folder)).eval())
+
+
+@pytest.mark.parametrize("mode", ["full", "pre", "none"])
+@pytest.mark.parametrize("family", ["llama_biased", "qwen2", "gpt2"])
+def test_merged_equals_trial(family: str, mode: str, tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model(family), tmp_path, mode=mode)
+    write("merged", job, tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(reloaded), expected, **FLOAT32)
+
+
+def test_merged_of_bf16_stored_model_within_tolerance(tmp_path: Path) -> None:
+    stored = make_model("llama").bfloat16()
+    folder = save_model(stored, tmp_path / "base")
+    loaded = make_loaded(stored.float(), str(folder))
+    editor = make_editor(loaded)
+    editor.apply(make_params(0))
+    facts = write("merged", make_job(loaded, editor.factors(make_params(0))), tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.dtype == torch.bfloat16
+    assert facts["dtype"] == "bfloat16"
+    found, expected = logits_of(reloaded.float()), logits_of(loaded.model)
+    assert (found - expected).norm() / expected.norm() < 0.02
+
+
+def test_merged_leaves_other_weights_alone(tmp_path: Path) -> None:
+    model = make_model("llama")
+    job, _, _ = trial_of(model, tmp_path)
+    write("merged", job, tmp_path / "out")
+    base = dict(AutoModelForCausalLM.from_pretrained(job.source).named_parameters())
+    changed = {
+        name.removesuffix(".weight")
+        for name, parameter in AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters()
+        if not torch.equal(parameter, base[name])
+    }
+    assert changed == set(job.factors)
+
+
+def test_merged_in_shards(tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model("llama"), tmp_path)
+    write("merged", replace(job, export=ExportSettings(max_shard_size="40KB")), tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_companions_are_carried_over(kind: str, tmp_path: Path) -> None:
+    model = make_model("llama")
+    model.generation_config = GenerationConfig(eos_token_id=[3, 2], pad_token_id=0, repetition_penalty=1.25)
+    job, _, loaded = trial_of(model, tmp_path)
+    write(kind, job, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.chat_template == loaded.tokenizer.chat_template
+    assert tokenizer("Hello there")["input_ids"] == loaded.tokenizer("Hello there")["input_ids"]
+    generation = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.eos_token_id, generation.repetition_penalty) == ([3, 2], 1.25)
+    assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "the licence of the base\n"
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "the card"
+
+
+@pytest.mark.parametrize("mode", ["full", "pre", "none"])
+@pytest.mark.parametrize("family", ["llama_biased", "gpt2"])
+def test_adapter_reloads_with_plain_peft(family: str, mode: str, tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model(family), tmp_path, mode=mode)
+    facts = write("adapter", job, tmp_path / "out")
+    assert (facts["method"], facts["rank"]) == ("dora" if mode == "full" else "lora", 1)
+    torch.testing.assert_close(peft_logits(job, tmp_path / "out"), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("mode", ["full", "pre", "none"])
+def test_zero_row_survives(kind: str, mode: str, tmp_path: Path) -> None:
+    job, expected, _ = trial_of(zero_row(make_model("llama")), tmp_path, mode=mode)
+    assert "model.layers.1.mlp.down_proj" in job.factors
+    write(kind, job, tmp_path / "out")
+    if kind == "adapter":
+        found = peft_logits(job, tmp_path / "out")
+    else:
+        found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found, expected, **FLOAT32)
+
+
+def test_svd_adapter_is_plain_lora_of_that_rank(tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model("llama"), tmp_path, representation="svd", rank=3)
+    facts = write("adapter", job, tmp_path / "out")
+    assert (facts["method"], facts["rank"]) == ("lora", 3)
+    torch.testing.assert_close(peft_logits(job, tmp_path / "out"), expected, **FLOAT32)
+
+
+def test_svd_merged_equals_svd_trial(tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model("llama"), tmp_path, representation="svd", rank=3)
+    write("merged", job, tmp_path / "out")
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_unknown_module_is_an_error(kind: str, mode: str, tmp_path: Path) -> None:
+    job, _, _ = trial_of(make_model("llama"), tmp_path, mode=mode)
+    some = next(iter(job.factors.values()))
+    with pytest.raises(AbliterateError, match=r"no module model\.layers\.9\.mlp\.down_proj"):
+        write(kind, replace(job, factors={**job.factors, "model.layers.9.mlp.down_proj": some}), tmp_path / "out")
+
+
+def test_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
+    job, _, _ = trial_of(make_model("llama"), tmp_path)
+    with pytest.raises(AbliterateError, match="edits no module"):
+        write("adapter", replace(job, factors={}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+def test_exporter_loads_its_own(kind: str, tmp_path: Path) -> None:
+    job, expected, _ = trial_of(make_model("llama"), tmp_path)
+    write(kind, job, tmp_path / "out")
+    reloaded = EXPORTERS[kind].load(tmp_path / "out", job, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(logits_of(reloaded), expected, **FLOAT32)
+
+
+FULL_DISK = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+]
+
+
+def write_half(final: Path, error: Exception) -> None:
+    """An export that fails in the middle."""
+    with finished_folder(final) as folder:
+        (folder / "part").write_text("half", encoding="utf-8")
+        raise error
+
+
+@pytest.mark.parametrize("error", FULL_DISK, ids=["os", "safetensors"])
+@pytest.mark.parametrize("old", [False, True])
+def test_full_disk_leaves_nothing_half_written(error: Exception, old: bool, tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    if old:
+        final.mkdir()
+        (final / "kept").write_text("old", encoding="utf-8")
+    with pytest.raises(AbliterateError, match="No space left") as caught:
+        write_half(final, error)
+    assert "nothing half-written" in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == (["model"] if old else [])
+    assert not old or (final / "kept").read_text(encoding="utf-8") == "old"
+
+
+def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="else"), finished_folder(tmp_path / "model"):
+        raise RuntimeError("something else")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_finished_folder_replaces_the_old_one(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    for text in ("first", "second"):
+        with finished_folder(final) as folder:
+            (folder / "f").write_text(text, encoding="utf-8")
+    assert (final / "f").read_text(encoding="utf-8") == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_card_says_what_was_measured() -> None:
+    facts = {
+        "base": "owner/name",
+        "revision": "abc",
+        "n_harmful": 100,
+        "n_harmless": 90,
+        "before": 97,
+        "after": 12,
+        "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
+        "mode": "full",
+        "representation": "exact",
+        "method": "projected",
+        "number": 7,
+        "seed": 3,
+        "params": make_params(0).to_record(),
+    }
+    card = model_card(facts)
+    for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):
+        assert part in card
