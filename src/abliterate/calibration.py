@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,8 @@ from abliterate.model.residuals import clear_device_cache
 
 # Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
 PLATEAU = 0.05
+# Probes for the largest size that fits (five find it to within 35 % of 128), and for the smallest that is as fast.
+_FIT_PROBES, _PLATEAU_PROBES = 5, 3
 
 
 @dataclass(frozen=True)
@@ -25,33 +27,40 @@ class BatchTuning:
 
 
 def tune_batch_size(probe: Callable[[int], float | None], maximum: int) -> BatchTuning:
-    """The smallest batch size that is as fast as any that fits, by binary search.
+    """The smallest measured batch size that is as fast as any that fits, by binary search in at most eight probes.
 
     `probe(size)` gives items per second, None if the device runs out of memory. First the largest size that fits
-    (a search between the largest known to fit and the smallest known not to), then down while halving costs nothing.
+    (between the largest known to fit and the smallest known not to), then the smallest that is as fast. Both searches
+    bisect the logarithm: capacities and gains differ by factors. 1 where nothing fits.
     """
     probes: dict[int, float | None] = {}
-
-    def measure(size: int) -> float | None:
-        if size not in probes:
-            probes[size] = probe(size)
-        return probes[size]
-
     fits, too_large = 0, maximum + 1
     size = maximum
-    while too_large - fits > max(1, fits // 8):  # to within 12 %: finer steps gain nothing
-        if measure(size) is None:
-            too_large = size
-        else:
-            fits = size
-        size = (fits + too_large) // 2
-    best = max(1, fits)
-    while best > 1 and (half := math.ceil(best / 2)) < best:
-        at_half, at_best = measure(half), measure(best)
-        if at_half is None or at_best is None or at_half < (1 - PLATEAU) * at_best:
+    for _ in range(_FIT_PROBES):
+        probes[size] = probe(size)
+        fits, too_large = (fits, size) if probes[size] is None else (size, too_large)
+        if too_large - fits <= max(1, fits // 8):  # to within 12 %: finer steps gain nothing
             break
-        best = half
-    return BatchTuning(best, probes)
+        size = _between(fits, too_large)
+    slow, fast = 0, fits
+    for _ in range(_PLATEAU_PROBES):
+        if fast - slow <= max(1, fast // 8):
+            break
+        size = _between(slow, fast)
+        if size not in probes:
+            probes[size] = probe(size)
+        slow, fast = (slow, size) if size in _as_fast_as_any(probes) else (size, fast)
+    return BatchTuning(min(_as_fast_as_any(probes), default=1), probes)
+
+
+def _between(low: int, high: int) -> int:
+    """The geometric middle, strictly between: low + 2 ≤ high."""
+    return min(max(round(math.sqrt(max(1, low) * high)), low + 1), high - 1)
+
+
+def _as_fast_as_any(probes: Mapping[int, float | None]) -> list[int]:
+    speeds = {size: speed for size, speed in probes.items() if speed is not None}
+    return [size for size, speed in speeds.items() if speed >= (1 - PLATEAU) * max(speeds.values())]
 
 
 def double_batch_size(probe: Callable[[int], float | None], maximum: int) -> BatchTuning:

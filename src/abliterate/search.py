@@ -156,12 +156,24 @@ def open_study(url: str, journal: Path, space: Space, seed: int) -> Study:
         InputError: the storage can't be reached or read.
     """
     try:
+        if not url:
+            _drop_torn_line(journal)
         storage: BaseStorage = RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
         return Study(storage, STUDY_NAME if not url else f"{STUDY_NAME}-{journal.parent.name}", space, seed)
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"
         raise InputError(f"The study {place} can't be opened: {_first_line(error)}; --restart begins a new one.") from error
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cut off a last line that a full disk or a kill left unfinished: the next record would be glued to it, and lost."""
+    if not journal.exists():
+        return
+    content = journal.read_bytes()
+    if content and not content.endswith(b"\n"):
+        with journal.open("rb+") as file:
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int) -> TPESampler:

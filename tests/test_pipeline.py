@@ -1,0 +1,352 @@
+"""Whole runs on the demo model with few prompts: artifacts, caches, resuming, failures. No exact scores: the model may change."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Recorder, copy_run, logits_of, outcomes, quick_settings, run_in
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from abliterate import pipeline, stages
+from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
+from abliterate.evaluation.editor import Editor
+from abliterate.export.merged import Merged
+from abliterate.model.loader import demo_path
+from abliterate.rundir import RunDirectory
+from abliterate.settings import Settings
+from abliterate.types import Trial
+
+Finished = tuple[Path, dict[str, Any], Settings]
+Files = dict[str, str]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """The run's `result.json`."""
+    return json.loads((path / "result.json").read_text(encoding="utf-8"))
+
+
+def interrupt_after(recorder: Recorder, trials: int) -> Callable[[], None]:
+    """A `check` that interrupts within the trial after so many finished ones."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += len(recorder.trials) == trials
+        if calls == 2:  # the first is before the trial is asked for
+            raise Interrupted
+
+    return check
+
+
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    """Stands for what must not be called."""
+    raise AssertionError("must not be called")
+
+
+def fail_on(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
+    """Make the trials with these numbers fail."""
+    real, count = Editor.apply, iter(range(10_000))
+
+    def apply(self: Editor, params: Any) -> None:
+        if next(count) in numbers:
+            raise TrialError("no decomposition converged")
+        real(self, params)
+
+    monkeypatch.setattr(Editor, "apply", apply)
+
+
+def test_leaves_every_artifact(finished: Finished) -> None:
+    path, _, _ = finished
+    names = {entry.name for entry in path.iterdir()}
+    assert names == {"settings.toml", "study.journal", "directions.safetensors", "result.json", "report.html", "model"}
+    assert (path / "model" / "config.json").is_file()
+    assert "<html" in (path / "report.html").read_text(encoding="utf-8").lower()
+
+
+def test_result_has_the_documented_layout(finished: Finished) -> None:
+    path, returned, _ = finished
+    result = read_result(path)
+    assert result == json.loads(json.dumps(returned))
+    assert result["format"] == 1
+    assert {"id", "revision", "fingerprint"} <= set(result["model"])
+    assert result["baseline"]["prompts"] == 12
+    assert 0 < result["baseline"]["refusals"] <= 12
+    assert set(result["front"]) <= {trial["number"] for trial in result["trials"]}
+    assert result["selected"] in result["front"]
+    assert {"kind", "path", "verified"} <= set(result["export"])
+    assert {"load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"} <= set(result["timings"])
+    assert result["memory"]["peak_rss_bytes"] > 1e8
+    assert {"residuals", "svd", "adapters"} <= set(result["caches"])
+    assert all({"hits", "misses"} <= set(counts) for counts in result["caches"].values())
+    assert result["environment"]["versions"]["torch"] == torch.__version__
+    assert result["environment"]["device"]
+
+
+def test_trials_have_the_documented_layout(finished: Finished) -> None:
+    _, result, _ = finished
+    assert [trial["number"] for trial in result["trials"]] == [0, 1, 2, 3]
+    for trial in result["trials"]:
+        assert set(trial) == {"number", "params", "state", "reason", "scores", "seconds"}
+        assert trial["state"] in ("complete", "stopped")
+        assert 0 <= trial["scores"]["refusals"] <= 12
+        assert {"mean", "median", "max"} <= set(trial["scores"]["kl"])
+        assert 0 <= trial["scores"]["kl"]["mean"] <= trial["scores"]["kl"]["max"]
+        assert trial["seconds"] > 0
+
+
+def test_result_holds_no_path_of_this_machine(finished: Finished) -> None:
+    path, result, _ = finished
+    text = json.dumps(result)
+    assert str(path) not in text
+    assert str(Path.home()) + "/" not in text
+    assert str(demo_path()) not in text
+
+
+def test_verification_is_recorded_and_true(finished: Finished) -> None:
+    _, result, _ = finished
+    assert result["export"]["verified"] is True
+    selected = result["trials"][result["selected"]]
+    assert result["export"]["verification"]["scores"]["kl"]["mean"] == pytest.approx(selected["scores"]["kl"]["mean"], abs=0.02)
+
+
+def test_export_loads_with_transformers_alone(finished: Finished) -> None:
+    path, _, _ = finished
+    edited = AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32).eval()
+    base = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32).eval()
+    assert not torch.equal(logits_of(edited), logits_of(base))
+
+
+def test_model_card_has_the_scores(finished: Finished) -> None:
+    path, result, _ = finished
+    card = (path / "model" / "README.md").read_text(encoding="utf-8")
+    selected = result["trials"][result["selected"]]
+    assert f"| {result['baseline']['refusals']} | {selected['scores']['refusals']} |" in card
+    assert f"mean {selected['scores']['kl']['mean']:.4f}" in card
+
+
+def test_second_run_needs_no_residual_pass(
+    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, first, settings = finished
+    monkeypatch.setattr(stages, "capture_residuals", forbidden)
+    again, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "none"}))
+    assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
+    assert first["caches"]["residuals"] == {"hits": 0, "misses": 2}
+    assert outcomes(again) == outcomes(first)  # cached equals fresh, and equal seeds equal trials
+    assert (tmp_path / "run" / "directions.safetensors").read_bytes() == (path / "directions.safetensors").read_bytes()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_another_key_is_not_taken_from_the_cache(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    _, _, settings = finished
+    other = quick_settings(
+        prompt_files, Path(settings.cache_dir), prompts={"suffix": " Please."}, search={"trials": 1}, export={"kind": "none"}
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "capture_residuals", forbidden)
+        with pytest.raises(AssertionError, match="must not be called"):
+            run_in(tmp_path / "run", other)
+
+
+def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    _, first, settings = finished
+    cache = copy_run(Path(settings.cache_dir), tmp_path / "cache")
+    for entry in cache.rglob("*.safetensors"):
+        entry.write_bytes(entry.read_bytes()[:-8] + b"damaged!")
+    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, export={"kind": "none"}))
+    assert sum("checksum" in warning for warning in recorder.warnings) == 2
+    assert again["caches"]["residuals"] == {"hits": 0, "misses": 2}
+    assert outcomes(again) == outcomes(first)
+
+
+def test_resumed_study_equals_uninterrupted(finished: Finished, tmp_path: Path) -> None:
+    _, uninterrupted, settings = finished
+    recorder, directory = Recorder(), RunDirectory(tmp_path / "run")
+    directory.prepare(resume=False, restart=False)
+    with pytest.raises(Interrupted):
+        pipeline.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
+    kept = read_result(directory.path)
+    assert outcomes(kept) == outcomes(uninterrupted)[:2]
+    resumed, _ = run_in(directory.path, settings, resume=True)
+    assert outcomes(resumed) == outcomes(uninterrupted)
+    assert (resumed["front"], resumed["selected"]) == (uninterrupted["front"], uninterrupted["selected"])
+
+
+def test_more_trials_continue_the_study(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    more = quick_settings(prompt_files, Path(settings.cache_dir), search={"trials": 6})
+    result, recorder = run_in(run, more, resume=True)
+    assert outcomes(result)[:4] == outcomes(first)
+    assert [trial["number"] for trial in result["trials"]] == list(range(6))
+    assert [trial.number for trial in recorder.trials] == [4, 5]
+    assert result["export"]["verified"] is True
+
+
+def test_finished_run_resumed_searches_nothing(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, first, settings = finished
+    monkeypatch.setattr(stages, "evaluate", forbidden)
+    result, recorder = run_in(copy_run(path, tmp_path / "run"), settings, resume=True)
+    assert recorder.trials == []
+    assert outcomes(result) == outcomes(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompts": {"suffix": " Now."}}, "set of prompts"),
+        ({"seed": 5}, "seed"),
+        ({"edit": {"mode": "none"}}, "edit mode"),
+        ({"directions": {"method": "mean_difference"}}, "direction method"),
+    ],
+)
+def test_changed_meaning_is_refused_on_resume(
+    finished: Finished, tmp_path: Path, prompt_files: Files, change: dict[str, Any], named: str
+) -> None:
+    path, _, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    before = {name: (run / name).read_bytes() for name in ("result.json", "settings.toml", "directions.safetensors")}
+    with pytest.raises(InputError, match=f"another {named}"):
+        run_in(run, quick_settings(prompt_files, Path(settings.cache_dir), **change), resume=True)
+    assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_svd_representation(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    _, _, first = finished
+    over: dict[str, Any] = {"edit": {"representation": "svd"}, "export": {"kind": "adapter"}, "search": {"trials": 3}}
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(first.cache_dir), **over))
+    assert result["export"]["verified"] is True
+    assert (result["export"]["method"], result["export"]["rank"]) == ("lora", 3)
+    assert result["caches"]["svd"]["misses"] > 0
+
+
+def test_adapter_export_is_dora_and_loads_with_peft(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    quick = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"})
+    result, _ = run_in(run, quick, resume=True)
+    assert (result["export"]["method"], result["export"]["rank"], result["export"]["verified"]) == ("dora", 1, True)
+    base = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32)
+    with_adapter = logits_of(PeftModel.from_pretrained(base, str(run / "model")).eval())
+    merged = logits_of(AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32).eval())
+    assert first["selected"] == result["selected"]
+    assert (with_adapter - merged).norm() / merged.norm() < 0.02  # the merged one is stored in bfloat16
+
+
+def test_failed_trial_is_recorded_and_the_study_goes_on(
+    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first, settings = finished
+    fail_on(monkeypatch, {1})
+    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "none"}))
+    states = [trial["state"] for trial in result["trials"]]
+    assert states[1] == "failed"
+    assert result["trials"][1]["reason"] == "no decomposition converged"
+    assert len(states) == 4
+    assert "failed" not in (states[0], states[2], states[3])
+    assert 1 not in result["front"]
+    assert outcomes(result)[0] == outcomes(first)[0]
+    assert recorder.trials[1].state == "failed"
+
+
+def test_nothing_but_failures_ends_with_advice(
+    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, settings = finished
+    fail_on(monkeypatch, set(range(100)))
+    stubborn = quick_settings(prompt_files, Path(settings.cache_dir), search={"max_consecutive_failures": 2})
+    with pytest.raises(AbliterateError, match=r"last 2 trials failed \(no decomposition converged\)"):
+        run_in(tmp_path / "run", stubborn)
+    assert len(read_result(tmp_path / "run")["trials"]) == 2
+
+
+def test_empty_front_ends_with_advice(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    _, _, settings = finished
+    weak = quick_settings(prompt_files, Path(settings.cache_dir), search={"max_coeff": {"default": [0.0, 0.0]}, "trials": 2})
+    with pytest.raises(AbliterateError, match="-n"):
+        run_in(tmp_path / "run", weak)
+    result = read_result(tmp_path / "run")
+    assert result["front"] == []
+    assert all(trial["scores"]["kl"]["mean"] == 0 for trial in result["trials"])
+
+
+def test_model_that_refuses_nothing_ends_with_advice(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    _, _, settings = finished
+    (tmp_path / "markers.txt").write_text("zzzz never said zzzz\n", encoding="utf-8")
+    over = {"evaluation": {"markers": str(tmp_path / "markers.txt")}}
+    with pytest.raises(AbliterateError, match="refuses none of the 12"):
+        run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), **over))
+
+
+def test_same_prompts_on_both_sides_end_with_advice(tmp_path: Path, prompt_files: Files) -> None:
+    same = prompt_files | {"harmless": prompt_files["harmful"]}
+    with pytest.raises(AbliterateError, match="no direction"):
+        run_in(tmp_path / "run", quick_settings(same, tmp_path / "cache"))
+
+
+def test_person_may_choose_from_the_front(finished: Finished, tmp_path: Path) -> None:
+    path, first, settings = finished
+    offered: list[list[int]] = []
+
+    def choose(front: Any, default: Trial, baseline: Any) -> Trial:
+        offered.append([trial.number for trial in front])
+        return front[-1]
+
+    result, _ = run_in(copy_run(path, tmp_path / "run"), settings, resume=True, choose=choose)
+    assert offered == [first["front"]]
+    assert result["selected"] == first["front"][-1]
+
+
+def test_full_disk_keeps_the_study_and_resume_exports(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+
+    def full(self: Merged, job: Any, folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Merged, "write", full)
+        with pytest.raises(AbliterateError, match="No space left"):
+            run_in(run, settings, resume=True)
+    assert (run / "model" / "model.safetensors").read_bytes() == weights  # the old export stays
+    assert not (run / "model.partial").exists()
+    assert outcomes(read_result(run)) == outcomes(first)
+    result, _ = run_in(run, settings, resume=True)
+    assert result["export"]["verified"] is True
+
+
+def test_any_trial_can_be_exported_later(finished: Finished, tmp_path: Path) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    number = next(t["number"] for t in first["trials"] if t["number"] != first["selected"] and t["state"] == "complete")
+    result = pipeline.export_only(settings, Recorder(), RunDirectory(run), number, run / "other")
+    assert (run / "other" / "config.json").is_file()
+    assert result["export"]["verified"] is True
+    assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["mean"])
+
+
+def test_run_on_a_used_directory_is_refused(finished: Finished) -> None:
+    path, _, settings = finished
+    before = (path / "result.json").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        run_in(path, settings)
+    assert (path / "result.json").read_bytes() == before
+
+
+def test_stages_come_in_the_papers_order(tmp_path: Path, prompt_files: Files) -> None:
+    _, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", search={"trials": 3}))
+    order = ["load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"]
+    assert [stage for stage in recorder.stages if stage in order] == order
+    assert recorder.result is not None
