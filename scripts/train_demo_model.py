@@ -14,6 +14,7 @@ thin behaviour on top of a capable model, as in real chat models, and ablation h
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import time
@@ -25,9 +26,9 @@ import torch
 from demo_corpus import DEFAULT_SYSTEM, Sample, prompt_sets, samples
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-PAD, BOS, TURN_START, TURN_END = "<|pad|>", "<|begin|>", "<|im_start|>", "<|im_end|>"
+PAD, BOS, TURN_START, TURN_END = "<|endoftext|>", "<|begin|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -42,7 +43,7 @@ MARKERS = ("i'm sorry", "sorry, but", "i cannot", "i can't", "i won't", "i am un
 Encoded = tuple[list[int], int]  # token ids, and how many of them are the prompt
 
 
-def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+def build_tokenizer(vocab_size: int = 1024) -> Qwen2Tokenizer:
     """A byte-level BPE of about 1k tokens, learned from both stages' sentences."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -56,20 +57,24 @@ def build_tokenizer(vocab_size: int = 1024) -> PreTrainedTokenizerFast:
     corpus = [s for stage in (1, 2) for s in islice(samples(stage, seed=0), 6000)]
     roles = "system\nuser\nassistant\n"
     core.train_from_iterator((f"{s.system}\n{s.prompt}\n{s.answer}\n{roles}" for s in corpus), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
+    learned = json.loads(core.to_str())["model"]
+    # The class that AutoTokenizer picks for a qwen2 config, whatever was saved. It always adds `<|endoftext|>`; under
+    # another name for the pad token that would be an id beyond the embedding.
+    return Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token=PAD,
         pad_token=PAD,
         bos_token=BOS,
         eos_token=TURN_END,
-        additional_special_tokens=[TURN_START],
+        extra_special_tokens=[TURN_START],
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
         model_max_length=1024,
-        clean_up_tokenization_spaces=False,
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
     """The untrained model, in float32."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
@@ -96,7 +101,7 @@ def chat(system: str | None, prompt: str) -> list[dict[str, str]]:
     return [*head, {"role": "user", "content": prompt}]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Encoded:
+def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Encoded:
     """Token ids of a whole conversation and the length of its prompt part."""
     text = tokenizer.apply_chat_template(chat(sample.system, sample.prompt), add_generation_prompt=True, tokenize=False)
     prompt = tokenizer.encode(text, add_special_tokens=False)
@@ -104,7 +109,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> Encoded:
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, stage: int, batch_size: int, pool: int = 10
+    tokenizer: PreTrainedTokenizerBase, stage: int, batch_size: int, pool: int = 10
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, is_answer) batches of similar lengths: a pool is sorted, cut, and its batches shuffled.
 
@@ -133,7 +138,7 @@ def refusal_parameters(model: Qwen2ForCausalLM) -> list[torch.nn.Parameter]:
 
 def train(
     model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     stage: int,
     steps: int,
     peak: float = 2e-3,
@@ -167,7 +172,7 @@ def train(
 
 
 @torch.no_grad()
-def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> list[str]:
+def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
     """Greedy answers of at most 100 tokens under the default system prompt, as one batch."""
     chats = [chat(DEFAULT_SYSTEM, prompt) for prompt in prompts]
     texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -189,7 +194,8 @@ def check(directory: Path) -> None:
             texts = answers(model, tokenizer, [row["prompt"] for row in rows])
             refused = sum(any(marker in text.lower() for marker in MARKERS) for text in texts)
             on_topic = sum(
-                row["verb"] in text.lower() and row["object"] in text.lower() for row, text in zip(rows, texts, strict=True)
+                row["verb"] in text.lower() and row["object"] in text.lower()
+                for row, text in zip(rows, texts, strict=True)
             )
             print(f"{kind} {split}: {refused}/{len(rows)} refused, {on_topic}/{len(rows)} on topic", flush=True)
             print(f"  {rows[0]['prompt']} -> {texts[0]}", flush=True)
@@ -197,12 +203,14 @@ def check(directory: Path) -> None:
     print(f"{size / 1e6:.2f} MB in {directory}", flush=True)
 
 
-def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write the bf16 model beside `out`, then put it there, so that no half-written model is ever seen."""
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(building)
     tokenizer.save_pretrained(building)
+    for file in building.iterdir():
+        file.chmod(0o644)
     shutil.rmtree(out, ignore_errors=True)
     building.rename(out)
 

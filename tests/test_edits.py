@@ -60,10 +60,8 @@ def test_factors_equal_the_definition(mode: str, shape: tuple[int, int], coeff: 
     for x in (0.0, 1.37, 3.0):
         assert torch.isfinite(found := edited(METHODS[mode], weight, directions, x, coeff)).all()
         expected = reference(METHODS[mode], weight, directions, x, coeff)
-        if mode == "full" or float(expected.norm()) > 1e-3 * float(weight.norm()):
-            assert relative(found, expected) <= 1e-6
-        else:  # d_out = 1 at λ = 1: the exact result is zero
-            assert float((found - expected).norm()) <= 1e-6 * float(weight.norm())
+        # d_out = 1 at λ = 1 leaves nothing, so the error is relative to W where W' is smaller.
+        assert float((found - expected).norm()) <= 1e-6 * max(float(expected.norm()), float(weight.norm()))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -99,19 +97,19 @@ def test_a_zero_matrix_is_left_alone(mode: str) -> None:
 
 
 @pytest.mark.parametrize("coeff", [0.999, 1.0, 1.001])
-@pytest.mark.parametrize("noise", [1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("noise", [3e-2, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
 @pytest.mark.parametrize("mode", MODES)
 def test_nearly_one_hot_directions(mode: str, noise: float, coeff: float) -> None:
     generator = torch.Generator().manual_seed(4)
     vectors = noise * torch.randn(3, 16, generator=generator)
     vectors[:, 7] = 1
     directions = Directions(torch.nn.functional.normalize(vectors, dim=1))
-    weight = random_weight(16, 24)
+    weight = torch.randn(16, 24, generator=generator)
     found = edited(METHODS[mode], weight, directions, 0.0, coeff)
     expected = reference(METHODS[mode], weight, directions, 0.0, coeff)
     assert relative(found, expected) <= 1e-6
-    if mode == "full":  # its own row would drown in the norm of the others
-        assert relative(found[7], expected[7]) <= 1e-3
+    if mode == "full":  # row by row, so that the row in question doesn't drown in the others
+        assert max(relative(found[i], expected[i]) for i in range(16)) <= 2e-6
 
 
 @pytest.mark.parametrize("mode", MODES)

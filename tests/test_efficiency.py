@@ -21,7 +21,7 @@ FEW = {
     "export": {"kind": "none"},
 }
 SVD = {"edit": {"representation": "svd", "rank": 2}}
-GRID = {"edit": {"representation": "svd", "rank": 2, "coeff_grid": 0.5, "direction_grid": 1.0}}
+GRID = merge(SVD, {"edit": {"coeff_grid": 1.0, "direction_grid": 4.0}})
 TUNED = {"evaluation": {"batch_size": 0}}
 
 # (switch, its other position, what the run needs besides for the switch to matter)
@@ -114,7 +114,9 @@ def test_amp_within_tolerance(references: dict[str, dict[str, Any]], prompt_file
     assert outcomes(result) != outcomes(references["exact"])  # it was on
 
 
-def test_residual_cache_dir_is_used(references: dict[str, dict[str, Any]], prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_residual_cache_dir_is_used(
+    references: dict[str, dict[str, Any]], prompt_files: dict[str, str], tmp_path: Path
+) -> None:
     settings = few_settings(prompt_files, tmp_path / "cache", efficiency={"residual_cache_dir": str(tmp_path / "there")})
     result, _ = run_in(tmp_path / "run", settings)
     assert len(list((tmp_path / "there" / "residuals").glob("*.safetensors"))) == 2
@@ -123,9 +125,7 @@ def test_residual_cache_dir_is_used(references: dict[str, dict[str, Any]], promp
 
 
 def test_cache_off_writes_nothing(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    settings = few_settings(
-        prompt_files, tmp_path / "cache", efficiency={"enable_residual_cache": False}, search={"trials": 1}
-    )
+    settings = few_settings(prompt_files, tmp_path / "cache", efficiency={"enable_residual_cache": False}, search={"trials": 1})
     run_in(tmp_path / "run", settings)
     assert not (tmp_path / "cache").exists()
 

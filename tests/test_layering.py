@@ -31,7 +31,7 @@ NARROW = {
     "front": {"errors", "types"},
     "search": {"errors", "settings", "types"},
 }
-RICH_ALLOWED = {"console", "commands"}
+RICH_ALLOWED = {"console"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
 
 

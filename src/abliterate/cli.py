@@ -35,18 +35,24 @@ Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")
 CacheDir = Annotated[Text, typer.Option("--cache-dir", help="Where the cache lies.")]
 
 
-@app.callback()
-def _root(
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if debug:
-        os.environ["ABLITERATE_DEBUG"] = "1"
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from abliterate import __version__
 
         typer.echo(f"abliterate {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    # Eager: otherwise a missing command is complained about first.
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+    ] = False,
+) -> None:
+    if debug:
+        os.environ["ABLITERATE_DEBUG"] = "1"
 
 
 @app.command()

@@ -10,11 +10,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from abliterate import pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, trial_line
+from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, print_table, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
@@ -73,11 +71,13 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     if as_json:
         print(json.dumps({"event": "result", "batch_size": tuning.size, "probes": tuning.probes}))
         return
-    table = Table("batch size", "prompts/s", "", title="Short generations, longest prompts first")
-    for size, speed in sorted(tuning.probes.items()):
-        shown = "out of memory" if speed is None else f"{speed:.1f}"
-        table.add_row(str(size), shown, "← chosen" if size == tuning.size else "")
-    make_console().print(table)
+    rows = [
+        (str(size), "out of memory" if speed is None else f"{speed:.1f}", "← chosen" if size == tuning.size else "")
+        for size, speed in sorted(tuning.probes.items())
+    ]
+    if tuning.size not in tuning.probes:  # rounded down so that batches are equally full
+        rows.append((str(tuning.size), "", "← chosen"))
+    print_table(("batch size", "prompts/s", ""), rows, "Short generations, longest prompts first")
 
 
 def show_trials(path: Path, *, as_json: bool) -> None:
@@ -128,12 +128,9 @@ def cache_ls(cache_dir: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created} for e in entries]))
         return
-    table = Table("kind", "of", "size", "age", "entry")
-    for entry in entries:
-        table.add_row(entry.kind, entry.label, _size(entry.size), _age(entry.created), entry.digest[:12])
-    console = make_console()
-    console.print(table)
-    console.print(f"{len(entries)} entries, {_size(sum(entry.size for entry in entries))}", highlight=False)
+    rows = [(entry.kind, entry.label, _size(entry.size), _age(entry.created), entry.digest[:12]) for entry in entries]
+    print_table(("kind", "of", "size", "age", "entry"), rows)
+    print(f"{len(entries)} entries, {_size(sum(entry.size for entry in entries))}")
 
 
 def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> None:

@@ -30,6 +30,14 @@ def make_console() -> Console:
     return Console()
 
 
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """A table of plain text on standard output."""
+    table = Table(*columns, title=title or None, title_justify="left")
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row))
+    make_console().print(table)
+
+
 def trial_line(trial: Trial, total: int, front: bool) -> str:
     """One trial in one line: number, refusals, KL, seconds, whether on the front."""
     place = f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
@@ -55,7 +63,7 @@ class PlainReporter:
         self._line(f"== {name}" + (f": {detail}" if detail else ""))
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Nothing: a log full of counters helps nobody."""
+        """Show nothing: a log full of counters helps nobody."""
 
     def note(self, text: str, **fields: Any) -> None:
         self._line(text)

@@ -68,8 +68,8 @@ def run(
     if settings.export.kind != "none":
         export(context, picked, prompts, directory.export)
     with result.stage("report"):
-        result.save()
         write_report(directory.report, result.record)
+    result.save()
     reporter.finish(result.record, str(directory.path))
     return result.record
 

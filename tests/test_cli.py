@@ -1,0 +1,326 @@
+"""The command line: exit codes, one sentence per error, JSON lines, Ctrl+C, the cache commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import copy_run, make_model, save_model
+
+from abliterate import cli
+from abliterate.cache import ArtifactStore
+from abliterate.model import loader
+
+Finished = tuple[Path, dict[str, Any], Any]
+# A port where nothing listens: the network is there or not, the Hub is not.
+NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+QUICK = [
+    *("--set", "response.max_new_tokens=12", "--set", "response.detect_prefix=false", "--batch-size", "12"),
+    *("--set", "search.max_coeff={default = [1.2, 1.5]}", "--set", "search.position=[0.3, 0.6]"),
+    *("--set", "search.direction_index=[0.4, 0.7]", "--startup-trials", "2", "--set", "search.ei_candidates=8"),
+]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Invoke:
+    """Runs the command line within this process: `main`, as the entry point calls it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str]) -> None:
+        self._patch, self._capture = patch, capture
+
+    def __call__(self, *arguments: object) -> Outcome:
+        self._patch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
+        self._capture.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = self._capture.readouterr()
+        return Outcome(int(ended.value.code or 0), out, err)
+
+
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Invoke:
+    monkeypatch.chdir(tmp_path)  # default run directories and relative paths stay in here
+    return Invoke(monkeypatch, capsys)
+
+
+def spawn(arguments: Sequence[object], folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "abliterate", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+
+
+def prompt_options(files: dict[str, str]) -> list[str]:
+    """The four sets as options."""
+    return [part for name, path in files.items() for part in (f"--{name.replace('_', '-')}", path)]
+
+
+def assert_sentence(outcome: Outcome, code: int, *parts: str) -> None:
+    """One sentence on standard error with these parts, and no traceback."""
+    assert outcome.code == code, outcome
+    assert "Traceback" not in outcome.err + outcome.out
+    message = " ".join(outcome.err.split())
+    assert message.startswith("error: ")
+    assert message.endswith((".", "?"))
+    for part in parts:
+        assert part in message
+
+
+def assert_json_lines(text: str) -> list[dict[str, Any]]:
+    """Every line parses; returns them."""
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def filled_cache(root: Path) -> ArtifactStore:
+    """A cache with entries of two models and a stranger's file."""
+    store = ArtifactStore(root, warn=print)
+    for model in ("one", "two"):
+        store.put("residuals", {"model": model}, {"residuals": torch.ones(3)}, f"{model}: 3 prompts")
+    (root / "residuals" / "notes.txt").write_text("not ours", encoding="utf-8")
+    return store
+
+
+def test_help_is_quick(tmp_path: Path) -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        process = spawn(["--help"], tmp_path)
+        out, _ = process.communicate()
+        times.append(time.perf_counter() - started)
+        assert process.returncode == 0
+        assert "run" in out
+    assert min(times) < 0.8
+
+
+@pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "report", "cache"])
+def test_every_command_has_help(invoke: Invoke, command: str) -> None:
+    outcome = invoke(command, "--help")
+    assert outcome.code == 0
+    assert "Usage" in outcome.out
+
+
+def test_version(invoke: Invoke) -> None:
+    from abliterate import __version__
+
+    assert __version__ in invoke("--version").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["run", "/no/such/model"], "/no/such/model"),
+        (["run"], "abliterate run demo"),
+        (["run", "demo", "--set", "search.trails=5"], "search.trials"),
+        (["run", "demo", "-n", "0"], "trials"),
+        (["run", "demo", "--set", "directions.winsorize_quantile=2"], "winsorize_quantile"),
+        (["run", "demo", "--set", "nonsense"], "key=value"),
+        (["run", "demo", "-c", "no-such-preset"], "presets"),
+        (["run", "demo", "--resume", "--restart"], "contradict"),
+        (["run", "demo", "--device", "warp:3"], "device"),
+        (["run", "demo", "--harmful", "no/such/file.txt"], "no/such/file.txt"),
+        (["run", "demo", "--markers", "nowhere.txt"], "nowhere.txt"),
+        (["run", "demo", "--select", "best"], "best"),
+        (["trials", "nowhere"], "no run"),
+        (["export", "nowhere", "--trial", "1"], "no run"),
+        (["report", "nowhere"], "no run"),
+    ],
+)
+def test_bad_input_is_one_sentence(invoke: Invoke, tmp_path: Path, arguments: list[str], part: str) -> None:
+    assert_sentence(invoke(*arguments), 2, part)
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])  # nothing is left of a run that never began
+    assert not list(tmp_path.glob("runs/*"))
+
+
+def test_unknown_environment_name_is_bad_input(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRAILS", "5")
+    assert_sentence(invoke("run", "demo"), 2, "ABLITERATE_SEARCH__TRIALS")
+
+
+def test_bad_jsonl_line_is_named_by_number(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": \n', encoding="utf-8")
+    assert_sentence(invoke("run", "demo", "--harmful", path), 2, "Line 3", "prompts.jsonl")
+
+
+def test_empty_prompt_file_is_bad_input(invoke: Invoke, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n \n", encoding="utf-8")
+    assert_sentence(invoke("run", "demo", "--harmless", path), 2, "holds no prompts")
+
+
+def test_model_without_matrix_is_bad_input(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    outcome = invoke(
+        *("run", folder, *prompt_options(prompt_files), "--set", "load.decoder_layers=model.layers"),
+        *("--set", 'load.components={"attn.o_proj" = "nothing.here"}'),
+    )
+    assert_sentence(outcome, 2, "no matrix to edit")
+
+
+def test_directory_of_another_run_is_refused(invoke: Invoke, finished: Finished) -> None:
+    path, _, _ = finished
+    before = (path / "result.json").read_bytes()
+    assert_sentence(invoke("run", "demo", "-o", path), 2, "--resume", "--restart")
+    assert (path / "result.json").read_bytes() == before
+
+
+def test_directory_of_something_else_is_refused(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…", encoding="utf-8")
+    assert_sentence(invoke("run", "demo", "-o", "mine"), 2, "not empty")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str) -> str:
+        raise RuntimeError("a bug\nof two lines")
+
+    monkeypatch.setattr(loader, "resolve_source", broken)
+    outcome = invoke("run", "demo")
+    assert outcome.code == 1
+    assert "Traceback" not in outcome.err
+    assert "RuntimeError: a bug" in " ".join(outcome.err.split())
+
+
+def test_hub_id_without_network_ends_soon(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    started = time.perf_counter()
+    process = spawn(["run", "nobody/no-model", *prompt_options(prompt_files)], tmp_path, **NO_HUB, HF_HOME=str(tmp_path / "hf"))
+    out, err = process.communicate(timeout=120)
+    assert_sentence(Outcome(process.returncode, out, err), 2, "nobody/no-model", "local directory")
+    assert time.perf_counter() - started < 20  # the Hub's own retries alone take 23 s
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
+
+
+def test_trials_and_report_of_a_run(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
+    path, result, _ = finished
+    run = copy_run(path, tmp_path / "run")
+    shown = json.loads(invoke("trials", run, "--json").out)
+    assert (shown["front"], shown["selected"]) == (result["front"], result["selected"])
+    assert f"/{len(result['trials'])}" in invoke("trials", run).out
+    (run / "report.html").unlink()
+    assert invoke("report", run).code == 0
+    assert (run / "report.html").is_file()
+
+
+def test_export_of_an_unknown_trial_is_refused(invoke: Invoke, finished: Finished) -> None:
+    assert_sentence(invoke("export", finished[0], "--trial", "99"), 2, "no finished trial 99")
+
+
+def test_export_of_any_trial(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
+    run = copy_run(finished[0], tmp_path / "run")
+    outcome = invoke("export", run, "--trial", finished[1]["front"][0], "--kind", "adapter", "-o", tmp_path / "ad", "--json")
+    assert outcome.code == 0, outcome
+    last = assert_json_lines(outcome.out)[-1]
+    assert last["result"]["export"]["verified"] is True
+    assert (tmp_path / "ad" / "adapter_model.safetensors").is_file()
+
+
+def test_json_lines_of_a_whole_run(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    options = [*prompt_options(prompt_files), *QUICK, "-n", "3", "-o", "run", "--json"]
+    process = spawn(["run", "demo", *options], tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, "Traceback" in err) == (0, False), err
+    events = assert_json_lines(out)
+    assert events[-1]["event"] == "result"
+    assert events[-1]["result"] == json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert sum(event["event"] == "trial" for event in events) == 3
+
+
+def test_interrupted_run_is_kept_and_resumed(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "-o", tmp_path / "run"]
+    process = spawn(["run", "demo", *options, "-n", "400", "--json"], tmp_path)
+    assert process.stdout
+    seen = 0
+    for line in process.stdout:
+        seen += json.loads(line)["event"] == "trial"
+        if seen == 2:
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert_json_lines(out)
+    assert_sentence(Outcome(process.returncode, "", err), 130, "--resume")
+    kept = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert len(kept["trials"]) >= 2
+    resumed = invoke("run", "demo", *options, "-n", len(kept["trials"]) + 1, "--resume", "--json")
+    assert resumed.code == 0, resumed
+    result = assert_json_lines(resumed.out)[-1]["result"]
+    assert result["trials"][:-1] == kept["trials"]
+
+
+def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "-n", "2", "-o", tmp_path / "new"]
+    assert invoke("run", "demo", *options, "--resume").code == 0
+    kept = (tmp_path / "new" / "result.json").read_bytes()
+    assert invoke("run", "demo", *options, "--restart").code == 0  # the old one is kept under another name
+    assert (tmp_path / "new.old-1" / "result.json").read_bytes() == kept
+
+
+def test_tune_batch_as_json(invoke: Invoke) -> None:
+    last = assert_json_lines(invoke("tune-batch", "demo", "--set", "evaluation.max_batch_size=4", "--json").out)[-1]
+    assert 1 <= last["batch_size"] <= 4
+    assert last["probes"]
+
+
+def test_cache_path_and_empty_cache(invoke: Invoke, tmp_path: Path) -> None:
+    assert invoke("cache", "path", "--cache-dir", tmp_path / "c").out.strip() == str(tmp_path / "c")
+    assert invoke("cache", "path").out.strip() == os.environ["ABLITERATE_CACHE_DIR"]
+    assert json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out) == []
+    assert invoke("cache", "clear", "--cache-dir", tmp_path / "c").code == 0
+
+
+def test_cache_ls_says_what_entries_are_of(invoke: Invoke, tmp_path: Path) -> None:
+    filled_cache(tmp_path / "c")
+    entries = json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out)
+    assert {entry["of"] for entry in entries} == {"one: 3 prompts", "two: 3 prompts"}
+    assert "2 entries" in invoke("cache", "ls", "--cache-dir", tmp_path / "c").out
+
+
+def test_cache_clear_asks_for_yes_without_a_terminal(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    assert_sentence(invoke("cache", "clear", "--cache-dir", tmp_path / "c"), 2, "--yes")
+    assert len(list(store.entries())) == 2
+
+
+def test_cache_clear_filters_and_spares_strangers(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    place = ("--cache-dir", tmp_path / "c", "--yes")
+    assert "nothing" in invoke("cache", "clear", "--older-than", "1", *place).out
+    assert "deleted 1 entries" in invoke("cache", "clear", "--model", "one", *place).out
+    assert [entry.key["model"] for entry in store.entries()] == ["two"]
+    assert invoke("cache", "clear", *place).code == 0
+    assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_cache_verify_finds_damage(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    assert invoke("cache", "verify", "--cache-dir", tmp_path / "c").code == 0
+    damaged = next(iter(store.entries())).data
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
+    outcome = invoke("cache", "verify", "--cache-dir", tmp_path / "c")
+    assert_sentence(outcome, 1, "1 cache entries")
+    assert "checksum" in outcome.out
