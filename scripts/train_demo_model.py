@@ -194,8 +194,7 @@ def check(directory: Path) -> None:
             texts = answers(model, tokenizer, [row["prompt"] for row in rows])
             refused = sum(any(marker in text.lower() for marker in MARKERS) for text in texts)
             on_topic = sum(
-                row["verb"] in text.lower() and row["object"] in text.lower()
-                for row, text in zip(rows, texts, strict=True)
+                row["verb"] in text.lower() and row["object"] in text.lower() for row, text in zip(rows, texts, strict=True)
             )
             print(f"{kind} {split}: {refused}/{len(rows)} refused, {on_topic}/{len(rows)} on topic", flush=True)
             print(f"  {rows[0]['prompt']} -> {texts[0]}", flush=True)

@@ -252,7 +252,7 @@ def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: A
     directory = RunDirectory(path)
     directory.prepare(resume=resume, restart=False)
     recorder = Recorder()
-    return run(settings, recorder, directory, resume=resume, **options), recorder
+    return run(settings, recorder, directory, **options), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:

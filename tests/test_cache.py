@@ -148,9 +148,7 @@ def test_a_spoilt_entry_is_a_warning_and_computed_again(filled: Path, spoil) -> 
     assert same(make_store(filled)[0].get("residuals", KEY), tensors())
 
 
-@pytest.mark.parametrize(
-    "spoil", [s for s in SPOILERS if s is not data_not_safetensors], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("spoil", [s for s in SPOILERS if s is not data_not_safetensors], ids=lambda f: f.__name__)
 def test_verify_names_a_spoilt_entry(filled: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     assert list(make_store(filled)[0].verify()) == []
     spoil(filled)

@@ -9,7 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.calibration import WarmUp, common_start, detect_prefix, double_batch_size, even_size, timed_probe, tune_batch_size
+from abliterate.calibration import (
+    WarmUp,
+    common_start,
+    detect_prefix,
+    double_batch_size,
+    even_size,
+    timed_probe,
+    tune_batch_size,
+)
 from abliterate.settings import ResponseSettings
 
 Speed = Callable[[int], float]
@@ -54,7 +62,7 @@ def test_search_for_any_maximum(maximum: int, capacity: int, name: str) -> None:
     device = FakeDevice(capacity, SPEEDS[name])
     tuned = tune_batch_size(device.probe, maximum)
     assert len(device.asked) <= 8
-    assert 1 <= min(device.asked)
+    assert min(device.asked) >= 1
     assert max(device.asked) <= maximum
     assert capacity == 0 or tuned.size <= capacity or tuned.probes[tuned.size] is None
 

@@ -69,7 +69,7 @@ def test_a_difference_along_the_harmless_mean_leaves_no_projected_direction() ->
 
 
 def test_unknown_method_names_those_there_are() -> None:
-    with pytest.raises(InputError, match="nonsense.*projected"):
+    with pytest.raises(InputError, match=r"nonsense.*projected"):
         compute_directions(residuals([1.0]), residuals([0.0]), "nonsense")
 
 

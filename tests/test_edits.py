@@ -202,7 +202,7 @@ def test_edits_are_rank_one_and_float32() -> None:
 
 def test_unknown_mode_names_those_there_are() -> None:
     assert edit_method("pre") is METHODS["pre"]
-    with pytest.raises(InputError, match="fulll.*full"):
+    with pytest.raises(InputError, match=r"fulll.*full"):
         edit_method("fulll")
 
 

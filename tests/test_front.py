@@ -75,7 +75,9 @@ def test_no_trials_no_front() -> None:
 
 
 POINTS = st.lists(
-    st.tuples(st.sampled_from([0.0, 0.01, 0.1, 0.1 + 1e-12, 0.5, 2.0]), st.integers(0, 8), st.sampled_from(["complete", "stopped"])),
+    st.tuples(
+        st.sampled_from([0.0, 0.01, 0.1, 0.1 + 1e-12, 0.5, 2.0]), st.integers(0, 8), st.sampled_from(["complete", "stopped"])
+    ),
     max_size=12,
 )
 
@@ -112,7 +114,9 @@ def test_hypervolume_equals_counted_area(points: list[tuple[float, int, str]], b
     given_trials = [make(number, *point) for number, point in enumerate(points)]
     complete = [(0.0, base / 8)] + [(t.kl, t.refusals / 8) for t in given_trials if t.state == "complete"]
     edges = sorted({kl for kl, _ in complete if kl < 1} | {1.0})
-    area = sum((high - low) * (1 - min(share for kl, share in complete if kl <= low)) for low, high in itertools.pairwise(edges))
+    area = sum(
+        (high - low) * (1 - min(share for kl, share in complete if kl <= low)) for low, high in itertools.pairwise(edges)
+    )
     assert hypervolume(pareto_front(given_trials, baseline), baseline) == pytest.approx(area)
 
 
@@ -176,7 +180,9 @@ def test_preview_of_an_empty_front() -> None:
     assert parse_rule("auto").preview(()) is None
 
 
-@pytest.mark.parametrize("rule", ["", "best", "trial:", "trial:-1", "trial:x", "kl<0.1", "kl<=", "kl<=-1", "refusals<=0.5", "kl<=nan"])
+@pytest.mark.parametrize(
+    "rule", ["", "best", "trial:", "trial:-1", "trial:x", "kl<0.1", "kl<=", "kl<=-1", "refusals<=0.5", "kl<=nan"]
+)
 def test_what_is_not_a_rule(rule: str) -> None:
     with pytest.raises(InputError, match="not a rule") as caught:
         parse_rule(rule)

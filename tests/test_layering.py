@@ -89,7 +89,9 @@ def test_narrow_modules_import_no_more_than_they_may(path: Path) -> None:
         assert own_imports(TREES[path]) - {own, "__init__"} <= NARROW[own]
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if unit_of(p) in ("directions", "edits")], ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if unit_of(p) in ("directions", "edits")], ids=lambda p: f"{p.parent.name}/{p.name}"
+)
 def test_tensor_math_imports_torch_and_stdlib_only(path: Path) -> None:
     tops = {name.split(".")[0] for name in imported(TREES[path])}
     assert tops - {"abliterate", "torch"} <= sys.stdlib_module_names
@@ -105,7 +107,9 @@ def test_commands_use_rich_for_tables_only() -> None:
     assert used <= {"rich.table"}
 
 
-@pytest.mark.parametrize("name", ["settings", "settings_sources", "prompts", "errors", "types", "interrupts", "front", "rundir"])
+@pytest.mark.parametrize(
+    "name", ["settings", "settings_sources", "prompts", "errors", "types", "interrupts", "front", "rundir"]
+)
 def test_values_know_no_torch(name: str) -> None:
     assert not {"torch", "transformers"} & {dotted.split(".")[0] for dotted in imported(TREES[ROOT / f"{name}.py"])}
 

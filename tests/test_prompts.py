@@ -65,11 +65,13 @@ def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: str, words: str
 
 
 def test_nul_in_text_is_named_by_its_line(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Line 2 .*NUL"):
+    with pytest.raises(InputError, match=r"Line 2 .*NUL"):
         read_prompts(write(tmp_path, "p.txt", b"one\ntw\0o\n"))
 
 
-@pytest.mark.parametrize(("name", "content"), [("p.txt", ""), ("p.txt", " \n\n"), ("p.jsonl", "\n"), ("p.txt", b"\xef\xbb\xbf")])
+@pytest.mark.parametrize(
+    ("name", "content"), [("p.txt", ""), ("p.txt", " \n\n"), ("p.jsonl", "\n"), ("p.txt", b"\xef\xbb\xbf")]
+)
 def test_an_empty_file(tmp_path: Path, name: str, content: str | bytes) -> None:
     with pytest.raises(InputError, match="holds no prompts"):
         read_prompts(write(tmp_path, name, content))
@@ -103,7 +105,8 @@ def test_data_set_names(source: str, expected: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["nowhere.txt", "a/b", "a/b:train", "a/b::col", "a/b:train:", "a/b/c:train:col", "", "a/b:train[:4:col", ":train:col"]
+    "source",
+    ["nowhere.txt", "a/b", "a/b:train", "a/b::col", "a/b:train:", "a/b/c:train:col", "", "a/b:train[:4:col", ":train:col"],
 )
 def test_what_is_no_source(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

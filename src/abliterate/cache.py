@@ -45,6 +45,7 @@ class Entry:
     key: Mapping[str, Any]
     label: str
     size: int
+    checksum: str
     created: float
     data: Path
     sidecar: Path
@@ -163,8 +164,7 @@ def key_digest(key: Mapping[str, Any]) -> str:
 
 def _checked(entry: Entry) -> bytes:
     payload = entry.data.read_bytes()
-    expected = json.loads(entry.sidecar.read_text(encoding="utf-8"))["sha256"]
-    if hashlib.sha256(payload).hexdigest() != expected:
+    if hashlib.sha256(payload).hexdigest() != entry.checksum:
         raise ValueError("its checksum differs from the one written")
     return payload
 
@@ -180,6 +180,7 @@ def _read_entry(sidecar: Path) -> Entry | None:
             key=record["key"],
             label=str(record["label"]),
             size=int(record["size"]),
+            checksum=str(record["sha256"]),
             created=float(record["created"]),
             data=sidecar.with_suffix(".safetensors"),
             sidecar=sidecar,

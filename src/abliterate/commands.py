@@ -48,7 +48,7 @@ def run(
     choose = (lambda front, default, base: ask_for_trial(front, default, base, reporter)) if interactive else None
     try:
         with interrupts.listening():
-            pipeline.run(settings, reporter, directory, resume=resume, choose=choose, check=interrupts.check)
+            pipeline.run(settings, reporter, directory, choose=choose, check=interrupts.check)
     except Interrupted as error:
         raise Interrupted(error.exit_code, _how_to_continue(directory)) from error
     except KeyboardInterrupt as error:

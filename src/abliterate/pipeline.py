@@ -36,7 +36,6 @@ def run(
     reporter: Reporter,
     directory: RunDirectory,
     *,
-    resume: bool = False,
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:

@@ -65,8 +65,9 @@ class RunDirectory:
             raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
         except (OSError, ValueError) as error:
             raise InputError(f"The file {self.result} can't be read: {error}; --resume rebuilds it.") from error
-        if record.get("format") != 1:
-            raise InputError(f"The file {self.result} has format {record.get('format')}, this version reads format 1.")
+        found = record.get("format") if isinstance(record, dict) else None
+        if found != 1:
+            raise InputError(f"The file {self.result} has format {found}, this version reads format 1.")
         return record
 
 

@@ -1,0 +1,139 @@
+"""The run directory: preparing it, names, and atomic writes."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.rundir import RunDirectory, default_path, latest_run, safe_name, write_atomically, write_json
+
+
+def make_run(path: Path) -> RunDirectory:
+    path.mkdir(parents=True)
+    run = RunDirectory(path)
+    write_json(run.result, {"format": 1})
+    return run
+
+
+def test_a_new_directory_is_made(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a" / "b")
+    run.prepare(resume=False, restart=False)
+    assert run.path.is_dir()
+    assert not run.holds_run
+
+
+@pytest.mark.parametrize("name", ["settings.toml", "study.journal", "result.json"])
+def test_another_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("x")
+    run = RunDirectory(tmp_path)
+    with pytest.raises(InputError, match=r"--resume.*--restart.*--out"):
+        run.prepare(resume=False, restart=False)
+    assert (tmp_path / name).read_text() == "x"
+    run.prepare(resume=True, restart=False)
+    assert (tmp_path / name).read_text() == "x"
+
+
+def test_restart_keeps_the_old_runs_under_other_names(tmp_path: Path) -> None:
+    for number in (1, 2):
+        run = make_run(tmp_path / "run")
+        run.prepare(resume=False, restart=True)
+        assert list(run.path.iterdir()) == []
+        assert RunDirectory(tmp_path / f"run.old-{number}").holds_run
+        run.path.rmdir()
+
+
+def test_foreign_directories_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(InputError, match="not empty"):
+        RunDirectory(tmp_path).prepare(resume=True, restart=False)
+    with pytest.raises(InputError, match="is a file"):
+        RunDirectory(tmp_path / "mine.txt").prepare(resume=False, restart=False)
+    with pytest.raises(InputError, match="--out"):
+        RunDirectory(tmp_path / "mine.txt" / "below").prepare(resume=False, restart=False)
+    assert (tmp_path / "mine.txt").read_text() == "x"
+
+
+def test_an_empty_directory_is_removed_and_no_other(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.remove_if_empty()
+    run.prepare(resume=False, restart=False)
+    run.remove_if_empty()
+    assert not run.path.exists()
+    kept = make_run(tmp_path / "kept")
+    kept.remove_if_empty()
+    assert kept.holds_run
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    assert make_run(tmp_path / "run").read_result() == {"format": 1}
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', "{}", "[]", "3", b"\xff"])
+def test_results_that_cant_be_read(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=r"result\.json"):
+        RunDirectory(tmp_path).read_result()
+
+
+def test_no_results(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no run in"):
+        RunDirectory(tmp_path / "none").read_result()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen3-0.6B"),
+        ("/home/me/models/x y/", "x-y"),
+        ("C:\\models\\tiny", "tiny"),
+        ("..", "model"),
+        ("a/../..", "model"),
+        ("", "model"),
+        ("m" * 200, "m" * 80),
+    ],
+)
+def test_safe_names(text: str, name: str) -> None:
+    assert safe_name(text) == name
+
+
+def test_default_and_latest_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert latest_run("org/m") is None
+    assert default_path("org/m").parent == Path("runs")
+    assert default_path("org/m").name.startswith("m-")
+    for number, name in enumerate(("m-1", "m-2", "other-3")):
+        make_run(Path("runs") / name)
+        os.utime(Path("runs") / name, (number, number))
+    (Path("runs") / "m-4").mkdir()  # newest, but no run
+    assert latest_run("org/m") == Path("runs") / "m-2"
+
+
+def test_atomic_writes(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    write_atomically(path, "é")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AbliterateError, match="No space left"):
+        write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "x.json", {"a": float("nan")})
+    assert not (tmp_path / "x.json").exists()

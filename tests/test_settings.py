@@ -1,0 +1,263 @@
+"""Settings: precedence, ranges, the sentences about mistakes, and the files in `configs/`."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from abliterate.errors import InputError
+from abliterate.settings import EfficiencySettings, SearchSettings, Settings
+from abliterate.settings_sources import (
+    config_path,
+    dump_settings,
+    load_settings,
+    merge,
+    option_names,
+    parse_assignments,
+    read_toml,
+)
+
+CONFIGS = sorted(config_path("default.toml").parent.glob("*.toml"))
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("ABLITERATE_"):
+            monkeypatch.delenv(name)
+
+
+def write(folder: Path, content: str) -> str:
+    path = folder / "own.toml"
+    path.write_text(content, encoding="utf-8")
+    return str(path)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names of a nested dictionary; tables that are options themselves stay whole."""
+    names, found = set(option_names()), {}
+    for name, value in values.items():
+        dotted = prefix + name
+        if isinstance(value, dict) and dotted not in names:
+            found |= flat(value, dotted + ".")
+        else:
+            found[dotted] = value
+    return found
+
+
+def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, "seed = 1\n[search]\ntrials = 10\nei_candidates = 11\n")
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "20")
+    monkeypatch.setenv("ABLITERATE_SEED", "2")
+    loaded = load_settings(config, {"search": {"trials": 30}})
+    assert loaded.search.trials == 30  # command line
+    assert loaded.seed == 2  # environment
+    assert loaded.search.ei_candidates == 11  # file
+    assert loaded.search.select == "auto"  # default
+
+
+def test_each_source_beats_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().search.trials == 200
+    config = write(tmp_path, "[search]\ntrials = 10\n")
+    assert load_settings(config).search.trials == 10
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "20")
+    assert load_settings(config).search.trials == 20
+
+
+def test_environment_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_MODEL", "demo")
+    monkeypatch.setenv("ABLITERATE_SEARCH__POSITION", "[0.1, 0.2]")
+    monkeypatch.setenv("ABLITERATE_EFFICIENCY__ENABLE_SVD_CACHE", "false")
+    monkeypatch.setenv("abliterate_evaluation__batch_size", "7")
+    loaded = load_settings()
+    assert (loaded.model, loaded.search.position, loaded.evaluation.batch_size) == ("demo", (0.1, 0.2), 7)
+    assert loaded.efficiency.enable_svd_cache is False
+
+
+def test_settings_are_frozen() -> None:
+    loaded = load_settings()
+    for value, name in ((loaded, "seed"), (loaded.search, "trials"), (loaded.efficiency, "enable_svd_cache")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(value, name, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong", "nearest"),
+    [
+        ({"search": {"trails": 3}}, "search.trails", "search.trials"),
+        ({"sead": 3}, "sead", "seed"),
+        ({"efficiency": {"enable_svd_cash": True}}, "efficiency.enable_svd_cash", "efficiency.enable_svd_cache"),
+        ({"evaluation": {"batchsize": 3}}, "evaluation.batchsize", "evaluation.batch_size"),
+    ],
+)
+def test_an_unknown_setting_names_the_nearest(overrides: dict[str, Any], wrong: str, nearest: str) -> None:
+    with pytest.raises(InputError, match=f"There is no setting {re.escape(wrong)}; did you mean {re.escape(nearest)}"):
+        load_settings("", overrides)
+
+
+def test_an_unknown_setting_in_a_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"search\.trails.*search\.trials"):
+        load_settings(write(tmp_path, "[search]\ntrails = 3\n"))
+
+
+@pytest.mark.parametrize(
+    "name", ["ABLITERATE_SEARCH__TRAILS", "ABLITERATE_SEARCH_TRIALS", "abliterate_sead", "ABLITERATE_SEAD"]
+)
+def test_a_misspelled_environment_variable_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "3")
+    with pytest.raises(InputError, match=f"{name} is not a setting; did you mean ABLITERATE_"):
+        load_settings()
+
+
+def test_an_environment_variable_that_doesnt_parse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_SEARCH__POSITION", "[0.1")
+    with pytest.raises(InputError, match=r"ABLITERATE_ environment variable.*search"):
+        load_settings()
+
+
+def test_other_environment_variables_are_no_concern(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_DEBUG", "1")
+    monkeypatch.setenv("OBLITERATE_SEED", "1")
+    monkeypatch.setenv("ABLITERATE_SEARCH__MAX_COEFF", '{"default": [0.1, 0.2]}')
+    assert load_settings().search.max_coeff["default"] == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("search.trials", 0),
+        ("search.trials", "many"),
+        ("search.trials", 1.5),
+        ("search.distance", 0.0),
+        ("search.position", [0.9, 0.1]),
+        ("search.position", [-0.1, 0.5]),
+        ("search.direction_index", [0.4, 1.1]),
+        ("search.min_fraction", [0.0, 2.0]),
+        ("search.position", [0.1]),
+        ("search.max_coeff", {"attn.o_proj": [0.0, 1.0]}),
+        ("search.max_coeff", {"default": [1.0, 0.5]}),
+        ("search.select_max_kl", 0),
+        ("directions.winsorize_quantile", 0),
+        ("directions.winsorize_quantile", 1.01),
+        ("edit.rank", 0),
+        ("edit.representation", "dense"),
+        ("edit.coeff_grid", -0.1),
+        ("response.max_new_tokens", 0),
+        ("evaluation.batch_size", -1),
+        ("evaluation.max_batch_size", 0),
+        ("load.quantization", "gptq"),
+        ("load.dtypes", []),
+        ("load.dtypes", ["float8"]),
+        ("export.kind", "gguf"),
+        ("efficiency.max_svd_cache_size", 0),
+        ("seed", -1),
+    ],
+)
+def test_out_of_range(name: str, value: Any) -> None:
+    section, _, leaf = name.rpartition(".")
+    overrides = {section: {leaf: value}} if section else {leaf: value}
+    with pytest.raises(InputError, match=name.split(".")[0]) as caught:
+        load_settings("", overrides)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_use(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not valid TOML"):
+        load_settings(write(tmp_path, "seed = = 1"))
+    with pytest.raises(InputError, match=r"nowhere\.toml"):
+        load_settings(str(tmp_path / "nowhere.toml"))
+    with pytest.raises(InputError, match=r"presets: .*default"):
+        load_settings("no-such-preset")
+
+
+def test_dump_and_load_round_trip(tmp_path: Path) -> None:
+    changed = load_settings(
+        "",
+        {
+            "model": 'a"b\\c',
+            "search": {"max_coeff": {"default": [0.1, 0.2], "attn.o_proj": [0.0, 3.0]}, "position": [0.25, 0.75]},
+            "load": {"max_memory": {"0": "20GiB"}, "dtypes": ["float32"]},
+            "response": {"thinking_blocks": [["[a]", "[a][/a]"]]},
+            "evaluation": {"scorers": ["kl", "refusals"]},
+        },
+    )
+    assert load_settings(write(tmp_path, dump_settings(changed))) == changed
+    assert load_settings(write(tmp_path, dump_settings(load_settings()))) == load_settings()
+
+
+def test_default_toml_is_the_built_in_defaults() -> None:
+    assert load_settings("default").model_dump() == Settings().model_dump()
+
+
+def test_default_toml_names_every_option_and_nothing_else() -> None:
+    assert set(flat(read_toml(config_path("default.toml")))) == set(option_names())
+
+
+def test_default_toml_explains_every_option() -> None:
+    lines = config_path("default.toml").read_text(encoding="utf-8").splitlines()
+    section, explained = "", set[str]()
+    for before, line in zip(["", *lines], lines, strict=False):
+        if header := re.fullmatch(r"\[([\w.]+)\]", line):
+            section = header[1] + "."
+        elif (option := re.match(r"(\w+) = ", line)) and re.match(r"# \S", before):
+            explained.add(section + option[1])
+    assert set(option_names()) - explained == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_preset_loads(path: Path) -> None:
+    by_name, by_path = load_settings(path.stem), load_settings(str(path))
+    assert by_name == by_path
+    assert {
+        name: value for name, value in flat(by_name.model_dump(mode="json")).items() if name in flat(read_toml(path))
+    } == flat(read_toml(path))
+
+
+def test_presets_other_than_default_change_something() -> None:
+    presets = [path for path in CONFIGS if path.stem != "default"]
+    assert presets
+    assert all(load_settings(path.stem) != load_settings() for path in presets)
+
+
+def test_assignments() -> None:
+    found = parse_assignments(
+        ["search.trials=20", "model=demo", 'prompts.system="a = b"', "search.position=[0.1, 0.2]", "seed = 3"]
+    )
+    assert found == {
+        "search": {"trials": 20, "position": [0.1, 0.2]},
+        "model": "demo",
+        "prompts": {"system": "a = b"},
+        "seed": 3,
+    }
+
+
+@pytest.mark.parametrize("assignments", [["trials"], ["=3"], ["search=1", "search.trials=2"]])
+def test_assignments_that_are_none(assignments: list[str]) -> None:
+    with pytest.raises(InputError, match="--set"):
+        parse_assignments(assignments)
+
+
+def test_merge() -> None:
+    base = {"a": {"x": 1, "y": 2}, "b": 3}
+    assert merge(base, {"a": {"y": 5}, "b": {"z": 1}}) == {"a": {"x": 1, "y": 5}, "b": {"z": 1}}
+    assert base == {"a": {"x": 1, "y": 2}, "b": 3}
+
+
+def test_startup_trials() -> None:
+    assert SearchSettings().n_startup_trials == 60
+    assert SearchSettings(trials=10).n_startup_trials == 3
+    assert SearchSettings(trials=10, startup_trials=7).n_startup_trials == 7
+
+
+def test_reference_turns_every_switch_off_but_the_warm_up() -> None:
+    reference = EfficiencySettings().reference()
+    switches = {name: value for name, value in reference if isinstance(value, bool)}
+    assert [name for name, value in switches.items() if value] == ["use_global_warmup"]
+    assert len(switches) >= 9
+    assert reference.max_svd_cache_size == EfficiencySettings().max_svd_cache_size
