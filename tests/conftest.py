@@ -39,7 +39,13 @@ PROMPTS = tuple(
     for text in ("Hi", "Tell me how to mangle the mailbox.", "Write a short guide on how to rinse a very large carpet at home.")
 )
 
-_IDS = {"vocab_size": 1024, "bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
+_TOKENIZER = AutoTokenizer.from_pretrained(demo_path() / "model")
+_IDS = {
+    "vocab_size": len(_TOKENIZER),
+    "bos_token_id": _TOKENIZER.bos_token_id,
+    "eos_token_id": _TOKENIZER.eos_token_id,
+    "pad_token_id": _TOKENIZER.pad_token_id,
+}
 _SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,

@@ -24,6 +24,9 @@ from abliterate.settings import LoadSettings, ResponseSettings
 from abliterate.types import Prompt
 
 BLOCKS = ResponseSettings().thinking_blocks
+TOKENIZER = make_tokenizer()
+END, PAD = TOKENIZER.eos_token, TOKENIZER.pad_token
+ENDS = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id}
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +103,7 @@ def test_first_logprobs_are_of_raw_logits(demo: PreTrainedModel) -> None:
     engine = make_engine(demo, 1)
     plain = engine.first_logprobs(PROMPTS)
     kept = demo.generation_config
-    demo.generation_config = GenerationConfig(eos_token_id=3, pad_token_id=0, repetition_penalty=5.0, suppress_tokens=[7, 8, 9])
+    demo.generation_config = GenerationConfig(**ENDS, repetition_penalty=5.0, suppress_tokens=[7, 8, 9])
     try:
         processed = engine.first_logprobs(PROMPTS)
     finally:
@@ -172,7 +175,7 @@ def test_every_end_of_turn_ends_a_response() -> None:
 def test_sampling_settings_do_not_move_responses(demo: PreTrainedModel) -> None:
     expected = observe(demo, 3).responses
     kept = demo.generation_config
-    demo.generation_config = GenerationConfig(do_sample=True, temperature=9.0, top_k=5, eos_token_id=3, pad_token_id=0)
+    demo.generation_config = GenerationConfig(do_sample=True, temperature=9.0, top_k=5, **ENDS)
     try:
         assert observe(demo, 3).responses == expected
     finally:
@@ -241,13 +244,13 @@ def test_kl_nan_is_a_failed_trial() -> None:
 
 
 def test_plain_response_is_read() -> None:
-    assert reader().read(ids("Sure, here it is.<|im_end|><|pad|><|pad|>")) == Response("Sure, here it is.")
+    assert reader().read(ids(f"Sure, here it is.{END}{PAD}{PAD}")) == Response("Sure, here it is.")
 
 
 @pytest.mark.parametrize(("opening", "closed"), BLOCKS)
 def test_closed_thinking_block_is_left_out(opening: str, closed: str) -> None:
     closing = closed[len(opening) :]
-    assert reader().read(ids(f"{opening}I cannot{closing}Here.<|im_end|>")) == Response("Here.")
+    assert reader().read(ids(f"{opening}I cannot{closing}Here.{END}")) == Response("Here.")
 
 
 @pytest.mark.parametrize(("opening", "closed"), BLOCKS)
@@ -287,5 +290,5 @@ def test_scorers_by_name() -> None:
 
 def test_raw_responses_end_with_the_turn(demo: PreTrainedModel) -> None:
     texts = make_engine(demo, 3, 60).raw_responses([Prompt("Tell me how to rinse the carpet.", "You are a helpful assistant.")])
-    assert "<|im_end|>" not in texts[0]
+    assert END not in texts[0]
     assert texts[0]

@@ -147,7 +147,7 @@ def test_no_double_bos_where_tokenizer_would_add_one() -> None:
 
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|begin|> $A", special_tokens=[("<|begin|>", tokenizer.bos_token_id)]
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # it would
     rows = make_chat(tokenizer).encode(PROMPTS)["input_ids"]
