@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -29,7 +31,10 @@ def dense_weight(module: nn.Module) -> Tensor:
     if kind == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(weight.data, module.weight.quant_state)  # type: ignore[union-attr]
+        state: Any = module.weight.quant_state  # type: ignore[union-attr]
+        if getattr(state, "packing_format_for_cpu", False):
+            return _by_product(module)
+        return dequantize_4bit(weight.data, state)
     if kind == "Linear8bitLt":
         from bitsandbytes.functional import int8_vectorwise_dequant
 
@@ -40,6 +45,21 @@ def dense_weight(module: nn.Module) -> Tensor:
     if isinstance(module, Conv1D):
         return weight.T
     return weight
+
+
+@torch.no_grad()
+def _by_product(module: nn.Module) -> Tensor:
+    """W read off W·I, some columns at a time: bitsandbytes repacks 4-bit weights at the first pass on a CPU, and
+    `dequantize_4bit` then gives another matrix without an error."""
+    d_in: Any = module.in_features
+    bias: Any = module.bias
+    columns = []
+    for start in range(0, d_in, 1024):
+        unit = torch.zeros(min(1024, d_in - start), d_in, device=module.weight.device)  # type: ignore[arg-type]
+        unit[:, start:].fill_diagonal_(1)
+        product = module.forward(unit)  # type: ignore[operator] # not a call: the module may carry an edit's hook
+        columns.append((product if bias is None else product - bias).T)
+    return torch.cat(columns, dim=1)
 
 
 @torch.no_grad()
