@@ -16,6 +16,7 @@ from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_c
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
+from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.exporting import Picked, export, export_job
 from abliterate.front import SelectionRule, pareto_front, parse_rule
@@ -57,6 +58,7 @@ def run(
     directions = stages.directions(context, harmful, harmless, directory.directions)
     del harmful, harmless
     editor = stages.make_editor(context, bench, directions)
+    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
 
     search(context, bench, editor, study, baseline, prompts, rule)
@@ -113,11 +115,12 @@ def search(
             context.check()
             asked = study.ask()
             try:
-                trial, values = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts)
+                certificate = Certificate.of(trials, baseline)
+                trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
             except BaseException:
                 study.give_up(asked)
                 raise
-            study.tell(asked, trial, values)
+            study.tell(asked, trial, baseline.prompts)
             trials.append(trial)
             front = pareto_front(trials, baseline)
             context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
@@ -167,6 +170,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
     editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
+    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
     result.record["selected"] = number

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class Space:
         index = trial.suggest_float("direction_index", low * last, high * last)
         kernels = {component: self._kernel(trial, component, last) for component in self.components}
         return TrialParams(scope, index, kernels)  # type: ignore[arg-type]
+
+    def samples(self, count: int, seed: int) -> list[TrialParams]:
+        """Random points of the space, as the startup trials are drawn."""
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.RandomSampler(seed=seed))
+        return [self.suggest(study.ask()) for _ in range(count)]
 
     def _kernel(self, trial: optuna.Trial, component: str, last: float) -> Kernel:
         ranges = self.settings
@@ -126,14 +131,19 @@ class Study:
         handle = self._study.ask()
         return Asked(number, self._space.suggest(handle), handle)
 
-    def tell(self, asked: Asked, trial: Trial, values: Sequence[float]) -> None:
-        """Record a finished trial; on return it is durable. `values` are ignored for a failed one."""
+    def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> None:
+        """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
+
+        The sampler is told mean KL and the share of refusals; of a stopped trial, that it was pruned.
+        """
         try:
             asked.handle.set_user_attr(_RECORD, json.dumps(trial.to_record(), allow_nan=False))
             if trial.state == "failed":
                 self._study.tell(asked.handle, state=TrialState.FAIL)
+            elif trial.state == "stopped":
+                self._study.tell(asked.handle, state=TrialState.PRUNED)
             else:
-                self._study.tell(asked.handle, list(values))
+                self._study.tell(asked.handle, [trial.kl, trial.refusals / n_prompts])
         except OSError as error:
             raise AbliterateError(
                 f"The study can't be written ({error.strerror}); free some space, then continue with --resume."
