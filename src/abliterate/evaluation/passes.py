@@ -20,15 +20,13 @@ from abliterate.evaluation.layout import Sharing, positions
 
 
 class Passes:
-    """Forward passes of `model`, whose decoder stack is `layers`. Counts passes and tokens, for the benchmark."""
+    """Forward passes of `model`, whose decoder stack is `layers`."""
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
         self._model: Any = model
         self.layers = layers
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self._arity: dict[nn.Module, int] = {}
-        self.passes = 0
-        self.tokens = 0
 
     def __call__(
         self, ids: Tensor, mask: Tensor, cache: Cache | None, *, keep_cache: bool = True
@@ -44,8 +42,6 @@ class Passes:
             kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._accepted:
             kwargs["logits_to_keep"] = 1
-        self.passes += 1
-        self.tokens += ids.numel()
         output = self._model(**kwargs)
         return output.logits[:, -1], getattr(output, "past_key_values", None)
 

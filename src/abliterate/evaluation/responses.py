@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.evaluation.base import Response, ResponseStream
-from abliterate.evaluation.text import TextStream, VisibleText
+from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
 from abliterate.model.chat import decode_ids
 
 ThinkingBlocks = Sequence[tuple[str, str]]
@@ -25,6 +25,9 @@ class ResponseReader:
         self._tokenizer = tokenizer
         # The middle of a closed block is everything between; what must follow the opening is the closing.
         self._tags = tuple((opening, closed[len(opening) :]) for opening, closed in blocks)
+        # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
+        self._tidy = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._byte_ids = byte_ids(tokenizer)
         special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
@@ -47,19 +50,19 @@ class ResponseReader:
 
     def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
         """A growing response whose visible text goes to `stream`."""
-        return GrowingResponse(self, self._tokenizer, VisibleText(self._tags, is_open=starts_open), stream)
+        text = None if self._tidy else TextStream(self._tokenizer, self._byte_ids)
+        return GrowingResponse(text, VisibleText(self._tags, is_open=starts_open), self.without_special, stream)
 
 
 class GrowingResponse:
-    """Ids in, as they are generated; says when the stream is settled."""
+    """Ids in, as they are generated; says when the stream is settled. `text` None: only wholes can be read."""
 
     def __init__(
-        self, reader: ResponseReader, tokenizer: PreTrainedTokenizerBase, visible: VisibleText, stream: ResponseStream
+        self, text: TextStream | None, visible: VisibleText, cleaned: Callable[[str], str], stream: ResponseStream
     ) -> None:
-        self._reader = reader
-        # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
-        self._text = None if getattr(tokenizer, "clean_up_tokenization_spaces", False) else TextStream(tokenizer)
+        self._text = text
         self._visible = visible
+        self._cleaned = cleaned
         self._stream = stream
 
     def feed(self, ids: Sequence[int]) -> bool:
@@ -67,4 +70,4 @@ class GrowingResponse:
         if self._text is None:
             return False
         piece = self._visible.feed(self._text.feed(ids))
-        return bool(piece) and self._stream.feed(self._reader.without_special(piece))
+        return bool(piece) and self._stream.feed(self._cleaned(piece))

@@ -6,7 +6,7 @@ character in several tokens) give what they give for the whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,8 +18,9 @@ _UNFINISHED = "\ufffd"
 class TextStream:
     """One row's text. Special tokens are kept: thinking blocks may be made of them."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, byte_ids: Set[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
+        self._byte_ids = byte_ids
         self._ids: list[int] = []
         self._before = 0  # where the context begins, and where what is not given out yet begins
         self._given = 0
@@ -28,6 +29,9 @@ class TextStream:
     def feed(self, ids: Sequence[int]) -> str:
         """The text that `ids` add; empty while they end within a character."""
         self._ids.extend(ids)
+        # A run of byte tokens is decoded as one: a bad byte turns the good ones before it into replacement characters.
+        if not self._ids or self._ids[-1] in self._byte_ids:
+            return ""
         text = self._decode(self._before)
         if text.endswith(_UNFINISHED) or len(text) <= len(self._context):
             return ""
@@ -38,6 +42,14 @@ class TextStream:
 
     def _decode(self, start: int) -> str:
         return decode_ids(self._tokenizer, self._ids[start:], skip_special_tokens=False)
+
+
+def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of byte-fallback tokens (`<0x00>` …); none for byte-level vocabularies."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    found = tokenizer.convert_tokens_to_ids(names)
+    assert isinstance(found, list)
+    return frozenset(token for token in found if token is not None and token != tokenizer.unk_token_id)
 
 
 class VisibleText:
@@ -77,8 +89,12 @@ class VisibleText:
 
 def _overlap(text: str, tags: Sequence[str]) -> int:
     """Length of the longest end of `text` that is a proper beginning of a tag."""
-    longest = max((len(tag) for tag in tags), default=1) - 1
-    for size in range(min(longest, len(text)), 0, -1):
-        if any(tag.startswith(text[-size:]) for tag in tags if len(tag) > size):
-            return size
-    return 0
+    longest = 0
+    for tag in tags:
+        place = text.find(tag[0], max(0, len(text) - len(tag) + 1))
+        while place >= 0:
+            if tag.startswith(text[place:]):
+                longest = max(longest, len(text) - place)
+                break
+            place = text.find(tag[0], place + 1)
+    return longest
