@@ -60,6 +60,12 @@ SWITCHES = (
 Observed = tuple[torch.Tensor, list[str]]
 
 
+@pytest.fixture(autouse=True)
+def _short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses here are short: chunks wait for each other after four tokens."""
+    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", 4)
+
+
 def no_progress(done: int, total: int) -> None:
     """Progress nobody looks at."""
 
@@ -359,6 +365,30 @@ def test_running_out_of_memory_loses_nothing(rows: int, monkeypatch: pytest.Monk
     sizes.clear()
     assert_same(whole(engine), expected)
     assert max(sizes) <= rows, "the smaller size is kept"
+
+
+def test_rows_that_do_not_fit_together_are_done_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab("llama", batch_size=5)
+    expected = whole(lab.reference)
+    engine = lab.engine(Refusals(["no such text"]))
+    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    sizes = limited(lab.loaded.model, 3, monkeypatch)
+    found = engine.respond(HARMFUL, limit=2)
+    assert found is not None
+    assert [response.text for response in found] == expected[1]
+    assert sizes.count(5) == 1, "the chunks of 2 and 3 rows were joined once"
+
+
+def test_pauses_change_nothing(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama.engine(Refusals(["no such text"]))
+    llama.editor.apply(make_params(1))
+    expected = whole(llama.reference)[1]
+    for pause in (1, 3, 4, 9, 10, 11):
+        monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", pause)
+        for limit in (1, 3, None):
+            found = engine.respond(HARMFUL, limit=limit)
+            assert found is not None
+            assert [response.text for response in found] == expected
 
 
 def test_without_recovery_the_trial_fails(monkeypatch: pytest.MonkeyPatch) -> None:

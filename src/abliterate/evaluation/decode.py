@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from abliterate.evaluation.passes import Passes, select_rows
+from abliterate.evaluation.passes import Passes, merge_layers, select_rows, with_layers
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
 # was settled meanwhile costs up to this many passes less one.
@@ -33,10 +33,11 @@ class Watch(Protocol):
 
 
 @dataclass
-class Started:
-    """Rows after their prefill: `rows` their numbers, `logits` (n, vocabulary) of the first token, `cache`, `mask` (n, W).
+class Decoding:
+    """Rows in the middle of their responses; all have `count` tokens so far.
 
-    `whole` (n, W): all prompt tokens, as logits processors see them.
+    `rows`: their numbers. `logits` (n, vocabulary) of the next token, `cache`, `mask` (n, W + count), and `whole`
+    (n, W + count): all tokens, as logits processors see them. `settled`: places in `rows` that are done.
     """
 
     rows: list[int]
@@ -44,10 +45,47 @@ class Started:
     cache: Cache
     mask: Tensor
     whole: Tensor
+    count: int
+    settled: set[int]
+
+    @property
+    def open(self) -> bool:
+        """Whether a row is left."""
+        return len(self.settled) < len(self.rows)
+
+    def append(self, tokens: Tensor) -> None:
+        """One more token for each row."""
+        self.whole = torch.cat([self.whole, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, torch.ones_like(tokens[:, None])], dim=1)
+        self.count += 1
+
+    def leave(self) -> None:
+        """Take settled rows out."""
+        places = [place for place in range(len(self.rows)) if place not in self.settled]
+        stay = torch.tensor(places, dtype=torch.long, device=self.mask.device)
+        self.rows = [self.rows[place] for place in places]
+        self.settled = set()
+        self.cache = select_rows(self.cache, stay)
+        self.mask, self.whole, self.logits = self.mask[stay], self.whole[stay], self.logits[stay]
+
+
+def join(parts: Sequence[Decoding]) -> Decoding:
+    """All rows of several decodings of one layout that are equally far. The parts may not be used any more."""
+    if len(parts) == 1:
+        return parts[0]
+    assert len({(part.count, part.mask.shape[1]) for part in parts}) == 1
+    rows: list[int] = []
+    settled: set[int] = set()
+    for part in parts:
+        settled |= {len(rows) + place for place in part.settled}
+        rows += part.rows
+    cache = with_layers(parts[0].cache, merge_layers([part.cache.layers for part in parts]))
+    logits, mask, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "mask", "whole"))
+    return Decoding(rows, logits, cache, mask, whole, parts[0].count, settled)
 
 
 class Decoder:
-    """Continues prefilled rows up to `max_new_tokens`, as `generate` would with `config`."""
+    """Continues prefilled rows, as `generate` would with `config`."""
 
     def __init__(
         self,
@@ -64,106 +102,58 @@ class Decoder:
         self._leaving = leaving
         self._check = check
 
-    def __call__(self, started: Started, max_new_tokens: int, watch: Watch, *, look_every: int = LOOK_EVERY) -> None:
-        """Decode until every row is settled or has `max_new_tokens`, or `watch` is satisfied."""
-        processors = self._processors(started.whole, max_new_tokens)
-        batch = _Batch(started, max_new_tokens, keep_ids=bool(processors))
-        logits, seen = started.logits, 0
-        started.logits = started.cache = None  # type: ignore[assignment] # the batch owns them now
-        for step in range(1, max_new_tokens + 1):
-            tokens = self._choose(logits, batch, processors)
-            batch.append(tokens)
-            if step - seen == look_every or step == max_new_tokens:
-                self._check()
-                batch.look(watch, seen)
-                seen = step
-                if watch.satisfied or not batch.open or step == max_new_tokens:
-                    return
-                if self._leaving and len(batch.settled) >= max(1, LEAVING_SHARE * len(batch.rows)):
-                    tokens = tokens[batch.leave()]
-            logits, batch.cache = self._passes(tokens[:, None], batch.mask, batch.cache)
+    def __call__(self, rows: Decoding, limit: int, length: int, watch: Watch) -> None:
+        """Decode until every row is settled or has `length` tokens, or `watch` is satisfied.
 
-    def forced(self, started: Started, tokens: Tensor) -> Tensor:
+        `limit`: the number of tokens that no response exceeds; with `length` below it, decoding may go on later.
+        """
+        processors = self._processors(rows, limit)
+        unseen: list[Tensor] = []
+        while rows.count < length:
+            logits = processors(rows.whole, rows.logits.float()) if processors else rows.logits  # type: ignore[arg-type]
+            tokens = logits.argmax(dim=-1)
+            rows.append(tokens)
+            unseen.append(tokens)
+            if len(unseen) == LOOK_EVERY or rows.count == length:
+                self._check()
+                self._look(rows, torch.stack(unseen, dim=1), watch)
+                unseen.clear()
+                if watch.satisfied or not rows.open or rows.count == limit:
+                    return
+                if self._leaving and len(rows.settled) >= LEAVING_SHARE * len(rows.rows):
+                    rows.leave()
+                    tokens = rows.whole[:, -1]
+                    processors = self._processors(rows, limit)
+            rows.logits, cache = self._passes(tokens[:, None], rows.mask, rows.cache)
+            assert cache is not None
+            rows.cache = cache
+
+    def forced(self, rows: Decoding, tokens: Tensor) -> Tensor:
         """Raw logits (n, T, vocabulary) when the rows continue with `tokens` (n, T), whatever they would choose."""
-        batch = _Batch(started, tokens.shape[1], keep_ids=False)
-        logits = [started.logits]
+        logits = [rows.logits]
         for step in range(tokens.shape[1] - 1):
-            batch.append(tokens[:, step])
-            found, batch.cache = self._passes(tokens[:, step : step + 1], batch.mask, batch.cache)
+            rows.append(tokens[:, step])
+            found, _ = self._passes(tokens[:, step : step + 1], rows.mask, rows.cache)
             logits.append(found)
         return torch.stack(logits, dim=1)
 
-    def _choose(self, logits: Tensor, batch: _Batch, processors: LogitsProcessorList) -> Tensor:
-        if processors:
-            logits = processors(batch.ids, logits.float())  # type: ignore[arg-type]
-        return logits.argmax(dim=-1)
+    def _look(self, rows: Decoding, new: Tensor, watch: Watch) -> None:
+        for place, (row, tokens) in enumerate(zip(rows.rows, new.tolist(), strict=True)):
+            if place not in rows.settled and watch.look(row, tokens):
+                rows.settled.add(place)
 
-    def _processors(self, whole: Tensor, max_new_tokens: int) -> LogitsProcessorList:
-        """As `generate` makes them: repetition penalty, suppressed tokens and the like."""
+    def _processors(self, rows: Decoding, limit: int) -> LogitsProcessorList:
+        """As `generate` makes them: repetition penalty, suppressed tokens and the like. Some know each row's prompt."""
+        prompt = rows.whole[:, : rows.whole.shape[1] - rows.count]
         config = copy.deepcopy(self._config)
-        config.max_new_tokens, config.max_length = max_new_tokens, whole.shape[1] + max_new_tokens
-        self._model._prepare_special_tokens(config, True, device=whole.device)
+        config.max_new_tokens, config.max_length = limit, prompt.shape[1] + limit
+        self._model._prepare_special_tokens(config, True, device=prompt.device)
         processors = self._model._get_logits_processor(
             generation_config=config,
-            input_ids_seq_length=whole.shape[1],
-            encoder_input_ids=whole,
-            device=str(whole.device),
+            input_ids_seq_length=prompt.shape[1],
+            encoder_input_ids=prompt,
+            device=str(prompt.device),
             model_kwargs={},
         )
         assert isinstance(processors, LogitsProcessorList)
         return processors
-
-
-class _Batch:
-    """The rows still in the cache, their mask and new tokens."""
-
-    def __init__(self, started: Started, room: int, *, keep_ids: bool) -> None:
-        self.rows = list(started.rows)
-        self.settled: set[int] = set()  # places in `rows`
-        self.cache: Any = started.cache
-        n, self._width = started.mask.shape
-        ones = started.mask.new_ones(n, room)
-        self._mask = torch.cat([started.mask, ones], dim=1)
-        self._new: list[Tensor] = []
-        self._ids = torch.cat([started.whole, torch.zeros_like(ones)], dim=1) if keep_ids else None
-        self._count = 0
-
-    @property
-    def open(self) -> bool:
-        return len(self.settled) < len(self.rows)
-
-    @property
-    def mask(self) -> Tensor:
-        """(n, W + new tokens)."""
-        return self._mask[:, : self._width + self._count]
-
-    @property
-    def ids(self) -> Tensor:
-        """(n, W + new tokens), for logits processors."""
-        assert self._ids is not None
-        return self._ids[:, : self._width + self._count]
-
-    def append(self, tokens: Tensor) -> None:
-        if self._ids is not None:
-            self._ids[:, self._width + self._count] = tokens
-        self._new.append(tokens)
-        self._count += 1
-
-    def look(self, watch: Watch, seen: int) -> None:
-        """Show the watch what is new since `seen` tokens."""
-        new = torch.stack(self._new, dim=1).tolist()
-        self._new.clear()
-        for place, (row, tokens) in enumerate(zip(self.rows, new, strict=True)):
-            if place not in self.settled and watch.look(row, tokens):
-                self.settled.add(place)
-
-    def leave(self) -> Tensor:
-        """Take settled rows out; the places that stay."""
-        places = [place for place in range(len(self.rows)) if place not in self.settled]
-        stay = torch.tensor(places, dtype=torch.long, device=self._mask.device)
-        self.rows = [self.rows[place] for place in places]
-        self.settled.clear()
-        self.cache = select_rows(self.cache, stay)
-        self._mask = self._mask[stay]
-        self._ids = None if self._ids is None else self._ids[stay]
-        return stay

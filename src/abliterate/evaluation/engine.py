@@ -13,14 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer, Response
 from abliterate.evaluation.batches import Batches
-from abliterate.evaluation.decode import Decoder, Started
+from abliterate.evaluation.decode import Decoder, Decoding, join
 from abliterate.evaluation.layout import Sharing, shared_prefix
 from abliterate.evaluation.passes import Passes, is_supported, sharing_of
 from abliterate.evaluation.prefill import EditState, Group, Prefill
 from abliterate.evaluation.reference import Progress, ReferenceEngine, end_ids, greedy_config
 from abliterate.evaluation.watch import PrefixWatch, ResponseWatch
+from abliterate.model.residuals import clear_device_cache
 from abliterate.settings import EfficiencySettings
 from abliterate.types import Prompt
 
@@ -31,6 +33,8 @@ class Unsupported(Exception):
 
 # Rows of the first chunk beyond the r* that it takes to stop a trial: some of the hardest prompts may comply.
 MARGIN = 4
+# Tokens after which a chunk waits for the others: refusals are mostly confirmed by then.
+PAUSE = 24
 
 
 @dataclass
@@ -141,11 +145,8 @@ class TrialEngine:
             return None
         found = self._set(prompts, together=True)
         watch = ResponseWatch(self.reference.reader, self._ends, self.reference.max_new_tokens, found.opens, self._early, limit)
-        for chunk in self._chunks(found, limit):
-            self._run(found.groups[0], chunk, watch)
-            progress(len(watch.responses), len(prompts))
-            if watch.satisfied:
-                break
+        self._respond(found.groups[0], self._chunks(found, limit), watch)
+        progress(len(prompts), len(prompts))
         for row, counts in watch.counts.items():
             found.history[row][0] += counts
             found.history[row][1] += 1
@@ -155,7 +156,7 @@ class TrialEngine:
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
         watch = PrefixWatch(self.chat, self._ends)
-        self._run(self._lay_out(prompts, together=True).groups[0], range(len(prompts)), watch)
+        self._finish(self._lay_out(prompts, together=True).groups[0], range(len(prompts)), watch)
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
@@ -164,21 +165,63 @@ class TrialEngine:
         (group,) = self._set(prompts, together=True).groups
         return self._decode.forced(self._started(group, rows), tokens)
 
-    def _run(self, group: Group, places: Sequence[int], watch: ResponseWatch | PrefixWatch) -> None:
+    def _respond(self, group: Group, chunks: Sequence[Sequence[int]], watch: ResponseWatch) -> None:
+        """Every chunk up to where refusals have shown themselves; then what is left, together.
+
+        So a hopeless trial ends after few rows, and long responses share their passes.
+        """
+        pause = min(PAUSE, self.reference.max_new_tokens)
+        paused: list[Decoding] = []
+
+        def begin(part: Sequence[int]) -> Sequence[int]:
+            if not watch.satisfied:
+                watch.begin(part)  # a part that ran out of memory is done again from its start
+                rows = self._started(group, part)
+                self._decode(rows, self.reference.max_new_tokens, pause, watch)
+                paused.extend([rows] if rows.open and rows.count < self.reference.max_new_tokens else [])
+            return part
+
+        try:
+            for chunk in chunks:
+                self._batches.run(chunk, begin)
+            while paused and not watch.satisfied:
+                together = self._next(paused)
+                self._decode(join(together), self.reference.max_new_tokens, self.reference.max_new_tokens, watch)
+        except torch.OutOfMemoryError:
+            if not self._switches.use_memory_recovery:
+                raise TrialError("the device is out of memory for the responses that are left") from None
+        paused.clear()
+        # Nothing is left, unless the rows together ran out of memory.
+        left = [row for chunk in chunks for row in chunk if row not in watch.responses]
+        if left and not watch.satisfied:
+            clear_device_cache(self.chat.device)
+            self._batches.size = max(1, len(left) // 2)
+            self._finish(group, left, watch)
+
+    def _next(self, paused: list[Decoding]) -> list[Decoding]:
+        """Take as many decodings as fit into a batch; at least one."""
+        taken = [paused.pop(0)]
+        while paused and len(taken[0].rows) + sum(len(rows.rows) for rows in (*taken[1:], paused[0])) <= self._batches.size:
+            taken.append(paused.pop(0))
+        return taken
+
+    def _finish(self, group: Group, places: Sequence[int], watch: ResponseWatch | PrefixWatch) -> None:
+        """Rows from their start to their end."""
+
         def work(part: Sequence[int]) -> Sequence[int]:
-            if watch.satisfied:
-                return part
-            watch.begin(part)  # a part that ran out of memory is done again from its start
-            self._decode(self._started(group, part), self.reference.max_new_tokens, watch)
+            if not watch.satisfied:
+                watch.begin(part)
+                length = self.reference.max_new_tokens
+                self._decode(self._started(group, part), length, length, watch)
             return part
 
         self._batches.run(places, work)
 
-    def _started(self, group: Group, places: Sequence[int]) -> Started:
+    def _started(self, group: Group, places: Sequence[int]) -> Decoding:
         rows = self._tensor(places)
         logits, cache = self._prefill(group, rows, keep_cache=True)
         assert cache is not None
-        return Started(list(places), logits, cache, group.layout.mask[rows], group.layout.whole[rows])
+        return Decoding(list(places), logits, cache, group.layout.mask[rows], group.layout.whole[rows], 0, set())
 
     def _chunks(self, found: _PromptSet, limit: int | None) -> list[list[int]]:
         """Rows in the order in which they are tried. Where a trial may stop: hardest first, and few at first."""
