@@ -231,6 +231,16 @@ def test_export_of_an_unknown_trial_is_refused(invoke: Invoke, finished: Finishe
     assert_sentence(invoke("export", finished[0], "--trial", "99"), 2, "no finished trial 99")
 
 
+def test_export_never_replaces_what_is_not_ours(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
+    run, trial = copy_run(finished[0], tmp_path / "run"), finished[1]["front"][0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…", encoding="utf-8")
+    for out, part in ((tmp_path / "mine", "no export"), (run, "no export"), (run / "model", "--select trial")):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert_sentence(invoke("export", run, "--trial", trial, "-o", out), 2, part)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
 def test_export_of_any_trial(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
     run = copy_run(finished[0], tmp_path / "run")
     outcome = invoke("export", run, "--trial", finished[1]["front"][0], "--kind", "adapter", "-o", tmp_path / "ad", "--json")

@@ -106,10 +106,16 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_jso
     settings = load_settings(str(directory.settings), {"export": {"kind": kind}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    final = out or path / f"model-trial-{number}"
+    if final.resolve() == directory.export.resolve():
+        raise InputError(
+            f"The folder {final} is the run's own export; choose another --out, or change the run's choice with "
+            f"abliterate run --resume --out {path} --select trial:{number}."
+        )
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     try:
-        pipeline.export_only(settings, reporter, directory, number, out or path / f"model-trial-{number}")
+        pipeline.export_only(settings, reporter, directory, number, final)
     finally:
         reporter.close()
 

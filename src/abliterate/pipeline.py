@@ -17,6 +17,7 @@ from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.editor import Editor
+from abliterate.export import check_output
 from abliterate.exporting import Picked, export, export_job
 from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
@@ -45,6 +46,8 @@ def run(
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
     rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+    if settings.export.kind != "none":
+        check_output(directory.export)
     result = RunResult(directory, reporter)
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
@@ -161,6 +164,7 @@ def prepare_export(
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
     """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched."""
+    check_output(final)
     result = RunResult(directory, reporter)
     result.record = directory.read_result()
     context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
