@@ -196,6 +196,19 @@ def test_directory_of_something_else_is_refused(invoke: Invoke, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "mistake", [("--harmful", "no/such.txt"), ("--set", "search.select=best"), ("--dtype", "float16x"), ("-c", "no-preset")]
+)
+def test_restart_with_a_mistake_leaves_the_old_run(
+    invoke: Invoke, finished: Finished, tmp_path: Path, mistake: tuple[str, str]
+) -> None:
+    run = copy_run(finished[0], tmp_path / "run")
+    assert_sentence(invoke("run", "demo", "-o", run, "--restart", *mistake), 2)
+    assert_sentence(invoke("run", "/no/model", "-o", run, "--restart"), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (run / "result.json").read_bytes() == (finished[0] / "result.json").read_bytes()
+
+
 def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> str:
         raise RuntimeError("a bug\nof two lines")

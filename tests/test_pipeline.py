@@ -171,7 +171,6 @@ def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tm
 def test_resumed_study_equals_uninterrupted(finished: Finished, tmp_path: Path) -> None:
     _, uninterrupted, settings = finished
     recorder, directory = Recorder(), RunDirectory(tmp_path / "run")
-    directory.prepare(resume=False, restart=False)
     with pytest.raises(Interrupted):
         pipeline.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
     kept = read_result(directory.path)

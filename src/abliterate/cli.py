@@ -5,6 +5,7 @@ Imports neither torch nor pydantic-settings at the top: `--help` must answer at 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -198,6 +199,8 @@ def main() -> None:
         # A Windows console or a C locale can't encode ★ or ≥; a run must not die of a character.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:

@@ -16,7 +16,6 @@ from abliterate.console import ask_for_trial, front_table, make_console, make_re
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
-from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments
 from abliterate.types import Trial
 
@@ -40,15 +39,13 @@ def run(
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     _quiet_libraries()
     directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
-    _check_model(settings)
-    directory.prepare(resume=resume, restart=restart)
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json and "select" not in options.get("search", {})
     choose = (lambda front, default, base: ask_for_trial(front, default, base, reporter)) if interactive else None
     try:
         with interrupts.listening():
-            pipeline.run(settings, reporter, directory, choose=choose, check=interrupts.check)
+            pipeline.run(settings, reporter, directory, resume=resume, restart=restart, choose=choose, check=interrupts.check)
     except Interrupted as error:
         raise Interrupted(error.exit_code, _how_to_continue(directory)) from error
     except KeyboardInterrupt as error:
@@ -62,7 +59,6 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     """`abliterate tune-batch`."""
     settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
     _quiet_libraries()
-    _check_model(settings)
     reporter = make_reporter(as_json=as_json)
     try:
         tuning = pipeline.tune(settings, reporter)
@@ -190,13 +186,6 @@ def _existing(options: Mapping[str, Any]) -> RunDirectory | None:
         return None
     directory = RunDirectory(path)
     return directory if directory.settings.exists() else None
-
-
-def _check_model(settings: Settings) -> None:
-    """Before anything is written: a missing model must leave no empty run directory behind."""
-    from abliterate.model.loader import resolve_source
-
-    resolve_source(settings.model)
 
 
 def _how_to_continue(directory: RunDirectory) -> str:

@@ -37,21 +37,25 @@ def run(
     reporter: Reporter,
     directory: RunDirectory,
     *,
+    resume: bool = False,
+    restart: bool = False,
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """A whole run; returns the content of `result.json`.
+    """A whole run, new, continued (`resume`) or begun anew (`restart`); returns the content of `result.json`.
 
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
     rule = parse_rule(settings.search.select, settings.search.select_max_kl)
-    if settings.export.kind != "none":
+    directory.check(resume=resume, restart=restart)
+    if settings.export.kind != "none" and not restart:
         check_output(directory.export)
     result = RunResult(directory, reporter)
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
+    directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
     bench = load_and_calibrate(context, prompts)
     study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
     write_atomically(directory.settings, dump_settings(settings))
@@ -186,6 +190,7 @@ def tune(settings: Settings, reporter: Reporter) -> BatchTuning:
     """Measure batch sizes for the settings' model and prompts, without a run."""
     directory = RunDirectory(Path())
     context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
+    check_model(settings)
     prompts = read_prompts(context)
     return tune_only(context, prompts)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -20,42 +21,61 @@ class RunDirectory:
         self.path = path
         self.settings = path / "settings.toml"
         self.journal = path / "study.journal"
+        self.study_id = path / "study.id"
         self.directions = path / "directions.safetensors"
         self.result = path / "result.json"
         self.report = path / "report.html"
         self.export = path / "model"
+        # What `prepare` did, for `remove_if_empty` to undo.
+        self._made = False
+        self._moved: Path | None = None
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has left a study or results here."""
-        return self.journal.exists() or self.result.exists() or self.settings.exists()
+        """Whether a run has left its study here. Other files don't count: their names are everybody's."""
+        return self.journal.exists() or self.study_id.exists()
+
+    def check(self, *, resume: bool, restart: bool) -> None:
+        """Raise InputError where `prepare` would; changes nothing.
+
+        Raises:
+            InputError: it holds another run and neither `resume` nor `restart` was said, or something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"The path {self.path} is a file; choose another --out.")
+        if self.holds_run and not (resume or restart):
+            raise InputError(
+                f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
+                "(the old one is kept under another name), or choose another --out."
+            )
+        if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
+            raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
 
     def prepare(self, *, resume: bool, restart: bool) -> None:
         """Make the directory ready: new, continued, or with the old run moved to another name beside it.
 
         Raises:
-            InputError: it holds another run and neither `resume` nor `restart` was said, or it can't be made.
+            InputError: as `check` says, or it can't be moved or made.
         """
-        if restart and self.path.exists():
-            self.path.rename(_free_name(self.path))
-        if self.holds_run and not resume:
-            raise InputError(
-                f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
-                "(the old one is kept under another name), or choose another --out."
-            )
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"The path {self.path} is a file; choose another --out.")
-        if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
-            raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
+        self.check(resume=resume, restart=restart)
         try:
+            if restart and self.holds_run:
+                self._moved = _free_name(self.path.absolute())
+                self.path.rename(self._moved)
+            self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"The directory {self.path} can't be made: {error.strerror}; choose another --out.") from error
+            raise InputError(
+                f"The directory {self.path} can't be made or moved: {error.strerror}; choose another --out."
+            ) from error
 
     def remove_if_empty(self) -> None:
-        """A run that failed before its first artifact leaves no directory behind."""
-        if self.path.is_dir() and not any(self.path.iterdir()):
-            self.path.rmdir()
+        """A run that failed before its first artifact leaves no directory of its own, and the old run where it was."""
+        with contextlib.suppress(OSError):
+            if self._made and not any(self.path.iterdir()):
+                self.path.rmdir()
+                if self._moved:
+                    self._moved.rename(self.path)
 
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`; InputError where there is none or it doesn't parse."""
