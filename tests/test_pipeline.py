@@ -199,6 +199,29 @@ def test_finished_run_resumed_searches_nothing(finished: Finished, tmp_path: Pat
     assert outcomes(result) == outcomes(first)
 
 
+def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, first, settings = finished
+    run, recorder = copy_run(path, tmp_path / "run"), Recorder()
+    more = quick_settings(prompt_files, Path(settings.cache_dir), search={"trials": 6})
+    with pytest.raises(Interrupted):
+        pipeline.run(more, recorder, RunDirectory(run), resume=True, check=interrupt_after(recorder, 1))
+    kept = read_result(run)
+    assert (kept["selected"], kept["export"]) == (first["selected"], first["export"])
+    assert outcomes(kept)[:4] == outcomes(first)
+    assert kept["timings"]["export"] == first["timings"]["export"]
+    assert kept["timings"]["search"] > first["timings"]["search"]
+    assert all(kept["memory"][name] >= peak for name, peak in first["memory"].items())
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 99}'])
+def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path, content: str) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    (run / "result.json").write_text(content, encoding="utf-8")
+    result, _ = run_in(run, settings, resume=True)
+    assert (outcomes(result), result["selected"]) == (outcomes(first), first["selected"])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -52,6 +52,8 @@ def run(
     if settings.export.kind != "none" and not restart:
         check_output(directory.export)
     result = RunResult(directory, reporter)
+    if resume:
+        result.go_on()
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
