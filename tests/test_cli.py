@@ -303,6 +303,21 @@ def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: 
     assert (tmp_path / "new.old-1" / "result.json").read_bytes() == kept
 
 
+def test_restart_with_a_database_begins_anew(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "--storage", url, "-o", tmp_path / "run"]
+
+    def numbers(*more: object) -> list[int]:
+        outcome = invoke("run", "demo", *options, *more, "--json")
+        assert outcome.code == 0, outcome
+        events = assert_json_lines(outcome.out)
+        return [event["trial"]["number"] for event in events if event["event"] == "trial"]
+
+    assert numbers("-n", "2") == [0, 1]
+    assert numbers("-n", "3", "--resume") == [2]
+    assert numbers("-n", "2", "--restart", "--seed", "1") == [0, 1]
+
+
 def test_tune_batch_as_json(invoke: Invoke) -> None:
     last = assert_json_lines(invoke("tune-batch", "demo", "--set", "evaluation.max_batch_size=4", "--json").out)[-1]
     assert 1 <= last["batch_size"] <= 4

@@ -27,7 +27,7 @@ def test_a_new_directory_is_made(tmp_path: Path) -> None:
     assert not run.holds_run
 
 
-@pytest.mark.parametrize("name", ["study.id", "study.journal"])
+@pytest.mark.parametrize("name", ["study.name", "study.journal"])
 def test_another_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     run = RunDirectory(tmp_path)
@@ -92,6 +92,18 @@ def test_a_restart_that_came_to_nothing_is_undone(tmp_path: Path) -> None:
     run.remove_if_empty()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert run.holds_run
+
+
+def test_no_two_runs_share_a_studys_name(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / folder / "mine") for folder in "ab"]
+    for run in runs:
+        run.prepare(resume=False, restart=False)
+    names = [run.study_name() for run in runs]
+    assert [RunDirectory(run.path).study_name() for run in runs] == names  # kept in the directory
+    runs[0].prepare(resume=False, restart=True)
+    names.append(runs[0].study_name())
+    assert len(set(names)) == 3
+    assert all(name.startswith("abliterate-mine-") for name in names)
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:

@@ -15,16 +15,16 @@ from abliterate import stages
 from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_calibrate, read_prompts, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, export_job
 from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
-from abliterate.results import RunResult
+from abliterate.results import LaterExport, RunResult
 from abliterate.rundir import RunDirectory, write_atomically
-from abliterate.search import Study, open_study
+from abliterate.search import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
 from abliterate.types import Baseline, Reporter, Trial
@@ -86,8 +86,12 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     """The run's study, new or continued; refused where the options given would change what its trials mean."""
     settings = context.settings
     space = stages.search_space(settings, bench)
-    study = open_study(settings.search.storage, directory.journal, space, settings.seed)
-    study.claim(study_identity(settings, bench, prompts))
+    url = settings.search.storage
+    name = directory.study_name() if url else STUDY_NAME
+    study = open_study(url, directory.journal, space, settings.seed, name)
+    identity = study_identity(settings, bench, prompts)
+    study.claim(identity)
+    context.result.record["identity"] = identity
     study.fail_interrupted()
     return study
 
@@ -169,17 +173,29 @@ def prepare_export(
 
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
-    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched."""
+    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched.
+
+    Raises:
+        InputError: `final` is somebody else's, or the model or anything else that trials depend on has changed.
+    """
     check_output(final)
-    result = RunResult(directory, reporter)
-    result.record = directory.read_result()
+    result = LaterExport(directory, reporter, number)
+    # As the trials ran, whatever device this is: the export is compared with them.
+    dtypes = {"dtypes": [result.run["model"]["dtype"]]}
+    settings = settings.model_copy(update={"load": settings.load.model_copy(update=dtypes)})
     context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
+    identity = study_identity(settings, bench, prompts)
+    changed = changed_parts(result.run.get("identity", identity), identity)
+    if changed:
+        raise InputError(
+            f"Trial {number} can't be exported with another {', '.join(changed)} than its run's: it would be another trial; "
+            "put back what was changed, or make a new run."
+        )
     editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
-    result.record["selected"] = number
     picked = prepare_export(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()

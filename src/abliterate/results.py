@@ -6,6 +6,7 @@ Owns the file's layout (DESIGN §6), time and memory per stage. Knows no model.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import sys
@@ -43,6 +44,7 @@ class RunResult:
             "front": [],
             "selected": None,
             "export": {"kind": "none", "path": None, "verified": None},
+            "exports": [],
             "timings": {},
             "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0},
             "caches": {},
@@ -72,7 +74,7 @@ class RunResult:
         """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
         # A file that can't be read is built anew: the study has the trials.
         with contextlib.suppress(InputError):
-            self.record |= self._directory.read_result()
+            self.record |= self._directory.read_result() | {"environment": environment()}
 
     def describe(self, info: ModelInfo, device_name: str) -> None:
         """Which model, on what. No path of this machine: results are shared."""
@@ -104,6 +106,23 @@ class RunResult:
         if self._stage:
             self._count()
         write_json(self._directory.result, self.record)
+
+
+class LaterExport(RunResult):
+    """A finished run seen by one more export: `selected` and `export` are this export's in `record` only.
+
+    In `result.json` the run's own stay, for its `model/` stays; this export is added to the list `exports`.
+    """
+
+    def __init__(self, directory: RunDirectory, reporter: Reporter, number: int) -> None:
+        super().__init__(directory, reporter)
+        self.run = directory.read_result()
+        self.record |= copy.deepcopy(self.run) | {"selected": number, "environment": environment(), "timings": {}}
+
+    def save(self) -> None:
+        """Write `result.json` with this export in it."""
+        exports = [*self.run.get("exports", []), self.record["export"]]
+        write_json(self._directory.result, {**self.run, "exports": exports})
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ class RunDirectory:
         self.path = path
         self.settings = path / "settings.toml"
         self.journal = path / "study.journal"
-        self.study_id = path / "study.id"
+        self.study = path / "study.name"
         self.directions = path / "directions.safetensors"
         self.result = path / "result.json"
         self.report = path / "report.html"
@@ -33,7 +34,7 @@ class RunDirectory:
     @property
     def holds_run(self) -> bool:
         """Whether a run has left its study here. Other files don't count: their names are everybody's."""
-        return self.journal.exists() or self.study_id.exists()
+        return self.journal.exists() or self.study.exists()
 
     def check(self, *, resume: bool, restart: bool) -> None:
         """Raise InputError where `prepare` would; changes nothing.
@@ -76,6 +77,13 @@ class RunDirectory:
                 self.path.rmdir()
                 if self._moved:
                     self._moved.rename(self.path)
+
+    def study_name(self) -> str:
+        """The name of the run's study in a database: made up once, so that no two runs ever share a study by accident."""
+        if not self.study.exists():
+            name = safe_name(str(self.path.absolute()))
+            write_atomically(self.study, f"abliterate-{name}-{uuid.uuid4().hex[:12]}\n")
+        return self.study.read_text(encoding="utf-8").strip()
 
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`; InputError where there is none or it doesn't parse."""
