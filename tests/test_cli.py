@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import copy_run, make_model, save_model
 
-from abliterate import cli
+from abliterate import bench, cli
 from abliterate.cache import ArtifactStore
 from abliterate.model import loader
 
@@ -91,6 +91,11 @@ def assert_sentence(outcome: Outcome, code: int, *parts: str) -> None:
         assert part in message
 
 
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    """Stands for what must not be called."""
+    raise AssertionError("must not be called")
+
+
 def assert_json_lines(text: str) -> list[dict[str, Any]]:
     """Every line parses; returns them."""
     return [json.loads(line) for line in text.splitlines()]
@@ -145,13 +150,22 @@ def test_version(invoke: Invoke) -> None:
         (["run", "demo", "--harmful", "no/such/file.txt"], "no/such/file.txt"),
         (["run", "demo", "--markers", "nowhere.txt"], "nowhere.txt"),
         (["run", "demo", "--select", "best"], "best"),
+        (["run", "demo", "--set", "edit.mode=fulll"], "'fulll'"),
+        (["run", "demo", "--set", "directions.method=projectd"], "'projectd'"),
+        (["run", "demo", "--set", 'evaluation.scorers=["refusals", "kl", "tone"]'], "'tone'"),
+        (["run", "demo", "--set", 'evaluation.scorers=["kl"]'], "'refusals'"),
+        (["run", "demo", "--set", 'search.max_coeff={default=[0, 1], "mlp.down_prj"=[0, 1]}'], "did you mean mlp.down_proj?"),
         (["trials", "nowhere"], "no run"),
         (["export", "nowhere", "--trial", "1"], "no run"),
         (["report", "nowhere"], "no run"),
     ],
 )
-def test_bad_input_is_one_sentence(invoke: Invoke, tmp_path: Path, arguments: list[str], part: str) -> None:
-    assert_sentence(invoke(*arguments), 2, part)
+def test_bad_input_is_one_sentence(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "load", forbidden)  # found before a model is loaded
+        assert_sentence(invoke(*arguments), 2, part)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])  # nothing is left of a run that never began
     assert not list(tmp_path.glob("runs/*"))
 
@@ -197,7 +211,7 @@ def test_directory_of_something_else_is_refused(invoke: Invoke, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "mistake", [("--harmful", "no/such.txt"), ("--set", "search.select=best"), ("--dtype", "float16x"), ("-c", "no-preset")]
+    "mistake", [("--harmful", "no/such.txt"), ("--set", "edit.mode=fulll"), ("--dtype", "float16x"), ("-c", "no-preset")]
 )
 def test_restart_with_a_mistake_leaves_the_old_run(
     invoke: Invoke, finished: Finished, tmp_path: Path, mistake: tuple[str, str]

@@ -289,6 +289,9 @@ def test_nothing_but_failures_ends_with_advice(
     with pytest.raises(AbliterateError, match=r"last 2 trials failed \(no decomposition converged\)"):
         run_in(tmp_path / "run", stubborn)
     assert len(read_result(tmp_path / "run")["trials"]) == 2
+    monkeypatch.undo()  # mended: the advice to resume can be followed
+    result, _ = run_in(tmp_path / "run", stubborn, resume=True)
+    assert [trial["state"] for trial in result["trials"]] == ["failed", "failed", "complete", "complete"]
 
 
 def test_empty_front_ends_with_advice(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:

@@ -15,11 +15,12 @@ from abliterate import stages
 from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_calibrate, read_prompts, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
+from abliterate.checks import check_names
 from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, export_job
-from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
 from abliterate.results import LaterExport, RunResult
@@ -47,7 +48,7 @@ def run(
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
-    rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+    rule = check_names(settings)
     directory.check(resume=resume, restart=restart)
     if settings.export.kind != "none" and not restart:
         check_output(directory.export)
@@ -109,8 +110,9 @@ def search(
     settings, result = context.settings, context.result
     with result.stage("search", f"{settings.search.trials} trials"):
         trials = list(study.trials())
-        if trials:
-            context.reporter.note(f"{len(trials)} trials are kept from before", resumed=len(trials))
+        kept = len(trials)
+        if kept:
+            context.reporter.note(f"{kept} trials are kept from before", resumed=kept)
         while True:
             front = pareto_front(trials, baseline)
             result.trials(trials, front, baseline)
@@ -120,7 +122,8 @@ def search(
                 adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
             )
             result.save()
-            stages.check_failures(trials, settings.search.max_consecutive_failures)
+            # Not those kept from before: what made them fail may have been mended.
+            stages.check_failures(trials[kept:], settings.search.max_consecutive_failures)
             if len(trials) >= settings.search.trials:
                 return
             context.check()

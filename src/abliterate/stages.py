@@ -112,8 +112,8 @@ def check_failures(trials: list[Trial], limit: int) -> None:
     last = trials[-limit:]
     if len(last) == limit and all(trial.state == "failed" for trial in last):
         raise AbliterateError(
-            f"The last {limit} trials failed ({last[-1].reason}); try --dtype float32, a smaller --batch-size, or another "
-            "--set edit.mode, then continue with --resume."
+            f"The last {limit} trials failed ({last[-1].reason}); continue with --resume and a smaller --batch-size, or begin "
+            "anew with --restart and --dtype float32 or another --set edit.mode."
         )
 
 
