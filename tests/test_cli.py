@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from conftest import copy_run, make_model, save_model
 from abliterate import bench, cli
 from abliterate.cache import ArtifactStore
 from abliterate.model import loader
+from abliterate.model.loader import demo_path
+from abliterate.settings_sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Any]
 # A port where nothing listens: the network is there or not, the Hub is not.
@@ -315,6 +318,31 @@ def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: 
     kept = (tmp_path / "new" / "result.json").read_bytes()
     assert invoke("run", "demo", *options, "--restart").code == 0  # the old one is kept under another name
     assert (tmp_path / "new.old-1" / "result.json").read_bytes() == kept
+
+
+def test_run_with_relative_paths_goes_on_from_anywhere(
+    invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_run(demo_path() / "model", tmp_path / "base")
+    (tmp_path / "markers.txt").write_text(config_path("markers.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    for name, path in prompt_files.items():
+        shutil.copyfile(path, tmp_path / f"{name}.jsonl")
+    names = prompt_options({name: f"{name}.jsonl" for name in prompt_files})
+    assert invoke("run", "base", *names, *QUICK, "--markers", "markers.txt", "-n", "3", "-o", "run").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    # --out as the environment gives it, and a file that says one thing only: the rest is the run's own.
+    (tmp_path / "own.toml").write_text("[search]\ntrials = 4\n", encoding="utf-8")
+    monkeypatch.setenv("ABLITERATE_OUT", "../run")
+    resumed = invoke("run", "--resume", "-c", "../own.toml", "--json")
+    assert resumed.code == 0, resumed
+    result = assert_json_lines(resumed.out)[-1]["result"]
+    assert len(result["trials"]) == 4
+    assert invoke("export", "../run", "--trial", result["selected"], "--kind", "adapter").code == 0
+    shared = [tmp_path / "run" / name for name in ("result.json", "report.html")]
+    shared += [path for path in tmp_path.glob("run/model*/*") if path.suffix != ".safetensors"]
+    assert len(shared) > 8
+    assert not [path for path in shared if str(tmp_path) in path.read_text(encoding="utf-8")]  # no private path
 
 
 def test_restart_with_a_database_begins_anew(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:

@@ -143,11 +143,21 @@ def test_default_and_latest_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert latest_run("org/m") is None
     assert default_path("org/m").parent == Path("runs")
     assert default_path("org/m").name.startswith("m-")
-    for number, name in enumerate(("m-1", "m-2", "other-3")):
-        make_run(Path("runs") / name)
+    runs = [  # from the oldest to the newest
+        ("m-20260101-000000", "org/m"),
+        ("m-20260102-000000", "org/m"),
+        ("m-20260103-000000", "other/m"),
+        ("m-20260104-000000.old-1", "org/m"),
+        ("m-Instruct-20260105-000000", "org/m-Instruct"),
+        ("m-notes", "org/m"),
+    ]
+    for number, (name, model) in enumerate(runs):
+        make_run(Path("runs") / name).settings.write_text(f'model = "{model}"\n')
         os.utime(Path("runs") / name, (number, number))
-    (Path("runs") / "m-4").mkdir()  # newest, but no run
-    assert latest_run("org/m") == Path("runs") / "m-2"
+    (Path("runs") / "m-20260106-000000").mkdir()  # newest, but no run
+    make_run(Path("runs") / "m-20260107-000000")  # of nobody knows which model
+    assert latest_run("org/m") == Path("runs") / "m-20260102-000000"
+    assert latest_run("m") is None
 
 
 def test_atomic_writes(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from abliterate.console import ask_for_trial, front_table, make_console, make_re
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
+from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments
 from abliterate.types import Trial
 
@@ -32,9 +33,11 @@ def run(
 ) -> None:
     """`abliterate run`."""
     options = merge(_given(given), parse_assignments(assignments))
-    directory = _existing(options) if resume else None
-    # A continued run starts from its own settings; what is given now wins over them.
-    settings = load_settings(str(directory.settings) if directory and not config else config, options)
+    settings = load_settings(config, options)
+    directory = _existing(settings) if resume else None
+    if directory:
+        # A continued run starts from its own settings; what is given now, in any way, wins over them.
+        settings = load_settings(config, options, stored=directory.settings)
     if reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     _quiet_libraries()
@@ -179,9 +182,9 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _existing(options: Mapping[str, Any]) -> RunDirectory | None:
-    """The run that --resume means: in --out, else the newest of this model; None where there is none yet."""
-    path = Path(options["out"]) if options.get("out") else latest_run(str(options.get("model", "")))
+def _existing(settings: Settings) -> RunDirectory | None:
+    """The run that --resume means: in `out`, else the newest of this model; None where there is none yet."""
+    path = Path(settings.out) if settings.out else latest_run(settings.model)
     if path is None:
         return None
     directory = RunDirectory(path)

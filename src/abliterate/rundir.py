@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import AbliterateError, InputError
+from abliterate.settings_sources import read_toml
 
 
 class RunDirectory:
@@ -105,9 +106,20 @@ def default_path(model: str) -> Path:
 
 
 def latest_run(model: str) -> Path | None:
-    """The newest run directory of that model under `runs/`, if any."""
-    found = [path for path in Path("runs").glob(f"{safe_name(model)}-*") if RunDirectory(path).holds_run]
+    """The newest run directory of exactly that model under `runs/` with a default name, if any."""
+    name = re.compile(re.escape(safe_name(model)) + r"-\d{8}-\d{6}")
+    found = [path for path in Path("runs").glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _model_of(path: Path) -> str | None:
+    """The model of the run in a directory; None where there is no run."""
+    directory = RunDirectory(path)
+    if not directory.holds_run:
+        return None
+    with contextlib.suppress(InputError):
+        return str(read_toml(directory.settings).get("model"))
+    return None
 
 
 def safe_name(text: str) -> str:
