@@ -18,10 +18,11 @@ import pytest
 import torch
 from conftest import copy_run, make_model, save_model
 
-from abliterate import bench, cli
+from abliterate import bench, cli, commands
 from abliterate.cache import ArtifactStore
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
+from abliterate.rundir import RunDirectory, write_json
 from abliterate.settings_sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Any]
@@ -310,6 +311,20 @@ def test_interrupted_run_is_kept_and_resumed(invoke: Invoke, tmp_path: Path, pro
     assert resumed.code == 0, resumed
     result = assert_json_lines(resumed.out)[-1]["result"]
     assert result["trials"][:-1] == kept["trials"]
+
+
+def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tmp_path: Path) -> None:
+    path, result, settings = finished
+    directory = RunDirectory(copy_run(path, tmp_path / "run"))
+    template = result["trials"][result["front"][0]]
+    trials = [
+        {**template, "number": number, "scores": {"refusals": refusals, "kl": {"mean": kl, "median": kl, "max": kl}}}
+        for number, (kl, refusals) in enumerate([(0.01, 9), (0.05, 2), (0.9, 0)])
+    ]
+    write_json(directory.result, {**result, "trials": trials, "front": [0, 1, 2]})
+    assert "--trial 1." in commands._how_to_continue(directory, settings)
+    rule = settings.model_copy(update={"search": settings.search.model_copy(update={"select": "kl<=0.001"})})
+    assert "--trial" not in commands._how_to_continue(directory, rule)
 
 
 def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:

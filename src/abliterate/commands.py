@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from abliterate import pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
 from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, print_table, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
+from abliterate.front import parse_rule
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments
-from abliterate.types import Trial
+from abliterate.types import Baseline, Trial
 
 
 def run(
@@ -45,14 +46,26 @@ def run(
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json and "select" not in options.get("search", {})
-    choose = (lambda front, default, base: ask_for_trial(front, default, base, reporter)) if interactive else None
+
+    def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
+        with interrupts.at_once():
+            return ask_for_trial(front, default, baseline, reporter)
+
     try:
         with interrupts.listening():
-            pipeline.run(settings, reporter, directory, resume=resume, restart=restart, choose=choose, check=interrupts.check)
+            pipeline.run(
+                settings,
+                reporter,
+                directory,
+                resume=resume,
+                restart=restart,
+                choose=choose if interactive else None,
+                check=interrupts.check,
+            )
     except Interrupted as error:
-        raise Interrupted(error.exit_code, _how_to_continue(directory)) from error
+        raise Interrupted(error.exit_code, _how_to_continue(directory, settings)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=_how_to_continue(directory)) from error
+        raise Interrupted(message=_how_to_continue(directory, settings)) from error
     finally:
         reporter.close()
         directory.remove_if_empty()
@@ -191,11 +204,23 @@ def _existing(settings: Settings) -> RunDirectory | None:
     return directory if directory.settings.exists() else None
 
 
-def _how_to_continue(directory: RunDirectory) -> str:
+def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
     where = directory.path
+    if not directory.holds_run:
+        return "interrupted before anything was found; nothing is kept, start the run again."
     text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
-    done = directory.result.exists() and directory.read_result()["front"]
-    return text + (f", or export one now with abliterate export {where} --trial {done[-1]}." if done else ".")
+    best = _best_so_far(directory, settings)
+    return text + (f", or export one now with abliterate export {where} --trial {best.number}." if best else ".")
+
+
+def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
+    """What the selection rule would pick now, if there is something to pick."""
+    if not directory.result.exists():
+        return None
+    result = directory.read_result()
+    front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
+    by_kl = sorted(front, key=lambda trial: trial.kl)
+    return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)
 
 
 def _quiet_libraries() -> None:
