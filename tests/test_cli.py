@@ -238,6 +238,15 @@ def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.Mo
     assert "RuntimeError: a bug" in " ".join(outcome.err.split())
 
 
+def test_advice_about_the_disk_is_true_of_every_command(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    store = filled_cache(tmp_path / "c")
+    (tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp").mkdir()  # can't be unlinked
+    os.utime(tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp", (0, 0))
+    outcome = invoke("cache", "clear", "--yes", "--cache-dir", store.root)
+    assert_sentence(outcome, 1, "abliterate-tmp", "repeat the command", "a run keeps its finished trials")
+
+
 def test_hub_id_without_network_ends_soon(tmp_path: Path, prompt_files: dict[str, str]) -> None:
     started = time.perf_counter()
     process = spawn(["run", "nobody/no-model", *prompt_options(prompt_files)], tmp_path, **NO_HUB, HF_HOME=str(tmp_path / "hf"))
@@ -408,6 +417,18 @@ def test_cache_clear_filters_and_spares_strangers(invoke: Invoke, tmp_path: Path
     assert "deleted 1 entries" in invoke("cache", "clear", "--model", "one", *place).out
     assert [entry.key["model"] for entry in store.entries()] == ["two"]
     assert invoke("cache", "clear", *place).code == 0
+    assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_cache_clear_finds_what_no_entry_claims(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    for entry in store.entries():
+        entry.sidecar.unlink()
+    stale = tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp"
+    stale.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    outcome = invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c")
+    assert "3 unusable files" in outcome.out
     assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
 
 

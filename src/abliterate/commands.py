@@ -12,7 +12,7 @@ from typing import Any
 
 from abliterate import pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, print_table, trial_line
+from abliterate.console import ask_for_trial, ask_yes, front_table, make_console, make_reporter, print_table, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.front import parse_rule
 from abliterate.interrupts import Interrupts
@@ -159,19 +159,22 @@ def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> 
         old = time.time() - entry.created >= older_than * 86400
         return old and (not model or entry.key.get("model") == model)
 
+    filtered = bool(model or older_than)
     entries = [entry for entry in store.entries() if wanted(entry)]
-    if not entries:
+    leftovers = [] if filtered else store.leftovers()
+    if not entries and not leftovers:
         print("nothing to clear")
         return
+    what = f"{len(entries)} entries" + (f" and {len(leftovers)} unusable files" if leftovers else "")
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("Without a terminal nothing is asked; confirm with abliterate cache clear --yes.")
-        total = _size(sum(entry.size for entry in entries))
-        if make_console().input(f"Delete {len(entries)} entries ({total})? (y/N) ").strip().lower() not in ("y", "yes"):
+        total = _size(sum(entry.size for entry in entries) + sum(path.stat().st_size for path in leftovers))
+        if not ask_yes(f"Delete {what} ({total})?"):
             print("nothing was deleted")
             return
-    count, freed = store.clear(wanted)
-    print(f"deleted {count} entries, {_size(freed)}")
+    _, freed = store.clear(wanted if filtered else None)
+    print(f"deleted {what}, {_size(freed)}")
 
 
 def cache_verify(cache_dir: str) -> None:

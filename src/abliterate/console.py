@@ -277,6 +277,14 @@ def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, re
     return numbers[answer]
 
 
+def ask_yes(question: str) -> bool:
+    """Whether the person says yes; Enter and the end of the input (Ctrl+D) mean no."""
+    try:
+        return Console().input(f"{escape(question)} (y/N) ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
+
+
 def show_error(message: str) -> None:
     """One sentence on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")

@@ -145,7 +145,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise AbliterateError(
-            f"The file {path} can't be written: {error.strerror}; free some space, then continue with --resume."
+            f"The file {path} can't be written: {error.strerror}; free some space and repeat the command (a run continues "
+            "with --resume)."
         ) from error
 
 

@@ -54,7 +54,9 @@ def read_directions(path: Path) -> Directions:
     try:
         return Directions(load_file(path)["directions"])
     except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"The directions of the run can't be read ({path.name}); continue it with --resume.") from error
+        raise InputError(
+            f"The directions of the run can't be read ({path.name}); restore them with abliterate run --resume."
+        ) from error
 
 
 def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
