@@ -239,10 +239,10 @@ def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.Mo
 
 
 def test_advice_about_the_disk_is_true_of_every_command(invoke: Invoke, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     store = filled_cache(tmp_path / "c")
-    (tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp").mkdir()  # can't be unlinked
-    os.utime(tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp", (0, 0))
+    in_the_way = tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp"
+    in_the_way.mkdir()  # can't be unlinked
+    os.utime(in_the_way, (0, 0))
     outcome = invoke("cache", "clear", "--yes", "--cache-dir", store.root)
     assert_sentence(outcome, 1, "abliterate-tmp", "repeat the command", "a run keeps its finished trials")
 

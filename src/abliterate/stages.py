@@ -55,7 +55,7 @@ def read_directions(path: Path) -> Directions:
         return Directions(load_file(path)["directions"])
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(
-            f"The directions of the run can't be read ({path.name}); restore them with abliterate run --resume."
+            f"The directions of the run can't be read ({path.name}); abliterate run --resume computes them again."
         ) from error
 
 
