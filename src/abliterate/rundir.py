@@ -93,7 +93,7 @@ class RunDirectory:
         except FileNotFoundError as error:
             raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
         except (OSError, ValueError) as error:
-            raise InputError(f"The file {self.result} can't be read: {error}; --resume rebuilds it.") from error
+            raise InputError(f"The file {self.result} can't be read: {error}; abliterate run --resume rebuilds it.") from error
         found = record.get("format") if isinstance(record, dict) else None
         if found != 1:
             raise InputError(f"The file {self.result} has format {found}, this version reads format 1.")
