@@ -228,7 +228,7 @@ def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path
         ({"prompts": {"suffix": " Now."}}, "set of prompts"),
         ({"seed": 5}, "seed"),
         ({"edit": {"mode": "none"}}, "edit mode"),
-        ({"directions": {"method": "mean_difference"}}, "direction method"),
+        ({"directions": {"method": "mean"}}, "direction method"),
     ],
 )
 def test_changed_meaning_is_refused_on_resume(

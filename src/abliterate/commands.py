@@ -210,7 +210,7 @@ def _existing(settings: Settings) -> RunDirectory | None:
 def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
     where = directory.path
     if not directory.holds_run:
-        return "interrupted before anything was found; nothing is kept, start the run again."
+        return "interrupted before anything was found; start the run again."
     text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
     best = _best_so_far(directory, settings)
     return text + (f", or export one now with abliterate export {where} --trial {best.number}." if best else ".")
