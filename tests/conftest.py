@@ -288,10 +288,8 @@ def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) ->
 
 def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
     """One run in a directory: its result and what it reported."""
-    directory = RunDirectory(path)
-    directory.prepare(resume=resume, restart=False)
     recorder = Recorder()
-    return run(settings, recorder, directory, **options), recorder
+    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -67,7 +67,7 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
     exporter = EXPORTERS[context.settings.export.kind]
     with context.result.stage("export", exporter.kind), finished_folder(final) as folder:
         facts = dict(exporter.write(picked.job, folder))
-    record = {"kind": exporter.kind, "path": final.name, "verified": None, **facts}
+    record = {"kind": exporter.kind, "trial": picked.trial.number, "path": final.name, "verified": None, **facts}
     context.result.record["export"] = record
     context.result.save()
     if context.settings.export.verify:

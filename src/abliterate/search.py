@@ -98,7 +98,7 @@ class Study:
             self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
             self._study.set_user_attr(_IDENTITY, dict(identity))
             return
-        changed = sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
+        changed = changed_parts(stored, identity)
         if changed:
             raise InputError(
                 f"The run can't be continued with another {', '.join(changed)}: its finished trials would mean something "
@@ -159,8 +159,13 @@ class Study:
         return [t for t in self._study.get_trials(deepcopy=False) if not t.user_attrs.get(_INTERRUPTED)]
 
 
-def open_study(url: str, journal: Path, space: Space, seed: int) -> Study:
-    """The study in the run directory's journal, or in the RDB at `url`.
+def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
+    """The names of the parts in which two identities differ."""
+    return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
+
+
+def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STUDY_NAME) -> Study:
+    """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
         InputError: the storage can't be reached or read.
@@ -169,11 +174,12 @@ def open_study(url: str, journal: Path, space: Space, seed: int) -> Study:
         if not url:
             _drop_torn_line(journal)
         storage: BaseStorage = RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
-        return Study(storage, STUDY_NAME if not url else f"{STUDY_NAME}-{journal.parent.name}", space, seed)
+        return Study(storage, name, space, seed)
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"
-        raise InputError(f"The study {place} can't be opened: {_first_line(error)}; --restart begins a new one.") from error
+        remedy = "check --storage and that the database runs" if url else "--restart begins a new one"
+        raise InputError(f"The study {place} can't be opened: {_first_line(error)}; {remedy}.") from error
 
 
 def _drop_torn_line(journal: Path) -> None:

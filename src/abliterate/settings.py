@@ -6,12 +6,11 @@ An empty string means "not given" and 0 means "choose for me": TOML has no null.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 

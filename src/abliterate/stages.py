@@ -64,7 +64,9 @@ def read_directions(path: Path) -> Directions:
     try:
         return Directions(load_file(path)["directions"])
     except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"The directions of the run can't be read ({path.name}); continue it with --resume.") from error
+        raise InputError(
+            f"The directions of the run can't be read ({path.name}); abliterate run --resume computes them again."
+        ) from error
 
 
 def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
@@ -159,8 +161,8 @@ def check_failures(trials: list[Trial], limit: int) -> None:
     last = trials[-limit:]
     if len(last) == limit and all(trial.state == "failed" for trial in last):
         raise AbliterateError(
-            f"The last {limit} trials failed ({last[-1].reason}); try --dtype float32, a smaller --batch-size, or another "
-            "--set edit.mode, then continue with --resume."
+            f"The last {limit} trials failed ({last[-1].reason}); continue with --resume and a smaller --batch-size, or begin "
+            "anew with --restart and --dtype float32 or another --set edit.mode."
         )
 
 
