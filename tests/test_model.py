@@ -138,8 +138,9 @@ def test_public_name_hides_the_path(tmp_path: Path) -> None:
 
 def test_chat_has_one_bos() -> None:
     chat = make_chat()
-    rows = chat.encode(PROMPTS)["input_ids"]
-    assert ((rows == chat.tokenizer.bos_token_id).sum(dim=1) == 1).all()
+    batch = chat.encode(PROMPTS)
+    bos = (batch["input_ids"] == chat.tokenizer.bos_token_id) & (batch["attention_mask"] == 1)
+    assert (bos.sum(dim=1) == 1).all()
 
 
 def test_no_double_bos_where_tokenizer_would_add_one() -> None:
@@ -150,14 +151,24 @@ def test_no_double_bos_where_tokenizer_would_add_one() -> None:
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
     assert tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id  # it would
-    rows = make_chat(tokenizer).encode(PROMPTS)["input_ids"]
-    assert ((rows == tokenizer.bos_token_id).sum(dim=1) == 1).all()
+    batch = make_chat(tokenizer).encode(PROMPTS)
+    bos = (batch["input_ids"] == tokenizer.bos_token_id) & (batch["attention_mask"] == 1)
+    assert (bos.sum(dim=1) == 1).all()
 
 
 def test_padding_is_left() -> None:
     mask = make_chat().encode(PROMPTS)["attention_mask"]
     assert (mask[:, -1] == 1).all()
     assert mask[0, 0] == 0
+
+
+def test_pads_carry_the_rows_own_first_token() -> None:
+    batch = make_chat().encode(PROMPTS)
+    pads = batch["attention_mask"] == 0
+    assert pads.any()
+    assert (batch["input_ids"][pads] == make_tokenizer().bos_token_id).all()
+    alone = [make_chat().token_ids(prompt) for prompt in PROMPTS]
+    assert [row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)] == alone
 
 
 def test_system_prompt_and_prefix_are_rendered() -> None:

@@ -90,10 +90,10 @@ def scores_of(params: TrialParams) -> dict[str, Any]:
 
 def finish(study: Study, asked: Asked, *, failed: bool = False) -> None:
     if failed:
-        study.tell(asked, Trial(asked.number, asked.params, "failed", reason="no convergence"), ())
+        study.tell(asked, Trial(asked.number, asked.params, "failed", reason="no convergence"), 100)
         return
     trial = Trial(asked.number, asked.params, "complete", scores_of(asked.params))
-    study.tell(asked, trial, (trial.kl, trial.refusals))
+    study.tell(asked, trial, 100)
 
 
 def fresh(folder: Path, seed: int = 0, space: Space = SPACE) -> Study:
@@ -173,7 +173,7 @@ def test_failed_trials_count_interrupted_ones_dont(tmp_path: Path) -> None:
 def test_a_stopped_trial_is_told_with_its_values(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
-    study.tell(asked, Trial(0, asked.params, "stopped", {"kl": {"mean": 0.5}, "refusals": 60}), (0.5, 60))
+    study.tell(asked, Trial(0, asked.params, "stopped", {"kl": {"mean": 0.5}, "refusals": 60}), 100)
     assert [trial.state for trial in fresh(tmp_path).trials()] == ["stopped"]
 
 
@@ -181,7 +181,7 @@ def test_a_trial_comes_back_as_it_was(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
     told = Trial(0, asked.params, "complete", {"kl": {"mean": 0.25}, "refusals": 3, "x": [1, "é"]}, 1.5, "")
-    study.tell(asked, told, (0.25, 3))
+    study.tell(asked, told, 100)
     assert fresh(tmp_path).trials() == (told,)
 
 
@@ -199,7 +199,7 @@ def test_a_record_is_strict_json(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
     with pytest.raises(ValueError):
-        study.tell(asked, Trial(0, asked.params, "complete", {"kl": {"mean": math.nan}, "refusals": 0}), (0.0, 0))
+        study.tell(asked, Trial(0, asked.params, "complete", {"kl": {"mean": math.nan}, "refusals": 0}), 100)
 
 
 @pytest.mark.parametrize(

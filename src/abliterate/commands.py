@@ -113,7 +113,12 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_jso
     directory = RunDirectory(path)
     result = directory.read_result()
     known = {record["number"]: record["state"] for record in result["trials"]}
-    if known.get(number) not in ("complete", "stopped"):
+    if known.get(number) == "stopped":
+        raise InputError(
+            f"Trial {number} was stopped because another one refuses no more at no more KL; choose one that abliterate trials "
+            f"{path} shows as complete."
+        )
+    if known.get(number) != "complete":
         raise InputError(f"The run in {path} has no finished trial {number}; see abliterate trials {path}.")
     settings = load_settings(str(directory.settings), {"export": {"kind": kind}})
     if settings.export.kind == "none":

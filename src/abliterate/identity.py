@@ -67,7 +67,10 @@ def study_identity(settings: Settings, bench: Bench, prompts: PromptSets) -> dic
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of everything that decides how text becomes ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(content, dict):
+        # Of the last call, not of the tokenizer.
+        content |= {"padding": None, "truncation": None}
     return _digest([content, tokenizer.special_tokens_map])
 
 

@@ -100,7 +100,7 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         start_layers(firsts),
     )
     with context.result.stage("trial engine"):
-        edit = partial(editor.apply, _strong_edit(space))
+        edit = partial(editor.apply_exactly, _strong_edit(space))
         switches = context.settings.efficiency
         engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
         if isinstance(engine, TrialEngine) and switches.use_shared_prefix and engine.sharing == "none":

@@ -6,6 +6,7 @@ Prepares each module once for all directions; after that no trial of the exact r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -33,6 +34,7 @@ class Editor:
         memo: SvdMemo,
     ) -> None:
         self._targets = tuple(targets)
+        self._by_name = {target.name: target for target in targets}
         self._directions = directions
         self._settings = settings
         self._method: EditMethod = edit_method(settings.mode)
@@ -49,8 +51,16 @@ class Editor:
     def apply(self, params: TrialParams) -> None:
         """Put exactly the trial's edits on the model."""
         keys = self.plan(params)
-        makers = {target.name: self._maker(target, keys[target.name]) for target in self._targets if target.name in keys}
-        self.adapters.apply({name: (keys[name], make) for name, make in makers.items()})
+        self.adapters.apply({name: (key, partial(self._factors, key)) for name, key in keys.items()})
+
+    def apply_exactly(self, params: TrialParams) -> None:
+        """`apply` by the exact factors whatever the representation: a decomposition of every module is dear.
+
+        Only until the next `clear`: an edit's key doesn't tell its representation.
+        """
+        keys = self.plan(params)
+        self.clear()
+        self.adapters.apply({name: (key, partial(self._exact, key)) for name, key in keys.items()})
 
     def clear(self) -> None:
         """The base model again."""
@@ -58,8 +68,7 @@ class Editor:
 
     def factors(self, params: TrialParams) -> dict[str, Factors]:
         """{module: factors} of a trial, as they are applied; modules that are off are left out."""
-        keys = self.plan(params)
-        return {target.name: self._factors(target, keys[target.name]) for target in self._targets if target.name in keys}
+        return {name: self._factors(key) for name, key in self.plan(params).items()}
 
     def plan(self, params: TrialParams) -> dict[str, EditKey]:
         """{module: key} of the modules a trial edits: λ ≠ 0 (after the grid) and a direction that isn't zero."""
@@ -75,20 +84,19 @@ class Editor:
 
     def first_layers(self, trials: Sequence[TrialParams]) -> list[int]:
         """The lowest layer that each trial edits; those that edit nothing are left out."""
-        layer_of = {target.name: target.layer for target in self._targets}
         plans = [self.plan(params) for params in trials]
-        return [min(layer_of[name] for name in plan) for plan in plans if plan]
+        return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
-    def _maker(self, target: Target, key: EditKey) -> Callable[[], Factors]:
-        return lambda: self._factors(target, key)
+    def _exact(self, key: EditKey) -> Factors:
+        name, index, coeff = key
+        return self._method.factors(self._prepare(self._by_name[name]), self._directions.blend(index), coeff)
 
-    def _factors(self, target: Target, key: EditKey) -> Factors:
+    def _factors(self, key: EditKey) -> Factors:
+        if self._settings.representation == "exact":
+            return self._exact(key)
         name, index, coeff = key
         blend: Blend = self._directions.blend(index)
-        prepared = self._prepare(target)
-        if self._settings.representation == "exact":
-            return self._method.factors(prepared, blend, coeff)
-        return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
+        return svd_factors(self._method, self._prepare(self._by_name[name]), blend, coeff, name, self._settings.rank, self.memo)
 
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
