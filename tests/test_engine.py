@@ -13,6 +13,7 @@ import torch
 from conftest import NAMED, make_chat, make_editor, make_loaded, make_model, make_params
 from transformers import PreTrainedModel
 
+from abliterate.calibration import common_start
 from abliterate.errors import Interrupted, TrialError
 from abliterate.evaluation import make_scorers
 from abliterate.evaluation.base import EarlyScorer, Observation
@@ -487,6 +488,15 @@ def test_prefix_responses_stop_at_divergence(llama: Lab, monkeypatch: pytest.Mon
     assert all(text.startswith(start.rstrip("\ufffd")) for text, start in zip(expected, cut, strict=True))
     off = prefix_responses(long, llama.loaded.layers, EfficiencySettings(use_early_prefix_detection=False), HARMFUL)
     assert off == expected
+
+
+def test_prefix_responses_in_small_batches(llama: Lab) -> None:
+    llama.editor.clear()
+    small = ReferenceEngine(
+        llama.reference.model, llama.reference.chat, llama.reference.reader, max_new_tokens=30, batch_size=2
+    )
+    cut = prefix_responses(small, llama.loaded.layers, EfficiencySettings(), HARMFUL)
+    assert common_start(cut) == common_start(small.raw_responses(HARMFUL))
 
 
 def make_setup(lab: Lab) -> Setup:

@@ -156,7 +156,8 @@ class TrialEngine:
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
         watch = PrefixWatch(self.chat, self._ends)
-        self._finish(self._lay_out(prompts, together=True).groups[0], range(len(prompts)), watch)
+        group = self._lay_out(prompts, together=True).groups[0]
+        self._batches.run(range(len(prompts)), lambda part: self._whole(group, part, watch))
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
@@ -196,7 +197,7 @@ class TrialEngine:
         if left and not watch.satisfied:
             clear_device_cache(self.chat.device)
             self._batches.size = max(1, len(left) // 2)
-            self._finish(group, left, watch)
+            self._batches.run(left, lambda part: part if watch.satisfied else self._whole(group, part, watch))
 
     def _next(self, paused: list[Decoding]) -> list[Decoding]:
         """Take as many decodings as fit into a batch; at least one."""
@@ -205,17 +206,12 @@ class TrialEngine:
             taken.append(paused.pop(0))
         return taken
 
-    def _finish(self, group: Group, places: Sequence[int], watch: ResponseWatch | PrefixWatch) -> None:
-        """Rows from their start to their end."""
-
-        def work(part: Sequence[int]) -> Sequence[int]:
-            if not watch.satisfied:
-                watch.begin(part)
-                length = self.reference.max_new_tokens
-                self._decode(self._started(group, part), length, length, watch)
-            return part
-
-        self._batches.run(places, work)
+    def _whole(self, group: Group, part: Sequence[int], watch: ResponseWatch | PrefixWatch) -> Sequence[int]:
+        """Rows from their start to their end, or until the watch is satisfied."""
+        watch.begin(part)
+        length = self.reference.max_new_tokens
+        self._decode(self._started(group, part), length, length, watch)
+        return part
 
     def _started(self, group: Group, places: Sequence[int]) -> Decoding:
         rows = self._tensor(places)

@@ -1,0 +1,154 @@
+"""Times the trial engine against the reference and with each efficiency off. Writes docs/benchmarks.md and .json.
+
+    .venv/bin/python scripts/benchmark.py                       # the demo model
+    .venv/bin/python scripts/benchmark.py --model DIR --study FILE --variants all reference
+
+The trials are a fixed list: every few of a study of 200 trials made once with everything on (or read from --study), each with
+the certificate it had in that study. Every variant evaluates the same list in a process of its own; the runs are interleaved
+and repeated, figures are medians. All variants must give the same metrics, or the script fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from peer import run_heretic
+from report import Measured, update_page
+
+ROOT = Path(__file__).parents[1]
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "all": (),
+    "reference": (),
+    "no trial engine": ("use_trial_engine",),
+    "no shared prefix": ("use_shared_prefix",),
+    "no layer skip": ("use_layer_skip",),
+    "no certified stop": ("use_certified_stop",),
+    "settled rows stay": ("use_settled_rows",),
+    "KL prefill fills a cache": ("use_cacheless_prefill",),
+    "whole responses for the prefix": ("use_early_prefix_detection",),
+    "no memory recovery": ("use_memory_recovery",),
+    "adapters everywhere": ("use_free_adapters",),
+    "adapters reset per trial": ("use_incremental_adapter_updates",),
+    "one search per marker": ("use_efficient_refusal_detection",),
+    "batch size by doubling": ("use_binary_search_batch_tuning",),
+    "warm-up per probe": ("use_global_warmup",),
+    "no residual cache": ("enable_residual_cache",),
+}
+KL_TOLERANCE = 1e-5
+
+
+def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path) -> dict[str, Any]:
+    """One variant, once, in a process of its own."""
+    out = folder / "measured.json"
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(out)]
+    command += ["--study", str(study), "--count", str(options.count), "--cache", str(cache), "--threads", str(options.threads)]
+    command += ["--off", *VARIANTS[name]] if name != "reference" else ["--reference"]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}, stderr=subprocess.DEVNULL)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def record_study(options: argparse.Namespace, folder: Path) -> Path:
+    """A study with everything on, whose trials are the list."""
+    if options.study:
+        return options.study
+    path = folder / "study.json"
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(path)]
+    command += ["--record", str(options.study_trials), "--cache", str(folder / "cache"), "--threads", str(options.threads)]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}, stderr=subprocess.DEVNULL)
+    if options.keep_study:
+        shutil.copy(path, options.keep_study)
+    return path
+
+
+def check_metrics(found: dict[str, dict[str, Any]]) -> None:
+    """Fail unless every variant gives the reference's KL and refusals; a stopped trial's limit must be reached by the count."""
+    full = found["reference"]["trials"]
+    for name, result in found.items():
+        for one, other in zip(result["trials"], full, strict=True):
+            assert abs(one["kl"] - other["kl"]) <= KL_TOLERANCE, (name, one, other)
+            if one["state"] == "stopped":
+                assert one["refusals"] == one["limit"] <= other["refusals"], (name, one, other)
+            else:
+                assert one["refusals"] == other["refusals"], (name, one, other)
+                assert name == "reference" or "stop" in name or other["refusals"] < one["limit"], (name, one, other)
+
+
+def medians(results: list[dict[str, Any]]) -> Measured:
+    """Figures of one variant from its repeated runs."""
+
+    def median(key: str) -> float:
+        return statistics.median(result[key] for result in results)
+
+    per_trial = [statistics.median(trial["seconds"] for trial in result["trials"]) for result in results]
+    mean = [statistics.mean(trial["seconds"] for trial in result["trials"]) for result in results]
+    last = results[-1]
+    return Measured(
+        total=median("seconds"),
+        median_trial=statistics.median(per_trial),
+        mean_trial=statistics.median(mean),
+        startup=median("startup"),
+        edit=median("edit_seconds") / median("seconds"),
+        rss=median("rss"),
+        rss_above=median("rss_above"),
+        device=median("device"),
+        passes=int(median("passes")),
+        tokens=int(median("tokens")),
+        batch_size=int(median("batch_size")),
+        kl=statistics.mean(trial["kl"] for trial in last["trials"]),
+        refusals=sum(trial["refusals"] for trial in last["trials"]),
+        stopped=sum(trial["state"] == "stopped" for trial in last["trials"]),
+        hits=last["hits"],
+        stages=last["stages"],
+    )
+
+
+def main() -> None:
+    """Record, run all variants interleaved, check, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--study", type=Path, help="trials recorded before, instead of a study now")
+    parser.add_argument("--keep-study", type=Path, help="where to keep the recorded trials")
+    parser.add_argument("--study-trials", type=int, default=200)
+    parser.add_argument("--count", type=int, default=40, help="trials of the list")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--peer", choices=["heretic"])
+    parser.add_argument("--title", default="")
+    options = parser.parse_args()
+    names = list(dict.fromkeys(["all", "reference", *options.variants]))
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    second: list[float] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        study = record_study(options, folder)
+        for repeat in range(options.repeats):
+            for name in names:
+                cache = folder / f"cache-{repeat}-{names.index(name)}"
+                results[name].append(measure(options, name, study, folder, cache))
+                check_metrics({name: results[name][-1], "reference": results["reference"][-1]} if name != "all" else {})
+                print(repeat, name, round(results[name][-1]["seconds"], 1), "s", flush=True)
+                if name == "all":  # the same once more, with what the first left in the cache
+                    second.append(measure(options | {} if False else options, name, study, folder, cache)["startup"])
+            check_metrics({name: results[name][-1] for name in names})
+        peer = run_heretic(options, folder) if options.peer else ""
+    measured = {name: medians(found) for name, found in results.items()}
+    record = {name: value.record() for name, value in measured.items()}
+    title = options.title or f"{options.model}"
+    update_page(ROOT / "docs" / "benchmarks.md", title, measured, statistics.median(second), options, peer)
+    path = ROOT / "docs" / "benchmarks.json"
+    everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path.write_text(json.dumps(everything | {title: record}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
