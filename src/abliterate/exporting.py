@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from abliterate.bench import Bench, Calibration, Context, PromptSets, make_engine
-from abliterate.evaluation import Scorer
+from abliterate.bench import Bench, Calibration, Context, PromptSets
+from abliterate.edits import Factors
+from abliterate.errors import TrialError
+from abliterate.evaluation import Observation, Scorer
 from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.kl import kl_divergence
+from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.evaluation.responses import ResponseReader
 from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
-from abliterate.export.verify import Verification, compare
+from abliterate.export.verify import Expected, Precision, Probe, Verification, compare, module_outputs, probe_inputs
 from abliterate.model import loader
 from abliterate.model.chat import Chat
 from abliterate.types import Baseline, Trial
@@ -20,14 +26,10 @@ from abliterate.types import Baseline, Trial
 
 @dataclass(frozen=True)
 class Picked:
-    """What outlives the loaded model: the trial, its export job, and what the export must reproduce.
+    """What outlives the loaded model: the trial's export job, and what the export must reproduce."""
 
-    `expected_logprobs` (n_harmless, vocabulary): the trial's first-token log-probabilities, float32.
-    """
-
-    trial: Trial
     job: ExportJob
-    expected_logprobs: Tensor
+    expected: Expected
     scorers: tuple[Scorer, ...]
     calibration: Calibration
 
@@ -62,6 +64,24 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
     )
 
 
+def expect(
+    context: Context, bench: Bench, editor: Editor, factors: Mapping[str, Factors], prompts: PromptSets, trial: Trial
+) -> Expected:
+    """What an export of `trial` must reproduce. Edits the model, and gives the base model back."""
+    size, dtype = bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
+    engine = _reference(context, bench.loaded.model, bench.chat, size)
+    other = _reference(context, bench.loaded.model, bench.chat, max(1, size // 2))
+    inputs = probe_inputs(factors)
+    editor.apply(trial.params)
+    harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
+    noise = float(kl_divergence(harmless, other.first_logprobs(prompts.harmless_eval).cpu()).mean())
+    edited = module_outputs(bench.loaded.model, inputs, dtype)
+    editor.clear()
+    base = module_outputs(bench.loaded.model, inputs, dtype)
+    probes = {name: Probe(x.cpu(), base[name], edited[name]) for name, x in inputs.items()}
+    return Expected(trial, harmless, harmful, noise, probes)
+
+
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
     """Write the export and, unless switched off, verify it from disk; `result.json` says what came of it."""
     exporter = EXPORTERS[context.settings.export.kind]
@@ -72,13 +92,17 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
     context.result.save()
     if context.settings.export.verify:
         with context.result.stage("verify"):
-            verdict = _verify(context, exporter, picked, prompts, final)
+            try:
+                verdict = _verify(context, exporter, picked, prompts, final)
+            except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
+                verdict = Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
             record |= {"verified": verdict.ok, "verification": verdict.record}
         context.result.save()
         if not verdict.ok:
+            failed = [name for name, passed in verdict.record["checks"].items() if not passed]
             context.reporter.warn(
-                "The export reloaded from disk differs from the trial by more than rounding explains; see "
-                "export.verification in result.json before using it."
+                f"The export reloaded from disk differs from the trial by more than rounding explains "
+                f"({', '.join(failed) or verdict.record['reason']}); see export.verification in result.json before using it."
             )
 
 
@@ -90,14 +114,25 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
     chat = Chat(tokenizer, device, picked.calibration.response_prefix)
-    engine = make_engine(context, model, chat, picked.calibration.batch_size)
+    engine = _reference(context, model, chat, picked.calibration.batch_size)
+    n_harmful, n_harmless = len(prompts.harmful_eval), len(prompts.harmless_eval)
 
-    def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, "prompts")
+    def progress(done: int, before: int) -> None:
+        context.reporter.progress(before + done, n_harmless + 2 * n_harmful, "prompts")
 
-    observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, progress)
+    harmless = engine.first_logprobs(prompts.harmless_eval, lambda done, _: progress(done, 0))
+    harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, n_harmless))
+    responses = engine.respond(prompts.harmful_eval, lambda done, _: progress(done, n_harmless + n_harmful))
+    outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
     stored = getattr(torch, context.result.record["export"].get("dtype", "float32"))
-    coarser = max(stored, run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if settings.load.quantization != "none":
-        coarser = torch.bfloat16  # the export holds full-precision weights, the trial ran on quantized ones
-    return compare(picked.expected_logprobs, picked.trial.refusals, observed, picked.scorers, coarser)
+    precision = Precision(run_dtype, stored, settings.load.quantization)
+    return compare(picked.expected, Observation(responses, harmless), harmful, outputs, picked.scorers, precision)
+
+
+def _reference(context: Context, model: Any, chat: Chat, batch_size: int) -> ReferenceEngine:
+    """The plain engine on both sides: a verdict on the export must not depend on how trials are made fast."""
+    response = context.settings.response
+    reader = ResponseReader(chat.tokenizer, response.thinking_blocks)
+    return ReferenceEngine(
+        model, chat, reader, max_new_tokens=response.max_new_tokens, batch_size=batch_size, check=context.check
+    )

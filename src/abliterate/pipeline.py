@@ -17,7 +17,7 @@ from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.editor import Editor
-from abliterate.exporting import Picked, export, export_job
+from abliterate.exporting import Picked, expect, export, export_job
 from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
@@ -152,11 +152,9 @@ def prepare_export(
     context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial
 ) -> Picked:
     """What an export of `trial` needs once the model is gone."""
-    editor.apply(trial.params)
-    expected = bench.engine.first_logprobs(prompts.harmless_eval)
     job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), trial)
-    editor.clear()
-    return Picked(trial, job, expected, bench.scorers, bench.calibration)
+    expected = expect(context, bench, editor, job.factors, prompts, trial)
+    return Picked(job, expected, bench.scorers, bench.calibration)
 
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
