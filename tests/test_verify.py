@@ -54,7 +54,9 @@ class Case:
         settings = self.context.settings
         export = settings.export.model_copy(update={"kind": kind})
         context = replace(self.context, settings=settings.model_copy(update={"export": export}))
-        exporting.export(context, picked or self.picked, self.prompts, folder / kind)
+        picked = picked or self.picked
+        expected = exporting.expect(context, self.bench, self.editor, self.picked.job, self.prompts, self.picked.expected.trial)
+        exporting.export(context, replace(picked, expected=expected), self.prompts, folder / kind)
         record = context.result.record["export"]
         return record["verified"], record["verification"]
 
@@ -121,10 +123,10 @@ def test_exports_of_quantized_trials_verify_by_module(quantization: str, tmp_pat
     case = make_case(tmp_path, prompt_files, "bfloat16", load={"quantization": quantization})
     verified, record = case.verified(tmp_path, "merged")
     assert verified, record
-    weakest = edits_by_strength(case)[0]
-    verified, record = case.verified(tmp_path, "merged", case.with_factors(lambda f: {n: f[n] for n in f if n != weakest}))
+    dropped = edits_by_strength(case)[9]  # in 4 bits the weakest two are less than the storage's own error
+    verified, record = case.verified(tmp_path, "merged", case.with_factors(lambda f: {n: f[n] for n in f if n != dropped}))
     assert not verified
-    assert record["module_error"]["off"] == [weakest]
+    assert record["module_error"]["off"] == [dropped]
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -134,7 +136,7 @@ def test_one_module_left_out_does_not_verify(case: Case, tmp_path: Path, kind: s
     verified, record = case.verified(tmp_path, kind, case.with_factors(lambda f: {n: f[n] for n in f if n != dropped}))
     assert not verified
     assert record["module_error"]["off"] == [dropped]
-    assert 0.3 < record["module_error"]["max"] < 1.02  # less what rounding may cause
+    assert record["module_error"]["max"] == pytest.approx(1, abs=0.2)  # of the weakest, an eighth is lost to storage
     assert "modules" in case.recorder.warnings[-1]
 
 
@@ -144,8 +146,7 @@ def test_coeff_off_by_five_percent_does_not_verify(case: Case, tmp_path: Path, k
     other = {name: factors.to("cpu") for name, factors in case.editor.factors(params(scale)).items()}
     verified, record = case.verified(tmp_path, kind, case.with_factors(lambda factors: other))
     assert not verified
-    # Of the two weakest edits, 5 % is less than bfloat16 rounds away.
-    assert len(record["module_error"]["off"]) >= len(other) - 2
+    assert set(record["module_error"]["off"]) == set(other)
     # Behaviour alone sees it too: where it is largest, on the harmful prompts, and in the KL.
     assert not any(record["checks"][name] for name in ("kl_from_trial", "kl", "modules"))
     assert record["kl_from_trial"]["harmful"]["mean"] > 100 * record["tolerance"]["kl_from_trial"]

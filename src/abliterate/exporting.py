@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 
 from abliterate.bench import Bench, Calibration, Context, PromptSets
-from abliterate.edits import Factors
 from abliterate.errors import TrialError
 from abliterate.evaluation import Observation, Scorer
 from abliterate.evaluation.editor import Editor
@@ -18,9 +16,19 @@ from abliterate.evaluation.kl import kl_divergence
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
-from abliterate.export.verify import Expected, Precision, Probe, Verification, compare, module_outputs, probe_inputs
+from abliterate.export.verify import (
+    Expected,
+    Precision,
+    Probe,
+    Verification,
+    compare,
+    module_outputs,
+    probe_inputs,
+    storage_rounding,
+)
 from abliterate.model import loader
 from abliterate.model.chat import Chat
+from abliterate.model.weights import dense_weight
 from abliterate.types import Baseline, Trial
 
 
@@ -64,21 +72,24 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
     )
 
 
-def expect(
-    context: Context, bench: Bench, editor: Editor, factors: Mapping[str, Factors], prompts: PromptSets, trial: Trial
-) -> Expected:
-    """What an export of `trial` must reproduce. Edits the model, and gives the base model back."""
-    size, dtype = bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
-    engine = _reference(context, bench.loaded.model, bench.chat, size)
-    other = _reference(context, bench.loaded.model, bench.chat, max(1, size // 2))
-    inputs = probe_inputs(factors)
+def expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
+    """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
+    model, size, dtype = bench.loaded.model, bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
+    engine, other = (_reference(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
+    inputs = probe_inputs(job.factors)
     editor.apply(trial.params)
     harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
     noise = float(kl_divergence(harmless, other.first_logprobs(prompts.harmless_eval).cpu()).mean())
-    edited = module_outputs(bench.loaded.model, inputs, dtype)
+    edited = module_outputs(model, inputs, dtype)
     editor.clear()
-    base = module_outputs(bench.loaded.model, inputs, dtype)
-    probes = {name: Probe(x.cpu(), base[name], edited[name]) for name, x in inputs.items()}
+    base = module_outputs(model, inputs, dtype)
+    exporter = EXPORTERS[context.settings.export.kind]
+    stored = exporter.stored_dtype(job)
+    weights = {target.name: target.module for target in bench.loaded.targets}
+    probes = {
+        name: Probe(x, base[name], edited[name], storage_rounding(dense_weight(weights[name]), job.factors[name], x, stored))
+        for name, x in inputs.items()
+    }
     return Expected(trial, harmless, harmful, noise, probes)
 
 
@@ -124,8 +135,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, n_harmless))
     responses = engine.respond(prompts.harmful_eval, lambda done, _: progress(done, n_harmless + n_harmful))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
-    stored = getattr(torch, context.result.record["export"].get("dtype", "float32"))
-    precision = Precision(run_dtype, stored, settings.load.quantization)
+    precision = Precision(run_dtype, exporter.stored_dtype(picked.job), settings.load.quantization)
     return compare(picked.expected, Observation(responses, harmless), harmful, outputs, picked.scorers, precision)
 
 

@@ -64,7 +64,7 @@ def run(
     # One model at a time: the export reads the weights anew.
     del bench, editor
     gc.collect()
-    if settings.export.kind != "none":
+    if picked:
         export(context, picked, prompts, directory.export)
     with result.stage("report"):
         write_report(directory.report, result.record)
@@ -131,8 +131,8 @@ def pick(
     prompts: PromptSets,
     rule: SelectionRule,
     choose: Choose | None,
-) -> Picked:
-    """One trial from the front, by the rule, or by a person whose default answer the rule gives."""
+) -> Picked | None:
+    """One trial from the front, by the rule or by a person offered the rule's choice; None where nothing is exported."""
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
     front = pareto_front(trials, baseline)
@@ -144,6 +144,8 @@ def pick(
     selected = choose(front, rule(front), baseline) if choose else rule(front)
     result.record["selected"] = selected.number
     result.save()
+    if context.settings.export.kind == "none":
+        return None
     with result.stage("pick", f"trial {selected.number}"):
         return prepare_export(context, bench, editor, baseline, prompts, selected)
 
@@ -153,7 +155,7 @@ def prepare_export(
 ) -> Picked:
     """What an export of `trial` needs once the model is gone."""
     job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), trial)
-    expected = expect(context, bench, editor, job.factors, prompts, trial)
+    expected = expect(context, bench, editor, job, prompts, trial)
     return Picked(job, expected, bench.scorers, bench.calibration)
 
 

@@ -68,6 +68,10 @@ class Adapter:
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
+    def stored_dtype(self, job: ExportJob) -> torch.dtype:
+        """See `Exporter.stored_dtype`."""
+        return torch.float32
+
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """See `Exporter.load`: the base with the adapter on it."""
         load = job.load.model_copy(update={"quantization": "none"})

@@ -30,11 +30,13 @@ _QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1}
 _NOISE = 10.0
 # |KL of the export − KL of the trial| may be this share of the trial's beside the bound above (measured: 1.5, 1, 18 %).
 _KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5}
-# Share by which one module's edit may be off (measured: 0.01, 0.2, 1.7 %; 1.6, 4 %). A coeff 5 % off is 5 to 6 %, an
-# edit left out 100 %; where the trial's weights were 4-bit, 5 % is not seen.
-_MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.04}
-_MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.04, "bnb_4bit": 0.1}
-# Refusals may differ by this share of the prompts: near-ties tip over where anything was rounded.
+# Share by which one module's edit may be off, beside what the noise of single outputs explains: a coeff 5 % off is 5 %,
+# an edit left out 100 %. Measured: 0.001 % in float32, whatever the export is stored in; 0.5 % in bfloat16; 1.6 and 4 %.
+_MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.03}
+_MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1}
+# What quantization changes in one output entry, relative to the outputs' size.
+_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1}
+# Refusals may differ by this share of the prompts.
 _REFUSALS = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
 _REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1}
 
@@ -48,18 +50,29 @@ class Precision:
     quantization: str = "none"
 
     @property
-    def coarser(self) -> torch.dtype:
-        """Of the two dtypes."""
-        return max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
+    def entry(self) -> float:
+        """Noise of one entry of a module's output, relative to the outputs' size."""
+        return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.quantization])
+
+    def refusals(self, prompts: int) -> float:
+        """Responses that may tip over at a near-tie: one at least, where anything was rounded."""
+        coarser = max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
+        share = max(_REFUSALS[coarser], _REFUSALS_QUANTIZED[self.quantization])
+        return max(1.0, share * prompts) if share > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One edited module's outputs (1, d_model) for `x` (1, d_in): without and with the trial's edit, float32."""
+    """One edited module's outputs (1, d_model) for `x` (1, d_in), float32: without the trial's edit and with it.
+
+    `rounding` (1, d_model): what storing W' in the export's dtype adds. Not noise: W lies on that dtype's grid, so a
+    ΔW below half a step is lost altogether (an edit of 2 % of the demo's, in bfloat16, loses a seventh).
+    """
 
     x: Tensor
     base: Tensor
     edited: Tensor
+    rounding: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,13 @@ def probe_inputs(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return {name: f.a[:1] / f.a[:1].norm() * f.a.shape[1] ** 0.5 for name, f in factors.items()}
 
 
+def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype) -> Tensor:
+    """(round(W') − W') x, (1, d_model): see `Probe.rounding`. Of a quantized W, as if it were the stored one."""
+    on_grid = weight.to(stored).float()
+    wanted = on_grid + factors.to(weight.device).delta(on_grid)
+    return (x.to(weight.device) @ (wanted.to(stored).float() - wanted).T).cpu()
+
+
 @torch.inference_mode()
 def module_outputs(model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """{module: its output (1, d_model)} float32 on the CPU, hooks and adapters included; `dtype`: of quantized inputs."""
@@ -117,9 +137,9 @@ def compare(
     scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers)}
     bound = _PASSES[precision.run] + _STORAGE[precision.stored] + _QUANTIZED[quantization] + _NOISE * expected.noise
     kl_bound = bound + _KL_SHARE[quantization] * trial.kl
-    refusals = max(_REFUSALS[precision.coarser], _REFUSALS_QUANTIZED[quantization]) * len(observed.responses)
-    share = max(_MODULE[precision.coarser], _MODULE_QUANTIZED[quantization])
-    errors = {name: _module_error(probe, outputs[name], precision.coarser) for name, probe in expected.probes.items()}
+    refusals = precision.refusals(len(observed.responses))
+    share = max(_MODULE[precision.run], _MODULE_QUANTIZED[quantization])
+    errors = {name: _module_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
     off = sorted(name for name, error in errors.items() if error > share)
     # Of a stopped trial only a lower bound is known.
     extra = scores["refusals"] - trial.refusals
@@ -134,26 +154,34 @@ def compare(
         "checks": checks,
         "kl_from_trial": {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in divergences.items()},
         "module_error": {"max": max(errors.values(), default=0.0), "off": off},
+        "lost_to_storage": max((_lost(probe) for probe in expected.probes.values()), default=0.0),
         "scores": scores,
         "tolerance": {"kl_from_trial": bound, "kl": kl_bound, "refusals": refusals, "modules": share},
     }
     return Verification(all(checks.values()), record)
 
 
-def _module_error(probe: Probe, output: Tensor, dtype: torch.dtype) -> float:
+def _module_error(probe: Probe, output: Tensor, entry_noise: float) -> float:
     """How much of the edit is missing or too much, along the change it makes: 0 right, 1 left out.
 
-    Only along it: rounding and quantization differ in all d_model directions, the edit in one. What rounding in `dtype`
-    may cause there is taken off: of a weak edit, the last bits of the weights are a large share.
+    Only along it: rounding and quantization differ in all d_model directions, the edit in one. What they may cause there
+    is taken off: of a weak edit, the output's last bits are a large share.
     """
     change = probe.edited - probe.base
     size = float(change.norm())
     if size == 0:
         return 0.0
-    error = abs(float(((output - probe.edited) * change).sum())) / size**2
-    per_entry = torch.finfo(dtype).eps * float(probe.edited.norm()) / change.shape[-1] ** 0.5
+    error = abs(float(((output - probe.edited - probe.rounding) * change).sum())) / size**2
+    noise = 4 * entry_noise * float(probe.edited.norm()) / change.shape[-1] ** 0.5  # four standard deviations at least
     # What is not a number must not pass as small.
-    return max(0.0, error - 4 * per_entry / size) if math.isfinite(error) else math.inf
+    return max(0.0, error - noise / size) if math.isfinite(error) else math.inf
+
+
+def _lost(probe: Probe) -> float:
+    """The share of an edit that the export's dtype can't hold; negative where rounding made it larger."""
+    change = probe.edited - probe.base
+    square = float(change.square().sum())
+    return -float((probe.rounding * change).sum()) / square if square > 0 else 0.0
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
