@@ -16,6 +16,7 @@ from abliterate.evaluation.kl import kl_divergence
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
+from abliterate.export.merged import stored_dtype
 from abliterate.export.verify import (
     Expected,
     Precision,
@@ -83,8 +84,7 @@ def expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, promp
     edited = module_outputs(model, inputs, dtype)
     editor.clear()
     base = module_outputs(model, inputs, dtype)
-    exporter = EXPORTERS[context.settings.export.kind]
-    stored = exporter.stored_dtype(job)
+    stored = _stored_dtype(context.settings.export.kind, job)
     weights = {target.name: target.module for target in bench.loaded.targets}
     probes = {
         name: Probe(x, base[name], edited[name], storage_rounding(dense_weight(weights[name]), job.factors[name], x, stored))
@@ -135,8 +135,13 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, n_harmless))
     responses = engine.respond(prompts.harmful_eval, lambda done, _: progress(done, n_harmless + n_harmful))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
-    precision = Precision(run_dtype, exporter.stored_dtype(picked.job), settings.load.quantization)
+    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), settings.load.quantization)
     return compare(picked.expected, Observation(responses, harmless), harmful, outputs, picked.scorers, precision)
+
+
+def _stored_dtype(kind: str, job: ExportJob) -> torch.dtype:
+    """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
+    return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32
 
 
 def _reference(context: Context, model: Any, chat: Chat, batch_size: int) -> ReferenceEngine:

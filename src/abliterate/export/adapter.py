@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,6 +43,9 @@ class Adapter:
         plain = job.load.model_copy(update={"quantization": "none"})
         config = load_config(job.source, plain)
         model = load_weights(job.source, plain, config, stored_dtype(config), None)
+        # Not at the top: peft imports bitsandbytes, which writes to stderr unless `load_weights` has quieted it.
+        from peft import LoraConfig
+
         d_model = model.config.get_text_config().hidden_size
         modules = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
         check_modules(job, modules)
@@ -68,14 +70,12 @@ class Adapter:
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
-    def stored_dtype(self, job: ExportJob) -> torch.dtype:
-        """See `Exporter.stored_dtype`."""
-        return torch.float32
-
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """See `Exporter.load`: the base with the adapter on it."""
         load = job.load.model_copy(update={"quantization": "none"})
         base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
+        from peft import PeftModel
+
         return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
 
 

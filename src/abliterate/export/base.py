@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.edits import Factors
@@ -40,9 +39,6 @@ class Exporter(Protocol):
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
         """Write into `folder` (exists, empty); returns what belongs into `result.json` about it."""
-
-    def stored_dtype(self, job: ExportJob) -> torch.dtype:
-        """The dtype that edited weights are rounded to; float32 where the export holds an edit's factors."""
 
     def load(self, folder: Path, job: ExportJob, device: Any, dtype: Any) -> Any:
         """The exported model from disk, as a user would load it."""

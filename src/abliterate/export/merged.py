@@ -26,7 +26,7 @@ class Merged:
         """See `Exporter.write`. The edit is computed in float32 on the stored (never quantized) weights."""
         plain = job.load.model_copy(update={"quantization": "none"})
         config = load_config(job.source, plain)
-        dtype = self.stored_dtype(job)
+        dtype = stored_dtype(config)
         model = load_weights(job.source, plain, config, dtype, None)
         edit_weights(model, job)
         model.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
@@ -34,10 +34,6 @@ class Merged:
         gc.collect()
         save_companions(job, folder)
         return {"dtype": str(dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
-
-    def stored_dtype(self, job: ExportJob) -> torch.dtype:
-        """See `Exporter.stored_dtype`: the base's."""
-        return stored_dtype(load_config(job.source, job.load))
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """See `Exporter.load`."""
