@@ -16,13 +16,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abliterate import pipeline, stages
+from abliterate import identity, pipeline, stages
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation.editor import Editor
 from abliterate.export.merged import Merged
 from abliterate.model.loader import demo_path
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
+from abliterate.settings_sources import config_path
 from abliterate.types import Trial
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -207,6 +208,13 @@ def test_finished_run_resumed_searches_nothing(finished: Finished, tmp_path: Pat
         ({"seed": 5}, "seed"),
         ({"edit": {"mode": "none"}}, "edit mode"),
         ({"directions": {"method": "mean_difference"}}, "direction method"),
+        ({"efficiency": {"use_amp_for_residuals": True}}, "precision of residuals"),
+        ({"response": {"thinking_blocks": [["<a>", "<a></a>"]]}}, "set of thinking blocks"),
+        ({"load": {"attn_implementation": "eager"}}, "attention implementation"),
+        (
+            {"load": {"decoder_layers": "model.layers", "components": {"mlp.down_proj": "mlp.down_proj"}}},
+            "set of edited modules",
+        ),
     ],
 )
 def test_changed_meaning_is_refused_on_resume(
@@ -218,6 +226,22 @@ def test_changed_meaning_is_refused_on_resume(
     with pytest.raises(InputError, match=f"another {named}"):
         run_in(run, quick_settings(prompt_files, Path(settings.cache_dir), **change), resume=True)
     assert {name: (run / name).read_bytes() for name in before} == before
+
+
+def test_other_default_markers_are_refused_on_resume(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, settings = finished
+    content = config_path("markers.txt").read_text(encoding="utf-8")
+    for text, refused in ((f"# said otherwise\n{content}", False), (f"{content}\nanother marker\n", True)):
+        (tmp_path / "markers.txt").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(identity, "config_path", lambda name: tmp_path / name)
+        run = copy_run(path, tmp_path / f"run-{refused}")
+        if refused:
+            with pytest.raises(InputError, match="another set of scorers or markers"):
+                run_in(run, settings, resume=True)
+        else:
+            run_in(run, settings, resume=True)
 
 
 def test_svd_representation(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
