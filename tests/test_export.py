@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError
-from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
+from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import ExportSettings, LoadSettings
 
@@ -116,6 +116,29 @@ def test_companions_are_carried_over(kind: str, tmp_path: Path) -> None:
     assert (generation.eos_token_id, generation.repetition_penalty) == ([3, 2], 1.25)
     assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "the licence of the base\n"
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "the card"
+
+
+def test_processor_of_the_pinned_revision_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Processor:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "processor_config.json").write_text("{}", encoding="utf-8")
+            (folder / "chat_template.jinja").write_text("the processor's own", encoding="utf-8")
+
+    def from_pretrained(source: str, **options: Any) -> Processor:
+        asked.append(options)
+        return Processor()
+
+    monkeypatch.setattr(companions.AutoProcessor, "from_pretrained", from_pretrained)
+    job, _, loaded = trial_of(make_model("llama"), tmp_path)
+    loaded.tokenizer.chat_template = "{{ 'given by hand' }}"
+    (tmp_path / "out").mkdir()
+    load = LoadSettings(revision="abc123", trust_remote_code=True)
+    companions.save_companions(replace(job, load=load), tmp_path / "out")
+    assert asked == [{"revision": "abc123", "trust_remote_code": True}]
+    assert (tmp_path / "out" / "processor_config.json").is_file()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ 'given by hand' }}"
 
 
 @pytest.mark.parametrize("mode", ["full", "pre", "none"])
