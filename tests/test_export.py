@@ -253,11 +253,15 @@ def test_card_says_what_was_measured() -> None:
         "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
         "mode": "full",
         "representation": "exact",
+        "approximation": {},
         "method": "projected",
         "number": 7,
         "seed": 3,
         "params": make_params(0).to_record(),
     }
     card = model_card(facts)
+    assert "(exact)" in card
+    lossy = model_card(facts | {"representation": "svd", "approximation": {"mean": 0.034, "max": 0.0712}})
+    assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy
     for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):
         assert part in card

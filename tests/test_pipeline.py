@@ -250,6 +250,9 @@ def test_svd_representation(finished: Finished, tmp_path: Path, prompt_files: Fi
     result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(first.cache_dir), **over))
     assert result["export"]["verified"] is True
     assert (result["export"]["method"], result["export"]["rank"]) == ("lora", 3)
+    lost = result["export"]["approximation_error"]
+    assert 0.001 < lost["mean"] < lost["max"] < 0.3
+    assert f"misses {lost['mean']:.1%}" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     assert result["caches"]["svd"]["misses"] > 0
 
 
@@ -259,6 +262,7 @@ def test_adapter_export_is_dora_and_loads_with_peft(finished: Finished, tmp_path
     quick = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"})
     result, _ = run_in(run, quick, resume=True)
     assert (result["export"]["method"], result["export"]["rank"], result["export"]["verified"]) == ("dora", 1, True)
+    assert "approximation_error" not in result["export"]
     base = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32)
     with_adapter = logits_of(PeftModel.from_pretrained(base, str(run / "model")).eval())
     merged = logits_of(AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32).eval())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Recorder, quick_settings
+from conftest import Recorder, dense_edit, quick_settings
 from transformers import AutoModelForCausalLM
 
 from abliterate import exporting, stages
@@ -19,7 +19,7 @@ from abliterate.evaluation.editor import Editor
 from abliterate.export.verify import Expected, Precision, compare
 from abliterate.exporting import Picked
 from abliterate.model.loader import demo_path, load_tokenizer
-from abliterate.pipeline import prepare_export
+from abliterate.model.weights import dense_weight
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings
@@ -55,7 +55,9 @@ class Case:
         export = settings.export.model_copy(update={"kind": kind})
         context = replace(self.context, settings=settings.model_copy(update={"export": export}))
         picked = picked or self.picked
-        expected = exporting.expect(context, self.bench, self.editor, self.picked.job, self.prompts, self.picked.expected.trial)
+        expected = exporting._expect(
+            context, self.bench, self.editor, self.picked.job, self.prompts, self.picked.expected.trial
+        )
         exporting.export(context, replace(picked, expected=expected), self.prompts, folder / kind)
         record = context.result.record["export"]
         return record["verified"], record["verification"]
@@ -80,7 +82,7 @@ def make_case(folder: Path, files: dict[str, str], stored: str, **over: Any) -> 
     editor = stages.make_editor(context, bench, found)
     baseline = stages.baseline(context, bench, prompts)
     trial, _ = stages.evaluate(context, bench, editor, 0, params(), prompts)
-    picked = prepare_export(context, bench, editor, baseline, prompts, trial)
+    picked = exporting.prepare(context, bench, editor, baseline, prompts, trial)
     return Case(context, bench, editor, prompts, picked, recorder)
 
 
@@ -194,3 +196,21 @@ def test_refusals_of_a_stopped_trial_are_a_lower_bound(state: Any, found: int, o
     scorers = [Counts("refusals", found), Counts("kl", {"mean": 0.1})]
     verdict = compare(expected, observed, logprobs, {}, scorers, Precision(torch.float32, torch.float32))  # type: ignore[arg-type]
     assert verdict.ok is ok
+
+
+def test_approximation_error_is_that_of_dense_matrices(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    case = make_case(tmp_path, prompt_files, "float32", edit={"representation": "svd", "rank": 2})
+    errors = []
+    plan = case.editor.plan(params())
+    modules = {target.name: target.module for target in case.bench.loaded.targets}
+    for name, factors in case.picked.job.factors.items():
+        weight = dense_weight(modules[name])
+        _, index, coeff = plan[name]
+        change = dense_edit(weight, case.editor._directions.at(index), coeff, "full") - weight
+        errors.append(float((change - factors.b @ factors.a).norm() / change.norm()))
+    found = case.picked.approximation
+    assert (found["mean"], found["max"]) == (
+        pytest.approx(sum(errors) / len(errors), rel=1e-3),
+        pytest.approx(max(errors), rel=1e-3),
+    )
+    print(found)

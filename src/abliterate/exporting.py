@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import torch
 
 from abliterate.bench import Bench, Calibration, Context, PromptSets
+from abliterate.edits import Factors, SvdMemo
+from abliterate.edits.svd import relative_error
 from abliterate.errors import TrialError
 from abliterate.evaluation import Observation, Scorer
 from abliterate.evaluation.editor import Editor
@@ -35,16 +38,54 @@ from abliterate.types import Baseline, Trial
 
 @dataclass(frozen=True)
 class Picked:
-    """What outlives the loaded model: the trial's export job, and what the export must reproduce."""
+    """What outlives the loaded model: the trial's export job, and what the export must reproduce.
+
+    `approximation`: what the svd representation loses, for `result.json`; empty where edits are exact.
+    """
 
     job: ExportJob
+    approximation: Mapping[str, float]
     expected: Expected
     scorers: tuple[Scorer, ...]
     calibration: Calibration
 
 
-def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baseline, n_harmless: int, trial: Trial) -> ExportJob:
-    """Everything an export needs once the model is gone: the trial's factors on the CPU, tokenizer, card."""
+def prepare(context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial) -> Picked:
+    """What an export of `trial` needs once the model is gone. Edits the model, and gives the base model back."""
+    factors = {name: found.to("cpu") for name, found in editor.factors(trial.params).items()}
+    approximation = _approximation(context, bench, editor, factors, trial)
+    job = _job(context, bench, baseline, len(prompts.harmless_eval), trial, factors, approximation)
+    expected = _expect(context, bench, editor, job, prompts, trial)
+    return Picked(job, approximation, expected, bench.scorers, bench.calibration)
+
+
+def _approximation(
+    context: Context, bench: Bench, editor: Editor, factors: Mapping[str, Factors], trial: Trial
+) -> dict[str, float]:
+    """Mean and largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules, of the svd representation; else nothing."""
+    settings = context.settings.edit
+    if settings.representation == "exact" or not factors:
+        return {}
+    targets = {target.name: target for target in bench.loaded.targets}
+    errors = []
+    for name, low_rank in factors.items():
+        # One module at a time: what an exact editor prepares is large.
+        exact_settings = settings.model_copy(update={"representation": "exact"})
+        exact = Editor((targets[name],), editor._directions, exact_settings, editor.adapters, SvdMemo(0))
+        weight = dense_weight(targets[name].module).float().cpu()
+        errors.append(relative_error(exact.factors(trial.params)[name].to("cpu").delta(weight), low_rank))
+    return {"mean": sum(errors) / len(errors), "max": max(errors)}
+
+
+def _job(
+    context: Context,
+    bench: Bench,
+    baseline: Baseline,
+    n_harmless: int,
+    trial: Trial,
+    factors: Mapping[str, Factors],
+    approximation: Mapping[str, float],
+) -> ExportJob:
     settings, info = context.settings, bench.loaded.info
     facts = {
         "base": info.id,
@@ -56,6 +97,7 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
         "kl": trial.scores["kl"],
         "mode": settings.edit.mode,
         "representation": settings.edit.representation,
+        "approximation": approximation,
         "method": settings.directions.method,
         "number": trial.number,
         "seed": settings.seed,
@@ -67,13 +109,13 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
         export=settings.export,
         architecture=bench.loaded.architecture,
         tokenizer=bench.loaded.tokenizer,
-        factors={name: factors.to("cpu") for name, factors in editor.factors(trial.params).items()},
+        factors=factors,
         base_model=info.id,
         card=model_card(facts),
     )
 
 
-def expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
+def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
     """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
     model, size, dtype = bench.loaded.model, bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
     engine, other = (_reference(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
@@ -99,6 +141,8 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
     with context.result.stage("export", exporter.kind), finished_folder(final) as folder:
         facts = dict(exporter.write(picked.job, folder))
     record = {"kind": exporter.kind, "path": final.name, "verified": None, **facts}
+    if picked.approximation:
+        record["approximation_error"] = dict(picked.approximation)
     context.result.record["export"] = record
     context.result.save()
     if context.settings.export.verify:

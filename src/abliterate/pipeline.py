@@ -17,7 +17,7 @@ from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.editor import Editor
-from abliterate.exporting import Picked, expect, export, export_job
+from abliterate.exporting import Picked, export, prepare
 from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
@@ -147,16 +147,7 @@ def pick(
     if context.settings.export.kind == "none":
         return None
     with result.stage("pick", f"trial {selected.number}"):
-        return prepare_export(context, bench, editor, baseline, prompts, selected)
-
-
-def prepare_export(
-    context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial
-) -> Picked:
-    """What an export of `trial` needs once the model is gone."""
-    job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), trial)
-    expected = expect(context, bench, editor, job, prompts, trial)
-    return Picked(job, expected, bench.scorers, bench.calibration)
+        return prepare(context, bench, editor, baseline, prompts, selected)
 
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
@@ -170,7 +161,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
     result.record["selected"] = number
-    picked = prepare_export(context, bench, editor, baseline, prompts, trial)
+    picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
     export(context, picked, prompts, final)
