@@ -55,6 +55,8 @@ _SIZES = {
     "max_position_embeddings": 512,
     "initializer_range": 0.1,
 }
+_MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 _GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
 
 # family: (config class, its options, path of the final norm)
@@ -65,6 +67,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("Qwen2Config", _SIZES | {"tie_word_embeddings": True}, "model.norm"),
     "qwen3": ("Qwen3Config", _SIZES | {"head_dim": 8}, "model.norm"),
     "gemma2": ("Gemma2Config", _SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}, "model.norm"),
+    "gemma3": (
+        "Gemma3TextConfig",
+        _SIZES | _MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8},
+        "model.norm",
+    ),
     "phi3": ("Phi3Config", _SIZES, "model.norm"),
     "phi": ("PhiConfig", _SIZES, "model.final_layernorm"),
     "olmo2": ("Olmo2Config", _SIZES, "model.norm"),
@@ -72,6 +79,32 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("GPT2Config", _GPT, "transformer.ln_f"),
     "gpt_neox": ("GPTNeoXConfig", _SIZES, "gpt_neox.final_layer_norm"),
     "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if "key_value" not in k} | {"bias": True}, "transformer.ln_f"),
+}
+# Families that are not in the table yet: the same, and the components that the settings name.
+NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
+    "gpt_oss": (
+        "GptOssConfig",
+        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {"attn.o_proj": "self_attn.o_proj"},
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        _SIZES | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        {"attn.o_proj": "self_attn.o_proj"},
+    ),
+    "qwen3_5": (
+        "Qwen3_5TextConfig",
+        _SIZES
+        | _HYBRID
+        | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        {"attn.o_proj": "self_attn.o_proj|linear_attn.out_proj", "mlp.down_proj": "mlp.down_proj"},
+    ),
+    "lfm2": (
+        "Lfm2Config",
+        _SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
+        {"attn.o_proj": "self_attn.out_proj|conv.out_proj", "mlp.down_proj": "feed_forward.w2"},
+    ),
 }
 
 
@@ -89,7 +122,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A tiny random model of a family, float32; its biases are not zero."""
-    name, sizes, _ = FAMILIES[family]
+    name, sizes, _ = (FAMILIES | NAMED)[family]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**_IDS, **(sizes | options)))
     with torch.no_grad():
@@ -99,10 +132,10 @@ def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     return model.float().eval().requires_grad_(False)
 
 
-def make_loaded(model: PreTrainedModel, source: str = "") -> LoadedModel:
-    """What `load_model` gives, without a disk."""
+def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[str, str] | None = None) -> LoadedModel:
+    """What `load_model` gives, without a disk; `components` for a family that isn't in the table."""
     config = model.config.get_text_config()
-    architecture = find_architecture(config.model_type)
+    architecture = find_architecture(config.model_type, "model.layers" if components else "", components)
     n_layers = config.num_hidden_layers
     info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
     return LoadedModel(model, make_tokenizer(), info, architecture, find_targets(model, architecture, config.hidden_size))
@@ -255,10 +288,8 @@ def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) ->
 
 def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
     """One run in a directory: its result and what it reported."""
-    directory = RunDirectory(path)
-    directory.prepare(resume=resume, restart=False)
     recorder = Recorder()
-    return run(settings, recorder, directory, **options), recorder
+    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:

@@ -225,6 +225,26 @@ def test_temporary_files(filled: Path) -> None:
     assert warnings == []
 
 
+@pytest.mark.parametrize("damage", ["no sidecar", "no data", "sidecar cut", "another format", "nothing but a cut sidecar"])
+def test_unusable_entries_of_ours_are_cleared(filled: Path, damage: str) -> None:
+    description = sidecar(filled)
+    if damage == "no sidecar":
+        description.unlink()
+    if damage in ("no data", "nothing but a cut sidecar"):
+        description.with_suffix(".safetensors").unlink()
+    if "cut" in damage:
+        description.write_text(description.read_text()[:-9])
+    if damage == "another format":
+        description.write_text(description.read_text().replace('"format": 1', '"format": 2'))
+    foreign = foreign_files(filled)
+    store, _ = make_store(filled)
+    store.clear(lambda entry: False)  # a filter spares them: nobody knows what they are of
+    assert len(snapshot(filled)) > len(foreign)
+    store.clear()
+    # A sidecar alone that can't be read could be anybody's.
+    assert snapshot(filled) - foreign == ({f"residuals/{description.name}"} if damage.startswith("nothing") else set())
+
+
 def test_writing_leaves_no_temporary_file(filled: Path) -> None:
     assert {Path(name).suffix for name in snapshot(filled)} == {".json", ".safetensors"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import pytest
 import torch
 from conftest import copy_run, make_model, save_model
 
-from abliterate import cli
+from abliterate import bench, cli, commands
 from abliterate.cache import ArtifactStore
 from abliterate.model import loader
+from abliterate.model.loader import demo_path
+from abliterate.rundir import RunDirectory, write_json
+from abliterate.settings_sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Any]
 # A port where nothing listens: the network is there or not, the Hub is not.
@@ -91,6 +95,11 @@ def assert_sentence(outcome: Outcome, code: int, *parts: str) -> None:
         assert part in message
 
 
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    """Stands for what must not be called."""
+    raise AssertionError("must not be called")
+
+
 def assert_json_lines(text: str) -> list[dict[str, Any]]:
     """Every line parses; returns them."""
     return [json.loads(line) for line in text.splitlines()]
@@ -145,13 +154,22 @@ def test_version(invoke: Invoke) -> None:
         (["run", "demo", "--harmful", "no/such/file.txt"], "no/such/file.txt"),
         (["run", "demo", "--markers", "nowhere.txt"], "nowhere.txt"),
         (["run", "demo", "--select", "best"], "best"),
+        (["run", "demo", "--set", "edit.mode=fulll"], "'fulll'"),
+        (["run", "demo", "--set", "directions.method=projectd"], "'projectd'"),
+        (["run", "demo", "--set", 'evaluation.scorers=["refusals", "kl", "tone"]'], "'tone'"),
+        (["run", "demo", "--set", 'evaluation.scorers=["kl"]'], "'refusals'"),
+        (["run", "demo", "--set", 'search.max_coeff={default=[0, 1], "mlp.down_prj"=[0, 1]}'], "did you mean mlp.down_proj?"),
         (["trials", "nowhere"], "no run"),
         (["export", "nowhere", "--trial", "1"], "no run"),
         (["report", "nowhere"], "no run"),
     ],
 )
-def test_bad_input_is_one_sentence(invoke: Invoke, tmp_path: Path, arguments: list[str], part: str) -> None:
-    assert_sentence(invoke(*arguments), 2, part)
+def test_bad_input_is_one_sentence(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "load", forbidden)  # found before a model is loaded
+        assert_sentence(invoke(*arguments), 2, part)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])  # nothing is left of a run that never began
     assert not list(tmp_path.glob("runs/*"))
 
@@ -196,6 +214,19 @@ def test_directory_of_something_else_is_refused(invoke: Invoke, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    "mistake", [("--harmful", "no/such.txt"), ("--set", "edit.mode=fulll"), ("--dtype", "float16x"), ("-c", "no-preset")]
+)
+def test_restart_with_a_mistake_leaves_the_old_run(
+    invoke: Invoke, finished: Finished, tmp_path: Path, mistake: tuple[str, str]
+) -> None:
+    run = copy_run(finished[0], tmp_path / "run")
+    assert_sentence(invoke("run", "demo", "-o", run, "--restart", *mistake), 2)
+    assert_sentence(invoke("run", "/no/model", "-o", run, "--restart"), 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert (run / "result.json").read_bytes() == (finished[0] / "result.json").read_bytes()
+
+
 def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> str:
         raise RuntimeError("a bug\nof two lines")
@@ -205,6 +236,15 @@ def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.Mo
     assert outcome.code == 1
     assert "Traceback" not in outcome.err
     assert "RuntimeError: a bug" in " ".join(outcome.err.split())
+
+
+def test_advice_about_the_disk_is_true_of_every_command(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    in_the_way = tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp"
+    in_the_way.mkdir()  # can't be unlinked
+    os.utime(in_the_way, (0, 0))
+    outcome = invoke("cache", "clear", "--yes", "--cache-dir", store.root)
+    assert_sentence(outcome, 1, "abliterate-tmp", "repeat the command", "a run keeps its finished trials")
 
 
 def test_hub_id_without_network_ends_soon(tmp_path: Path, prompt_files: dict[str, str]) -> None:
@@ -229,6 +269,16 @@ def test_trials_and_report_of_a_run(invoke: Invoke, finished: Finished, tmp_path
 
 def test_export_of_an_unknown_trial_is_refused(invoke: Invoke, finished: Finished) -> None:
     assert_sentence(invoke("export", finished[0], "--trial", "99"), 2, "no finished trial 99")
+
+
+def test_export_never_replaces_what_is_not_ours(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
+    run, trial = copy_run(finished[0], tmp_path / "run"), finished[1]["front"][0]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("…", encoding="utf-8")
+    for out, part in ((tmp_path / "mine", "no export"), (run, "no export"), (run / "model", "--select trial")):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert_sentence(invoke("export", run, "--trial", trial, "-o", out), 2, part)
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 def test_export_of_any_trial(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
@@ -272,12 +322,66 @@ def test_interrupted_run_is_kept_and_resumed(invoke: Invoke, tmp_path: Path, pro
     assert result["trials"][:-1] == kept["trials"]
 
 
+def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tmp_path: Path) -> None:
+    path, result, settings = finished
+    directory = RunDirectory(copy_run(path, tmp_path / "run"))
+    template = result["trials"][result["front"][0]]
+    trials = [
+        {**template, "number": number, "scores": {"refusals": refusals, "kl": {"mean": kl, "median": kl, "max": kl}}}
+        for number, (kl, refusals) in enumerate([(0.01, 9), (0.05, 2), (0.9, 0)])
+    ]
+    write_json(directory.result, {**result, "trials": trials, "front": [0, 1, 2]})
+    assert "--trial 1." in commands._how_to_continue(directory, settings)
+    rule = settings.model_copy(update={"search": settings.search.model_copy(update={"select": "kl<=0.001"})})
+    assert "--trial" not in commands._how_to_continue(directory, rule)
+
+
 def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
     options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "-n", "2", "-o", tmp_path / "new"]
     assert invoke("run", "demo", *options, "--resume").code == 0
     kept = (tmp_path / "new" / "result.json").read_bytes()
     assert invoke("run", "demo", *options, "--restart").code == 0  # the old one is kept under another name
     assert (tmp_path / "new.old-1" / "result.json").read_bytes() == kept
+
+
+def test_run_with_relative_paths_goes_on_from_anywhere(
+    invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_run(demo_path() / "model", tmp_path / "base")
+    (tmp_path / "markers.txt").write_text(config_path("markers.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    for name, path in prompt_files.items():
+        shutil.copyfile(path, tmp_path / f"{name}.jsonl")
+    names = prompt_options({name: f"{name}.jsonl" for name in prompt_files})
+    assert invoke("run", "base", *names, *QUICK, "--markers", "markers.txt", "-n", "3", "-o", "run").code == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    # --out as the environment gives it, and a file that says one thing only: the rest is the run's own.
+    (tmp_path / "own.toml").write_text("[search]\ntrials = 4\n", encoding="utf-8")
+    monkeypatch.setenv("ABLITERATE_OUT", "../run")
+    resumed = invoke("run", "--resume", "-c", "../own.toml", "--json")
+    assert resumed.code == 0, resumed
+    result = assert_json_lines(resumed.out)[-1]["result"]
+    assert len(result["trials"]) == 4
+    assert invoke("export", "../run", "--trial", result["selected"], "--kind", "adapter").code == 0
+    shared = [tmp_path / "run" / name for name in ("result.json", "report.html")]
+    shared += [path for path in tmp_path.glob("run/model*/*") if path.suffix != ".safetensors"]
+    assert len(shared) > 8
+    assert not [path for path in shared if str(tmp_path) in path.read_text(encoding="utf-8")]  # no private path
+
+
+def test_restart_with_a_database_begins_anew(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "--storage", url, "-o", tmp_path / "run"]
+
+    def numbers(*more: object) -> list[int]:
+        outcome = invoke("run", "demo", *options, *more, "--json")
+        assert outcome.code == 0, outcome
+        events = assert_json_lines(outcome.out)
+        return [event["trial"]["number"] for event in events if event["event"] == "trial"]
+
+    assert numbers("-n", "2") == [0, 1]
+    assert numbers("-n", "3", "--resume") == [2]
+    assert numbers("-n", "2", "--restart", "--seed", "1") == [0, 1]
 
 
 def test_tune_batch_as_json(invoke: Invoke) -> None:
@@ -313,6 +417,18 @@ def test_cache_clear_filters_and_spares_strangers(invoke: Invoke, tmp_path: Path
     assert "deleted 1 entries" in invoke("cache", "clear", "--model", "one", *place).out
     assert [entry.key["model"] for entry in store.entries()] == ["two"]
     assert invoke("cache", "clear", *place).code == 0
+    assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
+
+
+def test_cache_clear_finds_what_no_entry_claims(invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    for entry in store.entries():
+        entry.sidecar.unlink()
+    stale = tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp"
+    stale.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    outcome = invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c")
+    assert "3 unusable files" in outcome.out
     assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from abliterate.edits import Factors
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import ExportSettings, LoadSettings
@@ -213,18 +214,24 @@ def write_half(final: Path, error: Exception) -> None:
         raise error
 
 
+def write_whole(final: Path, text: str) -> None:
+    """An export of one file."""
+    with finished_folder(final) as folder:
+        (folder / "f").write_text(text, encoding="utf-8")
+
+
 @pytest.mark.parametrize("error", FULL_DISK, ids=["os", "safetensors"])
 @pytest.mark.parametrize("old", [False, True])
 def test_full_disk_leaves_nothing_half_written(error: Exception, old: bool, tmp_path: Path) -> None:
     final = tmp_path / "model"
     if old:
-        final.mkdir()
-        (final / "kept").write_text("old", encoding="utf-8")
+        write_whole(final, "old")
     with pytest.raises(AbliterateError, match="No space left") as caught:
         write_half(final, error)
     assert "nothing half-written" in str(caught.value)
+    assert "repeat the command" in str(caught.value)  # `export` has no --resume
     assert [path.name for path in tmp_path.iterdir()] == (["model"] if old else [])
-    assert not old or (final / "kept").read_text(encoding="utf-8") == "old"
+    assert not old or (final / "f").read_text(encoding="utf-8") == "old"
 
 
 def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
@@ -235,11 +242,63 @@ def test_other_errors_pass_and_leave_nothing(tmp_path: Path) -> None:
 
 def test_finished_folder_replaces_the_old_one(tmp_path: Path) -> None:
     final = tmp_path / "model"
+    final.mkdir()  # an empty directory may be taken
     for text in ("first", "second"):
-        with finished_folder(final) as folder:
-            (folder / "f").write_text(text, encoding="utf-8")
+        write_whole(final, text)
     assert (final / "f").read_text(encoding="utf-8") == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:
+    for name in ("model", "model.old", "model.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("…", encoding="utf-8")
+    (tmp_path / "file").write_text("…", encoding="utf-8")
+    for name in ("model", "file"):
+        with pytest.raises(InputError, match="is no export of abliterate"):
+            write_whole(tmp_path / name, "new")
+    write_whole(tmp_path / "other", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model", "model.old", "model.partial", "other"]
+    assert all((tmp_path / name / "thesis.tex").is_file() for name in ("model", "model.old", "model.partial"))
+
+
+def test_a_folder_filled_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+
+    def export() -> None:
+        with finished_folder(final):
+            final.mkdir()
+            (final / "mine").write_text("…", encoding="utf-8")
+
+    with pytest.raises(InputError, match="is no export"):
+        export()
+    assert [path.name for path in final.iterdir()] == ["mine"]
+    assert list(tmp_path.iterdir()) == [final]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_the_old_export_outlives_a_failed_rename(killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "model"
+    write_whole(final, "old")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            if killed:
+                monkeypatch.setattr(Path, "rename", forbidden)  # nothing more happens after a kill
+                monkeypatch.setattr(shutil, "rmtree", lambda *args, **options: None)
+            raise OSError(errno.EIO, "Input/output error")
+        return real(self, target)
+
+    def forbidden(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt if killed else AbliterateError):
+        write_whole(final, "new")
+    kept = [path for path in tmp_path.iterdir() if not path.name.startswith(".")]  # where a person would look
+    assert [(path / "f").read_text(encoding="utf-8") for path in kept] == ["old"]
+    assert killed or kept == [final]
 
 
 def test_card_says_what_was_measured() -> None:

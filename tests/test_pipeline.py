@@ -172,7 +172,6 @@ def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tm
 def test_resumed_study_equals_uninterrupted(finished: Finished, tmp_path: Path) -> None:
     _, uninterrupted, settings = finished
     recorder, directory = Recorder(), RunDirectory(tmp_path / "run")
-    directory.prepare(resume=False, restart=False)
     with pytest.raises(Interrupted):
         pipeline.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
     kept = read_result(directory.path)
@@ -201,13 +200,36 @@ def test_finished_run_resumed_searches_nothing(finished: Finished, tmp_path: Pat
     assert outcomes(result) == outcomes(first)
 
 
+def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, first, settings = finished
+    run, recorder = copy_run(path, tmp_path / "run"), Recorder()
+    more = quick_settings(prompt_files, Path(settings.cache_dir), search={"trials": 6})
+    with pytest.raises(Interrupted):
+        pipeline.run(more, recorder, RunDirectory(run), resume=True, check=interrupt_after(recorder, 1))
+    kept = read_result(run)
+    assert (kept["selected"], kept["export"]) == (first["selected"], first["export"])
+    assert outcomes(kept)[:4] == outcomes(first)
+    assert kept["timings"]["export"] == first["timings"]["export"]
+    assert kept["timings"]["search"] > first["timings"]["search"]
+    assert all(kept["memory"][name] >= peak for name, peak in first["memory"].items())
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 99}'])
+def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path, content: str) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    (run / "result.json").write_text(content, encoding="utf-8")
+    result, _ = run_in(run, settings, resume=True)
+    assert (outcomes(result), result["selected"]) == (outcomes(first), first["selected"])
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"prompts": {"suffix": " Now."}}, "set of prompts"),
         ({"seed": 5}, "seed"),
         ({"edit": {"mode": "none"}}, "edit mode"),
-        ({"directions": {"method": "mean_difference"}}, "direction method"),
+        ({"directions": {"method": "mean"}}, "direction method"),
         ({"efficiency": {"use_amp_for_residuals": True}}, "precision of residuals"),
         ({"response": {"thinking_blocks": [["<a>", "<a></a>"]]}}, "set of thinking blocks"),
         ({"load": {"attn_implementation": "eager"}}, "attention implementation"),
@@ -295,6 +317,9 @@ def test_nothing_but_failures_ends_with_advice(
     with pytest.raises(AbliterateError, match=r"last 2 trials failed \(no decomposition converged\)"):
         run_in(tmp_path / "run", stubborn)
     assert len(read_result(tmp_path / "run")["trials"]) == 2
+    monkeypatch.undo()  # mended: the advice to resume can be followed
+    result, _ = run_in(tmp_path / "run", stubborn, resume=True)
+    assert [trial["state"] for trial in result["trials"]] == ["failed", "failed", "complete", "complete"]
 
 
 def test_empty_front_ends_with_advice(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
@@ -360,10 +385,28 @@ def test_any_trial_can_be_exported_later(finished: Finished, tmp_path: Path) -> 
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
     number = next(t["number"] for t in first["trials"] if t["number"] != first["selected"] and t["state"] == "complete")
-    result = pipeline.export_only(settings, Recorder(), RunDirectory(run), number, run / "other")
-    assert (run / "other" / "config.json").is_file()
-    assert result["export"]["verified"] is True
-    assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["harmless"]["mean"])
+    for times in (1, 2):
+        result = pipeline.export_only(settings, Recorder(), RunDirectory(run), number, run / "other")
+        assert (run / "other" / "config.json").is_file()
+        assert (result["selected"], result["export"]["trial"], result["export"]["verified"]) == (number, number, True)
+        assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["harmless"]["mean"])
+        kept = read_result(run)
+        assert kept["exports"] == [result["export"]] * times
+        assert {**kept, "exports": []} == first  # model/ still holds the run's own choice
+
+
+def test_trial_of_another_model_is_not_exported(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, _, settings = finished
+    run, base = copy_run(path, tmp_path / "run"), copy_run(demo_path() / "model", tmp_path / "base")
+    config = (base / "config.json").read_text(encoding="utf-8")
+    (base / "config.json").write_text(config + "\n", encoding="utf-8")
+    before = (run / "result.json").read_bytes()
+    for change, named in (({"model": str(base)}, "model"), ({"prompts": {"suffix": " Now."}}, "set of prompts")):
+        other = quick_settings(prompt_files, Path(settings.cache_dir), **change)
+        with pytest.raises(InputError, match=f"another {named} than its run's"):
+            pipeline.export_only(other, Recorder(), RunDirectory(run), 0, tmp_path / "out")
+    assert (run / "result.json").read_bytes() == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_run_on_a_used_directory_is_refused(finished: Finished) -> None:

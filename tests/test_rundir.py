@@ -16,6 +16,7 @@ def make_run(path: Path) -> RunDirectory:
     path.mkdir(parents=True)
     run = RunDirectory(path)
     write_json(run.result, {"format": 1})
+    run.journal.touch()
     return run
 
 
@@ -26,7 +27,7 @@ def test_a_new_directory_is_made(tmp_path: Path) -> None:
     assert not run.holds_run
 
 
-@pytest.mark.parametrize("name", ["settings.toml", "study.journal", "result.json"])
+@pytest.mark.parametrize("name", ["study.name", "study.journal"])
 def test_another_run_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("x")
     run = RunDirectory(tmp_path)
@@ -46,18 +47,27 @@ def test_restart_keeps_the_old_runs_under_other_names(tmp_path: Path) -> None:
         run.path.rmdir()
 
 
-def test_foreign_directories_and_files_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", ["mine.txt", "settings.toml", "result.json"])
+def test_foreign_directories_are_refused(tmp_path: Path, name: str, restart: bool) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("x")
+    with pytest.raises(InputError, match="not empty and holds no run"):
+        RunDirectory(tmp_path / "mine").prepare(resume=not restart, restart=restart)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine", tmp_path / "mine" / name]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_files_are_refused(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match="not empty"):
-        RunDirectory(tmp_path).prepare(resume=True, restart=False)
     with pytest.raises(InputError, match="is a file"):
-        RunDirectory(tmp_path / "mine.txt").prepare(resume=False, restart=False)
+        RunDirectory(tmp_path / "mine.txt").prepare(resume=False, restart=restart)
     with pytest.raises(InputError, match="--out"):
-        RunDirectory(tmp_path / "mine.txt" / "below").prepare(resume=False, restart=False)
+        RunDirectory(tmp_path / "mine.txt" / "below").prepare(resume=False, restart=restart)
     assert (tmp_path / "mine.txt").read_text() == "x"
 
 
-def test_an_empty_directory_is_removed_and_no_other(tmp_path: Path) -> None:
+def test_an_empty_directory_is_removed_by_who_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(tmp_path / "run")
     run.remove_if_empty()
     run.prepare(resume=False, restart=False)
@@ -66,6 +76,34 @@ def test_an_empty_directory_is_removed_and_no_other(tmp_path: Path) -> None:
     kept = make_run(tmp_path / "kept")
     kept.remove_if_empty()
     assert kept.holds_run
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "own")
+    for path in (tmp_path / "own", Path()):
+        own = RunDirectory(path)
+        own.prepare(resume=False, restart=False)
+        own.remove_if_empty()
+        assert own.path.is_dir()
+
+
+def test_a_restart_that_came_to_nothing_is_undone(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.prepare(resume=False, restart=True)
+    assert not run.holds_run
+    run.remove_if_empty()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert run.holds_run
+
+
+def test_no_two_runs_share_a_studys_name(tmp_path: Path) -> None:
+    runs = [RunDirectory(tmp_path / folder / "mine") for folder in "ab"]
+    for run in runs:
+        run.prepare(resume=False, restart=False)
+    names = [run.study_name() for run in runs]
+    assert [RunDirectory(run.path).study_name() for run in runs] == names  # kept in the directory
+    runs[0].prepare(resume=False, restart=True)
+    names.append(runs[0].study_name())
+    assert len(set(names)) == 3
+    assert all(name.startswith("abliterate-mine-") for name in names)
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:
@@ -105,11 +143,21 @@ def test_default_and_latest_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert latest_run("org/m") is None
     assert default_path("org/m").parent == Path("runs")
     assert default_path("org/m").name.startswith("m-")
-    for number, name in enumerate(("m-1", "m-2", "other-3")):
-        make_run(Path("runs") / name)
+    runs = [  # from the oldest to the newest
+        ("m-20260101-000000", "org/m"),
+        ("m-20260102-000000", "org/m"),
+        ("m-20260103-000000", "other/m"),
+        ("m-20260104-000000.old-1", "org/m"),
+        ("m-Instruct-20260105-000000", "org/m-Instruct"),
+        ("m-notes", "org/m"),
+    ]
+    for number, (name, model) in enumerate(runs):
+        make_run(Path("runs") / name).settings.write_text(f'model = "{model}"\n')
         os.utime(Path("runs") / name, (number, number))
-    (Path("runs") / "m-4").mkdir()  # newest, but no run
-    assert latest_run("org/m") == Path("runs") / "m-2"
+    (Path("runs") / "m-20260106-000000").mkdir()  # newest, but no run
+    make_run(Path("runs") / "m-20260107-000000")  # of nobody knows which model
+    assert latest_run("org/m") == Path("runs") / "m-20260102-000000"
+    assert latest_run("m") is None
 
 
 def test_atomic_writes(tmp_path: Path) -> None:

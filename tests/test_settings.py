@@ -69,6 +69,48 @@ def test_each_source_beats_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_settings(config).search.trials == 20
 
 
+def test_stored_settings_are_the_lowest_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = tmp_path / "settings.toml"
+    first = {"seed": 1, "search": {"trials": 10, "ei_candidates": 11, "max_coeff": {"default": [0.1, 0.2], "x": [1.0, 2.0]}}}
+    stored.write_text(dump_settings(load_settings("", first)), encoding="utf-8")
+    config = write(tmp_path, "[search]\ntrials = 20\nmax_coeff = {default = [0.5, 0.6]}\n")
+    monkeypatch.setenv("ABLITERATE_EVALUATION__BATCH_SIZE", "7")
+    loaded = load_settings(config, {"search": {"select": "knee"}}, stored=stored)
+    assert (loaded.seed, loaded.search.ei_candidates) == (1, 11)
+    assert (loaded.search.trials, loaded.evaluation.batch_size, loaded.search.select) == (20, 7, "knee")
+    assert loaded.search.max_coeff == {"default": (0.5, 0.6)}  # a table is one option
+
+
+def test_paths_are_stored_absolute_and_names_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("p.txt", "m.txt", "c.jinja"):
+        (tmp_path / name).write_text("x", encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "demo").mkdir()
+    dataset = "owner/name:train[:400]:text"
+    paths = load_settings(
+        "",
+        {
+            "model": "model",
+            "cache_dir": "cache",
+            "prompts": {"harmful": "p.txt", "harmless": dataset, "harmful_eval": "no/such.txt"},
+            "evaluation": {"markers": "m.txt"},
+            "load": {"chat_template": "c.jinja"},
+            "search": {"storage": "sqlite:///study.db"},
+        },
+    )
+    assert (paths.model, paths.cache_dir) == (str(tmp_path / "model"), str(tmp_path / "cache"))
+    assert paths.prompts.harmful == str(tmp_path / "p.txt")
+    assert (paths.prompts.harmless, paths.prompts.harmful_eval, paths.prompts.harmless_eval) == (dataset, "no/such.txt", "")
+    assert (paths.evaluation.markers, paths.load.chat_template) == (str(tmp_path / "m.txt"), str(tmp_path / "c.jinja"))
+    assert paths.search.storage == f"sqlite:///{tmp_path}/study.db"
+    assert paths.efficiency.residual_cache_dir == ""
+    for name in ("demo", "owner/name"):
+        assert load_settings("", {"model": name}).model == name
+    for url in ("", "postgresql://host/db", f"sqlite:///{tmp_path}/study.db"):
+        assert load_settings("", {"search": {"storage": url}}).search.storage == url
+
+
 def test_environment_of_every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ABLITERATE_MODEL", "demo")
     monkeypatch.setenv("ABLITERATE_SEARCH__POSITION", "[0.1, 0.2]")
@@ -255,9 +297,9 @@ def test_startup_trials() -> None:
     assert SearchSettings(trials=10, startup_trials=7).n_startup_trials == 7
 
 
-def test_reference_turns_every_switch_off_but_the_warm_up() -> None:
+def test_reference_turns_every_switch_off_that_an_honest_peer_lacks() -> None:
     reference = EfficiencySettings().reference()
     switches = {name: value for name, value in reference if isinstance(value, bool)}
-    assert [name for name, value in switches.items() if value] == ["use_global_warmup"]
+    assert [name for name, value in switches.items() if value] == ["use_global_warmup", "use_memory_recovery"]
     assert len(switches) >= 9
     assert reference.max_svd_cache_size == EfficiencySettings().max_svd_cache_size

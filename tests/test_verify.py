@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from abliterate import exporting, stages
 from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
 from abliterate.cache import ArtifactStore
+from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export.verify import Expected, Precision, compare
 from abliterate.exporting import Picked
@@ -80,8 +81,9 @@ def make_case(folder: Path, files: dict[str, str], stored: str, **over: Any) -> 
     bench = load_and_calibrate(context, prompts)
     found = stages.directions(context, *stages.residuals(context, bench, prompts), folder / "directions.safetensors")
     editor = stages.make_editor(context, bench, found)
+    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
-    trial, _ = stages.evaluate(context, bench, editor, 0, params(), prompts)
+    trial = stages.evaluate(context, bench, editor, 0, params(), prompts, Certificate(((0.0, 1000),)))  # never stopped
     picked = exporting.prepare(context, bench, editor, baseline, prompts, trial)
     return Case(context, bench, editor, prompts, picked, recorder)
 

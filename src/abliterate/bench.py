@@ -16,9 +16,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from abliterate import calibration
 from abliterate.cache import ArtifactStore
 from abliterate.evaluation import Scorer, make_scorers
+from abliterate.evaluation.engine import prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
+from abliterate.evaluation.selfcheck import Engine
 from abliterate.model import loader
 from abliterate.model.architectures import find_architecture, missing_components
 from abliterate.model.chat import Chat
@@ -82,7 +84,7 @@ class Bench:
 
     loaded: LoadedModel
     chat: Chat
-    engine: ReferenceEngine
+    engine: Engine
     scorers: tuple[Scorer, ...]
     calibration: Calibration
 
@@ -216,7 +218,7 @@ def response_prefix(context: Context, loaded: LoadedModel, size: int, prompts: P
 
     def respond(prefix: str) -> list[str]:
         engine = make_engine(context, loaded.model, Chat(loaded.tokenizer, loaded.device, prefix), size)
-        return engine.raw_responses(some)
+        return prefix_responses(engine, loaded.layers, context.settings.efficiency, some)
 
     found, notes = calibration.detect_prefix(respond, response.thinking_blocks)
     for note in notes:

@@ -3,7 +3,7 @@
 An entry is `<root>/<kind>/<sha256 of its key>.safetensors` with a sidecar `.json` (format, key, checksum, size, time).
 The sidecar is written last, so an entry without one was never finished. Both are written under a temporary name and
 renamed; two processes may share a store. Entries that are corrupt or not ours are reported and recomputed, never
-trusted; `clear` deletes only what a valid sidecar or our own temporary name claims. Knows nothing of models.
+trusted; `clear` deletes only what a sidecar of ours, our mark in the data or our own temporary name claims. Knows no models.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from torch import Tensor
 FORMAT = 1
 _ENTRY = re.compile(r"^[0-9a-f]{64}\.json$")
 _TEMPORARY = re.compile(r"^[0-9a-f]{64}\.[0-9a-f]{32}\.abliterate-tmp$")
+# How our data files begin, after the length of their header: an entry whose sidecar is lost or damaged is known by it.
+_MARK = b'{"__metadata__":{"abliterate":'
 # A writer that died leaves its temporary file; one that is alive renames it long before this.
 _STALE_SECONDS = 24 * 3600.0
 
@@ -87,7 +89,8 @@ class ArtifactStore:
             self._memory[(kind, digest)] = dict(tensors)
         if not self._enabled:
             return
-        payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        payload = save(plain, metadata={"abliterate": str(FORMAT)})
         sidecar = {
             "format": FORMAT,
             "key": dict(key),
@@ -127,20 +130,34 @@ class ArtifactStore:
             except (OSError, ValueError, SafetensorError) as error:
                 yield entry.data, str(error)
 
-    def clear(self, wanted: Callable[[Entry], bool] = lambda entry: True) -> tuple[int, int]:
-        """Delete the wanted entries and stale temporary files: (entries, bytes) deleted. Nothing else is touched."""
+    def clear(self, wanted: Callable[[Entry], bool] | None = None) -> tuple[int, int]:
+        """Delete the wanted entries, by default everything of ours: (entries, bytes) deleted. Nothing else is touched."""
         count = freed = 0
         for entry in list(self.entries()):
-            if not wanted(entry):
+            if wanted and not wanted(entry):
                 continue
             # Sidecar first: a reader must never find a sidecar that promises missing data.
             entry.sidecar.unlink(missing_ok=True)
             entry.data.unlink(missing_ok=True)
             count, freed = count + 1, freed + entry.size
-        for path in self.root.glob("*/*.abliterate-tmp"):
-            if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                path.unlink(missing_ok=True)
+        for path in [] if wanted else self.leftovers():
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
         return count, freed
+
+    def leftovers(self) -> list[Path]:
+        """Files of ours that belong to no usable entry: stale temporary files, entries damaged or of another version."""
+        found = []
+        for path in sorted(self.root.glob("*/*")):
+            if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                found.append(path)
+            sidecar, data = path.with_suffix(".json"), path.with_suffix(".safetensors")
+            if path not in (sidecar, data) or not _ENTRY.match(sidecar.name) or _read_entry(sidecar):
+                continue
+            # Either file of the pair may be missing or damaged; the other one tells whose it is.
+            if _has_mark(data) or _has_our_fields(sidecar):
+                found.append(path)
+        return found
 
     def _read(self, kind: str, digest: str) -> dict[str, Tensor] | None:
         path = self.root / kind / f"{digest}.json"
@@ -187,6 +204,22 @@ def _read_entry(sidecar: Path) -> Entry | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _has_mark(data: Path) -> bool:
+    try:
+        with data.open("rb") as file:
+            return file.read(8 + len(_MARK))[8:] == _MARK
+    except OSError:
+        return False
+
+
+def _has_our_fields(sidecar: Path) -> bool:
+    try:
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and {"format", "key", "label", "sha256"} <= record.keys()
 
 
 def _write(folder: Path, digest: str, suffix: str, content: bytes) -> None:

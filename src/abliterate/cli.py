@@ -5,6 +5,7 @@ Imports neither torch nor pydantic-settings at the top: `--help` must answer at 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Look at and clear the cache of residuals.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
+
+# Not every command is a run, so these sentences must be true of all.
+_KEPT = "a run keeps its finished trials and continues with --resume"
 
 Text = str | None
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
@@ -198,10 +202,12 @@ def main() -> None:
         # A Windows console or a C locale can't encode ★ or ≥; a run must not die of a character.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app()
     except KeyboardInterrupt:
-        _fail("interrupted; finished trials are kept, --resume continues.", INTERRUPTED)
+        _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -213,7 +219,8 @@ def main() -> None:
         _fail(str(error), error.exit_code)
     except OSError as error:
         _debug()
-        _fail(f"{error.strerror or error}; finished trials are kept: mend that, then continue with --resume.", FAILED)
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED)
     except Exception as error:
         _debug()
         reason: Any = (str(error).strip().splitlines() or [""])[0]

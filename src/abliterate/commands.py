@@ -6,19 +6,20 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate import pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_for_trial, front_table, make_console, make_reporter, print_table, trial_line
+from abliterate.console import ask_for_trial, ask_yes, front_table, make_console, make_reporter, print_table, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
+from abliterate.front import parse_rule
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments
-from abliterate.types import Trial
+from abliterate.types import Baseline, Trial
 
 
 def run(
@@ -33,26 +34,38 @@ def run(
 ) -> None:
     """`abliterate run`."""
     options = merge(_given(given), parse_assignments(assignments))
-    directory = _existing(options) if resume else None
-    # A continued run starts from its own settings; what is given now wins over them.
-    settings = load_settings(str(directory.settings) if directory and not config else config, options)
+    settings = load_settings(config, options)
+    directory = _existing(settings) if resume else None
+    if directory:
+        # A continued run starts from its own settings; what is given now, in any way, wins over them.
+        settings = load_settings(config, options, stored=directory.settings)
     if reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     _quiet_libraries()
     directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
-    _check_model(settings)
-    directory.prepare(resume=resume, restart=restart)
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
     interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json and "select" not in options.get("search", {})
-    choose = (lambda front, default, base: ask_for_trial(front, default, base, reporter)) if interactive else None
+
+    def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
+        with interrupts.at_once():
+            return ask_for_trial(front, default, baseline, reporter)
+
     try:
         with interrupts.listening():
-            pipeline.run(settings, reporter, directory, choose=choose, check=interrupts.check)
+            pipeline.run(
+                settings,
+                reporter,
+                directory,
+                resume=resume,
+                restart=restart,
+                choose=choose if interactive else None,
+                check=interrupts.check,
+            )
     except Interrupted as error:
-        raise Interrupted(error.exit_code, _how_to_continue(directory)) from error
+        raise Interrupted(error.exit_code, _how_to_continue(directory, settings)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=_how_to_continue(directory)) from error
+        raise Interrupted(message=_how_to_continue(directory, settings)) from error
     finally:
         reporter.close()
         directory.remove_if_empty()
@@ -62,7 +75,6 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     """`abliterate tune-batch`."""
     settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
     _quiet_libraries()
-    _check_model(settings)
     reporter = make_reporter(as_json=as_json)
     try:
         tuning = pipeline.tune(settings, reporter)
@@ -106,10 +118,16 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_jso
     settings = load_settings(str(directory.settings), {"export": {"kind": kind}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    final = out or path / f"model-trial-{number}"
+    if final.resolve() == directory.export.resolve():
+        raise InputError(
+            f"The folder {final} is the run's own export; choose another --out, or change the run's choice with "
+            f"abliterate run --resume --out {path} --select trial:{number}."
+        )
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     try:
-        pipeline.export_only(settings, reporter, directory, number, out or path / f"model-trial-{number}")
+        pipeline.export_only(settings, reporter, directory, number, final)
     finally:
         reporter.close()
 
@@ -141,19 +159,22 @@ def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> 
         old = time.time() - entry.created >= older_than * 86400
         return old and (not model or entry.key.get("model") == model)
 
+    filtered = bool(model or older_than)
     entries = [entry for entry in store.entries() if wanted(entry)]
-    if not entries:
+    leftovers = [] if filtered else store.leftovers()
+    if not entries and not leftovers:
         print("nothing to clear")
         return
+    what = f"{len(entries)} entries" + (f" and {len(leftovers)} unusable files" if leftovers else "")
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("Without a terminal nothing is asked; confirm with abliterate cache clear --yes.")
-        total = _size(sum(entry.size for entry in entries))
-        if make_console().input(f"Delete {len(entries)} entries ({total})? (y/N) ").strip().lower() not in ("y", "yes"):
+        total = _size(sum(entry.size for entry in entries) + sum(path.stat().st_size for path in leftovers))
+        if not ask_yes(f"Delete {what} ({total})?"):
             print("nothing was deleted")
             return
-    count, freed = store.clear(wanted)
-    print(f"deleted {count} entries, {_size(freed)}")
+    _, freed = store.clear(wanted if filtered else None)
+    print(f"deleted {what}, {_size(freed)}")
 
 
 def cache_verify(cache_dir: str) -> None:
@@ -177,27 +198,32 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _existing(options: Mapping[str, Any]) -> RunDirectory | None:
-    """The run that --resume means: in --out, else the newest of this model; None where there is none yet."""
-    path = Path(options["out"]) if options.get("out") else latest_run(str(options.get("model", "")))
+def _existing(settings: Settings) -> RunDirectory | None:
+    """The run that --resume means: in `out`, else the newest of this model; None where there is none yet."""
+    path = Path(settings.out) if settings.out else latest_run(settings.model)
     if path is None:
         return None
     directory = RunDirectory(path)
     return directory if directory.settings.exists() else None
 
 
-def _check_model(settings: Settings) -> None:
-    """Before anything is written: a missing model must leave no empty run directory behind."""
-    from abliterate.model.loader import resolve_source
-
-    resolve_source(settings.model)
-
-
-def _how_to_continue(directory: RunDirectory) -> str:
+def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
     where = directory.path
+    if not directory.holds_run:
+        return "interrupted before anything was found; start the run again."
     text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
-    done = directory.result.exists() and directory.read_result()["front"]
-    return text + (f", or export one now with abliterate export {where} --trial {done[-1]}." if done else ".")
+    best = _best_so_far(directory, settings)
+    return text + (f", or export one now with abliterate export {where} --trial {best.number}." if best else ".")
+
+
+def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
+    """What the selection rule would pick now, if there is something to pick."""
+    if not directory.result.exists():
+        return None
+    result = directory.read_result()
+    front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
+    by_kl = sorted(front, key=lambda trial: trial.kl)
+    return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)
 
 
 def _quiet_libraries() -> None:

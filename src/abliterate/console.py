@@ -257,7 +257,7 @@ def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) 
 
 
 def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:
-    """Show the front and let the person choose; Enter takes the rule's choice."""
+    """Show the front and let the person choose; Enter, and the end of the input (Ctrl+D), take the rule's choice."""
     reporter.close()
     console = Console()
     record = {
@@ -268,8 +268,21 @@ def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, re
     }
     console.print(front_table(record))
     numbers = {str(trial.number): trial for trial in front}
-    answer = Question.ask("Which trial is to be exported", choices=list(numbers), default=str(default.number), console=console)
+    question = "Which trial is to be exported"
+    try:
+        answer = Question.ask(question, choices=list(numbers), default=str(default.number), console=console)
+    except EOFError:
+        console.print()
+        return default
     return numbers[answer]
+
+
+def ask_yes(question: str) -> bool:
+    """Whether the person says yes; Enter and the end of the input (Ctrl+D) mean no."""
+    try:
+        return Console().input(f"{escape(question)} (y/N) ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 def show_error(message: str) -> None:

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from abliterate.bench import Bench, Calibration, Context, PromptSets
+from abliterate.bench import Bench, Calibration, Context, PromptSets, make_engine
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import TrialError
-from abliterate.evaluation import Observation, Scorer
+from abliterate.evaluation import Scorer
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.kl import kl_divergence
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.responses import ResponseReader
 from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
 from abliterate.export.merged import stored_dtype
 from abliterate.export.verify import (
@@ -118,7 +115,8 @@ def _job(
 def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
     """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
     model, size, dtype = bench.loaded.model, bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
-    engine, other = (_reference(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
+    # The plain engine here and on the export: the verdict must not depend on how trials are made fast.
+    engine, other = (make_engine(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
     inputs = probe_inputs(job.factors)
     editor.apply(trial.params)
     harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
@@ -140,7 +138,8 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
     exporter = EXPORTERS[context.settings.export.kind]
     with context.result.stage("export", exporter.kind), finished_folder(final) as folder:
         facts = dict(exporter.write(picked.job, folder))
-    record = {"kind": exporter.kind, "path": final.name, "verified": None, **facts}
+    trial = picked.expected.trial.number
+    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, **facts}
     if picked.approximation:
         record["approximation_error"] = dict(picked.approximation)
     context.result.record["export"] = record
@@ -169,29 +168,20 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
     chat = Chat(tokenizer, device, picked.calibration.response_prefix)
-    engine = _reference(context, model, chat, picked.calibration.batch_size)
-    n_harmful, n_harmless = len(prompts.harmful_eval), len(prompts.harmless_eval)
+    engine = make_engine(context, model, chat, picked.calibration.batch_size)
+    total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 
     def progress(done: int, before: int) -> None:
-        context.reporter.progress(before + done, n_harmless + 2 * n_harmful, "prompts")
+        context.reporter.progress(before + done, total, "prompts")
 
-    harmless = engine.first_logprobs(prompts.harmless_eval, lambda done, _: progress(done, 0))
-    harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, n_harmless))
-    responses = engine.respond(prompts.harmful_eval, lambda done, _: progress(done, n_harmless + n_harmful))
+    harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, 0))
+    before = len(prompts.harmful_eval)
+    observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
     precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), settings.load.quantization)
-    return compare(picked.expected, Observation(responses, harmless), harmful, outputs, picked.scorers, precision)
+    return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
 
 
 def _stored_dtype(kind: str, job: ExportJob) -> torch.dtype:
     """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
     return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32
-
-
-def _reference(context: Context, model: Any, chat: Chat, batch_size: int) -> ReferenceEngine:
-    """The plain engine on both sides: a verdict on the export must not depend on how trials are made fast."""
-    response = context.settings.response
-    reader = ResponseReader(chat.tokenizer, response.thinking_blocks)
-    return ReferenceEngine(
-        model, chat, reader, max_new_tokens=response.max_new_tokens, batch_size=batch_size, check=context.check
-    )

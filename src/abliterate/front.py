@@ -78,7 +78,7 @@ def parse_rule(text: str, auto_max_kl: float = 0.1) -> SelectionRule:
     Raises:
         InputError: none of these.
     """
-    compact = text.replace(" ", "")
+    compact = text.replace(" ", "").lower()
     if compact == "auto":
         return SelectionRule(text, lambda front: _auto(front, auto_max_kl))
     if compact == "knee":
@@ -86,7 +86,7 @@ def parse_rule(text: str, auto_max_kl: float = 0.1) -> SelectionRule:
     if match := re.fullmatch(r"trial:(\d+)", compact):
         number = int(match[1])
         return SelectionRule(text, lambda front: _first(front, lambda trial: trial.number == number, text))
-    if match := re.fullmatch(r"kl<=(\d*\.?\d+(?:e-?\d+)?)", compact):
+    if match := re.fullmatch(r"kl<=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", compact):
         limit = float(match[1])
         return SelectionRule(text, lambda front: _first(tuple(reversed(front)), lambda trial: trial.kl <= limit, text))
     if match := re.fullmatch(r"refusals<=(\d+)", compact):

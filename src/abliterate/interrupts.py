@@ -1,4 +1,4 @@
-"""Ctrl+C and SIGTERM: the first asks to stop at the next safe point, the second Ctrl+C stops at once."""
+"""Ctrl+C and SIGTERM: the first asks to stop at the next safe point, the second stops at once; at a question every one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._exit_code = 0
+        self._asking = False
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal has come since `listening` began."""
@@ -31,7 +32,19 @@ class Interrupts:
             for number, handler in old.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """While a person is asked something no safe point comes, so `Interrupted` is raised where they are asked."""
+        self.check()
+        self._asking = True
+        try:
+            yield
+        finally:
+            self._asking = False
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._exit_code:
             raise KeyboardInterrupt
         self._exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
+        if self._asking:
+            self.check()

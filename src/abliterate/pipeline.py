@@ -15,15 +15,18 @@ from abliterate import stages
 from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_calibrate, read_prompts, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.calibration import BatchTuning
-from abliterate.errors import AbliterateError
+from abliterate.checks import check_names
+from abliterate.errors import AbliterateError, InputError
+from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
+from abliterate.export import check_output
 from abliterate.exporting import Picked, export, prepare
-from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
-from abliterate.results import RunResult
+from abliterate.results import LaterExport, RunResult
 from abliterate.rundir import RunDirectory, write_atomically
-from abliterate.search import Study, open_study
+from abliterate.search import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
 from abliterate.types import Baseline, Reporter, Trial
@@ -36,19 +39,27 @@ def run(
     reporter: Reporter,
     directory: RunDirectory,
     *,
+    resume: bool = False,
+    restart: bool = False,
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """A whole run; returns the content of `result.json`.
+    """A whole run, new, continued (`resume`) or begun anew (`restart`); returns the content of `result.json`.
 
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
-    rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+    rule = check_names(settings)
+    directory.check(resume=resume, restart=restart)
+    if settings.export.kind != "none" and not restart:
+        check_output(directory.export)
     result = RunResult(directory, reporter)
+    if resume:
+        result.go_on()
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
+    directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
     bench = load_and_calibrate(context, prompts)
     study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
     write_atomically(directory.settings, dump_settings(settings))
@@ -57,6 +68,7 @@ def run(
     directions = stages.directions(context, harmful, harmless, directory.directions)
     del harmful, harmless
     editor = stages.make_editor(context, bench, directions)
+    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
 
     search(context, bench, editor, study, baseline, prompts, rule)
@@ -77,8 +89,12 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     """The run's study, new or continued; refused where the options given would change what its trials mean."""
     settings = context.settings
     space = stages.search_space(settings, bench)
-    study = open_study(settings.search.storage, directory.journal, space, settings.seed)
-    study.claim(study_identity(settings, bench, prompts))
+    url = settings.search.storage
+    name = directory.study_name() if url else STUDY_NAME
+    study = open_study(url, directory.journal, space, settings.seed, name)
+    identity = study_identity(settings, bench, prompts)
+    study.claim(identity)
+    context.result.record["identity"] = identity
     study.fail_interrupted()
     return study
 
@@ -96,8 +112,9 @@ def search(
     settings, result = context.settings, context.result
     with result.stage("search", f"{settings.search.trials} trials"):
         trials = list(study.trials())
-        if trials:
-            context.reporter.note(f"{len(trials)} trials are kept from before", resumed=len(trials))
+        kept = len(trials)
+        if kept:
+            context.reporter.note(f"{kept} trials are kept from before", resumed=kept)
         while True:
             front = pareto_front(trials, baseline)
             result.trials(trials, front, baseline)
@@ -107,17 +124,19 @@ def search(
                 adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
             )
             result.save()
-            stages.check_failures(trials, settings.search.max_consecutive_failures)
+            # Not those kept from before: what made them fail may have been mended.
+            stages.check_failures(trials[kept:], settings.search.max_consecutive_failures)
             if len(trials) >= settings.search.trials:
                 return
             context.check()
             asked = study.ask()
             try:
-                trial, values = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts)
+                certificate = Certificate.of(trials, baseline)
+                trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
             except BaseException:
                 study.give_up(asked)
                 raise
-            study.tell(asked, trial, values)
+            study.tell(asked, trial, baseline.prompts)
             trials.append(trial)
             front = pareto_front(trials, baseline)
             context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
@@ -151,16 +170,30 @@ def pick(
 
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
-    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched."""
-    result = RunResult(directory, reporter)
-    result.record = directory.read_result()
+    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched.
+
+    Raises:
+        InputError: `final` is somebody else's, or the model or anything else that trials depend on has changed.
+    """
+    check_output(final)
+    result = LaterExport(directory, reporter, number)
+    # As the trials ran, whatever device this is: the export is compared with them.
+    dtypes = {"dtypes": [result.run["model"]["dtype"]]}
+    settings = settings.model_copy(update={"load": settings.load.model_copy(update=dtypes)})
     context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
+    identity = study_identity(settings, bench, prompts)
+    changed = changed_parts(result.run.get("identity", identity), identity)
+    if changed:
+        raise InputError(
+            f"Trial {number} can't be exported with another {', '.join(changed)} than its run's: it would be another trial; "
+            "put back what was changed, or make a new run."
+        )
     editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
+    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
-    result.record["selected"] = number
     picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
@@ -173,6 +206,7 @@ def tune(settings: Settings, reporter: Reporter) -> BatchTuning:
     """Measure batch sizes for the settings' model and prompts, without a run."""
     directory = RunDirectory(Path())
     context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
+    check_model(settings)
     prompts = read_prompts(context)
     return tune_only(context, prompts)
 

@@ -6,6 +6,7 @@ Owns the file's layout (DESIGN §6), time and memory per stage. Knows no model.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import platform
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 
 from abliterate import __version__
+from abliterate.errors import InputError
 from abliterate.rundir import RunDirectory, write_json
 from abliterate.types import Baseline, ModelInfo, Reporter, Trial
 
@@ -25,11 +27,15 @@ _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 
 class RunResult:
-    """The record behind `result.json`; `save` makes it durable."""
+    """The record behind `result.json`; `save` makes it durable.
+
+    Timings add up over all sessions of a run, and memory is the peak of all.
+    """
 
     def __init__(self, directory: RunDirectory, reporter: Reporter) -> None:
         self._directory = directory
         self._reporter = reporter
+        self._stage, self._counted_to = "", 0.0
         self.record: dict[str, Any] = {
             "format": FORMAT,
             "model": {},
@@ -38,6 +44,7 @@ class RunResult:
             "front": [],
             "selected": None,
             "export": {"kind": "none", "path": None, "verified": None},
+            "exports": [],
             "timings": {},
             "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0},
             "caches": {},
@@ -48,13 +55,26 @@ class RunResult:
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Announce a stage, and record how long it took and the memory peak so far."""
         self._reporter.stage(name, detail)
-        started = time.perf_counter()
+        self._stage, self._counted_to = name, time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - started
-            self.record["timings"][name] = round(self.record["timings"].get(name, 0.0) + spent, 3)
-            self.record["memory"] = {"peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device()}
+            self._count()
+            self._stage = ""
+
+    def _count(self) -> None:
+        """Add the time since the last count to the current stage."""
+        now = time.perf_counter()
+        spent = self.record["timings"].get(self._stage, 0.0) + now - self._counted_to
+        self.record["timings"][self._stage], self._counted_to = round(spent, 3), now
+        peaks = {"peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device()}
+        self.record["memory"] = {name: max(peak, self.record["memory"][name]) for name, peak in peaks.items()}
+
+    def go_on(self) -> None:
+        """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
+        # A file that can't be read is built anew: the study has the trials.
+        with contextlib.suppress(InputError):
+            self.record |= self._directory.read_result() | {"environment": environment()}
 
     def describe(self, info: ModelInfo, device_name: str) -> None:
         """Which model, on what. No path of this machine: results are shared."""
@@ -82,8 +102,27 @@ class RunResult:
         self.record["caches"] = {name: dict(count) for name, count in counts.items()}
 
     def save(self) -> None:
-        """Write `result.json`."""
+        """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
+        if self._stage:
+            self._count()
         write_json(self._directory.result, self.record)
+
+
+class LaterExport(RunResult):
+    """A finished run seen by one more export: `selected` and `export` are this export's in `record` only.
+
+    In `result.json` the run's own stay, for its `model/` stays; this export is added to the list `exports`.
+    """
+
+    def __init__(self, directory: RunDirectory, reporter: Reporter, number: int) -> None:
+        super().__init__(directory, reporter)
+        self.run = directory.read_result()
+        self.record |= copy.deepcopy(self.run) | {"selected": number, "environment": environment(), "timings": {}}
+
+    def save(self) -> None:
+        """Write `result.json` with this export in it."""
+        exports = [*self.run.get("exports", []), self.record["export"]]
+        write_json(self._directory.result, {**self.run, "exports": exports})
 
 
 def environment() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +45,11 @@ class Space:
         index = trial.suggest_float("direction_index", low * last, high * last)
         kernels = {component: self._kernel(trial, component, last) for component in self.components}
         return TrialParams(scope, index, kernels)  # type: ignore[arg-type]
+
+    def samples(self, count: int, seed: int) -> list[TrialParams]:
+        """Random points of the space, as the startup trials are drawn."""
+        study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.RandomSampler(seed=seed))
+        return [self.suggest(study.ask()) for _ in range(count)]
 
     def _kernel(self, trial: optuna.Trial, component: str, last: float) -> Kernel:
         ranges = self.settings
@@ -93,7 +98,7 @@ class Study:
             self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
             self._study.set_user_attr(_IDENTITY, dict(identity))
             return
-        changed = sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
+        changed = changed_parts(stored, identity)
         if changed:
             raise InputError(
                 f"The run can't be continued with another {', '.join(changed)}: its finished trials would mean something "
@@ -126,14 +131,19 @@ class Study:
         handle = self._study.ask()
         return Asked(number, self._space.suggest(handle), handle)
 
-    def tell(self, asked: Asked, trial: Trial, values: Sequence[float]) -> None:
-        """Record a finished trial; on return it is durable. `values` are ignored for a failed one."""
+    def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> None:
+        """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
+
+        The sampler is told mean KL and the share of refusals; of a stopped trial, that it was pruned.
+        """
         try:
             asked.handle.set_user_attr(_RECORD, json.dumps(trial.to_record(), allow_nan=False))
             if trial.state == "failed":
                 self._study.tell(asked.handle, state=TrialState.FAIL)
+            elif trial.state == "stopped":
+                self._study.tell(asked.handle, state=TrialState.PRUNED)
             else:
-                self._study.tell(asked.handle, list(values))
+                self._study.tell(asked.handle, [trial.kl, trial.refusals / n_prompts])
         except OSError as error:
             raise AbliterateError(
                 f"The study can't be written ({error.strerror}); free some space, then continue with --resume."
@@ -149,8 +159,13 @@ class Study:
         return [t for t in self._study.get_trials(deepcopy=False) if not t.user_attrs.get(_INTERRUPTED)]
 
 
-def open_study(url: str, journal: Path, space: Space, seed: int) -> Study:
-    """The study in the run directory's journal, or in the RDB at `url`.
+def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
+    """The names of the parts in which two identities differ."""
+    return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
+
+
+def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STUDY_NAME) -> Study:
+    """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
         InputError: the storage can't be reached or read.
@@ -159,11 +174,12 @@ def open_study(url: str, journal: Path, space: Space, seed: int) -> Study:
         if not url:
             _drop_torn_line(journal)
         storage: BaseStorage = RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
-        return Study(storage, STUDY_NAME if not url else f"{STUDY_NAME}-{journal.parent.name}", space, seed)
+        return Study(storage, name, space, seed)
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"
-        raise InputError(f"The study {place} can't be opened: {_first_line(error)}; --restart begins a new one.") from error
+        remedy = "check --storage and that the database runs" if url else "--restart begins a new one"
+        raise InputError(f"The study {place} can't be opened: {_first_line(error)}; {remedy}.") from error
 
 
 def _drop_torn_line(journal: Path) -> None:

@@ -6,12 +6,11 @@ An empty string means "not given" and 0 means "choose for me": TOML has no null.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 
@@ -143,11 +142,20 @@ class EfficiencySettings(_Section):
     use_efficient_refusal_detection: bool = True
     use_incremental_adapter_updates: bool = True
     use_global_warmup: bool = True
+    use_trial_engine: bool = True
+    use_shared_prefix: bool = True
+    use_layer_skip: bool = True
+    use_certified_stop: bool = True
+    use_settled_rows: bool = True
+    use_cacheless_prefill: bool = True
+    use_early_prefix_detection: bool = True
+    use_memory_recovery: bool = True
+    use_free_adapters: bool = True
 
     def reference(self) -> EfficiencySettings:
-        """Every efficiency off. The warm-up stays single: the reference is an honest peer (DESIGN §5)."""
+        """Every efficiency off but two: a single warm-up and lost-memory recovery are what an honest peer has (DESIGN §5)."""
         switches = {name: False for name, value in self if isinstance(value, bool)}
-        return self.model_copy(update=switches | {"use_global_warmup": True})
+        return self.model_copy(update=switches | {"use_global_warmup": True, "use_memory_recovery": True})
 
 
 class ExportSettings(_Section):

@@ -1,4 +1,4 @@
-"""Where settings come from: command line over environment over TOML over defaults; and how they are written back.
+"""Where settings come from: command line over environment over TOML over a stored run's over defaults; how they are written.
 
 Owns the sentences a person sees when a setting is unknown, malformed or out of range.
 """
@@ -22,6 +22,7 @@ from abliterate.settings import Settings
 ENV_PREFIX = "ABLITERATE_"
 # Read by other code than settings: the markers of a traceback and of tests.
 _OTHER_ENV = {"ABLITERATE_DEBUG"}
+_PROMPT_SETS = ("harmful", "harmless", "harmful_eval", "harmless_eval")
 
 
 def config_path(name: str) -> Path:
@@ -33,13 +34,18 @@ def config_path(name: str) -> Path:
     raise InputError(f"The file configs/{name} is missing from this installation; reinstall abliterate.")
 
 
-def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None) -> Settings:
-    """Settings from all sources. `config` is a TOML file or the name of a preset; `overrides` are nested options.
+def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None, stored: Path | None = None) -> Settings:
+    """Settings from all sources, paths in them absolute: a run can be continued from anywhere.
+
+    `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of
+    the run that is continued, which everything else wins over.
 
     Raises:
         InputError: an unknown setting (the nearest name is given), a wrong type, or a value out of range.
     """
-    file_values = read_toml(_find_config(config)) if config else {}
+    file_values = read_toml(stored) if stored else {}
+    if config:
+        file_values = _by_section(file_values, read_toml(_find_config(config)))
     _check_environment()
     overrides = dict(overrides or {})
 
@@ -61,7 +67,7 @@ def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None) 
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
         raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; lists are JSON.") from error
-    return Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+    return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -113,6 +119,42 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield from option_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def _by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Like `merge` for sections, but an option that is itself a table is replaced as a whole, as it is over a default."""
+    both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
+    return {**base, **over, **{name: {**base[name], **over[name]} for name in both}}
+
+
+def _with_absolute_paths(settings: Settings) -> Settings:
+    """Every path made absolute. Hub ids, data sets, and what doesn't exist stay as given: their reader says what is wrong."""
+    prompts = {name: _if_there(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
+    sections = {
+        "prompts": prompts,
+        "load": {"chat_template": _if_there(settings.load.chat_template)},
+        "evaluation": {"markers": _if_there(settings.evaluation.markers)},
+        "efficiency": {"residual_cache_dir": _absolute(settings.efficiency.residual_cache_dir)},
+        "search": {"storage": _absolute_database(settings.search.storage)},
+    }
+    top: dict[str, Any] = {"cache_dir": _absolute(settings.cache_dir)}
+    if settings.model != "demo":  # a directory of that name is not meant
+        top["model"] = _if_there(settings.model)
+    top |= {name: getattr(settings, name).model_copy(update=values) for name, values in sections.items()}
+    return settings.model_copy(update=top)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else ""
+
+
+def _if_there(path: str) -> str:
+    return _absolute(path) if path and Path(path).expanduser().exists() else path
+
+
+def _absolute_database(url: str) -> str:
+    file = url.removeprefix("sqlite:///")
+    return url if file in (url, "", ":memory:") else f"sqlite:///{_absolute(file)}"
 
 
 def _find_config(config: str) -> Path:

@@ -6,6 +6,8 @@ Each takes and returns values. Knows no terminal, and no order: `pipeline.py` ha
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,15 +18,23 @@ from abliterate.bench import Bench, Context, PromptSets
 from abliterate.directions import Directions, compute_directions
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError, TrialError
-from abliterate.evaluation import Observation
+from abliterate.evaluation import Observation, TrialEngine
+from abliterate.evaluation import trial as evaluation
+from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.prefill import start_layers
+from abliterate.evaluation.reference import Progress, ReferenceEngine
+from abliterate.evaluation.selfcheck import Setup, trusted_engine
+from abliterate.evaluation.trial import early_scorer
 from abliterate.identity import residuals_key
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.residuals import capture_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
 from abliterate.settings import Settings
-from abliterate.types import Baseline, Prompt, Trial, TrialParams
+from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
+
+SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
 def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tensor, Tensor]:
@@ -54,13 +64,19 @@ def read_directions(path: Path) -> Directions:
     try:
         return Directions(load_file(path)["directions"])
     except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(f"The directions of the run can't be read ({path.name}); continue it with --resume.") from error
+        raise InputError(
+            f"The directions of the run can't be read ({path.name}); abliterate run --resume computes them again."
+        ) from error
 
 
 def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
     """Adapters on every target, all modules prepared."""
     settings = context.settings
-    adapters = AdapterSet(bench.loaded.targets, incremental=settings.efficiency.use_incremental_adapter_updates)
+    adapters = AdapterSet(
+        bench.loaded.targets,
+        incremental=settings.efficiency.use_incremental_adapter_updates,
+        free=settings.efficiency.use_free_adapters,
+    )
     memo = SvdMemo(settings.efficiency.max_svd_cache_size if settings.efficiency.enable_svd_cache else 0)
     editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo)
     with context.result.stage("prepare edits", settings.edit.mode):
@@ -68,10 +84,37 @@ def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
     return editor
 
 
+def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: PromptSets) -> Bench:
+    """The bench with the engine for trials: the fastest one that agrees with the reference."""
+    assert isinstance(bench.engine, ReferenceEngine)
+    space = search_space(context.settings, bench)
+    # Where trials are likely to begin; also an edit for the self-check that leaves lower layers alone.
+    firsts = editor.first_layers(space.samples(SAMPLES, seed=0))
+    setup = Setup(
+        bench.engine,
+        bench.loaded.layers,
+        editor.adapters,
+        early_scorer(bench.scorers),
+        prompts.harmful_eval,
+        prompts.harmless_eval,
+        start_layers(firsts),
+    )
+    with context.result.stage("trial engine"):
+        edit = partial(editor.apply, _strong_edit(space))
+        switches = context.settings.efficiency
+        engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
+        if isinstance(engine, TrialEngine) and switches.use_shared_prefix and engine.sharing == "none":
+            context.reporter.note("the model's states can't be cut, so prompts share no prefix", sharing="none")
+    return replace(bench, engine=engine)
+
+
 def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
     """The unedited model's scores, which the edited ones are relative to."""
     with context.result.stage("baseline"):
-        observed = _observe(context, bench, prompts)
+        logprobs = bench.engine.first_logprobs(prompts.harmless_eval, _progress(context))
+        responses = bench.engine.respond(prompts.harmful_eval, _progress(context))
+        assert responses is not None  # only a limit can stop it
+        observed = Observation(responses, logprobs)
         for scorer in bench.scorers:
             scorer.setup(observed)
         scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
@@ -92,19 +135,25 @@ def search_space(settings: Settings, bench: Bench) -> Space:
 
 
 def evaluate(
-    context: Context, bench: Bench, editor: Editor, number: int, params: TrialParams, prompts: PromptSets
-) -> tuple[Trial, tuple[float, ...]]:
-    """One trial and what the sampler is told: (mean KL, share of refusals); nothing for one that failed."""
+    context: Context,
+    bench: Bench,
+    editor: Editor,
+    number: int,
+    params: TrialParams,
+    prompts: PromptSets,
+    certificate: Certificate,
+) -> Trial:
+    """One trial."""
     started = time.perf_counter()
     try:
         editor.apply(params)
-        observed = _observe(context, bench, prompts)
-        scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
+        sets = (prompts.harmful_eval, prompts.harmless_eval)
+        found = evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
     except TrialError as error:
-        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error)), ()
+        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error))
     seconds = round(time.perf_counter() - started, 3)
-    records = {name: score.record for name, score in scores.items()}
-    return Trial(number, params, "complete", records, seconds), (scores["kl"].value, scores["refusals"].value)
+    records = {name: score.record for name, score in found.scores.items()}
+    return Trial(number, params, "stopped" if found.stopped else "complete", records, seconds)
 
 
 def check_failures(trials: list[Trial], limit: int) -> None:
@@ -112,16 +161,20 @@ def check_failures(trials: list[Trial], limit: int) -> None:
     last = trials[-limit:]
     if len(last) == limit and all(trial.state == "failed" for trial in last):
         raise AbliterateError(
-            f"The last {limit} trials failed ({last[-1].reason}); try --dtype float32, a smaller --batch-size, or another "
-            "--set edit.mode, then continue with --resume."
+            f"The last {limit} trials failed ({last[-1].reason}); continue with --resume and a smaller --batch-size, or begin "
+            "anew with --restart and --dtype float32 or another --set edit.mode."
         )
 
 
-def _observe(context: Context, bench: Bench, prompts: PromptSets) -> Observation:
-    def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, "prompts")
+def _progress(context: Context) -> Progress:
+    return lambda done, total: context.reporter.progress(done, total, "prompts")
 
-    return bench.engine.observe(prompts.harmful_eval, prompts.harmless_eval, progress)
+
+def _strong_edit(space: Space) -> TrialParams:
+    """An edit of the upper half: with it, the self-check sees what skipping the lower layers does."""
+    last = space.n_layers - 1
+    kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
+    return TrialParams("per layer", 0.6 * last, dict.fromkeys(space.components, kernel))
 
 
 def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...]) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from abliterate.errors import InputError
 from abliterate.evaluation.base import Observation, Response, Scorer
+from abliterate.evaluation.engine import TrialEngine
 from abliterate.evaluation.kl import KL
 from abliterate.evaluation.refusals import Refusals, UnfinishedThinking
 
@@ -31,4 +32,4 @@ def make_scorers(names: Sequence[str], markers: Sequence[str], *, efficient: boo
     return tuple(SCORERS[name](markers, efficient) for name in dict.fromkeys(names))
 
 
-__all__ = ["SCORERS", "Observation", "Response", "Scorer", "make_scorers"]
+__all__ = ["SCORERS", "Observation", "Response", "Scorer", "TrialEngine", "make_scorers"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -31,8 +31,19 @@ class Observation:
     first_logprobs: Tensor
 
 
+class ResponseStream(Protocol):
+    """One growing response, as a scorer sees it."""
+
+    def feed(self, text: str) -> bool:
+        """Take more of the response; whether no continuation can change what it contributes to the score."""
+
+
 class Scorer(Protocol):
-    """Turns observations into one number and a JSON record. Made anew for each run; `setup` sees the base model."""
+    """Turns observations into one number and a JSON record. Made anew for each run; `setup` sees the base model.
+
+    A scorer that reads responses sees whole ones, unless it is an `EarlyScorer`. One that doesn't says so by a class
+    attribute `reads_responses = False`.
+    """
 
     name: str
     goal: Goal
@@ -42,3 +53,22 @@ class Scorer(Protocol):
 
     def score(self, observation: Observation) -> Score:
         """The score of an edited (or the base) model."""
+
+
+@runtime_checkable
+class EarlyScorer(Scorer, Protocol):
+    """A scorer of which the engine may leave work out: decided responses end, hopeless trials stop."""
+
+    def stream(self) -> ResponseStream:
+        """Watches one response; once settled, the response as it is then must score like the whole."""
+
+    def counts(self, response: Response) -> bool:
+        """Whether a settled or whole response adds one to the count that is minimized."""
+
+    def at_least(self, count: int, total: int) -> Score:
+        """The best score that `count` counting responses of `total` leave possible."""
+
+
+def ignores_responses(scorer: Scorer) -> bool:
+    """Whether a scorer needs no responses at all."""
+    return not getattr(scorer, "reads_responses", True)

@@ -14,27 +14,42 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class Batches:
+    """At most `size` items at a time; halved for good when the device runs out of memory, unless `recover` is off."""
+
+    def __init__(self, size: int, device: torch.device, *, recover: bool = True) -> None:
+        self.size = size
+        self._device = device
+        self._recover = recover
+
+    def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+        """`work` over all items, results in order.
+
+        Raises:
+            TrialError: one item alone doesn't fit.
+        """
+        results: list[Result] = []
+        while len(results) < len(items):
+            part = items[len(results) : len(results) + self.size]
+            done: Sequence[Result] | None = None
+            try:
+                done = work(part)
+            except torch.OutOfMemoryError:
+                if not self._recover:
+                    raise TrialError(f"the device is out of memory for a batch of {len(part)}") from None
+                if len(part) == 1:
+                    raise TrialError("the device is out of memory even for a single prompt") from None
+            # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
+            if done is None:
+                clear_device_cache(self._device)
+                self.size = max(1, len(part) // 2)
+            else:
+                results.extend(done)
+        return results
+
+
 def in_batches(
     items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Sequence[Result]], device: torch.device
 ) -> list[Result]:
-    """`work` over all items, at most `size` at a time, results in order; halved when the device runs out of memory.
-
-    Raises:
-        TrialError: one item alone doesn't fit.
-    """
-    results: list[Result] = []
-    while len(results) < len(items):
-        part = items[len(results) : len(results) + size]
-        done: Sequence[Result] | None = None
-        try:
-            done = work(part)
-        except torch.OutOfMemoryError:
-            if len(part) == 1:
-                raise TrialError("the device is out of memory even for a single prompt") from None
-        # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
-        if done is None:
-            clear_device_cache(device)
-            size = max(1, len(part) // 2)
-        else:
-            results.extend(done)
-    return results
+    """`Batches.run`, for work that is done once."""
+    return Batches(size, device).run(items, work)

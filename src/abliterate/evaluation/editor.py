@@ -73,6 +73,12 @@ class Editor:
                 keys[target.name] = (target.name, index, coeff)
         return keys
 
+    def first_layers(self, trials: Sequence[TrialParams]) -> list[int]:
+        """The lowest layer that each trial edits; those that edit nothing are left out."""
+        layer_of = {target.name: target.layer for target in self._targets}
+        plans = [self.plan(params) for params in trials]
+        return [min(layer_of[name] for name in plan) for plan in plans if plan]
+
     def _maker(self, target: Target, key: EditKey) -> Callable[[], Factors]:
         return lambda: self._factors(target, key)
 

@@ -25,6 +25,7 @@ class KL:
 
     name = "kl"
     goal: Goal = "minimize"
+    reads_responses = False
 
     def __init__(self) -> None:
         self._base: Tensor | None = None

@@ -36,12 +36,12 @@ class ReferenceEngine:
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model: Any = model
+        self.model: Any = model
         self.chat = chat
-        self._reader = reader
-        self._max_new_tokens = max_new_tokens
+        self.reader = reader
+        self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self._check = check
+        self.check = check
 
     def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
         """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
@@ -51,12 +51,13 @@ class ReferenceEngine:
         total = len(harmful) + len(harmless)
         logprobs = self.first_logprobs(harmless, lambda done, _: progress(done, total))
         responses = self.respond(harmful, lambda done, _: progress(len(harmless) + done, total))
+        assert responses is not None
         return Observation(responses, logprobs)
 
     @torch.inference_mode()
     def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
         """Log-softmax of the raw logits of the first response token, (n_prompts, vocabulary) float32 on the device."""
-        counted = _Counter(len(prompts), progress, self._check)
+        counted = _Counter(len(prompts), progress, self.check)
 
         def work(part: Sequence[Prompt]) -> Sequence[Tensor]:
             output = self._generate(part, 1, output_logits=True, return_dict_in_generate=True)
@@ -67,15 +68,17 @@ class ReferenceEngine:
         return torch.stack(in_batches(prompts, self.batch_size, work, self.chat.device))
 
     @torch.inference_mode()
-    def respond(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Response]:
-        """The greedy responses."""
-        counted = _Counter(len(prompts), progress, self._check)
+    def respond(
+        self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
+    ) -> list[Response] | None:
+        """The greedy responses. Never None: it knows no `limit` at which a trial could stop."""
+        counted = _Counter(len(prompts), progress, self.check)
 
         def work(part: Sequence[Prompt]) -> Sequence[Response]:
-            ids = self.generate_ids(part, self._max_new_tokens)
+            ids = self.generate_ids(part, self.max_new_tokens)
             counted.add(len(part))
-            opens = [self._reader.starts_open(self.chat.render(prompt)) for prompt in part]
-            return [self._reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
+            opens = [self.reader.starts_open(self.chat.render(prompt)) for prompt in part]
+            return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
         return in_batches(prompts, self.batch_size, work, self.chat.device)
 
@@ -83,24 +86,31 @@ class ReferenceEngine:
     def generate_ids(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
         """Generated ids of one batch, the prompt's not included; padded after each row's end."""
         batch = self.chat.encode(prompts)
-        output = self._model.generate(**batch, generation_config=greedy_config(self._model, max_new_tokens))
+        output = self.model.generate(**batch, generation_config=greedy_config(self.model, max_new_tokens))
         return output[:, batch["input_ids"].shape[1] :].tolist()  # type: ignore[index,union-attr,return-value]
+
+    @torch.inference_mode()
+    def raw_logits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Generated ids (n, T) of one batch, padded after each row's end, and their raw logits (n, T, vocabulary)."""
+        output = self._generate(prompts, max_new_tokens, output_logits=True, return_dict_in_generate=True)
+        logits = torch.stack(output.logits, dim=1)
+        return output.sequences[:, -logits.shape[1] :], logits
 
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """Responses with their special tokens, up to the end of the turn: what a response prefix is found in."""
-        ends = _end_ids(self._model)
+        ends = end_ids(self.model)
 
         def work(part: Sequence[Prompt]) -> Sequence[str]:
-            rows = self.generate_ids(part, self._max_new_tokens)
+            rows = self.generate_ids(part, self.max_new_tokens)
             kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
             return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
 
         return in_batches(prompts, self.batch_size, work, self.chat.device)
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
-        config = greedy_config(self._model, max_new_tokens)
+        config = greedy_config(self.model, max_new_tokens)
         config.update(**options)  # options beside a config are deprecated in transformers 5
-        return self._model.generate(**self.chat.encode(prompts), generation_config=config)
+        return self.model.generate(**self.chat.encode(prompts), generation_config=config)
 
 
 def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
@@ -115,7 +125,8 @@ def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConf
     return config
 
 
-def _end_ids(model: PreTrainedModel) -> set[int]:
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens that end a response."""
     config = model.generation_config
     ends = config.eos_token_id if config is not None else None
     return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()

@@ -42,8 +42,29 @@ def normalize(text: str) -> str:
     return " ".join(text.translate(_TABLE).split())
 
 
+class GrowingText:
+    """`normalize`, piece by piece: the pieces it gives, put together, are the normalized whole."""
+
+    def __init__(self) -> None:
+        self._begun = False
+        self._space = False
+
+    def feed(self, text: str) -> str:
+        """The normalized form of more text. A run of white space is given out before the next other character."""
+        text = text.translate(_TABLE)
+        words = text.split()
+        if not words:
+            self._space = self._space or bool(text)
+            return ""
+        before = " " if self._begun and (self._space or text[0].isspace()) else ""
+        self._begun, self._space = True, text[-1].isspace()
+        return before + " ".join(words)
+
+
 class Matcher(Protocol):
-    """Whether a normalized text contains a marker."""
+    """Whether a normalized text contains a marker. `longest`: characters of the longest one."""
+
+    longest: int
 
     def matches(self, text: str) -> bool: ...
 
@@ -52,6 +73,7 @@ class AutomatonMatcher:
     """One pass over the text whatever the number of markers."""
 
     def __init__(self, markers: Sequence[str]) -> None:
+        self.longest = max(map(len, markers), default=0)
         self._automaton = ahocorasick.Automaton()
         for marker in markers:
             self._automaton.add_word(marker, marker)
@@ -65,10 +87,31 @@ class PlainMatcher:
     """One search per marker: the slow reference."""
 
     def __init__(self, markers: Sequence[str]) -> None:
+        self.longest = max(map(len, markers), default=0)
         self._markers = tuple(markers)
 
     def matches(self, text: str) -> bool:
         return any(marker in text for marker in self._markers)
+
+
+class MarkerStream:
+    """Looks for markers in a growing response: each character is scanned once, but for a tail as long as a marker.
+
+    The automaton's own incremental mode crashes on text that mixes emoji and plain characters (DESIGN §7), so the tail is
+    scanned afresh.
+    """
+
+    def __init__(self, matcher: Matcher) -> None:
+        self._matcher = matcher
+        self._text = GrowingText()
+        self._tail = ""
+
+    def feed(self, text: str) -> bool:
+        """See `ResponseStream.feed`: whether a marker has been seen in this text or across its border."""
+        scanned = self._tail + self._text.feed(text)
+        keep = self._matcher.longest - 1
+        self._tail = scanned[-keep:] if keep > 0 else ""
+        return self._matcher.matches(scanned)
 
 
 class Refusals:
@@ -95,7 +138,19 @@ class Refusals:
     def score(self, observation: Observation) -> Score:
         """See `Scorer.score`; the record is the count."""
         count = sum(self.is_refusal(response) for response in observation.responses)
-        return Score(self.name, count / len(observation.responses), self.goal, count)
+        return self.at_least(count, len(observation.responses))
+
+    def stream(self) -> MarkerStream:
+        """See `EarlyScorer.stream`: a marker can't be taken back."""
+        return MarkerStream(self._matcher)
+
+    def counts(self, response: Response) -> bool:
+        """See `EarlyScorer.counts`."""
+        return self.is_refusal(response)
+
+    def at_least(self, count: int, total: int) -> Score:
+        """See `EarlyScorer.at_least`."""
+        return Score(self.name, count / total, self.goal, count)
 
 
 class UnfinishedThinking:

@@ -1,24 +1,35 @@
-"""From generated ids to a `Response`: special tokens and thinking blocks."""
+"""From generated ids to a `Response`: special tokens and thinking blocks; at once, or as a response grows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from abliterate.evaluation.base import Response
+from abliterate.evaluation.base import Response, ResponseStream
+from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
 from abliterate.model.chat import decode_ids
 
 ThinkingBlocks = Sequence[tuple[str, str]]
 
 
 class ResponseReader:
-    """Decodes generated ids. `blocks` are (opening, opening + … + closing) pairs from the settings."""
+    """Decodes generated ids. `blocks` are (opening, opening + … + closing) pairs from the settings.
+
+    A response is what lies outside thinking blocks. It only grows with more tokens: what was visible stays visible, so a
+    marker that was seen is a marker of the whole response.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, blocks: ThinkingBlocks) -> None:
         self._tokenizer = tokenizer
         # The middle of a closed block is everything between; what must follow the opening is the closing.
         self._tags = tuple((opening, closed[len(opening) :]) for opening, closed in blocks)
+        # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
+        self._tidy = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._byte_ids = byte_ids(tokenizer)
+        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def starts_open(self, rendered: str) -> bool:
         """Whether a rendered prompt (with response prefix) ends inside a thinking block."""
@@ -27,17 +38,36 @@ class ResponseReader:
     def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
         """The response of one row of generated ids (padding after the end is special and vanishes)."""
         raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
-        for opening, closing in self._tags:
-            closed, opened = raw.rfind(closing), raw.rfind(opening)
-            if closed >= 0 and closed > opened:
-                return Response(self._plain(raw[closed + len(closing) :]))
-            if opened >= 0:
-                return Response("", thinking_open=True)
-        if starts_open:
-            return Response("", thinking_open=True)
-        return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
+        if not starts_open and not any(opening in raw for opening, _ in self._tags):
+            return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
+        visible = VisibleText(self._tags, is_open=starts_open)
+        text = visible.feed(raw, last=True)
+        return Response(self.without_special(text), thinking_open=visible.is_open)
 
-    def _plain(self, text: str) -> str:
-        for token in self._tokenizer.all_special_tokens:
-            text = text.replace(token, "")
-        return text
+    def without_special(self, text: str) -> str:
+        """Text without the tokenizer's special tokens."""
+        return self._special.sub("", text)
+
+    def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
+        """A growing response whose visible text goes to `stream`."""
+        text = None if self._tidy else TextStream(self._tokenizer, self._byte_ids)
+        return GrowingResponse(text, VisibleText(self._tags, is_open=starts_open), self.without_special, stream)
+
+
+class GrowingResponse:
+    """Ids in, as they are generated; says when the stream is settled. `text` None: only wholes can be read."""
+
+    def __init__(
+        self, text: TextStream | None, visible: VisibleText, cleaned: Callable[[str], str], stream: ResponseStream
+    ) -> None:
+        self._text = text
+        self._visible = visible
+        self._cleaned = cleaned
+        self._stream = stream
+
+    def feed(self, ids: Sequence[int]) -> bool:
+        """Whether the stream is settled by what is certain of the response now."""
+        if self._text is None:
+            return False
+        piece = self._visible.feed(self._text.feed(ids))
+        return bool(piece) and self._stream.feed(self._cleaned(piece))

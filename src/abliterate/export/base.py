@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import shutil
+import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,14 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from abliterate import __version__
 from abliterate.edits import Factors
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.model.architectures import Architecture
 from abliterate.settings import ExportSettings, LoadSettings
+
+# In every finished export: what holds it may be replaced by a later one, what doesn't is somebody else's.
+MARKER = "abliterate.json"
 
 
 @dataclass(frozen=True)
@@ -51,24 +57,31 @@ def check_modules(job: ExportJob, modules: Collection[str]) -> None:
         raise AbliterateError(f"The model has no module {absent[0]} to edit; was another model given than the run's?")
 
 
+def check_output(final: Path) -> None:
+    """InputError where an export to `final` would replace what no export of ours has left there; changes nothing."""
+    if not final.exists() or (final / MARKER).is_file() or (final.is_dir() and not any(final.iterdir())):
+        return
+    raise InputError(
+        f"The path {final} exists and is no export of abliterate, so it is left alone; choose another --out, or move it away."
+    )
+
+
 @contextlib.contextmanager
 def finished_folder(final: Path) -> Iterator[Path]:
-    """A folder beside `final` that takes its name on success and vanishes on failure; an old `final` stays until then.
+    """A folder beside `final` that takes its name on success and vanishes on failure; an old export stays until then.
 
     Raises:
-        AbliterateError: the disk is full or refuses.
+        InputError: `final` is there and not ours. AbliterateError: the disk is full or refuses.
     """
-    partial, old = final.with_name(final.name + ".partial"), final.with_name(final.name + ".old")
+    check_output(final)
+    final = final.resolve()  # "." and ".." have no name to put anything beside
+    # A new name of our own: nobody else's folder is ever written to or removed.
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
     try:
-        for leftover in (partial, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
         partial.mkdir(parents=True)
         yield partial
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
+        (partial / MARKER).write_text(json.dumps({"format": 1, "abliterate": __version__}) + "\n", encoding="utf-8")
+        _rename(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise AbliterateError(_disk_sentence(final, error)) from error
@@ -80,8 +93,26 @@ def finished_folder(final: Path) -> Iterator[Path]:
         raise
 
 
+def _rename(partial: Path, final: Path) -> None:
+    """Give `partial` the name `final`; an old export goes only once the new one has its name."""
+    check_output(final)  # again: the export took its time
+    if not final.exists():
+        partial.rename(final)
+        return
+    # Not hidden: after a kill between the two renames this is the last whole export, and a person must find it.
+    old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+    final.rename(old)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if not final.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _disk_sentence(final: Path, error: OSError) -> str:
     return (
         f"The export to {final.name} could not be written ({error.strerror or error}); nothing half-written is left there: "
-        "free some space and run the same command with --resume, or choose another --out."
+        "free some space and repeat the command (a run continues with --resume), or choose another --out."
     )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
+from abliterate.model.weights import in_features, out_features
 
 
 class LowRankEdit(Protocol):
@@ -35,9 +36,12 @@ Wanted = Mapping[str, tuple[Hashable, Callable[[], LowRankEdit]]]
 class AdapterSet:
     """The adapters of all target modules. `apply` is announced by its name and undone by `clear`."""
 
-    def __init__(self, targets: Iterable[Target], *, incremental: bool = True) -> None:
-        self._adapters = {target.name: _Adapter(target.module) for target in targets}
+    def __init__(self, targets: Iterable[Target], *, incremental: bool = True, free: bool = True) -> None:
+        targets = tuple(targets)
+        self._adapters = {target.name: _Adapter(target.module, free=free) for target in targets}
+        self._layers = {target.name: target.layer for target in targets}
         self._incremental = incremental
+        self.version = 0
         self.hits = 0
         self.misses = 0
 
@@ -46,11 +50,17 @@ class AdapterSet:
         """Names of the modules that are edited now."""
         return frozenset(name for name, adapter in self._adapters.items() if adapter.key is not None)
 
+    @property
+    def first_layer(self) -> int | None:
+        """The lowest layer with an edited module; None where there is none."""
+        return min((self._layers[name] for name in self.active), default=None)
+
     def apply(self, wanted: Wanted) -> None:
         """Make exactly the `wanted` edits, {module: (key, factors maker)}.
 
         Incrementally: only modules whose key changed are written, those no longer wanted are switched off.
         """
+        self.version += 1
         if not self._incremental:
             self.clear()
         for name, adapter in self._adapters.items():
@@ -67,19 +77,31 @@ class AdapterSet:
 
     def clear(self) -> None:
         """Switch every edit off: the base model."""
+        self.version += 1
         for adapter in self._adapters.values():
             adapter.off()
+
+
+class _Nothing:
+    """The edit of rank 1 that changes nothing: what modules carry that are off, where that isn't free."""
+
+    row_scale = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self.a = torch.zeros(1, in_features(module))
+        self.b = torch.zeros(out_features(module) or 0, 1)
 
 
 class _Adapter:
     """One module's edit, in the dtype of what flows through it."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, free: bool) -> None:
         self._module = module
+        self._free = free
         self._handle: RemovableHandle | None = None
-        self.key: Hashable | None = None
+        self.off()
 
-    def write(self, key: Hashable, factors: LowRankEdit) -> None:
+    def write(self, key: Hashable | None, factors: LowRankEdit) -> None:
         weight: Any = self._module.weight
         bias: Any = getattr(self._module, "bias", None)
         # Quantized storage says nothing of the compute dtype; factors then stay float32 until the first input.
@@ -91,6 +113,8 @@ class _Adapter:
         self._shift = None
         if bias is not None and factors.row_scale is not None:
             self._shift = (bias.detach().float() * (1 - factors.row_scale.to(bias.device))).to(**place)
+        if self._handle is not None:
+            self._handle.remove()
         self._handle = self._module.register_forward_hook(self._edit)
         self.key = key
 
@@ -99,6 +123,8 @@ class _Adapter:
             self._handle.remove()
         self._handle, self.key = None, None
         self._a = self._b = self._scale = self._shift = None  # type: ignore[assignment]
+        if not self._free:
+            self.write(None, _Nothing(self._module))
 
     def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]

@@ -47,12 +47,19 @@ class Chat:
     def encode(self, prompts: Sequence[Prompt]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each (n_prompts, longest) int64, padded on the left.
 
-        No special tokens are added: the template has rendered them (a second BOS would be a silent error).
+        No special tokens are added: the template has rendered them (a second BOS would be a silent error). Pads carry
+        the row's own first token: masked from the model, they are seen by a repetition penalty, and where the pad token
+        is the end token it would make a response depend on its neighbours' lengths.
         """
         texts = [self.render(prompt) for prompt in prompts]
-        return self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False).to(
-            self.device
-        )
+        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        batch["input_ids"] = torch.where(mask.bool(), ids, ids.gather(1, mask.argmax(dim=1, keepdim=True)))
+        return batch.to(self.device)
+
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """The ids of one prompt, as in `encode`, without pads."""
+        return list(self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Text of generated ids; special tokens are kept only to look for thinking blocks."""

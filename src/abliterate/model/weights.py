@@ -20,6 +20,11 @@ def out_features(module: nn.Module) -> int | None:
     return None
 
 
+def in_features(module: nn.Module) -> int:
+    """d_in of a module that multiplies by a matrix."""
+    return module.in_features if isinstance(module, nn.Linear) else module.nx  # type: ignore[return-value]
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """W (d_out, d_in): a view where the storage is dense, else dequantized; never kept by us.
 

@@ -1,0 +1,133 @@
+"""What the measuring scripts share: a model set up as a run sets it up, one evaluation of a trial, and counters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from abliterate import stages
+from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.evaluation.certificate import Certificate
+from abliterate.evaluation.editor import Editor
+from abliterate.pipeline import make_store
+from abliterate.results import RunResult
+from abliterate.rundir import RunDirectory
+from abliterate.search import Space
+from abliterate.settings import Settings
+from abliterate.types import Baseline, Trial, TrialParams
+
+
+class Quiet:
+    """A reporter that says only what a person should look at."""
+
+    def header(self, fields: Mapping[str, str]) -> None: ...
+    def stage(self, name: str, detail: str = "") -> None: ...
+    def progress(self, done: int, total: int, unit: str) -> None: ...
+    def note(self, text: str, **fields: Any) -> None: ...
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None: ...
+    def finish(self, result: Mapping[str, Any], where: str) -> None: ...
+    def close(self) -> None: ...
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", flush=True)
+
+
+@dataclass
+class Counters:
+    """Forward passes and the token positions fed in them, whoever makes them."""
+
+    passes: int = 0
+    tokens: int = 0
+
+    def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook of the whole model."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.passes += 1
+        self.tokens += ids.numel() if ids is not None else 0
+
+
+@dataclass
+class Rig:
+    """A model ready for trials. `seconds`: what each stage of the start-up took."""
+
+    context: Context
+    bench: Bench
+    editor: Editor
+    prompts: PromptSets
+    baseline: Baseline
+    space: Space
+    seconds: dict[str, float]
+    counters: Counters = field(default_factory=Counters)
+
+    def evaluate(self, number: int, params: TrialParams, certificate: Certificate) -> Trial:
+        """One trial, as a run evaluates it."""
+        return stages.evaluate(self.context, self.bench, self.editor, number, params, self.prompts, certificate)
+
+    def replay(self, trials: Sequence[TrialParams]) -> list[Trial]:
+        """A fixed list of trials, each knowing those before it."""
+        done: list[Trial] = []
+        for number, params in enumerate(trials):
+            done.append(self.evaluate(number, params, Certificate.of(done, self.baseline)))
+        return done
+
+
+def make_rig(settings: Settings, folder: Path) -> Rig:
+    """Load, calibrate, residuals, directions, engine, baseline: the stages of a run before its search."""
+    directory = RunDirectory(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter = Quiet()
+    result = RunResult(directory, reporter)
+    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
+    prompts = read_prompts(context)
+    bench = load_and_calibrate(context, prompts)
+    counters = Counters()
+    bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
+    harmful, harmless = stages.residuals(context, bench, prompts)
+    directions = stages.directions(context, harmful, harmless, directory.directions)
+    editor = stages.make_editor(context, bench, directions)
+    bench = stages.trial_engine(context, bench, editor, prompts)
+    baseline = stages.baseline(context, bench, prompts)
+    space = stages.search_space(settings, bench)
+    return Rig(context, bench, editor, prompts, baseline, space, dict(result.record["timings"]), counters)
+
+
+class PeakMemory:
+    """Peak resident and device memory between `start` and `stop`, in bytes, above what was resident at `start`."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+
+    def start(self) -> None:
+        """Forget the peak so far."""
+        self._before = self._process.memory_info().rss
+        _clear_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def stop(self) -> dict[str, int]:
+        """Peaks since `start`."""
+        peak = max(_peak(), self._process.memory_info().rss)
+        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        return {"rss": peak, "rss_above": peak - self._before, "device": device}
+
+
+def _clear_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
+
+
+def _peak() -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def timed(work: Any) -> tuple[Any, float]:
+    """Result and seconds."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started

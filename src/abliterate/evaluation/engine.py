@@ -1,0 +1,291 @@
+"""The trial engine: the reference's numbers with most of its work left out (DESIGN §5). Knows no Optuna.
+
+Every mechanism has a switch. What a model's cache can't do is left off and said; how the numbers are made is then the
+plain way, never another number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import TrialError
+from abliterate.evaluation.base import EarlyScorer, Response
+from abliterate.evaluation.batches import Batches
+from abliterate.evaluation.decode import Decoder, Decoding, join
+from abliterate.evaluation.layout import Sharing, shared_prefix
+from abliterate.evaluation.passes import Passes, is_supported, sharing_of
+from abliterate.evaluation.prefill import EditState, Group, Prefill
+from abliterate.evaluation.reference import Progress, ReferenceEngine, end_ids, greedy_config
+from abliterate.evaluation.watch import PrefixWatch, ResponseWatch
+from abliterate.model.residuals import clear_device_cache
+from abliterate.settings import EfficiencySettings
+from abliterate.types import Prompt
+
+
+class Unsupported(Exception):
+    """What the engine needs of a model and can't have."""
+
+
+# Rows of the first chunk beyond the r* that it takes to stop a trial: some of the hardest prompts may comply.
+MARGIN = 4
+# Tokens after which a chunk waits for the others: refusals are mostly confirmed by then.
+PAUSE = 24
+
+
+@dataclass
+class _PromptSet:
+    """A prompt set as token rows: its groups, and which prompts end inside a thinking block.
+
+    How often each prompt's response was decided, and counted: [counted, decided].
+    """
+
+    groups: list[Group]
+    opens: list[bool]
+    history: list[list[int]]
+
+    def hardness(self, row: int) -> float:
+        """Estimated share of trials in which the response counts."""
+        counted, decided = self.history[row]
+        return (counted + 1) / (decided + 2)
+
+
+class TrialEngine:
+    """Observes the model of `reference` under the edit of the moment (`edits`).
+
+    `early`: the scorer that lets responses end early, if all scorers allow that.
+
+    Raises:
+        Unsupported: rows of the model's cache can't be selected; only the reference can be used.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceEngine,
+        layers: torch.nn.ModuleList,
+        edits: EditState,
+        switches: EfficiencySettings,
+        early: EarlyScorer | None,
+    ) -> None:
+        self.reference = reference
+        self.chat = reference.chat
+        self.passes = Passes(reference.model, layers)
+        self._switches = switches
+        self._early = early
+        self._batches = Batches(reference.batch_size, self.chat.device, recover=switches.use_memory_recovery)
+        able = self._examine()
+        self.sharing: Sharing = able if switches.use_shared_prefix else "none"
+        self._prefill = Prefill(self.passes, edits, self.sharing)
+        self._ends = end_ids(reference.model)
+        self._decode = Decoder(
+            reference.model,
+            self.passes,
+            greedy_config(reference.model, reference.max_new_tokens),
+            leaving=switches.use_settled_rows,
+            check=reference.check,
+        )
+        self._sets: dict[tuple[Prompt, ...], _PromptSet] = {}
+        self._prefix: list[int] = []
+
+    @torch.inference_mode()
+    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int]) -> None:
+        """Lay out both sets and keep what the base model computes; the model must carry no edit.
+
+        `starts`: layers at which a trial's passes may begin.
+        """
+        rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
+        self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
+        size = self._batches.size
+        for prompts, with_cache in ((harmful, True), (harmless, False)):
+            found = self._lay_out(prompts, together=with_cache)
+            if self._switches.use_layer_skip:
+                for group in found.groups:
+                    self._prefill.keep(group, starts, size, with_cache=with_cache)
+            self._sets[tuple(prompts)] = found
+
+    @torch.inference_mode()
+    def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
+        """See `ReferenceEngine.first_logprobs`: one prefill, and no cache unless the switch says so."""
+        return self.some_first_logprobs(prompts, range(len(prompts)), progress)
+
+    @torch.inference_mode()
+    def some_first_logprobs(
+        self, prompts: Sequence[Prompt], rows: Sequence[int], progress: Progress = lambda done, total: None
+    ) -> Tensor:
+        """`first_logprobs` of some rows of a prompt set, in their order."""
+        keep_cache = not self._switches.use_cacheless_prefill
+        found: dict[int, Tensor] = {}
+        for group in self._set(prompts, together=False).groups:
+
+            def work(places: Sequence[int], group: Group = group) -> list[Tensor]:
+                logits, _ = self._prefill(group, self._tensor(places), keep_cache=keep_cache)
+                self.reference.check()
+                return list(logits.float().log_softmax(dim=-1).unbind())
+
+            places = [place for place, row in enumerate(group.rows) if row in set(rows)]
+            done = self._batches.run(places, work)
+            found |= zip((group.rows[place] for place in places), done, strict=True)
+            progress(len(found), len(prompts))
+        return torch.stack([found[row] for row in rows])
+
+    @torch.inference_mode()
+    def respond(
+        self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
+    ) -> list[Response] | None:
+        """See `ReferenceEngine.respond`. None as soon as `limit` responses count for certain, if that may stop a trial.
+
+        Responses that are decided before they end are cut there.
+        """
+        limit = limit if self._early is not None and self._switches.use_certified_stop else None
+        if limit is not None and limit <= 0:
+            return None
+        found = self._set(prompts, together=True)
+        watch = ResponseWatch(self.reference.reader, self._ends, self.reference.max_new_tokens, found.opens, self._early, limit)
+        self._respond(found.groups[0], self._chunks(found, limit), watch)
+        progress(len(prompts), len(prompts))
+        for row, counts in watch.counts.items():
+            found.history[row][0] += counts
+            found.history[row][1] += 1
+        return None if watch.satisfied else [watch.responses[row] for row in range(len(prompts))]
+
+    @torch.inference_mode()
+    def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
+        """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
+        watch = PrefixWatch(self.chat, self._ends)
+        self._finish(self._lay_out(prompts, together=True).groups[0], range(len(prompts)), watch)
+        return [watch.text(row) for row in range(len(prompts))]
+
+    @torch.inference_mode()
+    def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """Raw logits (n, T, vocabulary) of some rows of a prompt set, continued with `tokens` (n, T)."""
+        (group,) = self._set(prompts, together=True).groups
+        return self._decode.forced(self._started(group, rows), tokens)
+
+    def _respond(self, group: Group, chunks: Sequence[Sequence[int]], watch: ResponseWatch) -> None:
+        """Every chunk up to where refusals have shown themselves; then what is left, together.
+
+        So a hopeless trial ends after few rows, and long responses share their passes.
+        """
+        pause = min(PAUSE, self.reference.max_new_tokens)
+        paused: list[Decoding] = []
+
+        def begin(part: Sequence[int]) -> Sequence[int]:
+            if not watch.satisfied:
+                watch.begin(part)  # a part that ran out of memory is done again from its start
+                rows = self._started(group, part)
+                self._decode(rows, self.reference.max_new_tokens, pause, watch)
+                paused.extend([rows] if rows.open and rows.count < self.reference.max_new_tokens else [])
+            return part
+
+        try:
+            for chunk in chunks:
+                self._batches.run(chunk, begin)
+            while paused and not watch.satisfied:
+                together = self._next(paused)
+                self._decode(join(together), self.reference.max_new_tokens, self.reference.max_new_tokens, watch)
+        except torch.OutOfMemoryError:
+            if not self._switches.use_memory_recovery:
+                raise TrialError("the device is out of memory for the responses that are left") from None
+        paused.clear()
+        # Nothing is left, unless the rows together ran out of memory.
+        left = [row for chunk in chunks for row in chunk if row not in watch.responses]
+        if left and not watch.satisfied:
+            clear_device_cache(self.chat.device)
+            self._batches.size = max(1, len(left) // 2)
+            self._finish(group, left, watch)
+
+    def _next(self, paused: list[Decoding]) -> list[Decoding]:
+        """Take as many decodings as fit into a batch; at least one."""
+        taken = [paused.pop(0)]
+        while paused and len(taken[0].rows) + sum(len(rows.rows) for rows in (*taken[1:], paused[0])) <= self._batches.size:
+            taken.append(paused.pop(0))
+        return taken
+
+    def _finish(self, group: Group, places: Sequence[int], watch: ResponseWatch | PrefixWatch) -> None:
+        """Rows from their start to their end."""
+
+        def work(part: Sequence[int]) -> Sequence[int]:
+            if not watch.satisfied:
+                watch.begin(part)
+                length = self.reference.max_new_tokens
+                self._decode(self._started(group, part), length, length, watch)
+            return part
+
+        self._batches.run(places, work)
+
+    def _started(self, group: Group, places: Sequence[int]) -> Decoding:
+        rows = self._tensor(places)
+        logits, cache = self._prefill(group, rows, keep_cache=True)
+        assert cache is not None
+        return Decoding(list(places), logits, cache, group.layout.mask[rows], group.layout.whole[rows], 0, set())
+
+    def _chunks(self, found: _PromptSet, limit: int | None) -> list[list[int]]:
+        """Rows in the order in which they are tried. Where a trial may stop: hardest first, and few at first."""
+        size = self._batches.size
+        rows = list(range(len(found.history)))
+        first = 0
+        if limit is not None:
+            rows.sort(key=lambda row: -found.hardness(row))
+            first = min(size, limit + MARGIN)
+        rest = [rows[start : start + size] for start in range(first, len(rows), size)]
+        return [rows[:first], *rest] if first else rest
+
+    def _set(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
+        known = self._sets.get(tuple(prompts))
+        if known is None:
+            return self._lay_out(prompts, together=together)
+        if together and len(known.groups) > 1:
+            return self._lay_out(prompts, together=True)
+        return known
+
+    def _lay_out(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
+        """`together`: in one group, so that any rows can share a batch; else by length, which needs fewer pads."""
+        tokens = [self.chat.token_ids(prompt) for prompt in prompts]
+        prefix = self._prefix if all(row[: len(self._prefix)] == self._prefix for row in tokens) else []
+        prefix = prefix[: min(map(len, tokens)) - 1]
+        rows = list(range(len(prompts)))
+        parts = [rows]
+        if not together:
+            rows.sort(key=lambda row: len(tokens[row]))
+            size = self._batches.size
+            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        device = self.chat.device
+        groups = [self._prefill.group(part, [tokens[row] for row in part], prefix, device) for part in parts]
+        opens = [self.reference.reader.starts_open(self.chat.render(prompt)) for prompt in prompts]
+        return _PromptSet(groups, opens, [[0, 0] for _ in prompts])
+
+    def _tensor(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(list(places), dtype=torch.long, device=self.chat.device)
+
+    @torch.inference_mode()
+    def _examine(self) -> Sharing:
+        """One short pass: what the layers return, and what the model's own cache can do."""
+        ids = self._tensor(self.chat.token_ids(Prompt("Hi")))[None, :]
+        with self.passes.observing():
+            _, cache = self.passes(ids, torch.ones_like(ids), None)
+        if not is_supported(cache):
+            raise Unsupported(f"rows of a {type(cache).__name__} can't be selected")
+        return sharing_of(cache)
+
+
+class NoEdit:
+    """The base model's `EditState`."""
+
+    version = 0
+    first_layer = None
+
+
+def prefix_responses(
+    reference: ReferenceEngine, layers: torch.nn.ModuleList, switches: EfficiencySettings, prompts: Sequence[Prompt]
+) -> list[str]:
+    """Raw responses of the base model, only as long as it takes to see what they share, if the switches say so."""
+    if switches.use_trial_engine and switches.use_early_prefix_detection:
+        # Plain prefills: nothing has been checked yet.
+        plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
+        with contextlib.suppress(Unsupported):
+            return TrialEngine(reference, layers, NoEdit(), plain, None).raw_responses(prompts)
+    return reference.raw_responses(prompts)

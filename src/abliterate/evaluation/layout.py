@@ -1,0 +1,102 @@
+"""How rows of tokens are arranged for a pass: a shared prefix in the cache, pads, and what is fed. Pure; knows no model.
+
+Pads carry the row's own first token. They are masked, but a repetition penalty sees them: so it sees nothing that the
+prompt doesn't contain, and a row's response doesn't depend on its neighbours' lengths.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Where pads may stand. "between" prefix and suffix: right where every layer attends to everything, masks then hide
+# them. "left": right for sliding windows too, which count slots. "none": states that can't be cut, no sharing.
+Sharing = Literal["between", "left", "none"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """n rows. First `prefix_ids` (m, P) with `prefix_mask` fill a cache; row i continues from cache row `prefix_of[i]`.
+
+    Then `ids` (n, S) are fed; `mask` (n, P+S) covers cache and fed tokens; `whole` (n, P+S) are all tokens, pads at the
+    left, as logits processors see them. P is 0 where nothing is shared.
+    """
+
+    prefix_ids: Tensor
+    prefix_mask: Tensor
+    prefix_of: Tensor
+    ids: Tensor
+    mask: Tensor
+    whole: Tensor
+
+    @property
+    def prefix_length(self) -> int:
+        """P."""
+        return self.prefix_ids.shape[1]
+
+    @property
+    def width(self) -> int:
+        """P+S: cache slots after the prompts."""
+        return self.mask.shape[1]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids of a mask (n, T): pads don't count."""
+    return (mask.cumsum(dim=-1) - 1).clamp_min(0)
+
+
+def shared_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
+    """What all rows begin with, short of a whole row: something must be left to feed."""
+    shared = os.path.commonprefix([list(row) for row in rows])
+    return list(shared[: min(len(row) for row in rows) - 1])
+
+
+def lay_out(rows: Sequence[Sequence[int]], prefix: Sequence[int], sharing: Sharing, device: torch.device) -> Layout:
+    """Arrange `rows`, all of which begin with `prefix` (which may be empty)."""
+    prefix = list(prefix) if sharing != "none" else []
+    longest = max(len(row) for row in rows) - len(prefix)
+    shifts = [longest - (len(row) - len(prefix)) for row in rows]
+    if sharing == "left" and max(shifts) >= len(prefix):
+        prefix, longest = [], max(len(row) for row in rows)  # a shift must leave a token of the prefix in the cache
+        shifts = [longest - len(row) for row in rows]
+    starts, prefix_of = _prefix_rows(prefix, shifts, sharing)
+    ids, mask = [], []
+    for row, shift in zip(rows, shifts, strict=True):
+        suffix = list(row[len(prefix) :])
+        if sharing == "left" and prefix:
+            ids.append(prefix[len(prefix) - shift :] + suffix)
+            mask.append([0] * shift + [1] * (len(prefix) + longest - shift))
+        else:
+            ids.append([row[0]] * shift + suffix)
+            mask.append([1] * len(prefix) + [0] * shift + [1] * len(suffix))
+    whole = [[row[0]] * shift + list(row) for row, shift in zip(rows, shifts, strict=True)]
+    prefix_mask = [[0] * shift + [1] * (len(prefix) - shift) for shift in starts]
+    prefix_ids = [[prefix[0]] * shift + prefix[: len(prefix) - shift] if prefix else [] for shift in starts]
+
+    def tensor(values: list[list[int]], width: int) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=device).reshape(len(values), width)
+
+    total = len(prefix) + longest
+    return Layout(
+        tensor(prefix_ids, len(prefix)),
+        tensor(prefix_mask, len(prefix)),
+        torch.tensor(prefix_of, dtype=torch.long, device=device),
+        tensor(ids, longest),
+        tensor(mask, total),
+        tensor(whole, total),
+    )
+
+
+def _prefix_rows(prefix: Sequence[int], shifts: Sequence[int], sharing: Sharing) -> tuple[list[int], list[int]]:
+    """Shifts of the prefix rows to compute, and which of them each row continues."""
+    if not prefix:
+        return [], [0] * len(shifts)
+    if sharing == "between":
+        return [0], [0] * len(shifts)
+    distinct = sorted(set(shifts))
+    return distinct, [distinct.index(shift) for shift in shifts]

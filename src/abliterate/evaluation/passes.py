@@ -1,0 +1,182 @@
+"""One forward pass of any decoder, from any layer on, with any cache: only `transformers`' forward and cache interfaces.
+
+Skipping layers and selecting rows of a cache need no per-architecture code (DESIGN §5.1, §5.2, §5.4).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from abliterate.evaluation.layout import Sharing, positions
+
+
+class Passes:
+    """Forward passes of `model`, whose decoder stack is `layers`."""
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self._model: Any = model
+        self.layers = layers
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._arity: dict[nn.Module, int] = {}
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, cache: Cache | None, *, keep_cache: bool = True
+    ) -> tuple[Tensor, Cache | None]:
+        """Feed `ids` (n, S) after `cache`; `mask` (n, P+S). Logits of the last position (n, vocabulary), and the cache.
+
+        Without a cache given, the model makes one of its own class.
+        """
+        kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if "position_ids" in self._accepted:
+            kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._accepted:
+            kwargs["logits_to_keep"] = 1
+        output = self._model(**kwargs)
+        return output.logits[:, -1], getattr(output, "past_key_values", None)
+
+    @contextlib.contextmanager
+    def keeping(self, starts: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
+        """While active, a pass leaves in `hidden` what enters each layer of `starts`, (n, S, d_model)."""
+
+        def hook(start: int) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                hidden[start] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+
+            return keep
+
+        handles = [self.layers[start].register_forward_pre_hook(hook(start), with_kwargs=True) for start in starts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        """While active, layers below `start` do nothing and `hidden` (n, S, d_model) enters layer `start`."""
+        if hidden is None or start == 0:
+            yield
+            return
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden}
+
+        skipped = list(self.layers[:start])
+        # accelerate's dispatch leaves a `forward` of its own on the instance; it must come back.
+        own = [layer.__dict__.get("forward") for layer in skipped]
+        handle = self.layers[start].register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            for layer in skipped:
+                layer.forward = self._identity(layer)
+            yield
+        finally:
+            handle.remove()
+            for layer, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """While active, a pass notes whether layers return a tensor or a tuple: the identity must return the same."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._arity[module] = len(output) if isinstance(output, tuple) else 0
+
+        handles = [layer.register_forward_hook(note) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _identity(self, layer: nn.Module) -> Callable[..., Any]:
+        arity = self._arity[layer]
+
+        def same(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *([None] * (arity - 1))) if arity else hidden
+
+        return same
+
+
+def sharing_of(cache: object) -> Sharing:
+    """How a prefix in this cache may be shared."""
+    kinds = {type(layer) for layer in getattr(cache, "layers", [])}
+    if kinds == {DynamicLayer}:
+        return "between"
+    return "left" if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
+
+
+def is_supported(cache: object) -> bool:
+    """Whether rows of this cache can be selected and its layers exchanged."""
+    return isinstance(cache, Cache) and bool(cache.layers) and all(hasattr(layer, "reorder_cache") for layer in cache.layers)
+
+
+def select_rows(cache: Cache, rows: Tensor, first: int = 0) -> Cache:
+    """A new cache with the given rows of layers from `first` on; the lower ones are shared with `cache`, unread."""
+    layers = [layer if index < first else _selected(layer, rows) for index, layer in enumerate(cache.layers)]
+    return with_layers(cache, layers)
+
+
+def with_layers(cache: Cache, layers: Sequence[Any]) -> Cache:
+    """The same cache around other layers."""
+    new = copy.copy(cache)
+    new.layers = list(layers)
+    return new
+
+
+def select_layers(layers: Sequence[Any], rows: Tensor) -> list[Any]:
+    """New cache layers with the given rows."""
+    return [_selected(layer, rows) for layer in layers]
+
+
+def merge_layers(parts: Sequence[Sequence[Any]]) -> list[Any]:
+    """Cache layers whose rows are those of all parts, one after the other."""
+    return [_merged(same) for same in zip(*parts, strict=True)]
+
+
+def _selected(layer: Any, rows: Tensor) -> Any:
+    new = _copied(layer)
+    new.reorder_cache(rows)
+    return new
+
+
+def _copied(layer: Any) -> Any:
+    """A copy that shares tensors only: sequence states keep theirs in lists, which `reorder_cache` writes into."""
+    new = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, (list, dict)):
+            setattr(new, name, copy.copy(value))
+    return new
+
+
+def _merged(same: Sequence[Any]) -> Any:
+    new = _copied(same[0])
+    for name, value in vars(same[0]).items():
+        setattr(new, name, _concatenated([vars(layer)[name] for layer in same], value))
+    return new
+
+
+def _concatenated(values: Sequence[Any], first: Any) -> Any:
+    if isinstance(first, Tensor) and first.dim() > 1:  # tensors of a cache layer have the batch as first dimension
+        return torch.cat(list(values))
+    if isinstance(first, list):
+        return [_concatenated([value[index] for value in values], item) for index, item in enumerate(first)]
+    if isinstance(first, Mapping):
+        return {key: _concatenated([value[key] for value in values], item) for key, item in first.items()}
+    return first

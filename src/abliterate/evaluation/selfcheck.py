@@ -1,0 +1,151 @@
+"""The engine checks itself: on a few prompts, under an edit, against `generate` and against the plain full sequence.
+
+Compared teacher-forced: two correct ways may choose another token where two are nearly equal, and then differ in all that
+follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.evaluation.base import EarlyScorer
+from abliterate.evaluation.engine import TrialEngine, Unsupported
+from abliterate.evaluation.prefill import EditState
+from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.settings import EfficiencySettings
+from abliterate.types import Prompt
+
+Engine = TrialEngine | ReferenceEngine
+TOKENS = 8
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an engine is made of and prepared with."""
+
+    reference: ReferenceEngine
+    layers: torch.nn.ModuleList
+    edits: EditState
+    early: EarlyScorer | None
+    harmful: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+    starts: Sequence[int]
+
+    def engine(self, switches: EfficiencySettings) -> TrialEngine:
+        """A prepared engine; the model must carry no edit."""
+        engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early)
+        engine.prepare(self.harmful, self.harmless, self.starts)
+        return engine
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Largest expected difference of log-probabilities: of the engine from the reference, and what is allowed."""
+
+    difference: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the engine gives the reference's numbers."""
+        return self.difference <= self.allowed
+
+
+def trusted_engine(
+    setup: Setup,
+    switches: EfficiencySettings,
+    edited: Callable[[], None],
+    clear: Callable[[], None],
+    warn: Callable[[str], None],
+) -> Engine:
+    """The fastest engine that agrees with the reference under the edit that `edited` makes and `clear` undoes.
+
+    Mechanisms that could give other numbers are left out one after the other, with a warning each; in the end the
+    reference itself is used.
+    """
+    if not switches.use_trial_engine:
+        return setup.reference
+    for attempt, without in _attempts(switches):
+        clear()
+        try:
+            engine = setup.engine(attempt)
+            edited()
+            verdict = check(engine, setup)
+            found = (
+                ""
+                if verdict.ok
+                else f"differs from the reference by {verdict.difference:.1e} ({verdict.allowed:.1e} is allowed)"
+            )
+        except Unsupported as error:
+            found = f"can't be used: {error}"
+        # An unknown model's code may fail in any way on a path of ours; the reference then still works.
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            found = f"fails ({type(error).__name__}: {error})"
+        finally:
+            clear()
+        if not found:
+            return engine
+        warn(f"The trial engine{without} {found}; a slower way is tried.")
+    warn("Trials are evaluated by the reference, which is slower and gives the same numbers.")
+    return setup.reference
+
+
+def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings, str]]:
+    yield switches, ""
+    if switches.use_shared_prefix:
+        yield switches.model_copy(update={"use_shared_prefix": False}), " without the shared prefix"
+    if switches.use_layer_skip:
+        yield switches.model_copy(update={"use_layer_skip": False}), " without layer skip"
+    if switches.use_shared_prefix and switches.use_layer_skip:
+        both = {"use_shared_prefix": False, "use_layer_skip": False}
+        yield switches.model_copy(update=both), " without shared prefix and layer skip"
+
+
+@torch.inference_mode()
+def check(engine: TrialEngine, setup: Setup) -> Verdict:
+    """Compare on a few prompts of each set, short and long ones."""
+    reference = setup.reference
+    rows = _spread([len(reference.chat.token_ids(prompt)) for prompt in setup.harmful])
+    prompts = [setup.harmful[row] for row in rows]
+    tokens, expected = reference.raw_logits(prompts, TOKENS)
+    plain = torch.stack([_plain_logits(reference, prompt, row) for prompt, row in zip(prompts, tokens, strict=True)])
+    found = engine.forced_logits(setup.harmful, rows, tokens)
+    noise = distance(expected, plain)
+    difference = distance(expected, found)
+
+    rows = _spread([len(reference.chat.token_ids(prompt)) for prompt in setup.harmless])
+    expected = reference.first_logprobs([setup.harmless[row] for row in rows])
+    difference = max(difference, distance(expected, engine.some_first_logprobs(setup.harmless, rows)))
+    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10.
+    floor = 1e-4 if expected.dtype == found.dtype else 8 * torch.finfo(found.dtype).eps
+    return Verdict(difference, max(3 * noise, floor))
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """Largest Σ p |log p − log q| over rows (…, vocabulary) of logits: the expected difference of log-probabilities."""
+    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, found))
+    terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q).abs())
+    worst = terms.sum(dim=-1).max()
+    return float(worst) if torch.isfinite(worst) else float("inf")
+
+
+def _plain_logits(reference: ReferenceEngine, prompt: Prompt, tokens: Tensor) -> Tensor:
+    """Logits (T, vocabulary) of one row as a whole sequence: no pads, no cache."""
+    ids = torch.tensor([reference.chat.token_ids(prompt)], device=tokens.device)
+    whole = torch.cat([ids, tokens[None, :-1]], dim=1)
+    logits: Tensor = reference.model(input_ids=whole, use_cache=False).logits
+    return logits[0, -len(tokens) :]
+
+
+def _spread(lengths: Sequence[int]) -> list[int]:
+    """Rows from the shortest to the longest prompt, in even steps."""
+    rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    count = min(ROWS, len(rows))
+    return [rows[round(step * (len(rows) - 1) / max(1, count - 1))] for step in range(count)]

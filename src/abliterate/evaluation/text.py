@@ -1,0 +1,100 @@
+"""Text of a growing response, piece by piece: only what later tokens can't change any more.
+
+A piece is decoded after the one before it, so that decoders which look at their neighbours (leading spaces, bytes of one
+character in several tokens) give what they give for the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Set
+
+from transformers import PreTrainedTokenizerBase
+
+from abliterate.model.chat import decode_ids
+
+_UNFINISHED = "\ufffd"
+
+
+class TextStream:
+    """One row's text. Special tokens are kept: thinking blocks may be made of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, byte_ids: Set[int] = frozenset()) -> None:
+        self._tokenizer = tokenizer
+        self._byte_ids = byte_ids
+        self._ids: list[int] = []
+        self._before = 0  # where the context begins, and where what is not given out yet begins
+        self._given = 0
+        self._context = ""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add; empty while they end within a character."""
+        self._ids.extend(ids)
+        # A run of byte tokens is decoded as one: a bad byte turns the good ones before it into replacement characters.
+        if not self._ids or self._ids[-1] in self._byte_ids:
+            return ""
+        text = self._decode(self._before)
+        if text.endswith(_UNFINISHED) or len(text) <= len(self._context):
+            return ""
+        piece = text[len(self._context) :]
+        self._before, self._given = self._given, len(self._ids)
+        self._context = self._decode(self._before)
+        return piece
+
+    def _decode(self, start: int) -> str:
+        return decode_ids(self._tokenizer, self._ids[start:], skip_special_tokens=False)
+
+
+def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of byte-fallback tokens (`<0x00>` …); none for byte-level vocabularies."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    found = tokenizer.convert_tokens_to_ids(names)
+    assert isinstance(found, list)
+    return frozenset(token for token in found if token is not None and token != tokenizer.unk_token_id)
+
+
+class VisibleText:
+    """What lies outside thinking blocks, piece by piece. `tags`: (opening, closing); `is_open`: it begins within one."""
+
+    def __init__(self, tags: Sequence[tuple[str, str]], *, is_open: bool = False) -> None:
+        self._tags = tuple(tags)
+        # Within a block only its own closing counts; one that the prompt opened is closed by any.
+        self._closings: tuple[str, ...] = tuple(closing for _, closing in self._tags) if is_open else ()
+        self._held = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the text so far ends within a thinking block."""
+        return bool(self._closings)
+
+    def feed(self, piece: str, *, last: bool = False) -> str:
+        """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
+        text, shown = self._held + piece, []
+        while True:
+            wanted = self._closings or tuple(opening for opening, _ in self._tags)
+            place, tag = min(((text.find(tag), tag) for tag in wanted if tag in text), default=(-1, ""))
+            if place < 0:
+                break
+            if not self._closings:
+                shown.append(text[:place])
+                self._closings = tuple(closing for opening, closing in self._tags if opening == tag)
+            else:
+                self._closings = ()
+            text = text[place + len(tag) :]
+        held = 0 if last else _overlap(text, wanted)
+        self._held = text[len(text) - held :]
+        if not self._closings:
+            shown.append(text[: len(text) - held])
+        return "".join(shown)
+
+
+def _overlap(text: str, tags: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is a proper beginning of a tag."""
+    longest = 0
+    for tag in tags:
+        place = text.find(tag[0], max(0, len(text) - len(tag) + 1))
+        while place >= 0:
+            if tag.startswith(text[place:]):
+                longest = max(longest, len(text) - place)
+                break
+            place = text.find(tag[0], place + 1)
+    return longest

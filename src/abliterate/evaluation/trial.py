@@ -1,0 +1,53 @@
+"""One evaluation: KL first, then as many responses as the certificate asks for. Knows neither edits nor Optuna."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from abliterate.evaluation.base import EarlyScorer, Observation, Scorer, ignores_responses
+from abliterate.evaluation.certificate import Certificate
+from abliterate.evaluation.reference import Progress
+from abliterate.evaluation.selfcheck import Engine
+from abliterate.types import Prompt, Score
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores by name. Where `stopped`, refusals are a lower bound: the certificate's limit."""
+
+    scores: dict[str, Score]
+    stopped: bool = False
+
+
+def early_scorer(scorers: Sequence[Scorer]) -> EarlyScorer | None:
+    """The scorer that lets responses end early; None where another one needs them whole."""
+    readers = [scorer for scorer in scorers if not ignores_responses(scorer)]
+    return readers[0] if len(readers) == 1 and isinstance(readers[0], EarlyScorer) else None
+
+
+def evaluate(
+    engine: Engine,
+    scorers: Sequence[Scorer],
+    harmful: Sequence[Prompt],
+    harmless: Sequence[Prompt],
+    certificate: Certificate,
+    progress: Progress,
+) -> Evaluation:
+    """Scores of the model as it is now. Stopped as soon as it is certain that the certificate's limit is reached.
+
+    Raises:
+        TrialError: a score isn't finite, or the device is too small.
+    """
+    total = len(harmful) + len(harmless)
+    logprobs = engine.first_logprobs(harmless, lambda done, _: progress(done, total))
+    early = early_scorer(scorers)
+    first = {s.name: s.score(Observation((), logprobs)) for s in scorers if ignores_responses(s)}
+    limit = certificate.limit(first["kl"].value) if early is not None else None
+    responses = engine.respond(harmful, lambda done, _: progress(len(harmless) + done, total), limit=limit)
+    if responses is None:
+        assert early is not None
+        assert limit is not None
+        return Evaluation(first | {early.name: early.at_least(limit, len(harmful))}, stopped=True)
+    observed = Observation(responses, logprobs)
+    return Evaluation({s.name: first.get(s.name) or s.score(observed) for s in scorers})
