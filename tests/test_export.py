@@ -194,10 +194,11 @@ def test_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_exporter_loads_its_own(kind: str, tmp_path: Path) -> None:
+def test_exporter_loads_its_own_without_warnings(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     job, expected, _ = trial_of(make_model("llama"), tmp_path)
     write(kind, job, tmp_path / "out")
     reloaded = EXPORTERS[kind].load(tmp_path / "out", job, torch.device("cpu"), torch.float32)
+    assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
     torch.testing.assert_close(logits_of(reloaded), expected, **FLOAT32)
 
 

@@ -6,6 +6,7 @@ edit itself: the same matrix, not an approximation. Written as PEFT saves it, wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ class Adapter:
         base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that the next version drops; nothing a person here can act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
 
 
 def dora_factors(factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

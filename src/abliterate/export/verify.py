@@ -154,7 +154,7 @@ def compare(
         "checks": checks,
         "kl_from_trial": {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in divergences.items()},
         "module_error": {"max": max(errors.values(), default=0.0), "off": off},
-        "lost_to_storage": max((_lost(probe) for probe in expected.probes.values()), default=0.0),
+        "lost_to_storage": max((_lost(probe) for probe in expected.probes.values()), default=0.0) + 0.0,  # no −0.0
         "scores": scores,
         "tolerance": {"kl_from_trial": bound, "kl": kl_bound, "refusals": refusals, "modules": share},
     }
