@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
+from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import ExportSettings, LoadSettings
 
@@ -119,6 +119,29 @@ def test_companions_are_carried_over(kind: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "the card"
 
 
+def test_processor_of_the_pinned_revision_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    class Processor:
+        def save_pretrained(self, folder: Path) -> None:
+            (folder / "processor_config.json").write_text("{}", encoding="utf-8")
+            (folder / "chat_template.jinja").write_text("the processor's own", encoding="utf-8")
+
+    def from_pretrained(source: str, **options: Any) -> Processor:
+        asked.append(options)
+        return Processor()
+
+    monkeypatch.setattr(companions.AutoProcessor, "from_pretrained", from_pretrained)
+    job, _, loaded = trial_of(make_model("llama"), tmp_path)
+    loaded.tokenizer.chat_template = "{{ 'given by hand' }}"
+    (tmp_path / "out").mkdir()
+    load = LoadSettings(revision="abc123", trust_remote_code=True)
+    companions.save_companions(replace(job, load=load), tmp_path / "out")
+    assert asked == [{"revision": "abc123", "trust_remote_code": True}]
+    assert (tmp_path / "out" / "processor_config.json").is_file()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ 'given by hand' }}"
+
+
 @pytest.mark.parametrize("mode", ["full", "pre", "none"])
 @pytest.mark.parametrize("family", ["llama_biased", "gpt2"])
 def test_adapter_reloads_with_plain_peft(family: str, mode: str, tmp_path: Path) -> None:
@@ -171,10 +194,11 @@ def test_adapter_of_nothing_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
-def test_exporter_loads_its_own(kind: str, tmp_path: Path) -> None:
+def test_exporter_loads_its_own_without_warnings(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     job, expected, _ = trial_of(make_model("llama"), tmp_path)
     write(kind, job, tmp_path / "out")
     reloaded = EXPORTERS[kind].load(tmp_path / "out", job, torch.device("cpu"), torch.float32)
+    assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
     torch.testing.assert_close(logits_of(reloaded), expected, **FLOAT32)
 
 
@@ -289,11 +313,15 @@ def test_card_says_what_was_measured() -> None:
         "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
         "mode": "full",
         "representation": "exact",
+        "approximation": {},
         "method": "projected",
         "number": 7,
         "seed": 3,
         "params": make_params(0).to_record(),
     }
     card = model_card(facts)
+    assert "(exact)" in card
+    lossy = model_card(facts | {"representation": "svd", "approximation": {"mean": 0.034, "max": 0.0712}})
+    assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy
     for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):
         assert part in card

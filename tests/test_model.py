@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import CPU, FAMILIES, PROMPTS, make_chat, make_loaded, make_model, make_tokenizer, save_model
+from safetensors.torch import load_file, save_file
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
@@ -197,3 +202,121 @@ def test_no_template_is_bad_input() -> None:
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         make_chat(tokenizer)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Rewrite the model's one weight file."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("quantization", ["none", "bnb_8bit"])
+def test_missing_weights_are_bad_input(quantization: str, tmp_path: Path) -> None:
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes")
+    folder = save_model(make_model("llama"), tmp_path / "m")
+
+    def drop_layer(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.2." in name]:
+            del tensors[name]
+
+    change_tensors(folder, drop_layer)
+    with pytest.raises(InputError, match=r"incomplete: .* lack model\.layers\.2\.input_layernorm\.weight, .* and 6 more"):
+        load(folder, quantization=quantization)
+
+
+def test_weights_of_another_shape_are_bad_input(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
+    with pytest.raises(InputError, match=r"lack model\.norm\.weight, or hold them in another shape"):
+        load(folder)
+
+
+def test_tied_model_is_complete(tmp_path: Path) -> None:
+    model = make_model("qwen2")
+    folder = save_model(model, tmp_path / "m")
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    loaded = load(folder).model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_fingerprint_follows_code(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    config = loader.load_config(str(folder), LoadSettings())
+    fingerprints = [loader.fingerprint(str(folder), config)]
+    for code in ("x = 1\n", "x = 2\n"):
+        (folder / "modeling_own.py").write_text(code, encoding="utf-8")
+        fingerprints.append(loader.fingerprint(str(folder), config))
+    assert len(set(fingerprints)) == 3
+
+
+@pytest.mark.parametrize("place", ["load_weights", "_generates"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError('not implemented for "Half"')])
+def test_dtype_that_fails_leads_to_the_next(
+    place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    real, alive, warnings = getattr(loader, place), [], []
+
+    def failing(*args: Any) -> Any:
+        if torch.float16 in args or getattr(args[0], "dtype", None) == torch.float16:
+            alive.append(weakref.ref(args[0]) if place == "_generates" else lambda: None)
+            raise type(error)(*error.args)  # a new one: the traceback of one that a test keeps would keep the model
+        assert alive[0]() is None, "the failed model is still in memory"
+        return real(*args)
+
+    monkeypatch.setattr(loader, place, failing)
+    loaded = loader.load_model(
+        str(folder),
+        LoadSettings(dtypes=("float16", "float32")),
+        CPU,
+        lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]),
+        warnings.append,
+    )
+    assert loaded.info.dtype == "float32"
+    assert [str(error) in warning and "float16" in warning for warning in warnings] == [True]
+    with pytest.raises(AbliterateError, match="works in none of float16") as caught:
+        load(folder, dtypes=("float16",))
+    assert not isinstance(caught.value, InputError)
+    assert str(error) in str(caught.value)
+
+
+def test_bad_input_tries_no_other_dtype(tmp_path: Path) -> None:
+    folder = save_model(make_model("llama"), tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    warnings: list[str] = []
+    with pytest.raises(InputError, match="can't be loaded"):
+        loader.load_model(
+            str(folder), LoadSettings(), CPU, lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]), warnings.append
+        )
+    assert warnings == []
+
+
+QUIET = """
+import torch, transformers
+transformers.utils.logging.disable_progress_bar()
+from abliterate.model.chat import Chat
+from abliterate import pipeline
+from abliterate.export import EXPORTERS
+from abliterate.model import loader
+from abliterate.settings import LoadSettings
+from abliterate.types import Prompt
+load = LoadSettings(quantization="bnb_8bit")
+loader.load_model("demo", load, torch.device("cpu"), lambda t, at: Chat(t, at).encode([Prompt("Hi")]), print)
+import peft
+"""
+
+
+def test_bitsandbytes_is_quiet() -> None:
+    pytest.importorskip("bitsandbytes")
+    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stderr == ""
+
+
+def test_pipeline_imports_neither_peft_nor_bitsandbytes() -> None:
+    code = "import sys, abliterate.pipeline; print(*[name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == []

@@ -16,13 +16,14 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abliterate import pipeline, stages
+from abliterate import identity, pipeline, stages
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation.editor import Editor
 from abliterate.export.merged import Merged
 from abliterate.model.loader import demo_path
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
+from abliterate.settings_sources import config_path
 from abliterate.types import Trial
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -229,6 +230,13 @@ def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path
         ({"seed": 5}, "seed"),
         ({"edit": {"mode": "none"}}, "edit mode"),
         ({"directions": {"method": "mean"}}, "direction method"),
+        ({"efficiency": {"use_amp_for_residuals": True}}, "precision of residuals"),
+        ({"response": {"thinking_blocks": [["<a>", "<a></a>"]]}}, "set of thinking blocks"),
+        ({"load": {"attn_implementation": "eager"}}, "attention implementation"),
+        (
+            {"load": {"decoder_layers": "model.layers", "components": {"mlp.down_proj": "mlp.down_proj"}}},
+            "set of edited modules",
+        ),
     ],
 )
 def test_changed_meaning_is_refused_on_resume(
@@ -242,12 +250,31 @@ def test_changed_meaning_is_refused_on_resume(
     assert {name: (run / name).read_bytes() for name in before} == before
 
 
+def test_other_default_markers_are_refused_on_resume(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _, settings = finished
+    content = config_path("markers.txt").read_text(encoding="utf-8")
+    for text, refused in ((f"# said otherwise\n{content}", False), (f"{content}\nanother marker\n", True)):
+        (tmp_path / "markers.txt").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(identity, "config_path", lambda name: tmp_path / name)
+        run = copy_run(path, tmp_path / f"run-{refused}")
+        if refused:
+            with pytest.raises(InputError, match="another set of scorers or markers"):
+                run_in(run, settings, resume=True)
+        else:
+            run_in(run, settings, resume=True)
+
+
 def test_svd_representation(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
     _, _, first = finished
     over: dict[str, Any] = {"edit": {"representation": "svd"}, "export": {"kind": "adapter"}, "search": {"trials": 3}}
     result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(first.cache_dir), **over))
     assert result["export"]["verified"] is True
     assert (result["export"]["method"], result["export"]["rank"]) == ("lora", 3)
+    lost = result["export"]["approximation_error"]
+    assert 0.001 < lost["mean"] < lost["max"] < 0.3
+    assert f"misses {lost['mean']:.1%}" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     assert result["caches"]["svd"]["misses"] > 0
 
 
@@ -257,6 +284,7 @@ def test_adapter_export_is_dora_and_loads_with_peft(finished: Finished, tmp_path
     quick = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"})
     result, _ = run_in(run, quick, resume=True)
     assert (result["export"]["method"], result["export"]["rank"], result["export"]["verified"]) == ("dora", 1, True)
+    assert "approximation_error" not in result["export"]
     base = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32)
     with_adapter = logits_of(PeftModel.from_pretrained(base, str(run / "model")).eval())
     merged = logits_of(AutoModelForCausalLM.from_pretrained(path / "model", dtype=torch.float32).eval())
@@ -361,7 +389,7 @@ def test_any_trial_can_be_exported_later(finished: Finished, tmp_path: Path) -> 
         result = pipeline.export_only(settings, Recorder(), RunDirectory(run), number, run / "other")
         assert (run / "other" / "config.json").is_file()
         assert (result["selected"], result["export"]["trial"], result["export"]["verified"]) == (number, number, True)
-        assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["mean"])
+        assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["harmless"]["mean"])
         kept = read_result(run)
         assert kept["exports"] == [result["export"]] * times
         assert {**kept, "exports": []} == first  # model/ still holds the run's own choice

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from conftest import FAMILIES, PROMPTS, make_chat, make_loaded, make_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from abliterate.errors import AbliterateError
 from abliterate.model.loader import LoadedModel
-from abliterate.model.residuals import capture_residuals
+from abliterate.model.residuals import capture_last, capture_residuals
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -89,3 +92,58 @@ def test_progress_counts_prompts() -> None:
     seen: list[tuple[int, int]] = []
     capture(make_loaded(make_model("llama")), batch_size=2, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 3), (3, 3)]
+
+
+def limit_memory(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Make passes of more than `most` prompts run out of memory; returns the batch sizes tried."""
+    sizes: list[int] = []
+    real = type(loaded.model).forward
+
+    def forward(self: Any, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    monkeypatch.setattr(type(loaded.model), "forward", forward)
+    return sizes
+
+
+def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_loaded(make_model("llama"))
+    expected = capture(loaded, batch_size=1)
+    sizes = limit_memory(loaded, monkeypatch, 1)
+    inside: list[bool] = []
+    monkeypatch.setattr(
+        "abliterate.model.residuals.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
+    )
+    seen: list[int] = []
+    found = capture(loaded, batch_size=3, progress=lambda done, total: seen.append(done))
+    assert torch.equal(found, expected)
+    assert sizes == [3, 1, 1, 1]
+    assert seen == [1, 2, 3]
+    assert inside == [False]  # within the `except` block the traceback keeps the batch's tensors alive
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in loaded.layers)
+
+
+def test_out_of_memory_for_one_prompt_ends_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_loaded(make_model("llama"))
+    limit_memory(loaded, monkeypatch, 0)
+    with pytest.raises(AbliterateError, match="single prompt; try"):
+        capture(loaded, batch_size=3)
+
+
+def test_captured_states_are_copies() -> None:
+    class InPlace(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.add_(1)
+
+    layers = nn.ModuleList([InPlace(), InPlace()])
+    out: list[Tensor | None] = [None] * 3
+    x = torch.zeros(2, 5, 4)
+    with capture_last(layers, out):
+        layers[1](layers[0](x))
+    for index, state in enumerate(out):
+        assert state is not None
+        assert torch.equal(state, torch.full((2, 4), float(index)))
+        assert state.untyped_storage().nbytes() == 2 * 4 * 4

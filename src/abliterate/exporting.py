@@ -2,38 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from abliterate.bench import Bench, Calibration, Context, PromptSets, make_engine
+from abliterate.edits import Factors, SvdMemo
+from abliterate.edits.svd import relative_error
+from abliterate.errors import TrialError
 from abliterate.evaluation import Scorer
 from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.kl import kl_divergence
 from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
-from abliterate.export.verify import Verification, compare
+from abliterate.export.merged import stored_dtype
+from abliterate.export.verify import (
+    Expected,
+    Precision,
+    Probe,
+    Verification,
+    compare,
+    module_outputs,
+    probe_inputs,
+    storage_rounding,
+)
 from abliterate.model import loader
 from abliterate.model.chat import Chat
+from abliterate.model.weights import dense_weight
 from abliterate.types import Baseline, Trial
 
 
 @dataclass(frozen=True)
 class Picked:
-    """What outlives the loaded model: the trial, its export job, and what the export must reproduce.
+    """What outlives the loaded model: the trial's export job, and what the export must reproduce.
 
-    `expected_logprobs` (n_harmless, vocabulary): the trial's first-token log-probabilities, float32.
+    `approximation`: what the svd representation loses, for `result.json`; empty where edits are exact.
     """
 
-    trial: Trial
     job: ExportJob
-    expected_logprobs: Tensor
+    approximation: Mapping[str, float]
+    expected: Expected
     scorers: tuple[Scorer, ...]
     calibration: Calibration
 
 
-def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baseline, n_harmless: int, trial: Trial) -> ExportJob:
-    """Everything an export needs once the model is gone: the trial's factors on the CPU, tokenizer, card."""
+def prepare(context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial) -> Picked:
+    """What an export of `trial` needs once the model is gone. Edits the model, and gives the base model back."""
+    factors = {name: found.to("cpu") for name, found in editor.factors(trial.params).items()}
+    approximation = _approximation(context, bench, editor, factors, trial)
+    job = _job(context, bench, baseline, len(prompts.harmless_eval), trial, factors, approximation)
+    expected = _expect(context, bench, editor, job, prompts, trial)
+    return Picked(job, approximation, expected, bench.scorers, bench.calibration)
+
+
+def _approximation(
+    context: Context, bench: Bench, editor: Editor, factors: Mapping[str, Factors], trial: Trial
+) -> dict[str, float]:
+    """Mean and largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules, of the svd representation; else nothing."""
+    settings = context.settings.edit
+    if settings.representation == "exact" or not factors:
+        return {}
+    targets = {target.name: target for target in bench.loaded.targets}
+    errors = []
+    for name, low_rank in factors.items():
+        # One module at a time: what an exact editor prepares is large.
+        exact_settings = settings.model_copy(update={"representation": "exact"})
+        exact = Editor((targets[name],), editor._directions, exact_settings, editor.adapters, SvdMemo(0))
+        weight = dense_weight(targets[name].module).float().cpu()
+        errors.append(relative_error(exact.factors(trial.params)[name].to("cpu").delta(weight), low_rank))
+    return {"mean": sum(errors) / len(errors), "max": max(errors)}
+
+
+def _job(
+    context: Context,
+    bench: Bench,
+    baseline: Baseline,
+    n_harmless: int,
+    trial: Trial,
+    factors: Mapping[str, Factors],
+    approximation: Mapping[str, float],
+) -> ExportJob:
     settings, info = context.settings, bench.loaded.info
     facts = {
         "base": info.id,
@@ -45,6 +94,7 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
         "kl": trial.scores["kl"],
         "mode": settings.edit.mode,
         "representation": settings.edit.representation,
+        "approximation": approximation,
         "method": settings.directions.method,
         "number": trial.number,
         "seed": settings.seed,
@@ -56,10 +106,31 @@ def export_job(context: Context, bench: Bench, editor: Editor, baseline: Baselin
         export=settings.export,
         architecture=bench.loaded.architecture,
         tokenizer=bench.loaded.tokenizer,
-        factors={name: factors.to("cpu") for name, factors in editor.factors(trial.params).items()},
+        factors=factors,
         base_model=info.id,
         card=model_card(facts),
     )
+
+
+def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
+    """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
+    model, size, dtype = bench.loaded.model, bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
+    # The plain engine here and on the export: the verdict must not depend on how trials are made fast.
+    engine, other = (make_engine(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
+    inputs = probe_inputs(job.factors)
+    editor.apply(trial.params)
+    harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
+    noise = float(kl_divergence(harmless, other.first_logprobs(prompts.harmless_eval).cpu()).mean())
+    edited = module_outputs(model, inputs, dtype)
+    editor.clear()
+    base = module_outputs(model, inputs, dtype)
+    stored = _stored_dtype(context.settings.export.kind, job)
+    weights = {target.name: target.module for target in bench.loaded.targets}
+    probes = {
+        name: Probe(x, base[name], edited[name], storage_rounding(dense_weight(weights[name]), job.factors[name], x, stored))
+        for name, x in inputs.items()
+    }
+    return Expected(trial, harmless, harmful, noise, probes)
 
 
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
@@ -67,18 +138,25 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
     exporter = EXPORTERS[context.settings.export.kind]
     with context.result.stage("export", exporter.kind), finished_folder(final) as folder:
         facts = dict(exporter.write(picked.job, folder))
-    record = {"kind": exporter.kind, "trial": picked.trial.number, "path": final.name, "verified": None, **facts}
+    trial = picked.expected.trial.number
+    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, **facts}
+    if picked.approximation:
+        record["approximation_error"] = dict(picked.approximation)
     context.result.record["export"] = record
     context.result.save()
     if context.settings.export.verify:
         with context.result.stage("verify"):
-            verdict = _verify(context, exporter, picked, prompts, final)
+            try:
+                verdict = _verify(context, exporter, picked, prompts, final)
+            except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
+                verdict = Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
             record |= {"verified": verdict.ok, "verification": verdict.record}
         context.result.save()
         if not verdict.ok:
+            failed = [name for name, passed in verdict.record["checks"].items() if not passed]
             context.reporter.warn(
-                "The export reloaded from disk differs from the trial by more than rounding explains; see "
-                "export.verification in result.json before using it."
+                f"The export reloaded from disk differs from the trial by more than rounding explains "
+                f"({', '.join(failed) or verdict.record['reason']}); see export.verification in result.json before using it."
             )
 
 
@@ -91,13 +169,19 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     model = exporter.load(final, picked.job, device, run_dtype)
     chat = Chat(tokenizer, device, picked.calibration.response_prefix)
     engine = make_engine(context, model, chat, picked.calibration.batch_size)
+    total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 
-    def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, "prompts")
+    def progress(done: int, before: int) -> None:
+        context.reporter.progress(before + done, total, "prompts")
 
-    observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, progress)
-    stored = getattr(torch, context.result.record["export"].get("dtype", "float32"))
-    coarser = max(stored, run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
-    if settings.load.quantization != "none":
-        coarser = torch.bfloat16  # the export holds full-precision weights, the trial ran on quantized ones
-    return compare(picked.expected_logprobs, picked.trial.refusals, observed, picked.scorers, coarser)
+    harmful = engine.first_logprobs(prompts.harmful_eval, lambda done, _: progress(done, 0))
+    before = len(prompts.harmful_eval)
+    observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
+    outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
+    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), settings.load.quantization)
+    return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
+
+
+def _stored_dtype(kind: str, job: ExportJob) -> torch.dtype:
+    """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
+    return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32

@@ -16,8 +16,10 @@ from transformers import PreTrainedTokenizerBase
 
 from abliterate import __version__
 from abliterate.bench import Bench, PromptSets
+from abliterate.evaluation.refusals import read_markers
 from abliterate.prompts import digest
 from abliterate.settings import Settings
+from abliterate.settings_sources import config_path
 from abliterate.types import Prompt
 
 RESIDUALS_FORMAT = 1
@@ -54,12 +56,19 @@ def study_identity(settings: Settings, bench: Bench, prompts: PromptSets) -> dic
         "model": [info.fingerprint, info.dtype, info.quantization],
         "set of prompts": [digest(part) for part in prompts.all_sets()],
         "tokenizer": [tokenizer_digest(bench.loaded.tokenizer), bench.loaded.tokenizer.chat_template],
+        "attention implementation": str(bench.loaded.model.config._attn_implementation),
+        "set of edited modules": [
+            bench.loaded.architecture.layers,
+            [(target.name, target.component) for target in bench.loaded.targets],
+        ],
+        "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
         "response length or prefix": [settings.response.max_new_tokens, bench.calibration.response_prefix],
+        "set of thinking blocks": settings.response.thinking_blocks,
         "direction method": settings.directions.model_dump(),
         "edit mode": settings.edit.model_dump(),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
-        "set of scorers or markers": [settings.evaluation.scorers, _file_digest(settings.evaluation.markers)],
+        "set of scorers or markers": [settings.evaluation.scorers, sorted(_markers(settings))],
     }
     return {name: _digest(part) for name, part in parts.items()}
 
@@ -74,8 +83,9 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([content, tokenizer.special_tokens_map])
 
 
-def _file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() if path else ""
+def _markers(settings: Settings) -> tuple[str, ...]:
+    """The markers themselves: the default file may be another in another version."""
+    return read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
 
 
 def _digest(value: Any) -> str:

@@ -20,7 +20,7 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
-from abliterate.exporting import Picked, export, export_job
+from abliterate.exporting import Picked, export, prepare
 from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
 from abliterate.report.html import write_report
@@ -76,7 +76,7 @@ def run(
     # One model at a time: the export reads the weights anew.
     del bench, editor
     gc.collect()
-    if settings.export.kind != "none":
+    if picked:
         export(context, picked, prompts, directory.export)
     with result.stage("report"):
         write_report(directory.report, result.record)
@@ -150,8 +150,8 @@ def pick(
     prompts: PromptSets,
     rule: SelectionRule,
     choose: Choose | None,
-) -> Picked:
-    """One trial from the front, by the rule, or by a person whose default answer the rule gives."""
+) -> Picked | None:
+    """One trial from the front, by the rule or by a person offered the rule's choice; None where nothing is exported."""
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
     front = pareto_front(trials, baseline)
@@ -163,19 +163,10 @@ def pick(
     selected = choose(front, rule(front), baseline) if choose else rule(front)
     result.record["selected"] = selected.number
     result.save()
+    if context.settings.export.kind == "none":
+        return None
     with result.stage("pick", f"trial {selected.number}"):
-        return prepare_export(context, bench, editor, baseline, prompts, selected)
-
-
-def prepare_export(
-    context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial
-) -> Picked:
-    """What an export of `trial` needs once the model is gone."""
-    editor.apply(trial.params)
-    expected = bench.engine.first_logprobs(prompts.harmless_eval)
-    job = export_job(context, bench, editor, baseline, len(prompts.harmless_eval), trial)
-    editor.clear()
-    return Picked(trial, job, expected, bench.scorers, bench.calibration)
+        return prepare(context, bench, editor, baseline, prompts, selected)
 
 
 def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
@@ -203,7 +194,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
-    picked = prepare_export(context, bench, editor, baseline, prompts, trial)
+    picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
     export(context, picked, prompts, final)

@@ -6,12 +6,12 @@ edit itself: the same matrix, not an approximation. Written as PEFT saves it, wi
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -44,6 +44,9 @@ class Adapter:
         plain = job.load.model_copy(update={"quantization": "none"})
         config = load_config(job.source, plain)
         model = load_weights(job.source, plain, config, stored_dtype(config), None)
+        # Not at the top: peft imports bitsandbytes, which writes to stderr unless `load_weights` has quieted it.
+        from peft import LoraConfig
+
         d_model = model.config.get_text_config().hidden_size
         modules = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
         check_modules(job, modules)
@@ -72,7 +75,12 @@ class Adapter:
         """See `Exporter.load`: the base with the adapter on it."""
         load = job.load.model_copy(update={"quantization": "none"})
         base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
-        return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            # peft asks transformers for a name that the next version drops; nothing a person here can act on.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
 
 
 def dora_factors(factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

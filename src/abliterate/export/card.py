@@ -32,8 +32,8 @@ right to refuse. Whoever runs or passes on this model answers for what it is use
 The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
 judgement of the answers' quality or safety.
 
-Edit `{mode}` ({representation}), direction method `{method}`; trial {number} of a search with seed {seed}, made with
-abliterate {version}. Parameters:
+Edit `{mode}` ({representation}{approximation}), direction method `{method}`; trial {number} of a search with seed {seed}, made
+with abliterate {version}. Parameters:
 
 ```json
 {params}
@@ -42,7 +42,15 @@ abliterate {version}. Parameters:
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values."""
+    """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
+
+    `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
+    """
     revision = f" (revision {facts['revision']})" if facts["revision"] else ""
     params = json.dumps(facts["params"], indent=1)
-    return _CARD.format(**{**facts, **facts["kl"], "revision": revision, "params": params, "version": __version__})
+    lost = facts["approximation"]
+    approximation = (
+        f", which misses {lost['mean']:.1%} of a matrix's change on average, {lost['max']:.1%} at most" if lost else ""
+    )
+    texts = {"revision": revision, "params": params, "approximation": approximation, "version": __version__}
+    return _CARD.format(**{**facts, **facts["kl"], **texts})

@@ -15,9 +15,10 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 def save_companions(job: ExportJob, folder: Path) -> None:
     """Save everything but weights and config into `folder`."""
-    job.tokenizer.save_pretrained(folder)
-    _save_processor(job, folder)
     revision = job.load.revision or "main"
+    _save_processor(job, folder, revision)
+    # After the processor, which brings a tokenizer and a chat template of its own.
+    job.tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):  # the base has none, so the export has none
         GenerationConfig.from_pretrained(job.source, revision=revision).save_pretrained(folder)
     source = Path(job.source)
@@ -29,9 +30,10 @@ def save_companions(job: ExportJob, folder: Path) -> None:
     (folder / "README.md").write_text(job.card, encoding="utf-8")
 
 
-def _save_processor(job: ExportJob, folder: Path) -> None:
+def _save_processor(job: ExportJob, folder: Path, revision: str) -> None:
     try:
-        processor = AutoProcessor.from_pretrained(job.source, trust_remote_code=job.load.trust_remote_code)
+        # The pinned revision, above all where its code is run.
+        processor = AutoProcessor.from_pretrained(job.source, revision=revision, trust_remote_code=job.load.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return  # text-only models have no processor
     if not isinstance(processor, PreTrainedTokenizerBase):

@@ -1,22 +1,93 @@
-"""Does the export do what the trial did? Reloaded from disk, and compared on the evaluation prompts."""
+"""Does the export do what the trial did? Reloaded from disk and compared with what the edited model did in memory.
+
+Two tests. *Behaviour*: first-token distributions of both evaluation sets, the trial's KL, its refusals. *Modules*: each
+edited matrix, fed the input its edit changes most, must change it as in the trial. The second is the sharp one: one weak
+edit left out moves KL(trial‖export) by 1e-6, less than half precision or quantization do, but is a whole edit there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from abliterate.edits import Factors
 from abliterate.evaluation.base import Observation, Scorer
 from abliterate.evaluation.kl import kl_divergence
+from abliterate.types import Trial
 
-# Mean KL(trial‖export) on the first token. In float32 only the order of operations differs; half-precision storage
-# rounds every edited weight to 8 (bf16) or 11 bits, which a trial on the unrounded weights doesn't see.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
-# Refusals may differ by this share of the prompts where weights were rounded.
-REFUSAL_TOLERANCE = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
+# Mean KL(trial‖export) per prompt set: what passes in the run's dtype explain, what storing edited weights in the
+# export's dtype adds, and what the export's full-precision weights differ from the quantized ones of the trial.
+# Measured on the demo model, correct exports of every kind: 4e-8, 3e-6, 2e-4; 1e-8, 5e-8, 4e-7; 6e-4, 2e-2.
+_PASSES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
+_STORAGE = {torch.float32: 0.0, torch.float16: 1e-6, torch.bfloat16: 1e-5}
+_QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1}
+# Deep models round more than the demo: the run's own noise, KL between two batch sizes, times this is allowed too.
+_NOISE = 10.0
+# |KL of the export − KL of the trial| may be this share of the trial's beside the bound above (measured: 1.5, 1, 18 %).
+_KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5}
+# Share by which one module's edit may be off, beside what the noise of single outputs explains: a coeff 5 % off is 5 %,
+# an edit left out 100 %. Measured: 0.001 % in float32, whatever the export is stored in; 0.5 % in bfloat16; 1.6 and 4 %.
+_MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.03}
+_MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1}
+# What quantization changes in one output entry, relative to the outputs' size.
+_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1}
+# Refusals may differ by this share of the prompts.
+_REFUSALS = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
+_REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What rounding may explain: the dtype the trial ran in, the one the export is stored in, the trial's quantization."""
+
+    run: torch.dtype
+    stored: torch.dtype
+    quantization: str = "none"
+
+    @property
+    def entry(self) -> float:
+        """Noise of one entry of a module's output, relative to the outputs' size."""
+        return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.quantization])
+
+    def refusals(self, prompts: int) -> float:
+        """Responses that may tip over at a near-tie: one at least, where anything was rounded."""
+        coarser = max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
+        share = max(_REFUSALS[coarser], _REFUSALS_QUANTIZED[self.quantization])
+        return max(1.0, share * prompts) if share > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One edited module's outputs (1, d_model) for `x` (1, d_in), float32: without the trial's edit and with it.
+
+    `rounding` (1, d_model): what storing W' in the export's dtype adds. Not noise: W lies on that dtype's grid, so a
+    ΔW below half a step is lost altogether (an edit of 2 % of the demo's, in bfloat16, loses a seventh).
+    """
+
+    x: Tensor
+    base: Tensor
+    edited: Tensor
+    rounding: Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an export must reproduce, taken while the edited model was in memory; tensors float32 on the CPU.
+
+    `harmless` and `harmful` (n_prompts, vocabulary): first-token log-probabilities; `noise`: their mean KL between two
+    batch sizes.
+    """
+
+    trial: Trial
+    harmless: Tensor
+    harmful: Tensor
+    noise: float
+    probes: Mapping[str, Probe]
 
 
 @dataclass(frozen=True)
@@ -27,23 +98,101 @@ class Verification:
     record: dict[str, Any]
 
 
+def probe_inputs(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """{module: x (1, d_in)}: along the edit's leading `a`, as long as a random input; a random x would show λ/√d of it."""
+    return {name: f.a[:1] / f.a[:1].norm() * f.a.shape[1] ** 0.5 for name, f in factors.items()}
+
+
+def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype) -> Tensor:
+    """(round(W') − W') x, (1, d_model): see `Probe.rounding`. Of a quantized W, as if it were the stored one."""
+    on_grid = weight.to(stored).float()
+    wanted = on_grid + factors.to(weight.device).delta(on_grid)
+    return (x.to(weight.device) @ (wanted.to(stored).float() - wanted).T).cpu()
+
+
+@torch.inference_mode()
+def module_outputs(model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """{module: its output (1, d_model)} float32 on the CPU, hooks and adapters included; `dtype`: of quantized inputs."""
+    return {name: _output(_find(model, name), x, dtype) for name, x in inputs.items()}
+
+
 def compare(
-    expected_logprobs: Tensor,
-    expected_refusals: int,
+    expected: Expected,
     observed: Observation,
+    harmful: Tensor,
+    outputs: Mapping[str, Tensor],
     scorers: Sequence[Scorer],
-    dtype: torch.dtype,
+    precision: Precision,
 ) -> Verification:
-    """Compare an export's observation with its trial; `dtype` is the coarser of storage and computation."""
-    divergence = kl_divergence(expected_logprobs, observed.first_logprobs.to(expected_logprobs.device))
-    scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers)}
-    allowed = REFUSAL_TOLERANCE[dtype] * len(observed.responses)
-    close = float(divergence.mean()) <= TOLERANCE[dtype]
-    ok = close and abs(scores["refusals"] - expected_refusals) <= allowed
-    record = {
-        "ok": ok,
-        "kl_from_trial": {"mean": float(divergence.mean()), "max": float(divergence.max())},
-        "scores": scores,
-        "tolerance": {"kl_from_trial": TOLERANCE[dtype], "refusals": allowed},
+    """Compare a reloaded export with its trial.
+
+    `observed`: the export on both evaluation sets; `harmful` (n_harmful, vocabulary): its first-token log-probabilities;
+    `outputs`: its modules' outputs for the probes' inputs.
+    """
+    trial, quantization = expected.trial, precision.quantization
+    divergences = {
+        "harmless": kl_divergence(expected.harmless, observed.first_logprobs.cpu()),
+        "harmful": kl_divergence(expected.harmful, harmful.cpu()),
     }
-    return Verification(ok, record)
+    scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers)}
+    bound = _PASSES[precision.run] + _STORAGE[precision.stored] + _QUANTIZED[quantization] + _NOISE * expected.noise
+    kl_bound = bound + _KL_SHARE[quantization] * trial.kl
+    refusals = precision.refusals(len(observed.responses))
+    share = max(_MODULE[precision.run], _MODULE_QUANTIZED[quantization])
+    errors = {name: _module_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
+    off = sorted(name for name, error in errors.items() if error > share)
+    # Of a stopped trial only a lower bound is known.
+    extra = scores["refusals"] - trial.refusals
+    checks = {
+        "kl_from_trial": all(float(values.mean()) <= bound for values in divergences.values()),
+        "kl": abs(scores["kl"]["mean"] - trial.kl) <= kl_bound,
+        "refusals": -extra <= refusals if trial.state == "stopped" else abs(extra) <= refusals,
+        "modules": not off,
+    }
+    record = {
+        "ok": all(checks.values()),
+        "checks": checks,
+        "kl_from_trial": {name: {"mean": float(v.mean()), "max": float(v.max())} for name, v in divergences.items()},
+        "module_error": {"max": max(errors.values(), default=0.0), "off": off},
+        "lost_to_storage": max((_lost(probe) for probe in expected.probes.values()), default=0.0) + 0.0,  # no −0.0
+        "scores": scores,
+        "tolerance": {"kl_from_trial": bound, "kl": kl_bound, "refusals": refusals, "modules": share},
+    }
+    return Verification(all(checks.values()), record)
+
+
+def _module_error(probe: Probe, output: Tensor, entry_noise: float) -> float:
+    """How much of the edit is missing or too much, along the change it makes: 0 right, 1 left out.
+
+    Only along it: rounding and quantization differ in all d_model directions, the edit in one. What they may cause there
+    is taken off: of a weak edit, the output's last bits are a large share.
+    """
+    change = probe.edited - probe.base
+    size = float(change.norm())
+    if size == 0:
+        return 0.0
+    error = abs(float(((output - probe.edited - probe.rounding) * change).sum())) / size**2
+    noise = 4 * entry_noise * float(probe.edited.norm()) / change.shape[-1] ** 0.5  # four standard deviations at least
+    # What is not a number must not pass as small.
+    return max(0.0, error - noise / size) if math.isfinite(error) else math.inf
+
+
+def _lost(probe: Probe) -> float:
+    """The share of an edit that the export's dtype can't hold; negative where rounding made it larger."""
+    change = probe.edited - probe.base
+    square = float(change.square().sum())
+    return -float((probe.rounding * change).sum()) / square if square > 0 else 0.0
+
+
+def _find(model: nn.Module, name: str) -> nn.Module:
+    """The module of that name; PEFT puts its own prefix before it."""
+    return next(module for path, module in model.named_modules() if path == name or path.endswith(f".{name}"))
+
+
+def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    weight: Any = module.weight
+    # Offloaded weights are on no device; their own hook then moves the input.
+    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
+    # Some modules are kept in float32 beside a half-precision model; quantized storage says nothing of the input.
+    dense = weight.is_floating_point() and weight.element_size() >= 2
+    return module(x.to(device, weight.dtype if dense else dtype)).float().cpu()

@@ -40,7 +40,14 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
         ) from error
     if name.column not in rows.column_names:
         raise InputError(f"The data set {name.name} has no column {name.column!r}; it has {', '.join(rows.column_names)}.")
-    prompts = [Prompt(str(text), settings.system) for text in rows[name.column] if str(text).strip()]
+    texts = [text for text in rows[name.column] if text is not None]  # a null row is no prompt, least of all "None"
+    odd = next((text for text in texts if not isinstance(text, str)), None)
+    if odd is not None:
+        raise InputError(
+            f"The column {name.column!r} of the data set {name.name} holds {type(odd).__name__} values, not text; name a "
+            f"column of text, of {', '.join(rows.column_names)}."
+        )
+    prompts = [Prompt(text, settings.system) for text in texts if text.strip()]
     if not prompts:
         raise InputError(f"The data set {name.name} (split {name.split}) holds no prompts; choose another split.")
     return wrap(prompts, settings.prefix, settings.suffix)

@@ -1,6 +1,6 @@
-"""Models and tokenizers from the Hub, a directory, or the package's demo. The one place that reads weights.
+"""Models and tokenizers from the Hub, a directory, or the package's demo.
 
-Owns dtype choice, the fingerprint and the sentences for what can't be loaded. Knows nothing of edits.
+Owns dtype choice and the fingerprint; `checkpoint.py` reads the weights. Knows nothing of edits.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 
 import psutil
 import torch
-import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import architectures
 from abliterate.model.architectures import Architecture, Target
+from abliterate.model.checkpoint import load_error, load_weights
 from abliterate.model.hub import skip_retries_without_network
+from abliterate.model.residuals import clear_device_cache
 from abliterate.settings import LoadSettings
 from abliterate.types import ModelInfo
 
 DEMO = "demo"
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", "config.json", ".index.json")
+# What decides a local model's numbers; .py for code loaded with trust_remote_code.
+_CONTENT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", "config.json", ".index.json", ".py")
 
 
 @dataclass(frozen=True)
@@ -91,34 +91,6 @@ def choose_device(device: str) -> torch.device:
     return chosen
 
 
-def load_weights(
-    source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
-) -> PreTrainedModel:
-    """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
-
-    Raises:
-        InputError: no such weights, or a quantization whose package is missing.
-    """
-    auto: Any = transformers.AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
-        auto = transformers.AutoModelForImageTextToText
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
-    if load.revision:
-        kwargs["revision"] = load.revision
-    if load.attn_implementation:
-        kwargs["attn_implementation"] = load.attn_implementation
-    if device is not None:
-        kwargs["device_map"] = load.device_map or {"": str(device)}
-        if load.max_memory:
-            kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
-        kwargs |= _quantization(load, dtype)
-    try:
-        model = auto.from_pretrained(source, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
-        raise _load_error(source, error) from error
-    return model.eval().requires_grad_(False)
-
-
 def load_model(
     name: str, load: LoadSettings, device: torch.device, probe_inputs: Callable[..., Any], warn: Callable[[str], None]
 ) -> LoadedModel:
@@ -157,14 +129,23 @@ def _first_that_generates(
     probe: Any,
     warn: Callable[[str], None],
 ) -> tuple[PreTrainedModel, torch.dtype]:
+    reason = ""
     for dtype in dict.fromkeys(_dtype(label, config, device) for label in load.dtypes):
-        model = load_weights(source, load, config, dtype, device)
-        if _generates(model, probe):
+        model = None
+        try:
+            model = load_weights(source, load, config, dtype, device)
+            reason = "" if _generates(model, probe) else "its logits are not finite"
+        except RuntimeError as error:  # out of memory too; what is wrong with the input is an InputError, and passes
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        if model is not None and not reason:
             return model, dtype
-        warn(f"The model gives no finite logits in {str(dtype).removeprefix('torch.')}; the next dtype is tried.")
+        # Outside the `except` block: inside it the traceback keeps the model alive.
         del model
+        clear_device_cache(device)
+        warn(f"The model doesn't work in {str(dtype).removeprefix('torch.')} ({reason}); the next dtype is tried.")
     raise AbliterateError(
-        f"The model gives no finite logits in any of {', '.join(load.dtypes)}; try --dtype float32, or check its weights."
+        f"The model works in none of {', '.join(load.dtypes)} ({reason}); try --dtype float32, --device cpu, or "
+        "--set load.quantization=bnb_4bit where memory is short, or check its weights."
     )
 
 
@@ -188,13 +169,13 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(source: str, config: PretrainedConfig) -> str:
-    """The Hub commit, or a hash of the content of every weight and config file of a local directory."""
+    """The Hub commit, or a hash of the content of every weight, config and code file of a local directory."""
     commit = getattr(config, "_commit_hash", None)
     folder = Path(source)
     if not folder.is_dir():
         return f"hub:{source}@{commit}"
     total = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.name.endswith(_WEIGHT_ENDINGS) and path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if path.name.endswith(_CONTENT_ENDINGS) and path.is_file()):
         with path.open("rb") as file:
             total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{total.hexdigest()}"
@@ -229,7 +210,7 @@ def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
     try:
         return auto.from_pretrained(source, trust_remote_code=load.trust_remote_code, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise _load_error(source, error) from error
+        raise load_error(source, error) from error
 
 
 def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
@@ -246,28 +227,3 @@ def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.
 def _generates(model: Any, probe: Any) -> bool:
     output = model.generate(**probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
     return bool(torch.isfinite(output.logits[0]).all())
-
-
-def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
-    if load.quantization == "none":
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise InputError("Quantized loading needs bitsandbytes; install it with pip install 'abliterate[bnb]'.") from error
-    if load.quantization == "bnb_8bit":
-        return {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
-    four_bit = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
-    )
-    return {"quantization_config": four_bit}
-
-
-def _load_error(source: str, error: Exception) -> InputError:
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if Path(source).is_dir():
-        return InputError(f"The model in {source} can't be loaded: {first}.")
-    return InputError(
-        f"The model {source} can't be fetched from the Hub: {first}; check the id and the network, or download it "
-        "elsewhere and give its local directory."
-    )

@@ -31,11 +31,12 @@ def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[No
     """While active, a forward pass fills `out` (n_layers+1 places) with (batch, d_model) last-position states."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        out[0] = (args[0] if args else kwargs["hidden_states"])[:, -1].detach()
+        # Clones, here and below: a view of the last position would keep every position alive, and would see whatever the
+        # model writes over it later.
+        out[0] = (args[0] if args else kwargs["hidden_states"])[:, -1].detach().clone()
 
     def leave(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            # A clone: a view of the last position would keep every position alive.
             out[index + 1] = first_tensor(output)[:, -1].detach().clone()
 
         return hook
@@ -77,28 +78,50 @@ def capture_residuals(
     """Residuals (n_prompts, n_layers+1, d_model) float32, on the CPU if `offload`, else where the model is.
 
     `amp` runs the passes in bfloat16 autocast (faster, rounds to 8 bits); `clear_every` batches free the device's
-    memory cache (0: never).
+    memory cache (0: never). The batch size is halved when the device runs out of memory.
 
     Raises:
-        AbliterateError: a residual is not finite (float16 overflow).
+        AbliterateError: a residual is not finite (float16 overflow), or one prompt alone doesn't fit.
     """
     batches: list[Tensor] = []
-    device = chat.device
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        states: list[Tensor | None] = [None] * (len(layers) + 1)
-        with capture_last(layers, states), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            model(**prefill_kwargs(model, chat.encode(part)))
-        # Layers may lie on several devices; residuals are gathered on one.
-        home = torch.device("cpu") if offload else device
-        batches.append(torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1))
+    # Layers may lie on several devices; residuals are gathered on one.
+    home = torch.device("cpu") if offload else chat.device
+    done = 0
+    while done < len(prompts):
+        part = prompts[done : done + batch_size]
+        captured: Tensor | None = None
+        try:
+            captured = _capture_batch(model, layers, chat, part, amp, home)
+        except torch.OutOfMemoryError:
+            if len(part) == 1:
+                raise AbliterateError(
+                    "The device is out of memory even for a single prompt; try --set load.quantization=bnb_4bit, shorter "
+                    "prompts, or --device cpu."
+                ) from None
+        # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
+        if captured is None:
+            clear_device_cache(chat.device)
+            batch_size = len(part) // 2
+            continue
+        batches.append(captured)
+        done += len(part)
         if clear_every and len(batches) % clear_every == 0:
-            clear_device_cache(device)
-        progress(min(start + batch_size, len(prompts)), len(prompts))
+            clear_device_cache(chat.device)
+        progress(done, len(prompts))
     residuals = torch.cat(batches)  # (n_prompts, n_layers+1, d_model)
     if not torch.isfinite(residuals).all():
         raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
     return residuals
+
+
+def _capture_batch(
+    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], amp: bool, home: torch.device
+) -> Tensor:
+    """One pass: (batch, n_layers+1, d_model) float32 on `home`."""
+    states: list[Tensor | None] = [None] * (len(layers) + 1)
+    with capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
+        model(**prefill_kwargs(model, chat.encode(prompts)))
+    return torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1)
 
 
 def clear_device_cache(device: torch.device) -> None:

@@ -1,0 +1,94 @@
+"""The one place that reads weights: complete, in the dtype asked for, quantized if asked for.
+
+Owns the sentences for what can't be loaded. Knows nothing of dtype choice or edits.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from abliterate.errors import InputError
+from abliterate.settings import LoadSettings
+
+
+def load_weights(
+    source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
+) -> PreTrainedModel:
+    """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
+
+    Raises:
+        InputError: no such weights, some missing, or a quantization whose package is missing.
+    """
+    _quiet_bitsandbytes()
+    auto: Any = transformers.AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
+        auto = transformers.AutoModelForImageTextToText
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
+    if load.revision:
+        kwargs["revision"] = load.revision
+    if load.attn_implementation:
+        kwargs["attn_implementation"] = load.attn_implementation
+    if device is not None:
+        kwargs["device_map"] = load.device_map or {"": str(device)}
+        if load.max_memory:
+            kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
+        kwargs |= _quantization(load, dtype)
+    # Mismatched sizes are not ignored: reported like missing ones, they get a sentence instead of a table on stderr.
+    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, loading = auto.from_pretrained(source, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
+        raise load_error(source, error) from error
+    _check_complete(source, loading)
+    return model.eval().requires_grad_(False)
+
+
+def load_error(source: str, error: Exception) -> InputError:
+    """What a person is told when `source` can't be loaded."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    if Path(source).is_dir():
+        return InputError(f"The model in {source} can't be loaded: {first}.")
+    return InputError(
+        f"The model {source} can't be fetched from the Hub: {first}; check the id and the network, or download it "
+        "elsewhere and give its local directory."
+    )
+
+
+def _check_complete(source: str, loading: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers and warns at most."""
+    wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if wrong:
+        named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+        raise InputError(
+            f"The model in {source} is incomplete: its weight files lack {named}, or hold them in another shape than "
+            "config.json says; download it again, or check that weights and config belong together."
+        )
+
+
+def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
+    if load.quantization == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise InputError("Quantized loading needs bitsandbytes; install it with pip install 'abliterate[bnb]'.") from error
+    if load.quantization == "bnb_8bit":
+        return {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+    )
+    return {"quantization_config": four_bit}
+
+
+def _quiet_bitsandbytes() -> None:
+    """Its advice on an optional kernel (at import) and on input dtypes (one line per module); its errors still show."""
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        logging.getLogger(name).setLevel(logging.ERROR)
