@@ -21,8 +21,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmark_page import Measured, update_page, variants_section
 from peer import run_heretic
-from report import Measured, update_page
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -46,14 +46,19 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 KL_TOLERANCE = 1e-5
 
 
-def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path) -> dict[str, Any]:
-    """One variant, once, in a process of its own."""
-    out = folder / "measured.json"
+def call(options: argparse.Namespace, out: Path, cache: Path, *more: str) -> dict[str, Any]:
+    """scripts/benchmark_variant.py in a process of its own."""
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(out)]
-    command += ["--study", str(study), "--count", str(options.count), "--cache", str(cache), "--threads", str(options.threads)]
-    command += ["--off", *VARIANTS[name]] if name != "reference" else ["--reference"]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}, stderr=subprocess.DEVNULL)
+    command += ["--cache", str(cache), "--threads", str(options.threads), *more]
+    command += ["--set", *options.prompts] if options.prompts else []
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
     return json.loads(out.read_text(encoding="utf-8"))
+
+
+def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path) -> dict[str, Any]:
+    """One variant, once."""
+    switches = ["--reference"] if name == "reference" else ["--off", *VARIANTS[name]] if VARIANTS[name] else []
+    return call(options, folder / "measured.json", cache, "--study", str(study), "--count", str(options.count), *switches)
 
 
 def record_study(options: argparse.Namespace, folder: Path) -> Path:
@@ -61,9 +66,7 @@ def record_study(options: argparse.Namespace, folder: Path) -> Path:
     if options.study:
         return options.study
     path = folder / "study.json"
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(path)]
-    command += ["--record", str(options.study_trials), "--cache", str(folder / "cache"), "--threads", str(options.threads)]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)}, stderr=subprocess.DEVNULL)
+    call(options, path, folder / "cache", "--record", str(options.study_trials))
     if options.keep_study:
         shutil.copy(path, options.keep_study)
     return path
@@ -124,6 +127,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--peer", choices=["heretic"])
     parser.add_argument("--title", default="")
+    parser.add_argument("--prompts", nargs="*", default=[], help="prompt sources as name=path, for a model other than demo")
     options = parser.parse_args()
     names = list(dict.fromkeys(["all", "reference", *options.variants]))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -135,19 +139,20 @@ def main() -> None:
             for name in names:
                 cache = folder / f"cache-{repeat}-{names.index(name)}"
                 results[name].append(measure(options, name, study, folder, cache))
-                check_metrics({name: results[name][-1], "reference": results["reference"][-1]} if name != "all" else {})
                 print(repeat, name, round(results[name][-1]["seconds"], 1), "s", flush=True)
-                if name == "all":  # the same once more, with what the first left in the cache
-                    second.append(measure(options | {} if False else options, name, study, folder, cache)["startup"])
+                if name == "all":  # once more, with what the first left in the cache
+                    second.append(measure(options, name, study, folder, cache)["startup"])
             check_metrics({name: results[name][-1] for name in names})
-        peer = run_heretic(options, folder) if options.peer else ""
+        peer = run_heretic(options.model, options.count, 0, options.threads, folder) if options.peer else ""
     measured = {name: medians(found) for name, found in results.items()}
-    record = {name: value.record() for name, value in measured.items()}
-    title = options.title or f"{options.model}"
-    update_page(ROOT / "docs" / "benchmarks.md", title, measured, statistics.median(second), options, peer)
+    title = options.title or f"Variants: {options.model}"
+    body = variants_section(measured, statistics.median(second), options.threads, options.count, options.repeats)
+    update_page(ROOT / "docs" / "benchmarks.md", title, f"{body}\n- {peer}" if peer else body)
     path = ROOT / "docs" / "benchmarks.json"
     everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record = {name: value.record() for name, value in measured.items()}
     path.write_text(json.dumps(everything | {title: record}, indent=1) + "\n", encoding="utf-8")
+    print(body, peer, sep="\n")
 
 
 if __name__ == "__main__":

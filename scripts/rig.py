@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,16 @@ from abliterate.types import Baseline, Trial, TrialParams
 
 
 class Quiet:
-    """A reporter that says only what a person should look at."""
+    """A reporter that says only what a person should look at, and measures memory from when the weights are loaded."""
+
+    def __init__(self) -> None:
+        self.memory = PeakMemory()
 
     def header(self, fields: Mapping[str, str]) -> None: ...
-    def stage(self, name: str, detail: str = "") -> None: ...
+    def stage(self, name: str, detail: str = "") -> None:
+        if name == "calibrate":
+            self.memory.start()
+
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None: ...
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None: ...
@@ -62,7 +68,8 @@ class Rig:
     baseline: Baseline
     space: Space
     seconds: dict[str, float]
-    counters: Counters = field(default_factory=Counters)
+    memory: PeakMemory
+    counters: Counters
 
     def evaluate(self, number: int, params: TrialParams, certificate: Certificate) -> Trial:
         """One trial, as a run evaluates it."""
@@ -93,7 +100,7 @@ def make_rig(settings: Settings, folder: Path) -> Rig:
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     space = stages.search_space(settings, bench)
-    return Rig(context, bench, editor, prompts, baseline, space, dict(result.record["timings"]), counters)
+    return Rig(context, bench, editor, prompts, baseline, space, dict(result.record["timings"]), reporter.memory, counters)
 
 
 class PeakMemory:

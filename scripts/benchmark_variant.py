@@ -1,0 +1,105 @@
+"""One variant of scripts/benchmark.py, once, in this process: evaluates a fixed list of trials, or records a study."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rig import Rig, make_rig
+
+from abliterate.evaluation.certificate import Certificate
+from abliterate.search import open_study
+from abliterate.settings_sources import load_settings
+from abliterate.types import Trial, TrialParams
+
+
+def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
+    """A study of `count` trials, as `abliterate run` makes it."""
+    study = open_study("", folder / "study.journal", rig.space, rig.context.settings.seed)
+    study.claim({})
+    done: list[Trial] = []
+    for number in range(count):
+        asked = study.ask()
+        trial = rig.evaluate(number, asked.params, Certificate.of(done, rig.baseline))
+        study.tell(asked, trial, rig.baseline.prompts)
+        done.append(trial)
+    return {"trials": [trial.to_record() for trial in done]}
+
+
+def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
+    """`count` trials of the study, evenly spaced, each with the certificate it had there."""
+    step = max(1, len(study) // count)
+    chosen = list(range(0, len(study), step))[:count]
+    before = (rig.counters.passes, rig.counters.tokens)
+    seconds = edit_seconds = 0.0
+    trials = []
+    for number in chosen:
+        certificate = Certificate.of(study[:number], rig.baseline)
+        started = time.perf_counter()
+        trial = rig.evaluate(number, study[number].params, certificate)
+        seconds += time.perf_counter() - started
+        edit_seconds += edit_time(rig, study[number].params, study[max(0, number - step)].params)
+        limit = certificate.limit(trial.kl)
+        found = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
+        trials.append(found | {"seconds": trial.seconds})
+    counts = {"passes": rig.counters.passes - before[0], "tokens": rig.counters.tokens - before[1]}
+    return {"trials": trials, "seconds": seconds, "edit_seconds": edit_seconds, **counts, **rig.memory.stop()}
+
+
+def edit_time(rig: Rig, params: TrialParams, before: TrialParams) -> float:
+    """Seconds that the adapter update of a trial takes after another trial; measured apart, not to disturb it."""
+    rig.editor.apply(before)
+    started = time.perf_counter()
+    rig.editor.apply(params)
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Set up, measure, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--study", type=Path)
+    parser.add_argument("--count", type=int, default=40)
+    parser.add_argument("--record", type=int, default=0)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--off", nargs="*", default=[])
+    parser.add_argument("--set", nargs="*", default=[], help="prompt sources as name=path")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    options: dict[str, Any] = {
+        "model": args.model,
+        "cache_dir": str(args.cache),
+        "prompts": dict(p.split("=", 1) for p in args.set),
+    }
+    settings = load_settings("", options | {"efficiency": dict.fromkeys(args.off, False)})
+    if args.reference:
+        settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    if args.record:
+        settings = settings.model_copy(update={"search": settings.search.model_copy(update={"trials": args.record})})
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        rig = make_rig(settings, Path(folder))
+        startup = time.perf_counter() - started
+        if args.record:
+            result = record(rig, args.record, Path(folder))
+        else:
+            study = [Trial.from_record(one) for one in json.loads(args.study.read_text(encoding="utf-8"))["trials"]]
+            result = replay(rig, study, args.count)
+    hits = {"residuals": rig.context.store.counts("residuals")}
+    hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}
+    hits["adapters"] = {"hits": rig.editor.adapters.hits, "misses": rig.editor.adapters.misses}
+    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_size": rig.bench.calibration.batch_size}
+    args.out.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
