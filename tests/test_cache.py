@@ -287,7 +287,17 @@ def test_in_memory_reads_the_disk_once(filled: Path) -> None:
     make_store(filled)[0].clear()
     assert same(store.get("residuals", KEY), tensors())
     assert store.counts("residuals") == {"hits": 2, "misses": 0}
-    assert make_store(filled, in_memory=True)[0].get("residuals", KEY) is None
+    # Another run of this process; and one that reads the disk.
+    assert same(make_store(filled, in_memory=True)[0].get("residuals", KEY), tensors())
+    assert make_store(filled)[0].get("residuals", KEY) is None
+
+
+def test_memory_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abliterate.cache._MEMORY_LIMIT", 100)
+    store, _ = make_store(tmp_path, enabled=False, in_memory=True)
+    for number in range(3):
+        store.put("residuals", {"k": number}, {"t": torch.zeros(10)})
+    assert [store.get("residuals", {"k": number}) is not None for number in range(3)] == [False, True, True]
 
 
 def test_in_memory_alone(tmp_path: Path) -> None:

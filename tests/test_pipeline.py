@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate import identity, pipeline, stages
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
+from abliterate.evaluation import TrialEngine
 from abliterate.evaluation.editor import Editor
 from abliterate.export.merged import Merged
 from abliterate.model.loader import demo_path
@@ -164,7 +165,7 @@ def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tm
     for entry in cache.rglob("*.safetensors"):
         entry.write_bytes(entry.read_bytes()[:-8] + b"damaged!")
     again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, export={"kind": "none"}))
-    assert sum("checksum" in warning for warning in recorder.warnings) == 2
+    assert sum("checksum" in warning for warning in recorder.warnings) == 4  # residuals of two sets, calibration, baseline
     assert again["caches"]["residuals"] == {"hits": 0, "misses": 2}
     assert outcomes(again) == outcomes(first)
 
@@ -422,3 +423,25 @@ def test_stages_come_in_the_papers_order(tmp_path: Path, prompt_files: Files) ->
     order = ["load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"]
     assert [stage for stage in recorder.stages if stage in order] == order
     assert recorder.result is not None
+
+
+def test_second_run_measures_nothing_again(
+    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch size, response prefix and baseline come from the cache; another question about the base model doesn't."""
+    _, first, settings = finished
+    cache = Path(settings.cache_dir)
+    monkeypatch.setattr("abliterate.bench.calibrate", forbidden)
+    responds = []
+    respond = TrialEngine.respond
+    monkeypatch.setattr(TrialEngine, "respond", lambda self, *a, **k: responds.append(k.get("limit")) or respond(self, *a, **k))
+    again, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, export={"kind": "none"}))
+    assert outcomes(again) == outcomes(first)
+    assert None not in responds, "only trials respond"
+    markers = tmp_path / "markers.txt"
+    markers.write_text("sorry\n", encoding="utf-8")
+    other = quick_settings(
+        prompt_files, cache, export={"kind": "none"}, evaluation={"markers": str(markers)}, search={"trials": 1}
+    )
+    run_in(tmp_path / "other", other)
+    assert None in responds

@@ -5,7 +5,7 @@ Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from abliterate import calibration
-from abliterate.cache import ArtifactStore
+from abliterate.cache import ArtifactStore, from_bytes, to_bytes
 from abliterate.evaluation import Scorer, make_scorers
 from abliterate.evaluation.engine import prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Engine
+from abliterate.identity import calibration_key
 from abliterate.model import loader
 from abliterate.model.architectures import find_architecture, missing_components
 from abliterate.model.chat import Chat
@@ -37,6 +38,8 @@ HUB_PROMPTS = {
     "harmful_eval": "mlabonne/harmful_behaviors:test[:100]:text",
     "harmless_eval": "mlabonne/harmless_alpaca:test[:100]:text",
 }
+# Of a batch-size probe: enough that decoding counts as it does in a trial.
+PROBE_TOKENS = 16
 DEMO_PROMPTS = {
     "harmful": "harmful_train.jsonl",
     "harmless": "harmless_train.jsonl",
@@ -76,6 +79,15 @@ class Calibration:
 
     batch_size: int
     response_prefix: str
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """For the artifact store."""
+        return {"batch_size": torch.tensor([self.batch_size]), "response_prefix": to_bytes(self.response_prefix)}
+
+    @staticmethod
+    def from_tensors(tensors: Mapping[str, torch.Tensor]) -> Calibration:
+        """Inverse of `tensors`."""
+        return Calibration(int(tensors["batch_size"][0]), from_bytes(tensors["response_prefix"]))
 
 
 @dataclass(frozen=True)
@@ -119,18 +131,29 @@ def read_prompts(context: Context) -> PromptSets:
 
 
 def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
-    """Model and tokenizer; then the one warm-up, batch size and response prefix."""
+    """Model and tokenizer; then the one warm-up, batch size and response prefix, unless they are known from before."""
     scorers = scorers_of(context.settings)
     loaded = load(context)
     with context.result.stage("calibrate"):
-        chat = Chat(loaded.tokenizer, loaded.device)
-        size = context.settings.evaluation.batch_size or tune_batches(context, loaded.model, chat, prompts).size
-        prefix = response_prefix(context, loaded, size, prompts)
-        chat = chat.with_prefix(prefix)
-        engine = make_engine(context, loaded.model, chat, size)
-        text = f"batch size {size}" + (f", response prefix {prefix!r}" if prefix else "")
+        key = calibration_key(context.settings, loaded, prompts.all_sets())
+        known = context.store.get("calibration", key)
+        found = calibrate(context, loaded, prompts) if known is None else Calibration.from_tensors(known)
+        if known is None:
+            context.store.put("calibration", key, found.tensors(), f"{loaded.info.id}: batch size {found.batch_size}")
+        size, prefix = found.batch_size, found.response_prefix
+        text = (
+            f"batch size {size}" + (f", response prefix {prefix!r}" if prefix else "") + (", from the cache" if known else "")
+        )
         context.reporter.note(text, batch_size=size, response_prefix=prefix)
-    return Bench(loaded, chat, engine, scorers, Calibration(size, prefix))
+    chat = Chat(loaded.tokenizer, loaded.device, prefix)
+    return Bench(loaded, chat, make_engine(context, loaded.model, chat, size), scorers, found)
+
+
+def calibrate(context: Context, loaded: LoadedModel, prompts: PromptSets) -> Calibration:
+    """Measure the batch size and look for a response prefix."""
+    chat = Chat(loaded.tokenizer, loaded.device)
+    size = context.settings.evaluation.batch_size or tune_batches(context, loaded.model, chat, prompts).size
+    return Calibration(size, response_prefix(context, loaded, size, prompts))
 
 
 def tune_only(context: Context, prompts: PromptSets) -> calibration.BatchTuning:
@@ -200,7 +223,7 @@ def tune_batches(context: Context, model: Any, chat: Chat, prompts: PromptSets) 
         context.check()
         warm_up()
         rows = [longest[index % len(longest)] for index in range(size)]
-        return calibration.timed_probe(lambda: engine.generate_ids(rows, 6), size, chat.device)
+        return calibration.timed_probe(lambda: engine.generate_ids(rows, PROBE_TOKENS), size, chat.device)
 
     binary = efficiency.use_binary_search_batch_tuning
     tune = calibration.tune_batch_size if binary else calibration.double_batch_size

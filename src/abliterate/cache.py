@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -53,17 +54,22 @@ class Entry:
     sidecar: Path
 
 
+_Memory = dict[tuple[str, str], dict[str, Tensor]]
+_PROCESS: dict[str, _Memory] = {}
+_MEMORY_LIMIT = 2**30
+
+
 class ArtifactStore:
     """Reads and writes entries; counts hits and misses per kind.
 
-    `in_memory` also keeps what was read or written for this process, so that asking again reads no disk.
+    `in_memory` also keeps what was read or written, so that further runs in this process read no disk (1 GiB at most).
     """
 
     def __init__(self, root: Path, *, warn: Callable[[str], None], enabled: bool = True, in_memory: bool = False) -> None:
         self.root = root
         self._warn = warn
         self._enabled = enabled
-        self._memory: dict[tuple[str, str], dict[str, Tensor]] | None = {} if in_memory else None
+        self._memory: _Memory | None = _PROCESS.setdefault(str(root.absolute()), {}) if in_memory else None
         self.hits: dict[str, int] = {}
         self.misses: dict[str, int] = {}
 
@@ -75,8 +81,8 @@ class ArtifactStore:
             found = self._read(kind, digest)
         counts = self.misses if found is None else self.hits
         counts[kind] = counts.get(kind, 0) + 1
-        if found is not None and self._memory is not None:
-            self._memory[(kind, digest)] = found
+        if found is not None:
+            self._remember(kind, digest, found)
         return found
 
     def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "") -> None:
@@ -85,8 +91,7 @@ class ArtifactStore:
         `label` says what the entry is of, for `cache ls`.
         """
         digest = key_digest(key)
-        if self._memory is not None:
-            self._memory[(kind, digest)] = dict(tensors)
+        self._remember(kind, digest, dict(tensors))
         if not self._enabled:
             return
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -106,6 +111,13 @@ class ArtifactStore:
             _write(folder, digest, ".json", json.dumps(sidecar, indent=1, sort_keys=True).encode())
         except OSError as error:
             self._warn(f"The cache at {self.root} can't be written ({error.strerror}); results are kept in memory only.")
+
+    def _remember(self, kind: str, digest: str, tensors: dict[str, Tensor]) -> None:
+        if self._memory is None:
+            return
+        self._memory[(kind, digest)] = tensors
+        while len(self._memory) > 1 and sum(t.nbytes for kept in self._memory.values() for t in kept.values()) > _MEMORY_LIMIT:
+            del self._memory[next(iter(self._memory))]  # the oldest
 
     def counts(self, kind: str) -> dict[str, int]:
         """Hits and misses of one kind so far."""
@@ -232,3 +244,13 @@ def _write(folder: Path, digest: str, suffix: str, content: bytes) -> None:
         temporary.replace(folder / (digest + suffix))
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def to_bytes(text: str) -> Tensor:
+    """Text as a tensor that an entry can hold; the inverse of `from_bytes`."""
+    return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
+
+
+def from_bytes(tensor: Tensor) -> str:
+    """Inverse of `to_bytes`."""
+    return bytes(tensor.tolist()).decode("utf-8")

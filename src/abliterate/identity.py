@@ -1,4 +1,4 @@
-"""What results depend on: the residual cache's key, and the identity of a study. Missing a part here is a wrong value.
+"""What results depend on: the keys of cached artifacts, and the identity of a study. Missing a part here is a wrong value.
 
 Knows no cache and no study; gives them JSON-able keys without paths of this machine.
 """
@@ -12,57 +12,90 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate import __version__
-from abliterate.bench import Bench, PromptSets
 from abliterate.evaluation.refusals import read_markers
+from abliterate.model.loader import LoadedModel, device_name
 from abliterate.prompts import digest
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
 from abliterate.types import Prompt
 
-RESIDUALS_FORMAT = 1
+PromptLists = Sequence[Sequence[Prompt]]
+
+FORMAT = 1
 
 
-def residuals_key(settings: Settings, bench: Bench, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything residuals depend on (DESIGN §6). Batch size is left out: it moves only the last bits."""
-    info, tokenizer = bench.loaded.info, bench.loaded.tokenizer
+    return model_key(loaded) | {
+        "amp": settings.efficiency.use_amp_for_residuals,
+        "response_prefix": prefix,
+        "prompts": digest(prompts),  # covers system prompts, prefix and suffix
+    }
+
+
+def calibration_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
+    """What batch size and response prefix depend on. The machine is told by its device and its threads."""
+    efficiency = settings.efficiency
+    return model_key(loaded) | {
+        "prompts": [digest(part) for part in sets],
+        "response": settings.response.model_dump(),
+        "batch_size": [settings.evaluation.batch_size, settings.evaluation.max_batch_size],
+        "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup],
+        "machine": [device_name(loaded.device), torch.get_num_threads()],
+    }
+
+
+def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:
+    """What the base model's observation depends on; responses may end at the first marker, so markers are among it."""
+    generation = loaded.model.generation_config
+    return model_key(loaded) | {
+        "prompts": [digest(part) for part in sets],
+        "response": settings.response.model_dump(),
+        "response_prefix": prefix,
+        "generation": generation.to_diff_dict() if generation is not None else None,
+        "scorers": [settings.evaluation.scorers, sorted(_markers(settings))],
+    }
+
+
+def model_key(loaded: LoadedModel) -> dict[str, Any]:
+    """A loaded model and the code that runs it."""
+    info, tokenizer = loaded.info, loaded.tokenizer
     return {
-        "format": RESIDUALS_FORMAT,
+        "format": FORMAT,
         "model": info.id,
         "revision": info.revision,
         "fingerprint": info.fingerprint,
         "dtype": info.dtype,
         "quantization": info.quantization,
-        "amp": settings.efficiency.use_amp_for_residuals,
-        "attention": str(bench.loaded.model.config._attn_implementation),
-        "decoder_layers": bench.loaded.architecture.layers,
-        "device": bench.loaded.device.type,
+        "attention": str(loaded.model.config._attn_implementation),
+        "decoder_layers": loaded.architecture.layers,
+        "device": loaded.device.type,
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": _digest(tokenizer.chat_template),
-        "response_prefix": bench.calibration.response_prefix,
-        "prompts": digest(prompts),  # covers system prompts, prefix and suffix
         "versions": {"abliterate": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
     }
 
 
-def study_identity(settings: Settings, bench: Bench, prompts: PromptSets) -> dict[str, str]:
-    """What a trial's meaning depends on, by the name a person would look for; compared on resume."""
+def study_identity(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, str]:
+    """What a trial's meaning depends on, by the name a person would look for; compared on resume. `sets`: all four."""
     search = settings.search
     space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
-    info = bench.loaded.info
+    info = loaded.info
     parts: dict[str, Any] = {
         "model": [info.fingerprint, info.dtype, info.quantization],
-        "set of prompts": [digest(part) for part in prompts.all_sets()],
-        "tokenizer": [tokenizer_digest(bench.loaded.tokenizer), bench.loaded.tokenizer.chat_template],
-        "attention implementation": str(bench.loaded.model.config._attn_implementation),
+        "set of prompts": [digest(part) for part in sets],
+        "tokenizer": [tokenizer_digest(loaded.tokenizer), loaded.tokenizer.chat_template],
+        "attention implementation": str(loaded.model.config._attn_implementation),
         "set of edited modules": [
-            bench.loaded.architecture.layers,
-            [(target.name, target.component) for target in bench.loaded.targets],
+            loaded.architecture.layers,
+            [(target.name, target.component) for target in loaded.targets],
         ],
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
-        "response length or prefix": [settings.response.max_new_tokens, bench.calibration.response_prefix],
+        "response length or prefix": [settings.response.max_new_tokens, prefix],
         "set of thinking blocks": settings.response.thinking_blocks,
         "direction method": settings.directions.model_dump(),
         "edit mode": settings.edit.model_dump(),

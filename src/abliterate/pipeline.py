@@ -92,7 +92,7 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     url = settings.search.storage
     name = directory.study_name() if url else STUDY_NAME
     study = open_study(url, directory.journal, space, settings.seed, name)
-    identity = study_identity(settings, bench, prompts)
+    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
     study.claim(identity)
     context.result.record["identity"] = identity
     study.fail_interrupted()
@@ -183,7 +183,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
-    identity = study_identity(settings, bench, prompts)
+    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
     changed = changed_parts(result.run.get("identity", identity), identity)
     if changed:
         raise InputError(

@@ -5,6 +5,7 @@ Each takes and returns values. Knows no terminal, and no order: `pipeline.py` ha
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from functools import partial
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from abliterate.bench import Bench, Context, PromptSets
+from abliterate.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, compute_directions
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError, TrialError
-from abliterate.evaluation import Observation, TrialEngine
+from abliterate.evaluation import Observation, Response, TrialEngine
 from abliterate.evaluation import trial as evaluation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
@@ -26,7 +28,7 @@ from abliterate.evaluation.prefill import start_layers
 from abliterate.evaluation.reference import Progress, ReferenceEngine
 from abliterate.evaluation.selfcheck import Setup, trusted_engine
 from abliterate.evaluation.trial import early_scorer
-from abliterate.identity import residuals_key
+from abliterate.identity import baseline_key, residuals_key
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.residuals import capture_residuals
 from abliterate.rundir import write_atomically
@@ -111,10 +113,7 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
 def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
     """The unedited model's scores, which the edited ones are relative to."""
     with context.result.stage("baseline"):
-        logprobs = bench.engine.first_logprobs(prompts.harmless_eval, _progress(context))
-        responses = bench.engine.respond(prompts.harmful_eval, _progress(context))
-        assert responses is not None  # only a limit can stop it
-        observed = Observation(responses, logprobs)
+        observed = _observe_base(context, bench, prompts)
         for scorer in bench.scorers:
             scorer.setup(observed)
         scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
@@ -166,6 +165,23 @@ def check_failures(trials: list[Trial], limit: int) -> None:
         )
 
 
+def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observation:
+    key = baseline_key(
+        context.settings, bench.loaded, bench.calibration.response_prefix, (prompts.harmful_eval, prompts.harmless_eval)
+    )
+    found = context.store.get("baseline", key)
+    if found is not None:
+        responses = [Response(*pair) for pair in json.loads(from_bytes(found["responses"]))]
+        return Observation(responses, found["first_logprobs"].to(bench.loaded.device))
+    logprobs = bench.engine.first_logprobs(prompts.harmless_eval, _progress(context))
+    observed = bench.engine.respond(prompts.harmful_eval, _progress(context))
+    assert observed is not None  # only a limit can stop it
+    texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
+    label = f"{bench.loaded.info.id}: {len(observed)} responses"
+    context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label)
+    return Observation(observed, logprobs)
+
+
 def _progress(context: Context) -> Progress:
     return lambda done, total: context.reporter.progress(done, total, "prompts")
 
@@ -179,7 +195,7 @@ def _strong_edit(space: Space) -> TrialParams:
 
 def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...]) -> Tensor:
     efficiency = context.settings.efficiency
-    key = residuals_key(context.settings, bench, prompts)
+    key = residuals_key(context.settings, bench.loaded, bench.calibration.response_prefix, prompts)
     found = context.store.get("residuals", key)
     if found is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
