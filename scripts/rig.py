@@ -13,6 +13,7 @@ import torch
 
 from abliterate import stages
 from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.evaluation import Observation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.pipeline import make_store
@@ -83,8 +84,11 @@ class Rig:
         return done
 
 
-def make_rig(settings: Settings, folder: Path) -> Rig:
-    """Load, calibrate, residuals, directions, engine, baseline: the stages of a run before its search."""
+def make_rig(settings: Settings, folder: Path, *, with_baseline: bool = True) -> Rig:
+    """Load, calibrate, residuals, directions, engine, baseline: the stages of a run before its search.
+
+    A random model refuses nothing; without a baseline only its log-probabilities are kept, for KL.
+    """
     directory = RunDirectory(folder)
     folder.mkdir(parents=True, exist_ok=True)
     reporter = Quiet()
@@ -98,7 +102,12 @@ def make_rig(settings: Settings, folder: Path) -> Rig:
     directions = stages.directions(context, harmful, harmless, directory.directions)
     editor = stages.make_editor(context, bench, directions)
     bench = stages.trial_engine(context, bench, editor, prompts)
-    baseline = stages.baseline(context, bench, prompts)
+    if with_baseline:
+        baseline = stages.baseline(context, bench, prompts)
+    else:
+        baseline = Baseline(1, len(prompts.harmful_eval))
+        for scorer in bench.scorers:
+            scorer.setup(Observation((), bench.engine.first_logprobs(prompts.harmless_eval)))
     space = stages.search_space(settings, bench)
     return Rig(context, bench, editor, prompts, baseline, space, dict(result.record["timings"]), reporter.memory, counters)
 

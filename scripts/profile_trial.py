@@ -1,0 +1,97 @@
+"""Where the milliseconds of a trial go. Writes the tables of docs/performance.md between its marks.
+
+    .venv/bin/python scripts/profile_trial.py
+
+Three trials of the demo model on one thread: one that nothing can save (the certificate allows no refusal), one that is stopped
+by its refusals, one that survives and answers every prompt. Python's own profiler slows Python down, so wall time is measured
+without it and its shares are scaled to that.
+"""
+
+from __future__ import annotations
+
+import cProfile
+import datetime
+import pstats
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rig import Rig, make_rig
+
+from abliterate.evaluation.certificate import Certificate
+from abliterate.settings_sources import load_settings
+from abliterate.types import Kernel, TrialParams
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
+    ("matrix products", lambda file, name: "nn.linear" in name or ".matmul" in name),
+    ("attention", lambda file, name: "scaled_dot_product" in name),
+    ("cache: append, select rows, join", lambda file, name: "torch.cat" in name or "index_select" in name),
+    ("text, markers, thinking blocks", lambda file, name: "evaluation/" in file or "tokeniz" in file + name.lower()),
+    ("adapters", lambda file, name: "adapters.py" in file or "addcmul" in name or "edits/" in file or "editor.py" in file),
+    ("norms, rotary, activations, masks: other tensor operations", lambda file, name: file == "~"),
+    ("Python between them", lambda file, name: True),
+)
+
+
+def strong(rig: Rig) -> TrialParams:
+    """An edit that the demo model answers everything under."""
+    last = rig.space.n_layers - 1
+    kernel = Kernel(1.4, 0.55 * last, 1.2, 0.4 * last)
+    return TrialParams("global", 0.55 * last, dict.fromkeys(rig.space.components, kernel))
+
+
+def weak(rig: Rig) -> TrialParams:
+    """An edit under which it refuses nearly everything."""
+    last = rig.space.n_layers - 1
+    kernel = Kernel(0.8, 0.9 * last, 0.2, 0.2 * last)
+    return TrialParams("per layer", 0.6 * last, dict.fromkeys(rig.space.components, kernel))
+
+
+def measure(rig: Rig, params: TrialParams, limit: int) -> tuple[float, int, int, str, dict[str, float]]:
+    """(seconds, passes, tokens, state, share of each group)."""
+    certificate = Certificate(((0.0, limit),))
+    rig.evaluate(0, params, certificate)
+    seconds = []
+    for _ in range(5):
+        passes, tokens, started = rig.counters.passes, rig.counters.tokens, time.perf_counter()
+        trial = rig.evaluate(0, params, certificate)
+        seconds.append(time.perf_counter() - started)
+    counts = (rig.counters.passes - passes, rig.counters.tokens - tokens)
+    profile = cProfile.Profile()
+    profile.runcall(rig.evaluate, 0, params, certificate)
+    groups = dict.fromkeys((name for name, _ in GROUPS), 0.0)
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    for (file, _, name), (_, _, own, _, _) in stats.items():
+        groups[next(group for group, belongs in GROUPS if belongs(file, name))] += own
+    total = sum(groups.values())
+    return sorted(seconds)[2], *counts, trial.state, {name: own / total for name, own in groups.items()}
+
+
+def main() -> None:
+    """Measure the three trials and write the tables."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = load_settings("", {"model": "demo", "cache_dir": folder, "evaluation": {"batch_size": 100}})
+        rig = make_rig(settings, Path(folder) / "run")
+        kinds = {"hopeless (r* = 0)": (strong(rig), 0), "stopped (r* = 10)": (weak(rig), 10), "survivor": (strong(rig), 10**6)}
+        found = {name: measure(rig, params, limit) for name, (params, limit) in kinds.items()}
+    lines = [f"{datetime.date.today()}, `python scripts/profile_trial.py`, the demo model, one thread, batches of 100:", ""]
+    lines += ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
+    lines.append("| state | " + " | ".join(state for _, _, _, state, _ in found.values()) + " |")
+    lines.append("| passes | " + " | ".join(str(passes) for _, passes, _, _, _ in found.values()) + " |")
+    lines.append("| tokens | " + " | ".join(str(tokens) for _, _, tokens, _, _ in found.values()) + " |")
+    lines.append("| **milliseconds** | " + " | ".join(f"**{1000 * seconds:.0f}**" for seconds, *_ in found.values()) + " |")
+    for name, _ in GROUPS:
+        lines.append(f"| {name} | " + " | ".join(f"{1000 * one[0] * one[4][name]:.0f}" for one in found.values()) + " |")
+    print("\n".join(lines))
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
