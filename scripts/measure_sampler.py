@@ -39,8 +39,8 @@ def tell(study: Study, asked: Asked, trial: Trial, prompts: int, variant: str) -
         study._study.tell(asked.handle, [trial.kl, trial.refusals / prompts])
 
 
-def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Trial]) -> tuple[float, int, float]:
-    """(hypervolume, trials stopped, seconds of evaluation) of one study."""
+def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Trial]) -> tuple[float, int]:
+    """(hypervolume, trials stopped) of one study."""
     study = open_study("", journal, rig.space, rig.context.settings.seed)
     study.claim({})
     nothing = Certificate(((0.0, sys.maxsize),))
@@ -55,10 +55,10 @@ def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Tri
         tell(study, asked, trial, rig.baseline.prompts, variant)
         done.append(trial)
     volume = hypervolume(pareto_front(done, rig.baseline), rig.baseline)
-    return volume, sum(trial.state == "stopped" for trial in done), sum(trial.seconds for trial in done)
+    return volume, sum(trial.state == "stopped" for trial in done)
 
 
-def one_seed(seed: int, trials: int) -> dict[str, tuple[float, int, float]]:
+def one_seed(seed: int, trials: int) -> dict[str, tuple[float, int]]:
     """{variant: result} of one seed."""
     torch.set_num_threads(1)
     settings = load_settings(
@@ -69,24 +69,24 @@ def one_seed(seed: int, trials: int) -> dict[str, tuple[float, int, float]]:
         return {variant: run(rig, variant, trials, Path(folder) / f"{variant}.journal", {}) for variant in VARIANTS}
 
 
-def page(found: dict[int, dict[str, tuple[float, int, float]]], trials: int) -> str:
+def page(found: dict[int, dict[str, tuple[float, int]]], trials: int) -> str:
     """The results as Markdown."""
     lines = [
         "# What the sampler is told of a stopped trial",
         "",
         f"Made on {datetime.date.today()} by `python {' '.join(sys.argv)}`: the demo model, {trials} trials,",
         f"{len(found)} seeds.",
-        "Hypervolume of the front against (KL 1, share 1); seconds are of all evaluations of a study on one thread.",
+        "Hypervolume of the front against (KL 1, share 1).",
         "",
-        "| variant | median | mean | standard deviation | worst | best | trials stopped | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | median | mean | standard deviation | worst | best | trials stopped |",
+        "|---|---|---|---|---|---|---|",
     ]
     for variant in VARIANTS:
-        volumes, stopped, seconds = zip(*(result[variant] for result in found.values()), strict=True)
+        volumes, stopped = zip(*(result[variant] for result in found.values()), strict=True)
         spread = f"{statistics.mean(volumes):.4f} | {statistics.stdev(volumes):.4f}"
         lines.append(
             f"| {variant} | {statistics.median(volumes):.4f} | {spread} "
-            f"| {min(volumes):.4f} | {max(volumes):.4f} | {statistics.mean(stopped):.1f} | {statistics.mean(seconds):.1f} |"
+            f"| {min(volumes):.4f} | {max(volumes):.4f} | {statistics.mean(stopped):.1f} |"
         )
     for variant in VARIANTS[1:]:
         gains = [result[variant][0] - result["full"][0] for result in found.values()]
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    found: dict[int, dict[str, tuple[float, int, float]]] = {}
+    found: dict[int, dict[str, tuple[float, int]]] = {}
     with ProcessPoolExecutor(args.processes) as pool:
         for seed, result in enumerate(pool.map(one_seed, range(args.seeds), [args.trials] * args.seeds)):
             found[seed] = result

@@ -134,14 +134,13 @@ class Study:
     def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> None:
         """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
 
-        The sampler is told mean KL and the share of refusals; of a stopped trial, that it was pruned.
+        The sampler is told mean KL and the share of refusals, of a stopped trial their bound: over 20 seeds that gave the
+        very fronts of full evaluation (docs/sampler.md).
         """
         try:
             asked.handle.set_user_attr(_RECORD, json.dumps(trial.to_record(), allow_nan=False))
             if trial.state == "failed":
                 self._study.tell(asked.handle, state=TrialState.FAIL)
-            elif trial.state == "stopped":
-                self._study.tell(asked.handle, state=TrialState.PRUNED)
             else:
                 self._study.tell(asked.handle, [trial.kl, trial.refusals / n_prompts])
         except OSError as error:
