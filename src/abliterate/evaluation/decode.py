@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from abliterate.evaluation.passes import Passes, merge_layers, select_rows, with_layers
+from abliterate.evaluation.passes import Passes, merge_layer, with_layers
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
 # was settled meanwhile costs up to this many passes less one.
@@ -65,7 +65,8 @@ class Decoding:
         stay = torch.tensor(places, dtype=torch.long, device=self.mask.device)
         self.rows = [self.rows[place] for place in places]
         self.settled = set()
-        self.cache = select_rows(self.cache, stay)
+        for layer in self.cache.layers:  # one after the other: two whole caches would not fit where one just does
+            layer.reorder_cache(stay)  # type: ignore[arg-type]
         self.mask, self.whole, self.logits = self.mask[stay], self.whole[stay], self.logits[stay]
 
 
@@ -79,7 +80,12 @@ def join(parts: Sequence[Decoding]) -> Decoding:
     for part in parts:
         settled |= {len(rows) + place for place in part.settled}
         rows += part.rows
-    cache = with_layers(parts[0].cache, merge_layers([part.cache.layers for part in parts]))
+    layers = []
+    for index in range(len(parts[0].cache.layers)):
+        layers.append(merge_layer([part.cache.layers[index] for part in parts]))
+        for part in parts:
+            part.cache.layers[index] = None  # type: ignore[call-overload] # frees it before the next one is copied
+    cache = with_layers(parts[0].cache, layers)
     logits, mask, whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "mask", "whole"))
     return Decoding(rows, logits, cache, mask, whole, parts[0].count, settled)
 

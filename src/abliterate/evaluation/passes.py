@@ -145,9 +145,12 @@ def select_layers(layers: Sequence[Any], rows: Tensor) -> list[Any]:
     return [_selected(layer, rows) for layer in layers]
 
 
-def merge_layers(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Cache layers whose rows are those of all parts, one after the other."""
-    return [_merged(same) for same in zip(*parts, strict=True)]
+def merge_layer(parts: Sequence[Any]) -> Any:
+    """A cache layer whose rows are those of all parts, one after the other."""
+    new = _copied(parts[0])
+    for name, value in vars(parts[0]).items():
+        setattr(new, name, _concatenated([vars(layer)[name] for layer in parts], value))
+    return new
 
 
 def _selected(layer: Any, rows: Tensor) -> Any:
@@ -162,13 +165,6 @@ def _copied(layer: Any) -> Any:
     for name, value in vars(layer).items():
         if isinstance(value, (list, dict)):
             setattr(new, name, copy.copy(value))
-    return new
-
-
-def _merged(same: Sequence[Any]) -> Any:
-    new = _copied(same[0])
-    for name, value in vars(same[0]).items():
-        setattr(new, name, _concatenated([vars(layer)[name] for layer in same], value))
     return new
 
 

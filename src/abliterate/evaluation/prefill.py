@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from abliterate.evaluation.layout import Layout, Sharing, lay_out
-from abliterate.evaluation.passes import Passes, merge_layers, select_layers, select_rows, with_layers
+from abliterate.evaluation.passes import Passes, merge_layer, select_layers, select_rows, with_layers
 
 
 class EditState(Protocol):
@@ -85,7 +85,7 @@ class Prefill:
                 _, cache = self._suffix(group, chunk, 0, keep_cache=with_cache)
             parts.append(cache.layers[:top] if cache is not None and with_cache else [])
         group.kept.hidden = {start: torch.cat([hidden[start] for hidden in hiddens]) for start in starts}
-        group.kept.layers = merge_layers(parts)
+        group.kept.layers = [merge_layer(same) for same in zip(*parts, strict=True)]
 
     def __call__(self, group: Group, rows: Tensor, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
         """Logits of the first response token (n, vocabulary) of some of a group's rows, and the cache after the prompts."""
