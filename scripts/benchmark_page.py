@@ -61,8 +61,8 @@ def variants_section(measured: Mapping[str, Measured], second: float, threads: i
         f"{datetime.date.today()}, `{command()}`: {count} trials, {repeats} repeats, {threads} threads,",
         f"torch {torch.__version__}.",
         "",
-        "| variant | s, all trials | × of all on | s a trial (median) | mean | start-up s | peak MB above weights | device MB "
-        "| passes | tokens | stopped | batch | mean KL | refusals |",
+        "| variant | s, all trials | × of all on | s a trial (median) | mean | start-up s | peak MB (RSS) above weights "
+        "| peak device MB | passes | tokens | stopped | batch | mean KL | refusals |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in measured.items():

@@ -32,6 +32,7 @@ from abliterate.settings_sources import load_settings
 from abliterate.types import Trial
 
 ROOT = Path(__file__).parents[1]
+VOCABULARY = 1024
 NEVER = Certificate(((0.0, 10**9),))
 
 
@@ -45,9 +46,10 @@ class Size:
     width: int = 128
 
     def work(self) -> float:
-        """Multiply-adds of the decoder's matrices over all tokens; prompts are about 30 tokens, two sets."""
+        """Multiply-adds of all matrices over all tokens: of each of two prompts about 15 behind the shared prefix."""
         per_token = self.layers * self.width**2 * (4 + 3 * 2)
-        return per_token * self.prompts * (30 * 2 + self.length)
+        head = VOCABULARY * self.width
+        return self.prompts * (per_token * (15 * 2 + self.length) + head * (2 + self.length))
 
 
 DOUBLED = {

@@ -38,18 +38,29 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
     chosen = list(range(0, len(study), step))[:count]
     before = (rig.counters.passes, rig.counters.tokens)
     seconds = edit_seconds = 0.0
+    adapters = {"hits": 0, "misses": 0}
     trials = []
     for number in chosen:
         certificate = Certificate.of(study[:number], rig.baseline)
+        hits, misses = rig.editor.adapters.hits, rig.editor.adapters.misses
         started = time.perf_counter()
         trial = rig.evaluate(number, study[number].params, certificate)
         seconds += time.perf_counter() - started
+        adapters["hits"] += rig.editor.adapters.hits - hits
+        adapters["misses"] += rig.editor.adapters.misses - misses
         edit_seconds += edit_time(rig, study[number].params, study[max(0, number - step)].params)
         limit = certificate.limit(trial.kl)
         found = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
         trials.append(found | {"seconds": trial.seconds})
     counts = {"passes": rig.counters.passes - before[0], "tokens": rig.counters.tokens - before[1]}
-    return {"trials": trials, "seconds": seconds, "edit_seconds": edit_seconds, **counts, **rig.memory.stop()}
+    return {
+        "trials": trials,
+        "seconds": seconds,
+        "edit_seconds": edit_seconds,
+        "adapters": adapters,
+        **counts,
+        **rig.memory.stop(),
+    }
 
 
 def edit_time(rig: Rig, params: TrialParams, before: TrialParams) -> float:
@@ -71,6 +82,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--reference", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=0)
     parser.add_argument("--off", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], help="prompt sources as name=path")
     args = parser.parse_args()
@@ -80,7 +92,8 @@ def main() -> None:
         "cache_dir": str(args.cache),
         "prompts": dict(p.split("=", 1) for p in args.set),
     }
-    settings = load_settings("", options | {"efficiency": dict.fromkeys(args.off, False)})
+    options |= {"evaluation": {"batch_size": args.batch_size}, "efficiency": dict.fromkeys(args.off, False)}
+    settings = load_settings("", options)
     if args.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     if args.record:
@@ -96,7 +109,7 @@ def main() -> None:
             result = replay(rig, study, args.count)
     hits = {"residuals": rig.context.store.counts("residuals")}
     hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}
-    hits["adapters"] = {"hits": rig.editor.adapters.hits, "misses": rig.editor.adapters.misses}
+    hits["adapters"] = result.get("adapters", {"hits": 0, "misses": 0})
     result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_size": rig.bench.calibration.batch_size}
     args.out.write_text(json.dumps(result), encoding="utf-8")
 

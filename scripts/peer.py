@@ -15,7 +15,7 @@ import tomli_w
 from abliterate.bench import prompt_sources
 from abliterate.evaluation.refusals import read_markers
 from abliterate.model.data import load_prompts
-from abliterate.model.loader import resolve_source
+from abliterate.model.loader import DEMO, resolve_source
 from abliterate.settings_sources import config_path, load_settings
 
 _SETS = {
@@ -27,8 +27,10 @@ _SETS = {
 _TRIAL = re.compile(r"Running trial (\d+) of")
 
 
-def run_heretic(model: str, trials: int, seed: int, threads: int, folder: Path) -> str:
-    """A sentence for the page: its seconds per trial, or why there are none."""
+def run_heretic(model: str, trials: int, seed: int, threads: int, folder: Path, ours: float) -> str:
+    """`ours`: seconds of our mean trial. A sentence for the page: its seconds per trial, or why there are none."""
+    if model != DEMO:
+        return "The peer was not run: only the demo's prompts are at hand for it."
     command = shutil.which("heretic")
     if command is None:
         return "The peer was not run: no `heretic` command is installed."
@@ -78,5 +80,6 @@ def run_heretic(model: str, trials: int, seed: int, threads: int, folder: Path) 
     return (
         f"heretic, same model, prompts, markers, seed and {trials} trials: {sum(seconds):.1f} s for the trials, "
         f"{statistics.mean(seconds):.2f} s a trial (median {statistics.median(seconds):.2f} s), "
-        f"{begins[0] - started:.1f} s before the first."
+        f"{begins[0] - started:.1f} s before the first; "
+        f"{statistics.mean(seconds) / ours:.1f} times our mean trial (its trials are its own)."
     )

@@ -26,11 +26,12 @@ from abliterate.types import Kernel, TrialParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
+TEXT = ("text.py", "responses.py", "refusals.py", "watch.py", "chat.py")
 GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
     ("matrix products", lambda file, name: "nn.linear" in name or ".matmul" in name),
     ("attention", lambda file, name: "scaled_dot_product" in name),
     ("cache: append, select rows, join", lambda file, name: "torch.cat" in name or "index_select" in name),
-    ("text, markers, thinking blocks", lambda file, name: "evaluation/" in file or "tokeniz" in file + name.lower()),
+    ("text, markers, thinking blocks", lambda file, name: file.endswith(TEXT) or "tokeniz" in file + name.lower()),
     ("adapters", lambda file, name: "adapters.py" in file or "addcmul" in name or "edits/" in file or "editor.py" in file),
     ("norms, rotary, activations, masks: other tensor operations", lambda file, name: file == "~"),
     ("Python between them", lambda file, name: True),

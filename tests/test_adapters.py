@@ -11,6 +11,7 @@ from conftest import dense_edit, logits_of, make_directions, make_editor, make_l
 from abliterate.edits import METHODS, Factors
 from abliterate.errors import TrialError
 from abliterate.model.adapters import AdapterSet
+from abliterate.model.architectures import Target
 from abliterate.model.weights import dense_weight
 from abliterate.types import Kernel, TrialParams
 
@@ -195,3 +196,18 @@ def test_factors_are_what_is_applied() -> None:
         weight.copy_(weight + part.delta(weight))
     editor.apply(params)
     torch.testing.assert_close(logits_of(loaded.model), logits_of(dense), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_keeps_the_row_scale() -> None:
+    """Most scales lie between 0.99 and 1.01, where bfloat16 has three numbers: s − 1 is what is stored."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 256, bias=False).bfloat16()
+    scale = 1 + 0.003 * torch.randn(256)
+    adapters = AdapterSet([Target("m", 0, "mlp.down_proj", linear)])
+    x = torch.randn(8, 256).bfloat16()
+    plain = linear(x).float()
+    adapters.apply({"m": ("k", lambda: Factors(scale, torch.zeros(1, 256), torch.zeros(256, 1)))})
+    change, expected = linear(x).float() - plain, plain * (scale - 1)
+    # The output's own rounding is as large as the change, but has no direction.
+    fitted = (change * expected).sum() / (expected * expected).sum()
+    assert fitted == pytest.approx(1, abs=0.1)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import random
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from abliterate.errors import Interrupted, TrialError
 from abliterate.evaluation import make_scorers
 from abliterate.evaluation.base import EarlyScorer, Observation
 from abliterate.evaluation.certificate import Certificate
+from abliterate.evaluation.decode import Decoding, join
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.engine import NoEdit, TrialEngine, Unsupported, prefix_responses
 from abliterate.evaluation.kl import kl_divergence
@@ -185,10 +188,51 @@ def test_flags_and_stops_are_the_references(lab: Lab) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
 def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
     lab = make_lab(family)
-    on, off = lab.engine(), lab.engine(**{switch: False})
+    markers = markers_of(whole(lab.reference)[1])
+    scorers = [
+        make_scorers(["refusals", "kl"], markers, efficient=switch != "use_efficient_refusal_detection" or on) for on in (1, 0)
+    ]
+    engines = [lab.engine(early_scorer(some), **{switch: bool(on)}) for some, on in zip(scorers, (1, 0), strict=True)]
+    for some in scorers:
+        for scorer in some:
+            scorer.setup(Observation((), lab.reference.first_logprobs(HARMLESS)))
+    counts = set()
     for params in trials(lab, 4):
         lab.editor.apply(params)
-        assert_same(whole(off), whole(on))
+        never = Certificate(((0.0, 99),))
+        found = [evaluate(e, some, HARMFUL, HARMLESS, never, no_progress) for e, some in zip(engines, scorers, strict=True)]
+        assert len({one.scores["refusals"].record for one in found}) == 1
+        assert found[0].scores["kl"].value == pytest.approx(found[1].scores["kl"].value, abs=1e-5)
+        counts.add(found[0].scores["refusals"].record)
+        if switch == "use_certified_stop" and found[0].scores["refusals"].record:
+            limit = Certificate(((0.0, found[0].scores["refusals"].record),))
+            stopped = [
+                evaluate(e, some, HARMFUL, HARMLESS, limit, no_progress) for e, some in zip(engines, scorers, strict=True)
+            ]
+            assert [one.stopped for one in stopped] == [True, False]
+    assert max(counts) > 0
+
+
+def test_joined_chunks_give_the_references_responses(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two and three rows wait after four tokens, and go on together."""
+    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    joined: list[int] = []
+    monkeypatch.setattr("abliterate.evaluation.engine.join", lambda parts: joined.append(len(parts)) or join(parts))
+    large = dataclasses.replace(lab, reference=with_batch_size(lab.reference, batch_size=5))
+    engine = large.engine(Refusals(["no such text"]))
+    for params in trials(lab, 5):
+        lab.editor.apply(params)
+        found = engine.respond(HARMFUL, limit=2)
+        assert found is not None
+        assert [response.text for response in found] == whole(lab.reference)[1]
+    assert joined.count(2) == 5
+
+
+def with_batch_size(reference: ReferenceEngine, batch_size: int) -> ReferenceEngine:
+    """The same reference with another batch size."""
+    return ReferenceEngine(
+        reference.model, reference.chat, reference.reader, max_new_tokens=reference.max_new_tokens, batch_size=batch_size
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
@@ -272,7 +316,7 @@ def test_prefix_is_fed_once(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None
     fed.clear()
     llama.editor.apply(make_params(1))
     whole(engine)
-    prefix = engine._sets[HARMFUL].groups[0].layout.prefix_length
+    prefix = engine._sets[(True, HARMFUL)].groups[0].layout.prefix_length
     assert prefix > 5
     assert sum(shape == (1, prefix) for shape in fed) == 1
     fed.clear()
@@ -320,7 +364,7 @@ def test_hardest_prompts_lead(llama: Lab) -> None:
     engine = llama.engine(scorer)
     flags = [scorer.is_refusal(response) for response in engine.respond(HARMFUL) or []]
     assert 0 < sum(flags) < len(flags)
-    order = [row for chunk in engine._chunks(engine._sets[HARMFUL], 1) for row in chunk]
+    order = [row for chunk in engine._chunks(engine._sets[(True, HARMFUL)], 1) for row in chunk]
     assert sorted(order) == list(range(len(HARMFUL)))
     assert [flags[row] for row in order] == sorted(flags, reverse=True)
 
@@ -328,7 +372,7 @@ def test_hardest_prompts_lead(llama: Lab) -> None:
 def test_any_order_stops_the_same_trials(llama: Lab) -> None:
     scorer = Refusals(markers_of(whole(llama.reference)[1]))
     engine = llama.engine(scorer)
-    history = engine._sets[HARMFUL].history
+    history = engine._sets[(True, HARMFUL)].history
     for params in trials(llama, 5):
         llama.editor.apply(params)
         stopped = set()
@@ -378,6 +422,37 @@ def test_rows_that_do_not_fit_together_are_done_apart(monkeypatch: pytest.Monkey
     assert found is not None
     assert [response.text for response in found] == expected[1]
     assert sizes.count(5) == 1, "the chunks of 2 and 3 rows were joined once"
+
+
+@pytest.mark.parametrize("cap", [4, 2, 1])
+def test_rows_that_wait_are_in_memory_too(cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device holds `cap` rows, whoever they belong to; the reference would work with that."""
+    lab = make_lab("llama", batch_size=4)
+    expected = whole(lab.reference)[1]
+    engine = lab.engine(Refusals(["no such text"]))
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    started, call, seen = TrialEngine._started, Passes.__call__, []
+
+    def counting(self: TrialEngine, *args: Any) -> Any:
+        decoding = started(self, *args)
+        alive.add(decoding)
+        return decoding
+
+    def limited_pass(self: Passes, *args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        seen.append(sum(len(decoding.rows) for decoding in alive))
+        if seen[-1] > cap:
+            raise torch.OutOfMemoryError("out of memory")
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr("abliterate.evaluation.engine.Decoding", type("Decoding", (Decoding,), {"__hash__": object.__hash__}))
+    monkeypatch.setattr(TrialEngine, "_started", counting)
+    monkeypatch.setattr(Passes, "__call__", limited_pass)
+    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    found = engine.respond(HARMFUL, limit=1)
+    assert found is not None
+    assert [response.text for response in found] == expected
+    assert max(seen) <= 4, "never more rows than a batch"
 
 
 def test_pauses_change_nothing(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,10 +91,10 @@ class ArtifactStore:
         `label` says what the entry is of, for `cache ls`.
         """
         digest = key_digest(key)
-        self._remember(kind, digest, dict(tensors))
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._remember(kind, digest, plain)
         if not self._enabled:
             return
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         payload = save(plain, metadata={"abliterate": str(FORMAT)})
         sidecar = {
             "format": FORMAT,

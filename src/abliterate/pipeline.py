@@ -191,7 +191,6 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
             "put back what was changed, or make a new run."
         )
     editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
-    bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
     picked = prepare(context, bench, editor, baseline, prompts, trial)

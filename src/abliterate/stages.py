@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -148,8 +149,8 @@ def evaluate(
         editor.apply(params)
         sets = (prompts.harmful_eval, prompts.harmless_eval)
         found = evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
-    except TrialError as error:
-        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error))
+    except (TrialError, torch.OutOfMemoryError) as error:
+        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error).splitlines()[0])
     seconds = round(time.perf_counter() - started, 3)
     records = {name: score.record for name, score in found.scores.items()}
     return Trial(number, params, "stopped" if found.stopped else "complete", records, seconds)

@@ -113,7 +113,7 @@ class Decoder:
 
         `limit`: the number of tokens that no response exceeds; with `length` below it, decoding may go on later.
         """
-        processors = self._processors(rows, limit)
+        processors = self.processors(rows, limit)
         unseen: list[Tensor] = []
         while rows.count < length:
             logits = processors(rows.whole, rows.logits.float()) if processors else rows.logits  # type: ignore[arg-type]
@@ -129,18 +129,18 @@ class Decoder:
                 if self._leaving and len(rows.settled) >= LEAVING_SHARE * len(rows.rows):
                     rows.leave()
                     tokens = rows.whole[:, -1]
-                    processors = self._processors(rows, limit)
+                    processors = self.processors(rows, limit)
             rows.logits, cache = self._passes(tokens[:, None], rows.mask, rows.cache)
             assert cache is not None
             rows.cache = cache
 
     def forced(self, rows: Decoding, tokens: Tensor) -> Tensor:
-        """Raw logits (n, T, vocabulary) when the rows continue with `tokens` (n, T), whatever they would choose."""
-        logits = [rows.logits]
-        for step in range(tokens.shape[1] - 1):
+        """Raw logits (n, T, vocabulary) before each of `tokens` (n, T), with which the rows go on whatever they choose."""
+        logits = []
+        for step in range(tokens.shape[1]):
+            logits.append(rows.logits)
             rows.append(tokens[:, step])
-            found, _ = self._passes(tokens[:, step : step + 1], rows.mask, rows.cache)
-            logits.append(found)
+            rows.logits, _ = self._passes(tokens[:, step : step + 1], rows.mask, rows.cache)
         return torch.stack(logits, dim=1)
 
     def _look(self, rows: Decoding, new: Tensor, watch: Watch) -> None:
@@ -148,7 +148,7 @@ class Decoder:
             if place not in rows.settled and watch.look(row, tokens):
                 rows.settled.add(place)
 
-    def _processors(self, rows: Decoding, limit: int) -> LogitsProcessorList:
+    def processors(self, rows: Decoding, limit: int) -> LogitsProcessorList:
         """As `generate` makes them: repetition penalty, suppressed tokens and the like. Some know each row's prompt."""
         prompt = rows.whole[:, : rows.whole.shape[1] - rows.count]
         config = copy.deepcopy(self._config)

@@ -88,7 +88,7 @@ class TrialEngine:
             leaving=switches.use_settled_rows,
             check=reference.check,
         )
-        self._sets: dict[tuple[Prompt, ...], _PromptSet] = {}
+        self._sets: dict[tuple[bool, tuple[Prompt, ...]], _PromptSet] = {}
         self._prefix: list[int] = []
 
     @torch.inference_mode()
@@ -105,7 +105,7 @@ class TrialEngine:
             if self._switches.use_layer_skip:
                 for group in found.groups:
                     self._prefill.keep(group, starts, size, with_cache=with_cache)
-            self._sets[tuple(prompts)] = found
+            self._sets[(with_cache, tuple(prompts))] = found
 
     @torch.inference_mode()
     def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
@@ -161,43 +161,71 @@ class TrialEngine:
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
-    def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> Tensor:
-        """Raw logits (n, T, vocabulary) of some rows of a prompt set, continued with `tokens` (n, T)."""
-        (group,) = self._set(prompts, together=True).groups
-        return self._decode.forced(self._started(group, rows), tokens)
+    def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw logits of some rows of a prompt set, continued with `tokens` (n, T), the way responses are decoded.
+
+        Two chunks go apart for the first T/2 tokens (n, T/2, vocabulary), are joined, and the first row leaves: then
+        (n−1, T−T/2, vocabulary).
+        """
+        group = self._set(prompts, together=True).groups[0]
+        half, cut = max(1, len(rows) // 2), tokens.shape[1] // 2
+        parts = [part for part in (rows[:half], rows[half:]) if part]
+        started = [self._started(group, part) for part in parts]
+        self._decode.processors(started[0], tokens.shape[1])  # made as for responses: here a failure does no harm
+        before = [
+            self._decode.forced(part, some[:, :cut])
+            for part, some in zip(started, tokens.split([len(part) for part in parts]), strict=True)
+        ]
+        together = join(started)
+        if len(rows) > 1:
+            together.settled = {0}
+            together.leave()
+        return torch.cat(before), self._decode.forced(together, tokens[-len(together.rows) :, cut:])
 
     def _respond(self, group: Group, chunks: Sequence[Sequence[int]], watch: ResponseWatch) -> None:
         """Every chunk up to where refusals have shown themselves; then what is left, together.
 
-        So a hopeless trial ends after few rows, and long responses share their passes.
+        So a hopeless trial ends after few rows, and long responses share their passes. Never more rows than a batch are in
+        memory, waiting ones among them.
         """
-        pause = min(PAUSE, self.reference.max_new_tokens)
+        length = self.reference.max_new_tokens
         paused: list[Decoding] = []
 
         def begin(part: Sequence[int]) -> Sequence[int]:
-            if not watch.satisfied:
-                watch.begin(part)  # a part that ran out of memory is done again from its start
+            if watch.satisfied:
+                return part
+            if sum(len(rows.rows) for rows in paused) + len(part) > self._batches.size:
+                self._drain(paused, watch)
+            watch.begin(part)  # a part that ran out of memory is done again from its start
+            try:
                 rows = self._started(group, part)
-                self._decode(rows, self.reference.max_new_tokens, pause, watch)
-                paused.extend([rows] if rows.open and rows.count < self.reference.max_new_tokens else [])
+                self._decode(rows, length, min(PAUSE, length), watch)
+            except torch.OutOfMemoryError:
+                paused.clear()  # they hold memory, and are done again below
+                raise
+            if rows.open and rows.count < length:
+                paused.append(rows)
             return part
 
+        for chunk in chunks:
+            self._batches.run(chunk, begin)
+        self._drain(paused, watch)
+        left = [row for chunk in chunks for row in chunk if row not in watch.responses]
+        self._batches.run(left, lambda part: part if watch.satisfied else self._whole(group, part, watch))
+
+    def _drain(self, paused: list[Decoding], watch: ResponseWatch) -> None:
+        """Waiting rows to their end. Where they run out of memory together, they are left undone."""
+        length = self.reference.max_new_tokens
         try:
-            for chunk in chunks:
-                self._batches.run(chunk, begin)
             while paused and not watch.satisfied:
-                together = self._next(paused)
-                self._decode(join(together), self.reference.max_new_tokens, self.reference.max_new_tokens, watch)
+                self._decode(join(self._next(paused)), length, length, watch)
+            return
         except torch.OutOfMemoryError:
             if not self._switches.use_memory_recovery:
                 raise TrialError("the device is out of memory for the responses that are left") from None
         paused.clear()
-        # Nothing is left, unless the rows together ran out of memory.
-        left = [row for chunk in chunks for row in chunk if row not in watch.responses]
-        if left and not watch.satisfied:
-            clear_device_cache(self.chat.device)
-            self._batches.size = max(1, len(left) // 2)
-            self._batches.run(left, lambda part: part if watch.satisfied else self._whole(group, part, watch))
+        clear_device_cache(self.chat.device)
+        self._batches.size = max(1, self._batches.size // 2)
 
     def _next(self, paused: list[Decoding]) -> list[Decoding]:
         """Take as many decodings as fit into a batch; at least one."""
@@ -231,12 +259,7 @@ class TrialEngine:
         return [rows[:first], *rest] if first else rest
 
     def _set(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
-        known = self._sets.get(tuple(prompts))
-        if known is None:
-            return self._lay_out(prompts, together=together)
-        if together and len(known.groups) > 1:
-            return self._lay_out(prompts, together=True)
-        return known
+        return self._sets.get((together, tuple(prompts))) or self._lay_out(prompts, together=together)
 
     def _lay_out(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
         """`together`: in one group, so that any rows can share a batch; else by length, which needs fewer pads."""

@@ -16,6 +16,7 @@ from abliterate.evaluation.base import EarlyScorer
 from abliterate.evaluation.engine import TrialEngine, Unsupported
 from abliterate.evaluation.prefill import EditState
 from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.model.residuals import clear_device_cache
 from abliterate.settings import EfficiencySettings
 from abliterate.types import Prompt
 
@@ -72,6 +73,7 @@ def trusted_engine(
         return setup.reference
     for attempt, without in _attempts(switches):
         clear()
+        engine: TrialEngine | None = None
         try:
             engine = setup.engine(attempt)
             edited()
@@ -85,13 +87,13 @@ def trusted_engine(
             found = f"can't be used: {error}"
         # An unknown model's code may fail in any way on a path of ours; the reference then still works.
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            found = f"fails ({type(error).__name__}: {error})"
+            found = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         finally:
             clear()
-        if not found:
+        if engine is not None and not found:
             return engine
+        engine = None
+        clear_device_cache(setup.reference.chat.device)  # what was kept may be what doesn't fit
         warn(f"The trial engine{without} {found}; a slower way is tried.")
     warn("Trials are evaluated by the reference, which is slower and gives the same numbers.")
     return setup.reference
@@ -116,16 +118,18 @@ def check(engine: TrialEngine, setup: Setup) -> Verdict:
     prompts = [setup.harmful[row] for row in rows]
     tokens, expected = reference.raw_logits(prompts, TOKENS)
     plain = torch.stack([_plain_logits(reference, prompt, row) for prompt, row in zip(prompts, tokens, strict=True)])
-    found = engine.forced_logits(setup.harmful, rows, tokens)
+    cut = tokens.shape[1] // 2
+    apart, together = engine.forced_logits(setup.harmful, rows, tokens)
     noise = distance(expected, plain)
-    difference = distance(expected, found)
+    difference = max(distance(expected[:, :cut], apart), distance(expected[-len(together) :, cut:], together))
 
     rows = _spread([len(reference.chat.token_ids(prompt)) for prompt in setup.harmless])
     expected = reference.first_logprobs([setup.harmless[row] for row in rows])
     difference = max(difference, distance(expected, engine.some_first_logprobs(setup.harmless, rows)))
-    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10.
-    floor = 1e-4 if expected.dtype == found.dtype else 8 * torch.finfo(found.dtype).eps
-    return Verdict(difference, max(3 * noise, floor))
+    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
+    # reference that contradicts itself would let anything pass.
+    floor, ceiling = (1e-4, 1e-3) if apart.dtype == torch.float32 else (8 * torch.finfo(apart.dtype).eps, 0.3)
+    return Verdict(difference, min(max(3 * noise, floor), ceiling))
 
 
 def distance(expected: Tensor, found: Tensor) -> float:

@@ -108,7 +108,8 @@ class _Adapter:
         dtype = weight.dtype if weight.is_floating_point() and weight.element_size() >= 2 else torch.float32
         place = {"device": weight.device, "dtype": dtype}
         self._a, self._b = factors.a.to(**place), factors.b.to(**place)
-        self._scale = None if factors.row_scale is None else factors.row_scale.to(**place)
+        # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
+        self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
         # y = s∘(Wx) + BAx + bias, written over the module's own output Wx + bias: biases are never edited.
         self._shift = None
         if bias is not None and factors.row_scale is not None:
@@ -131,7 +132,8 @@ class _Adapter:
         if self._a.dtype != x.dtype:
             self._recast(x.dtype)
         low = nn.functional.linear(nn.functional.linear(x, self._a), self._b, self._shift)
-        return output + low if self._scale is None else torch.addcmul(low, output, self._scale)
+        edited = output + low
+        return edited if self._scale is None else edited.addcmul_(output, self._scale)
 
     def _recast(self, dtype: torch.dtype) -> None:
         self._a, self._b = self._a.to(dtype), self._b.to(dtype)
