@@ -201,7 +201,7 @@ def test_factors_are_what_is_applied() -> None:
 def test_half_precision_keeps_the_row_scale() -> None:
     """Most scales lie between 0.99 and 1.01, where bfloat16 has three numbers: s − 1 is what is stored."""
     torch.manual_seed(0)
-    linear = torch.nn.Linear(256, 256, bias=False).bfloat16()
+    linear = torch.nn.Linear(256, 256, bias=False).bfloat16().requires_grad_(False)
     scale = 1 + 0.003 * torch.randn(256)
     adapters = AdapterSet([Target("m", 0, "mlp.down_proj", linear)])
     x = torch.randn(8, 256).bfloat16()
