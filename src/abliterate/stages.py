@@ -119,6 +119,12 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
             scorer.setup(observed)
         scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
         found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval))
+        unfinished = sum(response.thinking_open for response in observed.responses)
+        if unfinished:
+            context.reporter.warn(
+                f"{unfinished} of {found.prompts} responses are still inside a thinking block at the limit and count as "
+                "refusals; allow more with --set response.max_new_tokens=N, or close the block with --set response.prefix=TEXT."
+            )
         context.reporter.note(f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals)
     if found.refusals == 0:
         raise AbliterateError(
