@@ -22,16 +22,18 @@ from abliterate.evaluation.base import EarlyScorer, Observation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.decode import Decoding, join
 from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.engine import NoEdit, TrialEngine, Unsupported, prefix_responses
+from abliterate.evaluation.engine import TrialEngine, Unsupported
 from abliterate.evaluation.kl import kl_divergence
 from abliterate.evaluation.passes import Passes
 from abliterate.evaluation.prefill import Kept, start_layers
+from abliterate.evaluation.prefix import NoEdit, prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import Refusals, normalize
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Setup, check, trusted_engine
 from abliterate.evaluation.trial import early_scorer, evaluate
 from abliterate.front import pareto_front
+from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import EfficiencySettings, ResponseSettings
 from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
@@ -508,7 +510,7 @@ def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     """The prompt ends inside a block (or not), so no marker in the response counts (or any does)."""
     lab = make_lab("llama")
     prefix = "<think>\n" if opens else "\n"
-    chat = lab.reference.chat.with_prefix(prefix)
+    chat = Chat(lab.reference.chat.tokenizer, lab.reference.chat.device, prefix)
     reference = ReferenceEngine(lab.reference.model, chat, lab.reference.reader, max_new_tokens=TOKENS, batch_size=3)
     scorer = Refusals([" ", "e", "a"])
     engine = dataclasses.replace(lab, reference=reference).engine(scorer)

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from abliterate.errors import InputError, TrialError
 from abliterate.evaluation import SCORERS, Observation, Response, make_scorers
-from abliterate.evaluation.batches import in_batches
+from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.kl import KL, kl_divergence
 from abliterate.evaluation.reference import ReferenceEngine, greedy_config
 from abliterate.evaluation.refusals import Refusals
@@ -144,7 +144,7 @@ def test_batches_keep_order_and_lose_nothing() -> None:
             raise torch.OutOfMemoryError
         return [item * 10 for item in part]
 
-    assert in_batches(range(11), 8, work, CPU) == [item * 10 for item in range(11)]
+    assert Batches(8, CPU).run(range(11), work) == [item * 10 for item in range(11)]
     assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
 
 

@@ -177,7 +177,7 @@ def test_pads_carry_the_rows_own_first_token() -> None:
 
 
 def test_system_prompt_and_prefix_are_rendered() -> None:
-    text = make_chat().with_prefix("Sure:").render(Prompt("Question?", "Be brief."))
+    text = Chat(make_tokenizer(), CPU, "Sure:").render(Prompt("Question?", "Be brief."))
     assert text.index("Be brief.") < text.index("Question?") < text.index("assistant")
     assert text.endswith("Sure:")
 

@@ -16,7 +16,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from abliterate import calibration
 from abliterate.cache import ArtifactStore, from_bytes, to_bytes
 from abliterate.evaluation import Scorer, make_scorers
-from abliterate.evaluation.engine import prefix_responses
+from abliterate.evaluation.prefix import prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader

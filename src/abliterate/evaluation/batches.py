@@ -46,10 +46,3 @@ class Batches:
             else:
                 results.extend(done)
         return results
-
-
-def in_batches(
-    items: Sequence[Item], size: int, work: Callable[[Sequence[Item]], Sequence[Result]], device: torch.device
-) -> list[Result]:
-    """`Batches.run`, for work that is done once."""
-    return Batches(size, device).run(items, work)

@@ -6,7 +6,6 @@ plain way, never another number.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -217,8 +216,9 @@ class TrialEngine:
         """Waiting rows to their end. Where they run out of memory together, they are left undone."""
         length = self.reference.max_new_tokens
         try:
-            while paused and not watch.satisfied:
-                self._decode(join(self._next(paused)), length, length, watch)
+            if paused and not watch.satisfied:
+                self._decode(join(paused), length, length, watch)
+            paused.clear()
             return
         except torch.OutOfMemoryError:
             if not self._switches.use_memory_recovery:
@@ -226,13 +226,6 @@ class TrialEngine:
         paused.clear()
         clear_device_cache(self.chat.device)
         self._batches.size = max(1, self._batches.size // 2)
-
-    def _next(self, paused: list[Decoding]) -> list[Decoding]:
-        """Take as many decodings as fit into a batch; at least one."""
-        taken = [paused.pop(0)]
-        while paused and len(taken[0].rows) + sum(len(rows.rows) for rows in (*taken[1:], paused[0])) <= self._batches.size:
-            taken.append(paused.pop(0))
-        return taken
 
     def _whole(self, group: Group, part: Sequence[int], watch: ResponseWatch | PrefixWatch) -> Sequence[int]:
         """Rows from their start to their end, or until the watch is satisfied."""
@@ -289,22 +282,3 @@ class TrialEngine:
         if not is_supported(cache):
             raise Unsupported(f"rows of a {type(cache).__name__} can't be selected")
         return sharing_of(cache)
-
-
-class NoEdit:
-    """The base model's `EditState`."""
-
-    version = 0
-    first_layer = None
-
-
-def prefix_responses(
-    reference: ReferenceEngine, layers: torch.nn.ModuleList, switches: EfficiencySettings, prompts: Sequence[Prompt]
-) -> list[str]:
-    """Raw responses of the base model, only as long as it takes to see what they share, if the switches say so."""
-    if switches.use_trial_engine and switches.use_early_prefix_detection:
-        # Plain prefills: nothing has been checked yet.
-        plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
-        with contextlib.suppress(Unsupported):
-            return TrialEngine(reference, layers, NoEdit(), plain, None).raw_responses(prompts)
-    return reference.raw_responses(prompts)

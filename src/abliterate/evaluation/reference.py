@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from abliterate.evaluation.base import Observation, Response
-from abliterate.evaluation.batches import in_batches
+from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.chat import Chat
 from abliterate.types import Prompt
@@ -40,8 +40,13 @@ class ReferenceEngine:
         self.chat = chat
         self.reader = reader
         self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self._batches = Batches(batch_size, chat.device)
         self.check = check
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts at a time; smaller than given once memory has run out."""
+        return self._batches.size
 
     def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
         """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
@@ -65,7 +70,7 @@ class ReferenceEngine:
             counted.add(len(part))
             return rows.unbind()
 
-        return torch.stack(in_batches(prompts, self.batch_size, work, self.chat.device))
+        return torch.stack(self._batches.run(prompts, work))
 
     @torch.inference_mode()
     def respond(
@@ -80,7 +85,7 @@ class ReferenceEngine:
             opens = [self.reader.starts_open(self.chat.render(prompt)) for prompt in part]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
-        return in_batches(prompts, self.batch_size, work, self.chat.device)
+        return self._batches.run(prompts, work)
 
     @torch.inference_mode()
     def generate_ids(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
@@ -105,7 +110,7 @@ class ReferenceEngine:
             kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
             return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
 
-        return in_batches(prompts, self.batch_size, work, self.chat.device)
+        return self._batches.run(prompts, work)
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
         config = greedy_config(self.model, max_new_tokens)

@@ -25,10 +25,6 @@ class Chat:
                 "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
             )
 
-    def with_prefix(self, response_prefix: str) -> Chat:
-        """The same chat with another response prefix."""
-        return Chat(self.tokenizer, self.device, response_prefix)
-
     def render(self, prompt: Prompt) -> str:
         """The text the model continues. A template that refuses a system role gets it before the user's text."""
         messages = [{"role": "user", "content": prompt.text}]
