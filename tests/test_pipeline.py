@@ -445,3 +445,16 @@ def test_second_run_measures_nothing_again(
     )
     run_in(tmp_path / "other", other)
     assert None in responds
+
+
+def test_unfinished_thinking_is_said_at_the_baseline(prompt_files: Files, tmp_path: Path) -> None:
+    """Every prompt ends inside a block that the demo model never closes."""
+    response = {"max_new_tokens": 4, "detect_prefix": False, "prefix": "<think>"}
+    settings = quick_settings(
+        prompt_files, tmp_path / "cache", response=response, search={"trials": 1}, export={"kind": "none"}
+    )
+    directory = RunDirectory(tmp_path / "run")
+    recorder = Recorder()
+    with pytest.raises(AbliterateError):  # nothing refuses less
+        pipeline.run(settings, recorder, directory)
+    assert any("12 of 12 responses are still inside a thinking block" in warning for warning in recorder.warnings)
