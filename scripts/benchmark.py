@@ -33,6 +33,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no layer skip": ("use_layer_skip",),
     "no certified stop": ("use_certified_stop",),
     "settled rows stay": ("use_settled_rows",),
+    "no drafts": ("use_drafts",),
     "KL prefill fills a cache": ("use_cacheless_prefill",),
     "whole responses for the prefix": ("use_early_prefix_detection",),
     "no memory recovery": ("use_memory_recovery",),

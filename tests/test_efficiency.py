@@ -44,6 +44,7 @@ ENGINE = (
     "use_layer_skip",
     "use_certified_stop",
     "use_settled_rows",
+    "use_drafts",
     "use_cacheless_prefill",
     "use_early_prefix_detection",
     "use_memory_recovery",

@@ -60,6 +60,7 @@ SWITCHES = (
     "use_layer_skip",
     "use_certified_stop",
     "use_settled_rows",
+    "use_drafts",
     "use_cacheless_prefill",
     "use_efficient_refusal_detection",
 )

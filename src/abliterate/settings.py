@@ -147,6 +147,7 @@ class EfficiencySettings(_Section):
     use_layer_skip: bool = True
     use_certified_stop: bool = True
     use_settled_rows: bool = True
+    use_drafts: bool = True
     use_cacheless_prefill: bool = True
     use_early_prefix_detection: bool = True
     use_memory_recovery: bool = True

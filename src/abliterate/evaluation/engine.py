@@ -16,6 +16,7 @@ from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer, Response
 from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.decode import Decoder, Decoding, join
+from abliterate.evaluation.drafts import Drafts
 from abliterate.evaluation.layout import Sharing, shared_prefix
 from abliterate.evaluation.passes import Passes, is_supported, sharing_of
 from abliterate.evaluation.prefill import EditState, Group, Prefill
@@ -40,12 +41,13 @@ PAUSE = 24
 class _PromptSet:
     """A prompt set as token rows: its groups, and which prompts end inside a thinking block.
 
-    How often each prompt's response was decided, and counted: [counted, decided].
+    How often each prompt's response was decided, and counted: [counted, decided]. What was said before, if that helps.
     """
 
     groups: list[Group]
     opens: list[bool]
     history: list[list[int]]
+    drafts: Drafts | None
 
     def hardness(self, row: int) -> float:
         """Estimated share of trials in which the response counts."""
@@ -78,6 +80,7 @@ class TrialEngine:
         self._batches = Batches(reference.batch_size, self.chat.device, recover=switches.use_memory_recovery)
         able = self._examine()
         self.sharing: Sharing = able if switches.use_shared_prefix else "none"
+        self.drafting = switches.use_drafts and able == "between" and self.passes.takes_positions
         self._prefill = Prefill(self.passes, edits, self.sharing)
         self._ends = end_ids(reference.model)
         self._decode = Decoder(
@@ -144,19 +147,22 @@ class TrialEngine:
             return None
         found = self._set(prompts, together=True)
         watch = ResponseWatch(self.reference.reader, self._ends, self.reference.max_new_tokens, found.opens, self._early, limit)
-        self._respond(found.groups[0], self._chunks(found, limit), watch)
+        self._respond(found, self._chunks(found, limit), watch)
         progress(len(prompts), len(prompts))
         for row, counts in watch.counts.items():
             found.history[row][0] += counts
             found.history[row][1] += 1
+            if found.drafts is not None:
+                found.drafts.learn(row, watch.ids[row])
         return None if watch.satisfied else [watch.responses[row] for row in range(len(prompts))]
 
     @torch.inference_mode()
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
         watch = PrefixWatch(self.chat, self._ends)
-        group = self._lay_out(prompts, together=True).groups[0]
-        self._batches.run(range(len(prompts)), lambda part: self._whole(group, part, watch))
+        found = self._lay_out(prompts, together=True)
+        found.drafts = None  # no response comes twice
+        self._batches.run(range(len(prompts)), lambda part: self._whole(found, part, watch))
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
@@ -172,16 +178,17 @@ class TrialEngine:
         started = [self._started(group, part) for part in parts]
         self._decode.processors(started[0], tokens.shape[1])  # made as for responses: here a failure does no harm
         before = [
-            self._decode.forced(part, some[:, :cut])
+            self._decode.forced(part, some[:, :cut], in_blocks=self.drafting)
             for part, some in zip(started, tokens.split([len(part) for part in parts]), strict=True)
         ]
         together = join(started)
         if len(rows) > 1:
             together.settled = {0}
             together.leave()
-        return torch.cat(before), self._decode.forced(together, tokens[-len(together.rows) :, cut:])
+        rest = tokens[-len(together.rows) :, cut:]
+        return torch.cat(before), self._decode.forced(together, rest, in_blocks=self.drafting)
 
-    def _respond(self, group: Group, chunks: Sequence[Sequence[int]], watch: ResponseWatch) -> None:
+    def _respond(self, found: _PromptSet, chunks: Sequence[Sequence[int]], watch: ResponseWatch) -> None:
         """Every chunk up to where refusals have shown themselves; then what is left, together.
 
         So a hopeless trial ends after few rows, and long responses share their passes. Never more rows than a batch are in
@@ -194,11 +201,11 @@ class TrialEngine:
             if watch.satisfied:
                 return part
             if sum(len(rows.rows) for rows in paused) + len(part) > self._batches.size:
-                self._drain(paused, watch)
+                self._drain(paused, watch, found.drafts)
             watch.begin(part)  # a part that ran out of memory is done again from its start
             try:
-                rows = self._started(group, part)
-                self._decode(rows, length, min(PAUSE, length), watch)
+                rows = self._started(found.groups[0], part)
+                self._decode(rows, length, min(PAUSE, length), watch, found.drafts)
             except torch.OutOfMemoryError:
                 paused.clear()  # they hold memory, and are done again below
                 raise
@@ -208,16 +215,16 @@ class TrialEngine:
 
         for chunk in chunks:
             self._batches.run(chunk, begin)
-        self._drain(paused, watch)
+        self._drain(paused, watch, found.drafts)
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
-        self._batches.run(left, lambda part: part if watch.satisfied else self._whole(group, part, watch))
+        self._batches.run(left, lambda part: part if watch.satisfied else self._whole(found, part, watch))
 
-    def _drain(self, paused: list[Decoding], watch: ResponseWatch) -> None:
+    def _drain(self, paused: list[Decoding], watch: ResponseWatch, drafts: Drafts | None) -> None:
         """Waiting rows to their end. Where they run out of memory together, they are left undone."""
         length = self.reference.max_new_tokens
         try:
             if paused and not watch.satisfied:
-                self._decode(join(paused), length, length, watch)
+                self._decode(join(paused), length, length, watch, drafts)
             paused.clear()
             return
         except torch.OutOfMemoryError:
@@ -227,18 +234,19 @@ class TrialEngine:
         clear_device_cache(self.chat.device)
         self._batches.size = max(1, self._batches.size // 2)
 
-    def _whole(self, group: Group, part: Sequence[int], watch: ResponseWatch | PrefixWatch) -> Sequence[int]:
+    def _whole(self, found: _PromptSet, part: Sequence[int], watch: ResponseWatch | PrefixWatch) -> Sequence[int]:
         """Rows from their start to their end, or until the watch is satisfied."""
         watch.begin(part)
         length = self.reference.max_new_tokens
-        self._decode(self._started(group, part), length, length, watch)
+        self._decode(self._started(found.groups[0], part), length, length, watch, found.drafts)
         return part
 
     def _started(self, group: Group, places: Sequence[int]) -> Decoding:
         rows = self._tensor(places)
         logits, cache = self._prefill(group, rows, keep_cache=True)
         assert cache is not None
-        return Decoding(list(places), logits, cache, group.layout.mask[rows], group.layout.whole[rows], 0, set())
+        said: list[list[int]] = [[] for _ in places]
+        return Decoding(list(places), said, logits, cache, group.layout.mask[rows], group.layout.whole[rows], set())
 
     def _chunks(self, found: _PromptSet, limit: int | None) -> list[list[int]]:
         """Rows in the order in which they are tried. Where a trial may stop: hardest first, and few at first."""
@@ -268,7 +276,8 @@ class TrialEngine:
         device = self.chat.device
         groups = [self._prefill.group(part, [tokens[row] for row in part], prefix, device) for part in parts]
         opens = [self.reference.reader.starts_open(self.chat.render(prompt)) for prompt in prompts]
-        return _PromptSet(groups, opens, [[0, 0] for _ in prompts])
+        drafts = Drafts(len(prompts)) if self.drafting and together else None
+        return _PromptSet(groups, opens, [[0, 0] for _ in prompts], drafts)
 
     def _tensor(self, places: Sequence[int]) -> Tensor:
         return torch.tensor(list(places), dtype=torch.long, device=self.chat.device)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -26,24 +27,25 @@ class Passes:
         self._model: Any = model
         self.layers = layers
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.takes_positions = "position_ids" in self._accepted
         self._arity: dict[nn.Module, int] = {}
 
     def __call__(
-        self, ids: Tensor, mask: Tensor, cache: Cache | None, *, keep_cache: bool = True
+        self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
     ) -> tuple[Tensor, Cache | None]:
-        """Feed `ids` (n, S) after `cache`; `mask` (n, P+S). Logits of the last position (n, vocabulary), and the cache.
+        """Feed `ids` (n, S) after `cache`; `mask` (n, P+S). Logits (n, last, vocabulary) of the last positions, and the cache.
 
         Without a cache given, the model makes one of its own class.
         """
         kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
         if cache is not None:
             kwargs["past_key_values"] = cache
-        if "position_ids" in self._accepted:
+        if self.takes_positions:
             kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._accepted:
-            kwargs["logits_to_keep"] = 1
+            kwargs["logits_to_keep"] = last
         output = self._model(**kwargs)
-        return output.logits[:, -1], getattr(output, "past_key_values", None)
+        return output.logits[:, -last:], getattr(output, "past_key_values", None)
 
     @contextlib.contextmanager
     def keeping(self, starts: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
@@ -150,6 +152,15 @@ def merge_layer(parts: Sequence[Any]) -> Any:
     new = _copied(parts[0])
     for name, value in vars(parts[0]).items():
         setattr(new, name, _concatenated([vars(layer)[name] for layer in parts], value))
+    return new
+
+
+def widened(layer: Any, columns: int) -> Any:
+    """A plain cache layer with so many more columns at the left, to be masked; right where `sharing_of` is "between"."""
+    if columns == 0:
+        return layer
+    new = _copied(layer)
+    new.keys, new.values = (pad(states, (0, 0, columns, 0)) for states in (layer.keys, layer.values))
     return new
 
 

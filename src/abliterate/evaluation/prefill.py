@@ -130,7 +130,8 @@ class Prefill:
             # Layers below `start` only tell the length of what is cached; they are not read.
             cache = select_rows(cache, layout.prefix_of[rows], first=start)
         with self.passes.starting_at(start, group.kept.at(start, rows)):
-            return self.passes(layout.ids[rows], layout.mask[rows], cache, keep_cache=keep_cache)
+            logits, cache = self.passes(layout.ids[rows], layout.mask[rows], cache, keep_cache=keep_cache)
+        return logits[:, -1], cache
 
 
 def start_layers(firsts: Sequence[int], count: int = 4) -> tuple[int, ...]:

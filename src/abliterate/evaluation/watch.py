@@ -32,7 +32,7 @@ class ResponseWatch:
         self._opens = opens
         self._early = early
         self._limit = limit
-        self._ids: dict[int, list[int]] = {}
+        self.ids: dict[int, list[int]] = {}
         self._growing: dict[int, GrowingResponse] = {}
         self.responses: dict[int, Response] = {}
         self.counts: dict[int, bool] = {}
@@ -46,7 +46,7 @@ class ResponseWatch:
     def begin(self, rows: Sequence[int]) -> None:
         """These rows are decoded from their start; what was seen of them before is void."""
         for row in rows:
-            self._ids[row] = []
+            self.ids[row] = []
             self.responses.pop(row, None)
             self._total -= self.counts.pop(row, False)
             if self._early is not None:
@@ -54,7 +54,7 @@ class ResponseWatch:
 
     def look(self, row: int, tokens: Sequence[int]) -> bool:
         """See `Watch.look`."""
-        ids = self._ids[row]
+        ids = self.ids[row]
         end = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), None)
         new = tokens[: min(end or len(tokens), self._max_new_tokens - len(ids))]
         ids.extend(new)
@@ -64,7 +64,7 @@ class ResponseWatch:
         return self._early is not None and self._growing[row].feed(new) and self._settle(row, certain=False)
 
     def _settle(self, row: int, *, certain: bool) -> bool:
-        response = self._reader.read(self._ids[row], starts_open=self._opens[row])
+        response = self._reader.read(self.ids[row], starts_open=self._opens[row])
         counts = self._early is not None and self._early.counts(response)
         if not (certain or counts):
             return False
