@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from abliterate.evaluation.drafts import Drafts
-from abliterate.evaluation.passes import Passes, merge_layer, widened, with_layers
+from abliterate.evaluation.passes import Passes, merge_layer, take_columns, widened, with_layers
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
 # was settled meanwhile costs up to this many passes less one.
@@ -27,6 +27,8 @@ LEAVING_SHARE = 1 / 8
 # Tokens of a row that one pass may decide, and the bytes that logits of so many may take.
 BLOCK = 8
 BLOCK_BYTES = 256 << 20
+# Share of the cache's columns that may be holes before they are closed, which copies the cache.
+HOLES = 1 / 4
 
 
 class Watch(Protocol):
@@ -72,16 +74,33 @@ class Decoding:
         said = torch.tensor(self.said, dtype=self.prompt.dtype, device=self.prompt.device)
         return torch.cat([self.prompt, said.reshape(len(self.rows), -1)], dim=1)
 
+    @property
+    def holes(self) -> float:
+        """Share of the columns that no row needs if all move to the right."""
+        return 1 - int(self.mask.sum(dim=1).max()) / self.mask.shape[1]
+
     def leave(self) -> None:
         """Take settled rows out."""
-        places = [place for place in range(len(self.rows)) if place not in self.settled]
+        self._select([place for place in range(len(self.rows)) if place not in self.settled], closing=False)
+
+    def close(self, *, leaving: bool) -> None:
+        """Close all holes, so that pads stand at the left only; and take settled rows out."""
+        self._select([place for place in range(len(self.rows)) if not (leaving and place in self.settled)], closing=True)
+
+    def _select(self, places: Sequence[int], *, closing: bool) -> None:
         stay = torch.tensor(places, dtype=torch.long, device=self.mask.device)
         self.rows = [self.rows[place] for place in places]
         self.said = [self.said[place] for place in places]
-        self.settled = set()
-        for layer in self.cache.layers:  # one after the other: two whole caches would not fit where one just does
-            layer.reorder_cache(stay)  # type: ignore[arg-type]
+        self.settled = {new for new, place in enumerate(places) if place in self.settled}
         self.mask, self.prompt, self.logits = self.mask[stay], self.prompt[stay], self.logits[stay]
+        columns = self.mask.argsort(dim=1, stable=True)[:, -int(self.mask.sum(dim=1).max()) :] if closing else None
+        for layer in self.cache.layers:  # one after the other: two whole caches would not fit where one just does
+            if columns is None:
+                layer.reorder_cache(stay)  # type: ignore[arg-type]
+            else:
+                take_columns(layer, stay, columns)
+        if columns is not None:
+            self.mask = self.mask.gather(1, columns)
 
 
 def join(parts: Sequence[Decoding]) -> Decoding:
@@ -153,7 +172,8 @@ class Decoder:
                 unseen.clear()
                 if watch.satisfied or not rows.open or count == limit:
                     return
-                if self._leave(rows):
+                if self._leaves(rows):
+                    rows.leave()
                     whole = rows.whole()
                     tokens = whole[:, -1:]
                     processors = self.processors(rows, limit)
@@ -169,15 +189,21 @@ class Decoder:
             self._look(rows, new, watch)
             if watch.satisfied or not rows.open:
                 return
-            self._leave(rows)
+            if self._leaves(rows) or rows.holes > HOLES:
+                rows.close(leaving=self._leaving)
             pauses = rows.count >= length  # then nothing may be left unseen
-            blocks = []
-            for place, (row, said) in enumerate(zip(rows.rows, rows.said, strict=True)):
-                most = 0 if pauses or place in rows.settled else min(_block(rows.logits), limit - len(said)) - 1
-                blocks.append([said[-1], *(drafts.propose(row, said, most) if most > 0 else ())])
-            new = self._checked(rows, blocks)
+            proposed = [() if pauses else self._draft(rows, place, limit, drafts) for place in range(len(rows.rows))]
+            width = drafts.width(proposed)
+            proposed = [draft[: width - 1] for draft in proposed]
+            new = self._checked(rows, [[said[-1], *draft] for said, draft in zip(rows.said, proposed, strict=True)])
+            drafts.score(proposed, list(map(len, new)))
             if pauses:
                 return
+
+    def _draft(self, rows: Decoding, place: int, limit: int, drafts: Drafts) -> Sequence[int]:
+        said = rows.said[place]
+        most = min(_block(rows.logits), limit - len(said)) - 1
+        return drafts.propose(rows.rows[place], said, most) if most > 0 and place not in rows.settled else ()
 
     def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
         """Feed a token and a draft of each row. What is right of each draft."""
@@ -235,11 +261,8 @@ class Decoder:
         latest = logits[torch.arange(len(held), device=logits.device), (counts - 1).clamp_min(0)]
         rows.logits = torch.where(counts[:, None] > 0, latest, rows.logits)
 
-    def _leave(self, rows: Decoding) -> bool:
-        pays = self._leaving and len(rows.settled) >= LEAVING_SHARE * len(rows.rows)
-        if pays:
-            rows.leave()
-        return pays
+    def _leaves(self, rows: Decoding) -> bool:
+        return self._leaving and len(rows.settled) >= LEAVING_SHARE * len(rows.rows)
 
     def _look(self, rows: Decoding, new: Sequence[Sequence[int]], watch: Watch) -> None:
         for place, (row, tokens) in enumerate(zip(rows.rows, new, strict=True)):
