@@ -606,8 +606,10 @@ def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.Monk
     engine = trusted(lab, warnings)
     assert isinstance(engine, TrialEngine)
     assert not engine._switches.use_shared_prefix
-    assert len(warnings) == 1
-    assert "differs" in warnings[0]
+    assert not engine.drafting
+    assert engine._switches.use_layer_skip
+    assert len(warnings) == 2
+    assert all("differs" in warning for warning in warnings)
 
 
 def test_the_self_check_catches_a_wrong_layer_skip(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,8 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
         if isinstance(engine, TrialEngine) and switches.use_shared_prefix and engine.sharing == "none":
             context.reporter.note("the model's states can't be cut, so prompts share no prefix", sharing="none")
+        if isinstance(engine, TrialEngine) and switches.use_drafts and not engine.drafting:
+            context.reporter.note("not all layers attend to everything, so responses aren't drafted", drafts=False)
     return replace(bench, engine=engine)
 
 

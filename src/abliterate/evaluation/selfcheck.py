@@ -99,15 +99,21 @@ def trusted_engine(
     return setup.reference
 
 
+# What may give other numbers, by what a person calls it; in the order in which it is left out. Drafts and a shared prefix both
+# need columns of the cache that may be masked anywhere.
+_DOUBTFUL = {"use_drafts": "drafts", "use_shared_prefix": "the shared prefix", "use_layer_skip": "layer skip"}
+_LEFT_OUT = (("use_drafts",), ("use_drafts", "use_shared_prefix"), ("use_layer_skip",), tuple(_DOUBTFUL))
+
+
 def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings, str]]:
+    tried = {frozenset[str]()}
     yield switches, ""
-    if switches.use_shared_prefix:
-        yield switches.model_copy(update={"use_shared_prefix": False}), " without the shared prefix"
-    if switches.use_layer_skip:
-        yield switches.model_copy(update={"use_layer_skip": False}), " without layer skip"
-    if switches.use_shared_prefix and switches.use_layer_skip:
-        both = {"use_shared_prefix": False, "use_layer_skip": False}
-        yield switches.model_copy(update=both), " without shared prefix and layer skip"
+    for names in _LEFT_OUT:
+        off = frozenset(name for name in names if getattr(switches, name))
+        if off not in tried:
+            tried.add(off)
+            without = " and ".join(_DOUBTFUL[name] for name in names if name in off)
+            yield switches.model_copy(update=dict.fromkeys(off, False)), f" without {without}"
 
 
 @torch.inference_mode()
