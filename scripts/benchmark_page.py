@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -93,4 +94,4 @@ def variants_section(measured: Mapping[str, Measured], second: float, threads: i
 
 def command() -> str:
     """As it was called, without this machine's paths."""
-    return "python scripts/" + " ".join(Path(part).name if "/" in part else part for part in sys.argv)
+    return "python scripts/" + shlex.join(re.sub(r"[^=]*/", "", part) for part in sys.argv)

@@ -2,8 +2,9 @@
 
     .venv/bin/python scripts/profile_trial.py
 
-Three trials of the demo model on one thread: one that nothing can save (the certificate allows no refusal), one that is stopped
-by its refusals, one that survives and answers every prompt. Python's own profiler slows Python down, so wall time is measured
+Three kinds of trials of the demo model on one thread: one that nothing can save (the certificate allows no refusal), one that
+is stopped by its refusals, one that survives and answers every prompt; of each kind several that differ a little, as in a
+study, or drafts from earlier responses would always be right. Python's own profiler slows Python down, so wall time is measured
 without it and its shares are scaled to that.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import cProfile
 import datetime
 import pstats
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,38 +40,43 @@ GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
 )
 
 
-def strong(rig: Rig) -> TrialParams:
+def strong(rig: Rig, shift: float) -> TrialParams:
     """An edit that the demo model answers everything under."""
     last = rig.space.n_layers - 1
-    kernel = Kernel(1.4, 0.55 * last, 1.2, 0.4 * last)
-    return TrialParams("global", 0.55 * last, dict.fromkeys(rig.space.components, kernel))
+    kernel = Kernel(1.4 - shift, (0.55 + shift) * last, 1.2, 0.4 * last)
+    return TrialParams("global", (0.55 + shift) * last, dict.fromkeys(rig.space.components, kernel))
 
 
-def weak(rig: Rig) -> TrialParams:
+def weak(rig: Rig, shift: float) -> TrialParams:
     """An edit under which it refuses nearly everything."""
     last = rig.space.n_layers - 1
-    kernel = Kernel(0.8, 0.9 * last, 0.2, 0.2 * last)
+    kernel = Kernel(0.8 + shift, (0.9 - shift) * last, 0.2, 0.2 * last)
     return TrialParams("per layer", 0.6 * last, dict.fromkeys(rig.space.components, kernel))
 
 
-def measure(rig: Rig, params: TrialParams, limit: int) -> tuple[float, int, int, str, dict[str, float]]:
-    """(seconds, passes, tokens, state, share of each group)."""
+def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> tuple[float, int, int, str, dict[str, float]]:
+    """(seconds, passes, tokens, state, share of each group), medians over trials that differ a little."""
     certificate = Certificate(((0.0, limit),))
-    rig.evaluate(0, params, certificate)
-    seconds = []
-    for _ in range(5):
-        passes, tokens, started = rig.counters.passes, rig.counters.tokens, time.perf_counter()
-        trial = rig.evaluate(0, params, certificate)
-        seconds.append(time.perf_counter() - started)
-    counts = (rig.counters.passes - passes, rig.counters.tokens - tokens)
+    shifts = [0.005 * step for step in range(16)]
+    for shift in shifts[:5]:
+        rig.evaluate(0, edit(rig, shift), certificate)
+    seconds, counts = [], []
     profile = cProfile.Profile()
-    profile.runcall(rig.evaluate, 0, params, certificate)
+    for place, shift in enumerate(shifts[5:]):
+        passes, tokens, started = rig.counters.passes, rig.counters.tokens, time.perf_counter()
+        if place % 2:
+            trial = profile.runcall(rig.evaluate, 0, edit(rig, shift), certificate)
+            continue
+        trial = rig.evaluate(0, edit(rig, shift), certificate)
+        seconds.append(time.perf_counter() - started)
+        counts.append((rig.counters.passes - passes, rig.counters.tokens - tokens))
     groups = dict.fromkeys((name for name, _ in GROUPS), 0.0)
     stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     for (file, _, name), (_, _, own, _, _) in stats.items():
         groups[next(group for group, belongs in GROUPS if belongs(file, name))] += own
     total = sum(groups.values())
-    return sorted(seconds)[2], *counts, trial.state, {name: own / total for name, own in groups.items()}
+    passes, tokens = (round(statistics.median(column)) for column in zip(*counts, strict=True))
+    return statistics.median(seconds), passes, tokens, trial.state, {name: own / total for name, own in groups.items()}
 
 
 def main() -> None:
@@ -78,8 +85,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings("", {"model": "demo", "cache_dir": folder, "evaluation": {"batch_size": 100}})
         rig = make_rig(settings, Path(folder) / "run")
-        kinds = {"hopeless (r* = 0)": (strong(rig), 0), "stopped (r* = 10)": (weak(rig), 10), "survivor": (strong(rig), 10**6)}
-        found = {name: measure(rig, params, limit) for name, (params, limit) in kinds.items()}
+        kinds = {"hopeless (r* = 0)": (strong, 0), "stopped (r* = 10)": (weak, 10), "survivor": (strong, 10**6)}
+        found = {name: measure(rig, edit, limit) for name, (edit, limit) in kinds.items()}
     lines = [f"{datetime.date.today()}, `python scripts/profile_trial.py`, the demo model, one thread, batches of 100:", ""]
     lines += ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
     lines.append("| state | " + " | ".join(state for _, _, _, state, _ in found.values()) + " |")

@@ -94,13 +94,19 @@ def test_what_was_said_before_takes_fewer_passes(lab: Lab, widths: list[int], mo
     assert max(widths) == decode.BLOCK
 
 
-def test_a_draft_never_passes_the_limit(lab: Lab, widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Drafts, "propose", lambda self, row, so_far, length: [7] * length)
+def test_a_draft_never_passes_the_limit(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+
+    def propose(self: Drafts, row: int, so_far: Sequence[int], length: int) -> Proposed:
+        ends.append(len(so_far) + length)
+        return [7] * length
+
+    monkeypatch.setattr(Drafts, "propose", propose)
     always_widest(monkeypatch)
     found = lab.engine().respond(HARMFUL)
     assert found is not None
     assert [response.text for response in found] == whole(lab.reference)[1]
-    assert max(widths) == decode.BLOCK
+    assert max(ends) == lab.reference.max_new_tokens - 1, "the model adds one"
 
 
 def test_logits_of_blocks_take_no_more_than_allowed(lab: Lab, widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
