@@ -523,7 +523,13 @@ def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     assert [scorer.is_refusal(r) for r in found] == [scorer.is_refusal(r) for r in expected]
 
 
-def test_the_front_is_that_of_full_evaluation(llama: Lab) -> None:
+@pytest.mark.parametrize(("margin", "pause", "batch_size"), [(4, 4, 3), (0, 1, 5), (1, 9, 2), (9, 24, 1)])
+def test_the_front_is_that_of_full_evaluation(
+    llama: Lab, margin: int, pause: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For any order, chunk and batch size."""
+    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", margin)
+    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", pause)
     llama.editor.clear()
     markers = markers_of(whole(llama.reference)[1], 0.8)
     scorers = make_scorers(["refusals", "kl"], markers)
@@ -532,7 +538,8 @@ def test_the_front_is_that_of_full_evaluation(llama: Lab) -> None:
         scorer.setup(base)
     baseline = Baseline(sum(Refusals(markers).is_refusal(r) for r in base.responses), len(HARMFUL))
     assert baseline.refusals >= 3
-    engine = llama.engine(early_scorer(scorers))
+    sized = dataclasses.replace(llama, reference=with_batch_size(llama.reference, batch_size))
+    engine = sized.engine(early_scorer(scorers))
     params = trials(llama, 25)
 
     def replay(on: TrialEngine | ReferenceEngine, order: Sequence[int], known: bool) -> list[Trial]:
@@ -545,8 +552,8 @@ def test_the_front_is_that_of_full_evaluation(llama: Lab) -> None:
             done.append(Trial(number, params[number], "stopped" if found.stopped else "complete", records))
         return done
 
-    for seed in range(3):
-        order = random.Random(seed).sample(range(len(params)), len(params))
+    for seed in range(2):
+        order = random.Random(seed + batch_size).sample(range(len(params)), len(params))
         full, stopped = replay(llama.reference, order, False), replay(engine, order, True)
         assert any(trial.state == "stopped" for trial in stopped)
         # By position, not number: of exact ties the first that was evaluated stays.

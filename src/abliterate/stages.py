@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,14 +28,14 @@ from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.prefill import start_layers
 from abliterate.evaluation.reference import Progress, ReferenceEngine
-from abliterate.evaluation.selfcheck import Setup, trusted_engine
+from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.evaluation.trial import early_scorer
 from abliterate.identity import baseline_key, residuals_key
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.residuals import capture_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
-from abliterate.settings import Settings
+from abliterate.settings import EfficiencySettings, Settings
 from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
 
 SAMPLES = 256  # random trials from which the layers to start at are chosen
@@ -106,11 +107,21 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         edit = partial(editor.apply_exactly, _strong_edit(space))
         switches = context.settings.efficiency
         engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
-        if isinstance(engine, TrialEngine) and switches.use_shared_prefix and engine.sharing == "none":
-            context.reporter.note("the model's states can't be cut, so prompts share no prefix", sharing="none")
-        if isinstance(engine, TrialEngine) and switches.use_drafts and not engine.drafting:
-            context.reporter.note("not all layers attend to everything, so responses aren't drafted", drafts=False)
+        for what in _left_out(engine, setup, switches):
+            context.reporter.note(what)
     return replace(bench, engine=engine)
+
+
+def _left_out(engine: Engine, setup: Setup, switches: EfficiencySettings) -> Iterator[str]:
+    """What this model or these scorers don't allow the engine."""
+    if not isinstance(engine, TrialEngine):
+        return
+    if switches.use_shared_prefix and engine.sharing == "none":
+        yield "the model's states can't be cut, so prompts share no prefix"
+    if switches.use_drafts and not engine.drafting:
+        yield "not all layers attend to everything, so responses aren't drafted"
+    if setup.early is None:
+        yield "a scorer needs whole responses, so no response and no trial ends early"
 
 
 def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:

@@ -40,7 +40,7 @@ class Kept:
     def at(self, start: int, rows: Tensor | None = None) -> Tensor | None:
         """What enters layer `start`, for some rows."""
         hidden = self.hidden.get(start)
-        return hidden if hidden is None or rows is None else hidden.index_select(0, rows)
+        return hidden if hidden is None or rows is None else hidden.index_select(0, rows.to(hidden.device))
 
 
 @dataclass
