@@ -14,6 +14,7 @@ import torch
 from conftest import logits_of, make_editor, make_loaded, make_model, make_params, save_model
 from peft import PeftModel
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -97,9 +98,19 @@ def test_merged_leaves_other_weights_alone(tmp_path: Path) -> None:
     assert changed == set(job.factors)
 
 
-def test_merged_in_shards(tmp_path: Path) -> None:
+def renamed_checkpoint(folder: Path) -> None:
+    """As the Hub has some: saved without the head's prefix, which `transformers` adds as it loads."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_merged_as_a_whole_in_shards(tmp_path: Path) -> None:
     job, expected, _ = trial_of(make_model("llama"), tmp_path)
-    write("merged", replace(job, export=ExportSettings(max_shard_size="40KB")), tmp_path / "out")
+    renamed_checkpoint(Path(job.source))
+    facts = write("merged", replace(job, export=ExportSettings(max_shard_size="40KB")), tmp_path / "out")
+    assert facts["streamed"] is False
+    assert facts["reason"].startswith("no file holds model.layers.")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected, **FLOAT32)
 

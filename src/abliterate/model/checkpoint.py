@@ -28,9 +28,7 @@ def load_weights(
         InputError: no such weights, some missing, or a quantization whose package is missing.
     """
     _quiet_bitsandbytes()
-    auto: Any = transformers.AutoModelForCausalLM
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
-        auto = transformers.AutoModelForImageTextToText
+    auto = _auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
         kwargs["revision"] = load.revision
@@ -49,6 +47,19 @@ def load_weights(
         raise load_error(source, error) from error
     _check_complete(source, loading)
     return model.eval().requires_grad_(False)
+
+
+def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
+    """The model without weights (meta device): its modules and their names."""
+    with torch.device("meta"):
+        model: PreTrainedModel = _auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
+    return model
+
+
+def _auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
+        return transformers.AutoModelForImageTextToText
+    return transformers.AutoModelForCausalLM
 
 
 def load_error(source: str, error: Exception) -> InputError:

@@ -1,0 +1,128 @@
+"""Checkpoints copied byte for byte, with some matrices edited on the way. Knows files and tensors, no models."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from abliterate.errors import AbliterateError
+
+# What can be edited; a tensor in any other dtype can be copied.
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PIECE = 8 << 20  # bytes copied at a time
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+# Changes a stored tensor in place.
+EditTensor = Callable[[Tensor], None]
+
+
+class Unfit(Exception):
+    """Why a checkpoint can't be edited file by file; it must be loaded as a whole."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies in its file, in bytes from the file's start."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """{name: place} of a safetensors file, in the order of the bytes.
+
+    Raises:
+        Unfit: the file is not what its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+        begin = 8 + length
+        found = {
+            name: Stored(one["dtype"], tuple(one["shape"]), begin + one["data_offsets"][0], begin + one["data_offsets"][1])
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise Unfit(f"{path.name} has no safetensors header") from error
+    if max((one.end for one in found.values()), default=begin) > path.stat().st_size:
+        raise Unfit(f"{path.name} is shorter than its header says")
+    return dict(sorted(found.items(), key=lambda item: item[1].start))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint, as `transformers` would choose them.
+
+    Raises:
+        Unfit: no safetensors weights, or an index that names files that aren't there.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    try:
+        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise Unfit(f"there is neither {SINGLE} nor {INDEX}") from error
+    files = [folder / name for name in sorted(named)]
+    if any(path.parent != folder or not path.is_file() for path in files):
+        raise Unfit(f"{INDEX} names files that aren't there")
+    return files
+
+
+def check_editable(files: list[Path], edits: Mapping[str, EditTensor]) -> None:
+    """Unfit unless every tensor to edit is stored once, as a matrix of floats."""
+    left = set(edits)
+    for path in files:
+        for name, stored in read_header(path).items():
+            if name in left:
+                if stored.dtype not in _FLOATS or len(stored.shape) != 2:
+                    raise Unfit(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
+                left.remove(name)
+    if left:
+        raise Unfit(f"no file holds {min(left)}")
+
+
+def check_room(files: list[Path], folder: Path) -> None:
+    """AbliterateError if a copy of the files doesn't fit on the disk of `folder`."""
+    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    if needed > free:
+        raise AbliterateError(
+            f"The export needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; free some space, or "
+            "choose another --out (a run continues with --resume)."
+        )
+
+
+def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> None:
+    """Copy a safetensors file; tensors in `edits` are read, edited and written in their place and dtype.
+
+    All other bytes are those of the source, the header among them. In memory is one tensor to edit at a time.
+    """
+    with source.open("rb") as old, target.open("wb") as new:
+        for name, stored in read_header(source).items():
+            if name in edits:
+                _copy(old, new, stored.start - old.tell())
+                data = bytearray(old.read(stored.end - stored.start))
+                tensor = torch.frombuffer(data, dtype=_FLOATS[stored.dtype]).view(stored.shape)
+                assert tensor.numel() == math.prod(stored.shape)
+                edits[name](tensor)
+                new.write(data)
+        _copy(old, new, source.stat().st_size - old.tell())
+
+
+def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+    while count > 0:
+        piece = old.read(min(count, _PIECE))
+        if not piece:
+            raise AbliterateError("A weight file of the base model became shorter while it was copied; try again.")
+        new.write(piece)
+        count -= len(piece)

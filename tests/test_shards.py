@@ -1,0 +1,220 @@
+"""Merged exports are the base's own files: every byte but those of the edited matrices, and little memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logits_of, make_editor, make_loaded, make_model, make_params, make_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from test_export import make_job, write
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from abliterate.errors import AbliterateError
+from abliterate.export import ExportJob, merged
+from abliterate.export.shards import INDEX, SINGLE, Unfit, check_editable, copy_edited, read_header, shard_files
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture(params=["bfloat16", "float16", "float32"])
+def job(request: pytest.FixtureRequest, tmp_path: Path) -> ExportJob:
+    """A trial on a model of several files."""
+    stored = make_model("llama").to(getattr(torch, request.param))
+    folder = save_model(stored, tmp_path / "base")
+    (folder / SINGLE).unlink()
+    stored.save_pretrained(folder, max_shard_size="30KB")
+    loaded = make_loaded(stored.float(), str(folder))
+    return make_job(loaded, make_editor(loaded).factors(make_params(0)))
+
+
+def raw(folder: Path) -> dict[str, bytes]:
+    """{tensor: its bytes} of all files."""
+    found = {}
+    for path in shard_files(folder):
+        data = path.read_bytes()
+        found |= {name: data[stored.start : stored.end] for name, stored in read_header(path).items()}
+    return found
+
+
+def test_untouched_tensors_are_byte_for_byte_the_bases(job: ExportJob, tmp_path: Path) -> None:
+    facts = write("merged", job, tmp_path / "out")
+    assert facts["streamed"] is True
+    base, out = Path(job.source), tmp_path / "out"
+    files = shard_files(base)
+    assert len(files) > 3
+    before, after = raw(base), raw(out)
+    assert list(before) == list(after)
+    changed = {name.removesuffix(".weight") for name in before if before[name] != after[name]}
+    assert changed == set(job.factors)
+    for name in (INDEX, "config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    for path in files:
+        length = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        assert (out / path.name).read_bytes()[:length] == path.read_bytes()[:length], "the header, metadata and order"
+
+
+def test_edits_are_those_of_a_loaded_model(job: ExportJob, tmp_path: Path) -> None:
+    """Equal to editing every matrix by hand in float32 and rounding once."""
+    write("merged", job, tmp_path / "out")
+    base = {name: tensor for path in shard_files(Path(job.source)) for name, tensor in load_file(path).items()}
+    found = {name: tensor for path in shard_files(tmp_path / "out") for name, tensor in load_file(path).items()}
+    for name, factors in job.factors.items():
+        weight = base[f"{name}.weight"].double()
+        scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
+        expected = scale[:, None].double() * weight + factors.b.double() @ factors.a.double()
+        stored = found[f"{name}.weight"]
+        step = torch.finfo(stored.dtype).eps * expected.abs() + 1e-6
+        assert ((stored.double() - expected).abs() <= step).all()
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = make_model("llama").config
+    config.tie_word_embeddings = True
+    model = LlamaForCausalLM(config).eval()
+    loaded = make_loaded(model, str(save_model(model, tmp_path / "base")))
+    write("merged", make_job(loaded, make_editor(loaded).factors(make_params(0))), tmp_path / "out")
+    assert "lm_head.weight" not in raw(tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
+
+
+def test_large_matrices_are_edited_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gpt2")
+    loaded = make_loaded(model, str(save_model(model, tmp_path / "base")))
+    editor = make_editor(loaded)
+    editor.apply(make_params(0))
+    expected = logits_of(loaded.model)
+    monkeypatch.setattr(merged, "ROW_CHUNK", 5)
+    facts = write("merged", make_job(loaded, editor.factors(make_params(0))), tmp_path / "out")
+    assert facts["streamed"] is True
+    found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_full_disk_is_seen_before_the_first_byte(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 90, 10))
+    with pytest.raises(AbliterateError, match="GiB are free"):
+        write("merged", job, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_hubs_snapshot_is_found(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def cached_file(source: str, name: str, **options: str) -> str:
+        asked.append((source, name, options))
+        return str(Path(job.source) / name)
+
+    monkeypatch.setattr(merged, "cached_file", cached_file)
+    hub = ExportJob(**{**vars(job), "source": "owner/name", "load": job.load.model_copy(update={"revision": "abc"})})
+    assert merged.checkpoint_folder(hub) == Path(job.source)
+    assert asked == [("owner/name", "config.json", {"revision": "abc"})]
+
+
+def damaged(folder: Path, how: str) -> None:
+    """A checkpoint that can't be streamed."""
+    path = folder / SINGLE
+    if how == "no files":
+        path.unlink()
+    elif how == "short":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif how == "no header":
+        path.write_bytes(b"\xff" * 100)
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "not json":
+        path.write_bytes((10).to_bytes(8, "little") + b"not json.." + b"0" * 10)
+    elif how == "index elsewhere":
+        path.unlink()
+        (folder / INDEX).write_text(json.dumps({"weight_map": {"x": "../base.safetensors"}}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("how", ["no files", "short", "no header", "empty", "not json", "index elsewhere"])
+def test_what_cannot_be_streamed_is_told_before_writing(how: str, tmp_path: Path) -> None:
+    save_file({"a.weight": torch.ones(3, 4)}, tmp_path / SINGLE)
+    damaged(tmp_path, how)
+    with pytest.raises(Unfit):
+        check_editable(shard_files(tmp_path), {"a.weight": lambda tensor: None})
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(3, dtype=torch.float32), torch.ones(3, 4, dtype=torch.int8)])
+def test_only_matrices_of_floats_are_edited(tensor: torch.Tensor, tmp_path: Path) -> None:
+    save_file({"a.weight": tensor}, tmp_path / SINGLE)
+    with pytest.raises(Unfit, match=r"a\.weight is stored as"):
+        check_editable([tmp_path / SINGLE], {"a.weight": lambda tensor: None})
+
+
+def test_copies_keep_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abliterate.export.shards._PIECE", 7)
+    tensors = {"z": torch.randn(5, 3), "a": torch.arange(6, dtype=torch.int64), "m": torch.randn(2, 2).bfloat16()}
+    save_file(tensors, tmp_path / "old", {"format": "pt", "note": "kept"})
+    copy_edited(tmp_path / "old", tmp_path / "new", {})
+    assert (tmp_path / "new").read_bytes() == (tmp_path / "old").read_bytes()
+    copy_edited(tmp_path / "old", tmp_path / "new", {"m": lambda tensor: tensor.fill_(2)})  # type: ignore[dict-item,return-value]
+    found = load_file(tmp_path / "new")
+    assert found["m"].tolist() == [[2, 2], [2, 2]]
+    assert torch.equal(found["z"], tensors["z"])
+    assert torch.equal(found["a"], tensors["a"])
+
+
+_EXPORT = """
+import sys, resource, torch
+from pathlib import Path
+from conftest import make_editor, make_loaded, make_params
+from test_export import make_job
+from transformers import AutoModelForCausalLM
+from abliterate.export import EXPORTERS
+
+base, out = map(Path, sys.argv[1:])
+loaded = make_loaded(AutoModelForCausalLM.from_pretrained(base), str(base))
+job = make_job(loaded, make_editor(loaded).factors(make_params(0)))
+del loaded
+EXPORTERS["merged"].write(make_job.__globals__["replace"](job), out / "warm")  # what is imported on first use
+Path("/proc/self/clear_refs").write_text("5")
+def peak(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+before = peak("VmRSS")
+EXPORTERS["merged"].write(job, out / "real")
+print(peak("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
+def test_memory_is_one_matrix_not_a_model(tmp_path: Path) -> None:
+    """A checkpoint of 64 MB: the export may take a shard and a matrix in float32; it takes less."""
+    config = LlamaConfig(
+        vocab_size=len(make_tokenizer()),
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    base = save_model(model, tmp_path / "base")
+    (base / SINGLE).unlink()
+    model.save_pretrained(base, max_shard_size="16MB")
+    total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    shard = max(path.stat().st_size for path in base.glob("*.safetensors"))
+    matrix = 4 * config.hidden_size * config.intermediate_size
+    assert total > 60e6
+    for name in ("warm", "real"):
+        (tmp_path / name).mkdir()
+    process = subprocess.run(
+        [sys.executable, "-c", _EXPORT, str(base), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    )
+    assert process.returncode == 0, process.stderr
+    assert int(process.stdout) <= shard + matrix
