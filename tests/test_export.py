@@ -37,7 +37,15 @@ def zero_row(model: PreTrainedModel) -> PreTrainedModel:
 def make_job(loaded: LoadedModel, factors: Mapping[str, Factors]) -> ExportJob:
     """A job as the pipeline makes it."""
     return ExportJob(
-        loaded.info.source, LoadSettings(), ExportSettings(), loaded.architecture, loaded.tokenizer, factors, "tiny", "the card"
+        loaded.info.source,
+        "sha256:0",
+        LoadSettings(),
+        ExportSettings(),
+        loaded.architecture,
+        loaded.tokenizer,
+        factors,
+        "tiny",
+        "the card",
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from test_export import make_job, write
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from abliterate.errors import AbliterateError
-from abliterate.export import ExportJob, merged
+from abliterate.export import ExportJob, finished_folder, merged
+from abliterate.export.base import LOCK
 from abliterate.export.shards import INDEX, SINGLE, Unfit, check_editable, copy_edited, read_header, shard_files
 
 Usage = namedtuple("Usage", "total used free")
@@ -114,7 +118,7 @@ def test_the_hubs_snapshot_is_found(job: ExportJob, tmp_path: Path, monkeypatch:
         return str(Path(job.source) / name)
 
     monkeypatch.setattr(merged, "cached_file", cached_file)
-    hub = ExportJob(**{**vars(job), "source": "owner/name", "load": job.load.model_copy(update={"revision": "abc"})})
+    hub = dataclasses.replace(job, source="owner/name", load=job.load.model_copy(update={"revision": "abc"}))
     assert merged.checkpoint_folder(hub) == Path(job.source)
     assert asked == [("owner/name", "config.json", {"revision": "abc"})]
 
@@ -163,6 +167,97 @@ def test_copies_keep_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert found["m"].tolist() == [[2, 2], [2, 2]]
     assert torch.equal(found["z"], tensors["z"])
     assert torch.equal(found["a"], tensors["a"])
+
+
+def copies(monkeypatch: pytest.MonkeyPatch, killed_at: int = 99) -> list[str]:
+    """Names of the files that are copied; the process dies in the middle of one."""
+    seen: list[str] = []
+
+    def copy(source: Path, target: Path, edits: Any) -> None:
+        seen.append(source.name)
+        if len(seen) == killed_at:
+            target.write_bytes(source.read_bytes()[:20])
+            os._exit(9)
+        copy_edited(source, target, edits)
+
+    monkeypatch.setattr(merged, "copy_edited", copy)
+    return seen
+
+
+def export(job: ExportJob, final: Path) -> None:
+    """As a run exports."""
+    with finished_folder(final, job.key("merged")) as folder:
+        merged.Merged().write(job, folder)
+
+
+def killed_export(job: ExportJob, final: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export in a process that dies at the third file."""
+    child = os.fork()
+    if child == 0:
+        copies(monkeypatch, killed_at=3)
+        export(job, final)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_killed_export_goes_on_where_it_was(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "model"
+    killed_export(job, final, monkeypatch)
+    assert not final.exists()
+    assert (tmp_path / ".model.partial").is_dir()
+    seen = copies(monkeypatch)
+    export(job, final)
+    files = [path.name for path in shard_files(Path(job.source))]
+    assert seen == files[2:], "the first two were finished"
+    export(job, tmp_path / "other")
+    assert raw(final) == raw(tmp_path / "other")
+    names = {path.name for path in final.iterdir()}
+    assert names == {path.name for path in (tmp_path / "other").iterdir()}
+    assert not any(name.endswith((".part", LOCK)) for name in names)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "other"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("what", ["another trial", "another base"])
+def test_what_another_export_left_is_not_taken_up(
+    what: str, job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = tmp_path / "model"
+    killed_export(job, final, monkeypatch)
+    if what == "another base":
+        other = dataclasses.replace(job, fingerprint="sha256:1")
+    else:
+        name = next(iter(job.factors))
+        changed = dataclasses.replace(job.factors[name], b=2 * job.factors[name].b)
+        other = dataclasses.replace(job, factors={**job.factors, name: changed})
+    seen = copies(monkeypatch)
+    export(other, final)
+    assert seen == [path.name for path in shard_files(Path(job.source))]
+    assert final.is_dir()
+    assert not (tmp_path / ".model.partial").exists()
+
+
+def test_two_exports_at_once_keep_out_of_each_others_way(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    with finished_folder(final) as first:
+        (first / "f").write_text("first", encoding="utf-8")
+        with finished_folder(final) as second:
+            assert second != first
+            (second / "f").write_text("second", encoding="utf-8")
+        assert (final / "f").read_text(encoding="utf-8") == "second"
+    assert (final / "f").read_text(encoding="utf-8") == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    theirs = tmp_path / ".model.partial"
+    theirs.mkdir()
+    (theirs / "thesis.tex").write_text("…", encoding="utf-8")
+    with finished_folder(tmp_path / "model") as folder:
+        assert folder != theirs
+    assert (theirs / "thesis.tex").is_file()
+    assert (tmp_path / "model").is_dir()
 
 
 _EXPORT = """

@@ -102,6 +102,7 @@ def _job(
     }
     return ExportJob(
         source=info.source,
+        fingerprint=info.fingerprint,
         load=settings.load,
         export=settings.export,
         architecture=bench.loaded.architecture,
@@ -136,7 +137,8 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
     """Write the export and, unless switched off, verify it from disk; `result.json` says what came of it."""
     exporter = EXPORTERS[context.settings.export.kind]
-    with context.result.stage("export", exporter.kind), finished_folder(final) as folder:
+    key = picked.job.key(exporter.kind)
+    with context.result.stage("export", exporter.kind), finished_folder(final, key) as folder:
         facts = dict(exporter.write(picked.job, folder))
     trial = picked.expected.trial.number
     record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, **facts}

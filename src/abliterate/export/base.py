@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed export left isn't taken up
+    fcntl = None  # type: ignore[assignment]
 
 from abliterate import __version__
 from abliterate.edits import Factors
@@ -22,13 +28,19 @@ from abliterate.settings import ExportSettings, LoadSettings
 
 # In every finished export: what holds it may be replaced by a later one, what doesn't is somebody else's.
 MARKER = "abliterate.json"
+# In a folder that isn't finished: whoever holds its lock writes there.
+LOCK = ".exporting"
 
 
 @dataclass(frozen=True)
 class ExportJob:
-    """One trial's edits, {module name: factors}, and where the base model comes from."""
+    """One trial's edits, {module name: factors}, and where the base model comes from.
+
+    `fingerprint`: of the base's content.
+    """
 
     source: str
+    fingerprint: str
     load: LoadSettings
     export: ExportSettings
     architecture: Architecture
@@ -36,6 +48,15 @@ class ExportJob:
     factors: Mapping[str, Factors]
     base_model: str
     card: str
+
+    def key(self, kind: str) -> str:
+        """Equal for exports of `kind` whose files are equal; the card, which is written last, isn't looked at."""
+        total = hashlib.sha256(f"{__version__} {kind} {self.fingerprint} {self.load.revision}".encode())
+        for name, factors in sorted(self.factors.items()):
+            total.update(name.encode())
+            for tensor in (factors.row_scale, factors.a, factors.b):
+                total.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return total.hexdigest()
 
 
 class Exporter(Protocol):
@@ -67,30 +88,77 @@ def check_output(final: Path) -> None:
 
 
 @contextlib.contextmanager
-def finished_folder(final: Path) -> Iterator[Path]:
+def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
     """A folder beside `final` that takes its name on success and vanishes on failure; an old export stays until then.
+
+    After a kill it stays, hidden; the next export to `final` gets it, with what is finished in it if that has the same
+    `key`: what the export consists of.
 
     Raises:
         InputError: `final` is there and not ours. AbliterateError: the disk is full or refuses.
     """
     check_output(final)
     final = final.resolve()  # "." and ".." have no name to put anything beside
-    # A new name of our own: nobody else's folder is ever written to or removed.
-    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
+    partial: Path | None = None
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        (partial / MARKER).write_text(json.dumps({"format": 1, "abliterate": __version__}) + "\n", encoding="utf-8")
-        _rename(partial, final)
+        with _claimed(final, key) as partial:
+            yield partial
+            (partial / MARKER).write_text(json.dumps({"format": 1, "abliterate": __version__}) + "\n", encoding="utf-8")
+            (partial / LOCK).unlink(missing_ok=True)
+            _rename(partial, final)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise AbliterateError(_disk_sentence(final, error)) from error
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         # safetensors reports a full disk as an error of its own, with the operating system's text in it.
         if "No space left" in str(error) or "os error 28" in str(error):
             raise AbliterateError(_disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
         raise
+
+
+@contextlib.contextmanager
+def _claimed(final: Path, key: str) -> Iterator[Path]:
+    """A hidden folder beside `final` that nobody else writes to; empty, or what a killed export of the same `key` left."""
+    partial = final.with_name(f".{final.name}.partial")
+    ours = not partial.exists() or (partial / LOCK).is_file()
+    if fcntl is not None and ours:
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / LOCK).open("a+", encoding="utf-8") as lock:
+            if _locked(lock):
+                lock.seek(0)
+                if lock.read() != key:
+                    _empty(partial)
+                    lock.truncate(0)
+                    lock.write(key)
+                    lock.flush()
+                yield partial
+                return
+    # A new name of our own: nobody else's folder is ever written to or removed.
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    yield partial
+
+
+def _locked(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another export is at work there, or the file system has no locks
+        return False
+    return True
+
+
+def _empty(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _remove(partial: Path | None) -> None:
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -76,7 +76,10 @@ def stream(job: ExportJob, config: PretrainedConfig, folder: Path) -> None:
     check_editable(files, edits)
     check_room(files, folder)
     for path in files:
-        copy_edited(path, folder / path.name, edits)
+        if not (folder / path.name).exists():  # else a killed export had finished it
+            part = folder / f"{path.name}.part"
+            copy_edited(path, part, edits)
+            part.rename(folder / path.name)
     for name in ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]:
         shutil.copyfile(base / name, folder / name)
     if job.load.trust_remote_code:  # its config names them

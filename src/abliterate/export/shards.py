@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -117,6 +118,8 @@ def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> 
                 edits[name](tensor)
                 new.write(data)
         _copy(old, new, source.stat().st_size - old.tell())
+        new.flush()
+        os.fsync(new.fileno())  # what has its final name is taken as finished after a crash
 
 
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
