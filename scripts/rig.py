@@ -17,7 +17,7 @@ from abliterate.evaluation import Observation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.pipeline import make_store
-from abliterate.results import RunResult
+from abliterate.results import RunResult, forget_peaks, peak_device, peak_rss
 from abliterate.rundir import RunDirectory
 from abliterate.search import Space
 from abliterate.settings import Settings
@@ -34,6 +34,7 @@ class Quiet:
     def stage(self, name: str, detail: str = "") -> None:
         if name == "calibrate":
             self.memory.start()
+        self.memory.note()  # a stage forgets the peak of the one before
 
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None: ...
@@ -117,30 +118,22 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
+        self._rss = self._device = 0
 
     def start(self) -> None:
         """Forget the peak so far."""
         self._before = self._process.memory_info().rss
-        _clear_peak()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        forget_peaks()
+        self._rss = self._device = 0
+
+    def note(self) -> None:
+        """Keep the peak so far, whoever makes the system forget it."""
+        self._rss, self._device = max(self._rss, peak_rss()), max(self._device, peak_device())
 
     def stop(self) -> dict[str, int]:
         """Peaks since `start`."""
-        peak = max(_peak(), self._process.memory_info().rss)
-        device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return {"rss": peak, "rss_above": peak - self._before, "device": device}
-
-
-def _clear_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: resets VmHWM
-
-
-def _peak() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+        self.note()
+        return {"rss": self._rss, "rss_above": self._rss - self._before, "device": self._device}
 
 
 def timed(work: Any) -> tuple[Any, float]:

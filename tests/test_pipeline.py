@@ -22,6 +22,7 @@ from abliterate.evaluation import TrialEngine
 from abliterate.evaluation.editor import Editor
 from abliterate.export.merged import Merged
 from abliterate.model.loader import demo_path
+from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
@@ -87,6 +88,9 @@ def test_result_has_the_documented_layout(finished: Finished) -> None:
     assert {"kind", "path", "verified"} <= set(result["export"])
     assert {"load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"} <= set(result["timings"])
     assert result["memory"]["peak_rss_bytes"] > 1e8
+    of_stages = result["memory"]["stages"]
+    assert set(of_stages) == set(result["timings"])
+    assert max(of_stage["peak_rss_bytes"] for of_stage in of_stages.values()) == result["memory"]["peak_rss_bytes"]
     assert {"residuals", "svd", "adapters"} <= set(result["caches"])
     assert all({"hits", "misses"} <= set(counts) for counts in result["caches"].values())
     assert result["environment"]["versions"]["torch"] == torch.__version__
@@ -212,7 +216,8 @@ def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, 
     assert outcomes(kept)[:4] == outcomes(first)
     assert kept["timings"]["export"] == first["timings"]["export"]
     assert kept["timings"]["search"] > first["timings"]["search"]
-    assert all(kept["memory"][name] >= peak for name, peak in first["memory"].items())
+    assert all(kept["memory"][name] >= first["memory"][name] for name in ("peak_rss_bytes", "peak_device_bytes"))
+    assert set(first["memory"]["stages"]) <= set(kept["memory"]["stages"])
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"format": 99}'])
@@ -458,3 +463,14 @@ def test_unfinished_thinking_is_said_at_the_baseline(prompt_files: Files, tmp_pa
     with pytest.raises(AbliterateError):  # nothing refuses less
         pipeline.run(settings, recorder, directory)
     assert any("12 of 12 responses are still inside a thinking block" in warning for warning in recorder.warnings)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets peaks")
+def test_a_stage_records_its_own_peak_memory(tmp_path: Path) -> None:
+    result = RunResult(RunDirectory(tmp_path), Recorder())
+    for name, size in (("small", 10**6), ("large", 3 * 10**8), ("small again", 10**6)):
+        with result.stage(name):
+            torch.ones(size // 4).sum()
+    peaks = {name: one["peak_rss_bytes"] for name, one in result.record["memory"]["stages"].items()}
+    assert peaks["large"] > max(peaks["small"], peaks["small again"]) + 2e8
+    assert result.record["memory"]["peak_rss_bytes"] == peaks["large"]

@@ -46,15 +46,16 @@ class RunResult:
             "export": {"kind": "none", "path": None, "verified": None},
             "exports": [],
             "timings": {},
-            "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0},
+            "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0, "stages": {}},
             "caches": {},
             "environment": environment(),
         }
 
     @contextlib.contextmanager
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
-        """Announce a stage, and record how long it took and the memory peak so far."""
+        """Announce a stage, and record how long it took and its memory peak."""
         self._reporter.stage(name, detail)
+        forget_peaks()
         self._stage, self._counted_to = name, time.perf_counter()
         try:
             yield
@@ -67,8 +68,11 @@ class RunResult:
         now = time.perf_counter()
         spent = self.record["timings"].get(self._stage, 0.0) + now - self._counted_to
         self.record["timings"][self._stage], self._counted_to = round(spent, 3), now
-        peaks = {"peak_rss_bytes": peak_rss(), "peak_device_bytes": peak_device()}
-        self.record["memory"] = {name: max(peak, self.record["memory"][name]) for name, peak in peaks.items()}
+        memory = self.record["memory"]
+        of_stage = memory.setdefault("stages", {}).setdefault(self._stage, {})
+        for name, peak in (("peak_rss_bytes", peak_rss()), ("peak_device_bytes", peak_device())):
+            of_stage[name] = max(peak, of_stage.get(name, 0))
+            memory[name] = max(peak, memory[name])
 
     def go_on(self) -> None:
         """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
@@ -135,8 +139,17 @@ def environment() -> dict[str, Any]:
     }
 
 
+def forget_peaks() -> None:
+    """Peaks are those since now, where the system can forget: on Linux, and on an accelerator. Elsewhere they stay."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")  # resets the peak resident set
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_rss() -> int:
-    """The process's largest resident set so far, in bytes."""
+    """The process's largest resident set since `forget_peaks`, in bytes."""
     if os.name == "nt":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -146,7 +159,7 @@ def peak_rss() -> int:
 
 
 def peak_device() -> int:
-    """The accelerator memory allocated at most so far, in bytes; 0 on a CPU."""
+    """The accelerator memory allocated at most since `forget_peaks`, in bytes; 0 on a CPU."""
     import torch
 
     return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0
