@@ -608,7 +608,7 @@ def test_the_self_check_passes_what_is_right(lab: Lab) -> None:
 
 def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pads between prefix and suffix are silently wrong with sliding windows; then nothing is shared, and it is said."""
-    monkeypatch.setattr("abliterate.evaluation.engine.sharing_of", lambda cache: "between")
+    monkeypatch.setattr("abliterate.evaluation.engine.sharing_of", lambda cache, config: "between")
     lab, warnings = make_lab("mistral"), list[str]()
     engine = trusted(lab, warnings)
     assert isinstance(engine, TrialEngine)
@@ -616,7 +616,7 @@ def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.Monk
     assert not engine.drafting
     assert engine._switches.use_layer_skip
     assert len(warnings) == 2
-    assert all("differs" in warning for warning in warnings)
+    assert "differs" in warnings[1], "without drafts, which fail or differ"
 
 
 def test_the_self_check_catches_a_wrong_layer_skip(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def test_large_matrices_are_edited_by_chunks(tmp_path: Path, monkeypatch: pytest
     editor = make_editor(loaded)
     editor.apply(make_params(0))
     expected = logits_of(loaded.model)
-    monkeypatch.setattr(merged, "ROW_CHUNK", 5)
+    monkeypatch.setattr(merged, "CHUNK", 100)
     facts = write("merged", make_job(loaded, editor.factors(make_params(0))), tmp_path / "out")
     assert facts["streamed"] is True
     found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
@@ -146,14 +146,14 @@ def test_what_cannot_be_streamed_is_told_before_writing(how: str, tmp_path: Path
     save_file({"a.weight": torch.ones(3, 4)}, tmp_path / SINGLE)
     damaged(tmp_path, how)
     with pytest.raises(Unfit):
-        check_editable(shard_files(tmp_path), {"a.weight": lambda tensor: None})
+        check_editable(shard_files(tmp_path), {"a.weight": lambda tensor: None}, torch.float32)
 
 
-@pytest.mark.parametrize("tensor", [torch.ones(3, dtype=torch.float32), torch.ones(3, 4, dtype=torch.int8)])
+@pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 4, dtype=torch.bfloat16)])
 def test_only_matrices_of_floats_are_edited(tensor: torch.Tensor, tmp_path: Path) -> None:
     save_file({"a.weight": tensor}, tmp_path / SINGLE)
     with pytest.raises(Unfit, match=r"a\.weight is stored as"):
-        check_editable([tmp_path / SINGLE], {"a.weight": lambda tensor: None})
+        check_editable([tmp_path / SINGLE], {"a.weight": lambda tensor: None}, torch.float32)
 
 
 def test_copies_keep_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +216,23 @@ def test_a_killed_export_goes_on_where_it_was(job: ExportJob, tmp_path: Path, mo
     assert names == {path.name for path in (tmp_path / "other").iterdir()}
     assert not any(name.endswith((".part", LOCK)) for name in names)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model", "other"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_going_on_needs_room_for_the_rest_only(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "model"
+    killed_export(job, final, monkeypatch)
+    left = sum(path.stat().st_size for path in shard_files(Path(job.source))[2:])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, left))
+    export(job, final)
+    assert final.is_dir()
+
+
+def test_a_failed_export_leaves_nothing(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merged, "save_companions", lambda job, folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export(job, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -103,7 +103,8 @@ def _job(
     return ExportJob(
         source=info.source,
         fingerprint=info.fingerprint,
-        load=settings.load,
+        # The commit that was loaded: the Hub's `main` may have moved since.
+        load=settings.load if Path(info.source).is_dir() else settings.load.model_copy(update={"revision": info.revision}),
         export=settings.export,
         architecture=bench.loaded.architecture,
         tokenizer=bench.loaded.tokenizer,

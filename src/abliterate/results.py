@@ -144,7 +144,7 @@ def forget_peaks() -> None:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # resets the peak resident set
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and torch.cuda.is_initialized():  # asking would initialize it, on a CPU run too
         torch.cuda.reset_peak_memory_stats()
 
 

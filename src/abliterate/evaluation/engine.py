@@ -181,10 +181,14 @@ class TrialEngine:
             self._decode.forced(part, some[:, :cut], in_blocks=self.drafting)
             for part, some in zip(started, tokens.split([len(part) for part in parts]), strict=True)
         ]
+        if self.drafting and len(started) > 1:  # as after drafts: unequal widths, and holes to close
+            self._decode.widen(started[0])
         together = join(started)
         if len(rows) > 1:
             together.settled = {0}
             together.leave()
+        if self.drafting:
+            together.close(leaving=True)
         rest = tokens[-len(together.rows) :, cut:]
         return torch.cat(before), self._decode.forced(together, rest, in_blocks=self.drafting)
 
@@ -290,4 +294,4 @@ class TrialEngine:
             _, cache = self.passes(ids, torch.ones_like(ids), None)
         if not is_supported(cache):
             raise Unsupported(f"rows of a {type(cache).__name__} can't be selected")
-        return sharing_of(cache)
+        return sharing_of(cache, self.reference.model.config.get_text_config())

@@ -116,10 +116,11 @@ class Passes:
         return same
 
 
-def sharing_of(cache: object) -> Sharing:
-    """How a prefix in this cache may be shared."""
+def sharing_of(cache: object, config: object = None) -> Sharing:
+    """How a prefix in this cache may be shared, by a model of this config."""
     kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-    if kinds == {DynamicLayer}:
+    # GPT-Neo's local layers count columns, and its cache doesn't know that.
+    if kinds == {DynamicLayer} and not hasattr(config, "attention_types"):
         return "between"
     return "left" if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
 
@@ -166,6 +167,7 @@ def widened(layer: Any, columns: int) -> Any:
 
 def take_columns(layer: Any, rows: Tensor, columns: Tensor) -> None:
     """Leave in a plain cache layer only some rows (n), and of each some columns (n, C)."""
+    rows, columns = rows.to(layer.keys.device), columns.to(layer.keys.device)  # layers may lie on several devices
     for name in ("keys", "values"):
         states = getattr(layer, name)  # (m, heads, width, d)
         _, heads, width, d = states.shape

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 try:
@@ -51,7 +53,8 @@ class ExportJob:
 
     def key(self, kind: str) -> str:
         """Equal for exports of `kind` whose files are equal; the card, which is written last, isn't looked at."""
-        total = hashlib.sha256(f"{__version__} {kind} {self.fingerprint} {self.load.revision}".encode())
+        versions = f"{__version__} {transformers.__version__}"
+        total = hashlib.sha256(f"{versions} {kind} {self.fingerprint} {self.load.revision}".encode())
         for name, factors in sorted(self.factors.items()):
             total.update(name.encode())
             for tensor in (factors.row_scale, factors.a, factors.b):
@@ -65,7 +68,10 @@ class Exporter(Protocol):
     kind: str
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
-        """Write into `folder` (exists, empty); returns what belongs into `result.json` about it."""
+        """Write into `folder`; returns what belongs into `result.json` about it.
+
+        The folder exists, and is empty or holds what a killed export of an equal `ExportJob.key` left.
+        """
 
     def load(self, folder: Path, job: ExportJob, device: Any, dtype: Any) -> Any:
         """The exported model from disk, as a user would load it."""
@@ -99,7 +105,6 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
     """
     check_output(final)
     final = final.resolve()  # "." and ".." have no name to put anything beside
-    partial: Path | None = None
     try:
         with _claimed(final, key) as partial:
             yield partial
@@ -107,10 +112,8 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
             (partial / LOCK).unlink(missing_ok=True)
             _rename(partial, final)
     except OSError as error:
-        _remove(partial)
         raise AbliterateError(_disk_sentence(final, error)) from error
     except BaseException as error:
-        _remove(partial)
         # safetensors reports a full disk as an error of its own, with the operating system's text in it.
         if "No space left" in str(error) or "os error 28" in str(error):
             raise AbliterateError(_disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
@@ -128,37 +131,51 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
             if _locked(lock):
                 lock.seek(0)
                 if lock.read() != key:
-                    _empty(partial)
+                    empty(partial)
                     lock.truncate(0)
                     lock.write(key)
                     lock.flush()
-                yield partial
+                with _vanishing(partial):  # while it is locked: another export may be waiting for the name
+                    yield partial
                 return
     # A new name of our own: nobody else's folder is ever written to or removed.
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
-    yield partial
+    with _vanishing(partial):
+        yield partial
+
+
+@contextlib.contextmanager
+def _vanishing(partial: Path) -> Iterator[None]:
+    """On failure the folder goes, its lock last; unless it has its final name by then, and another one has this name."""
+    made = os.stat(partial)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(made, os.stat(partial)):
+                empty(partial)
+                (partial / LOCK).unlink(missing_ok=True)
+                partial.rmdir()
+        raise
 
 
 def _locked(file: IO[str]) -> bool:
+    """Whether the lock is ours, and still the one that has the name."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another export is at work there, or the file system has no locks
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except OSError:  # another export is at work there, it has just finished, or the file system has no locks
         return False
-    return True
 
 
-def _empty(partial: Path) -> None:
+def empty(partial: Path) -> None:
+    """Remove what is in an unfinished folder, but for its lock."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
-
-
-def _remove(partial: Path | None) -> None:
-    if partial is not None:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -20,14 +20,16 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
 from abliterate.edits import Factors
-from abliterate.edits.base import ROW_CHUNK
-from abliterate.export.base import ExportJob, check_modules
+from abliterate.export.base import ExportJob, check_modules, empty
 from abliterate.export.companions import save_companions
 from abliterate.export.shards import INDEX, SINGLE, EditTensor, Unfit, check_editable, check_room, copy_edited, shard_files
 from abliterate.model.architectures import Target, find_targets
 from abliterate.model.checkpoint import empty_model
 from abliterate.model.loader import load_config, load_weights
 from abliterate.model.weights import dense_weight, write_weight
+
+# Entries of a matrix that are in memory in float32 at a time, several times over.
+CHUNK = 1 << 18
 
 
 class Merged:
@@ -43,6 +45,7 @@ class Merged:
             stream(job, config, folder)
             facts["streamed"] = True
         except Unfit as reason:
+            empty(folder)  # of what a killed export of another version streamed
             write_whole(job, config, folder)
             facts |= {"streamed": False, "reason": str(reason)}
         save_companions(job, folder)
@@ -73,7 +76,7 @@ def stream(job: ExportJob, config: PretrainedConfig, folder: Path) -> None:
     }
     base = checkpoint_folder(job)
     files = shard_files(base)
-    check_editable(files, edits)
+    check_editable(files, edits, stored_dtype(config))
     check_room(files, folder)
     for path in files:
         if not (folder / path.name).exists():  # else a killed export had finished it
@@ -90,8 +93,9 @@ def stream(job: ExportJob, config: PretrainedConfig, folder: Path) -> None:
 def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
     """W' in the place of W, in float32 by chunks of rows; `transposed`: stored as (d_in, d_out)."""
     weight = stored.T if transposed else stored
-    for start in range(0, len(weight), ROW_CHUNK):
-        rows = slice(start, start + ROW_CHUNK)
+    step = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
         scale = None if factors.row_scale is None else factors.row_scale[rows]
         old = weight[rows].float()
         weight[rows] = (old + Factors(scale, factors.a, factors.b[rows]).delta(old)).to(weight.dtype)

@@ -80,13 +80,13 @@ def shard_files(folder: Path) -> list[Path]:
     return files
 
 
-def check_editable(files: list[Path], edits: Mapping[str, EditTensor]) -> None:
-    """Unfit unless every tensor to edit is stored once, as a matrix of floats."""
+def check_editable(files: list[Path], edits: Mapping[str, EditTensor], dtype: torch.dtype) -> None:
+    """Unfit unless every tensor to edit is stored as a matrix of `dtype`, the one that the model says it is stored in."""
     left = set(edits)
     for path in files:
         for name, stored in read_header(path).items():
             if name in left:
-                if stored.dtype not in _FLOATS or len(stored.shape) != 2:
+                if _FLOATS.get(stored.dtype) != dtype or len(stored.shape) != 2:
                     raise Unfit(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
                 left.remove(name)
     if left:
@@ -94,8 +94,10 @@ def check_editable(files: list[Path], edits: Mapping[str, EditTensor]) -> None:
 
 
 def check_room(files: list[Path], folder: Path) -> None:
-    """AbliterateError if a copy of the files doesn't fit on the disk of `folder`."""
-    needed, free = sum(path.stat().st_size for path in files), shutil.disk_usage(folder).free
+    """AbliterateError if what `folder` lacks of a copy of the files doesn't fit on its disk."""
+    needed = sum(path.stat().st_size for path in files if not (folder / path.name).exists())
+    needed -= sum(path.stat().st_size for path in folder.glob("*.part"))  # is written over
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise AbliterateError(
             f"The export needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; free some space, or "
