@@ -119,7 +119,7 @@ def _left_out(engine: Engine, setup: Setup, switches: EfficiencySettings) -> Ite
     if switches.use_shared_prefix and engine.sharing == "none":
         yield "the model's states can't be cut, so prompts share no prefix"
     if switches.use_drafts and not engine.drafting:
-        yield "not all layers attend to everything, so responses aren't drafted"
+        yield "this model allows no holes in its cache, so responses aren't drafted"
     if setup.early is None:
         yield "a scorer needs whole responses, so no response and no trial ends early"
 

@@ -240,10 +240,8 @@ class Decoder:
 
     def widen(self, rows: Decoding) -> None:
         """Feed every row a token that doesn't count: a hole."""
-        kept = rows.logits
         logits = self._feed_blocks(rows, [said[-1:] or [0] for said in rows.said])
         self._hold(rows, logits, [0] * len(rows.rows))
-        assert rows.logits is not kept
 
     def _feed_blocks(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> Tensor:
         """Feed blocks of unequal lengths; logits (n, B, vocabulary) of all their places."""
