@@ -110,7 +110,7 @@ def main() -> None:
     hits = {"residuals": rig.context.store.counts("residuals")}
     hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}
     hits["adapters"] = result.get("adapters", {"hits": 0, "misses": 0})
-    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_size": rig.bench.calibration.batch_size}
+    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_size": rig.bench.calibration.sizes.decode}
     args.out.write_text(json.dumps(result), encoding="utf-8")
 
 

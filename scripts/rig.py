@@ -12,12 +12,14 @@ import psutil
 import torch
 
 from abliterate import stages
-from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.bench import Bench, load_and_calibrate
 from abliterate.evaluation import Observation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
+from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.model.memory import PeakMeter
 from abliterate.pipeline import make_store
-from abliterate.results import RunResult, forget_peaks, peak_device, peak_rss
+from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
 from abliterate.search import Space
 from abliterate.settings import Settings
@@ -34,7 +36,6 @@ class Quiet:
     def stage(self, name: str, detail: str = "") -> None:
         if name == "calibrate":
             self.memory.start()
-        self.memory.note()  # a stage forgets the peak of the one before
 
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None: ...
@@ -118,22 +119,16 @@ class PeakMemory:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._rss = self._device = 0
+        self._meter = PeakMeter()
 
     def start(self) -> None:
         """Forget the peak so far."""
         self._before = self._process.memory_info().rss
-        forget_peaks()
-        self._rss = self._device = 0
-
-    def note(self) -> None:
-        """Keep the peak so far, whoever makes the system forget it."""
-        self._rss, self._device = max(self._rss, peak_rss()), max(self._device, peak_device())
+        self._meter.restart()
 
     def stop(self) -> dict[str, int]:
         """Peaks since `start`."""
-        self.note()
-        return {"rss": self._rss, "rss_above": self._rss - self._before, "device": self._device}
+        return {"rss": self._meter.rss(), "rss_above": self._meter.rss() - self._before, "device": self._meter.device()}
 
 
 def timed(work: Any) -> tuple[Any, float]:

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.calibration import (
+    BatchTuning,
     WarmUp,
     common_start,
     detect_prefix,
     double_batch_size,
-    even_size,
-    timed_probe,
+    even_sizes,
     tune_batch_size,
 )
 from abliterate.settings import ResponseSettings
@@ -44,87 +43,110 @@ class FakeDevice:
         return self.speed(size) if size <= self.capacity else None
 
 
+def tune(device: FakeDevice, start: int = 128, items: int = 128, maximum: int = 128) -> BatchTuning:
+    """The search among equally full batches."""
+    return tune_batch_size(device.probe, even_sizes(items, maximum), start)
+
+
 @pytest.mark.parametrize("name", SPEEDS)
-def test_search_takes_few_probes_and_never_returns_what_failed(name: str) -> None:
+@pytest.mark.parametrize("start", [1, 3, 30, 128])
+def test_search_takes_few_probes_and_never_returns_what_failed(name: str, start: int) -> None:
     for capacity in range(1, 140):
         device = FakeDevice(capacity, SPEEDS[name])
-        tuned = tune_batch_size(device.probe, 128)
+        tuned = tune(device, start)
         assert len(device.asked) <= 8
-        assert len(set(device.asked)) == len(device.asked)
+        assert len(set(device.asked)) == len(device.asked), "no size is measured twice"
         assert 1 <= tuned.size <= min(capacity, 128)
         assert tuned.probes[tuned.size] is not None
         assert sorted(tuned.probes) == sorted(device.asked)
 
 
-@given(st.integers(1, 1000), st.integers(0, 1100), st.sampled_from(sorted(SPEEDS)))
+@given(st.integers(1, 2000), st.integers(1, 1000), st.integers(0, 1100), st.integers(0, 1200), st.sampled_from(sorted(SPEEDS)))
 @settings(max_examples=300, deadline=None)
-def test_search_for_any_maximum(maximum: int, capacity: int, name: str) -> None:
+def test_search_for_any_work(items: int, maximum: int, capacity: int, start: int, name: str) -> None:
     device = FakeDevice(capacity, SPEEDS[name])
-    tuned = tune_batch_size(device.probe, maximum)
+    tuned = tune(device, start, items, maximum)
     assert len(device.asked) <= 8
     assert min(device.asked) >= 1
-    assert max(device.asked) <= maximum
+    assert max(device.asked) <= min(items, maximum)
     assert capacity == 0 or tuned.size <= capacity or tuned.probes[tuned.size] is None
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 7, 20, 50, 100, 127, 128, 500])
-def test_search_finds_almost_all_that_fits_where_more_is_faster(capacity: int) -> None:
-    tuned = tune_batch_size(FakeDevice(capacity, SPEEDS["linear"]).probe, 128)
-    assert tuned.size >= min(capacity, 128) / 1.36 - 1
+@pytest.mark.parametrize("start", [1, 10, 128])
+def test_search_finds_almost_all_that_fits_where_more_is_faster(capacity: int, start: int) -> None:
+    """What is lost are steps that even batches don't have, and the last bisections."""
+    tuned = tune(FakeDevice(capacity, SPEEDS["linear"]), start, items=1000)
+    assert tuned.size >= min(capacity, 128) / 1.45 - 1
+
+
+@pytest.mark.parametrize("estimate", [0.5, 1.0])
+def test_a_good_estimate_needs_few_probes(estimate: float) -> None:
+    """An estimate at or below what fits: at most three probes upward, and the look whether less is as fast."""
+    for capacity in (5, 17, 40, 100):
+        device = FakeDevice(capacity, SPEEDS["linear"])
+        tuned = tune(device, int(estimate * capacity), items=1000)
+        failed = [size for size in device.asked if size > capacity]
+        assert len(failed) <= 3
+        assert device.asked[0] <= estimate * capacity
+        assert tuned.size >= device.asked[0]
+
+
+def test_growing_stops_where_it_gains_nothing() -> None:
+    device = FakeDevice(1000, SPEEDS["flat"])
+    tune(device, start=10)
+    assert len([size for size in device.asked if size > 10]) == 1
 
 
 @pytest.mark.parametrize("name", SPEEDS)
 def test_what_is_chosen_is_as_fast_as_all_that_was_measured_and_the_smallest(name: str) -> None:
-    tuned = tune_batch_size(FakeDevice(100, SPEEDS[name]).probe, 128)
+    tuned = tune(FakeDevice(100, SPEEDS[name]))
     best = max(speed for speed in tuned.probes.values() if speed is not None)
     as_fast = [size for size, speed in tuned.probes.items() if speed is not None and speed >= 0.95 * best]
     assert tuned.size == min(as_fast)
 
 
 def test_search_comes_down_where_size_gains_nothing() -> None:
-    assert tune_batch_size(FakeDevice(500, SPEEDS["flat"]).probe, 128).size <= 4
-    assert tune_batch_size(FakeDevice(500, SPEEDS["plateau at 20"]).probe, 128).size <= 40
+    assert tune(FakeDevice(500, SPEEDS["flat"])).size <= 4
+    assert tune(FakeDevice(500, SPEEDS["plateau at 20"])).size <= 40
 
 
-@pytest.mark.parametrize("tune", [tune_batch_size, double_batch_size])
-def test_nothing_fits(tune: Callable[..., object]) -> None:
-    assert tune(FakeDevice(0, SPEEDS["flat"]).probe, 64).size == 1  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("capacity", "found"), [(200, 100), (40, 34), (1, 1), (0, 1)])
+def test_a_look_whether_it_fits_needs_no_speeds(capacity: int, found: int) -> None:
+    device = FakeDevice(capacity, SPEEDS["falling"])
+    tuned = tune_batch_size(device.probe, even_sizes(100, 100), 100, plateau=False)
+    assert tuned.size == found
+    assert len(device.asked) <= 8
+    assert capacity < 100 or device.asked == [100]
 
 
-def test_doubling_stops_at_the_first_failure() -> None:
+def test_doubling_stops_at_the_first_that_does_not_fit() -> None:
     device = FakeDevice(20, SPEEDS["linear"])
     assert double_batch_size(device.probe, 128).size == 16
     assert device.asked == [1, 2, 4, 8, 16, 32]
     assert double_batch_size(FakeDevice(500, SPEEDS["peak at 16"]).probe, 100).size == 16
+    assert double_batch_size(FakeDevice(0, SPEEDS["flat"]).probe, 8).size == 1
 
 
-@pytest.mark.parametrize(
-    ("size", "items", "even"), [(64, 100, 50), (128, 100, 100), (100, 100, 100), (33, 100, 25), (1, 7, 1), (4, 9, 3), (0, 5, 1)]
-)
-def test_even_size_by_hand(size: int, items: int, even: int) -> None:
-    assert even_size(size, items) == even
+def test_even_sizes_by_hand() -> None:
+    assert even_sizes(100, 128) == [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 34, 50, 100]
+    assert even_sizes(100, 64)[-1] == 50
+    assert even_sizes(12, 5) == [1, 2, 3, 4]
+    assert even_sizes(1, 128) == [1]
+    assert even_sizes(9, 1) == [1]
 
 
-@given(st.integers(1, 200), st.integers(1, 300))
-def test_even_size_needs_no_more_batches(size: int, items: int) -> None:
-    even = even_size(size, items)
-    assert 1 <= even <= size
-    assert -(-items // even) == -(-items // size)
-
-
-def test_timed_probe_measures_and_survives_a_full_device() -> None:
-    def too_much() -> None:
-        raise torch.OutOfMemoryError("full")
-
-    speed = timed_probe(lambda: None, 5, torch.device("cpu"))
-    assert speed is not None
-    assert speed > 0
-    assert timed_probe(too_much, 5, torch.device("cpu")) is None
-
-
-def test_other_errors_of_a_probe_are_not_hidden() -> None:
-    with pytest.raises(ZeroDivisionError):
-        timed_probe(lambda: 1 / 0, 1, torch.device("cpu"))
+@given(st.integers(1, 3000), st.integers(1, 400))
+def test_even_sizes_fill_their_batches(items: int, maximum: int) -> None:
+    """Each is the smallest that needs no more batches, and they begin with 1 and are no more than a factor apart."""
+    sizes = even_sizes(items, maximum)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 1
+    assert sizes[-1] <= maximum
+    for size in sizes:
+        batches = -(-items // size)
+        assert size == -(-items // batches)
+    assert -(-items // sizes[-1]) == -(-items // min(items, maximum)), "no batch more than the largest allowed needs"
 
 
 BLOCKS = ResponseSettings().thinking_blocks

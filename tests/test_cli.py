@@ -386,8 +386,11 @@ def test_restart_with_a_database_begins_anew(invoke: Invoke, tmp_path: Path, pro
 
 def test_tune_batch_as_json(invoke: Invoke) -> None:
     last = assert_json_lines(invoke("tune-batch", "demo", "--set", "evaluation.max_batch_size=4", "--json").out)[-1]
-    assert 1 <= last["batch_size"] <= 4
-    assert last["probes"]
+    assert list(last["operations"]) == ["residuals", "prefill", "decode"]
+    for one in last["operations"].values():
+        assert 1 <= one["size"] <= 4
+        assert one["row_bytes"] > 0
+        assert any(probe["size"] == one["size"] and probe["tokens_per_second"] > 0 for probe in one["probes"])
 
 
 def test_cache_path_and_empty_cache(invoke: Invoke, tmp_path: Path) -> None:

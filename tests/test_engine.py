@@ -36,7 +36,7 @@ from abliterate.front import pareto_front
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import EfficiencySettings, ResponseSettings
-from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
+from abliterate.types import Baseline, BatchSizes, Kernel, Prompt, Trial, TrialParams
 
 BLOCKS = ResponseSettings().thinking_blocks
 SYSTEM = "You are a helpful assistant."
@@ -102,7 +102,7 @@ def make_lab(family: str, *, batch_size: int = 3, tokens: int = TOKENS, generati
     loaded = make_loaded(model, components=NAMED[family][2] if family in NAMED else None)
     chat = make_chat()
     reader = ResponseReader(chat.tokenizer, BLOCKS)
-    reference = ReferenceEngine(model, chat, reader, max_new_tokens=tokens, batch_size=batch_size)
+    reference = ReferenceEngine(model, chat, reader, max_new_tokens=tokens, sizes=BatchSizes.same(batch_size))
     return Lab(loaded, reference, make_editor(loaded))
 
 
@@ -234,7 +234,11 @@ def test_joined_chunks_give_the_references_responses(lab: Lab, monkeypatch: pyte
 def with_batch_size(reference: ReferenceEngine, batch_size: int) -> ReferenceEngine:
     """The same reference with another batch size."""
     return ReferenceEngine(
-        reference.model, reference.chat, reference.reader, max_new_tokens=reference.max_new_tokens, batch_size=batch_size
+        reference.model,
+        reference.chat,
+        reference.reader,
+        max_new_tokens=reference.max_new_tokens,
+        sizes=BatchSizes.same(batch_size),
     )
 
 
@@ -512,7 +516,9 @@ def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     lab = make_lab("llama")
     prefix = "<think>\n" if opens else "\n"
     chat = Chat(lab.reference.chat.tokenizer, lab.reference.chat.device, prefix)
-    reference = ReferenceEngine(lab.reference.model, chat, lab.reference.reader, max_new_tokens=TOKENS, batch_size=3)
+    reference = ReferenceEngine(
+        lab.reference.model, chat, lab.reference.reader, max_new_tokens=TOKENS, sizes=BatchSizes.same(3)
+    )
     scorer = Refusals([" ", "e", "a"])
     engine = dataclasses.replace(lab, reference=reference).engine(scorer)
     expected, found = reference.respond(HARMFUL), engine.respond(HARMFUL)
@@ -567,7 +573,9 @@ def test_prefix_responses_stop_at_divergence(llama: Lab, monkeypatch: pytest.Mon
     passes: list[int] = []
     call = Passes.__call__
     monkeypatch.setattr(Passes, "__call__", lambda self, *a, **k: passes.append(1) or call(self, *a, **k))
-    long = ReferenceEngine(llama.reference.model, llama.reference.chat, llama.reference.reader, max_new_tokens=40, batch_size=9)
+    long = ReferenceEngine(
+        llama.reference.model, llama.reference.chat, llama.reference.reader, max_new_tokens=40, sizes=BatchSizes.same(9)
+    )
     cut = prefix_responses(long, llama.loaded.layers, EfficiencySettings(), HARMFUL)
     assert len(passes) < 10
     expected = long.raw_responses(HARMFUL)
@@ -579,7 +587,7 @@ def test_prefix_responses_stop_at_divergence(llama: Lab, monkeypatch: pytest.Mon
 def test_prefix_responses_in_small_batches(llama: Lab) -> None:
     llama.editor.clear()
     small = ReferenceEngine(
-        llama.reference.model, llama.reference.chat, llama.reference.reader, max_new_tokens=30, batch_size=2
+        llama.reference.model, llama.reference.chat, llama.reference.reader, max_new_tokens=30, sizes=BatchSizes.same(2)
     )
     cut = prefix_responses(small, llama.loaded.layers, EfficiencySettings(), HARMFUL)
     assert common_start(cut) == common_start(small.raw_responses(HARMFUL))

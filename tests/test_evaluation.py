@@ -21,7 +21,7 @@ from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.loader import demo_path, load_weights
 from abliterate.model.loader import load_config as read_config
 from abliterate.settings import LoadSettings, ResponseSettings
-from abliterate.types import Prompt
+from abliterate.types import BatchSizes, Prompt
 
 BLOCKS = ResponseSettings().thinking_blocks
 TOKENIZER = make_tokenizer()
@@ -40,7 +40,7 @@ def make_engine(model: PreTrainedModel, batch_size: int, max_new_tokens: int = 1
     """A reference engine with the default thinking blocks."""
     chat = make_chat()
     reader = ResponseReader(chat.tokenizer, BLOCKS)
-    return ReferenceEngine(model, chat, reader, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return ReferenceEngine(model, chat, reader, max_new_tokens=max_new_tokens, sizes=BatchSizes.same(batch_size))
 
 
 def observe(model: PreTrainedModel, batch_size: int) -> Observation:

@@ -436,7 +436,8 @@ def test_second_run_measures_nothing_again(
     """Batch size, response prefix and baseline come from the cache; another question about the base model doesn't."""
     _, first, settings = finished
     cache = Path(settings.cache_dir)
-    monkeypatch.setattr("abliterate.bench.calibrate", forbidden)
+    monkeypatch.setattr("abliterate.tuning.tune", forbidden)
+    monkeypatch.setattr("abliterate.bench.response_prefix", forbidden)
     responds = []
     respond = TrialEngine.respond
     monkeypatch.setattr(TrialEngine, "respond", lambda self, *a, **k: responds.append(k.get("limit")) or respond(self, *a, **k))

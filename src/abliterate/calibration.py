@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from abliterate.model.residuals import clear_device_cache
-
 # Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
 PLATEAU = 0.05
-# Probes for the largest size that fits (five find it to within 35 % of 128), and for the smallest that is as fast.
-_FIT_PROBES, _PLATEAU_PROBES = 5, 3
+# Probes in all, and at most for the smallest size that is as fast.
+_PROBES, _PLATEAU_PROBES = 8, 3
+# Sizes nearer to each other than this aren't told apart.
+_STEP = 1.2
 
 
 @dataclass(frozen=True)
@@ -26,36 +23,55 @@ class BatchTuning:
     probes: dict[int, float | None]
 
 
-def tune_batch_size(probe: Callable[[int], float | None], maximum: int) -> BatchTuning:
-    """The smallest measured batch size that is as fast as any that fits, by binary search in at most eight probes.
+def even_sizes(items: int, maximum: int) -> list[int]:
+    """Sizes worth a probe, ascending: equally full batches of `items`, at most `maximum` at a time, in steps of a fifth.
 
-    `probe(size)` gives items per second, None if the device runs out of memory. First the largest size that fits
-    (between the largest known to fit and the smallest known not to), then the smallest that is as fast. Both searches
-    bisect the logarithm: capacities and gains differ by factors. 1 where nothing fits.
+    100 items go as 100, 50, 34 or 25 at a time, never as 64 and 36.
+    """
+    found: list[int] = []
+    for batches in range(math.ceil(items / maximum), items + 1):
+        size = math.ceil(items / batches)
+        if not found or size <= found[-1] / _STEP or (size == 1 and found[-1] > 1):
+            found.append(size)
+        if size == 1:
+            break
+    return found[::-1]
+
+
+def tune_batch_size(
+    probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, plateau: bool = True
+) -> BatchTuning:
+    """The smallest of `sizes` (ascending) that is as fast as any that fits, by binary search in at most eight probes.
+
+    `probe(size)` gives items per second, None if the device runs out of memory. First from `start` (an estimate) to the
+    largest size that fits, as long as growing gains speed; then to the smallest that is as fast, which is left out without
+    `plateau`. 1 where nothing fits.
     """
     probes: dict[int, float | None] = {}
-    fits, too_large = 0, maximum + 1
-    size = maximum
-    for _ in range(_FIT_PROBES):
-        probes[size] = probe(size)
-        fits, too_large = (fits, size) if probes[size] is None else (size, too_large)
-        if too_large - fits <= max(1, fits // 8):  # to within 12 %: finer steps gain nothing
+    fits, too_large, step = -1, len(sizes), 1
+    at = max((index for index, size in enumerate(sizes) if size <= start), default=0)
+    while len(probes) < _PROBES and fits < at < too_large:
+        before = probes[sizes[fits]] if fits >= 0 else None
+        speed = probes[sizes[at]] = probe(sizes[at])
+        fits, too_large = (fits, at) if speed is None else (at, too_large)
+        if plateau and speed is not None and before is not None and speed < (1 + PLATEAU) * before:
             break
-        size = _between(fits, too_large)
-    slow, fast = 0, fits
-    for _ in range(_PLATEAU_PROBES):
-        if fast - slow <= max(1, fast // 8):
+        # In growing steps away from the estimate, which is seldom far off; between what fits and what doesn't in the middle.
+        if fits >= 0 and too_large < len(sizes):
+            at = (fits + too_large) // 2
+        else:
+            at, step = (max(0, at - step) if speed is None else min(len(sizes) - 1, at + step)), 2 * step
+    if not plateau:
+        return BatchTuning(sizes[max(0, fits)], probes)
+    slow, fast = -1, fits
+    for _ in range(min(_PLATEAU_PROBES, _PROBES - len(probes))):
+        if fast - slow <= 1:
             break
-        size = _between(slow, fast)
-        if size not in probes:
-            probes[size] = probe(size)
-        slow, fast = (slow, size) if size in _as_fast_as_any(probes) else (size, fast)
+        at = (slow + fast) // 2
+        if sizes[at] not in probes:
+            probes[sizes[at]] = probe(sizes[at])
+        slow, fast = (slow, at) if sizes[at] in _as_fast_as_any(probes) else (at, fast)
     return BatchTuning(min(_as_fast_as_any(probes), default=1), probes)
-
-
-def _between(low: int, high: int) -> int:
-    """The geometric middle, strictly between: low + 2 ≤ high."""
-    return min(max(round(math.sqrt(max(1, low) * high)), low + 1), high - 1)
 
 
 def _as_fast_as_any(probes: Mapping[int, float | None]) -> list[int]:
@@ -74,24 +90,6 @@ def double_batch_size(probe: Callable[[int], float | None], maximum: int) -> Bat
         size *= 2
     fitting = {size: speed for size, speed in probes.items() if speed is not None}
     return BatchTuning(max(fitting, key=lambda size: fitting[size]) if fitting else 1, probes)
-
-
-def timed_probe(work: Callable[[], object], items: int, device: torch.device) -> float | None:
-    """Items per second of `work`, or None if the device runs out of memory in it."""
-    started = time.perf_counter()
-    try:
-        work()
-        return items / max(time.perf_counter() - started, 1e-9)
-    except torch.OutOfMemoryError:
-        pass
-    # Outside the `except` block: inside it the traceback keeps the tensors alive.
-    clear_device_cache(device)
-    return None
-
-
-def even_size(size: int, items: int) -> int:
-    """The size ≤ `size` that divides `items` into equally full batches: 100 items at most 64 at a time are 50 + 50."""
-    return math.ceil(items / math.ceil(items / max(1, size)))
 
 
 def detect_prefix(respond: Callable[[str], Sequence[str]], blocks: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:

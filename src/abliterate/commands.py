@@ -81,15 +81,16 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     finally:
         reporter.close()
     if as_json:
-        print(json.dumps({"event": "result", "batch_size": tuning.size, "probes": tuning.probes}))
+        print(json.dumps({"event": "result", "operations": {one.operation: one.to_record() for one in tuning}}))
         return
-    rows = [
-        (str(size), "out of memory" if speed is None else f"{speed:.1f}", "← chosen" if size == tuning.size else "")
-        for size, speed in sorted(tuning.probes.items())
-    ]
-    if tuning.size not in tuning.probes:  # rounded down so that batches are equally full
-        rows.append((str(tuning.size), "", "← chosen"))
-    print_table(("batch size", "prompts/s", ""), rows, "Short generations, longest prompts first")
+    rows = []
+    for one in tuning:
+        for size, probe in sorted(one.probes.items()):
+            found = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", _size(probe.peak_bytes))
+            rows.append((one.operation, str(size), *found, "← chosen" if size == one.size else ""))
+        if one.size not in one.probes:  # made even afterwards, or taken over from another operation
+            rows.append((one.operation, str(one.size), "", "", "← chosen"))
+    print_table(("operation", "prompts at a time", "tokens/s", "memory", ""), rows, "Short passes over the longest prompts")
 
 
 def show_trials(path: Path, *, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from abliterate.bench import Bench, Calibration, Context, PromptSets, make_engine
+from abliterate.bench import Bench, Calibration, make_engine
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import TrialError
@@ -27,6 +27,7 @@ from abliterate.export.verify import (
     probe_inputs,
     storage_rounding,
 )
+from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
 from abliterate.model.chat import Chat
 from abliterate.model.weights import dense_weight
@@ -116,9 +117,9 @@ def _job(
 
 def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
     """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
-    model, size, dtype = bench.loaded.model, bench.calibration.batch_size, getattr(torch, bench.loaded.info.dtype)
+    model, sizes, dtype = bench.loaded.model, bench.calibration.sizes, getattr(torch, bench.loaded.info.dtype)
     # The plain engine here and on the export: the verdict must not depend on how trials are made fast.
-    engine, other = (make_engine(context, model, bench.chat, rows) for rows in (size, max(1, size // 2)))
+    engine, other = (make_engine(context, model, bench.chat, some) for some in (sizes, sizes.halved()))
     inputs = probe_inputs(job.factors)
     editor.apply(trial.params)
     harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
@@ -171,7 +172,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
     chat = Chat(tokenizer, device, picked.calibration.response_prefix)
-    engine = make_engine(context, model, chat, picked.calibration.batch_size)
+    engine = make_engine(context, model, chat, picked.calibration.sizes)
     total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 
     def progress(done: int, before: int) -> None:

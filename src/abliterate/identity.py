@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from abliterate import __version__
 from abliterate.evaluation.refusals import read_markers
 from abliterate.model.loader import LoadedModel, device_name
+from abliterate.model.memory import total_memory
 from abliterate.prompts import digest
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
@@ -37,16 +38,20 @@ def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts:
     }
 
 
-def calibration_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
-    """What batch size and response prefix depend on. The machine is told by its device and its threads."""
-    efficiency = settings.efficiency
+def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
+    efficiency, device = settings.efficiency, loaded.device
     return model_key(loaded) | {
-        "prompts": [digest(part) for part in sets],
-        "response": settings.response.model_dump(),
-        "batch_size": [settings.evaluation.batch_size, settings.evaluation.max_batch_size],
-        "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup],
-        "machine": [device_name(loaded.device), torch.get_num_threads()],
+        "lengths": {name: list(part) for name, part in lengths.items()},
+        "max_batch_size": settings.evaluation.max_batch_size,
+        "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
+        "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
     }
+
+
+def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
+    """What the response prefix depends on."""
+    return model_key(loaded) | {"prompts": [digest(part) for part in sets], "response": settings.response.model_dump()}
 
 
 def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from abliterate import stages
-from abliterate.bench import Bench, Context, PromptSets, check_model, load_and_calibrate, read_prompts, tune_only
+from abliterate.bench import Bench, check_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
-from abliterate.calibration import BatchTuning
 from abliterate.checks import check_names
 from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.certificate import Certificate
@@ -23,12 +22,14 @@ from abliterate.export import check_output
 from abliterate.exporting import Picked, export, prepare
 from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
+from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.report.html import write_report
 from abliterate.results import LaterExport, RunResult
 from abliterate.rundir import RunDirectory, write_atomically
 from abliterate.search import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
+from abliterate.tuning import Tuned
 from abliterate.types import Baseline, Reporter, Trial
 
 Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
@@ -201,7 +202,7 @@ def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory,
     return result.record
 
 
-def tune(settings: Settings, reporter: Reporter) -> BatchTuning:
+def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:
     """Measure batch sizes for the settings' model and prompts, without a run."""
     directory = RunDirectory(Path())
     context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import platform
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-import psutil
-
 from abliterate import __version__
 from abliterate.errors import InputError
+from abliterate.model.memory import PeakMeter
 from abliterate.rundir import RunDirectory, write_json
 from abliterate.types import Baseline, ModelInfo, Reporter, Trial
 
@@ -36,6 +33,7 @@ class RunResult:
         self._directory = directory
         self._reporter = reporter
         self._stage, self._counted_to = "", 0.0
+        self._meter = PeakMeter()
         self.record: dict[str, Any] = {
             "format": FORMAT,
             "model": {},
@@ -55,7 +53,7 @@ class RunResult:
     def stage(self, name: str, detail: str = "") -> Iterator[None]:
         """Announce a stage, and record how long it took and its memory peak."""
         self._reporter.stage(name, detail)
-        forget_peaks()
+        self._meter.restart()
         self._stage, self._counted_to = name, time.perf_counter()
         try:
             yield
@@ -70,7 +68,7 @@ class RunResult:
         self.record["timings"][self._stage], self._counted_to = round(spent, 3), now
         memory = self.record["memory"]
         of_stage = memory.setdefault("stages", {}).setdefault(self._stage, {})
-        for name, peak in (("peak_rss_bytes", peak_rss()), ("peak_device_bytes", peak_device())):
+        for name, peak in (("peak_rss_bytes", self._meter.rss()), ("peak_device_bytes", self._meter.device())):
             of_stage[name] = max(peak, of_stage.get(name, 0))
             memory[name] = max(peak, memory[name])
 
@@ -137,29 +135,3 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "device": "",
     }
-
-
-def forget_peaks() -> None:
-    """Peaks are those since now, where the system can forget: on Linux, and on an accelerator. Elsewhere they stay."""
-    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # resets the peak resident set
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():  # asking would initialize it, on a CPU run too
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_rss() -> int:
-    """The process's largest resident set since `forget_peaks`, in bytes."""
-    if os.name == "nt":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak if sys.platform == "darwin" else peak * 1024)
-
-
-def peak_device() -> int:
-    """The accelerator memory allocated at most since `forget_peaks`, in bytes; 0 on a CPU."""
-    import torch
-
-    return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else 0

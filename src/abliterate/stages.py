@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from abliterate.bench import Bench, Context, PromptSets
+from abliterate.bench import Bench
 from abliterate.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, compute_directions
 from abliterate.edits import SvdMemo
@@ -31,7 +31,9 @@ from abliterate.evaluation.reference import Progress, ReferenceEngine
 from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.evaluation.trial import early_scorer
 from abliterate.identity import baseline_key, residuals_key
+from abliterate.inputs import Context, PromptSets
 from abliterate.model.adapters import AdapterSet
+from abliterate.model.memory import affordable, memory_errors
 from abliterate.model.residuals import capture_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
@@ -166,9 +168,10 @@ def evaluate(
     """One trial."""
     started = time.perf_counter()
     try:
-        editor.apply(params)
         sets = (prompts.harmful_eval, prompts.harmless_eval)
-        found = evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
+        with memory_errors():
+            editor.apply(params)
+            found = evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
     except (TrialError, torch.OutOfMemoryError) as error:
         return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error).splitlines()[0])
     seconds = round(time.perf_counter() - started, 3)
@@ -226,12 +229,13 @@ def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt,
         context.reporter.progress(done, total, f"{name} prompts")
         context.check()
 
+    sizes = bench.calibration.sizes
     computed = capture_residuals(
         bench.loaded.model,
         bench.loaded.layers,
         bench.chat,
         prompts,
-        batch_size=bench.calibration.batch_size,
+        batch_size=affordable(sizes.residuals, sizes.row_bytes[0], bench.loaded.device),
         amp=efficiency.use_amp_for_residuals,
         offload=efficiency.offload_residuals_to_cpu,
         clear_every=efficiency.cache_clear_frequency,

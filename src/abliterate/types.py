@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 Scope = Literal["global", "per layer"]
 TrialState = Literal["complete", "stopped", "failed"]
 Goal = Literal["minimize", "maximize", "none"]
+Operation = Literal["residuals", "prefill", "decode"]
+OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,40 @@ class ModelInfo:
     dtype: str
     device: str
     quantization: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSizes:
+    """Prompts at a time, by operation.
+
+    `residuals`: a pass that keeps last positions only. `prefill`: the logits of the first response token. `decode`: whole
+    responses. `row_bytes`: the memory one prompt takes in each of them, 0 where it isn't known.
+    """
+
+    residuals: int
+    prefill: int
+    decode: int
+    row_bytes: tuple[int, int, int] = (0, 0, 0)
+
+    @staticmethod
+    def same(size: int) -> BatchSizes:
+        """One size for all."""
+        return BatchSizes(size, size, size)
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """{operation: size}."""
+        return dict(zip(OPERATIONS, (self.residuals, self.prefill, self.decode), strict=True))
+
+    @property
+    def of_trials(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(size, bytes of one prompt) of what trials consist of: `prefill` and `decode`."""
+        return (self.prefill, self.row_bytes[1]), (self.decode, self.row_bytes[2])
+
+    def halved(self) -> BatchSizes:
+        """Half as many prompts, at least one."""
+        residuals, prefill, decode = (max(1, size // 2) for size in self.by_name.values())
+        return BatchSizes(residuals, prefill, decode, self.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)

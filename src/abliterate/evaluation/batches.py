@@ -1,4 +1,4 @@
-"""Work in batches that survives running out of memory: halve, retry, lose nothing."""
+"""Work in batches that survives running out of memory: halve, retry, lose nothing, and grow back later."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from typing import TypeVar
 import torch
 
 from abliterate.errors import TrialError
-from abliterate.model.residuals import clear_device_cache
+from abliterate.model.memory import affordable, clear_device_cache, memory_errors
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Full batches after which a size that was halved is doubled again; twice as many after every further halving.
+PATIENCE = 8
+
 
 class Batches:
-    """At most `size` items at a time; halved for good when the device runs out of memory, unless `recover` is off."""
+    """At most `size` items at a time; halved where the device runs out of memory, unless `recover` is off.
 
-    def __init__(self, size: int, device: torch.device, *, recover: bool = True) -> None:
+    Other processes come and go: a halved size grows back step by step. On a CPU, whose killer asks nobody, a batch is never
+    larger than free memory and `row_bytes` (of one item; 0: not known) allow.
+    """
+
+    def __init__(self, size: int, device: torch.device, *, recover: bool = True, row_bytes: int = 0) -> None:
         self.size = size
+        self._wanted = size
         self._device = device
         self._recover = recover
+        self._row_bytes = row_bytes
+        self._fitted = 0
+        self._patience = PATIENCE
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
         """`work` over all items, results in order.
@@ -30,10 +41,11 @@ class Batches:
         """
         results: list[Result] = []
         while len(results) < len(items):
-            part = items[len(results) : len(results) + self.size]
+            part = items[len(results) : len(results) + affordable(self.size, self._row_bytes, self._device)]
             done: Sequence[Result] | None = None
             try:
-                done = work(part)
+                with memory_errors():
+                    done = work(part)
             except torch.OutOfMemoryError:
                 if not self._recover:
                     raise TrialError(f"the device is out of memory for a batch of {len(part)}") from None
@@ -41,8 +53,22 @@ class Batches:
                     raise TrialError("the device is out of memory even for a single prompt") from None
             # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
             if done is None:
-                clear_device_cache(self._device)
-                self.size = max(1, len(part) // 2)
+                self.shrink(len(part))
             else:
                 results.extend(done)
+                self._grow(len(part))
         return results
+
+    def shrink(self, rows: int) -> None:
+        """So many items didn't fit. Call it where no traceback keeps their tensors."""
+        clear_device_cache(self._device)
+        self.size = max(1, rows // 2)
+        self._fitted = 0
+        self._patience *= 2
+
+    def _grow(self, rows: int) -> None:
+        if rows < self.size or self.size == self._wanted:
+            return
+        self._fitted += 1
+        if self._fitted == self._patience:
+            self.size, self._fitted = min(self._wanted, 2 * self.size), 0

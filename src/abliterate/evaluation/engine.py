@@ -22,7 +22,7 @@ from abliterate.evaluation.passes import Passes, is_supported, sharing_of
 from abliterate.evaluation.prefill import EditState, Group, Prefill
 from abliterate.evaluation.reference import Progress, ReferenceEngine, end_ids, greedy_config
 from abliterate.evaluation.watch import PrefixWatch, ResponseWatch
-from abliterate.model.residuals import clear_device_cache
+from abliterate.model.memory import memory_errors
 from abliterate.settings import EfficiencySettings
 from abliterate.types import Prompt
 
@@ -77,7 +77,10 @@ class TrialEngine:
         self.passes = Passes(reference.model, layers)
         self._switches = switches
         self._early = early
-        self._batches = Batches(reference.batch_size, self.chat.device, recover=switches.use_memory_recovery)
+        self._prefills, self._decodes = (
+            Batches(size, self.chat.device, recover=switches.use_memory_recovery, row_bytes=row_bytes)
+            for size, row_bytes in reference.sizes.of_trials
+        )
         able = self._examine()
         self.sharing: Sharing = able if switches.use_shared_prefix else "none"
         self.drafting = switches.use_drafts and able == "between" and self.passes.takes_positions
@@ -101,8 +104,7 @@ class TrialEngine:
         """
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
-        size = self._batches.size
-        for prompts, with_cache in ((harmful, True), (harmless, False)):
+        for prompts, with_cache, size in ((harmful, True, self._decodes.size), (harmless, False, self._prefills.size)):
             found = self._lay_out(prompts, together=with_cache)
             if self._switches.use_layer_skip:
                 for group in found.groups:
@@ -129,7 +131,7 @@ class TrialEngine:
                 return list(logits.float().log_softmax(dim=-1).unbind())
 
             places = [place for place, row in enumerate(group.rows) if row in set(rows)]
-            done = self._batches.run(places, work)
+            done = self._prefills.run(places, work)
             found |= zip((group.rows[place] for place in places), done, strict=True)
             progress(len(found), len(prompts))
         return torch.stack([found[row] for row in rows])
@@ -162,7 +164,7 @@ class TrialEngine:
         watch = PrefixWatch(self.chat, self._ends)
         found = self._lay_out(prompts, together=True)
         found.drafts = None  # no response comes twice
-        self._batches.run(range(len(prompts)), lambda part: self._whole(found, part, watch))
+        self._decodes.run(range(len(prompts)), lambda part: self._whole(found, part, watch))
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
@@ -204,12 +206,13 @@ class TrialEngine:
         def begin(part: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
                 return part
-            if sum(len(rows.rows) for rows in paused) + len(part) > self._batches.size:
+            if sum(len(rows.rows) for rows in paused) + len(part) > self._decodes.size:
                 self._drain(paused, watch, found.drafts)
             watch.begin(part)  # a part that ran out of memory is done again from its start
             try:
-                rows = self._started(found.groups[0], part)
-                self._decode(rows, length, min(PAUSE, length), watch, found.drafts)
+                with memory_errors():
+                    rows = self._started(found.groups[0], part)
+                    self._decode(rows, length, min(PAUSE, length), watch, found.drafts)
             except torch.OutOfMemoryError:
                 paused.clear()  # they hold memory, and are done again below
                 raise
@@ -218,25 +221,25 @@ class TrialEngine:
             return part
 
         for chunk in chunks:
-            self._batches.run(chunk, begin)
+            self._decodes.run(chunk, begin)
         self._drain(paused, watch, found.drafts)
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
-        self._batches.run(left, lambda part: part if watch.satisfied else self._whole(found, part, watch))
+        self._decodes.run(left, lambda part: part if watch.satisfied else self._whole(found, part, watch))
 
     def _drain(self, paused: list[Decoding], watch: ResponseWatch, drafts: Drafts | None) -> None:
         """Waiting rows to their end. Where they run out of memory together, they are left undone."""
         length = self.reference.max_new_tokens
         try:
             if paused and not watch.satisfied:
-                self._decode(join(paused), length, length, watch, drafts)
+                with memory_errors():
+                    self._decode(join(paused), length, length, watch, drafts)
             paused.clear()
             return
         except torch.OutOfMemoryError:
             if not self._switches.use_memory_recovery:
                 raise TrialError("the device is out of memory for the responses that are left") from None
         paused.clear()
-        clear_device_cache(self.chat.device)
-        self._batches.size = max(1, self._batches.size // 2)
+        self._decodes.shrink(self._decodes.size)
 
     def _whole(self, found: _PromptSet, part: Sequence[int], watch: ResponseWatch | PrefixWatch) -> Sequence[int]:
         """Rows from their start to their end, or until the watch is satisfied."""
@@ -254,7 +257,7 @@ class TrialEngine:
 
     def _chunks(self, found: _PromptSet, limit: int | None) -> list[list[int]]:
         """Rows in the order in which they are tried. Where a trial may stop: hardest first, and few at first."""
-        size = self._batches.size
+        size = self._decodes.size
         rows = list(range(len(found.history)))
         first = 0
         if limit is not None:
@@ -275,7 +278,7 @@ class TrialEngine:
         parts = [rows]
         if not together:
             rows.sort(key=lambda row: len(tokens[row]))
-            size = self._batches.size
+            size = self._prefills.size
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         device = self.chat.device
         groups = [self._prefill.group(part, [tokens[row] for row in part], prefix, device) for part in parts]

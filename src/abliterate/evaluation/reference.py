@@ -18,7 +18,7 @@ from abliterate.evaluation.base import Observation, Response
 from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.chat import Chat
-from abliterate.types import Prompt
+from abliterate.types import BatchSizes, Prompt
 
 Progress = Callable[[int, int], None]
 
@@ -33,20 +33,16 @@ class ReferenceEngine:
         reader: ResponseReader,
         *,
         max_new_tokens: int,
-        batch_size: int,
+        sizes: BatchSizes,
         check: Callable[[], None] = lambda: None,
     ) -> None:
         self.model: Any = model
         self.chat = chat
         self.reader = reader
         self.max_new_tokens = max_new_tokens
-        self._batches = Batches(batch_size, chat.device)
+        self.sizes = sizes
+        self._prefills, self._decodes = (Batches(size, chat.device, row_bytes=row_bytes) for size, row_bytes in sizes.of_trials)
         self.check = check
-
-    @property
-    def batch_size(self) -> int:
-        """Prompts at a time; smaller than given once memory has run out."""
-        return self._batches.size
 
     def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
         """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
@@ -70,7 +66,7 @@ class ReferenceEngine:
             counted.add(len(part))
             return rows.unbind()
 
-        return torch.stack(self._batches.run(prompts, work))
+        return torch.stack(self._prefills.run(prompts, work))
 
     @torch.inference_mode()
     def respond(
@@ -85,7 +81,7 @@ class ReferenceEngine:
             opens = [self.reader.starts_open(self.chat.render(prompt)) for prompt in part]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
-        return self._batches.run(prompts, work)
+        return self._decodes.run(prompts, work)
 
     @torch.inference_mode()
     def generate_ids(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
@@ -110,7 +106,7 @@ class ReferenceEngine:
             kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
             return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
 
-        return self._batches.run(prompts, work)
+        return self._decodes.run(prompts, work)
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
         config = greedy_config(self.model, max_new_tokens)

@@ -16,7 +16,7 @@ from abliterate.evaluation.base import EarlyScorer
 from abliterate.evaluation.engine import TrialEngine, Unsupported
 from abliterate.evaluation.prefill import EditState
 from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.model.residuals import clear_device_cache
+from abliterate.model.memory import clear_device_cache
 from abliterate.settings import EfficiencySettings
 from abliterate.types import Prompt
 

@@ -21,7 +21,7 @@ from abliterate.model import architectures
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import load_error, load_weights
 from abliterate.model.hub import skip_retries_without_network
-from abliterate.model.residuals import clear_device_cache
+from abliterate.model.memory import clear_device_cache
 from abliterate.settings import LoadSettings
 from abliterate.types import ModelInfo
 

@@ -7,9 +7,9 @@ n_layers is before the final norm (`output_hidden_states` gives it after). Knows
 from __future__ import annotations
 
 import contextlib
-import gc
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedModel
 
 from abliterate.errors import AbliterateError
 from abliterate.model.chat import Chat
+from abliterate.model.memory import clear_device_cache, unless_full
 from abliterate.types import Prompt
 
 
@@ -89,18 +90,13 @@ def capture_residuals(
     done = 0
     while done < len(prompts):
         part = prompts[done : done + batch_size]
-        captured: Tensor | None = None
-        try:
-            captured = _capture_batch(model, layers, chat, part, amp, home)
-        except torch.OutOfMemoryError:
+        captured = unless_full(partial(capture_batch, model, layers, chat, part, amp=amp, home=home), chat.device)
+        if captured is None:
             if len(part) == 1:
                 raise AbliterateError(
                     "The device is out of memory even for a single prompt; try --set load.quantization=bnb_4bit, shorter "
                     "prompts, or --device cpu."
-                ) from None
-        # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
-        if captured is None:
-            clear_device_cache(chat.device)
+                )
             batch_size = len(part) // 2
             continue
         batches.append(captured)
@@ -114,19 +110,12 @@ def capture_residuals(
     return residuals
 
 
-def _capture_batch(
-    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], amp: bool, home: torch.device
+@torch.no_grad()
+def capture_batch(
+    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], *, amp: bool, home: torch.device
 ) -> Tensor:
     """One pass: (batch, n_layers+1, d_model) float32 on `home`."""
     states: list[Tensor | None] = [None] * (len(layers) + 1)
     with capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
         model(**prefill_kwargs(model, chat.encode(prompts)))
     return torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1)
-
-
-def clear_device_cache(device: torch.device) -> None:
-    """Return freed memory to the device; on a CPU only Python's garbage is collected."""
-    gc.collect()
-    empty_cache = getattr(getattr(torch, device.type, None), "empty_cache", None)
-    if device.type != "cpu" and empty_cache is not None:
-        empty_cache()

@@ -1,0 +1,119 @@
+"""How many bytes one row takes in each operation, from a model's config alone. Knows no weights and no device.
+
+An estimate, and an upper bound for plain transformers: what the largest layer holds while it runs, the cache, the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+FLOAT32 = 4
+# What families hold beyond the plain transformer that is counted here, measured on those in tests/test_footprint.py.
+_MARGIN = 1.3
+# Without their kernels' packages, linear attention and convolutions run as plain PyTorch, which keeps many float32 copies.
+_RECURRENT_MARGIN = 5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on.
+
+    `widest`: entries a token has at most in a layer's hidden products, all experts it visits. `recurrent`: whether some layers
+    keep states instead of a cache. `cached`: per layer, the most tokens its cache keeps (0: all). `scores`: bytes an attention
+    score takes, all heads together; 0 where attention never holds scores.
+    """
+
+    n_layers: int
+    d_model: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    widest: int
+    vocabulary: int
+    itemsize: int
+    recurrent: bool
+    cached: tuple[int, ...]
+    scores: int
+
+    @staticmethod
+    def of(config: Any, dtype: torch.dtype) -> Shape:
+        """Of a (text) config, for passes in `dtype`; names that a family lacks are replaced by what they usually are."""
+        d_model = config.hidden_size
+        heads = getattr(config, "num_attention_heads", None) or max(1, d_model // 64)
+        hidden = max(_one(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
+        visited = getattr(config, "num_experts_per_tok", None) or 0
+        experts = visited * (getattr(config, "moe_intermediate_size", None) or hidden)
+        eager = getattr(config, "_attn_implementation", None) == "eager"
+        return Shape(
+            n_layers=config.num_hidden_layers,
+            d_model=d_model,
+            heads=heads,
+            kv_heads=_one(getattr(config, "num_key_value_heads", None)) or heads,
+            head_dim=getattr(config, "head_dim", None) or d_model // heads,
+            widest=max(hidden, experts),
+            vocabulary=config.vocab_size,
+            itemsize=dtype.itemsize,
+            recurrent=any("attention" not in kind or "linear" in kind for kind in getattr(config, "layer_types", None) or ()),
+            cached=tuple(_cached_tokens(config)),
+            scores=heads * (2 * FLOAT32 + dtype.itemsize) if eager else 0,
+        )
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of one layer: keys and values."""
+        return 2 * self.kv_heads * self.head_dim * self.itemsize
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Keys and values of a row of so many tokens, in all layers."""
+        kept = sum(min(tokens, most) if most else tokens for most in self.cached)
+        return kept * self.cache_bytes_per_token
+
+    def pass_bytes(self, tokens: int) -> int:
+        """What a pass of so many tokens holds at most beside weights, cache and logits."""
+        attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
+        # The residual stream, its normed copy and what is added to it; of the MLP: gate, up and their product.
+        entries = 3 * self.d_model + max(3 * self.widest, attention + self.d_model)
+        mask = self.itemsize * tokens  # float, one row of it for each token
+        norm = 2 * FLOAT32 * self.d_model  # norms compute in float32
+        margin = _RECURRENT_MARGIN if self.recurrent else _MARGIN
+        return int(margin * tokens * (entries * self.itemsize + norm + mask + self.scores * tokens))
+
+    def logits_bytes(self) -> int:
+        """Logits of one position: as they come, as float32, and their log-softmax."""
+        return self.vocabulary * (self.itemsize + 2 * FLOAT32)
+
+
+def row_bytes(shape: Shape, operation: str, prompt: int, response: int) -> int:
+    """Bytes one row takes in `operation` (see `BatchSizes`); `prompt` and `response` in tokens."""
+    passed = shape.pass_bytes(prompt) + shape.logits_bytes()
+    if operation == "residuals":
+        return passed + (shape.n_layers + 1) * shape.d_model * (shape.itemsize + FLOAT32)
+    if operation == "prefill":
+        return passed + shape.cache_bytes(prompt)
+    # Growing a layer's cache copies it.
+    growing = (prompt + response) * shape.cache_bytes_per_token
+    return passed + shape.cache_bytes(prompt + response) + growing
+
+
+def kept_bytes(shape: Shape, starts: int, harmful: int, harmless: int, prompt: int) -> int:
+    """Bytes the trial engine keeps of the base model at most: hidden states at `starts` layers, the harmful prompts' cache."""
+    hidden = starts * (harmful + harmless) * prompt * shape.d_model * shape.itemsize
+    return hidden + harmful * shape.cache_bytes(prompt)
+
+
+def _cached_tokens(config: Any) -> list[int]:
+    """Per layer, the most tokens whose keys and values are kept; 0: all."""
+    window = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return [window] * config.num_hidden_layers
+    # Linear attention and convolutions keep states of a fixed size: that of a few tokens.
+    return [0 if "full" in kind else window if "sliding" in kind else 64 for kind in kinds]
+
+
+def _one(value: Any) -> int:
+    return max(value) if isinstance(value, Sequence) else value or 0

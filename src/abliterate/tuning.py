@@ -1,0 +1,226 @@
+"""Batch sizes by measurement: how each operation is probed on a loaded model, and where the sizes found are kept.
+
+`calibration.py` searches; this module estimates where the search begins, makes the probes, and knows the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from abliterate.cache import from_bytes, to_bytes
+from abliterate.calibration import BatchTuning, WarmUp, double_batch_size, even_sizes, tune_batch_size
+from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.identity import batch_sizes_key
+from abliterate.inputs import Context, PromptSets
+from abliterate.model.footprint import Shape, kept_bytes, row_bytes
+from abliterate.model.loader import LoadedModel
+from abliterate.model.memory import PeakMeter, clear_device_cache, synchronize, unless_full, usable_memory, used_memory
+from abliterate.model.residuals import capture_batch
+from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
+
+# Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
+PROBE_TOKENS = 8
+# Layers at which the trial engine keeps hidden states.
+STARTS = 4
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one size was measured to do: prompt or response tokens a second, and the memory it took above what was in use."""
+
+    tokens_per_second: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One operation: the size chosen, the estimate that the search began with, bytes of one prompt, and what was measured.
+
+    `probes`: {size: Probe, or None where it didn't fit}.
+    """
+
+    operation: Operation
+    size: int
+    start: int
+    row_bytes: int
+    probes: Mapping[int, Probe | None]
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form."""
+        probes = [
+            {"size": size, "fits": found is not None}
+            | ({"tokens_per_second": round(found.tokens_per_second, 1), "peak_bytes": found.peak_bytes} if found else {})
+            for size, found in sorted(self.probes.items())
+        ]
+        return {"size": self.size, "estimate": self.start, "row_bytes": self.row_bytes, "probes": probes}
+
+
+def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> BatchSizes:
+    """As the settings say, else as measured here before, else measured now; says which."""
+    given = context.settings.evaluation.batch_size
+    if given:
+        _say(context, BatchSizes.same(given), "as given")
+        return BatchSizes.same(given)
+    key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
+    found = context.store.get("batch sizes", key)
+    if found is not None:
+        sizes = json.loads(from_bytes(found["sizes"]))
+        known = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
+        _say(context, known, "from the cache")
+        return known
+    return sizes_of(tune(context, loaded, engine, prompts))
+
+
+def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> tuple[Tuned, ...]:
+    """Measure every operation, and keep what was found for later runs."""
+    efficiency = context.settings.efficiency
+    bench = _Probes(context, loaded, engine, prompts)
+    if efficiency.use_binary_search_batch_tuning:
+        prefill = bench.search("prefill")
+        # Done once: not worth more than a look whether what is good for prefill fits here too.
+        tuned: tuple[Tuned, ...] = (bench.search("residuals", at_most=prefill.size), prefill, bench.search("decode"))
+    else:
+        tuned = bench.double()
+    found = sizes_of(tuned)
+    key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
+    text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes})
+    label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in found.by_name.items())
+    context.store.put("batch sizes", key, {"sizes": to_bytes(text)}, label)
+    _say(context, found, f"found by {sum(len(one.probes) for one in tuned)} probes")
+    return tuned
+
+
+def sizes_of(tuned: Sequence[Tuned]) -> BatchSizes:
+    """The sizes chosen, in the order of `OPERATIONS`."""
+    residuals, prefill, decode = tuned
+    return BatchSizes(residuals.size, prefill.size, decode.size, (residuals.row_bytes, prefill.row_bytes, decode.row_bytes))
+
+
+def _say(context: Context, sizes: BatchSizes, how: str) -> None:
+    distinct = set(sizes.by_name.values())
+    each = ", ".join(f"{name} {size}" for name, size in sizes.by_name.items()) if len(distinct) > 1 else str(min(distinct))
+    context.reporter.note(f"batch size: {each} ({how})", batch_sizes=sizes.by_name)
+    context.result.record["batch_sizes"] = sizes.by_name
+
+
+def _lengths(engine: ReferenceEngine, prompts: PromptSets) -> dict[str, list[int]]:
+    """{operation: [prompts in the larger set, tokens of the longest, tokens of a response]}."""
+    sets = _sets(prompts)
+    found: dict[str, list[int]] = {}
+    for name, parts in sets.items():
+        longest = max(len(engine.chat.token_ids(prompt)) for part in parts for prompt in part)
+        found[name] = [max(map(len, parts)), longest, engine.max_new_tokens]
+    return found
+
+
+def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]]:
+    return {
+        "residuals": (prompts.harmful, prompts.harmless),
+        "prefill": (prompts.harmless_eval,),
+        "decode": (prompts.harmful_eval,),
+    }
+
+
+class _Probes:
+    """Probes of a loaded model, on the longest prompts of each operation's sets."""
+
+    def __init__(self, context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> None:
+        self._context, self._loaded, self._engine = context, loaded, engine
+        self._device = loaded.device
+        sets = _sets(prompts)
+        self._lengths = _lengths(engine, prompts)
+        self._longest = {
+            name: sorted((p for part in parts for p in part), key=lambda p: -len(engine.chat.token_ids(p)))
+            for name, parts in sets.items()
+        }
+        model = loaded.model
+        self._shape = Shape.of(model.config.get_text_config(), model.dtype)
+        once = context.settings.efficiency.use_global_warmup
+        self._warm_up = WarmUp(lambda: engine.generate_ids(self._longest["decode"][:1], 2), once=once)
+        longest = max(self._lengths[name][1] for name in ("prefill", "decode"))
+        kept = kept_bytes(self._shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
+        # The engine keeps this much between trials, and KL the base's log-probabilities and the trial's.
+        self._reserved = kept + 8 * len(prompts.harmless_eval) * self._shape.vocabulary
+
+    def search(self, operation: Operation, at_most: int = 0) -> Tuned:
+        """From the estimate to the best size; `at_most`: only whether that fits, else what does."""
+        items, prompt, response = self._lengths[operation]
+        estimate = row_bytes(self._shape, operation, prompt, response)
+        maximum = min(at_most or items, self._context.settings.evaluation.max_batch_size)
+        sizes = even_sizes(items, maximum)
+        start = max(1, min(sizes[-1], self._usable() // estimate))
+        probes: dict[int, Probe | None] = {}
+        tuned = tune_batch_size(partial(self._speed, operation, estimate, probes), sizes, start, plateau=not at_most)
+        return self._tuned(operation, tuned, start, estimate, probes)
+
+    def double(self) -> tuple[Tuned, ...]:
+        """One size for all operations, by doubling: as peers do it."""
+        items, prompt, response = self._lengths["decode"]
+        estimate = row_bytes(self._shape, "decode", prompt, response)
+        probes: dict[int, Probe | None] = {}
+        maximum = min(items, self._context.settings.evaluation.max_batch_size)
+        found = double_batch_size(partial(self._speed, "decode", estimate, probes), maximum)
+        even = BatchTuning(even_sizes(items, found.size)[-1], found.probes)
+        return tuple(self._tuned(name, even, 1, estimate, probes if name == "decode" else {}) for name in OPERATIONS)
+
+    def _tuned(
+        self, operation: Operation, tuned: BatchTuning, start: int, estimate: int, probes: Mapping[int, Probe | None]
+    ) -> Tuned:
+        measured = probes.get(tuned.size)
+        taken = (measured.peak_bytes // tuned.size + self._unseen(operation)) if measured else 0
+        return Tuned(operation, tuned.size, start, max(taken, estimate), dict(probes))
+
+    def _speed(self, operation: Operation, estimate: int, probes: dict[int, Probe | None], size: int) -> float | None:
+        """Prompts a second; None where so many don't fit."""
+        self._context.check()
+        self._warm_up()
+        found = self._probe(operation, estimate, size)
+        probes[size] = found
+        tokens = PROBE_TOKENS if operation == "decode" else self._lengths[operation][1]
+        return found.tokens_per_second / tokens if found else None
+
+    def _probe(self, operation: Operation, estimate: int, size: int) -> Probe | None:
+        usable = self._usable()
+        # Here no error would come, but the killer of processes.
+        if self._device.type in ("cpu", "mps") and size > 1 and size * estimate > usable:
+            return None
+        longest = self._longest[operation]
+        rows = [longest[index % len(longest)] for index in range(size)]
+        clear_device_cache(self._device)  # or the peak would hide in what an earlier probe has freed
+        meter, before = PeakMeter(), used_memory(self._device)
+        started = time.perf_counter()
+        done = unless_full(partial(self._work(operation), rows), self._device)
+        synchronize(self._device)
+        seconds = max(time.perf_counter() - started, 1e-9)
+        if done is None:
+            return None
+        del done
+        peak = max(0, (meter.rss() if self._device.type == "cpu" else meter.device()) - before)
+        if size > 1 and peak + size * self._unseen(operation) > usable:
+            return None
+        tokens = PROBE_TOKENS if operation == "decode" else self._lengths[operation][1]
+        return Probe(size * tokens / seconds, peak)
+
+    def _unseen(self, operation: Operation) -> int:
+        """Bytes of a row that a short probe doesn't reach: the cache of the rest of a response."""
+        if operation != "decode":
+            return 0
+        _, prompt, response = self._lengths["decode"]
+        return self._shape.cache_bytes(prompt + response) - self._shape.cache_bytes(prompt + min(response, PROBE_TOKENS))
+
+    def _usable(self) -> int:
+        return max(0, usable_memory(self._device) - self._reserved)
+
+    def _work(self, operation: Operation) -> Callable[[Sequence[Prompt]], object]:
+        loaded, engine, efficiency = self._loaded, self._engine, self._context.settings.efficiency
+        if operation == "residuals":
+            amp, home = efficiency.use_amp_for_residuals, self._device
+            return lambda rows: capture_batch(loaded.model, loaded.layers, engine.chat, rows, amp=amp, home=home)
+        if operation == "prefill":
+            return lambda rows: engine.raw_logits(rows, 1)[1][:, 0].float().log_softmax(dim=-1)
+        return lambda rows: engine.generate_ids(rows, min(PROBE_TOKENS, engine.max_new_tokens))
