@@ -392,14 +392,16 @@ def test_any_order_stops_the_same_trials(llama: Lab) -> None:
 
 
 def limited(model: PreTrainedModel, rows: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Make a pass of more than `rows` rows, after the first token, run out of memory."""
+    """Make a pass of more than `rows` rows, after the first token, run out of memory; the rows of all such passes."""
     sizes: list[int] = []
     forward = type(model).forward
 
     def out_of_memory(self: Any, *args: Any, **kwargs: Any) -> Any:
-        sizes.append(kwargs["input_ids"].shape[0])
-        if sizes[-1] > rows and kwargs["input_ids"].shape[1] == 1:
-            raise torch.OutOfMemoryError("out of memory")
+        n, tokens = kwargs["input_ids"].shape
+        if tokens == 1:
+            sizes.append(n)
+            if n > rows:
+                raise torch.OutOfMemoryError("out of memory")
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", out_of_memory)

@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch: pytest.MonkeyPatch) -> None
     sizes = limit_memory(loaded, monkeypatch, 1)
     inside: list[bool] = []
     monkeypatch.setattr(
-        "abliterate.model.residuals.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
+        "abliterate.model.memory.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
     )
     seen: list[int] = []
     found = capture(loaded, batch_size=3, progress=lambda done, total: seen.append(done))
