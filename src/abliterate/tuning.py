@@ -25,6 +25,8 @@ from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
 # Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
 PROBE_TOKENS = 8
+# Of a prefill at which a CPU is about as fast as it gets; larger batches would make the search longer than a trial.
+CPU_TOKENS = 1024
 # Layers at which the trial engine keeps hidden states.
 STARTS = 4
 
@@ -154,6 +156,8 @@ class _Probes:
         maximum = min(at_most or items, self._context.settings.evaluation.max_batch_size)
         sizes = even_sizes(items, maximum)
         start = max(1, min(sizes[-1], self._usable() // estimate))
+        if self._device.type == "cpu" and operation != "decode":
+            start = min(start, max(1, CPU_TOKENS // prompt))
         probes: dict[int, Probe | None] = {}
         tuned = tune_batch_size(partial(self._speed, operation, estimate, probes), sizes, start, plateau=not at_most)
         return self._tuned(operation, tuned, start, estimate, probes)
@@ -181,8 +185,7 @@ class _Probes:
         self._warm_up()
         found = self._probe(operation, estimate, size)
         probes[size] = found
-        tokens = PROBE_TOKENS if operation == "decode" else self._lengths[operation][1]
-        return found.tokens_per_second / tokens if found else None
+        return found.tokens_per_second / self._tokens(operation) if found else None
 
     def _probe(self, operation: Operation, estimate: int, size: int) -> Probe | None:
         usable = self._usable()
@@ -193,34 +196,53 @@ class _Probes:
         rows = [longest[index % len(longest)] for index in range(size)]
         clear_device_cache(self._device)  # or the peak would hide in what an earlier probe has freed
         meter, before = PeakMeter(), used_memory(self._device)
-        started = time.perf_counter()
-        done = unless_full(partial(self._work(operation), rows), self._device)
-        synchronize(self._device)
-        seconds = max(time.perf_counter() - started, 1e-9)
-        if done is None:
+        times = [time.perf_counter()]
+
+        def note_time() -> None:
+            synchronize(self._device)
+            times.append(time.perf_counter())
+
+        def work() -> bool:
+            self._work(operation)(rows, note_time)
+            note_time()
+            return True
+
+        if unless_full(work, self._device) is None:
             return None
-        del done
         peak = max(0, (meter.rss() if self._device.type == "cpu" else meter.device()) - before)
         if size > 1 and peak + size * self._unseen(operation) > usable:
             return None
-        tokens = PROBE_TOKENS if operation == "decode" else self._lengths[operation][1]
-        return Probe(size * tokens / seconds, peak)
+        return Probe(size * self._speed_of_a_row(operation, times), peak)
+
+    def _speed_of_a_row(self, operation: Operation, times: Sequence[float]) -> float:
+        """Tokens a second, given when a probe began, when each token of a response came, and when it ended."""
+        tokens, begin, end = self._tokens(operation), times[0], times[-1]
+        if operation == "decode" and len(times) > 3:
+            # The first token takes a prefill, which is the other operation; and rows may end before the last.
+            tokens, begin, end = len(times) - 3, times[1], times[-2]
+        return tokens / max(end - begin, 1e-9)
+
+    def _tokens(self, operation: Operation) -> int:
+        """Of each row, that a probe is timed for."""
+        _, prompt, response = self._lengths[operation]
+        return min(PROBE_TOKENS, max(1, response - 1)) if operation == "decode" else prompt
 
     def _unseen(self, operation: Operation) -> int:
         """Bytes of a row that a short probe doesn't reach: the cache of the rest of a response."""
         if operation != "decode":
             return 0
         _, prompt, response = self._lengths["decode"]
-        return self._shape.cache_bytes(prompt + response) - self._shape.cache_bytes(prompt + min(response, PROBE_TOKENS))
+        return self._shape.cache_bytes(prompt + response) - self._shape.cache_bytes(prompt + self._tokens("decode"))
 
     def _usable(self) -> int:
         return max(0, usable_memory(self._device) - self._reserved)
 
-    def _work(self, operation: Operation) -> Callable[[Sequence[Prompt]], object]:
+    def _work(self, operation: Operation) -> Callable[[Sequence[Prompt], Callable[[], None]], object]:
+        """One batch of an operation; a decoding one calls back after every token."""
         loaded, engine, efficiency = self._loaded, self._engine, self._context.settings.efficiency
         if operation == "residuals":
             amp, home = efficiency.use_amp_for_residuals, self._device
-            return lambda rows: capture_batch(loaded.model, loaded.layers, engine.chat, rows, amp=amp, home=home)
+            return lambda rows, _: capture_batch(loaded.model, loaded.layers, engine.chat, rows, amp=amp, home=home)
         if operation == "prefill":
-            return lambda rows: engine.raw_logits(rows, 1)[1][:, 0].float().log_softmax(dim=-1)
-        return lambda rows: engine.generate_ids(rows, min(PROBE_TOKENS, engine.max_new_tokens))
+            return lambda rows, _: engine.raw_logits(rows, 1)[1][:, 0].float().log_softmax(dim=-1)
+        return lambda rows, tell: engine.generate_ids(rows, 1 + self._tokens("decode"), tell)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from abliterate.evaluation.base import Observation, Response
 from abliterate.evaluation.batches import Batches
@@ -84,10 +84,17 @@ class ReferenceEngine:
         return self._decodes.run(prompts, work)
 
     @torch.inference_mode()
-    def generate_ids(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[list[int]]:
-        """Generated ids of one batch, the prompt's not included; padded after each row's end."""
+    def generate_ids(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, after_token: Callable[[], None] | None = None
+    ) -> list[list[int]]:
+        """Generated ids of one batch, the prompt's not included; padded after each row's end.
+
+        `after_token` is called after every token of the batch.
+        """
         batch = self.chat.encode(prompts)
-        output = self.model.generate(**batch, generation_config=greedy_config(self.model, max_new_tokens))
+        config = greedy_config(self.model, max_new_tokens)
+        stops = {"stopping_criteria": StoppingCriteriaList([_Never(after_token)])} if after_token else {}
+        output = self.model.generate(**batch, generation_config=config, **stops)
         return output[:, batch["input_ids"].shape[1] :].tolist()  # type: ignore[index,union-attr,return-value]
 
     @torch.inference_mode()
@@ -131,6 +138,17 @@ def end_ids(model: PreTrainedModel) -> set[int]:
     config = model.generation_config
     ends = config.eos_token_id if config is not None else None
     return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
+
+
+class _Never(StoppingCriteria):
+    """Stops nothing, and tells that a token has come."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        self._tell()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 class _Counter:
