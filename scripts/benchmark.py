@@ -46,8 +46,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no residual cache": ("enable_residual_cache", "cache_residuals_in_memory"),
 }
 NEVER_STOPS = ("reference", "no trial engine", "no certified stop")
-# These find their own batch size; all others take the one of "all", so that they differ in one thing.
-OWN_BATCH_SIZE = ("all", "reference", "batch size by doubling", "warm-up per probe")
+# These find their own batch sizes; all others take those of "all", so that they differ in one thing.
+OWN_BATCH_SIZES = ("all", "reference", "batch size by doubling", "warm-up per probe")
 KL_TOLERANCE = 1e-5  # float32
 
 
@@ -60,10 +60,10 @@ def call(options: argparse.Namespace, out: Path, cache: Path, *more: str) -> dic
     return json.loads(out.read_text(encoding="utf-8"))
 
 
-def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path, size: int) -> dict[str, Any]:
-    """One variant, once; `size`: the batch size of "all"."""
+def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path, sizes: list[int]) -> dict[str, Any]:
+    """One variant, once; `sizes`: the batch sizes of "all"."""
     switches = ["--reference"] if name == "reference" else ["--off", *VARIANTS[name]] if VARIANTS[name] else []
-    batch = [] if name in OWN_BATCH_SIZE else ["--batch-size", str(size)]
+    batch = [] if name in OWN_BATCH_SIZES else ["--batch-sizes", *map(str, sizes)]
     return call(
         options, folder / "measured.json", cache, "--study", str(study), "--count", str(options.count), *switches, *batch
     )
@@ -113,7 +113,7 @@ def medians(results: list[dict[str, Any]]) -> Measured:
         device=median("device"),
         passes=int(median("passes")),
         tokens=int(median("tokens")),
-        batch_size=int(median("batch_size")),
+        batch_sizes=results[-1]["batch_sizes"],
         kl=statistics.mean(trial["kl"] for trial in last["trials"]),
         refusals=sum(trial["refusals"] for trial in last["trials"]),
         stopped=sum(trial["state"] == "stopped" for trial in last["trials"]),
@@ -146,11 +146,11 @@ def main() -> None:
         for repeat in range(options.repeats):
             for name in names:
                 cache = folder / f"cache-{repeat}-{names.index(name)}"
-                size = results["all"][-1]["batch_size"] if results["all"] else 0
-                results[name].append(measure(options, name, study, folder, cache, size))
+                sizes = list(results["all"][-1]["batch_sizes"].values()) if results["all"] else []
+                results[name].append(measure(options, name, study, folder, cache, sizes))
                 print(repeat, name, round(results[name][-1]["seconds"], 1), "s", flush=True)
                 if name == "all":  # once more, with what the first left in the cache
-                    second.append(measure(options, name, study, folder, cache, size)["startup"])
+                    second.append(measure(options, name, study, folder, cache, sizes)["startup"])
             check_metrics({name: results[name][-1] for name in names})
         ours = statistics.mean(trial["seconds"] for trial in results["all"][-1]["trials"])
         peer = run_heretic(options.model, options.count, 0, options.threads, folder, ours) if options.peer else ""

@@ -34,7 +34,7 @@ class Measured:
     device: float
     passes: int
     tokens: int
-    batch_size: int
+    batch_sizes: Mapping[str, int]
     kl: float
     refusals: int
     stopped: int
@@ -70,7 +70,7 @@ def variants_section(measured: Mapping[str, Measured], second: float, threads: i
         lines.append(
             f"| {name} | {one.total:.1f} | {one.total / full.total:.2f} | {one.median_trial:.3f} | {one.mean_trial:.3f} "
             f"| {one.startup:.1f} | {one.rss_above / 1e6:.0f} | {one.device / 1e6:.0f} | {one.passes} | {one.tokens} "
-            f"| {one.stopped} | {one.batch_size} | {one.kl:.6f} | {one.refusals} |"
+            f"| {one.stopped} | {'/'.join(map(str, one.batch_sizes.values()))} | {one.kl:.6f} | {one.refusals} |"
         )
     hits = ", ".join(f"{name} {c['hits']} of {c['hits'] + c['misses']}" for name, c in full.hits.items())
     excluding = {

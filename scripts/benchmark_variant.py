@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from rig import Rig, make_rig
 
+from abliterate import tuning
 from abliterate.evaluation.certificate import Certificate
 from abliterate.search import open_study
 from abliterate.settings_sources import load_settings
-from abliterate.types import Trial, TrialParams
+from abliterate.types import BatchSizes, Trial, TrialParams
 
 
 def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--reference", action="store_true")
-    parser.add_argument("--batch-size", type=int, default=0)
+    parser.add_argument("--batch-sizes", type=int, nargs=3, help="of residuals, prefill and decoding; else found by probes")
     parser.add_argument("--off", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], help="prompt sources as name=path")
     args = parser.parse_args()
@@ -92,7 +93,9 @@ def main() -> None:
         "cache_dir": str(args.cache),
         "prompts": dict(p.split("=", 1) for p in args.set),
     }
-    options |= {"evaluation": {"batch_size": args.batch_size}, "efficiency": dict.fromkeys(args.off, False)}
+    options |= {"efficiency": dict.fromkeys(args.off, False)}
+    if args.batch_sizes:
+        tuning.batch_sizes = lambda *_: BatchSizes(*args.batch_sizes)  # type: ignore[assignment]
     settings = load_settings("", options)
     if args.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
@@ -110,7 +113,7 @@ def main() -> None:
     hits = {"residuals": rig.context.store.counts("residuals")}
     hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}
     hits["adapters"] = result.get("adapters", {"hits": 0, "misses": 0})
-    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_size": rig.bench.calibration.sizes.decode}
+    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_sizes": rig.bench.calibration.sizes.by_name}
     args.out.write_text(json.dumps(result), encoding="utf-8")
 
 

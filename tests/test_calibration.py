@@ -111,10 +111,16 @@ def test_search_comes_down_where_size_gains_nothing() -> None:
     assert tune(FakeDevice(500, SPEEDS["plateau at 20"])).size <= 40
 
 
+def test_from_a_plateau_smaller_sizes_are_not_tried() -> None:
+    device = FakeDevice(500, SPEEDS["flat"])
+    assert tune_batch_size(device.probe, even_sizes(100, 100), 15, shrink=False).size == 15
+    assert device.asked == [15, 25]
+
+
 @pytest.mark.parametrize(("capacity", "found"), [(200, 100), (40, 34), (1, 1), (0, 1)])
 def test_a_look_whether_it_fits_needs_no_speeds(capacity: int, found: int) -> None:
     device = FakeDevice(capacity, SPEEDS["falling"])
-    tuned = tune_batch_size(device.probe, even_sizes(100, 100), 100, plateau=False)
+    tuned = tune_batch_size(device.probe, even_sizes(100, 100), 100, grow=False, shrink=False)
     assert tuned.size == found
     assert len(device.asked) <= 8
     assert capacity < 100 or device.asked == [100]

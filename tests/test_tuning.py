@@ -71,7 +71,7 @@ def test_every_operation_has_a_size_and_few_probes(
     assert len(found["residuals"].probes) == 1, "done once: one look"
     assert found["residuals"].size <= found["prefill"].size
     passes = len(machine.rows)
-    # Of a decoding probe a prefill and a pass a token; two tokens to warm up; the rest one pass each, and the test generation at load.
+    # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load.
     assert passes <= len(found["decode"].probes) * (1 + tuning.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
 
 

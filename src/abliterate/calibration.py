@@ -10,9 +10,9 @@ from dataclasses import dataclass
 # Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
 PLATEAU = 0.05
 # Probes in all, and at most for the smallest size that is as fast.
-_PROBES, _PLATEAU_PROBES = 8, 3
-# Sizes nearer to each other than this aren't told apart.
-_STEP = 1.2
+_PROBES, _SHRINK_PROBES = 8, 3
+# Sizes nearer to each other than this aren't told apart, and so many of such steps are taken at first: nearly a doubling.
+_STEP, _FIRST_STEP = 1.2, 2
 
 
 @dataclass(frozen=True)
@@ -39,32 +39,30 @@ def even_sizes(items: int, maximum: int) -> list[int]:
 
 
 def tune_batch_size(
-    probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, plateau: bool = True
+    probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, grow: bool = True, shrink: bool = True
 ) -> BatchTuning:
     """The smallest of `sizes` (ascending) that is as fast as any that fits, by binary search in at most eight probes.
 
     `probe(size)` gives items per second, None if the device runs out of memory. First from `start` (an estimate) to the
-    largest size that fits, as long as growing gains speed; then to the smallest that is as fast, which is left out without
-    `plateau`. 1 where nothing fits.
+    largest size that fits, as long as growing gains speed; then to the smallest that is as fast. 1 where nothing fits.
+    Without `grow`, larger sizes than `start` aren't tried; without `shrink`, smaller ones only if it doesn't fit.
     """
     probes: dict[int, float | None] = {}
-    fits, too_large, step = -1, len(sizes), 1
     at = max((index for index, size in enumerate(sizes) if size <= start), default=0)
+    fits, too_large, step = -1, len(sizes) if grow else at + 1, _FIRST_STEP
     while len(probes) < _PROBES and fits < at < too_large:
         before = probes[sizes[fits]] if fits >= 0 else None
         speed = probes[sizes[at]] = probe(sizes[at])
         fits, too_large = (fits, at) if speed is None else (at, too_large)
-        if plateau and speed is not None and before is not None and speed < (1 + PLATEAU) * before:
+        if speed is not None and before is not None and speed < (1 + PLATEAU) * before:
             break
         # In growing steps away from the estimate, which is seldom far off; between what fits and what doesn't in the middle.
-        if fits >= 0 and too_large < len(sizes):
+        if fits >= 0 and None in probes.values():
             at = (fits + too_large) // 2
         else:
             at, step = (max(0, at - step) if speed is None else min(len(sizes) - 1, at + step)), 2 * step
-    if not plateau:
-        return BatchTuning(sizes[max(0, fits)], probes)
     slow, fast = -1, fits
-    for _ in range(min(_PLATEAU_PROBES, _PROBES - len(probes))):
+    for _ in range(min(_SHRINK_PROBES, _PROBES - len(probes)) if shrink else 0):
         if fast - slow <= 1:
             break
         at = (slow + fast) // 2

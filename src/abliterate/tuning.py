@@ -19,7 +19,7 @@ from abliterate.identity import batch_sizes_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.loader import LoadedModel
-from abliterate.model.memory import PeakMeter, clear_device_cache, synchronize, unless_full, usable_memory, used_memory
+from abliterate.model.memory import PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
@@ -156,10 +156,12 @@ class _Probes:
         maximum = min(at_most or items, self._context.settings.evaluation.max_batch_size)
         sizes = even_sizes(items, maximum)
         start = max(1, min(sizes[-1], self._usable() // estimate))
-        if self._device.type == "cpu" and operation != "decode":
+        is_plateau = self._device.type == "cpu" and operation == "prefill"
+        if is_plateau:
             start = min(start, max(1, CPU_TOKENS // prompt))
         probes: dict[int, Probe | None] = {}
-        tuned = tune_batch_size(partial(self._speed, operation, estimate, probes), sizes, start, plateau=not at_most)
+        probe = partial(self._speed, operation, estimate, probes)
+        tuned = tune_batch_size(probe, sizes, start, grow=not at_most, shrink=not at_most and not is_plateau)
         return self._tuned(operation, tuned, start, estimate, probes)
 
     def double(self) -> tuple[Tuned, ...]:
@@ -194,7 +196,7 @@ class _Probes:
             return None
         longest = self._longest[operation]
         rows = [longest[index % len(longest)] for index in range(size)]
-        clear_device_cache(self._device)  # or the peak would hide in what an earlier probe has freed
+        return_freed(self._device)  # or the peak would hide in what an earlier probe has freed
         meter, before = PeakMeter(), used_memory(self._device)
         times = [time.perf_counter()]
 

@@ -56,8 +56,13 @@ def unless_full(work: Callable[[], Result], device: torch.device) -> Result | No
 
 
 def clear_device_cache(device: torch.device) -> None:
-    """Return freed memory to the device or the system."""
+    """Collect garbage, and return freed memory to the device or the system."""
     gc.collect()
+    return_freed(device)
+
+
+def return_freed(device: torch.device) -> None:
+    """Return memory that was freed to the device or the system, which take it back only when told to."""
     if device.type == "cpu":
         _trim_heap()
         return

@@ -1,0 +1,91 @@
+"""Batch sizes by estimate and binary search against doubling: probes, seconds, what is chosen, and the estimate's error.
+
+.venv/bin/python scripts/measure_tuning.py --models demo DIR     # writes the section "Batch sizes" of docs/benchmarks.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import tempfile
+from pathlib import Path
+
+import torch
+from benchmark_page import command, update_page
+from rig import Quiet, timed
+
+from abliterate import bench, tuning
+from abliterate.inputs import DEMO_PROMPTS, Context, read_prompts
+from abliterate.model.footprint import Shape, row_bytes
+from abliterate.model.loader import demo_path, public_name
+from abliterate.pipeline import make_store
+from abliterate.results import RunResult
+from abliterate.rundir import RunDirectory
+from abliterate.settings_sources import load_settings
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(model: str, folder: Path) -> list[str]:
+    """Rows of the table: one of each way."""
+    prompts = {name: str(demo_path() / "prompts" / file) for name, file in DEMO_PROMPTS.items()}
+    settings = load_settings("", {"model": model, "cache_dir": str(folder), "prompts": prompts})
+    reporter = Quiet()
+    context = Context(
+        settings, reporter, RunResult(RunDirectory(folder), reporter), make_store(settings, reporter), lambda: None
+    )
+    sets = read_prompts(context)
+    loaded = bench.load(context)
+    engine = bench.plain_engine(context, loaded)
+    engine.generate_ids(sets.harmful_eval[:1], 2)
+    shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)
+    lengths = tuning._lengths(engine, sets)
+    rows = []
+    for name, binary in (("estimate and binary search", True), ("doubling", False)):
+        efficiency = settings.efficiency.model_copy(update={"use_binary_search_batch_tuning": binary})
+        asked = Context(
+            settings.model_copy(update={"efficiency": efficiency}), reporter, context.result, context.store, lambda: None
+        )
+        tuned, seconds = timed(lambda asked=asked: tuning.tune(asked, loaded, engine, sets))
+        probes = "+".join(str(len(one.probes)) for one in tuned if one.probes)
+        tried = sum(sum(one.probes) for one in tuned)
+        found = "/".join(str(one.size) for one in tuned)
+        peaks = []
+        for one in tuned:
+            largest = max(one.probes, default=0)
+            probe = one.probes.get(largest)
+            if binary and probe is not None:
+                # A decoding probe ends after a few tokens; the estimate is for as many.
+                estimate = row_bytes(shape, one.operation, lengths[one.operation][1], tuning.PROBE_TOKENS)
+                peaks.append(f"{largest * estimate / max(1, probe.peak_bytes):.2f}")
+        rows.append(
+            f"| {public_name(model)} | {name} | {probes} | {tried} | {seconds:.2f} | {found} | {', '.join(peaks) or '–'} |"
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and write the section."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=["demo"])
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row for model in args.models for row in measure(model, Path(folder))]
+    lines = [
+        f"{datetime.date.today()}, `{command()}`: 200 + 200 prompts for directions,",
+        f"100 + 100 for scores, {args.threads} threads.",
+        "",
+        "| model | search | probes | prompts in them | s | residuals/prefill/decode | estimated memory by measured |",
+        "|---|---|---|---|---|---|---|",
+        *rows,
+        "",
+        "Memory: what the config says of the largest probe of each operation, by what the resident set grew in it.",
+    ]
+    print("\n".join(lines))
+    update_page(ROOT / "docs" / "benchmarks.md", "Batch sizes", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
