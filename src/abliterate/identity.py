@@ -37,6 +37,12 @@ def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts:
     }
 
 
+def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the means of residuals depend on: they are winsorized before they are added up."""
+    statistics = {"statistics": "means", "winsorize_quantile": settings.directions.winsorize_quantile}
+    return residuals_key(settings, loaded, prefix, prompts) | statistics
+
+
 def calibration_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
     """What batch size and response prefix depend on. The machine is told by its device and its threads."""
     efficiency = settings.efficiency

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate.bench import Bench, Context, PromptSets
 from abliterate.cache import from_bytes, to_bytes
-from abliterate.directions import Directions, compute_directions
+from abliterate.directions import Directions, ResidualMeans, direction_method, needed_of, needs_means
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.evaluation import Observation, Response, TrialEngine
@@ -30,9 +30,9 @@ from abliterate.evaluation.prefill import start_layers
 from abliterate.evaluation.reference import Progress, ReferenceEngine
 from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.evaluation.trial import early_scorer
-from abliterate.identity import baseline_key, residuals_key
+from abliterate.identity import baseline_key, means_key, residuals_key
 from abliterate.model.adapters import AdapterSet
-from abliterate.model.residuals import capture_residuals
+from abliterate.model.residuals import capture_residuals, stream_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
 from abliterate.settings import EfficiencySettings, Settings
@@ -42,18 +42,24 @@ SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
 def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tensor, Tensor]:
-    """Residuals of both direction sets, each (n_prompts, n_layers+1, d_model) float32, from the cache where known."""
+    """What the direction method takes of both direction sets, from the cache where known.
+
+    Residuals (n_prompts, n_layers+1, d_model) float32, or where means will do, those (n_layers+1, d_model) float64.
+    """
     with context.result.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"):
         sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
-        harmful, harmless = (_residuals(context, bench, name, part) for name, part in sets.items())
+        info = bench.loaded.info
+        size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
+        large = size > context.settings.efficiency.max_residuals_mb * 2**20
+        harmful, harmless = (_residuals(context, bench, name, part, large) for name, part in sets.items())
     return harmful, harmless
 
 
 def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) -> Directions:
-    """One direction per layer; also left in the run directory."""
+    """One direction per layer, from what `residuals` gives; also left in the run directory."""
     with context.result.stage("directions", context.settings.directions.method):
         settings = context.settings.directions
-        found = compute_directions(harmful, harmless, settings.method, settings.winsorize_quantile)
+        found = Directions(direction_method(settings.method).compute(harmful, harmless))
         if not found.by_layer().any():
             raise AbliterateError(
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
@@ -214,29 +220,40 @@ def _strong_edit(space: Space) -> TrialParams:
     return TrialParams("per layer", 0.6 * last, dict.fromkeys(space.components, kernel))
 
 
-def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...]) -> Tensor:
-    efficiency = context.settings.efficiency
-    key = residuals_key(context.settings, bench.loaded, bench.calibration.response_prefix, prompts)
-    found = context.store.get("residuals", key)
+def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...], large: bool) -> Tensor:
+    """What the direction method takes of one set; `large`: the residuals are more than may be held at once."""
+    settings, store = context.settings, context.store
+    method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
+    stream = large and needs_means(method)
+    parts = (settings, bench.loaded, bench.calibration.response_prefix, prompts)
+    keys = {"means": means_key(*parts), "residuals": residuals_key(*parts)}
+    kind = "means" if stream else "residuals"
+    # Either entry serves a method that needs means: what is there, the small one first.
+    there = [one for one, key in keys.items() if (one == kind or needs_means(method)) and store.has("residuals", key)]
+    found = store.get("residuals", keys[(there or [kind])[0]], remember=not stream)
     if found is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
-        return found["residuals"]
+        return found["means"] if "means" in found else needed_of(found["residuals"], method, quantile)
+    if stream:
+        context.reporter.note(f"{name} residuals are added up as they come (efficiency.max_residuals_mb)", streamed=True)
 
     def progress(done: int, total: int) -> None:
         context.reporter.progress(done, total, f"{name} prompts")
         context.check()
 
-    computed = capture_residuals(
+    means = ResidualMeans(quantile)
+    capture: Callable[..., Tensor | None] = partial(stream_residuals, take=means.add) if stream else capture_residuals
+    captured = capture(
         bench.loaded.model,
         bench.loaded.layers,
         bench.chat,
         prompts,
         batch_size=bench.calibration.batch_size,
-        amp=efficiency.use_amp_for_residuals,
-        offload=efficiency.offload_residuals_to_cpu,
-        clear_every=efficiency.cache_clear_frequency,
+        amp=settings.efficiency.use_amp_for_residuals,
+        offload=settings.efficiency.offload_residuals_to_cpu,
+        clear_every=settings.efficiency.cache_clear_frequency,
         progress=progress,
     )
-    label = f"{bench.loaded.info.id}: {len(prompts)} {name} prompts"
-    context.store.put("residuals", key, {"residuals": computed}, label)
-    return computed
+    computed = means.mean() if captured is None else captured
+    store.put("residuals", keys[kind], {kind: computed}, f"{bench.loaded.info.id}: {len(prompts)} {name} prompts")
+    return computed if stream else needed_of(computed, method, quantile)
