@@ -196,7 +196,8 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     key = baseline_key(
         context.settings, bench.loaded, bench.calibration.response_prefix, (prompts.harmful_eval, prompts.harmless_eval)
     )
-    found = context.store.get("baseline", key)
+    # Not remembered: in memory a scorer keeps what it needs of the log-probabilities, which is less.
+    found = context.store.get("baseline", key, remember=False)
     if found is not None:
         responses = [Response(*pair) for pair in json.loads(from_bytes(found["responses"]))]
         return Observation(responses, found["first_logprobs"].to(bench.loaded.device))
@@ -205,7 +206,7 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     assert observed is not None  # only a limit can stop it
     texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
     label = f"{bench.loaded.info.id}: {len(observed)} responses"
-    context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label)
+    context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label, remember=False)
     return Observation(observed, logprobs)
 
 
