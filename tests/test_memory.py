@@ -105,3 +105,32 @@ def test_a_method_that_needs_all_residuals_gets_them(
     _, recorder = run_in(tmp_path / "run", settings)
     assert shapes == [(30, 13, 128)]
     assert not any("added up" in note for note in recorder.notes)
+
+
+def kept_settings(files: Files, cache: Path, room: int, **over: Any) -> Settings:
+    """Of a short run that keeps so many MiB between trials."""
+    few = {"search": {"trials": 3, "startup_trials": 3}, "export": {"kind": "none"}, "efficiency": {"max_kept_mb": room}}
+    return quick_settings(files, cache, **merge(few, over))
+
+
+def scores(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Of each trial: parameters, state, refusals and KL."""
+    return [(t["params"], t["state"], t["scores"]["refusals"], t["scores"]["kl"]["mean"]) for t in result["trials"]]
+
+
+def test_trials_do_not_depend_on_what_is_kept(tmp_path: Path, prompt_files: Files) -> None:
+    """Nothing; the prepared edits alone; everything. What is left out is said."""
+    found, notes = [], []
+    for room in (0, 1, 2048):
+        result, recorder = run_in(tmp_path / str(room), kept_settings(prompt_files, tmp_path / "cache", room))
+        found.append(scores(result))
+        notes.append([note for note in recorder.notes if "max_kept_mb" in note])
+        assert recorder.warnings == []
+    for some in found[:-1]:
+        for one, other in zip(some, found[-1], strict=True):
+            assert one[:-1] == other[:-1]
+            assert one[-1] == pytest.approx(other[-1], rel=1e-4, abs=1e-5)
+    assert ["prepared again in each trial" in note for note in notes[0]] == [True, False]
+    assert "no pass begins there" in notes[0][1]
+    assert any("no pass begins there" in note for note in notes[1])
+    assert notes[2] == []

@@ -88,9 +88,13 @@ def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
         free=settings.efficiency.use_free_adapters,
     )
     memo = SvdMemo(settings.efficiency.max_svd_cache_size if settings.efficiency.enable_svd_cache else 0)
-    editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo)
+    room = settings.efficiency.max_kept_mb * 2**20
+    editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo, room)
     with context.result.stage("prepare edits", settings.edit.mode):
         editor.prepare(lambda done, total: context.reporter.progress(done, total, "modules"))
+        for names, what in ((editor.parked, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+            if names:
+                context.reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
     return editor
 
 
@@ -108,6 +112,7 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         prompts.harmful_eval,
         prompts.harmless_eval,
         start_layers(firsts),
+        editor.room,  # prepared edits come first
     )
     with context.result.stage("trial engine"):
         edit = partial(editor.apply_exactly, _strong_edit(space))
@@ -128,6 +133,7 @@ def _left_out(engine: Engine, setup: Setup, switches: EfficiencySettings) -> Ite
         yield "this model allows no holes in its cache, so responses aren't drafted"
     if setup.early is None:
         yield "a scorer needs whole responses, so no response and no trial ends early"
+    yield from engine.left_out.values()
 
 
 def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ class TrialEngine:
         self.sharing: Sharing = able if switches.use_shared_prefix else "none"
         self.drafting = switches.use_drafts and able == "between" and self.passes.takes_positions
         self._prefill = Prefill(self.passes, edits, self.sharing)
+        self.left_out = self._prefill.left_out
         self._ends = end_ids(reference.model)
         self._decode = Decoder(
             reference.model,
@@ -94,11 +96,12 @@ class TrialEngine:
         self._prefix: list[int] = []
 
     @torch.inference_mode()
-    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int]) -> None:
+    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int], room: float = inf) -> None:
         """Lay out both sets and keep what the base model computes; the model must carry no edit.
 
-        `starts`: layers at which a trial's passes may begin.
+        `starts`: layers at which a trial's passes may begin; `room`: bytes that may be kept.
         """
+        self._prefill.room = room
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
         size = self._batches.size

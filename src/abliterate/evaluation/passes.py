@@ -156,6 +156,11 @@ def merge_layer(parts: Sequence[Any]) -> Any:
     return new
 
 
+def layer_bytes(layer: Any) -> int:
+    """Bytes of the tensors of a cache layer."""
+    return _bytes(list(vars(layer).values()))
+
+
 def widened(layer: Any, columns: int) -> Any:
     """A plain cache layer with so many more columns at the left, to be masked; right where `sharing_of` is "between"."""
     if columns == 0:
@@ -189,6 +194,14 @@ def _copied(layer: Any) -> Any:
         if isinstance(value, (list, dict)):
             setattr(new, name, copy.copy(value))
     return new
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _concatenated(values: Sequence[Any], first: Any) -> Any:
