@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "adapters everywhere": ("use_free_adapters",),
     "adapters reset per trial": ("use_incremental_adapter_updates",),
     "residuals on the device": ("offload_residuals_to_cpu",),
+    "residuals streamed": ("max_residuals_mb",),  # off is 0, here and below
+    "nothing kept between trials": ("max_kept_mb",),
     "one search per marker": ("use_efficient_refusal_detection",),
     "batch size by doubling": ("use_binary_search_batch_tuning",),
     "warm-up per probe": ("use_global_warmup",),

@@ -30,6 +30,7 @@ EXACT: list[tuple[str, Any, dict[str, Any]]] = [
     ("cache_residuals_in_memory", False, {}),
     ("offload_residuals_to_cpu", False, {}),
     ("cache_clear_frequency", 1, {}),
+    ("max_residuals_mb", 0, {}),
     ("use_efficient_refusal_detection", False, {}),
     ("use_incremental_adapter_updates", False, {}),
     ("enable_svd_cache", False, SVD),
@@ -49,6 +50,7 @@ ENGINE = (
     "use_early_prefix_detection",
     "use_memory_recovery",
     "use_free_adapters",
+    "max_kept_mb",  # off is 0: nothing is kept
 )
 ELSEWHERE = ("residual_cache_dir", "use_amp_for_residuals")
 

@@ -1,207 +1,136 @@
-"""What is free, what was used at most, and which errors mean that memory ran out."""
+"""Memory during a run: residuals that are streamed, what is kept between trials, and the same numbers whatever is held."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
-import psutil
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import copy_run, outcomes, quick_settings, run_in
+from safetensors.torch import load_file
 
-from abliterate.errors import TrialError
-from abliterate.evaluation import batches
-from abliterate.evaluation.batches import PATIENCE, Batches
-from abliterate.model import memory
-from abliterate.model.memory import PeakMeter, affordable, free_memory, memory_errors, total_memory, unless_full, usable_memory
+from abliterate import stages
+from abliterate.directions import METHODS
+from abliterate.settings import Settings
+from abliterate.settings_sources import merge
 
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"
-        ),
-        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
-        RuntimeError("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
-def test_every_devices_error_is_one(error: Exception) -> None:
-    with pytest.raises(torch.OutOfMemoryError), memory_errors():
-        raise error
-
-    def work() -> int:
-        raise error
-
-    assert unless_full(work, CPU) is None
+Finished = tuple[Path, dict[str, Any], Settings]
+Files = dict[str, str]
 
 
-def test_the_cpus_own_error_is_known() -> None:
-    """Not a made-up sentence: what torch says here."""
-    with pytest.raises(torch.OutOfMemoryError), memory_errors():
-        torch.empty(1 << 60)
+def forbidden(*args: Any, **kwargs: Any) -> Any:
+    """Stands for what must not be called."""
+    raise AssertionError("must not be called")
 
 
-def test_other_errors_are_not_hidden() -> None:
-    with pytest.raises(RuntimeError, match="shapes"), memory_errors():
-        raise RuntimeError("shapes do not match")
-    with pytest.raises(ZeroDivisionError):
-        unless_full(lambda: 1 / 0, CPU)
+def streamed_settings(files: Files, cache: Path, **over: Any) -> Settings:
+    """Of a short run that holds no residuals."""
+    options = {"efficiency": {"max_residuals_mb": 0}, "search": {"trials": 1}, "export": {"kind": "none"}}
+    return quick_settings(files, cache, **merge(options, over))
 
 
-def test_free_memory_is_cleared_outside_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    inside: list[bool] = []
-    monkeypatch.setattr(memory, "clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None))
-
-    def work() -> int:
-        raise torch.OutOfMemoryError("full")
-
-    assert unless_full(work, CPU) is None
-    assert inside == [False]
-
-
-def group(
-    folder: Path, limit: str, used: int, stat: str = "", names: tuple[str, str] = ("memory.max", "memory.current")
-) -> None:
-    """A control group's files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / names[0]).write_text(f"{limit}\n", encoding="ascii")
-    (folder / names[1]).write_text(f"{used}\n", encoding="ascii")
-    (folder / "memory.stat").write_text(stat, encoding="ascii")
-
-
-def test_limits_of_containers_count(tmp_path: Path) -> None:
-    own = tmp_path / "cgroup"
-    own.write_text("0::/user.slice/job\n", encoding="ascii")
-    root = tmp_path / "fs"
-    group(root, "max", 900)
-    group(root / "user.slice", "1000", 400, "inactive_file 100\nother 7\n")
-    group(root / "user.slice" / "job", "800", 500)
-    assert sorted(memory._cgroups(root, own)) == [(800, 500), (1000, 300)]
-
-
-def test_limits_of_version_1_containers_count(tmp_path: Path) -> None:
-    own = tmp_path / "cgroup"
-    own.write_text("4:cpu,memory:/job\n3:cpuset:/\n0::/\n", encoding="ascii")
-    names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-    group(tmp_path / "memory", "9000", 700, "inactive_file 0\ntotal_inactive_file 300\n", names)
-    assert memory._cgroups(tmp_path, own) == [(9000, 400)], "in a container, the group's own path isn't mounted"
-    assert memory._cgroups(tmp_path, tmp_path / "none") == []
-
-
-def test_memory_is_what_the_tightest_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=4000))
-    monkeypatch.setattr(memory, "_cgroups", lambda: [(1500, 900), (9999, 0)])
-    assert free_memory(CPU) == 600
-    assert total_memory(CPU) == 1500
-    assert usable_memory(CPU) == 300, "never near the killer"
-
-
-def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend = SimpleNamespace(
-        mem_get_info=lambda d: (1000, 8000), memory_reserved=lambda d: 500, memory_allocated=lambda d: 200
-    )
-    monkeypatch.setattr(memory, "_backend", lambda device: backend)
-    cuda = torch.device("cuda")
-    assert free_memory(cuda) == 1300
-    assert total_memory(cuda) == 8000
-    assert usable_memory(cuda) == int(0.9 * 1300)
-    mps = SimpleNamespace(recommended_max_memory=lambda: 1000, driver_allocated_memory=lambda: 400)
-    monkeypatch.setattr(memory, "_backend", lambda device: mps)
-    assert (free_memory(torch.device("mps")), total_memory(torch.device("mps"))) == (600, 1000)
-
-
-@given(st.integers(1, 200), st.integers(0, 100), st.integers(0, 5000))
-def test_affordable_stays_within_memory(size: int, row_bytes: int, free: int) -> None:
+def test_large_residuals_are_streamed(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    """To the same directions; the means alone are cached, under a key of their own, and serve every later run."""
+    path, _, _ = finished
+    expected = load_file(path / "directions.safetensors")["directions"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "free_memory", lambda device: free)
-        rows = affordable(size, row_bytes, CPU)
-        assert 1 <= rows <= size
-        assert rows == 1 or row_bytes == 0 or rows * row_bytes <= free / 2
-        assert rows == size or (rows + 1) * row_bytes > free / 2
-        assert affordable(size, row_bytes, torch.device("cuda")) == size
+        patch.setattr(stages, "capture_residuals", forbidden)
+        first, recorder = run_in(tmp_path / "one", streamed_settings(prompt_files, tmp_path / "cache"))
+    assert sum("added up as they come" in note for note in recorder.notes) == 2
+    assert torch.equal(load_file(tmp_path / "one" / "directions.safetensors")["directions"], expected)
+    entries = [load_file(entry) for entry in (tmp_path / "cache" / "residuals").glob("*.safetensors")]
+    assert [{name: (part.dtype, part.ndim) for name, part in entry.items()} for entry in entries] == 2 * [
+        {"means": (torch.float64, 2)}
+    ]
+    for name, limit in (("streamed", 0), ("held", 1024)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "stream_residuals", forbidden)
+            patch.setattr(stages, "capture_residuals", forbidden)
+            settings = streamed_settings(prompt_files, tmp_path / "cache", efficiency={"max_residuals_mb": limit})
+            again, recorder = run_in(tmp_path / name, settings)
+        assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
+        assert outcomes(again) == outcomes(first)
+        assert not any("added up" in note for note in recorder.notes)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets peaks")
-def test_a_meters_peak_survives_another_ones_restart() -> None:
-    outer = PeakMeter()
-    before = outer.rss()
-    large = torch.ones(20_000_000)
-    del large
-    inner = PeakMeter()
-    assert outer.rss() >= before + 70e6
-    assert inner.rss() <= outer.rss() - 60e6, "its own peak began later"
+def test_streamed_means_depend_on_winsorizing(tmp_path: Path, prompt_files: Files) -> None:
+    found = []
+    for quantile in (1.0, 0.9):
+        settings = streamed_settings(prompt_files, tmp_path / "cache", directions={"winsorize_quantile": quantile})
+        result, _ = run_in(tmp_path / str(quantile), settings)
+        assert result["caches"]["residuals"] == {"hits": 0, "misses": 2}
+        found.append(load_file(tmp_path / str(quantile) / "directions.safetensors")["directions"])
+        full, _ = run_in(
+            tmp_path / f"full {quantile}",
+            streamed_settings(
+                prompt_files,
+                tmp_path / "other",
+                directions={"winsorize_quantile": quantile},
+                efficiency={"max_residuals_mb": 99},
+            ),
+        )
+        # Direction options key the directions only: the second run finds the first one's residuals.
+        assert full["caches"]["residuals"] == ({"hits": 0, "misses": 2} if quantile == 1 else {"hits": 2, "misses": 0})
+        assert torch.equal(load_file(tmp_path / f"full {quantile}" / "directions.safetensors")["directions"], found[-1])
+    assert not torch.equal(*found)
 
 
-def test_a_halved_size_grows_back_step_by_step() -> None:
-    """Other processes took memory for a while: three rows fit at first, then all."""
-    capacity, tried = 3, list[int]()
-
-    def work(part: list[int]) -> list[int]:
-        tried.append(len(part))
-        if len(part) > capacity:
-            raise torch.OutOfMemoryError("full")
-        return part
-
-    sizes = Batches(8, CPU)
-    sizes.run(list(range(8)), work)
-    assert sizes.size == 2
-    capacity = 100
-    items = list(range(2000))
-    assert sizes.run(items, work) == items
-    assert sizes.size == 8
-    assert tried.index(4, 3) - tried.index(2) >= PATIENCE
+def test_cached_residuals_are_used_however_large(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
+    path, _, settings = finished
+    cache = copy_run(Path(settings.cache_dir), tmp_path / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "stream_residuals", forbidden)
+        result, _ = run_in(tmp_path / "run", streamed_settings(prompt_files, cache))
+    assert result["caches"]["residuals"] == {"hits": 2, "misses": 0}
+    assert torch.equal(*(load_file(run / "directions.safetensors")["directions"] for run in (tmp_path / "run", path)))
 
 
-def test_growing_back_into_the_wall_gets_rarer() -> None:
-    """A size that will never fit again costs fewer and fewer attempts."""
-    failed = 0
+def test_a_method_that_needs_all_residuals_gets_them(
+    tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: list[tuple[int, ...]] = []
 
-    def work(part: list[int]) -> list[int]:
-        nonlocal failed
-        if len(part) > 2:
-            failed += 1
-            raise torch.OutOfMemoryError("full")
-        return part
+    class Whole:
+        name = "whole"
 
-    items = list(range(20_000))
-    assert Batches(4, CPU).run(items, work) == items
-    assert 2 <= failed <= 12
+        def compute(self, harmful: torch.Tensor, harmless: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(harmful.shape))
+            assert harmful.dtype == torch.float32
+            return METHODS["projected"].compute(harmful.double().mean(0), harmless.double().mean(0))
 
-
-def test_batches_on_a_cpu_shrink_before_the_killer_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 100
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
-    tried: list[int] = []
-
-    def work(part: list[int]) -> list[int]:
-        nonlocal free
-        tried.append(len(part))
-        free = 1000
-        return part
-
-    assert Batches(6, CPU, row_bytes=20).run(list(range(14)), work) == list(range(14))
-    assert tried == [2, 6, 6]
+    monkeypatch.setitem(METHODS, "whole", Whole())
+    monkeypatch.setattr(stages, "stream_residuals", forbidden)
+    settings = streamed_settings(prompt_files, tmp_path / "cache", directions={"method": "whole"})
+    _, recorder = run_in(tmp_path / "run", settings)
+    assert shapes == [(30, 13, 128)]
+    assert not any("added up" in note for note in recorder.notes)
 
 
-def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    cleared: list[int] = []
-    monkeypatch.setattr(batches, "clear_device_cache", lambda device: cleared.append(1))
+def kept_settings(files: Files, cache: Path, room: int, **over: Any) -> Settings:
+    """Of a short run that keeps so many MiB between trials."""
+    few = {"search": {"trials": 3, "startup_trials": 3}, "export": {"kind": "none"}, "efficiency": {"max_kept_mb": room}}
+    return quick_settings(files, cache, **merge(few, over))
 
-    def work(part: list[int]) -> list[int]:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    with pytest.raises(TrialError, match="single prompt"):
-        Batches(4, CPU).run([1, 2, 3, 4], work)
-    assert len(cleared) == 2
-    with pytest.raises(TrialError, match="batch of 4"):
-        Batches(4, CPU, recover=False).run([1, 2, 3, 4], work)
+def scores(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """Of each trial: parameters, state, refusals and KL."""
+    return [(t["params"], t["state"], t["scores"]["refusals"], t["scores"]["kl"]["mean"]) for t in result["trials"]]
+
+
+def test_trials_do_not_depend_on_what_is_kept(tmp_path: Path, prompt_files: Files) -> None:
+    """Nothing; the prepared edits alone; everything. What is left out is said."""
+    found, notes = [], []
+    for room in (0, 1, 2048):
+        result, recorder = run_in(tmp_path / str(room), kept_settings(prompt_files, tmp_path / "cache", room))
+        found.append(scores(result))
+        notes.append([note for note in recorder.notes if "max_kept_mb" in note])
+        assert recorder.warnings == []
+    for some in found[:-1]:
+        for one, other in zip(some, found[-1], strict=True):
+            assert one[:-1] == other[:-1]
+            assert one[-1] == pytest.approx(other[-1], rel=1e-4, abs=1e-5)
+    assert ["prepared again in each trial" in note for note in notes[0]] == [True, False]
+    assert "no pass begins there" in notes[0][1]
+    assert any("no pass begins there" in note for note in notes[1])
+    assert notes[2] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from conftest import FAMILIES, PROMPTS, make_chat, make_loaded, make_model
 from torch import Tensor, nn
 
+from abliterate.directions import ResidualMeans, winsorize
 from abliterate.errors import AbliterateError
 from abliterate.model.loader import LoadedModel
-from abliterate.model.residuals import capture_last, capture_residuals
+from abliterate.model.residuals import capture_last, capture_residuals, stream_residuals
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -80,6 +82,62 @@ def test_not_finite_raises(value: float) -> None:
         loaded.layers[1].mlp.down_proj.weight[0, 0] = value
     with pytest.raises(AbliterateError, match="overflow"):
         capture(loaded)
+    means = ResidualMeans()
+    with pytest.raises(AbliterateError, match="overflow"):
+        stream(loaded, means.add)
+    assert means.count == 0
+
+
+def stream(loaded: LoadedModel, take: Any, batch_size: int = 1, **options: object) -> None:
+    """The three prompts' residuals, batch by batch."""
+    stream_residuals(loaded.model, loaded.layers, make_chat(), PROMPTS, take, batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.9, 0.5])
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_streamed_means_are_those_of_all_residuals(family: str, batch_size: int, quantile: float) -> None:
+    loaded = make_loaded(make_model(family))
+    streamed, together = ResidualMeans(quantile), ResidualMeans(quantile)
+    stream(loaded, streamed.add, batch_size)
+    full = capture(loaded, batch_size)
+    together.add(full)
+    assert streamed.count == together.count == len(PROMPTS)
+    assert torch.equal(streamed.mean(), together.mean()), "however they are cut, prompts are added one after the other"
+    assert streamed.mean().dtype == torch.float64
+    alone = winsorize(capture(loaded, batch_size=1), quantile).double().mean(dim=0)
+    torch.testing.assert_close(streamed.mean(), alone, rtol=0, atol=1e-6)
+
+
+def test_streamed_residuals_are_not_kept() -> None:
+    loaded = make_loaded(make_model("llama"))
+    means = ResidualMeans()
+    seen: list[weakref.ref[Tensor]] = []
+
+    def take(batch: Tensor) -> None:
+        assert batch.shape == (1, 4, 32)
+        assert not any(ref() is not None for ref in seen[:-1]), "an earlier batch is still there"
+        seen.append(weakref.ref(batch))
+        means.add(batch)
+
+    stream(loaded, take)
+    assert len(seen) == 3
+    assert not any(ref() is not None for ref in seen)
+
+
+def test_streaming_survives_running_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_loaded(make_model("llama"))
+    expected, found = ResidualMeans(), ResidualMeans()
+    stream(loaded, expected.add)
+    limit_memory(loaded, monkeypatch, 1)
+    stream(loaded, found.add, batch_size=3)
+    assert found.count == 3, "no prompt twice"
+    assert torch.equal(found.mean(), expected.mean())
+
+
+def test_there_is_no_mean_of_nothing() -> None:
+    with pytest.raises(ValueError, match="no residuals"):
+        ResidualMeans().mean()
 
 
 def test_hooks_are_gone_afterwards() -> None:

@@ -73,26 +73,37 @@ class ArtifactStore:
         self.hits: dict[str, int] = {}
         self.misses: dict[str, int] = {}
 
-    def get(self, kind: str, key: Mapping[str, Any]) -> dict[str, Tensor] | None:
-        """The tensors stored under `key`, or None (absent, disabled, or corrupt: then with a warning)."""
+    def has(self, kind: str, key: Mapping[str, Any]) -> bool:
+        """Whether there is an entry under `key`; it may still turn out to be corrupt. Counts as neither hit nor miss."""
+        digest = key_digest(key)
+        return (kind, digest) in (self._memory or {}) or (self._enabled and (self.root / kind / f"{digest}.json").exists())
+
+    def get(self, kind: str, key: Mapping[str, Any], *, remember: bool = True) -> dict[str, Tensor] | None:
+        """The tensors stored under `key`, or None (absent, disabled, or corrupt: then with a warning).
+
+        `remember` off: what is read from disk isn't kept in memory, whatever the store does else.
+        """
         digest = key_digest(key)
         found = (self._memory or {}).get((kind, digest))
         if found is None and self._enabled:
             found = self._read(kind, digest)
         counts = self.misses if found is None else self.hits
         counts[kind] = counts.get(kind, 0) + 1
-        if found is not None:
+        if found is not None and remember:
             self._remember(kind, digest, found)
         return found
 
-    def put(self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "") -> None:
+    def put(
+        self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "", *, remember: bool = True
+    ) -> None:
         """Store `tensors` under `key`; a disk that refuses is a warning, the caller's work goes on.
 
-        `label` says what the entry is of, for `cache ls`.
+        `label` says what the entry is of, for `cache ls`; `remember` as in `get`.
         """
         digest = key_digest(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._remember(kind, digest, plain)
+        if remember:
+            self._remember(kind, digest, plain)
         if not self._enabled:
             return
         payload = save(plain, metadata={"abliterate": str(FORMAT)})

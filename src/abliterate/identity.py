@@ -38,6 +38,12 @@ def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts:
     }
 
 
+def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the means of residuals depend on: they are winsorized before they are added up."""
+    statistics = {"statistics": "means", "winsorize_quantile": settings.directions.winsorize_quantile}
+    return residuals_key(settings, loaded, prefix, prompts) | statistics
+
+
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """What batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device

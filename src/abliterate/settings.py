@@ -136,6 +136,8 @@ class EfficiencySettings(_Section):
     use_amp_for_residuals: bool = False
     offload_residuals_to_cpu: bool = True
     cache_clear_frequency: int = Field(0, ge=0)
+    max_residuals_mb: int = Field(1024, ge=0)
+    max_kept_mb: int = Field(2048, ge=0)
     use_binary_search_batch_tuning: bool = True
     enable_svd_cache: bool = True
     max_svd_cache_size: int = Field(4096, ge=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate.bench import Bench
 from abliterate.cache import from_bytes, to_bytes
-from abliterate.directions import Directions, compute_directions
+from abliterate.directions import Directions, ResidualMeans, direction_method, needed_of, needs_means
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.evaluation import Observation, Response, TrialEngine
@@ -30,11 +30,11 @@ from abliterate.evaluation.prefill import start_layers
 from abliterate.evaluation.reference import Progress, ReferenceEngine
 from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.evaluation.trial import early_scorer
-from abliterate.identity import baseline_key, residuals_key
+from abliterate.identity import baseline_key, means_key, residuals_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.memory import affordable, memory_errors
-from abliterate.model.residuals import capture_residuals
+from abliterate.model.residuals import capture_residuals, stream_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
 from abliterate.settings import EfficiencySettings, Settings
@@ -44,18 +44,24 @@ SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
 def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tensor, Tensor]:
-    """Residuals of both direction sets, each (n_prompts, n_layers+1, d_model) float32, from the cache where known."""
+    """What the direction method takes of both direction sets, from the cache where known.
+
+    Residuals (n_prompts, n_layers+1, d_model) float32, or where means will do, those (n_layers+1, d_model) float64.
+    """
     with context.result.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"):
         sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
-        harmful, harmless = (_residuals(context, bench, name, part) for name, part in sets.items())
+        info = bench.loaded.info
+        size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
+        large = size > context.settings.efficiency.max_residuals_mb * 2**20
+        harmful, harmless = (_residuals(context, bench, name, part, large) for name, part in sets.items())
     return harmful, harmless
 
 
 def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) -> Directions:
-    """One direction per layer; also left in the run directory."""
+    """One direction per layer, from what `residuals` gives; also left in the run directory."""
     with context.result.stage("directions", context.settings.directions.method):
         settings = context.settings.directions
-        found = compute_directions(harmful, harmless, settings.method, settings.winsorize_quantile)
+        found = Directions(direction_method(settings.method).compute(harmful, harmless))
         if not found.by_layer().any():
             raise AbliterateError(
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
@@ -84,9 +90,13 @@ def make_editor(context: Context, bench: Bench, found: Directions) -> Editor:
         free=settings.efficiency.use_free_adapters,
     )
     memo = SvdMemo(settings.efficiency.max_svd_cache_size if settings.efficiency.enable_svd_cache else 0)
-    editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo)
+    room = settings.efficiency.max_kept_mb * 2**20
+    editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo, room)
     with context.result.stage("prepare edits", settings.edit.mode):
         editor.prepare(lambda done, total: context.reporter.progress(done, total, "modules"))
+        for names, what in ((editor.parked, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+            if names:
+                context.reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
     return editor
 
 
@@ -104,6 +114,7 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         prompts.harmful_eval,
         prompts.harmless_eval,
         start_layers(firsts),
+        editor.room,  # prepared edits come first
     )
     with context.result.stage("trial engine"):
         edit = partial(editor.apply_exactly, _strong_edit(space))
@@ -124,6 +135,7 @@ def _left_out(engine: Engine, setup: Setup, switches: EfficiencySettings) -> Ite
         yield "this model allows no holes in its cache, so responses aren't drafted"
     if setup.early is None:
         yield "a scorer needs whole responses, so no response and no trial ends early"
+    yield from engine.left_out.values()
 
 
 def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
@@ -193,7 +205,8 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     key = baseline_key(
         context.settings, bench.loaded, bench.calibration.response_prefix, (prompts.harmful_eval, prompts.harmless_eval)
     )
-    found = context.store.get("baseline", key)
+    # Not remembered: in memory a scorer keeps what it needs of the log-probabilities, which is less.
+    found = context.store.get("baseline", key, remember=False)
     if found is not None:
         responses = [Response(*pair) for pair in json.loads(from_bytes(found["responses"]))]
         return Observation(responses, found["first_logprobs"].to(bench.loaded.device))
@@ -202,7 +215,7 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     assert observed is not None  # only a limit can stop it
     texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
     label = f"{bench.loaded.info.id}: {len(observed)} responses"
-    context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label)
+    context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label, remember=False)
     return Observation(observed, logprobs)
 
 
@@ -217,30 +230,41 @@ def _strong_edit(space: Space) -> TrialParams:
     return TrialParams("per layer", 0.6 * last, dict.fromkeys(space.components, kernel))
 
 
-def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...]) -> Tensor:
-    efficiency = context.settings.efficiency
-    key = residuals_key(context.settings, bench.loaded, bench.calibration.response_prefix, prompts)
-    found = context.store.get("residuals", key)
+def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...], large: bool) -> Tensor:
+    """What the direction method takes of one set; `large`: the residuals are more than may be held at once."""
+    settings, store = context.settings, context.store
+    method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
+    stream = large and needs_means(method)
+    parts = (settings, bench.loaded, bench.calibration.response_prefix, prompts)
+    keys = {"means": means_key(*parts), "residuals": residuals_key(*parts)}
+    kind = "means" if stream else "residuals"
+    # Either entry serves a method that needs means: what is there, the small one first.
+    there = [one for one, key in keys.items() if (one == kind or needs_means(method)) and store.has("residuals", key)]
+    found = store.get("residuals", keys[(there or [kind])[0]], remember=not stream)
     if found is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
-        return found["residuals"]
+        return found["means"] if "means" in found else needed_of(found["residuals"], method, quantile)
+    if stream:
+        context.reporter.note(f"{name} residuals are added up as they come (efficiency.max_residuals_mb)", streamed=True)
 
     def progress(done: int, total: int) -> None:
         context.reporter.progress(done, total, f"{name} prompts")
         context.check()
 
     sizes = bench.calibration.sizes
-    computed = capture_residuals(
+    means = ResidualMeans(quantile)
+    capture: Callable[..., Tensor | None] = partial(stream_residuals, take=means.add) if stream else capture_residuals
+    captured = capture(
         bench.loaded.model,
         bench.loaded.layers,
         bench.chat,
         prompts,
         batch_size=affordable(sizes.residuals, sizes.row_bytes[0], bench.loaded.device),
-        amp=efficiency.use_amp_for_residuals,
-        offload=efficiency.offload_residuals_to_cpu,
-        clear_every=efficiency.cache_clear_frequency,
+        amp=settings.efficiency.use_amp_for_residuals,
+        offload=settings.efficiency.offload_residuals_to_cpu,
+        clear_every=settings.efficiency.cache_clear_frequency,
         progress=progress,
     )
-    label = f"{bench.loaded.info.id}: {len(prompts)} {name} prompts"
-    context.store.put("residuals", key, {"residuals": computed}, label)
-    return computed
+    computed = means.mean() if captured is None else captured
+    store.put("residuals", keys[kind], {kind: computed}, f"{bench.loaded.info.id}: {len(prompts)} {name} prompts")
+    return computed if stream else needed_of(computed, method, quantile)

@@ -162,11 +162,6 @@ class BatchSizes:
         """{operation: size}."""
         return dict(zip(OPERATIONS, (self.residuals, self.prefill, self.decode), strict=True))
 
-    @property
-    def of_trials(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(size, bytes of one prompt) of what trials consist of: `prefill` and `decode`."""
-        return (self.prefill, self.row_bytes[1]), (self.decode, self.row_bytes[2])
-
     def halved(self) -> BatchSizes:
         """Half as many prompts, at least one."""
         residuals, prefill, decode = (max(1, size // 2) for size in self.by_name.values())

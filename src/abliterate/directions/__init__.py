@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from abliterate.directions.base import Blend, DirectionMethod, Directions, winsorize
+from abliterate.directions.base import Blend, DirectionMethod, Directions, needs_means, winsorize
 from abliterate.directions.mean_difference import MeanDifference
+from abliterate.directions.means import ResidualMeans
 from abliterate.directions.projected import Projected
 from abliterate.errors import InputError
 
@@ -19,13 +20,34 @@ def direction_method(name: str) -> DirectionMethod:
     return METHODS[name]
 
 
+def needed_of(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
+    """What a method's `compute` takes, of residuals (n_prompts, n_layers+1, d_model) float32 that are not winsorized yet."""
+    if not needs_means(method):
+        return winsorize(residuals, quantile)
+    means = ResidualMeans(quantile)
+    means.add(residuals)
+    return means.mean()
+
+
 def compute_directions(harmful: Tensor, harmless: Tensor, method: str, quantile: float = 1.0) -> Directions:
     """Directions from residuals (n_prompts, n_layers+1, d_model) float32.
 
     Raises:
         InputError: no such method.
     """
-    return Directions(direction_method(method).compute(winsorize(harmful, quantile), winsorize(harmless, quantile)))
+    chosen = direction_method(method)
+    return Directions(chosen.compute(needed_of(harmful, chosen, quantile), needed_of(harmless, chosen, quantile)))
 
 
-__all__ = ["METHODS", "Blend", "DirectionMethod", "Directions", "compute_directions", "direction_method", "winsorize"]
+__all__ = [
+    "METHODS",
+    "Blend",
+    "DirectionMethod",
+    "Directions",
+    "ResidualMeans",
+    "compute_directions",
+    "direction_method",
+    "needed_of",
+    "needs_means",
+    "winsorize",
+]

@@ -14,12 +14,24 @@ from torch import Tensor
 
 
 class DirectionMethod(Protocol):
-    """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals."""
+    """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals.
+
+    A method is given all residuals, unless it says by a class attribute `needs = "means"` that their means will do: then
+    large sets are never held in memory.
+    """
 
     name: str
 
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
-        """`harmful`, `harmless` (n_prompts, n_layers+1, d_model) float32 → (n_layers+1, d_model) float32."""
+        """(n_layers+1, d_model) float32, from two sets of (winsorized) residuals (n_prompts, n_layers+1, d_model) float32.
+
+        Where the method needs "means": from their means, each (n_layers+1, d_model) float64.
+        """
+
+
+def needs_means(method: DirectionMethod) -> bool:
+    """Whether the residuals' means are all that a method wants to see."""
+    return getattr(method, "needs", "residuals") == "means"
 
 
 @dataclass(frozen=True)

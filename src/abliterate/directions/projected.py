@@ -16,11 +16,11 @@ class Projected:
     """d ← normalize(d − (d·h) h), h = normalize(mean(harmless))."""
 
     name = "projected"
+    needs = "means"
 
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
         """See `DirectionMethod.compute`."""
-        unit, harmless_mean = difference(harmful, harmless)
-        h = normalize_rows(harmless_mean)
+        unit, h = difference(harmful, harmless), normalize_rows(harmless)
         rest = unit - (unit * h).sum(dim=-1, keepdim=True) * h
         # A difference wholly along h leaves only rounding noise: no direction rather than a random one.
         rest = rest.where(rest.norm(dim=-1, keepdim=True) > 1e-6, rest.new_zeros(()))

@@ -6,7 +6,7 @@ Pure tensor math: W (d_out, d_in) writes to the residual stream, so a direction 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -27,10 +27,12 @@ class Factors:
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW (d_out, d_in) in float32, for exports and tests."""
-        low_rank = self.b @ self.a
-        if self.row_scale is None:
-            return low_rank
-        return (self.row_scale - 1)[:, None] * weight.float() + low_rank
+        delta = self.b @ self.a
+        if self.row_scale is not None:
+            for start in range(0, len(delta), ROW_CHUNK):  # no second float32 matrix
+                part = slice(start, start + ROW_CHUNK)
+                delta[part] += (self.row_scale[part] - 1)[:, None] * weight[part].float()
+        return delta
 
     def to(self, device: torch.device | str) -> Factors:
         """The same factors on another device."""
@@ -42,9 +44,9 @@ class Factors:
 class Prepared:
     """What a trial needs of one module, for all layers' directions at once, so that no trial reads W.
 
-    `directions` (n_layers, d_out); `a` (n_layers, d_in) float32 = DŴ or DW; `p` (n_layers, d_out) float64 = DŴŴᵀ
-    (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight` gives W (d_out, d_in) again,
-    for rows that the closed form can't express and for dense representations.
+    `directions` (n_layers, d_out) float64, one tensor for all modules; `a` (n_layers, d_in) float32 = DŴ or DW; `p`
+    (n_layers, d_out) float64 = DŴŴᵀ (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight`
+    gives W (d_out, d_in) again, for rows that the closed form can't express and for dense representations.
     """
 
     directions: Tensor
@@ -53,6 +55,25 @@ class Prepared:
     norms: Tensor
     read_weight: Callable[[], Tensor]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this module alone takes: without the directions."""
+        return self.a.nbytes + self.p.nbytes + self.norms.nbytes
+
+    def parked(self) -> Prepared:
+        """The same in main memory, for `fetched`; the directions stay where they are."""
+        return replace(self, a=self.a.cpu(), p=self.p.cpu(), norms=self.norms.cpu())
+
+    def fetched(self, blend: Blend) -> tuple[Prepared, Blend]:
+        """What a blend needs of something parked, on the directions' device, and the blend that picks it there.
+
+        The same values are multiplied in the same place, so factors have the same bits as if nothing had been parked.
+        """
+        layers, device = list(blend.layers), self.directions.device
+        p = self.p[layers].to(device) if self.p.numel() else self.p.to(device)
+        few = replace(self, directions=self.directions[layers], a=self.a[layers].to(device), p=p, norms=self.norms.to(device))
+        return few, Blend(tuple(range(len(layers))), blend.weights)
+
 
 class EditMethod(Protocol):
     """One way to change W, given a direction and a coeff."""
@@ -60,7 +81,7 @@ class EditMethod(Protocol):
     name: str
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
-        """Everything that is linear in v, once per module; `directions` (n_layers, d_out)."""
+        """Everything that is linear in v, once per module; `directions` (n_layers, d_out) float64, kept as they are."""
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
         """Exact factors of W'. `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone)."""

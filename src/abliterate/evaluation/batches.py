@@ -9,6 +9,7 @@ import torch
 
 from abliterate.errors import TrialError
 from abliterate.model.memory import affordable, clear_device_cache, memory_errors
+from abliterate.types import BatchSizes
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -72,3 +73,9 @@ class Batches:
         self._fitted += 1
         if self._fitted == self._patience:
             self.size, self._fitted = min(self._wanted, 2 * self.size), 0
+
+
+def of_trials(sizes: BatchSizes, device: torch.device, *, recover: bool = True) -> tuple[Batches, Batches]:
+    """Batches of prefills, and of whole responses."""
+    prefills = Batches(sizes.prefill, device, recover=recover, row_bytes=sizes.row_bytes[1])
+    return prefills, Batches(sizes.decode, device, recover=recover, row_bytes=sizes.row_bytes[2])

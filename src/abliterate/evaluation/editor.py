@@ -1,14 +1,17 @@
 """From a trial's parameters to edits on the model: which module, which direction, which coeff, which factors.
 
-Prepares each module once for all directions; after that no trial of the exact representation reads a weight.
+Prepares each module once for all directions; after that no trial of the exact representation reads a weight. Modules for
+which there is no room are parked in main memory, or on a CPU prepared again in each trial.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import inf
 
 import torch
+from torch import Tensor
 
 from abliterate.directions import Blend, Directions
 from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, svd_factors
@@ -23,7 +26,11 @@ EditKey = tuple[str, float, float]
 
 
 class Editor:
-    """Applies trials to `adapters`' modules. `clear` gives the base model back."""
+    """Applies trials to `adapters`' modules. `clear` gives the base model back.
+
+    `room`: bytes that prepared modules may take where their weights are; what is left of it is for others to use. Those
+    that come first have it: trials use all modules in the same order, so keeping the last used ones would find none.
+    """
 
     def __init__(
         self,
@@ -32,6 +39,7 @@ class Editor:
         settings: EditSettings,
         adapters: AdapterSet,
         memo: SvdMemo,
+        room: float = inf,
     ) -> None:
         self._targets = tuple(targets)
         self._by_name = {target.name: target for target in targets}
@@ -40,7 +48,11 @@ class Editor:
         self._method: EditMethod = edit_method(settings.mode)
         self.adapters = adapters
         self.memo = memo
+        self.room = room
         self._prepared: dict[str, Prepared] = {}
+        self._tables: dict[torch.device, Tensor] = {}  # directions (n_layers, d_model) float64
+        self.parked: set[str] = set()
+        self.unprepared: set[str] = set()
 
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Prepare every module now, so that the first trials cost what later ones do."""
@@ -89,14 +101,18 @@ class Editor:
 
     def _exact(self, key: EditKey) -> Factors:
         name, index, coeff = key
-        return self._method.factors(self._prepare(self._by_name[name]), self._directions.blend(index), coeff)
+        return self._method.factors(*self._prepared_for(name, self._directions.blend(index)), coeff)
 
     def _factors(self, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
             return self._exact(key)
         name, index, coeff = key
-        blend: Blend = self._directions.blend(index)
-        return svd_factors(self._method, self._prepare(self._by_name[name]), blend, coeff, name, self._settings.rank, self.memo)
+        prepared, blend = self._prepared_for(name, self._directions.blend(index))
+        return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
+
+    def _prepared_for(self, name: str, blend: Blend) -> tuple[Prepared, Blend]:
+        found = self._prepare(self._by_name[name])
+        return found.fetched(blend) if name in self.parked else (found, blend)
 
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
@@ -104,10 +120,30 @@ class Editor:
             device = dense_weight(target.module).device
             if device.type == "mps":  # has no float64
                 device = torch.device("cpu")
-            directions = self._directions.by_layer().to(device)
-            found = self._method.prepare(lambda: dense_weight(target.module).to(device), directions)
-            self._prepared[target.name] = found
+            found = self._method.prepare(lambda: dense_weight(target.module).to(device), self._table(device))
+            self._keep(target.name, found, device)
+            found = self._prepared.get(target.name, found)
         return found
+
+    def _keep(self, name: str, prepared: Prepared, device: torch.device) -> None:
+        if prepared.nbytes <= self.room:
+            self.room -= prepared.nbytes
+            self._prepared[name] = prepared
+        elif _has_own_memory(device):
+            self.parked.add(name)
+            self._prepared[name] = prepared.parked()
+        else:
+            self.unprepared.add(name)
+
+    def _table(self, device: torch.device) -> Tensor:
+        """All layers' directions (n_layers, d_model) float64, one tensor for all modules on a device."""
+        if device not in self._tables:
+            self._tables[device] = self._directions.by_layer().to(device).double()
+        return self._tables[device]
+
+
+def _has_own_memory(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _snap(value: float, grid: float) -> float:

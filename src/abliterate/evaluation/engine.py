@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
 from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer, Response
-from abliterate.evaluation.batches import Batches
+from abliterate.evaluation.batches import of_trials
 from abliterate.evaluation.decode import Decoder, Decoding, join
 from abliterate.evaluation.drafts import Drafts
 from abliterate.evaluation.layout import Sharing, shared_prefix
@@ -77,14 +78,12 @@ class TrialEngine:
         self.passes = Passes(reference.model, layers)
         self._switches = switches
         self._early = early
-        self._prefills, self._decodes = (
-            Batches(size, self.chat.device, recover=switches.use_memory_recovery, row_bytes=row_bytes)
-            for size, row_bytes in reference.sizes.of_trials
-        )
+        self._prefills, self._decodes = of_trials(reference.sizes, self.chat.device, recover=switches.use_memory_recovery)
         able = self._examine()
         self.sharing: Sharing = able if switches.use_shared_prefix else "none"
         self.drafting = switches.use_drafts and able == "between" and self.passes.takes_positions
         self._prefill = Prefill(self.passes, edits, self.sharing)
+        self.left_out = self._prefill.left_out
         self._ends = end_ids(reference.model)
         self._decode = Decoder(
             reference.model,
@@ -97,11 +96,12 @@ class TrialEngine:
         self._prefix: list[int] = []
 
     @torch.inference_mode()
-    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int]) -> None:
+    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int], room: float = inf) -> None:
         """Lay out both sets and keep what the base model computes; the model must carry no edit.
 
-        `starts`: layers at which a trial's passes may begin.
+        `starts`: layers at which a trial's passes may begin; `room`: bytes that may be kept.
         """
+        self._prefill.room = room
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
         for prompts, with_cache, size in ((harmful, True, self._decodes.size), (harmless, False, self._prefills.size)):

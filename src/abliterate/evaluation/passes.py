@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from abliterate.evaluation.layout import Sharing, positions
+from abliterate.model.memory import memory_errors
 
 
 class Passes:
@@ -44,7 +45,8 @@ class Passes:
             kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
         if "logits_to_keep" in self._accepted:
             kwargs["logits_to_keep"] = last
-        output = self._model(**kwargs)
+        with memory_errors():
+            output = self._model(**kwargs)
         return output.logits[:, -last:], getattr(output, "past_key_values", None)
 
     @contextlib.contextmanager
@@ -156,6 +158,11 @@ def merge_layer(parts: Sequence[Any]) -> Any:
     return new
 
 
+def layer_bytes(layer: Any) -> int:
+    """Bytes of the tensors of a cache layer."""
+    return _bytes(list(vars(layer).values()))
+
+
 def widened(layer: Any, columns: int) -> Any:
     """A plain cache layer with so many more columns at the left, to be masked; right where `sharing_of` is "between"."""
     if columns == 0:
@@ -189,6 +196,14 @@ def _copied(layer: Any) -> Any:
         if isinstance(value, (list, dict)):
             setattr(new, name, copy.copy(value))
     return new
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _concatenated(values: Sequence[Any], first: Any) -> Any:

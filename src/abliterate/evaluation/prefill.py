@@ -1,13 +1,16 @@
 """Prompts through an edited model, without doing again what doesn't depend on the edit.
 
 Owns what is kept of the base model (hidden states entering a few layers, the cache of the layers below) and the cache of
-the shared prefix. Knows no responses and no scores.
+the shared prefix. What doesn't fit isn't kept: passes then begin lower, and give the same numbers. Knows no responses and
+no scores.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +18,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from abliterate.evaluation.layout import Layout, Sharing, lay_out
-from abliterate.evaluation.passes import Passes, merge_layer, select_layers, select_rows, with_layers
+from abliterate.evaluation.passes import Passes, layer_bytes, merge_layer, select_layers, select_rows, with_layers
+from abliterate.model.memory import clear_device_cache, memory_errors
 
 
 class EditState(Protocol):
@@ -42,6 +46,29 @@ class Kept:
         hidden = self.hidden.get(start)
         return hidden if hidden is None or rows is None else hidden.index_select(0, rows.to(hidden.device))
 
+    def nbytes(self, starts: Sequence[int]) -> int:
+        """Bytes of what passes from these layers on need."""
+        hidden = sum(self.hidden[start].nbytes for start in starts if start in self.hidden)
+        return hidden + sum(map(layer_bytes, self.layers[: max(starts, default=0)]))
+
+    def cut(self, starts: Sequence[int]) -> None:
+        """Drop what passes from these layers on don't need."""
+        self.hidden = {start: hidden for start, hidden in self.hidden.items() if start in starts}
+        self.layers = self.layers[: max(starts, default=0)]
+
+    @staticmethod
+    def merged(parts: list[Kept], starts: Sequence[int]) -> Kept:
+        """The rows of all parts, one after the other; `parts` is left empty, so that little is in memory twice."""
+        found = Kept()
+        for start in starts:
+            same = [part.hidden.pop(start) for part in parts]
+            found.hidden[start] = torch.cat(same) if len(same) > 1 else same[0]
+        # Merged even where there is one part: a sliding window's layer may be a view of all columns.
+        for _ in range(min(len(part.layers) for part in parts)):
+            found.layers.append(merge_layer([part.layers.pop(0) for part in parts]))
+        parts.clear()
+        return found
+
 
 @dataclass
 class Group:
@@ -54,9 +81,18 @@ class Group:
 
 
 class Prefill:
-    """Prefills groups under the edit of the moment. `starts`: layers at which a pass may begin."""
+    """Prefills groups under the edit of the moment. `starts`: layers at which a pass may begin.
+
+    `room`: bytes that may be kept of the base model; the highest starts are dropped until that is enough. `left_out` says
+    what couldn't be kept.
+    """
 
     def __init__(self, passes: Passes, edits: EditState, sharing: Sharing) -> None:
+        self.room: float = inf
+        self.left_out: dict[str, str] = {}
+        self._unfit = 0
+        self._kept: list[Group] = []
+        self._dropped: set[int] = set()
         self.passes = passes
         self.sharing = sharing
         self._edits = edits
@@ -70,22 +106,80 @@ class Prefill:
     def keep(self, group: Group, starts: Sequence[int], batch_size: int, *, with_cache: bool) -> None:
         """Keep what the base model computes for a group; the model must carry no edit. `with_cache`: to decode from."""
         assert self._edits.first_layer is None
-        starts = [start for start in starts if start > 0]
+        starts = sorted({start for start in starts if start > 0} - self._dropped)
         if not starts:
             return
-        top = max(starts)
-        layout, parts = group.layout, []
-        with self.passes.keeping(starts, group.prefix.hidden):
-            cache = self._prefix(group, 0, again=True)
-        group.prefix.layers = cache.layers[:top] if cache is not None else []
-        hiddens: list[dict[int, Tensor]] = []
-        for chunk in torch.arange(len(group.rows), device=layout.ids.device).split(batch_size):
-            hiddens.append({})
-            with self.passes.keeping(starts, hiddens[-1]):
-                _, cache = self._suffix(group, chunk, 0, keep_cache=with_cache)
-            parts.append(cache.layers[:top] if cache is not None and with_cache else [])
-        group.kept.hidden = {start: torch.cat([hidden[start] for hidden in hiddens]) for start in starts}
-        group.kept.layers = [merge_layer(same) for same in zip(*parts, strict=True)]
+        self._kept.append(group)
+        whole = False
+        with contextlib.suppress(torch.OutOfMemoryError), memory_errors():
+            whole = self._keep(group, starts, batch_size, with_cache)
+        if not whole:
+            group.kept, group.prefix = Kept(), Kept()
+            self.forget()
+            clear_device_cache(group.layout.ids.device)
+            self._unfit += len(group.rows)
+            self.left_out["memory"] = (
+                f"the device is out of memory for keeping what the base model computes for {self._unfit} prompts, so their "
+                "passes begin at the first layer"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept of the base model."""
+        return sum(part.nbytes(list(part.hidden)) for group in self._kept for part in (group.kept, group.prefix))
+
+    def _keep(self, group: Group, starts: list[int], size: int, with_cache: bool) -> bool:
+        """`keep`, in chunks that are halved where they don't fit; False where one row doesn't."""
+        cache = self._prefix(group, 0, keeping=starts)
+        group.prefix.layers = [merge_layer([layer]) for layer in cache.layers[: max(starts)]] if cache is not None else []
+        rows = torch.arange(len(group.rows), device=group.layout.ids.device)
+        parts: list[Kept] = []
+        done = 0
+        while done < len(rows):
+            chunk = rows[done : done + size]
+            part: Kept | None = None
+            with contextlib.suppress(torch.OutOfMemoryError):
+                part = self._keep_rows(group, chunk, starts, with_cache)
+            if part is None:
+                clear_device_cache(rows.device)
+                if len(chunk) == 1:
+                    return False
+                size = len(chunk) // 2
+                continue
+            if not parts:
+                starts = self._fitting(group, starts, part, len(rows) / len(chunk))
+                if not starts:
+                    return True
+            part.cut(starts)
+            parts.append(part)
+            done += len(chunk)
+        group.kept = Kept.merged(parts, starts)
+        return True
+
+    def _keep_rows(self, group: Group, rows: Tensor, starts: Sequence[int], with_cache: bool) -> Kept:
+        part = Kept()
+        with self.passes.keeping(starts, part.hidden):
+            _, cache = self._suffix(group, rows, 0, keep_cache=with_cache)
+        part.layers = cache.layers[: max(starts)] if cache is not None and with_cache else []
+        return part
+
+    def _fitting(self, group: Group, starts: list[int], part: Kept, times: float) -> list[int]:
+        """The starts for which there is room, `part` being what the group's rows take divided by `times`."""
+        starts = list(starts)
+        others = [kept for other in self._kept if other is not group for kept in (other.kept, other.prefix)]
+
+        def needed() -> float:
+            return part.nbytes(starts) * times + sum(kept.nbytes(starts) for kept in (group.prefix, *others))
+
+        while starts and needed() > self.room:
+            self._dropped.add(starts.pop())
+            self.left_out["room"] = (
+                f"the base model's states at layers {sorted(self._dropped)} take more than is left of "
+                "efficiency.max_kept_mb, so no pass begins there"
+            )
+        for kept in (group.prefix, *others):
+            kept.cut(starts)
+        return starts
 
     def __call__(self, group: Group, rows: Tensor, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
         """Logits of the first response token (n, vocabulary) of some of a group's rows, and the cache after the prompts."""
@@ -107,8 +201,11 @@ class Prefill:
         below = [start for start in group.kept.hidden if first is None or start <= first]
         return max(below, default=0)
 
-    def _prefix(self, group: Group, start: int, *, again: bool = False) -> Cache | None:
-        """The cache of the group's prefix rows under this edit; shared between groups that begin alike."""
+    def _prefix(self, group: Group, start: int, *, keeping: Sequence[int] = ()) -> Cache | None:
+        """The cache of the group's prefix rows under this edit; shared between groups that begin alike.
+
+        `keeping`: layers whose input is kept on the way, in `group.prefix`.
+        """
         layout = group.layout
         if not layout.prefix_length:
             return None
@@ -116,12 +213,37 @@ class Prefill:
             self.forget()
             self._version = self._edits.version
         key = layout.prefix_ids.cpu().numpy().tobytes() + layout.prefix_mask.cpu().numpy().tobytes()
-        if again or key not in self._prefixes:
-            with self.passes.starting_at(start, group.prefix.at(start)):
-                _, cache = self.passes(layout.prefix_ids, layout.prefix_mask, None)
-            assert cache is not None
+        if keeping or key not in self._prefixes:
+            rows = torch.arange(len(layout.prefix_ids), device=layout.ids.device)
+            cache, hidden = self._prefix_rows(group, rows, start, keeping)
+            if keeping:
+                group.prefix.hidden = hidden
             self._prefixes[key] = with_layers(cache, [*group.prefix.layers[:start], *cache.layers[start:]])
         return self._prefixes[key]
+
+    def _prefix_rows(self, group: Group, rows: Tensor, start: int, keeping: Sequence[int]) -> tuple[Cache, dict[int, Tensor]]:
+        """A cache of some prefix rows, and what entered the layers `keeping`; rows that don't fit together are fed apart."""
+        layout = group.layout
+        hidden: dict[int, Tensor] = {}
+        cache: Cache | None = None
+        try:
+            with self.passes.keeping(keeping, hidden), self.passes.starting_at(start, group.prefix.at(start, rows)):
+                _, cache = self.passes(layout.prefix_ids[rows], layout.prefix_mask[rows], None)
+        except torch.OutOfMemoryError:
+            if len(rows) == 1:
+                raise
+        if cache is not None:
+            return cache, hidden
+        hidden.clear()
+        clear_device_cache(rows.device)
+        parts = [self._prefix_rows(group, half, start, keeping) for half in rows.split((len(rows) + 1) // 2)]
+        caches, hiddens = zip(*parts, strict=True)
+        # Layers below `start` did nothing, and what is kept of them takes their place.
+        merged = [merge_layer(same) for same in zip(*(cache.layers[start:] for cache in caches), strict=True)]
+        return (
+            with_layers(caches[0], [*caches[0].layers[:start], *merged]),
+            {at: torch.cat([hidden[at] for hidden in hiddens]) for at in keeping},
+        )
 
     def _suffix(self, group: Group, rows: Tensor, start: int, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
         layout = group.layout

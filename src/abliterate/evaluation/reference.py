@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from abliterate.evaluation.base import Observation, Response
-from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.chat import Chat
 from abliterate.types import BatchSizes, Prompt

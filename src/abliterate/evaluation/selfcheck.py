@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
 
+from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer
 from abliterate.evaluation.engine import TrialEngine, Unsupported
 from abliterate.evaluation.prefill import EditState
 from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.model.memory import clear_device_cache
+from abliterate.model.memory import clear_device_cache, memory_errors
 from abliterate.settings import EfficiencySettings
 from abliterate.types import Prompt
 
@@ -27,7 +29,7 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class Setup:
-    """What an engine is made of and prepared with."""
+    """What an engine is made of and prepared with; `room`: bytes it may keep of the base model."""
 
     reference: ReferenceEngine
     layers: torch.nn.ModuleList
@@ -36,11 +38,12 @@ class Setup:
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
     starts: Sequence[int]
+    room: float = inf
 
     def engine(self, switches: EfficiencySettings) -> TrialEngine:
         """A prepared engine; the model must carry no edit."""
         engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early)
-        engine.prepare(self.harmful, self.harmless, self.starts)
+        engine.prepare(self.harmful, self.harmless, self.starts, self.room)
         return engine
 
 
@@ -86,7 +89,7 @@ def trusted_engine(
         except Unsupported as error:
             found = f"can't be used: {error}"
         # An unknown model's code may fail in any way on a path of ours; the reference then still works.
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
             found = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         finally:
             clear()
@@ -118,24 +121,53 @@ def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings
 
 @torch.inference_mode()
 def check(engine: TrialEngine, setup: Setup) -> Verdict:
-    """Compare on a few prompts of each set, short and long ones."""
+    """Compare on a few prompts of each set, short and long ones; fewer at a time where they don't fit together."""
+    chat = setup.reference.chat
+    harmful, harmless = (_spread([len(chat.token_ids(prompt)) for prompt in part]) for part in (setup.harmful, setup.harmless))
+    dtype, difference, noise = _apart(chat.device, lambda rows: _compare_responses(engine, setup, rows), harmful)
+    _, first, _ = _apart(chat.device, lambda rows: _compare_first(engine, setup, rows), harmless)
+    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
+    # reference that contradicts itself would let anything pass.
+    floor, ceiling = (1e-4, 1e-3) if dtype == torch.float32 else (8 * torch.finfo(dtype).eps, 0.3)
+    return Verdict(max(difference, first), min(max(3 * noise, floor), ceiling))
+
+
+# The dtype of the logits, the engine's difference from the reference, and the reference's own between two ways.
+Compared = tuple[torch.dtype, float, float]
+
+
+def _apart(device: torch.device, compare: Callable[[list[int]], Compared], rows: list[int]) -> Compared:
+    """The worst of `compare` on all rows at once, or where memory doesn't allow that on each half of them."""
+    found: Compared | None = None
+    try:
+        with memory_errors():
+            found = compare(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    # Outside the `except` block: inside it the traceback keeps the rows' tensors alive.
+    if found is not None:
+        return found
+    clear_device_cache(device)
+    half = len(rows) // 2
+    dtypes, differences, noises = zip(*(_apart(device, compare, part) for part in (rows[:half], rows[half:])), strict=True)
+    return dtypes[0], max(differences), max(noises)
+
+
+def _compare_responses(engine: TrialEngine, setup: Setup, rows: list[int]) -> Compared:
     reference = setup.reference
-    rows = _spread([len(reference.chat.token_ids(prompt)) for prompt in setup.harmful])
     prompts = [setup.harmful[row] for row in rows]
     tokens, expected = reference.raw_logits(prompts, TOKENS)
     plain = torch.stack([_plain_logits(reference, prompt, row) for prompt, row in zip(prompts, tokens, strict=True)])
     cut = tokens.shape[1] // 2
     apart, together = engine.forced_logits(setup.harmful, rows, tokens)
-    noise = distance(expected, plain)
     difference = max(distance(expected[:, :cut], apart), distance(expected[-len(together) :, cut:], together))
+    return apart.dtype, difference, distance(expected, plain)
 
-    rows = _spread([len(reference.chat.token_ids(prompt)) for prompt in setup.harmless])
-    expected = reference.first_logprobs([setup.harmless[row] for row in rows])
-    difference = max(difference, distance(expected, engine.some_first_logprobs(setup.harmless, rows)))
-    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
-    # reference that contradicts itself would let anything pass.
-    floor, ceiling = (1e-4, 1e-3) if apart.dtype == torch.float32 else (8 * torch.finfo(apart.dtype).eps, 0.3)
-    return Verdict(difference, min(max(3 * noise, floor), ceiling))
+
+def _compare_first(engine: TrialEngine, setup: Setup, rows: list[int]) -> Compared:
+    expected = setup.reference.first_logprobs([setup.harmless[row] for row in rows])
+    return expected.dtype, distance(expected, engine.some_first_logprobs(setup.harmless, rows)), 0.0
 
 
 def distance(expected: Tensor, found: Tensor) -> float:

@@ -63,31 +63,41 @@ def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, An
     return kwargs
 
 
-@torch.no_grad()
 def capture_residuals(
+    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], **options: Any
+) -> Tensor:
+    """Residuals (n_prompts, n_layers+1, d_model) float32; options and errors as in `stream_residuals`."""
+    batches: list[Tensor] = []
+    stream_residuals(model, layers, chat, prompts, batches.append, **options)
+    return torch.cat(batches)
+
+
+@torch.no_grad()
+def stream_residuals(
     model: PreTrainedModel,
     layers: nn.ModuleList,
     chat: Chat,
     prompts: Sequence[Prompt],
+    take: Callable[[Tensor], None],
     *,
     batch_size: int,
     amp: bool = False,
     offload: bool = True,
     clear_every: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Tensor:
-    """Residuals (n_prompts, n_layers+1, d_model) float32, on the CPU if `offload`, else where the model is.
+) -> None:
+    """Hand each batch's residuals (batch, n_layers+1, d_model) float32 to `take`, in the prompts' order, and keep none.
 
-    `amp` runs the passes in bfloat16 autocast (faster, rounds to 8 bits); `clear_every` batches free the device's
-    memory cache (0: never). The batch size is halved when the device runs out of memory.
+    They are on the CPU if `offload`, else where the model is. `amp` runs the passes in bfloat16 autocast (faster, rounds
+    to 8 bits); `clear_every` batches free the device's memory cache (0: never). The batch size is halved when the device
+    runs out of memory.
 
     Raises:
         AbliterateError: a residual is not finite (float16 overflow), or one prompt alone doesn't fit.
     """
-    batches: list[Tensor] = []
     # Layers may lie on several devices; residuals are gathered on one.
     home = torch.device("cpu") if offload else chat.device
-    done = 0
+    done = count = 0
     while done < len(prompts):
         part = prompts[done : done + batch_size]
         captured = unless_full(partial(capture_batch, model, layers, chat, part, amp=amp, home=home), chat.device)
@@ -99,15 +109,13 @@ def capture_residuals(
                 )
             batch_size = len(part) // 2
             continue
-        batches.append(captured)
-        done += len(part)
-        if clear_every and len(batches) % clear_every == 0:
+        if not torch.isfinite(captured).all():
+            raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
+        take(captured)
+        done, count = done + len(part), count + 1
+        if clear_every and count % clear_every == 0:
             clear_device_cache(chat.device)
         progress(done, len(prompts))
-    residuals = torch.cat(batches)  # (n_prompts, n_layers+1, d_model)
-    if not torch.isfinite(residuals).all():
-        raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
-    return residuals
 
 
 @torch.no_grad()

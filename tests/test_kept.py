@@ -1,0 +1,405 @@
+"""What is kept between trials: within its room, and within the device's memory, with the same numbers for less of it."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_directions, make_editor, make_loaded, make_model, make_params
+from test_engine import HARMFUL, HARMLESS, Lab, assert_same, make_lab, make_setup, trials, trusted, whole
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
+
+from abliterate.directions import Blend
+from abliterate.edits import METHODS, Factors, SvdMemo
+from abliterate.edits.base import ROW_CHUNK
+from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.engine import TrialEngine
+from abliterate.evaluation.passes import layer_bytes
+from abliterate.evaluation.prefill import Kept, Prefill
+from abliterate.evaluation.selfcheck import Setup, check
+from abliterate.settings import EfficiencySettings
+
+MODES = sorted(METHODS)
+# One family for each way of sharing a prefix: between, left (twice), none (twice).
+FAMILIES = ("llama", "mistral", "gemma3", "qwen3_5", "lfm2")
+
+
+def with_room(editor: Editor, room: float) -> Editor:
+    """The same editor with other room."""
+    parts = (editor._targets, editor._directions, editor._settings, editor.adapters)
+    made = Editor(*parts, SvdMemo(100), room)
+    made.prepare()
+    return made
+
+
+def held(editor: Editor) -> int:
+    """Bytes of prepared modules, tensor by tensor, but for those in main memory."""
+    return sum(
+        tensor.nbytes
+        for name, prepared in editor._prepared.items()
+        if name not in editor.parked
+        for tensor in (prepared.a, prepared.p, prepared.norms)
+    )
+
+
+def assert_equal_factors(found: dict[str, Factors], expected: dict[str, Factors]) -> None:
+    """Bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, one in found.items():
+        other = expected[name]
+        assert torch.equal(one.a, other.a)
+        assert torch.equal(one.b, other.b)
+        assert (one.row_scale is None) == (other.row_scale is None)
+        assert one.row_scale is None or torch.equal(one.row_scale, other.row_scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_directions_are_one_tensor_for_all_modules(mode: str) -> None:
+    editor = make_editor(make_loaded(make_model("llama")), mode=mode)
+    editor.prepare()
+    assert len(editor._prepared) == 6
+    assert len({prepared.directions.data_ptr() for prepared in editor._prepared.values()}) == 1
+    assert {prepared.directions.dtype for prepared in editor._prepared.values()} == {torch.float64}
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+@pytest.mark.parametrize("options", [{"mode": mode} for mode in MODES] + [{"representation": "svd"}], ids=str)
+def test_edits_are_the_same_whatever_the_room(
+    options: dict[str, Any], accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an accelerator: here too everything lies in main memory, but by the way of what is parked there."""
+    monkeypatch.setattr("abliterate.evaluation.editor._has_own_memory", lambda device: accelerator)
+    plain = make_editor(make_loaded(make_model("llama")), **options)
+    plain.prepare()
+    whole_size = held(plain)
+    for room in (0, whole_size // 3, whole_size - 1, whole_size, 10**9):
+        editor = with_room(plain, room)
+        assert held(editor) <= room
+        assert editor.room == room - held(editor)
+        short = room < whole_size
+        assert bool(editor.parked) == (short and accelerator)
+        assert bool(editor.unprepared) == (short and not accelerator)
+        if room:
+            assert held(editor) > 0, "what there is room for is kept"
+        for seed in range(4):
+            assert_equal_factors(editor.factors(make_params(seed)), plain.factors(make_params(seed)))
+        assert held(editor) <= room
+
+
+def test_modules_without_room_are_prepared_in_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_editor(make_loaded(make_model("llama")))
+    prepared: list[int] = []
+    prepare = plain._method.prepare
+    monkeypatch.setattr(type(plain._method), "prepare", lambda self, *args: prepared.append(1) or prepare(*args))
+    editor = with_room(plain, 0)
+    assert len(prepared) == 6
+    editor.factors(make_params(0))
+    assert len(prepared) > 6
+    ample = with_room(plain, 10**9)
+    prepared.clear()
+    ample.factors(make_params(0))
+    assert prepared == []
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest new float32 or float64 tensor that operations give."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.elements = 0
+        self._given = {tensor.untyped_storage().data_ptr() for tensor in given}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            wide = isinstance(tensor, Tensor) and tensor.dtype in (torch.float32, torch.float64)
+            if wide and tensor.untyped_storage().data_ptr() not in self._given:
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_weight_is_never_copied_whole(mode: str) -> None:
+    """Neither to prepare it nor for the few rows that the closed form can't express."""
+    d_out, d_in = 4 * ROW_CHUNK, 48
+    weight = torch.randn(d_out, d_in).bfloat16()
+    directions = make_directions(2, d_out).by_layer().double().clone()
+    directions[0] = 0
+    directions[0, 9] = 1  # one-hot: a degenerate row at λ = 1
+    with Largest([weight, directions]) as seen:
+        prepared = METHODS[mode].prepare(lambda: weight, directions)
+        factors = METHODS[mode].factors(prepared, Blend((0,), (1.0,)), 1.0)
+    assert factors.a.shape[0] == (2 if mode == "full" else 1)
+    assert 0 < seen.elements <= ROW_CHUNK * d_in
+
+
+def test_a_dense_change_needs_one_matrix() -> None:
+    """The svd representation decomposes ΔW, which is made without a float32 copy of W beside it."""
+    weight = torch.randn(4 * ROW_CHUNK, 24).bfloat16()
+    factors = Factors(torch.rand(len(weight)) + 0.5, torch.randn(1, 24), torch.randn(len(weight), 1))
+    expected = (factors.row_scale - 1)[:, None] * weight.float() + factors.b @ factors.a  # type: ignore[operator]
+    sizes: list[int] = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and "to_copy" in str(func):
+                sizes.append(result.numel())
+            return result
+
+    with Sizes():
+        found = factors.delta(weight)
+    assert torch.equal(found, expected)
+    assert max(sizes) <= ROW_CHUNK * 24
+
+
+# Of the base model: hidden states and cache layers.
+
+
+def engine_with(lab: Lab, room: float) -> TrialEngine:
+    """An engine that may keep so many bytes, with every layer as a possible start."""
+    lab.editor.clear()
+    starts = range(len(lab.loaded.layers))
+    setup = Setup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, starts, room)
+    return setup.engine(EfficiencySettings())
+
+
+def parts_of(engine: TrialEngine) -> Iterator[Kept]:
+    """Everything that is kept of the base model."""
+    for prompts in engine._sets.values():
+        for group in prompts.groups:
+            yield group.kept
+            yield group.prefix
+
+
+def storages(engine: TrialEngine) -> int:
+    """Bytes of all storages behind what is kept, counted apart from the package."""
+    found: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for part in value.values():
+                visit(part)
+        elif isinstance(value, (list, tuple)):
+            for part in value:
+                visit(part)
+
+    for kept in parts_of(engine):
+        visit(kept.hidden)
+        for layer in kept.layers:
+            visit(vars(layer))
+    return sum(found.values())
+
+
+def starts_of(engine: TrialEngine) -> list[set[int]]:
+    """Layers at which each group's passes may begin above the first."""
+    return [set(group.kept.hidden) for prompts in engine._sets.values() for group in prompts.groups]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trials_are_the_same_whatever_the_room(family: str) -> None:
+    lab = make_lab(family)
+    ample = engine_with(lab, float("inf"))
+    everything = storages(ample)
+    assert everything == ample._prefill.nbytes
+    assert starts_of(ample)[0] == {1, 2}
+    assert ample.left_out == {}
+    kept = []
+    for room in (0, 1000, everything // 2, everything - 1, everything):
+        engine = engine_with(lab, room)
+        assert storages(engine) <= room
+        assert engine._prefill.nbytes == storages(engine)
+        kept.append(starts_of(engine)[0])
+        assert all(starts == kept[-1] for starts in starts_of(engine)), "the same for all prompts"
+        assert ("room" in engine.left_out) == (room < everything)
+        for params in trials(lab, 4):
+            lab.editor.apply(params)
+            assert_same(whole(engine), whole(lab.reference))
+    assert kept[0] == set()
+    assert kept[-2:] == [{1}, {1, 2}], "the highest goes first"
+
+
+def test_the_first_chunk_tells_what_all_of_them_take() -> None:
+    """So that no more than there is room for is ever kept, even on the way."""
+    lab = make_lab("gemma3", batch_size=2)
+    ample = engine_with(lab, float("inf"))
+    engine = engine_with(lab, ample._prefill.nbytes - 1)
+    assert starts_of(engine)[0] == {1}
+    peak = 0
+    merged = Kept.merged
+
+    def watched(parts: list[Kept], starts: Sequence[int]) -> Kept:
+        nonlocal peak
+        peak = max(peak, sum(part.nbytes(list(part.hidden)) for part in parts))
+        return merged(parts, starts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kept, "merged", staticmethod(watched))
+        again = engine_with(lab, ample._prefill.nbytes - 1)
+    assert 0 < peak <= again._prefill.room
+
+
+def test_bytes_of_a_layer() -> None:
+    class Layer:
+        def __init__(self) -> None:
+            self.keys, self.states, self.more = torch.zeros(2, 3), [torch.zeros(4)], {0: torch.zeros(1).double()}
+            self.length = 7
+
+    assert layer_bytes(Layer()) == 24 + 16 + 8
+
+
+# A device that is too small.
+
+
+def limit_rows(model: PreTrainedModel, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Make any pass of more than `most` rows run out of memory; returns the rows of each pass tried."""
+    sizes: list[int] = []
+    forward = type(model).forward
+
+    @functools.wraps(forward)  # the engine looks at its parameters
+    def limited(self: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(kwargs["input_ids"].shape[0])
+        if sizes[-1] > most:
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", limited)
+    return sizes
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_engine_on_a_small_device_gives_the_same_numbers(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab(family, batch_size=5)
+    some = trials(lab, 4)
+    expected = []
+    for params in some:
+        lab.editor.apply(params)
+        expected.append(whole(lab.reference))
+    ample = engine_with(lab, float("inf"))
+    assert {"llama": "between", "mistral": "left", "gemma3": "left"}.get(family, "none") == ample.sharing
+    if ample.sharing == "left":
+        assert max(len(g.layout.prefix_ids) for s in ample._sets.values() for g in s.groups) > 3, "prefix rows don't fit"
+    sizes = limit_rows(lab.loaded.model, rows, monkeypatch)
+    engine = engine_with(lab, float("inf"))
+    assert max(sizes) > rows, "it did run out"
+    assert starts_of(engine) == starts_of(ample), "and kept everything"
+    assert engine.left_out == {}
+    for one, other in zip(parts_of(engine), parts_of(ample), strict=True):
+        for start, hidden in one.hidden.items():
+            torch.testing.assert_close(hidden, other.hidden[start], rtol=0, atol=1e-4)
+    for params, numbers in zip(some, expected, strict=True):
+        lab.editor.apply(params)
+        assert_same(whole(engine), numbers)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_self_check_on_a_small_device(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab, warnings = make_lab(family, batch_size=5), list[str]()
+    sizes = limit_rows(lab.loaded.model, rows, monkeypatch)
+    engine = trusted(lab, warnings)
+    assert isinstance(engine, TrialEngine)
+    assert warnings == []
+    assert max(sizes) > rows
+
+
+def test_the_self_check_sees_every_row_on_a_small_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong number in one row must not hide in the other half."""
+    lab = make_lab("llama", batch_size=5)
+    engine = engine_with(lab, float("inf"))
+    forced = TrialEngine.forced_logits
+    seen: list[int] = []
+
+    def wrong(self: TrialEngine, prompts: Any, rows: list[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
+        seen.extend(rows)
+        before, together = forced(self, prompts, rows, tokens)
+        return before, together + (3 * torch.randn_like(together) if 4 in rows else 0)
+
+    monkeypatch.setattr(TrialEngine, "forced_logits", wrong)
+    limit_rows(lab.loaded.model, 1, monkeypatch)
+    verdict = check(engine, make_setup(lab))
+    assert not verdict.ok
+    assert len(set(seen)) == 4
+
+
+def test_the_self_check_needs_memory_for_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = make_lab("llama", batch_size=2)
+    engine = lab.engine(use_layer_skip=False)
+    sizes = limit_rows(lab.loaded.model, 0, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        check(engine, make_setup(lab))
+    assert sizes == [4, 2, 1]
+
+
+@pytest.mark.parametrize("fits", [0, 1, 3])
+def test_a_group_that_cannot_be_kept_is_left_out(fits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After `fits` rows nothing more fits, however few: what was captured is freed, and trials give the same numbers."""
+    lab = make_lab("llama", batch_size=2)
+    captured: list[weakref.ref[Tensor]] = []
+    kept: list[int] = []
+    inside: list[bool] = []
+    monkeypatch.setattr(
+        "abliterate.evaluation.prefill.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
+    )
+
+    def keep_rows(self: Any, group: Any, some: Tensor, starts: Any, with_cache: bool) -> Kept:
+        if with_cache and (sum(kept) + len(some) > fits):
+            raise torch.OutOfMemoryError("out of memory")
+        kept.append(len(some))
+        part = real(self, group, some, starts, with_cache)
+        captured.extend(weakref.ref(hidden) for hidden in part.hidden.values())
+        return part
+
+    real = Prefill._keep_rows
+    monkeypatch.setattr(Prefill, "_keep_rows", keep_rows)
+    engine = engine_with(lab, float("inf"))
+    gc.collect()
+    harmful, *harmless = (group for prompts in engine._sets.values() for group in prompts.groups)
+    assert (harmful.kept, harmful.prefix) == (Kept(), Kept())
+    assert all(group.kept.hidden for group in harmless)
+    assert f"{len(HARMFUL)} prompts" in engine.left_out["memory"]
+    assert len(captured) > 0
+    kept_now = {id(hidden) for part in parts_of(engine) for hidden in part.hidden.values()}
+    assert all(ref() is None or id(ref()) in kept_now for ref in captured)
+    assert inside
+    assert not any(inside), "within the `except` block the traceback keeps tensors alive"
+    for params in trials(lab, 3):
+        lab.editor.apply(params)
+        assert_same(whole(engine), whole(lab.reference))
+
+
+def test_a_cache_that_cannot_be_merged_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def merged(parts: Any, starts: Any) -> Kept:
+        raise torch.OutOfMemoryError("out of memory")
+
+    lab = make_lab("llama", batch_size=2)
+    monkeypatch.setattr(Kept, "merged", staticmethod(merged))
+    engine = engine_with(lab, float("inf"))
+    assert engine._prefill.nbytes == 0
+    assert f"{len(HARMFUL) + len(HARMLESS)} prompts" in engine.left_out["memory"]
+    lab.editor.apply(make_params(1))
+    assert_same(whole(engine), whole(lab.reference))
+
+
+def test_a_prefix_is_split_in_trials_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the layers that are skipped, under an edit."""
+    lab = make_lab("gemma3", batch_size=5)
+    engine = engine_with(lab, float("inf"))
+    for params in trials(lab, 6):
+        lab.editor.apply(params)
+        expected = whole(lab.reference)
+        with pytest.MonkeyPatch.context() as patch:
+            sizes = limit_rows(lab.loaded.model, 2, patch)
+            assert_same(whole(engine), expected)
+            assert max(sizes) > 2
