@@ -147,6 +147,7 @@ class _Probes:
         longest = max(self._lengths[name][1] for name in ("prefill", "decode"))
         kept = kept_bytes(self._shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
         # The engine keeps this much between trials, and KL the base's log-probabilities and the trial's.
+        kept = min(kept, context.settings.efficiency.max_kept_mb << 20)
         self._reserved = kept + 8 * len(prompts.harmless_eval) * self._shape.vocabulary
 
     def search(self, operation: Operation, at_most: int = 0) -> Tuned:

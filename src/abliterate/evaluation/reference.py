@@ -40,7 +40,7 @@ class ReferenceEngine:
         self.reader = reader
         self.max_new_tokens = max_new_tokens
         self.sizes = sizes
-        self._prefills, self._decodes = (Batches(size, chat.device, row_bytes=row_bytes) for size, row_bytes in sizes.of_trials)
+        self._prefills, self._decodes = of_trials(sizes, chat.device)
         self.check = check
 
     def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
