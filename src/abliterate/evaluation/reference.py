@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from abliterate.evaluation.base import Observation, Response
+from abliterate.evaluation.batches import of_trials
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.chat import Chat
 from abliterate.types import BatchSizes, Prompt
