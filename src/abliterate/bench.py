@@ -129,10 +129,10 @@ def plain_engine(context: Context, loaded: LoadedModel) -> ReferenceEngine:
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
     """The response prefix, from the cache where known; says what it is."""
     key = prefix_key(context.settings, loaded, prompts.all_sets())
-    known = context.store.get("response prefix", key)
+    known = context.store.get("response-prefix", key)
     prefix = response_prefix(context, loaded, sizes, prompts) if known is None else from_bytes(known["prefix"])
     if known is None:
-        context.store.put("response prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")
+        context.store.put("response-prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")
     if prefix:
         how = "" if known is None else " (from the cache)"
         context.reporter.note(f"response prefix: {prefix!r}{how}", response_prefix=prefix)

@@ -69,7 +69,7 @@ def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, 
         _say(context, BatchSizes.same(given), "as given")
         return BatchSizes.same(given)
     key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
-    found = context.store.get("batch sizes", key)
+    found = context.store.get("batch-sizes", key)
     if found is not None:
         sizes = json.loads(from_bytes(found["sizes"]))
         known = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
@@ -92,7 +92,7 @@ def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts
     key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
     text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes})
     label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in found.by_name.items())
-    context.store.put("batch sizes", key, {"sizes": to_bytes(text)}, label)
+    context.store.put("batch-sizes", key, {"sizes": to_bytes(text)}, label)
     _say(context, found, f"found by {sum(len(one.probes) for one in tuned)} probes")
     return tuned
 

@@ -161,7 +161,7 @@ def _accelerator() -> Any:
     """The backend of the accelerator in use; None where there is none. Asking must not initialize it, on a CPU run too."""
     for name in ("cuda", "xpu"):
         backend = getattr(torch, name, None)
-        if backend is not None and backend.is_available() and backend.is_initialized():
+        if backend is not None and backend.is_initialized():
             return backend
     return None
 
