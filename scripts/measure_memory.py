@@ -1,6 +1,7 @@
 """What residuals take, held and streamed, and what is kept between trials: a random model, the demo's tokenizer and prompts.
 
 .venv/bin/python scripts/measure_memory.py --layers 24 --width 2048
+.venv/bin/python scripts/measure_memory.py --forms      # of log-probabilities over a large vocabulary
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rig import PeakMemory, Quiet
+from rig import PeakMemory, Quiet, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from abliterate import stages
 from abliterate.bench import Context, load_and_calibrate, read_prompts
-from abliterate.evaluation.logprobs import smallest_form
+from abliterate.evaluation.logprobs import kl_divergence, small_forms, smallest_form
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
@@ -76,13 +77,38 @@ def measure(model: str, limit: int) -> dict[str, float]:
         }
 
 
+def measure_forms(top: float, rows: int = 50, vocabulary: int = 150_000) -> None:
+    """Random logits, 20 of them up to `top` nats above noise of 2: bytes and KL of each form beside the dense one."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(rows, vocabulary, generator=generator)
+    logits[:, :20] = torch.linspace(top, top * 0.24, 20)
+    base = logits.log_softmax(-1)
+    edited = (logits + 0.3 * torch.randn(logits.shape, generator=generator)).log_softmax(-1)
+    forms, setup = timed(lambda: small_forms(base))
+    dense, seconds = timed(lambda: kl_divergence(base, edited))
+    print(f"top {top}: dense {1000 * seconds:.0f} ms a trial; {setup:.2f} s to choose")
+    for form in forms or [smallest_form(base)]:
+        if isinstance(form, torch.Tensor):
+            print("  kept as it is")
+            continue
+        found, seconds = timed(lambda form=form: form.kl(edited))
+        error = float((found - dense).abs().max())
+        share = form.nbytes / base.nbytes
+        print(f"  {type(form).__name__}: {share:.4f} of the bytes, {1000 * seconds:.0f} ms, KL off by {error:.0e}")
+
+
 def main() -> None:
     """Every variant in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "LIMIT"), help="used by the script itself")
+    parser.add_argument("--forms", action="store_true")
     args = parser.parse_args()
+    if args.forms:
+        measure_forms(20.0)
+        measure_forms(40.0)
+        return
     if args.one:
         print(json.dumps(measure(args.one[0], int(args.one[1]))))
         return
