@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from abliterate.directions import Blend, Directions
 from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, svd_factors
@@ -23,7 +24,10 @@ EditKey = tuple[str, float, float]
 
 
 class Editor:
-    """Applies trials to `adapters`' modules. `clear` gives the base model back."""
+    """Applies trials to `adapters`' modules. `clear` gives the base model back.
+
+    `weight_of`: where a target's W (d_out, d_in) comes from, the model itself unless it has none.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class Editor:
         settings: EditSettings,
         adapters: AdapterSet,
         memo: SvdMemo,
+        weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
     ) -> None:
         self._targets = tuple(targets)
         self._by_name = {target.name: target for target in targets}
@@ -40,6 +45,7 @@ class Editor:
         self._method: EditMethod = edit_method(settings.mode)
         self.adapters = adapters
         self.memo = memo
+        self._weight_of = weight_of
         self._prepared: dict[str, Prepared] = {}
 
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -101,11 +107,11 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
         if found is None:
-            device = dense_weight(target.module).device
-            if device.type == "mps":  # has no float64
+            device: torch.device = target.module.weight.device  # type: ignore[union-attr,assignment]
+            if device.type in ("mps", "meta"):  # one has no float64, the other no weights: they are read from elsewhere
                 device = torch.device("cpu")
             directions = self._directions.by_layer().to(device)
-            found = self._method.prepare(lambda: dense_weight(target.module).to(device), directions)
+            found = self._method.prepare(lambda: self._weight_of(target).to(device), directions)
             self._prepared[target.name] = found
         return found
 
