@@ -85,7 +85,7 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     `prompts`: the number of harmful ones.
     """
     if record["ok"]:
-        verdict = "The export was read back from disk and is what the trial was, within rounding."
+        verdict = "The export was read back from disk; it is what the trial was, within rounding."
     else:
         failed = ", ".join(name for name, passed in record["checks"].items() if not passed) or record["reason"]
         verdict = (
