@@ -19,7 +19,7 @@ from abliterate.export.source import Matrices
 from abliterate.export.verify import Verification
 
 # Rows compared at a time, by their entries: several copies of them are in memory in float64.
-CHUNK = 1 << 18
+CHUNK = 1 << 16
 # What float32 factors and sums explain in an entry, of its row's norm: twice the largest seen, 5e-7 in rows that lie nearly
 # along the direction (their closed form divides by little); elsewhere it is 3e-8 (tests/test_definition.py).
 _ROUNDING = 1e-6
