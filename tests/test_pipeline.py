@@ -136,6 +136,13 @@ def test_model_card_has_the_scores(finished: Finished) -> None:
     selected = result["trials"][result["selected"]]
     assert f"| {result['baseline']['refusals']} | {selected['scores']['refusals']} |" in card
     assert f"mean {selected['scores']['kl']['mean']:.4f}" in card
+    found = result["export"]["verification"]
+    assert f"| refusals of 12 harmful prompts | {selected['scores']['refusals']} | {found['scores']['refusals']} |" in card
+    assert f"harmless prompts mean {found['kl_from_trial']['harmless']['mean']:.1e}" in card
+    assert f"--trial {selected['number']} --kind merged" in card
+    for sets in result["prompts"].values():
+        assert sets["digest"] in card
+    assert result["prompts"]["harmless_eval"]["count"] == 12
 
 
 def test_second_run_needs_no_residual_pass(

@@ -142,6 +142,7 @@ def test_one_module_left_out_does_not_verify(case: Case, tmp_path: Path, kind: s
     assert record["module_error"]["off"] == [dropped]
     assert record["module_error"]["max"] == pytest.approx(1, abs=0.2)  # of the weakest, an eighth is lost to storage
     assert "modules" in case.recorder.warnings[-1]
+    assert "**The check failed** (" in (tmp_path / kind / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -168,6 +169,7 @@ def test_export_of_no_numbers_does_not_verify(case: Case, tmp_path: Path) -> Non
     verified, record = case.verified(tmp_path, "merged", case.with_factors(lambda factors: factors | {some: nan}))
     assert not verified
     assert "not numbers" in record["reason"]
+    assert "not numbers)" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
 
 def test_expecting_leaves_the_base_model(case: Case) -> None:
