@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -50,7 +51,7 @@ def push(folder: Path, settings: ExportSettings) -> str:
     except Exception as error:
         raise AbliterateError(
             f"The export could not be pushed to {settings.push} ({_first_line(error)}); it is kept in {folder}: upload it "
-            f"later with hf upload {settings.push} {folder}."
+            f"later with hf upload {settings.push} {shlex.quote(str(folder))}."
         ) from error
     return str(address)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
@@ -42,8 +42,7 @@ class RereadMerged:
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
         self._folder, self._base, self._edited = folder, base, {f"{name}.weight" for name in job.factors}
-        self._load = job.load.model_copy(update={"revision": ""})
-        self._out = Matrices(str(folder), self._load, job.architecture)
+        self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
 
     def rows(self, target: Target, weight: Tensor) -> Rows:
@@ -54,8 +53,8 @@ class RereadMerged:
     def untouched(self) -> bool:
         """See `Reread.untouched`."""
         if self._base.whole is not None:
-            found = load_weights(str(self._folder), self._load, self._out.config, self.dtype, None).state_dict()
-            base: Mapping[str, Tensor] = self._base.whole.state_dict()
+            out = self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
+            found, base = out.state_dict(), self._base.whole.state_dict()
             return found.keys() == base.keys() and all(
                 torch.equal(found[name], base[name]) for name in base if name not in self._edited
             )
