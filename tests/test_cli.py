@@ -161,6 +161,7 @@ def test_version(invoke: Invoke) -> None:
         (["run", "demo", "--set", 'search.max_coeff={default=[0, 1], "mlp.down_prj"=[0, 1]}'], "did you mean mlp.down_proj?"),
         (["trials", "nowhere"], "no run"),
         (["export", "nowhere", "--trial", "1"], "no run"),
+        (["export", "nowhere", "--trial", "1", "--push", "name"], "no run"),
         (["report", "nowhere"], "no run"),
     ],
 )
@@ -288,6 +289,42 @@ def test_export_of_any_trial(invoke: Invoke, finished: Finished, tmp_path: Path)
     last = assert_json_lines(outcome.out)[-1]
     assert last["result"]["export"]["verified"] is True
     assert (tmp_path / "ad" / "adapter_model.safetensors").is_file()
+
+
+def test_export_while_the_run_goes_on(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "-o", tmp_path / "run"]
+    process = spawn(["run", "demo", *options, "-n", "4000", "--json"], tmp_path)
+    assert process.stdout
+    states: list[str] = []
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "trial":
+            states.append(event["trial"]["state"])
+        if "complete" in states[:-1]:  # then it is in result.json
+            break
+    number = states.index("complete")
+    outcome = invoke("export", tmp_path / "run", "--trial", number, "-o", tmp_path / "out", "--json")
+    assert process.poll() is None, "it goes on"
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert outcome.code == 0, outcome
+    assert assert_json_lines(outcome.out)[-1]["result"]["export"]["verified"] is True
+    kept = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert len(kept["trials"]) >= len(states) + sum(event["event"] == "trial" for event in assert_json_lines(out))
+    assert kept["export"]["path"] is None
+
+
+def test_export_is_of_the_runs_edit_whatever_the_environment_says(
+    invoke: Invoke, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = finished[1]["front"][0]
+    made = []
+    for name, value in (("ABLITERATE_SEED", "0"), ("ABLITERATE_EDIT__MODE", "none"), ("ABLITERATE_EDIT__COEFF_GRID", "0.5")):
+        monkeypatch.setenv(name, value)
+        out = tmp_path / name
+        assert invoke("export", finished[0], "--trial", number, "-o", out).code == 0
+        made.append((out / "model.safetensors").read_bytes())
+    assert made[0] == made[1] == made[2]
 
 
 def test_json_lines_of_a_whole_run(tmp_path: Path, prompt_files: dict[str, str]) -> None:

@@ -65,6 +65,17 @@ def test_factors_equal_the_definition(mode: str, shape: tuple[int, int], coeff: 
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_definition_by_rows_is_the_definition(mode: str) -> None:
+    weight, v = random_weight(40, 30).double(), unit(random_directions(40), 1.3)
+    weight[17] = 0
+    parts = [slice(start, start + 7) for start in range(0, 40, 7)]
+    a = sum(METHODS[mode].along(weight[rows], v[rows]) for rows in parts)
+    assert isinstance(a, torch.Tensor)
+    found = torch.cat([METHODS[mode].dense_rows(weight[rows], v[rows], a, 0.9) for rows in parts])
+    torch.testing.assert_close(found, METHODS[mode].dense(weight, v, 0.9), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_definitions_spelled_out(mode: str) -> None:
     """The reference itself against DESIGN §4, entry by entry."""
     weight, v, coeff = random_weight(5, 6).double(), unit(random_directions(5), 1.0), 0.7

@@ -324,6 +324,8 @@ def test_the_old_export_outlives_a_failed_rename(killed: bool, tmp_path: Path, m
 def test_card_says_what_was_measured() -> None:
     facts = {
         "base": "owner/name",
+        "on_hub": True,
+        "recipe": "the recipe",
         "revision": "abc",
         "n_harmful": 100,
         "n_harmless": 90,
@@ -340,6 +342,10 @@ def test_card_says_what_was_measured() -> None:
     }
     card = model_card(facts)
     assert "(exact)" in card
+    assert card.endswith("the recipe")
+    assert "90 harmless prompts" in card
+    assert ", harmless prompts" in model_card(facts | {"n_harmless": None})  # a run of an earlier version
+    assert "base_model" not in model_card(facts | {"on_hub": False})  # a directory's name is no Hub id
     lossy = model_card(facts | {"representation": "svd", "approximation": {"mean": 0.034, "max": 0.0712}})
     assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy
     for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):

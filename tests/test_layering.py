@@ -15,7 +15,7 @@ import abliterate
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: ("cli", "__main__", "console", "commands"),
-    4: ("pipeline", "stages", "exporting", "bench", "inputs", "tuning", "identity", "checks"),
+    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "identity", "checks"),
     3: ("search", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),

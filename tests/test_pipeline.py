@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,6 +136,13 @@ def test_model_card_has_the_scores(finished: Finished) -> None:
     selected = result["trials"][result["selected"]]
     assert f"| {result['baseline']['refusals']} | {selected['scores']['refusals']} |" in card
     assert f"mean {selected['scores']['kl']['mean']:.4f}" in card
+    found = result["export"]["verification"]
+    assert f"| refusals of 12 harmful prompts | {selected['scores']['refusals']} | {found['scores']['refusals']} |" in card
+    assert f"harmless prompts mean {found['kl_from_trial']['harmless']['mean']:.1e}" in card
+    assert f"--trial {selected['number']} --kind merged" in card
+    for sets in result["prompts"].values():
+        assert sets["digest"] in card
+    assert result["prompts"]["harmless_eval"]["count"] == 12
 
 
 def test_second_run_needs_no_residual_pass(
@@ -385,34 +391,6 @@ def test_full_disk_keeps_the_study_and_resume_exports(
     assert outcomes(read_result(run)) == outcomes(first)
     result, _ = run_in(run, settings, resume=True)
     assert result["export"]["verified"] is True
-
-
-def test_any_trial_can_be_exported_later(finished: Finished, tmp_path: Path) -> None:
-    path, first, settings = finished
-    run = copy_run(path, tmp_path / "run")
-    number = next(t["number"] for t in first["trials"] if t["number"] != first["selected"] and t["state"] == "complete")
-    for times in (1, 2):
-        result = pipeline.export_only(settings, Recorder(), RunDirectory(run), number, run / "other")
-        assert (run / "other" / "config.json").is_file()
-        assert (result["selected"], result["export"]["trial"], result["export"]["verified"]) == (number, number, True)
-        assert math.isfinite(result["export"]["verification"]["kl_from_trial"]["harmless"]["mean"])
-        kept = read_result(run)
-        assert kept["exports"] == [result["export"]] * times
-        assert {**kept, "exports": []} == first  # model/ still holds the run's own choice
-
-
-def test_trial_of_another_model_is_not_exported(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
-    path, _, settings = finished
-    run, base = copy_run(path, tmp_path / "run"), copy_run(demo_path() / "model", tmp_path / "base")
-    config = (base / "config.json").read_text(encoding="utf-8")
-    (base / "config.json").write_text(config + "\n", encoding="utf-8")
-    before = (run / "result.json").read_bytes()
-    for change, named in (({"model": str(base)}, "model"), ({"prompts": {"suffix": " Now."}}, "set of prompts")):
-        other = quick_settings(prompt_files, Path(settings.cache_dir), **change)
-        with pytest.raises(InputError, match=f"another {named} than its run's"):
-            pipeline.export_only(other, Recorder(), RunDirectory(run), 0, tmp_path / "out")
-    assert (run / "result.json").read_bytes() == before
-    assert not (tmp_path / "out").exists()
 
 
 def test_run_on_a_used_directory_is_refused(finished: Finished) -> None:

@@ -17,12 +17,13 @@ import torch
 from conftest import logits_of, make_editor, make_loaded, make_model, make_params, make_tokenizer, save_model
 from safetensors.torch import load_file, save_file
 from test_export import make_job, write
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from abliterate.errors import AbliterateError
-from abliterate.export import ExportJob, finished_folder, merged
-from abliterate.export.base import LOCK
+from abliterate.errors import AbliterateError, InputError
+from abliterate.export import ExportJob, finished_folder, merged, source
+from abliterate.export.base import LOCK, MARKER
 from abliterate.export.shards import INDEX, SINGLE, Unfit, check_editable, copy_edited, read_header, shard_files
+from abliterate.settings import LoadSettings
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -110,17 +111,61 @@ def test_a_full_disk_is_seen_before_the_first_byte(job: ExportJob, tmp_path: Pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_hubs_snapshot_is_found(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+class Hub:
+    """A Hub that fetches files of a directory into a snapshot, one by one as they are asked for."""
 
-    def cached_file(source: str, name: str, **options: str) -> str:
-        asked.append((source, name, options))
-        return str(Path(job.source) / name)
+    def __init__(self, folder: Path, snapshot: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder, self.snapshot, self.asked = folder, snapshot, list[str]()
+        snapshot.mkdir()
+        patch.setattr(source, "cached_file", self.fetch)
+        patch.setattr(source, "skip_retries_without_network", lambda: None)
+        patch.setattr(source, "load_config", lambda *_: AutoConfig.from_pretrained(folder))
 
-    monkeypatch.setattr(merged, "cached_file", cached_file)
-    hub = dataclasses.replace(job, source="owner/name", load=job.load.model_copy(update={"revision": "abc"}))
-    assert merged.checkpoint_folder(hub) == Path(job.source)
-    assert asked == [("owner/name", "config.json", {"revision": "abc"})]
+    def fetch(self, name: str, file: str, *, revision: str, **options: bool) -> str | None:
+        assert (name, revision) == ("owner/name", "abc")
+        self.asked.append(file)
+        if (self.folder / file).is_file():
+            return str(shutil.copyfile(self.folder / file, self.snapshot / file))
+        if options["_raise_exceptions_for_missing_entries"]:
+            raise OSError(f"owner/name has no {file}")
+        return None
+
+    def job(self, job: ExportJob) -> ExportJob:
+        return dataclasses.replace(job, source="owner/name", load=job.load.model_copy(update={"revision": "abc"}))
+
+
+def test_what_of_a_hub_model_is_not_here_is_fetched(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On another machine than the run's, where only the config has been looked at."""
+    hub = Hub(Path(job.source), tmp_path / "snapshot", monkeypatch)
+    monkeypatch.setattr(merged, "save_companions", lambda job, folder: None)
+    facts = write("merged", hub.job(job), tmp_path / "out")
+    assert facts["streamed"] is True
+    files = [path.name for path in shard_files(Path(job.source))]
+    assert hub.asked == ["config.json", SINGLE, INDEX, *files]
+    write("merged", job, tmp_path / "local")
+    assert raw(tmp_path / "out") == raw(tmp_path / "local")
+
+
+def test_a_hub_model_of_one_file_has_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub(save_model(make_model("llama"), tmp_path / "base"), tmp_path / "snapshot", monkeypatch)
+    load = LoadSettings(revision="abc")
+    assert source.checkpoint_folder("owner/name", load) == tmp_path / "snapshot"
+    assert hub.asked == ["config.json", SINGLE]
+
+
+@pytest.mark.parametrize("lacks", ["weights", "a file"])
+def test_a_hub_model_that_cannot_be_fetched(
+    lacks: str, job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(Path(job.source), tmp_path / "snapshot", monkeypatch)
+    if lacks == "weights":
+        (hub.folder / INDEX).unlink()
+        with pytest.raises(Unfit, match="neither"):
+            source.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
+    else:
+        shard_files(hub.folder)[2].unlink()
+        with pytest.raises(InputError, match="check the id and the network"):
+            source.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
 
 
 def damaged(folder: Path, how: str) -> None:
@@ -253,6 +298,43 @@ def test_what_another_export_left_is_not_taken_up(
     assert seen == [path.name for path in shard_files(Path(job.source))]
     assert final.is_dir()
     assert not (tmp_path / ".model.partial").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
+def test_a_kill_around_the_rename_leaves_nothing_forgotten(moment: str, job: ExportJob, tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    child = os.fork()
+    if child == 0:
+        rename, unlink = Path.rename, Path.unlink
+        if moment == "before the rename":
+            Path.rename = lambda self, target: os._exit(9) if target == final else rename(self, target)  # type: ignore[assignment,method-assign,return-value]
+        else:
+            Path.unlink = lambda self, **options: os._exit(9) if self.name == LOCK else unlink(self, **options)  # type: ignore[assignment,method-assign]
+        export(job, final)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    if moment == "after the rename":
+        assert AutoModelForCausalLM.from_pretrained(final) is not None
+    assert final.exists() is (moment == "after the rename")
+    other = dataclasses.replace(job, fingerprint="sha256:1")
+    export(other, final)
+    export(other, final)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "model"]
+    assert not (final / LOCK).exists()
+
+
+@pytest.mark.parametrize("left", ["nothing", MARKER])
+def test_what_earlier_versions_left_is_taken_up(left: str, tmp_path: Path) -> None:
+    """They removed the lock before the rename, or, on failure, before the folder."""
+    partial = tmp_path / ".model.partial"
+    partial.mkdir()
+    if left == MARKER:
+        (partial / MARKER).write_text("{}", encoding="utf-8")
+        (partial / "weights").write_text("old", encoding="utf-8")
+    with finished_folder(tmp_path / "model", "key") as folder:
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_two_exports_at_once_keep_out_of_each_others_way(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from conftest import Recorder, dense_edit, quick_settings
 from transformers import AutoModelForCausalLM
 
 from abliterate import exporting, stages
-from abliterate.bench import Bench, Context, PromptSets, load_and_calibrate, read_prompts
+from abliterate.bench import Bench, load_and_calibrate
 from abliterate.cache import ArtifactStore
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export.verify import Expected, Precision, compare
 from abliterate.exporting import Picked
+from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.model.loader import demo_path, load_tokenizer
 from abliterate.model.weights import dense_weight
 from abliterate.results import RunResult
@@ -142,6 +143,7 @@ def test_one_module_left_out_does_not_verify(case: Case, tmp_path: Path, kind: s
     assert record["module_error"]["off"] == [dropped]
     assert record["module_error"]["max"] == pytest.approx(1, abs=0.2)  # of the weakest, an eighth is lost to storage
     assert "modules" in case.recorder.warnings[-1]
+    assert "**The check failed** (" in (tmp_path / kind / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -168,6 +170,7 @@ def test_export_of_no_numbers_does_not_verify(case: Case, tmp_path: Path) -> Non
     verified, record = case.verified(tmp_path, "merged", case.with_factors(lambda factors: factors | {some: nan}))
     assert not verified
     assert "not numbers" in record["reason"]
+    assert "not numbers)" in (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
 
 
 def test_expecting_leaves_the_base_model(case: Case) -> None:

@@ -11,6 +11,7 @@ from abliterate.bench import scorers_of
 from abliterate.directions import direction_method
 from abliterate.edits import edit_method
 from abliterate.errors import InputError
+from abliterate.export.push import check_push
 from abliterate.front import SelectionRule, parse_rule
 from abliterate.model.architectures import ARCHITECTURES
 from abliterate.model.loader import choose_device
@@ -23,6 +24,7 @@ def check_names(settings: Settings) -> SelectionRule:
     edit_method(settings.edit.mode)
     scorers_of(settings)
     choose_device(settings.device)
+    check_push(settings.export)
     check_components(settings)
     return parse_rule(settings.search.select, settings.search.select_max_kl)
 

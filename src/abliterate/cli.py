@@ -78,6 +78,7 @@ def run(
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
     select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
     export: Annotated[Text, typer.Option(help="merged, adapter or none.")] = None,
+    push: Annotated[Text, typer.Option(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old run is kept renamed.")] = False,
     storage: Annotated[Text, typer.Option(help="Optuna RDB URL instead of a journal file.")] = None,
@@ -103,7 +104,7 @@ def run(
         },
         "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
         "evaluation": {"markers": markers, "batch_size": batch_size},
-        "export": {"kind": export},
+        "export": {"kind": export, "push": push},
     }
     from abliterate import commands
 
@@ -140,12 +141,14 @@ def export(
     trial: Annotated[int, typer.Option("--trial", help="Number of the trial.")],
     kind: Annotated[str, typer.Option("--kind", help="merged or adapter.")] = "merged",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to. Default RUN/model-trial-N.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Also score the export on the run's prompts.")] = False,
+    push: Annotated[str, typer.Option(metavar="REPO", help="Upload it to this Hub repository, owner/name.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Export any finished trial of a run, and verify the export."""
+    """Export any complete trial of a run, finished or not, and check its weights; needs neither prompts nor a GPU."""
     from abliterate import commands
 
-    commands.export_trial(run_directory, trial, kind, out, as_json=as_json)
+    commands.export_trial(run_directory, trial, kind, out, push, verify=verify, as_json=as_json)
 
 
 @app.command()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate import pipeline
+from abliterate import later, pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
 from abliterate.console import ask_for_trial, ask_yes, front_table, make_console, make_reporter, print_table, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
@@ -18,7 +18,7 @@ from abliterate.front import parse_rule
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
-from abliterate.settings_sources import load_settings, merge, parse_assignments
+from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
 from abliterate.types import Baseline, Trial
 
 
@@ -109,19 +109,15 @@ def show_trials(path: Path, *, as_json: bool) -> None:
         console.print(trial_line(trial, len(result["trials"]), trial.number in result["front"]), highlight=False)
 
 
-def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_json: bool) -> None:
+def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, as_json: bool) -> None:
     """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
     directory = RunDirectory(path)
-    result = directory.read_result()
-    known = {record["number"]: record["state"] for record in result["trials"]}
-    if known.get(number) == "stopped":
-        raise InputError(
-            f"Trial {number} was stopped because another one refuses no more at no more KL; choose one that abliterate trials "
-            f"{path} shows as complete."
-        )
-    if known.get(number) != "complete":
-        raise InputError(f"The run in {path} has no finished trial {number}; see abliterate trials {path}.")
-    settings = load_settings(str(directory.settings), {"export": {"kind": kind}})
+    directory.read_result()  # "no run there" comes first
+    # What trials mean is the run's: here not even the environment may change it. And where its own export was pushed to is
+    # no place for this one.
+    stored = read_toml(directory.settings)
+    own = {name: stored[name] for name in ("seed", "load", "directions", "edit", "search") if name in stored}
+    settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
     final = out or path / f"model-trial-{number}"
@@ -133,7 +129,7 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, *, as_jso
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     try:
-        pipeline.export_only(settings, reporter, directory, number, final)
+        later.export_trial(settings, reporter, directory, number, final, scores=verify)
     finally:
         reporter.close()
 

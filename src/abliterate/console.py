@@ -254,6 +254,8 @@ def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) 
     if export["path"]:
         verified = {True: "verified after reloading", False: "NOT verified", None: "not checked"}[export["verified"]]
         yield f"exported ({export['kind']}): {where}/{export['path']}, {verified}"
+        if export.get("pushed"):
+            yield f"pushed: {export['pushed']}"
 
 
 def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:

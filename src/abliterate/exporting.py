@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from abliterate.bench import Bench, Calibration, make_engine
+from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import TrialError
 from abliterate.evaluation import Scorer
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.kl import kl_divergence
-from abliterate.export import EXPORTERS, Exporter, ExportJob, finished_folder, model_card
-from abliterate.export.merged import stored_dtype
+from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
+from abliterate.export.push import push
+from abliterate.export.recipe import recipe
+from abliterate.export.source import stored_dtype
 from abliterate.export.verify import (
     Expected,
     Precision,
@@ -29,9 +34,13 @@ from abliterate.export.verify import (
 )
 from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
+from abliterate.model.adapters import AdapterSet
+from abliterate.model.architectures import Target
 from abliterate.model.chat import Chat
 from abliterate.model.weights import dense_weight
-from abliterate.types import Baseline, Trial
+from abliterate.rundir import write_atomically
+from abliterate.settings import EditSettings, LoadSettings
+from abliterate.types import Baseline, Trial, TrialParams
 
 
 @dataclass(frozen=True)
@@ -50,46 +59,64 @@ class Picked:
 
 def prepare(context: Context, bench: Bench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial) -> Picked:
     """What an export of `trial` needs once the model is gone. Edits the model, and gives the base model back."""
+    loaded, settings = bench.loaded, context.settings
     factors = {name: found.to("cpu") for name, found in editor.factors(trial.params).items()}
-    approximation = _approximation(context, bench, editor, factors, trial)
-    job = _job(context, bench, baseline, len(prompts.harmless_eval), trial, factors, approximation)
+
+    def weight_of(target: Target) -> Tensor:
+        return dense_weight(target.module)
+
+    approximation = approximation_of(settings.edit, editor._directions, loaded.targets, weight_of, trial.params, factors)
+    job = ExportJob(
+        source=loaded.info.source,
+        fingerprint=loaded.info.fingerprint,
+        load=pinned(settings.load, loaded.info.source, loaded.info.revision),
+        export=settings.export,
+        architecture=loaded.architecture,
+        tokenizer=loaded.tokenizer,
+        factors=factors,
+        base_model=loaded.info.id,
+        card=card(context, loaded.info.source, baseline, trial, approximation),
+    )
     expected = _expect(context, bench, editor, job, prompts, trial)
     return Picked(job, approximation, expected, bench.scorers, bench.calibration)
 
 
-def _approximation(
-    context: Context, bench: Bench, editor: Editor, factors: Mapping[str, Factors], trial: Trial
+def pinned(load: LoadSettings, source: str, revision: str) -> LoadSettings:
+    """At the commit that the run loaded: the Hub's `main` may have moved since. A directory has none."""
+    return load if Path(source).is_dir() or not revision else load.model_copy(update={"revision": revision})
+
+
+def approximation_of(
+    settings: EditSettings,
+    directions: Directions,
+    targets: Iterable[Target],
+    weight_of: Callable[[Target], Tensor],
+    params: TrialParams,
+    factors: Mapping[str, Factors],
 ) -> dict[str, float]:
     """Mean and largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules, of the svd representation; else nothing."""
-    settings = context.settings.edit
     if settings.representation == "exact" or not factors:
         return {}
-    targets = {target.name: target for target in bench.loaded.targets}
+    exact_settings = settings.model_copy(update={"representation": "exact"})
     errors = []
-    for name, low_rank in factors.items():
-        # One module at a time: what an exact editor prepares is large.
-        exact_settings = settings.model_copy(update={"representation": "exact"})
-        exact = Editor((targets[name],), editor._directions, exact_settings, editor.adapters, SvdMemo(0))
-        weight = dense_weight(targets[name].module).float().cpu()
-        errors.append(relative_error(exact.factors(trial.params)[name].to("cpu").delta(weight), low_rank))
+    for target in targets:
+        if target.name in factors:
+            # One module at a time: what an exact editor prepares is large.
+            exact = Editor((target,), directions, exact_settings, AdapterSet(()), SvdMemo(0), weight_of=weight_of)
+            delta = exact.factors(params)[target.name].to("cpu").delta(weight_of(target).float().cpu())
+            errors.append(relative_error(delta, factors[target.name]))
     return {"mean": sum(errors) / len(errors), "max": max(errors)}
 
 
-def _job(
-    context: Context,
-    bench: Bench,
-    baseline: Baseline,
-    n_harmless: int,
-    trial: Trial,
-    factors: Mapping[str, Factors],
-    approximation: Mapping[str, float],
-) -> ExportJob:
-    settings, info = context.settings, bench.loaded.info
+def card(context: Context, source: str, baseline: Baseline, trial: Trial, approximation: Mapping[str, float]) -> str:
+    """The model card, of what `context.result` says of the run; nothing is measured for it."""
+    settings, record = context.settings, context.result.record
     facts = {
-        "base": info.id,
-        "revision": info.revision,
+        "base": record["model"]["id"],
+        "on_hub": not Path(source).is_dir(),
+        "revision": record["model"]["revision"],
         "n_harmful": baseline.prompts,
-        "n_harmless": n_harmless,
+        "n_harmless": record.get("prompts", {}).get("harmless_eval", {}).get("count"),
         "before": baseline.refusals,
         "after": trial.refusals,
         "kl": trial.scores["kl"],
@@ -100,19 +127,9 @@ def _job(
         "number": trial.number,
         "seed": settings.seed,
         "params": trial.params.to_record(),
+        "recipe": recipe(settings, record, settings.export.kind, trial.number),
     }
-    return ExportJob(
-        source=info.source,
-        fingerprint=info.fingerprint,
-        # The commit that was loaded: the Hub's `main` may have moved since.
-        load=settings.load if Path(info.source).is_dir() else settings.load.model_copy(update={"revision": info.revision}),
-        export=settings.export,
-        architecture=bench.loaded.architecture,
-        tokenizer=bench.loaded.tokenizer,
-        factors=factors,
-        base_model=info.id,
-        card=model_card(facts),
-    )
+    return model_card(facts)
 
 
 def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
@@ -137,31 +154,71 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
 
 
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
-    """Write the export and, unless switched off, verify it from disk; `result.json` says what came of it."""
+    """Write the export and, unless switched off, verify it from disk; `result.json` and the card say what came of it."""
+    trial = picked.expected.trial
+    write(context, picked.job, final, trial.number, picked.approximation)
+    if context.settings.export.verify:
+        conclude(context, final, trial, len(prompts.harmful_eval), verify(context, picked, prompts, final))
+
+
+def write(context: Context, job: ExportJob, final: Path, trial: int, approximation: Mapping[str, float]) -> dict[str, Any]:
+    """The export under its final name, and what `result.json` says of it; returns the latter."""
     exporter = EXPORTERS[context.settings.export.kind]
-    key = picked.job.key(exporter.kind)
-    with context.result.stage("export", exporter.kind), finished_folder(final, key) as folder:
-        facts = dict(exporter.write(picked.job, folder))
-    trial = picked.expected.trial.number
-    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, **facts}
-    if picked.approximation:
-        record["approximation_error"] = dict(picked.approximation)
+    with context.result.stage("export", exporter.kind), finished_folder(final, job.key(exporter.kind)) as folder:
+        facts = dict(exporter.write(job, folder))
+    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, "pushed": None, **facts}
+    if approximation:
+        record["approximation_error"] = dict(approximation)
     context.result.record["export"] = record
     context.result.save()
-    if context.settings.export.verify:
-        with context.result.stage("verify"):
-            try:
-                verdict = _verify(context, exporter, picked, prompts, final)
-            except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
-                verdict = Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
-            record |= {"verified": verdict.ok, "verification": verdict.record}
-        context.result.save()
-        if not verdict.ok:
-            failed = [name for name, passed in verdict.record["checks"].items() if not passed]
-            context.reporter.warn(
-                f"The export reloaded from disk differs from the trial by more than rounding explains "
-                f"({', '.join(failed) or verdict.record['reason']}); see export.verification in result.json before using it."
-            )
+    leave_record(final, record)
+    return record
+
+
+def verify(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> Verification:
+    """Reload the export and compare what it does with what the trial did."""
+    with context.result.stage("verify"):
+        try:
+            return _verify(context, EXPORTERS[context.settings.export.kind], picked, prompts, final)
+        except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
+            return Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
+
+
+def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdict: Verification) -> None:
+    """Say what verification found: in `result.json`, in the export's card and record, and to the person if it failed."""
+    record = context.result.record["export"]
+    record |= {"verified": verdict.ok, "verification": verdict.record}
+    context.result.save()
+    leave_record(final, record)
+    readme = final / "README.md"
+    write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
+    if not verdict.ok:
+        failed = [name for name, passed in verdict.record["checks"].items() if not passed]
+        context.reporter.warn(
+            f"The export reloaded from disk differs from the trial by more than rounding explains "
+            f"({', '.join(failed) or verdict.record['reason']}); see export.verification in result.json before using it."
+        )
+
+
+def push_export(context: Context, final: Path) -> None:
+    """Upload the export if the settings name a repository and its verification didn't fail.
+
+    Raises:
+        AbliterateError: the upload failed; everything else is done by then, and kept.
+    """
+    settings, record = context.settings.export, context.result.record["export"]
+    if not settings.push:
+        return
+    if record["verified"] is False:
+        context.reporter.warn(
+            f"The export was not pushed to {settings.push}, because its verification failed; if you want it there all the "
+            f"same: hf upload {settings.push} {final}"
+        )
+        return
+    with context.result.stage("push", settings.push):
+        record["pushed"] = push(final, settings)
+    context.result.save()
+    leave_record(final, record)
 
 
 def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: PromptSets, final: Path) -> Verification:

@@ -65,6 +65,7 @@ def read_prompts(context: Context) -> PromptSets:
     with context.result.stage("prompts"):
         sources = prompt_sources(context.settings)
         sets = PromptSets(**{name: load_prompts(source, context.settings.prompts) for name, source in sources.items()})
+        context.result.prompts(sources, {name: getattr(sets, name) for name in sources})
         for name in ("harmful", "harmless"):
             shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
             if shared:

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from abliterate import stages
 from abliterate.bench import Bench, check_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.checks import check_names
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
-from abliterate.exporting import Picked, export, prepare
+from abliterate.exporting import Picked, export, prepare, push_export
 from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.report.html import write_report
-from abliterate.results import LaterExport, RunResult
+from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory, write_atomically
-from abliterate.search import STUDY_NAME, Study, changed_parts, open_study
+from abliterate.search import STUDY_NAME, Study, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
 from abliterate.tuning import Tuned
@@ -82,6 +81,9 @@ def run(
     with result.stage("report"):
         write_report(directory.report, result.record)
     result.save()
+    if picked and settings.export.push:  # last: a failed upload costs nothing else
+        push_export(context, directory.export)
+        write_report(directory.report, result.record)
     reporter.finish(result.record, str(directory.path))
     return result.record
 
@@ -95,7 +97,7 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     study = open_study(url, directory.journal, space, settings.seed, name)
     identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
     study.claim(identity)
-    context.result.record["identity"] = identity
+    context.result.record |= {"identity": identity, "startup_trials": study.n_startup}
     study.fail_interrupted()
     return study
 
@@ -170,42 +172,9 @@ def pick(
         return prepare(context, bench, editor, baseline, prompts, selected)
 
 
-def export_only(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path) -> dict[str, Any]:
-    """Export one finished trial of a run again: its directions are read from the run directory, nothing is searched.
-
-    Raises:
-        InputError: `final` is somebody else's, or the model or anything else that trials depend on has changed.
-    """
-    check_output(final)
-    result = LaterExport(directory, reporter, number)
-    # As the trials ran, whatever device this is: the export is compared with them.
-    dtypes = {"dtypes": [result.run["model"]["dtype"]]}
-    settings = settings.model_copy(update={"load": settings.load.model_copy(update=dtypes)})
-    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
-    prompts = read_prompts(context)
-    bench = load_and_calibrate(context, prompts)
-    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
-    changed = changed_parts(result.run.get("identity", identity), identity)
-    if changed:
-        raise InputError(
-            f"Trial {number} can't be exported with another {', '.join(changed)} than its run's: it would be another trial; "
-            "put back what was changed, or make a new run."
-        )
-    editor = stages.make_editor(context, bench, stages.read_directions(directory.directions))
-    baseline = stages.baseline(context, bench, prompts)
-    trial = next(t for t in map(Trial.from_record, result.record["trials"]) if t.number == number)
-    picked = prepare(context, bench, editor, baseline, prompts, trial)
-    del bench, editor
-    gc.collect()
-    export(context, picked, prompts, final)
-    reporter.finish(result.record, str(final.parent))
-    return result.record
-
-
 def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:
     """Measure batch sizes for the settings' model and prompts, without a run."""
-    directory = RunDirectory(Path())
-    context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
+    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), lambda: None)
     check_model(settings)
     prompts = read_prompts(context)
     return tune_only(context, prompts)

@@ -75,6 +75,13 @@ def wrap(prompts: Sequence[Prompt], prefix: str, suffix: str) -> tuple[Prompt, .
     return tuple(Prompt(prefix + prompt.text + suffix, prompt.system) for prompt in prompts)
 
 
+def public_source(source: str) -> str:
+    """A source as it may be shared: the name of a data set, or a file's name without where it lies."""
+    path = Path(source).expanduser()
+    # Absolute ones that are gone, too: settings hold where a file lay when the run began.
+    return path.name if source and (path.is_absolute() or path.exists()) else source
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
     """A hash of the prompts' text and order, for cache keys and recipes."""
     content = json.dumps([[prompt.text, prompt.system] for prompt in prompts], ensure_ascii=True)

@@ -6,7 +6,6 @@ Owns the file's layout (DESIGN §6), time and memory per stage. Knows no model.
 from __future__ import annotations
 
 import contextlib
-import copy
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,20 +15,21 @@ from typing import Any
 from abliterate import __version__
 from abliterate.errors import InputError
 from abliterate.model.memory import PeakMeter
+from abliterate.prompts import digest, public_source
 from abliterate.rundir import RunDirectory, write_json
-from abliterate.types import Baseline, ModelInfo, Reporter, Trial
+from abliterate.types import Baseline, ModelInfo, Prompt, Reporter, Trial
 
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 
 class RunResult:
-    """The record behind `result.json`; `save` makes it durable.
+    """The record behind `result.json`; `save` makes it durable, unless there is no `directory` to write to.
 
     Timings add up over all sessions of a run, and memory is the peak of all.
     """
 
-    def __init__(self, directory: RunDirectory, reporter: Reporter) -> None:
+    def __init__(self, directory: RunDirectory | None, reporter: Reporter) -> None:
         self._directory = directory
         self._reporter = reporter
         self._stage, self._counted_to = "", 0.0
@@ -37,12 +37,12 @@ class RunResult:
         self.record: dict[str, Any] = {
             "format": FORMAT,
             "model": {},
+            "prompts": {},
             "baseline": {},
             "trials": [],
             "front": [],
             "selected": None,
-            "export": {"kind": "none", "path": None, "verified": None},
-            "exports": [],
+            "export": {"kind": "none", "path": None, "verified": None, "pushed": None},
             "timings": {},
             "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0, "stages": {}},
             "caches": {},
@@ -74,6 +74,7 @@ class RunResult:
 
     def go_on(self) -> None:
         """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
+        assert self._directory is not None
         # A file that can't be read is built anew: the study has the trials.
         with contextlib.suppress(InputError):
             self.record |= self._directory.read_result() | {"environment": environment()}
@@ -93,6 +94,13 @@ class RunResult:
         }
         self.record["environment"]["device"] = device_name
 
+    def prompts(self, sources: Mapping[str, str], sets: Mapping[str, Sequence[Prompt]]) -> None:
+        """Which prompts: of a file its name, not where it lies."""
+        self.record["prompts"] = {
+            name: {"source": public_source(sources[name]), "count": len(part), "digest": digest(part)}
+            for name, part in sets.items()
+        }
+
     def trials(self, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline) -> None:
         """All finished trials and the front among them."""
         self.record["baseline"] = {"refusals": baseline.refusals, "prompts": baseline.prompts}
@@ -107,24 +115,8 @@ class RunResult:
         """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
         if self._stage:
             self._count()
-        write_json(self._directory.result, self.record)
-
-
-class LaterExport(RunResult):
-    """A finished run seen by one more export: `selected` and `export` are this export's in `record` only.
-
-    In `result.json` the run's own stay, for its `model/` stays; this export is added to the list `exports`.
-    """
-
-    def __init__(self, directory: RunDirectory, reporter: Reporter, number: int) -> None:
-        super().__init__(directory, reporter)
-        self.run = directory.read_result()
-        self.record |= copy.deepcopy(self.run) | {"selected": number, "environment": environment(), "timings": {}}
-
-    def save(self) -> None:
-        """Write `result.json` with this export in it."""
-        exports = [*self.run.get("exports", []), self.record["export"]]
-        write_json(self._directory.result, {**self.run, "exports": exports})
+        if self._directory is not None:
+            write_json(self._directory.result, self.record)
 
 
 def environment() -> dict[str, Any]:

@@ -106,7 +106,7 @@ class Study:
             )
 
     @property
-    def _n_startup(self) -> int:
+    def n_startup(self) -> int:
         """As the study began: continuing with more trials must not change which of them are random."""
         given = self._space.settings.startup_trials
         return given or int(self._study.user_attrs.get(_STARTUP, self._space.settings.n_startup_trials))
@@ -127,7 +127,7 @@ class Study:
     def ask(self) -> Asked:
         """The next trial's parameters, all suggested before work starts."""
         number = len(self.trials())
-        self._study.sampler = _sampler(self._space.settings, self._n_startup, self._seed, number)
+        self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, number)
         handle = self._study.ask()
         return Asked(number, self._space.suggest(handle), handle)
 

@@ -167,6 +167,8 @@ class ExportSettings(_Section):
     kind: Literal["merged", "adapter", "none"] = "merged"
     verify: bool = True
     max_shard_size: str = "5GB"
+    push: str = ""
+    push_private: bool = True
 
 
 class Settings(BaseSettings):

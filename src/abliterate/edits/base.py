@@ -14,7 +14,8 @@ from torch import Tensor
 
 from abliterate.directions.base import Blend
 
-ROW_CHUNK = 1024
+# Rows in float64 at a time: 30 MB of a matrix with 14,336 columns.
+ROW_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,16 @@ class EditMethod(Protocol):
         """Exact factors of W'. `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone)."""
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
-        """W' (d_out, d_in) by definition, in the dtype given: the slow reference the factors are tested against."""
+        """W' (d_out, d_in) by definition, in the dtype given: the slow reference the factors are tested against.
+
+        The two below are its parts for matrices that aren't in memory as a whole, in its own words, not the factors'.
+        """
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        """What `rows` (n, d_in), where the direction is `v` (n), add to a (d_in): summed over W, what is removed."""
+
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
+        """`dense` of some rows (n, d_in), given a (d_in) of the whole W."""
 
 
 def row_norms(weight: Tensor) -> Tensor:

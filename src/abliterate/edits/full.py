@@ -49,9 +49,16 @@ class NormPreserving:
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """See `EditMethod.dense`."""
-        norms = weight.norm(dim=1)
-        unit = weight * safe_inverse(norms)[:, None]
-        edited = unit - coeff * torch.outer(v, v @ unit)
+        return self.dense_rows(weight, v, self.along(weight, v), coeff)
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        """See `EditMethod.along`."""
+        return v @ (rows * safe_inverse(rows.norm(dim=1))[:, None])
+
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
+        """See `EditMethod.dense_rows`."""
+        norms = rows.norm(dim=1)
+        edited = rows * safe_inverse(norms)[:, None] - coeff * torch.outer(v, a)
         return norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
 
 

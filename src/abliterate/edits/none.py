@@ -30,4 +30,12 @@ class PlainAblation:
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """See `EditMethod.dense`."""
-        return weight - coeff * torch.outer(v, v @ weight)
+        return self.dense_rows(weight, v, self.along(weight, v), coeff)
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        """See `EditMethod.along`."""
+        return v @ rows
+
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
+        """See `EditMethod.dense_rows`."""
+        return rows - coeff * torch.outer(v, a)

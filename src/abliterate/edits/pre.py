@@ -30,6 +30,12 @@ class PreNormalized:
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """See `EditMethod.dense`."""
-        norms = weight.norm(dim=1)
-        unit = weight * safe_inverse(norms)[:, None]
-        return weight - coeff * torch.outer(norms * v, v @ unit)
+        return self.dense_rows(weight, v, self.along(weight, v), coeff)
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        """See `EditMethod.along`."""
+        return v @ (rows * safe_inverse(rows.norm(dim=1))[:, None])
+
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
+        """See `EditMethod.dense_rows`."""
+        return rows - coeff * torch.outer(rows.norm(dim=1) * v, a)

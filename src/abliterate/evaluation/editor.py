@@ -30,6 +30,7 @@ class Editor:
 
     `room`: bytes that prepared modules may take where their weights are; what is left of it is for others to use. Those
     that come first have it: trials use all modules in the same order, so keeping the last used ones would find none.
+    `weight_of`: where a target's W (d_out, d_in) comes from, the model itself unless it has none.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Editor:
         adapters: AdapterSet,
         memo: SvdMemo,
         room: float = inf,
+        weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
     ) -> None:
         self._targets = tuple(targets)
         self._by_name = {target.name: target for target in targets}
@@ -49,6 +51,7 @@ class Editor:
         self.adapters = adapters
         self.memo = memo
         self.room = room
+        self._weight_of = weight_of
         self._prepared: dict[str, Prepared] = {}
         self._tables: dict[torch.device, Tensor] = {}  # directions (n_layers, d_model) float64
         self.parked: set[str] = set()
@@ -117,10 +120,10 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
         if found is None:
-            device = dense_weight(target.module).device
-            if device.type == "mps":  # has no float64
+            device: torch.device = target.module.weight.device  # type: ignore[union-attr,assignment]
+            if device.type in ("mps", "meta"):  # one has no float64, the other no weights: they are read from elsewhere
                 device = torch.device("cpu")
-            found = self._method.prepare(lambda: dense_weight(target.module).to(device), self._table(device))
+            found = self._method.prepare(lambda: self._weight_of(target).to(device), self._table(device))
             self._keep(target.name, found, device)
             found = self._prepared.get(target.name, found)
         return found

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abliterate.export.adapter import Adapter
-from abliterate.export.base import Exporter, ExportJob, check_output, finished_folder
-from abliterate.export.card import model_card
+from abliterate.export.base import Exporter, ExportJob, check_output, finished_folder, leave_record
+from abliterate.export.card import checked, model_card
 from abliterate.export.merged import Merged
 
 EXPORTERS: dict[str, Exporter] = {exporter.kind: exporter for exporter in (Merged(), Adapter())}
 
-__all__ = ["EXPORTERS", "ExportJob", "Exporter", "check_output", "finished_folder", "model_card"]
+__all__ = ["EXPORTERS", "ExportJob", "Exporter", "check_output", "checked", "finished_folder", "leave_record", "model_card"]

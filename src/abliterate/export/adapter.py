@@ -22,10 +22,10 @@ from abliterate.edits.base import row_norms
 from abliterate.errors import AbliterateError
 from abliterate.export.base import ExportJob, check_modules
 from abliterate.export.companions import save_companions
-from abliterate.export.merged import stored_dtype
-from abliterate.model.architectures import find_targets
+from abliterate.export.reread import Reread, RereadAdapter
+from abliterate.export.source import Matrices
+from abliterate.model.checkpoint import quiet_bitsandbytes
 from abliterate.model.loader import load_config, load_weights
-from abliterate.model.weights import dense_weight
 
 
 class Adapter:
@@ -41,33 +41,22 @@ class Adapter:
         rank = max(factors.a.shape[0] for factors in job.factors.values())
         if dora and rank > 1:
             raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
-        plain = job.load.model_copy(update={"quantization": "none"})
-        config = load_config(job.source, plain)
-        model = load_weights(job.source, plain, config, stored_dtype(config), None)
-        # Not at the top: peft imports bitsandbytes, which writes to stderr unless `load_weights` has quieted it.
+        matrices = Matrices(job.source, job.load, job.architecture)
+        check_modules(job, matrices.targets)
+        # Not at the top: peft imports bitsandbytes, which writes to stderr unless it has been quieted.
+        quiet_bitsandbytes()
         from peft import LoraConfig
 
-        d_model = model.config.get_text_config().hidden_size
-        modules = {target.name: target.module for target in find_targets(model, job.architecture, d_model)}
-        check_modules(job, modules)
-        tensors: dict[str, Tensor] = {}
-        for name, factors in job.factors.items():
-            key = f"base_model.model.{name}"
-            a, b, magnitude = dora_factors(factors, dense_weight(modules[name])) if dora else (factors.a, factors.b, None)
-            tensors[f"{key}.lora_A.weight"] = a.float().cpu().contiguous()
-            tensors[f"{key}.lora_B.weight"] = b.float().cpu().contiguous()
-            if magnitude is not None:
-                tensors[f"{key}.lora_magnitude_vector"] = magnitude.float().cpu().contiguous()
         LoraConfig(
             r=rank,
             lora_alpha=rank,  # scaling alpha/r = 1
             target_modules=sorted(job.factors),
             use_dora=dora,
-            fan_in_fan_out=any(isinstance(modules[name], Conv1D) for name in job.factors),
+            fan_in_fan_out=any(isinstance(matrices.targets[name].module, Conv1D) for name in job.factors),
             base_model_name_or_path=job.base_model,
             task_type="CAUSAL_LM",
         ).save_pretrained(str(folder))
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(_tensors(job, matrices, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
@@ -81,6 +70,22 @@ class Adapter:
             # peft asks transformers for a name that the next version drops; nothing a person here can act on.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
+
+    def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
+        """See `Exporter.reread`."""
+        return RereadAdapter(folder, base)
+
+
+def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Tensor]:
+    """As PEFT names them; the base's matrices are read for their rows' norms, one at a time."""
+    tensors: dict[str, Tensor] = {}
+    for name, factors in job.factors.items():
+        key = f"base_model.model.{name}"
+        a, b = factors.a, factors.b
+        if dora:
+            a, b, tensors[f"{key}.lora_magnitude_vector"] = dora_factors(factors, matrices.of(matrices.targets[name]))
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
+    return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def dora_factors(factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,13 +25,17 @@ except ImportError:  # Windows: what a killed export left isn't taken up
 from abliterate import __version__
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError, InputError
+from abliterate.export.reread import Reread
+from abliterate.export.source import Matrices
 from abliterate.model.architectures import Architecture
+from abliterate.rundir import write_json
 from abliterate.settings import ExportSettings, LoadSettings
 
 # In every finished export: what holds it may be replaced by a later one, what doesn't is somebody else's.
 MARKER = "abliterate.json"
 # In a folder that isn't finished: whoever holds its lock writes there.
 LOCK = ".exporting"
+_MARK = {"format": 1, "abliterate": __version__}
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,20 @@ class Exporter(Protocol):
     def load(self, folder: Path, job: ExportJob, device: Any, dtype: Any) -> Any:
         """The exported model from disk, as a user would load it."""
 
+    def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
+        """What the files of an export say that its matrices are, given the base's; no model is run for that."""
+
 
 def check_modules(job: ExportJob, modules: Collection[str]) -> None:
     """AbliterateError where the job edits a module that the model doesn't have: never skipped."""
     absent = sorted(set(job.factors) - set(modules))
     if absent:
         raise AbliterateError(f"The model has no module {absent[0]} to edit; was another model given than the run's?")
+
+
+def leave_record(final: Path, record: Mapping[str, Any]) -> None:
+    """Put what `result.json` says of an export into the export, where it stays with it wherever the run goes."""
+    write_json(final / MARKER, {**_MARK, "trial": record["trial"], "export": record})
 
 
 def check_output(final: Path) -> None:
@@ -108,9 +120,12 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
     try:
         with _claimed(final, key) as partial:
             yield partial
-            (partial / MARKER).write_text(json.dumps({"format": 1, "abliterate": __version__}) + "\n", encoding="utf-8")
-            (partial / LOCK).unlink(missing_ok=True)
+            (partial / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
             _rename(partial, final)
+            # After the rename: a kill between the two leaves a finished export with a lock file in it, which is nobody's
+            # concern; the other way round it left a hidden folder that was nobody's either.
+            with contextlib.suppress(OSError):
+                (final / LOCK).unlink(missing_ok=True)
     except OSError as error:
         raise AbliterateError(_disk_sentence(final, error)) from error
     except BaseException as error:
@@ -124,8 +139,7 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
 def _claimed(final: Path, key: str) -> Iterator[Path]:
     """A hidden folder beside `final` that nobody else writes to; empty, or what a killed export of the same `key` left."""
     partial = final.with_name(f".{final.name}.partial")
-    ours = not partial.exists() or (partial / LOCK).is_file()
-    if fcntl is not None and ours:
+    if fcntl is not None and _is_ours(partial):
         partial.mkdir(parents=True, exist_ok=True)
         with (partial / LOCK).open("a+", encoding="utf-8") as lock:
             if _locked(lock):
@@ -143,6 +157,13 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
     partial.mkdir(parents=True)
     with _vanishing(partial):
         yield partial
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a hidden folder of that name is one that an export may take: it is new, empty, or an export left it."""
+    if not partial.is_dir():
+        return not partial.exists()
+    return (partial / LOCK).is_file() or (partial / MARKER).is_file() or not any(partial.iterdir())
 
 
 @contextlib.contextmanager

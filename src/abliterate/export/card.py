@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate import __version__
+from abliterate.types import Trial
 
 _CARD = """\
 ---
-base_model: {base}
-tags:
+{base_model}tags:
 - abliterated
 - abliterate
 ---
@@ -27,7 +27,7 @@ right to refuse. Whoever runs or passes on this model answers for what it is use
 | | base | this model |
 |---|---|---|
 | refusals ({n_harmful} harmful prompts, marker count) | {before} | {after} |
-| KL(base‖this), first token, {n_harmless} harmless prompts | 0 | mean {mean:.4f}, median {median:.4f}, max {max:.4f} |
+| KL(base‖this), first token, {n_harmless}harmless prompts | 0 | mean {mean:.4f}, median {median:.4f}, max {max:.4f} |
 
 The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
 judgement of the answers' quality or safety.
@@ -38,12 +38,28 @@ with abliterate {version}. Parameters:
 ```json
 {params}
 ```
+{recipe}"""
+
+_CHECKED = """
+## Checked after reloading
+
+{verdict}
+
+{figures}
 """
+_SCORES = """\
+| | trial | this export, reloaded |
+|---|---|---|
+| refusals of {prompts} harmful prompts | {refusals} | {found_refusals} |
+| KL(base‖edited), first token, mean | {kl:.4f} | {found_kl:.4f} |
+
+KL(trial‖export) of the first token: {divergences}. Largest error of one module's edit: {module}."""
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
     """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
 
+    `n_harmless`: None where a run of an earlier version didn't record it. `on_hub`: whether `base` is a name there.
     `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
     """
     revision = f" (revision {facts['revision']})" if facts["revision"] else ""
@@ -52,5 +68,56 @@ def model_card(facts: Mapping[str, Any]) -> str:
     approximation = (
         f", which misses {lost['mean']:.1%} of a matrix's change on average, {lost['max']:.1%} at most" if lost else ""
     )
-    texts = {"revision": revision, "params": params, "approximation": approximation, "version": __version__}
+    texts = {
+        "base_model": f"base_model: {facts['base']}\n" if facts["on_hub"] else "",
+        "n_harmless": f"{facts['n_harmless']} " if facts["n_harmless"] else "",
+        "revision": revision,
+        "params": params,
+        "approximation": approximation,
+        "version": __version__,
+    }
     return _CARD.format(**{**facts, **facts["kl"], **texts})
+
+
+def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
+    """The section that says what verification found: `record` as in `result.json`, of an export of `trial`.
+
+    `prompts`: the number of harmful ones.
+    """
+    if record["ok"]:
+        verdict = "The export was read back from disk; it is what the trial was, within rounding."
+    else:
+        failed = ", ".join(name for name, passed in record["checks"].items() if not passed) or record["reason"]
+        verdict = (
+            f"**The check failed** ({failed}): read back from disk, this export differs from the trial by more than rounding "
+            "explains, so the figures above are not its own. Don't use it before you know why."
+        )
+    figures = []
+    if "scores" in record:
+        figures.append(_score_table(record, trial, prompts))
+    elif "weight_error" in record:
+        figures.append("No prompts were run on it: the scores above are the trial's, of its edits in memory.")
+    if "weight_error" in record:
+        error = record["weight_error"]["max"]
+        largest = f"{error:.1e}" if error is not None else "infinite"
+        rest = "Everything else is the base's." if record["checks"]["untouched"] else "**Other parts differ from the base's.**"
+        figures.append(
+            "Every edited matrix was compared with the edit's definition, computed anew from the base's: largest relative "
+            f"error {largest}. {rest}"
+        )
+    return _CHECKED.format(verdict=verdict, figures="\n\n".join(figures))
+
+
+def _score_table(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
+    divergences = "; ".join(
+        f"{name} prompts mean {found['mean']:.1e}, max {found['max']:.1e}" for name, found in record["kl_from_trial"].items()
+    )
+    return _SCORES.format(
+        prompts=prompts,
+        refusals=trial.refusals,
+        found_refusals=record["scores"]["refusals"],
+        kl=trial.kl,
+        found_kl=record["scores"]["kl"]["mean"],
+        divergences=divergences,
+        module=f"{record['module_error']['max']:.2%}",
+    )

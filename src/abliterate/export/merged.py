@@ -6,7 +6,6 @@ tensors as it loads them, or where weights aren't safetensors, the model is load
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Mapping
 from functools import partial
@@ -15,17 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers import PreTrainedModel
 
 from abliterate.edits import Factors
 from abliterate.export.base import ExportJob, check_modules, empty
 from abliterate.export.companions import save_companions
-from abliterate.export.shards import INDEX, SINGLE, EditTensor, Unfit, check_editable, check_room, copy_edited, shard_files
-from abliterate.model.architectures import Target, find_targets
-from abliterate.model.checkpoint import empty_model
-from abliterate.model.loader import load_config, load_weights
+from abliterate.export.reread import Reread, RereadMerged
+from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy_edited
+from abliterate.export.source import Matrices
+from abliterate.model.checkpoint import load_weights
+from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight, write_weight
 
 # Entries of a matrix that are in memory in float32 at a time, several times over.
@@ -39,15 +37,17 @@ class Merged:
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
         """See `Exporter.write`. The edit is computed in float32 on the stored (never quantized) weights."""
-        config = load_config(job.source, job.load)
-        facts: dict[str, Any] = {"dtype": str(stored_dtype(config)).removeprefix("torch."), "edited_modules": len(job.factors)}
-        try:
-            stream(job, config, folder)
+        matrices = Matrices(job.source, job.load, job.architecture)
+        check_modules(job, matrices.targets)
+        facts: dict[str, Any] = {"dtype": str(matrices.dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
+        if matrices.whole is None:
+            stream(job, matrices, folder)
             facts["streamed"] = True
-        except Unfit as reason:
+        else:
             empty(folder)  # of what a killed export of another version streamed
-            write_whole(job, config, folder)
-            facts |= {"streamed": False, "reason": str(reason)}
+            edit_weights(matrices, job)
+            matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
+            facts |= {"streamed": False, "reason": matrices.reason}
         save_companions(job, folder)
         return facts
 
@@ -56,27 +56,18 @@ class Merged:
         load = job.load.model_copy(update={"quantization": "none", "revision": ""})
         return load_weights(str(folder), load, load_config(str(folder), load), dtype, device)
 
-
-def stored_dtype(config: Any) -> torch.dtype:
-    """The dtype the checkpoint was saved in, as its config says; float32 where it doesn't."""
-    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+    def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
+        """See `Exporter.reread`."""
+        return RereadMerged(folder, job, base)
 
 
-def stream(job: ExportJob, config: PretrainedConfig, folder: Path) -> None:
-    """Copy the checkpoint's files one after the other, editing matrices on the way.
-
-    Raises:
-        Unfit: it has to be loaded as a whole; nothing is written then.
-    """
-    targets = _targets(empty_model(config, job.load), job)
+def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
+    """Copy the checkpoint's files one after the other, editing matrices on the way."""
     edits: dict[str, EditTensor] = {
-        f"{name}.weight": partial(edit_stored, factors=factors, transposed=isinstance(targets[name].module, Conv1D))
+        f"{name}.weight": partial(edit_stored, factors=factors, transposed=matrices.transposed(name))
         for name, factors in job.factors.items()
     }
-    base = checkpoint_folder(job)
-    files = shard_files(base)
-    check_editable(files, edits, stored_dtype(config))
+    files, base = matrices.files, matrices.files[0].parent
     check_room(files, folder)
     for path in files:
         if not (folder / path.name).exists():  # else a killed export had finished it
@@ -101,40 +92,10 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
         weight[rows] = (old + Factors(scale, factors.a, factors.b[rows]).delta(old)).to(weight.dtype)
 
 
-def checkpoint_folder(job: ExportJob) -> Path:
-    """The directory with the base's files: given, or the Hub's snapshot on this disk."""
-    source = Path(job.source)
-    if source.is_dir():
-        return source
-    revision = {"revision": job.load.revision} if job.load.revision else {}
-    found = cached_file(job.source, "config.json", **revision)
-    if found is None:
-        raise Unfit("its files aren't on this disk")
-    return Path(found).parent
-
-
-def write_whole(job: ExportJob, config: PretrainedConfig, folder: Path) -> None:
-    """A fresh load of the base in its stored dtype, edited and saved."""
-    plain = job.load.model_copy(update={"quantization": "none"})
-    model = load_weights(job.source, plain, config, stored_dtype(config), None)
-    edit_weights(model, job)
-    model.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
-    del model
-    gc.collect()
-
-
 @torch.no_grad()
-def edit_weights(model: PreTrainedModel, job: ExportJob) -> None:
-    """Replace the matrices named in `job.factors`."""
-    targets = _targets(model, job)
+def edit_weights(matrices: Matrices, job: ExportJob) -> None:
+    """Replace the matrices named in `job.factors` in the model that was loaded as a whole."""
     for name, factors in job.factors.items():
-        weight = dense_weight(targets[name].module).float()
-        write_weight(targets[name].module, weight + factors.to(weight.device).delta(weight))
-
-
-def _targets(model: PreTrainedModel, job: ExportJob) -> dict[str, Target]:
-    """By name; a name in `job.factors` that the model doesn't have is an error, never skipped."""
-    d_model = model.config.get_text_config().hidden_size
-    targets = {target.name: target for target in find_targets(model, job.architecture, d_model)}
-    check_modules(job, targets)
-    return targets
+        module = matrices.targets[name].module
+        weight = dense_weight(module).float()
+        write_weight(module, weight + factors.delta(weight))

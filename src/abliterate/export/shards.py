@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from abliterate.errors import AbliterateError
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 8 << 20  # bytes copied at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHORTER = "A weight file became shorter while it was read; put the file back and repeat the command."
 
 # Changes a stored tensor in place.
 EditTensor = Callable[[Tensor], None]
@@ -70,17 +71,21 @@ def shard_files(folder: Path) -> list[Path]:
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    try:
-        named = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise Unfit(f"there is neither {SINGLE} nor {INDEX}") from error
-    files = [folder / name for name in sorted(named)]
+    files = [folder / name for name in shards_of(folder / INDEX)]
     if any(path.parent != folder or not path.is_file() for path in files):
         raise Unfit(f"{INDEX} names files that aren't there")
     return files
 
 
-def check_editable(files: list[Path], edits: Mapping[str, EditTensor], dtype: torch.dtype) -> None:
+def shards_of(index: Path) -> list[str]:
+    """The file names in an index. Unfit where it isn't there or isn't one."""
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Unfit(f"there is neither {SINGLE} nor {INDEX}") from error
+
+
+def check_editable(files: list[Path], edits: Collection[str], dtype: torch.dtype) -> None:
     """Unfit unless every tensor to edit is stored as a matrix of `dtype`, the one that the model says it is stored in."""
     left = set(edits)
     for path in files:
@@ -114,9 +119,7 @@ def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> 
         for name, stored in read_header(source).items():
             if name in edits:
                 _copy(old, new, stored.start - old.tell())
-                data = bytearray(old.read(stored.end - stored.start))
-                tensor = torch.frombuffer(data, dtype=_FLOATS[stored.dtype]).view(stored.shape)
-                assert tensor.numel() == math.prod(stored.shape)
+                data, tensor = _read(old, stored)
                 edits[name](tensor)
                 new.write(data)
         _copy(old, new, source.stat().st_size - old.tell())
@@ -124,10 +127,27 @@ def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> 
         os.fsync(new.fileno())  # what has its final name is taken as finished after a crash
 
 
+def read_matrix(path: Path, stored: Stored) -> Tensor:
+    """One tensor of a safetensors file, in a dtype that `check_editable` allows; in memory once."""
+    with path.open("rb") as file:
+        file.seek(stored.start)
+        return _read(file, stored)[1]
+
+
+def _read(file: BinaryIO, stored: Stored) -> tuple[bytearray, Tensor]:
+    """The bytes from here on, and the tensor that lies in them."""
+    data = bytearray(stored.end - stored.start)
+    if file.readinto(data) < len(data):  # type: ignore[attr-defined]
+        raise AbliterateError(_SHORTER)
+    tensor = torch.frombuffer(data, dtype=_FLOATS[stored.dtype]).view(stored.shape)
+    assert tensor.numel() == math.prod(stored.shape)
+    return data, tensor
+
+
 def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
     while count > 0:
         piece = old.read(min(count, _PIECE))
         if not piece:
-            raise AbliterateError("A weight file of the base model became shorter while it was copied; try again.")
+            raise AbliterateError(_SHORTER)
         new.write(piece)
         count -= len(piece)

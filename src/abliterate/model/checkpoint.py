@@ -27,7 +27,7 @@ def load_weights(
     Raises:
         InputError: no such weights, some missing, or a quantization whose package is missing.
     """
-    _quiet_bitsandbytes()
+    quiet_bitsandbytes()
     auto = _auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
@@ -99,7 +99,7 @@ def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
     return {"quantization_config": four_bit}
 
 
-def _quiet_bitsandbytes() -> None:
+def quiet_bitsandbytes() -> None:
     """Its advice on an optional kernel (at import) and on input dtypes (one line per module); its errors still show."""
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,63 @@
+"""Finished exports on the Hub. The token stays where the Hub's library keeps it: it is never asked for here, nor passed on."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.export.base import LOCK
+from abliterate.settings import ExportSettings
+
+
+def check_push(settings: ExportSettings) -> None:
+    """InputError where `settings` ask for a push that can't come about: told before hours of work, not after."""
+    repo = settings.push
+    if not repo:
+        return
+    if settings.kind == "none":
+        raise InputError(
+            f"There is nothing to push to {repo} with --export none; choose merged or adapter, or leave out --push."
+        )
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        repo = ""
+    if repo.count("/") != 1:
+        raise InputError(f"The repository {settings.push!r} can't be pushed to; name it as owner/name.")
+    if not get_token():
+        raise InputError(
+            f"There is no Hub token to push to {repo} with; log in with hf auth login, or set HF_TOKEN, or leave out --push."
+        )
+
+
+def push(folder: Path, settings: ExportSettings) -> str:
+    """Upload a finished export to `settings.push`, a new repository where there is none; returns its address.
+
+    Raises:
+        AbliterateError: it could not be uploaded; the export is left as it was.
+    """
+    api = HfApi()
+    try:
+        address = api.create_repo(settings.push, private=settings.push_private, exist_ok=True)
+        api.upload_folder(
+            repo_id=settings.push, folder_path=folder, commit_message="Upload by abliterate", ignore_patterns=[LOCK]
+        )
+    # The Hub's library raises errors of its own, of its HTTP library and of its uploader; all mean that it isn't there.
+    except Exception as error:
+        raise AbliterateError(
+            f"The export could not be pushed to {settings.push} ({_first_line(error)}); it is kept in {folder}: upload it "
+            f"later with hf upload {settings.push} {shlex.quote(str(folder))}."
+        ) from error
+    return str(address)
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong; should a library have put the token into its message, it stays there."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    token = get_token()
+    return line.replace(token, "…") if token else line

@@ -1,0 +1,119 @@
+"""How an export is made again: the command lines and what they depend on, for the model card. Names no path of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from abliterate.model.loader import public_name
+from abliterate.prompts import public_source
+from abliterate.settings import Settings
+
+# Said by options of their own, or of this machine only.
+_ELSEWHERE = {
+    *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "efficiency.residual_cache_dir"),
+    *("search.trials", "search.startup_trials", "search.storage", "search.select", "search.select_max_kl"),
+    *("export.kind", "export.verify", "export.push", "export.push_private"),
+}
+# Settings that may name a file: by its last part, and its content by a hash.
+_FILES = {
+    "harmful prompts, direction": "prompts.harmful",
+    "harmless prompts, direction": "prompts.harmless",
+    "harmful prompts, scores": "prompts.harmful_eval",
+    "harmless prompts, scores": "prompts.harmless_eval",
+    "refusal markers": "evaluation.markers",
+    "chat template": "load.chat_template",
+}
+
+_SECTION = """
+## How to reproduce
+
+```console
+{commands}
+```
+
+With these files, versions and kind of device the search is the same, trial by trial.
+
+| | |
+|---|---|
+{rows}
+"""
+
+
+def recipe(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> str:
+    """The section "How to reproduce" for an export of `trial` of the run that `record` (`result.json`) is of."""
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(settings, record))
+    return _SECTION.format(commands="\n".join(f"$ {line}" for line in commands(settings, record, kind, trial)), rows=rows)
+
+
+def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> list[str]:
+    """The command lines: a run, and the export of one of its trials, which need not be on its front."""
+    model, revision = record["model"], record["model"]["revision"]
+    search = settings.search
+    run = ["abliterate", "run", public_name(settings.model), "--seed", str(settings.seed), "-n", str(search.trials)]
+    # As the study began: 30 % of the trials it was given then.
+    run += ["--startup-trials", str(record.get("startup_trials") or search.n_startup_trials), "--dtype", model["dtype"]]
+    if revision:
+        run += ["--set", f"load.revision={_toml(revision)}"]
+    for name, value in changed_settings(settings):
+        shown = public_source(value) if name in _FILES.values() else value
+        run += ["--set", f"{name}={_toml(shown)}"]
+    export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
+    return [shlex.join([*run, "--export", "none", "-o", "run"]), shlex.join(export)]
+
+
+def changed_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every setting that isn't the default, but for those that the command names itself."""
+    defaults = dict(_flat(Settings.model_construct()))
+    for name, value in _flat(settings):
+        if name not in _ELSEWHERE and value != defaults[name]:
+            yield name, value
+
+
+def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    model, environment = record["model"], record["environment"]
+    revision = f", revision `{model['revision']}`" if model["revision"] else ""
+    yield "base", f"{model['id']}{revision}, fingerprint `{model['fingerprint']}`"
+    # A run of an earlier version didn't record its prompts.
+    sets = record.get("prompts", {})
+    for what, name in _FILES.items():
+        section, option = name.split(".")
+        if section == "prompts":
+            found = sets.get(option)
+            yield what, f"`{found['source']}`, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
+        elif path := getattr(getattr(settings, section), option):
+            yield what, f"`{public_source(path)}`, sha256 `{_digest(path)}`"
+    versions = environment["versions"]
+    yield "versions", ", ".join(f"{name} {versions[name]}" for name in ("abliterate", "torch", "transformers", "optuna"))
+    yield "device", f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}"
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError:  # moved since the run; the run's identity holds its content
+        return "not at hand"
+
+
+def _toml(value: Any) -> str:
+    """A value as `--set` reads it: TOML on one line, whose strings are JSON's."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    # Not escaped beyond ASCII: JSON's pairs of surrogates are no TOML.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,136 @@
+"""The weight files of a model on this disk, fetched from the Hub where they aren't, and its matrices one at a time.
+
+Knows no edits and no trials.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
+
+from abliterate.export.shards import (
+    INDEX,
+    SINGLE,
+    Stored,
+    Unfit,
+    check_editable,
+    read_header,
+    read_matrix,
+    shard_files,
+    shards_of,
+)
+from abliterate.model.architectures import Architecture, Target, find_targets
+from abliterate.model.checkpoint import empty_model, load_error, load_weights
+from abliterate.model.hub import skip_retries_without_network
+from abliterate.model.loader import load_config
+from abliterate.model.weights import dense_weight
+from abliterate.settings import LoadSettings
+
+
+class Matrices:
+    """W (d_out, d_in) of each target of `source`, in its stored dtype: never quantized, and read anew each time.
+
+    They are read from the weight files, so that one is in memory at a time; where `reason` says that the files can't be
+    read so, the model is loaded as a whole on the CPU and stays while this object does.
+
+    Raises:
+        InputError: there is no such model, or it can't be loaded.
+    """
+
+    def __init__(self, source: str, load: LoadSettings, architecture: Architecture) -> None:
+        self.load = load = load.model_copy(update={"quantization": "none"})
+        self.architecture = architecture
+        self.config = load_config(source, load)
+        self.dtype = stored_dtype(self.config)
+        self.whole: PreTrainedModel | None = None
+        self.reason = ""
+        model = empty_model(self.config, load)
+        self.targets = targets_by_name(model, architecture)
+        self._places: Mapping[str, tuple[Path, Stored]] = {}
+        try:
+            self.files = shard_files(checkpoint_folder(source, load))
+            self._places = self._find()
+        except Unfit as reason:
+            self.files, self.reason = [], str(reason)
+            self.whole = load_weights(source, load, self.config, self.dtype, None)
+            self.targets = targets_by_name(self.whole, architecture)
+
+    def _find(self) -> dict[str, tuple[Path, Stored]]:
+        names = {f"{name}.weight": name for name in self.targets}
+        check_editable(self.files, names, self.dtype)
+        found = {}
+        for path in self.files:
+            for tensor, stored in read_header(path).items():
+                if tensor in names:
+                    shape = tuple(self.targets[names[tensor]].module.weight.shape)  # type: ignore[union-attr,arg-type]
+                    if stored.shape != shape:
+                        raise Unfit(f"{tensor} has the shape {stored.shape}, not {shape}")
+                    found[names[tensor]] = (path, stored)
+        return found
+
+    def of(self, target: Target) -> Tensor:
+        """W of one target, on the CPU."""
+        if self.whole is not None:
+            return dense_weight(self.targets[target.name].module)
+        stored = read_matrix(*self._places[target.name])
+        return stored.T if self.transposed(target.name) else stored
+
+    def release(self) -> None:
+        """Give back what is in memory; nothing can be read after that."""
+        self.whole, self.targets, self._places = None, {}, {}
+        gc.collect()
+
+    def transposed(self, name: str) -> bool:
+        """Whether a target is stored as (d_in, d_out)."""
+        return isinstance(self.targets[name].module, Conv1D)
+
+
+def stored_dtype(config: object) -> torch.dtype:
+    """The dtype the checkpoint was saved in, as its config says; float32 where it doesn't."""
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)  # type: ignore[attr-defined]
+    return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[str, Target]:
+    """Every module to edit, by name."""
+    d_model = model.config.get_text_config().hidden_size
+    return {target.name: target for target in find_targets(model, architecture, d_model)}
+
+
+def checkpoint_folder(source: str, load: LoadSettings) -> Path:
+    """The directory with the model's files: given, or the Hub's snapshot, with whatever of it wasn't on this disk yet.
+
+    Raises:
+        Unfit: no safetensors weights. InputError: a file can't be fetched.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    skip_retries_without_network()
+    config = _fetched(source, load, "config.json")
+    assert config is not None
+    if _fetched(source, load, SINGLE, optional=True) is None:
+        index = _fetched(source, load, INDEX, optional=True)
+        if index is None:
+            raise Unfit(f"there is neither {SINGLE} nor {INDEX}")
+        for name in shards_of(index):
+            _fetched(source, load, name)
+    return config.parent
+
+
+def _fetched(source: str, load: LoadSettings, name: str, *, optional: bool = False) -> Path | None:
+    options = {"revision": load.revision} if load.revision else {}
+    # Optional ones neither when they don't exist nor when only the network could say so.
+    absent = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), not optional)
+    try:
+        found = cached_file(source, name, **options, **absent)
+    except OSError as error:
+        raise load_error(source, error) from error
+    return Path(found) if found is not None else None

@@ -1,0 +1,196 @@
+"""Any trial of a run as a model: what `abliterate export` does, while the run goes on or after it.
+
+Edits are computed from the base's weight files, one matrix at a time, and the export is checked against their definition: no
+prompts, no accelerator, and the model isn't loaded. Nothing is written to the run directory but the export; a run at work
+there goes on undisturbed.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from abliterate import stages
+from abliterate.bench import load_and_calibrate
+from abliterate.directions import Directions
+from abliterate.edits import Factors, SvdMemo, edit_method
+from abliterate.errors import InputError
+from abliterate.evaluation.editor import Editor
+from abliterate.export import EXPORTERS, ExportJob, check_output
+from abliterate.export.definition import Definition, by_definition, by_factors, check_weights
+from abliterate.export.push import check_push
+from abliterate.export.source import Matrices
+from abliterate.export.verify import Verification
+from abliterate.exporting import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
+from abliterate.identity import study_identity
+from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.model import loader
+from abliterate.model.adapters import AdapterSet
+from abliterate.model.architectures import find_architecture
+from abliterate.pipeline import make_store
+from abliterate.results import RunResult
+from abliterate.rundir import RunDirectory
+from abliterate.search import changed_parts
+from abliterate.settings import Settings
+from abliterate.types import Baseline, Reporter, Trial
+
+
+@dataclass(frozen=True)
+class Edits:
+    """A trial's edits of the base's stored matrices: as factors, by definition, and what an approximation loses."""
+
+    factors: Mapping[str, Factors]
+    definitions: Mapping[str, Definition]
+    approximation: Mapping[str, float]
+
+
+def export_trial(
+    settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path, *, scores: bool = False
+) -> dict[str, Any]:
+    """Export one finished trial of a run to `final`; returns `result.json` as it would be if the run had chosen that.
+
+    `scores`: also run the trial and the reloaded export on the run's evaluation prompts, and compare them.
+
+    Raises:
+        InputError: `final` is somebody else's, or the model, or with `scores` anything that trials depend on, has changed.
+    """
+    check_output(final)
+    check_push(settings.export)
+    result = RunResult(None, reporter)  # the run's own process may be writing to its result.json
+    result.record |= copy.deepcopy(directory.read_result()) | {"selected": number, "timings": {}}
+    trial = _trial(result.record, number, directory)
+    # With `scores`, as the trials ran, whatever device this is: the export is compared with them.
+    load = settings.load.model_copy(update={"dtypes": [result.record["model"]["dtype"]]})
+    settings = settings.model_copy(update={"load": load})
+    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
+    baseline = Baseline(result.record["baseline"]["refusals"], result.record["baseline"]["prompts"])
+
+    directions = stages.read_directions(directory.directions)
+    source, base = open_base(context, number)
+    edits = edits_of(context, base, directions, trial)
+    job = _job(context, source, base, edits, baseline, trial)
+    prompts, picked = _expected(context, directions, job, baseline, trial) if scores else (None, None)
+    base.release()  # exporters read it anew
+    write(context, job, final, number, edits.approximation)
+    if settings.export.verify or scores:
+        verdict = check(context, job, edits, final)
+        if prompts is not None and picked is not None:
+            verdict = _both(verdict, verify(context, picked, prompts, final))
+        conclude(context, final, trial, baseline.prompts, verdict)
+    push_export(context, final)
+    reporter.finish(result.record, str(final.parent))
+    return result.record
+
+
+def open_base(context: Context, number: int) -> tuple[str, Matrices]:
+    """Where the run's model is, and its matrices; InputError where that is another model than the run's."""
+    settings, run = context.settings, context.result.record["model"]
+    source = loader.resolve_source(settings.model)
+    load = pinned(settings.load, source, run["revision"])
+    with context.result.stage("read the base", loader.public_name(settings.model)):
+        config = loader.load_config(source, load)
+        if loader.fingerprint(source, config) != run["fingerprint"]:
+            raise _changed(number, "model")
+        model_type = config.get_text_config().model_type
+        architecture = find_architecture(model_type, load.decoder_layers, load.components)
+        base = Matrices(source, load, architecture)
+    if base.reason:
+        context.reporter.note(f"the model is loaded as a whole, because {base.reason}", reason=base.reason)
+    return source, base
+
+
+def edits_of(context: Context, base: Matrices, directions: Directions, trial: Trial) -> Edits:
+    """What the trial does to each matrix. Of a quantized run, too, it is computed from the full-precision weights."""
+    settings = context.settings.edit
+    method = edit_method(settings.mode)
+    factors: dict[str, Factors] = {}
+    definitions: dict[str, Definition] = {}
+    with context.result.stage("edits", f"{settings.mode} ({settings.representation})"):
+        for index, target in enumerate(base.targets.values()):
+            # An editor for each: what one prepares for a module is dropped before the next is read.
+            editor = Editor((target,), directions, settings, AdapterSet(()), SvdMemo(0), weight_of=base.of)
+            for name, place, coeff in editor.plan(trial.params).values():
+                factors[name] = editor.factors(trial.params)[name]
+                v = directions.blend(place).of(directions.by_layer().double())
+                # An approximation can only be compared with itself; how far it is from the edit is `lost`.
+                exact = settings.representation == "exact"
+                definitions[name] = by_definition(method, v, coeff) if exact else by_factors(factors[name])
+            context.reporter.progress(index + 1, len(base.targets), "modules")
+        lost = approximation_of(settings, directions, base.targets.values(), base.of, trial.params, factors)
+    return Edits(factors, definitions, lost)
+
+
+def check(context: Context, job: ExportJob, edits: Edits, final: Path) -> Verification:
+    """Read every exported matrix back, and compare it with what its edit is by definition."""
+
+    def progress(done: int, total: int) -> None:
+        context.reporter.progress(done, total, "modules")
+
+    with context.result.stage("check weights"):
+        base = Matrices(job.source, job.load, job.architecture)
+        reread = EXPORTERS[context.settings.export.kind].reread(final, job, base)
+        return check_weights(base, reread, edits.definitions, progress)
+
+
+def _trial(record: Mapping[str, Any], number: int, directory: RunDirectory) -> Trial:
+    """The trial of that number; InputError where it hasn't finished, failed, or was stopped."""
+    found = {one["number"]: Trial.from_record(one) for one in record["trials"]}.get(number)
+    if found is not None and found.state == "stopped":
+        raise InputError(
+            f"Trial {number} was stopped because another one refuses no more at no more KL; choose one that abliterate trials "
+            f"{directory.path} shows as complete."
+        )
+    if found is None or found.state != "complete":
+        raise InputError(f"The run in {directory.path} has no finished trial {number}; see abliterate trials {directory.path}.")
+    return found
+
+
+def _job(context: Context, source: str, base: Matrices, edits: Edits, baseline: Baseline, trial: Trial) -> ExportJob:
+    run, settings = context.result.record["model"], context.settings
+    return ExportJob(
+        source=source,
+        fingerprint=run["fingerprint"],
+        load=base.load,
+        export=settings.export,
+        architecture=base.architecture,
+        tokenizer=loader.load_tokenizer(source, base.load),
+        factors=edits.factors,
+        base_model=run["id"],
+        card=card(context, source, baseline, trial, edits.approximation),
+    )
+
+
+def _expected(
+    context: Context, directions: Directions, job: ExportJob, baseline: Baseline, trial: Trial
+) -> tuple[PromptSets, Picked]:
+    """The trial again, in memory and on the prompts, for the export to be compared with."""
+    prompts = read_prompts(context)
+    bench = load_and_calibrate(context, prompts)
+    identity = study_identity(context.settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
+    changed = changed_parts(context.result.record.get("identity", identity), identity)
+    if changed:
+        raise _changed(trial.number, ", ".join(changed))
+    editor = stages.make_editor(context, bench, directions)
+    stages.baseline(context, bench, prompts)  # scorers are relative to it
+    picked = prepare(context, bench, editor, baseline, prompts, trial)
+    del bench, editor
+    gc.collect()
+    return prompts, replace(picked, job=job)
+
+
+def _changed(number: int, what: str) -> InputError:
+    return InputError(
+        f"Trial {number} can't be exported with another {what} than its run's: it would be another trial; put back what was "
+        "changed, or make a new run."
+    )
+
+
+def _both(weights: Verification, scores: Verification) -> Verification:
+    """One record of two checks."""
+    ok = weights.ok and scores.ok
+    checks = {**weights.record["checks"], **scores.record["checks"]}
+    return Verification(ok, {**weights.record, **scores.record, "ok": ok, "checks": checks})
