@@ -107,6 +107,7 @@ def nearly_one_hot(case: Case, row: int, noise: float) -> Case:
     vectors = noise * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     vectors[:, row] = 1
     case.editor._prepared.clear()
+    case.editor._tables.clear()
     case.editor._directions = Directions(torch.nn.functional.normalize(vectors, dim=1))
     return replace(case, job=replace(case.job, factors=case.editor.factors(case.params)))
 
