@@ -19,7 +19,7 @@ from abliterate.model.checkpoint import load_weights
 if TYPE_CHECKING:
     from abliterate.export.base import ExportJob
 
-_PIECE = 8 << 20
+_PIECE = 1 << 20  # bytes compared at a time
 
 # Some rows of an exported W' (n, d_in), float64.
 Rows = Callable[[slice], Tensor]

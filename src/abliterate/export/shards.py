@@ -18,7 +18,7 @@ from abliterate.errors import AbliterateError
 
 # What can be edited; a tensor in any other dtype can be copied.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE = 8 << 20  # bytes copied at a time
+_PIECE = 2 << 20  # bytes copied at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHORTER = "A weight file became shorter while it was read; put the file back and repeat the command."
 
