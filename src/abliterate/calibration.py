@@ -10,7 +10,7 @@ from dataclasses import dataclass
 # Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
 PLATEAU = 0.05
 # Probes in all, and at most for the smallest size that is as fast.
-_PROBES, _SHRINK_PROBES = 8, 3
+_PROBES, _SHRINK_PROBES = 8, 4
 # Sizes nearer to each other than this aren't told apart, and so many of such steps are taken at first: nearly a doubling.
 _STEP, _FIRST_STEP = 1.2, 2
 
@@ -61,11 +61,11 @@ def tune_batch_size(
             at = (fits + too_large) // 2
         else:
             at, step = (max(0, at - step) if speed is None else min(len(sizes) - 1, at + step)), 2 * step
-    slow, fast = -1, fits
+    slow, fast, step = -1, fits, _FIRST_STEP
     for _ in range(min(_SHRINK_PROBES, _PROBES - len(probes)) if shrink else 0):
-        if fast - slow <= 1:
+        if fast - slow <= (1 if slow < 0 else _FIRST_STEP):
             break
-        at = (slow + fast) // 2
+        at, step = (max(0, fast - step) if slow < 0 else (slow + fast) // 2), 2 * step
         if sizes[at] not in probes:
             probes[sizes[at]] = probe(sizes[at])
         slow, fast = (slow, at) if sizes[at] in _as_fast_as_any(probes) else (at, fast)
