@@ -22,7 +22,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abliterate.bench import DEMO_PROMPTS
+from abliterate.inputs import DEMO_PROMPTS
 from abliterate.model.chat import Chat
 from abliterate.model.loader import demo_path
 from abliterate.types import Prompt

@@ -20,8 +20,9 @@ from rig import PeakMemory, Quiet, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from abliterate import stages
-from abliterate.bench import Context, load_and_calibrate, read_prompts
+from abliterate.bench import load_and_calibrate
 from abliterate.evaluation.logprobs import kl_divergence, small_forms, smallest_form
+from abliterate.inputs import Context, read_prompts
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult

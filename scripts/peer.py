@@ -12,8 +12,8 @@ from pathlib import Path
 
 import tomli_w
 
-from abliterate.bench import prompt_sources
 from abliterate.evaluation.refusals import read_markers
+from abliterate.inputs import prompt_sources
 from abliterate.model.data import load_prompts
 from abliterate.model.loader import DEMO, resolve_source
 from abliterate.settings_sources import config_path, load_settings
