@@ -1,0 +1,153 @@
+"""What exports cost in memory and time: streamed, as an adapter, and as others do it (load, edit, save).
+
+.venv/bin/python scripts/measure_export.py        # writes the section "Exports" of docs/benchmarks.md
+
+A random model of about a gigabyte in bfloat16, a run directory as a run leaves it, every way in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from benchmark_page import command, update_page
+from rig import Quiet
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from abliterate.later import export_trial
+from abliterate.model import loader
+from abliterate.model.loader import demo_path
+from abliterate.model.memory import PeakMeter
+from abliterate.results import RunResult
+from abliterate.rundir import RunDirectory
+from abliterate.settings_sources import load_settings
+from abliterate.types import Baseline, Kernel, Trial, TrialParams
+
+ROOT = Path(__file__).parents[1]
+COMPONENTS = ("attn.o_proj", "mlp.down_proj")
+
+
+def make_base(folder: Path, width: int, layers: int) -> None:
+    """A random model in files of 256 MB."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_path() / "model")
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=width,
+        intermediate_size=width * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+    )
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="256MB")
+    torch.set_default_dtype(torch.float32)
+    tokenizer.save_pretrained(folder)
+
+
+def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
+    """A run of one trial that edits the upper half of the layers, as a run leaves it; nothing was measured."""
+    settings = load_settings("", {"model": str(base)})
+    directory = RunDirectory(folder)
+    folder.mkdir()
+    result = RunResult(directory, Quiet())
+    config = loader.load_config(str(base), settings.load)
+    fingerprint = loader.fingerprint(str(base), config)
+    result.record["model"] = {
+        "id": base.name,
+        "revision": "",
+        "fingerprint": fingerprint,
+        "dtype": "bfloat16",
+        "quantization": "none",
+    }
+    kernel = Kernel(max_coeff=1.0, position=0.75 * layers, min_coeff=0.5, distance=0.25 * layers)
+    scores = {"refusals": 0, "kl": {"mean": 0.0, "median": 0.0, "max": 0.0}}
+    trial = Trial(0, TrialParams("per layer", 0.0, dict.fromkeys(COMPONENTS, kernel)), "complete", scores)
+    result.trials([trial], [trial], Baseline(1, 1))
+    result.save()
+    vectors = torch.nn.functional.normalize(torch.randn(layers + 1, width), dim=1)
+    save_file({"directions": vectors}, directory.directions)
+
+
+def export(kind: str, folder: Path) -> dict[str, Any]:
+    """One export, in this process: seconds, and the most that was resident above what was before."""
+    base, run = folder / "base", folder / "run"
+    settings = load_settings("", {"model": str(base), "export": {"kind": kind if kind != "whole" else "merged"}})
+    before, meter, started = psutil.Process().memory_info().rss, PeakMeter(), time.perf_counter()
+    record: dict[str, Any] = {"verified": None}
+    if kind == "whole":
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        v = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
+        for layer in model.model.layers[len(model.model.layers) // 2 :]:
+            for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                weight = module.weight.data.float()
+                module.weight.data = (weight - torch.outer(v, v @ weight)).bfloat16()
+        model.save_pretrained(folder / kind)
+    else:
+        record = export_trial(settings, Quiet(), RunDirectory(run), 0, folder / kind)["export"]
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak": meter.rss() - before,
+        "verified": record["verified"],
+    }
+
+
+def main() -> None:
+    """Make the model, export it every way, write the section; with --kind, one of these exports."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.kind:
+        print(json.dumps(export(args.kind, args.folder)))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_base(folder / "base", args.width, args.layers)
+        make_run(folder / "run", folder / "base", args.width, args.layers)
+        files = list((folder / "base").glob("*.safetensors"))
+        total, largest = sum(file.stat().st_size for file in files), max(file.stat().st_size for file in files)
+        found = {}
+        for kind in ("merged", "adapter", "whole"):
+            call = [sys.executable, __file__, "--kind", kind, "--folder", str(folder), "--threads", str(args.threads)]
+            done = subprocess.run(call, check=True, capture_output=True, text=True)
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+    names = {
+        "merged": "`abliterate export --kind merged`, checked",
+        "adapter": "`abliterate export --kind adapter`, checked",
+        "whole": "load, edit, save (as peers do), unchecked",
+    }
+    matrix = 4 * args.width * 3 * args.width
+    lines = [
+        f"{datetime.date.today()}, `{command()}`: a random model of {total / 1e6:.0f} MB in {len(files)} files (the largest",
+        f"{largest / 1e6:.0f} MB), its largest edited matrix {matrix / 1e6:.0f} MB in float32, {args.threads} threads.",
+        "",
+        "| way | peak MB above the start | of the model | s |",
+        "|---|---|---|---|",
+        *(
+            f"| {names[kind]} | {one['peak'] / 1e6:.0f} | {one['peak'] / total:.2f} | {one['seconds']:.1f} |"
+            for kind, one in found.items()
+        ),
+    ]
+    assert found["merged"]["verified"]
+    assert found["adapter"]["verified"]
+    print("\n".join(lines))
+    update_page(ROOT / "docs" / "benchmarks.md", "Exports", "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
