@@ -118,10 +118,11 @@ def tune_batch(
     assignments: Assignments = None,
     device: Device = None,
     dtype: Dtype = None,
+    cache_dir: CacheDir = None,
     as_json: Json = False,
 ) -> None:
-    """Measure which batch size MODEL runs best with here."""
-    given = {"model": model or None, "device": device, "load": {"dtypes": [dtype] if dtype else None}}
+    """Measure which batch sizes MODEL runs best with here, and keep them for later runs."""
+    given = {"model": model or None, "device": device, "cache_dir": cache_dir, "load": {"dtypes": [dtype] if dtype else None}}
     from abliterate import commands
 
     commands.tune_batch(given, config, assignments or [], as_json=as_json)
