@@ -239,6 +239,21 @@ def test_unexpected_error_is_one_sentence(invoke: Invoke, monkeypatch: pytest.Mo
     assert "RuntimeError: a bug" in " ".join(outcome.err.split())
 
 
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("DefaultCPUAllocator: 8 bytes.\nStack")])
+def test_too_little_memory_is_one_sentence(invoke: Invoke, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(name: str) -> str:
+        raise error
+
+    monkeypatch.setattr(loader, "resolve_source", full)
+    assert_sentence(invoke("run", "demo"), 1, "too little memory")
+
+
+def test_a_model_larger_than_memory_is_not_begun(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end with a killed process and no message; the demo takes 7.6 MB, in bfloat16 half."""
+    monkeypatch.setattr("abliterate.model.checkpoint.free_memory", lambda device: 1 << 20)
+    assert_sentence(invoke("run", "demo"), 1, "GiB of main memory")
+
+
 def test_advice_about_the_disk_is_true_of_every_command(invoke: Invoke, tmp_path: Path) -> None:
     store = filled_cache(tmp_path / "c")
     in_the_way = tmp_path / "c" / "residuals" / f"{'a' * 64}.{'b' * 32}.abliterate-tmp"

@@ -227,7 +227,10 @@ def main() -> None:
         _fail(f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED)
     except Exception as error:
         _debug()
-        reason: Any = (str(error).strip().splitlines() or [""])[0]
+        reason: Any = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch isn't imported here
+            reason = reason or "out of memory"
+            _fail(f"there is too little memory ({reason}); free some and repeat the command: {_KEPT}.", FAILED)
         _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED)
 
 

@@ -16,7 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from abliterate.errors import InputError
+from abliterate.model.memory import free_memory
 from abliterate.settings import LoadSettings
+
+# Of free main memory, what weights may take.
+_WEIGHTS_SHARE = 0.9
 
 
 def load_weights(
@@ -25,9 +29,12 @@ def load_weights(
     """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
 
     Raises:
-        InputError: no such weights, some missing, or a quantization whose package is missing.
+        InputError: no such weights, some missing, or a quantization whose package is missing. torch.OutOfMemoryError: they
+            don't fit, as far as that is known.
     """
     quiet_bitsandbytes()
+    if load.quantization == "none" and not load.device_map and (device is None or device.type == "cpu"):
+        _check_memory(config, load, dtype)
     auto = _auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
@@ -60,6 +67,16 @@ def _auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
+
+
+def _check_memory(config: PretrainedConfig, load: LoadSettings, dtype: torch.dtype) -> None:
+    """torch.OutOfMemoryError where main memory doesn't hold the weights: else a killed process would be the only message."""
+    needed = dtype.itemsize * sum(parameter.numel() for parameter in empty_model(config, load).parameters())
+    free = free_memory(torch.device("cpu"))
+    if needed > _WEIGHTS_SHARE * free:
+        raise torch.OutOfMemoryError(
+            f"its weights take {needed / 2**30:.1f} GiB of main memory and {free / 2**30:.1f} GiB are free"
+        )
 
 
 def load_error(source: str, error: Exception) -> InputError:
