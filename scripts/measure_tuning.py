@@ -39,7 +39,7 @@ def measure(model: str, folder: Path) -> list[str]:
     engine = bench.plain_engine(context, loaded)
     engine.generate_ids(sets.harmful_eval[:1], 2)
     shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)
-    lengths = tuning._lengths(engine, sets)
+    lengths = tuning._Probes(context, loaded, engine, sets)._lengths
     rows = []
     for name, binary in (("estimate and binary search", True), ("doubling", False)):
         efficiency = settings.efficiency.model_copy(update={"use_binary_search_batch_tuning": binary})

@@ -68,31 +68,32 @@ def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, 
     if given:
         _say(context, BatchSizes.same(given), "as given")
         return BatchSizes.same(given)
-    key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
-    found = context.store.get("batch-sizes", key)
+    probes = _Probes(context, loaded, engine, prompts)
+    found = context.store.get("batch-sizes", probes.key)
     if found is not None:
         sizes = json.loads(from_bytes(found["sizes"]))
         known = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
         _say(context, known, "from the cache")
         return known
-    return sizes_of(tune(context, loaded, engine, prompts))
+    return sizes_of(_measure(context, loaded, probes))
 
 
 def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> tuple[Tuned, ...]:
     """Measure every operation, and keep what was found for later runs."""
-    efficiency = context.settings.efficiency
-    bench = _Probes(context, loaded, engine, prompts)
-    if efficiency.use_binary_search_batch_tuning:
-        prefill = bench.search("prefill")
+    return _measure(context, loaded, _Probes(context, loaded, engine, prompts))
+
+
+def _measure(context: Context, loaded: LoadedModel, probes: _Probes) -> tuple[Tuned, ...]:
+    if context.settings.efficiency.use_binary_search_batch_tuning:
+        prefill = probes.search("prefill")
         # Done once: not worth more than a look whether what is good for prefill fits here too.
-        tuned: tuple[Tuned, ...] = (bench.search("residuals", at_most=prefill.size), prefill, bench.search("decode"))
+        tuned: tuple[Tuned, ...] = (probes.search("residuals", at_most=prefill.size), prefill, probes.search("decode"))
     else:
-        tuned = bench.double()
+        tuned = probes.double()
     found = sizes_of(tuned)
-    key = batch_sizes_key(context.settings, loaded, _lengths(engine, prompts))
     text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes})
     label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in found.by_name.items())
-    context.store.put("batch-sizes", key, {"sizes": to_bytes(text)}, label)
+    context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(text)}, label)
     _say(context, found, f"found by {sum(len(one.probes) for one in tuned)} probes")
     return tuned
 
@@ -110,16 +111,6 @@ def _say(context: Context, sizes: BatchSizes, how: str) -> None:
     context.result.record["batch_sizes"] = sizes.by_name
 
 
-def _lengths(engine: ReferenceEngine, prompts: PromptSets) -> dict[str, list[int]]:
-    """{operation: [prompts in the larger set, tokens of the longest, tokens of a response]}."""
-    sets = _sets(prompts)
-    found: dict[str, list[int]] = {}
-    for name, parts in sets.items():
-        longest = max(len(engine.chat.token_ids(prompt)) for part in parts for prompt in part)
-        found[name] = [max(map(len, parts)), longest, engine.max_new_tokens]
-    return found
-
-
 def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]]:
     return {
         "residuals": (prompts.harmful, prompts.harmless),
@@ -134,12 +125,15 @@ class _Probes:
     def __init__(self, context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> None:
         self._context, self._loaded, self._engine = context, loaded, engine
         self._device = loaded.device
-        sets = _sets(prompts)
-        self._lengths = _lengths(engine, prompts)
-        self._longest = {
-            name: sorted((p for part in parts for p in part), key=lambda p: -len(engine.chat.token_ids(p)))
-            for name, parts in sets.items()
-        }
+        # {operation: (prompts in the larger set, tokens of the longest, tokens of a response)}
+        self._lengths: dict[str, tuple[int, int, int]] = {}
+        self._longest: dict[str, list[Prompt]] = {}
+        for name, parts in _sets(prompts).items():
+            tokens = [(len(engine.chat.token_ids(prompt)), prompt) for part in parts for prompt in part]
+            tokens.sort(key=lambda pair: -pair[0])
+            self._longest[name] = [prompt for _, prompt in tokens[: context.settings.evaluation.max_batch_size]]
+            self._lengths[name] = (max(map(len, parts)), tokens[0][0], engine.max_new_tokens)
+        self.key = batch_sizes_key(context.settings, loaded, self._lengths)
         model = loaded.model
         self._shape = Shape.of(model.config.get_text_config(), model.dtype)
         once = context.settings.efficiency.use_global_warmup
