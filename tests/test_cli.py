@@ -495,3 +495,11 @@ def test_cache_verify_finds_damage(invoke: Invoke, tmp_path: Path) -> None:
     outcome = invoke("cache", "verify", "--cache-dir", tmp_path / "c")
     assert_sentence(outcome, 1, "1 cache entries")
     assert "checksum" in outcome.out
+
+
+def test_errors_are_said_where_no_memory_is_left(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(message: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("abliterate.console.show_error", full)
+    assert_sentence(invoke("run", "/no/model"), 2, "/no/model")

@@ -242,9 +242,12 @@ def _debug() -> None:
 
 
 def _fail(message: str, exit_code: int) -> None:
-    from abliterate.console import show_error
+    try:
+        from abliterate.console import show_error
 
-    show_error(message)
+        show_error(message)
+    except MemoryError:  # where there is none left, not even Rich can be loaded
+        sys.stderr.write(f"error: {message}\n")
     sys.exit(exit_code)
 
 
