@@ -120,6 +120,19 @@ def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert (free_memory(torch.device("mps")), total_memory(torch.device("mps"))) == (600, 1000)
 
 
+def test_memory_of_several_devices_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most = [100, 20], [100, 20]
+    backend = SimpleNamespace(device_count=lambda: 2, memory_allocated=now.__getitem__, max_memory_allocated=most.__getitem__)
+    backend.reset_peak_memory_stats = lambda index: most.__setitem__(index, now[index])
+    monkeypatch.setattr(memory, "_accelerator", lambda: backend)
+    meter = PeakMeter()
+    assert memory.used_memory(torch.device("cuda")) == meter.device() == 120
+    most[1] = 500
+    assert meter.device() == 600
+    meter.restart()
+    assert meter.device() == 120
+
+
 @given(st.integers(1, 200), st.integers(0, 100), st.integers(0, 5000))
 def test_affordable_stays_within_memory(size: int, row_bytes: int, free: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

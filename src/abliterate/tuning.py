@@ -232,7 +232,10 @@ class _Probes:
         return self._shape.cache_bytes(prompt + response) - self._shape.cache_bytes(prompt + self._tokens("decode"))
 
     def _usable(self) -> int:
-        return max(0, usable_memory(self._device) - self._reserved)
+        """Of the device with the least left, where a model lies on several: which layers need most isn't known."""
+        devices = {parameter.device for parameter in self._loaded.model.parameters()}
+        places = [device for device in devices if device.type == self._device.type] or [self._device]
+        return max(0, min(map(usable_memory, places)) - self._reserved)
 
     def _work(self, operation: Operation) -> Callable[[Sequence[Prompt], Callable[[], None]], object]:
         """One batch of an operation; a decoding one calls back after every token."""

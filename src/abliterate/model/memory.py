@@ -137,7 +137,7 @@ class PeakMeter:
         return self._rss
 
     def device(self) -> int:
-        """Peak memory allocated on an accelerator, in bytes; 0 on a CPU."""
+        """Peak memory allocated on all devices of an accelerator, in bytes; 0 on a CPU."""
         self._note()
         return self._device
 
@@ -149,8 +149,7 @@ def used_memory(device: torch.device) -> int:
     """Bytes in use now, of what `PeakMeter` measures the peak of."""
     if device.type == "cpu":
         return int(psutil.Process().memory_info().rss)
-    allocated = getattr(_backend(device), "memory_allocated", None)
-    return int(allocated(device)) if allocated is not None else 0
+    return _of_all_devices("memory_allocated")
 
 
 def _backend(device: torch.device) -> Any:
@@ -186,7 +185,8 @@ def _forget_peaks() -> None:
         file.write("5")  # resets the peak resident set
     accelerator = _accelerator()
     if accelerator is not None:
-        accelerator.reset_peak_memory_stats()
+        for index in range(accelerator.device_count()):
+            accelerator.reset_peak_memory_stats(index)
 
 
 def _peak_rss() -> int:
@@ -202,8 +202,13 @@ def _peak_rss() -> int:
 
 
 def _peak_device() -> int:
+    return _of_all_devices("max_memory_allocated")
+
+
+def _of_all_devices(what: str) -> int:
+    """The sum over all devices of the accelerator in use: a model may lie on several of them."""
     accelerator = _accelerator()
-    return int(accelerator.max_memory_allocated()) if accelerator is not None else 0
+    return sum(getattr(accelerator, what)(index) for index in range(accelerator.device_count())) if accelerator else 0
 
 
 def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
