@@ -39,7 +39,7 @@ def measure(model: str, folder: Path) -> list[str]:
     engine = bench.plain_engine(context, loaded)
     engine.generate_ids(sets.harmful_eval[:1], 2)
     shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)
-    lengths = tuning._Probes(context, loaded, engine, sets)._lengths
+    lengths = tuning.Probes(context, loaded, engine, sets).lengths
     rows = []
     for name, binary in (("estimate and binary search", True), ("doubling", False)):
         efficiency = settings.efficiency.model_copy(update={"use_binary_search_batch_tuning": binary})
@@ -80,6 +80,8 @@ def main() -> None:
         "| model | search | probes | prompts in them | s | residuals/prefill/decode | estimated memory by measured |",
         "|---|---|---|---|---|---|---|",
         *rows,
+        "",
+        "Doubling finds one size, the estimate three, which is why it isn't faster: the longest probe is the same.",
         "",
         "Memory: what the config says of the largest probe of each operation, by what the resident set grew in it.",
     ]

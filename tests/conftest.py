@@ -201,7 +201,7 @@ def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str
     """Write the trial's W' into the weights of `model`, a copy of the editor's."""
     for name, index, coeff in editor.plan(params).values():
         module = model.get_submodule(name)
-        v = editor._directions.at(index)
+        v = editor.directions.at(index)
         write_weight(module, dense_edit(dense_weight(module), v, coeff, mode))
 
 

@@ -182,7 +182,7 @@ def test_svd_memo_changes_nothing_and_hits() -> None:
 def test_zero_direction_edits_nothing() -> None:
     loaded = make_loaded(make_model("llama"))
     editor = make_editor(loaded)
-    editor._directions.vectors[1:].zero_()
+    editor.directions.vectors[1:].zero_()
     assert editor.plan(make_params(0)) == {}
 
 

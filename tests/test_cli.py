@@ -334,12 +334,17 @@ def test_export_is_of_the_runs_edit_whatever_the_environment_says(
 ) -> None:
     number = finished[1]["front"][0]
     made = []
-    for name, value in (("ABLITERATE_SEED", "0"), ("ABLITERATE_EDIT__MODE", "none"), ("ABLITERATE_EDIT__COEFF_GRID", "0.5")):
+    for name, value in (
+        ("ABLITERATE_EDIT__MODE", "none"),
+        ("ABLITERATE_EDIT__COEFF_GRID", "0.5"),
+        ("ABLITERATE_PROMPTS__SUFFIX", "x"),
+    ):
         monkeypatch.setenv(name, value)
         out = tmp_path / name
         assert invoke("export", finished[0], "--trial", number, "-o", out).code == 0
-        made.append((out / "model.safetensors").read_bytes())
-    assert made[0] == made[1] == made[2]
+        card = (out / "README.md").read_text(encoding="utf-8")
+        made.append(((out / "model.safetensors").read_bytes(), card[card.index("## How to reproduce") :]))
+    assert all(one == made[0] for one in made)
 
 
 def test_json_lines_of_a_whole_run(tmp_path: Path, prompt_files: dict[str, str]) -> None:
@@ -495,6 +500,20 @@ def test_cache_verify_finds_damage(invoke: Invoke, tmp_path: Path) -> None:
     outcome = invoke("cache", "verify", "--cache-dir", tmp_path / "c")
     assert_sentence(outcome, 1, "1 cache entries")
     assert "checksum" in outcome.out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_measurement_says_so(number: signal.Signals, tmp_path: Path) -> None:
+    process = spawn(["tune-batch", "demo", "--cache-dir", "c"], tmp_path)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "measure batch sizes" in line:
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "interrupted" in err
+    assert "Traceback" not in err
 
 
 def test_errors_are_said_where_no_memory_is_left(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ class Case:
         if not folder.exists():
             write(kind, job or self.job, folder)
         base = Matrices(self.job.source, self.job.load, self.job.architecture)
-        directions = self.editor._directions
+        directions = self.editor.directions
         table = directions.by_layer().double()
         definitions = {
             name: by_definition(METHODS[self.mode], directions.blend(index).of(table), coeff)
@@ -108,7 +108,7 @@ def nearly_one_hot(case: Case, row: int, noise: float) -> Case:
     vectors[:, row] = 1
     case.editor._prepared.clear()
     case.editor._tables.clear()
-    case.editor._directions = Directions(torch.nn.functional.normalize(vectors, dim=1))
+    case.editor.directions = Directions(torch.nn.functional.normalize(vectors, dim=1))
     return replace(case, job=replace(case.job, factors=case.editor.factors(case.params)))
 
 

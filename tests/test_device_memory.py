@@ -30,6 +30,9 @@ CPU = torch.device("cpu")
         ),
         RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
         RuntimeError("UR_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"),
+        RuntimeError("level_zero backend failed with error: 40 (UR_RESULT_ERROR_OUT_OF_RESOURCES)"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 911360 bytes."),
+        RuntimeError("Invalid buffer size: 19.45 GB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
@@ -120,6 +123,18 @@ def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert (free_memory(torch.device("mps")), total_memory(torch.device("mps"))) == (600, 1000)
 
 
+def test_a_gpu_that_shares_the_machines_memory_may_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's integrated ones raise."""
+
+    def refuse(device: torch.device) -> tuple[int, int]:
+        raise RuntimeError("The device doesn't support querying the available free memory.")
+
+    monkeypatch.setattr(memory, "_backend", lambda device: SimpleNamespace(mem_get_info=refuse))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=4000))
+    monkeypatch.setattr(memory, "_cgroups", list)
+    assert (free_memory(torch.device("xpu")), total_memory(torch.device("xpu"))) == (1000, 4000)
+
+
 def test_memory_of_several_devices_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now, most = [100, 20], [100, 20]
     backend = SimpleNamespace(device_count=lambda: 2, memory_allocated=now.__getitem__, max_memory_allocated=most.__getitem__)
@@ -172,7 +187,27 @@ def test_a_halved_size_grows_back_step_by_step() -> None:
     items = list(range(2000))
     assert sizes.run(items, work) == items
     assert sizes.size == 8
-    assert tried.index(4, 3) - tried.index(2) >= PATIENCE
+    assert tried[:4] == [8, 4, 2, 2]
+    assert tried.count(2) == PATIENCE
+    assert tried.count(4) - 1 == PATIENCE
+
+
+def test_a_short_dip_costs_few_batches() -> None:
+    """One cascade of halvings is one mistake, not five."""
+    capacity = 6
+
+    def work(part: list[int]) -> list[int]:
+        if len(part) > capacity:
+            raise torch.OutOfMemoryError("full")
+        return part
+
+    sizes, items = Batches(100, CPU), list(range(100))
+    sizes.run(items, work)
+    capacity, runs = 1000, 0
+    while sizes.size < 100:
+        sizes.run(items, work)
+        runs += 1
+    assert runs <= 40
 
 
 def test_growing_back_into_the_wall_gets_rarer() -> None:

@@ -465,6 +465,23 @@ def test_rows_that_wait_are_in_memory_too(cap: int, monkeypatch: pytest.MonkeyPa
     assert max(seen) <= 4, "never more rows than a batch"
 
 
+def test_on_a_cpu_no_pass_has_more_rows_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither what is kept of the base model, nor chunks that were joined: no error would come before the killer."""
+    lab = make_lab("llama", batch_size=5)
+    plain = lab.reference
+    sizes = BatchSizes(5, 5, 5, (1000, 1000, 1000))
+    reference = ReferenceEngine(plain.model, plain.chat, plain.reader, max_new_tokens=TOKENS, sizes=sizes)
+    expected = whole(plain)
+    rows: list[int] = []
+    call = Passes.__call__
+    monkeypatch.setattr(Passes, "__call__", lambda self, ids, *a, **k: rows.append(len(ids)) or call(self, ids, *a, **k))
+    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", 4)
+    monkeypatch.setattr("abliterate.model.memory.free_memory", lambda device: 4000)
+    engine = dataclasses.replace(lab, reference=reference).engine(Refusals(["no such text"]))
+    assert_same(whole(engine), expected)
+    assert max(rows) == 2
+
+
 def test_pauses_change_nothing(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llama.engine(Refusals(["no such text"]))
     llama.editor.apply(make_params(1))

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NAMED, make_model
+from conftest import FAMILIES, NAMED, make_editor, make_loaded, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
-from abliterate.model.footprint import Shape, kept_bytes, row_bytes
+from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
 from abliterate.model.residuals import prefill_kwargs
+from abliterate.model.weights import in_features
 
 ROWS, PROMPT, RESPONSE = 8, 60, 20
 
@@ -124,6 +125,14 @@ def test_sliding_windows_keep_no_more_than_a_window() -> None:
     )
     per_token = 2 * 2 * 16 * 4
     assert Shape.of(config, torch.float32).cache_bytes(100) == 2 * 100 * per_token + 2 * 10 * per_token
+
+
+def test_prepared_edits_take_what_is_reserved_for_them() -> None:
+    loaded = make_loaded(make_model("llama"))
+    editor = make_editor(loaded)
+    editor.prepare()
+    sizes = [(32, in_features(target.module)) for target in loaded.targets]
+    assert prepared_bytes(3, sizes) == sum(prepared.nbytes for prepared in editor._prepared.values())
 
 
 def test_what_the_engine_keeps_by_hand() -> None:

@@ -34,7 +34,7 @@ FAMILIES = ("llama", "mistral", "gemma3", "qwen3_5", "lfm2")
 
 def with_room(editor: Editor, room: float) -> Editor:
     """The same editor with other room."""
-    parts = (editor._targets, editor._directions, editor._settings, editor.adapters)
+    parts = (editor._targets, editor.directions, editor._settings, editor.adapters)
     made = Editor(*parts, SvdMemo(100), room)
     made.prepare()
     return made

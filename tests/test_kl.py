@@ -231,6 +231,17 @@ def test_a_token_that_the_edit_forbids_is_a_failed_trial_however_rare(shape: str
             scorer.score(Observation((), edited))
 
 
+def test_an_impossible_token_is_seen_where_another_one_becomes_possible() -> None:
+    """As many impossible tokens as before, but others."""
+    raw = logits("peaked", 1)
+    raw[:, 100] = -torch.inf
+    base, edited = logprobs(raw), logprobs(logits("peaked", 1))
+    edited[:, 200] = -torch.inf
+    for form in (likely_of(base), rounded_of(base)):
+        assert torch.isinf(form.kl(edited)).all()
+        assert torch.isfinite(form.kl(base)).all()
+
+
 def test_numbers_that_are_none_are_a_failed_trial() -> None:
     base = logprobs(logits("peaked", 2))
     scorer = KL()

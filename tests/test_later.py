@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,7 +36,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from abliterate import later
 from abliterate.directions import Directions
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.export import merged, source
 from abliterate.export.base import MARKER
 from abliterate.export.shards import SINGLE
@@ -100,7 +102,7 @@ def expected_logits(settings: Settings, directory: RunDirectory, number: int, dt
     load = {"dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(path, **load).float().eval()
     editor = make_editor(make_loaded(model), **settings.edit.model_dump())
-    editor._directions = Directions(load_file(directory.directions)["directions"])
+    editor.directions = Directions(load_file(directory.directions)["directions"])
     record = next(one for one in directory.read_result()["trials"] if one["number"] == number)
     edited = copy.deepcopy(model)
     write_dense(edited, editor, Trial.from_record(record).params, settings.edit.mode)
@@ -225,9 +227,11 @@ def test_a_wrong_export_is_said_to_be_wrong(
 
     monkeypatch.setattr(later, "write", write)
     recorder = Recorder()
-    result = later.export_trial(with_kind(settings, kind), recorder, RunDirectory(path), other_trial(first), tmp_path / "out")
-    assert result["export"]["verified"] is False
-    assert result["export"]["verification"]["checks"] == {"weights": False, "untouched": True}
+    with pytest.raises(AbliterateError, match="not what the trial was"):
+        later.export_trial(with_kind(settings, kind), recorder, RunDirectory(path), other_trial(first), tmp_path / "out")
+    marker = json.loads((tmp_path / "out" / MARKER).read_text(encoding="utf-8"))
+    assert marker["export"]["verified"] is False
+    assert marker["export"]["verification"]["checks"] == {"weights": False, "untouched": True}
     assert "(weights)" in recorder.warnings[-1]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "**The check failed** (weights)" in card
@@ -306,12 +310,92 @@ def test_of_a_quantized_run_scores_can_be_compared(tmp_path: Path, prompt_files:
     assert record["export"]["verified"] is True, record["export"]
 
 
+@pytest.mark.parametrize("how", ["other layers", "other width", "not numbers", "other values"])
+def test_directions_of_something_else_are_refused(how: str, finished: Finished, tmp_path: Path) -> None:
+    """The check by definition takes them as given, so an export with them would pass it."""
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    vectors = load_file(run / "directions.safetensors")["directions"]
+    changed = {
+        "other layers": vectors[:3].clone(),
+        "other width": vectors[:, :100].clone(),
+        "not numbers": vectors * torch.nan,
+        "other values": vectors.flip(0).contiguous(),
+    }[how]
+    save_file({"directions": changed}, run / "directions.safetensors")
+    with pytest.raises(InputError, match="--resume"):
+        later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+    if how != "other values":  # as an earlier version left it
+        record = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        del record["directions"]
+        write_json(run / "result.json", record)
+        with pytest.raises(InputError, match="--resume"):
+            later.export_trial(
+                with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out"
+            )
+
+
+@pytest.mark.parametrize("how", ["no params", "text", "no kernel", "no baseline", "no fingerprint", "dtype"])
+def test_a_damaged_result_is_refused(how: str, finished: Finished, tmp_path: Path) -> None:
+    path, first, settings = finished
+    run = copy_run(path, tmp_path / "run")
+    record = copy.deepcopy(first)
+    trial = record["trials"][first["selected"]]
+    if how == "no params":
+        del trial["params"]
+    elif how == "text":
+        trial["params"]["direction_index"] = "x"
+    elif how == "no kernel":
+        trial["params"]["kernels"].popitem()
+    elif how == "no baseline":
+        record["baseline"] = None
+    elif how == "no fingerprint":
+        del record["model"]["fingerprint"]
+    else:
+        record["model"]["dtype"] = "x"
+    write_json(run / "result.json", record)
+    with pytest.raises(InputError, match="damaged"):
+        later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_full_disk_is_seen_before_the_export_begins(
+    kind: str, whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_model(make_model("llama"), tmp_path / "base")
+    if whole:
+        renamed_checkpoint(base)
+    settings, directory = make_run(tmp_path, base)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(AbliterateError, match="MiB are free"):
+        later.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_memory_does_not_hold_twice_is_kept_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = save_model(make_model("llama"), tmp_path / "base")
+    renamed_checkpoint(base)
+    settings, directory = make_run(tmp_path, base)
+    recorder = Recorder()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("its weights take 9 GiB of main memory and 1 GiB are free")
+
+    monkeypatch.setattr("abliterate.export.merged.RereadMerged", full)
+    result = later.export_trial(with_kind(settings, "merged"), recorder, directory, 0, tmp_path / "out")
+    assert result["export"]["verified"] is None
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert any("not checked" in warning for warning in recorder.warnings)
+
+
 _CAPPED = """
 import resource, sys, torch
 from pathlib import Path
 from conftest import Recorder
 from test_later import read_status, with_kind
-from abliterate import later, results
+from abliterate import later
+from abliterate.model import memory
 from abliterate.model.checkpoint import load_weights
 from abliterate.model.loader import load_config
 from abliterate.rundir import RunDirectory
@@ -338,7 +422,8 @@ if cap:
         pass
     else:
         sys.exit("the cap doesn't bite")
-results.forget_peaks = lambda: None  # a stage forgets the peaks of those before it
+assert memory._forget_peaks
+memory._forget_peaks = lambda: None  # a stage forgets the peaks of those before it
 Path("/proc/self/clear_refs").write_text("5")
 before = read_status("VmRSS")
 result = export(real)

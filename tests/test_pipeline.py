@@ -19,6 +19,7 @@ from abliterate import identity, pipeline, stages
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation import TrialEngine
 from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.kl import KL
 from abliterate.export.merged import Merged
 from abliterate.model.loader import demo_path
 from abliterate.results import RunResult
@@ -318,6 +319,25 @@ def test_failed_trial_is_recorded_and_the_study_goes_on(
     assert 1 not in result["front"]
     assert outcomes(result)[0] == outcomes(first)[0]
     assert recorder.trials[1].state == "failed"
+
+
+def test_a_trial_is_not_lost_to_memory_anywhere(
+    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only passes run out of it: putting edits on the model, and scores."""
+    calls = []
+    for owner, name in ((Editor, "apply"), (KL, "score")):
+        real = getattr(owner, name)
+
+        def once(self: Any, *args: Any, real: Any = real, name: str = name) -> Any:
+            calls.append(name)
+            if calls.count(name) == 2:
+                raise RuntimeError("MPS backend out of memory")
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, once)
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", export={"kind": "none"}))
+    assert outcomes(result) == outcomes(finished[1])
 
 
 def test_nothing_but_failures_ends_with_advice(

@@ -106,7 +106,7 @@ def test_large_matrices_are_edited_by_chunks(tmp_path: Path, monkeypatch: pytest
 
 def test_a_full_disk_is_seen_before_the_first_byte(job: ExportJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 90, 10))
-    with pytest.raises(AbliterateError, match="GiB are free"):
+    with pytest.raises(AbliterateError, match="MiB are free"):
         write("merged", job, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 

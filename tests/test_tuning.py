@@ -92,8 +92,8 @@ def test_a_cpu_is_never_asked_for_more_than_it_has(
     context, prompts, _ = made(prompt_files, tmp_path)
     loaded = bench.load(context)
     engine = bench.plain_engine(context, loaded)
-    probes = tuning._Probes(context, loaded, engine, prompts)
-    row = {name: row_bytes(probes._shape, name, *probes._lengths[name][1:]) for name in OPERATIONS}
+    probes = tuning.Probes(context, loaded, engine, prompts)
+    row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * row["decode"] + probes._reserved))
     machine = Machine(monkeypatch)
     tuned = {one.operation: one for one in tuning.tune(context, loaded, engine, prompts)}
@@ -110,7 +110,7 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
     context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
     loaded = bench.load(context)
     engine = bench.plain_engine(context, loaded)
-    probes = tuning._Probes(context, loaded, engine, prompts)
+    probes = tuning.Probes(context, loaded, engine, prompts)
     per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
     assert probes._unseen("decode") == (4000 - tuning.PROBE_TOKENS) * per_token
     assert probes._unseen("prefill") == 0
@@ -142,6 +142,7 @@ def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, mo
     [
         {"response": {"max_new_tokens": 5, "detect_prefix": False}},
         {"evaluation": {"batch_size": 0, "max_batch_size": 3}},
+        {"efficiency": {"max_kept_mb": 1}},
         {"prompts": {"suffix": " and then some more words, please"}},
         {"efficiency": {"use_binary_search_batch_tuning": False}},
         {"efficiency": {"use_amp_for_residuals": True}},

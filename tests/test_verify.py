@@ -211,7 +211,7 @@ def test_approximation_error_is_that_of_dense_matrices(tmp_path: Path, prompt_fi
     for name, factors in case.picked.job.factors.items():
         weight = dense_weight(modules[name])
         _, index, coeff = plan[name]
-        change = dense_edit(weight, case.editor._directions.at(index), coeff, "full") - weight
+        change = dense_edit(weight, case.editor.directions.at(index), coeff, "full") - weight
         errors.append(float((change - factors.b @ factors.a).norm() / change.norm()))
     found = case.picked.approximation
     assert (found["mean"], found["max"]) == (

@@ -228,10 +228,18 @@ def main() -> None:
     except Exception as error:
         _debug()
         reason: Any = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):  # torch isn't imported here
+        if _is_out_of_memory(error):
             reason = reason or "out of memory"
             _fail(f"there is too little memory ({reason}); free some and repeat the command: {_KEPT}.", FAILED)
         _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # then it isn't torch's, which is heavy to load
+        return isinstance(error, MemoryError)
+    from abliterate.model.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _debug() -> None:

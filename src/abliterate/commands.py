@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
-from abliterate.types import Baseline, Trial
+from abliterate.types import Baseline, Reporter, Trial
 
 
 def run(
@@ -76,10 +77,8 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    try:
+    with _ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
         tuning = pipeline.tune(settings, reporter)
-    finally:
-        reporter.close()
     if as_json:
         print(json.dumps({"event": "result", "operations": {one.operation: one.to_record() for one in tuning}}))
         return
@@ -116,10 +115,12 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
     # What trials mean is the run's: here not even the environment may change it. And where its own export was pushed to is
     # no place for this one.
     stored = read_toml(directory.settings)
-    own = {name: stored[name] for name in ("seed", "load", "directions", "edit", "search") if name in stored}
+    own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
     settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    if out is not None and not str(out).strip("."):
+        raise InputError("The current directory can't be an export; name a folder with --out.")
     final = out or path / f"model-trial-{number}"
     if final.resolve() == directory.export.resolve():
         raise InputError(
@@ -128,8 +129,21 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
         )
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    try:
+    with _ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
         later.export_trial(settings, reporter, directory, number, final, scores=verify)
+
+
+@contextlib.contextmanager
+def _ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
+    """The first Ctrl+C or SIGTERM ends what is inside, with `message`: there is nothing to finish first."""
+    interrupts = Interrupts()
+    try:
+        with interrupts.listening(), interrupts.at_once():
+            yield
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, message) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=message) from error
     finally:
         reporter.close()
 

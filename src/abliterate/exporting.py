@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from abliterate.bench import Bench, Calibration, make_engine
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
-from abliterate.errors import TrialError
+from abliterate.errors import AbliterateError, TrialError
 from abliterate.evaluation import Scorer
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.kl import kl_divergence
@@ -65,7 +66,7 @@ def prepare(context: Context, bench: Bench, editor: Editor, baseline: Baseline, 
     def weight_of(target: Target) -> Tensor:
         return dense_weight(target.module)
 
-    approximation = approximation_of(settings.edit, editor._directions, loaded.targets, weight_of, trial.params, factors)
+    approximation = approximation_of(settings.edit, editor.directions, loaded.targets, weight_of, trial.params, factors)
     job = ExportJob(
         source=loaded.info.source,
         fingerprint=loaded.info.fingerprint,
@@ -196,7 +197,7 @@ def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdic
         failed = [name for name, passed in verdict.record["checks"].items() if not passed]
         context.reporter.warn(
             f"The export reloaded from disk differs from the trial by more than rounding explains "
-            f"({', '.join(failed) or verdict.record['reason']}); see export.verification in result.json before using it."
+            f"({', '.join(failed) or verdict.record['reason']}); see {final.name}/README.md before using it."
         )
 
 
@@ -210,11 +211,10 @@ def push_export(context: Context, final: Path) -> None:
     if not settings.push:
         return
     if record["verified"] is False:
-        context.reporter.warn(
+        raise AbliterateError(
             f"The export was not pushed to {settings.push}, because its verification failed; if you want it there all the "
-            f"same: hf upload {settings.push} {final}"
+            f"same: hf upload {settings.push} {shlex.quote(str(final))}."
         )
-        return
     with context.result.stage("push", settings.push):
         record["pushed"] = push(final, settings)
     context.result.save()

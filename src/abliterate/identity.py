@@ -49,7 +49,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     efficiency, device = settings.efficiency, loaded.device
     return model_key(loaded) | {
         "lengths": {name: list(part) for name, part in lengths.items()},
-        "max_batch_size": settings.evaluation.max_batch_size,
+        "limits": [settings.evaluation.max_batch_size, efficiency.max_kept_mb],
         "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
         "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
     }

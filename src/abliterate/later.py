@@ -14,16 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from abliterate import stages
 from abliterate.bench import load_and_calibrate
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo, edit_method
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.editor import Editor
 from abliterate.export import EXPORTERS, ExportJob, check_output
 from abliterate.export.definition import Definition, by_definition, by_factors, check_weights
 from abliterate.export.push import check_push
-from abliterate.export.source import Matrices
+from abliterate.export.source import Matrices, damage_of
 from abliterate.export.verify import Verification
 from abliterate.exporting import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
 from abliterate.identity import study_identity
@@ -31,11 +33,12 @@ from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import find_architecture
+from abliterate.model.memory import unless_full
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
 from abliterate.search import changed_parts
-from abliterate.settings import Settings
+from abliterate.settings import LoadSettings, Settings
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -62,28 +65,47 @@ def export_trial(
     check_push(settings.export)
     result = RunResult(None, reporter)  # the run's own process may be writing to its result.json
     result.record |= copy.deepcopy(directory.read_result()) | {"selected": number, "timings": {}}
-    trial = _trial(result.record, number, directory)
-    # With `scores`, as the trials ran, whatever device this is: the export is compared with them.
-    load = settings.load.model_copy(update={"dtypes": [result.record["model"]["dtype"]]})
-    settings = settings.model_copy(update={"load": load})
+    try:
+        trial = _trial(result.record, number, directory)
+        baseline = Baseline(int(result.record["baseline"]["refusals"]), int(result.record["baseline"]["prompts"]))
+        dtype, _, _ = (result.record["model"][name] for name in ("dtype", "fingerprint", "revision"))
+        settings = _as_trials_ran(settings, dtype)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(directory, f"{type(error).__name__}: {error}".splitlines()[0]) from error
     context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
-    baseline = Baseline(result.record["baseline"]["refusals"], result.record["baseline"]["prompts"])
-
-    directions = stages.read_directions(directory.directions)
+    directions = stages.read_directions(directory.directions, result.record)
     source, base = open_base(context, number)
+    if {target.component for target in base.targets.values()} - set(trial.params.kernels):
+        raise _damaged(directory, f"trial {number} lacks a kernel")
     edits = edits_of(context, base, directions, trial)
     job = _job(context, source, base, edits, baseline, trial)
     prompts, picked = _expected(context, directions, job, baseline, trial) if scores else (None, None)
     base.release()  # exporters read it anew
     write(context, job, final, number, edits.approximation)
     if settings.export.verify or scores:
-        verdict = check(context, job, edits, final)
+        # A model that can't be read file by file is in memory twice here; the export is good whether or not that fits.
+        verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
         if prompts is not None and picked is not None:
-            verdict = _both(verdict, verify(context, picked, prompts, final))
-        conclude(context, final, trial, baseline.prompts, verdict)
+            scored = verify(context, picked, prompts, final)
+            verdict = _both(verdict, scored) if verdict is not None else scored
+        if verdict is None:
+            reporter.warn(
+                f"The export was written but not checked, because memory doesn't hold it beside the base; free some and repeat "
+                f"abliterate export, or look at {final.name} before using it."
+            )
+        else:
+            conclude(context, final, trial, baseline.prompts, verdict)
     push_export(context, final)
     reporter.finish(result.record, str(final.parent))
+    if result.record["export"]["verified"] is False:
+        raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
     return result.record
+
+
+def _as_trials_ran(settings: Settings, dtype: str) -> Settings:
+    """With `scores`, in the trials' dtype whatever device this is: the export is compared with them."""
+    load = LoadSettings.model_validate(settings.load.model_dump() | {"dtypes": [dtype]})
+    return settings.model_copy(update={"load": load})
 
 
 def open_base(context: Context, number: int) -> tuple[str, Matrices]:
@@ -94,6 +116,9 @@ def open_base(context: Context, number: int) -> tuple[str, Matrices]:
     with context.result.stage("read the base", loader.public_name(settings.model)):
         config = loader.load_config(source, load)
         if loader.fingerprint(source, config) != run["fingerprint"]:
+            damage = damage_of(source)
+            if damage:
+                raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
             raise _changed(number, "model")
         model_type = config.get_text_config().model_type
         architecture = find_architecture(model_type, load.decoder_layers, load.components)
@@ -180,6 +205,10 @@ def _expected(
     del bench, editor
     gc.collect()
     return prompts, replace(picked, job=job)
+
+
+def _damaged(directory: RunDirectory, what: str) -> InputError:
+    return InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.")
 
 
 def _changed(number: int, what: str) -> InputError:

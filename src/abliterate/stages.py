@@ -5,16 +5,18 @@ Each takes and returns values. Knows no terminal, and no order: `pipeline.py` ha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from abliterate.bench import Bench
@@ -33,7 +35,7 @@ from abliterate.evaluation.trial import early_scorer
 from abliterate.identity import baseline_key, means_key, residuals_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model.adapters import AdapterSet
-from abliterate.model.memory import affordable, memory_errors
+from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import capture_residuals, stream_residuals
 from abliterate.rundir import write_atomically
 from abliterate.search import Space
@@ -67,17 +69,32 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) 
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
                 "that --harmful and --harmless are different prompts."
             )
-        write_atomically(path, save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method}))
+        content = save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method})
+        write_atomically(path, content)
+        context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest()}
     return found
 
 
-def read_directions(path: Path) -> Directions:
-    """What `directions` left in a run directory. InputError where it is missing or unreadable."""
+def read_directions(path: Path, result: Mapping[str, Any]) -> Directions:
+    """What `directions` left in the directory of the run whose `result.json` is given.
+
+    Raises:
+        InputError: it is missing, unreadable, or not what the run left.
+    """
     try:
-        return Directions(load_file(path)["directions"])
-    except (OSError, SafetensorError, KeyError) as error:
+        content = path.read_bytes()
+        recorded = result.get("directions", {}).get("sha256")  # not by a run of an earlier version
+        if recorded and hashlib.sha256(content).hexdigest() != recorded:
+            raise ValueError("another file than the run's")
+        found = Directions(load(content)["directions"])
+        shape = tuple(result["model"].get(name, 0) for name in ("n_layers", "d_model"))
+        if all(shape) and (found.n_layers, found.vectors.shape[1]) != shape:
+            raise ValueError("directions of another model")
+        return found
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
-            f"The directions of the run can't be read ({path.name}); abliterate run --resume computes them again."
+            f"The directions of the run can't be read or aren't its own ({path.name}); abliterate run --resume computes them "
+            "again."
         ) from error
 
 
@@ -179,11 +196,18 @@ def evaluate(
 ) -> Trial:
     """One trial."""
     started = time.perf_counter()
+    sets = (prompts.harmful_eval, prompts.harmless_eval)
+
+    def once() -> evaluation.Evaluation:
+        editor.apply(params)
+        return evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
+
     try:
-        sets = (prompts.harmful_eval, prompts.harmless_eval)
-        with memory_errors():
-            editor.apply(params)
-            found = evaluation.evaluate(bench.engine, bench.scorers, *sets, certificate, _progress(context))
+        # The engine goes on with smaller batches by itself; what else finds no memory is tried again with all that was freed.
+        found = unless_full(once, bench.loaded.device)
+        if found is None:
+            with memory_errors():
+                found = once()
     except (TrialError, torch.OutOfMemoryError) as error:
         return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error).splitlines()[0])
     seconds = round(time.perf_counter() - started, 3)

@@ -17,10 +17,11 @@ from abliterate.calibration import BatchTuning, WarmUp, double_batch_size, even_
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.identity import batch_sizes_key
 from abliterate.inputs import Context, PromptSets
-from abliterate.model.footprint import Shape, kept_bytes, row_bytes
+from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
 from abliterate.model.loader import LoadedModel
-from abliterate.model.memory import PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
+from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
+from abliterate.model.weights import in_features
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
 # Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
@@ -68,7 +69,7 @@ def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, 
     if given:
         _say(context, BatchSizes.same(given), "as given")
         return BatchSizes.same(given)
-    probes = _Probes(context, loaded, engine, prompts)
+    probes = Probes(context, loaded, engine, prompts)
     found = context.store.get("batch-sizes", probes.key)
     if found is not None:
         sizes = json.loads(from_bytes(found["sizes"]))
@@ -80,10 +81,10 @@ def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, 
 
 def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> tuple[Tuned, ...]:
     """Measure every operation, and keep what was found for later runs."""
-    return _measure(context, loaded, _Probes(context, loaded, engine, prompts))
+    return _measure(context, loaded, Probes(context, loaded, engine, prompts))
 
 
-def _measure(context: Context, loaded: LoadedModel, probes: _Probes) -> tuple[Tuned, ...]:
+def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tuned, ...]:
     if context.settings.efficiency.use_binary_search_batch_tuning:
         prefill = probes.search("prefill")
         # Done once: not worth more than a look whether what is good for prefill fits here too.
@@ -119,35 +120,36 @@ def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]
     }
 
 
-class _Probes:
+class Probes:
     """Probes of a loaded model, on the longest prompts of each operation's sets."""
 
     def __init__(self, context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> None:
         self._context, self._loaded, self._engine = context, loaded, engine
         self._device = loaded.device
         # {operation: (prompts in the larger set, tokens of the longest, tokens of a response)}
-        self._lengths: dict[str, tuple[int, int, int]] = {}
+        self.lengths: dict[str, tuple[int, int, int]] = {}
         self._longest: dict[str, list[Prompt]] = {}
         for name, parts in _sets(prompts).items():
             tokens = [(len(engine.chat.token_ids(prompt)), prompt) for part in parts for prompt in part]
             tokens.sort(key=lambda pair: -pair[0])
             self._longest[name] = [prompt for _, prompt in tokens[: context.settings.evaluation.max_batch_size]]
-            self._lengths[name] = (max(map(len, parts)), tokens[0][0], engine.max_new_tokens)
-        self.key = batch_sizes_key(context.settings, loaded, self._lengths)
+            self.lengths[name] = (max(map(len, parts)), tokens[0][0], engine.max_new_tokens)
+        self.key = batch_sizes_key(context.settings, loaded, self.lengths)
         model = loaded.model
-        self._shape = Shape.of(model.config.get_text_config(), model.dtype)
+        self.shape = Shape.of(model.config.get_text_config(), model.dtype)
         once = context.settings.efficiency.use_global_warmup
         self._warm_up = WarmUp(lambda: engine.generate_ids(self._longest["decode"][:1], 2), once=once)
-        longest = max(self._lengths[name][1] for name in ("prefill", "decode"))
-        kept = kept_bytes(self._shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
-        # The engine keeps this much between trials, and KL the base's log-probabilities and the trial's.
+        longest = max(self.lengths[name][1] for name in ("prefill", "decode"))
+        kept = kept_bytes(self.shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
+        kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(t.module)) for t in loaded.targets))
+        # So much is kept between trials, and KL has the base's log-probabilities and the trial's.
         kept = min(kept, context.settings.efficiency.max_kept_mb << 20)
-        self._reserved = kept + 8 * len(prompts.harmless_eval) * self._shape.vocabulary
+        self._reserved = kept + 8 * len(prompts.harmless_eval) * self.shape.vocabulary
 
     def search(self, operation: Operation, at_most: int = 0) -> Tuned:
         """From the estimate to the best size; `at_most`: only whether that fits, else what does."""
-        items, prompt, response = self._lengths[operation]
-        estimate = row_bytes(self._shape, operation, prompt, response)
+        items, prompt, response = self.lengths[operation]
+        estimate = row_bytes(self.shape, operation, prompt, response)
         maximum = min(at_most or items, self._context.settings.evaluation.max_batch_size)
         sizes = even_sizes(items, maximum)
         start = max(1, min(sizes[-1], self._usable() // estimate))
@@ -161,8 +163,8 @@ class _Probes:
 
     def double(self) -> tuple[Tuned, ...]:
         """One size for all operations, by doubling: as peers do it."""
-        items, prompt, response = self._lengths["decode"]
-        estimate = row_bytes(self._shape, "decode", prompt, response)
+        items, prompt, response = self.lengths["decode"]
+        estimate = row_bytes(self.shape, "decode", prompt, response)
         probes: dict[int, Probe | None] = {}
         maximum = min(items, self._context.settings.evaluation.max_batch_size)
         found = double_batch_size(partial(self._speed, "decode", estimate, probes), maximum)
@@ -187,7 +189,7 @@ class _Probes:
     def _probe(self, operation: Operation, estimate: int, size: int) -> Probe | None:
         usable = self._usable()
         # Here no error would come, but the killer of processes.
-        if self._device.type in ("cpu", "mps") and size > 1 and size * estimate > usable:
+        if self._device.type in SHARE and size > 1 and size * estimate > usable:
             return None
         longest = self._longest[operation]
         rows = [longest[index % len(longest)] for index in range(size)]
@@ -221,15 +223,15 @@ class _Probes:
 
     def _tokens(self, operation: Operation) -> int:
         """Of each row, that a probe is timed for."""
-        _, prompt, response = self._lengths[operation]
+        _, prompt, response = self.lengths[operation]
         return min(PROBE_TOKENS, max(1, response - 1)) if operation == "decode" else prompt
 
     def _unseen(self, operation: Operation) -> int:
         """Bytes of a row that a short probe doesn't reach: the cache of the rest of a response."""
         if operation != "decode":
             return 0
-        _, prompt, response = self._lengths["decode"]
-        return self._shape.cache_bytes(prompt + response) - self._shape.cache_bytes(prompt + self._tokens("decode"))
+        _, prompt, response = self.lengths["decode"]
+        return self.shape.cache_bytes(prompt + response) - self.shape.cache_bytes(prompt + self._tokens("decode"))
 
     def _usable(self) -> int:
         """Of the device with the least left, where a model lies on several: which layers need most isn't known."""

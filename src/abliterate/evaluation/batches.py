@@ -14,7 +14,7 @@ from abliterate.types import BatchSizes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Full batches after which a size that was halved is doubled again; twice as many after every further halving.
+# Full batches after which a size that was halved is doubled again; twice as many each time that doubling was a mistake.
 PATIENCE = 8
 
 
@@ -33,6 +33,7 @@ class Batches:
         self._row_bytes = row_bytes
         self._fitted = 0
         self._patience = PATIENCE
+        self._has_grown = False
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
         """`work` over all items, results in order.
@@ -42,7 +43,7 @@ class Batches:
         """
         results: list[Result] = []
         while len(results) < len(items):
-            part = items[len(results) : len(results) + affordable(self.size, self._row_bytes, self._device)]
+            part = items[len(results) : len(results) + self.affordable()]
             done: Sequence[Result] | None = None
             try:
                 with memory_errors():
@@ -60,19 +61,24 @@ class Batches:
                 self._grow(len(part))
         return results
 
+    def affordable(self) -> int:
+        """`size`, or what memory allows of it now."""
+        return affordable(self.size, self._row_bytes, self._device)
+
     def shrink(self, rows: int) -> None:
         """So many items didn't fit. Call it where no traceback keeps their tensors."""
         clear_device_cache(self._device)
         self.size = max(1, rows // 2)
         self._fitted = 0
-        self._patience *= 2
+        if self._has_grown:
+            self._patience, self._has_grown = 2 * self._patience, False
 
     def _grow(self, rows: int) -> None:
         if rows < self.size or self.size == self._wanted:
             return
         self._fitted += 1
         if self._fitted == self._patience:
-            self.size, self._fitted = min(self._wanted, 2 * self.size), 0
+            self.size, self._fitted, self._has_grown = min(self._wanted, 2 * self.size), 0, True
 
 
 def of_trials(sizes: BatchSizes, device: torch.device, *, recover: bool = True) -> tuple[Batches, Batches]:

@@ -45,7 +45,7 @@ class Editor:
     ) -> None:
         self._targets = tuple(targets)
         self._by_name = {target.name: target for target in targets}
-        self._directions = directions
+        self.directions = directions
         self._settings = settings
         self._method: EditMethod = edit_method(settings.mode)
         self.adapters = adapters
@@ -92,8 +92,8 @@ class Editor:
             coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
             index = float(target.layer)
             if params.scope == "global":
-                index = min(_snap(params.direction_index, self._settings.direction_grid), self._directions.n_layers - 1.0)
-            if coeff != 0 and not self._directions.blend(index).is_zero:
+                index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
+            if coeff != 0 and not self.directions.blend(index).is_zero:
                 keys[target.name] = (target.name, index, coeff)
         return keys
 
@@ -104,13 +104,13 @@ class Editor:
 
     def _exact(self, key: EditKey) -> Factors:
         name, index, coeff = key
-        return self._method.factors(*self._prepared_for(name, self._directions.blend(index)), coeff)
+        return self._method.factors(*self._prepared_for(name, self.directions.blend(index)), coeff)
 
     def _factors(self, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
             return self._exact(key)
         name, index, coeff = key
-        prepared, blend = self._prepared_for(name, self._directions.blend(index))
+        prepared, blend = self._prepared_for(name, self.directions.blend(index))
         return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
 
     def _prepared_for(self, name: str, blend: Blend) -> tuple[Prepared, Blend]:
@@ -141,7 +141,7 @@ class Editor:
     def _table(self, device: torch.device) -> Tensor:
         """All layers' directions (n_layers, d_model) float64, one tensor for all modules on a device."""
         if device not in self._tables:
-            self._tables[device] = self._directions.by_layer().to(device).double()
+            self._tables[device] = self.directions.by_layer().to(device).double()
         return self._tables[device]
 
 

@@ -104,11 +104,11 @@ class TrialEngine:
         self._prefill.room = room
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
-        for prompts, with_cache, size in ((harmful, True, self._decodes.size), (harmless, False, self._prefills.size)):
+        for prompts, with_cache, batches in ((harmful, True, self._decodes), (harmless, False, self._prefills)):
             found = self._lay_out(prompts, together=with_cache)
             if self._switches.use_layer_skip:
                 for group in found.groups:
-                    self._prefill.keep(group, starts, size, with_cache=with_cache)
+                    self._prefill.keep(group, starts, batches.affordable(), with_cache=with_cache)
             self._sets[(with_cache, tuple(prompts))] = found
 
     @torch.inference_mode()
@@ -206,7 +206,7 @@ class TrialEngine:
         def begin(part: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
                 return part
-            if sum(len(rows.rows) for rows in paused) + len(part) > self._decodes.size:
+            if sum(len(rows.rows) for rows in paused) + len(part) > self._decodes.affordable():
                 self._drain(paused, watch, found.drafts)
             watch.begin(part)  # a part that ran out of memory is done again from its start
             try:

@@ -23,12 +23,12 @@ class KL:
 
     def setup(self, base: Observation) -> None:
         """Keep the base model's log-probabilities (n_harmless, vocabulary), in the form that takes least."""
-        self._base = smallest_form(base.first_logprobs)
+        self._base = smallest_form(_with_float64(base.first_logprobs))
 
     def score(self, observation: Observation) -> Score:
         """See `Scorer.score`; TrialError where the edited model's logits are not finite."""
         assert self._base is not None, "setup comes first"
-        edited = observation.first_logprobs
+        edited = _with_float64(observation.first_logprobs)
         if torch.isnan(edited).any():
             raise TrialError("the edited model's logits are not numbers")
         values = kl_divergence(self._base, edited) if isinstance(self._base, Tensor) else self._base.kl(edited)
@@ -36,6 +36,10 @@ class KL:
             raise TrialError("the KL divergence is not finite")
         record = {"mean": float(values.mean()), "median": float(values.median()), "max": float(values.max())}
         return Score(self.name, record["mean"], self.goal, record)
+
+
+def _with_float64(logprobs: Tensor) -> Tensor:
+    return logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # which has no float64
 
 
 __all__ = ["KL", "kl_divergence"]

@@ -72,12 +72,12 @@ class SomeTokens:
 class LikelyTokens:
     """Of each row the most probable tokens; the rest is one bucket of mass ≤ 1e-7. For peaked distributions.
 
-    `rest` (n) float64: what the others have together; `never` (n): how many tokens have probability 0.
+    `rest` (n) float64: what the others have together; `never`: the tokens of probability 0.
     """
 
     likely: SomeTokens
     rest: Tensor
-    never: Tensor
+    never: SomeTokens
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +91,12 @@ class LikelyTokens:
         P times the spread of log p − log q among the rare tokens. Q is summed over the rare tokens, not 1 − the others:
         nothing cancels. Where the bucket is empty the result has the bits of `kl_divergence`.
         """
-        return torch.cat([self._some(edited[which], which, *some) for which, *some in self.likely.chunks(edited.shape[1])])
+        parts = zip(self.likely.chunks(edited.shape[1]), self.never.chunks(edited.shape[1]), strict=True)
+        return torch.cat([self._some(edited[one[0]], *one, never[1:3]) for one, never in parts])
 
-    def _some(self, edited: Tensor, which: slice, places: Tensor, tokens: Tensor, logprobs: Tensor) -> Tensor:
+    def _some(
+        self, edited: Tensor, which: slice, places: Tensor, tokens: Tensor, logprobs: Tensor, never: Sequence[Tensor]
+    ) -> Tensor:
         terms = torch.zeros_like(edited)
         terms[places, tokens] = logprobs.exp() * (logprobs - edited[places, tokens])
         likely = terms.sum(dim=-1, dtype=torch.float64)
@@ -102,7 +105,9 @@ class LikelyTokens:
         mass = self.rest[which]
         rare = torch.where(mass > 0, mass * (mass.log() - others.logsumexp(dim=-1).double()), 0.0)
         # In a bucket one impossible token among possible ones would go unseen; its true KL is infinite.
-        rare = rare.masked_fill(_count_never(edited) > self.never[which], torch.inf)
+        impossible = edited == -torch.inf
+        impossible[never[0], never[1]] = False
+        rare = rare.masked_fill(impossible.any(dim=-1), torch.inf)
         return (likely + rare).clamp_min(0)
 
 
@@ -170,7 +175,7 @@ def small_forms(base: Tensor) -> tuple[LikelyTokens | RoundedLogprobs, ...]:
         if min(taken) >= base.nbytes:
             return ()
     return (
-        LikelyTokens(SomeTokens.of(likely), torch.stack(rest), _count_never(base)),
+        LikelyTokens(SomeTokens.of(likely), torch.stack(rest), _never(base)),
         _rounded(base, SomeTokens.of(exact)),
     )
 
@@ -195,5 +200,6 @@ def _rounded(base: Tensor, exact: SomeTokens) -> RoundedLogprobs:
     return RoundedLogprobs(codes, lows, steps, exact)
 
 
-def _count_never(logprobs: Tensor) -> Tensor:
-    return (logprobs == -torch.inf).sum(dim=-1)
+def _never(logprobs: Tensor) -> SomeTokens:
+    """The tokens of probability 0."""
+    return SomeTokens.of([((row == -torch.inf).nonzero().flatten().int(), row[row == -torch.inf]) for row in logprobs])

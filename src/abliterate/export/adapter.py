@@ -23,6 +23,7 @@ from abliterate.errors import AbliterateError
 from abliterate.export.base import ExportJob, check_modules
 from abliterate.export.companions import save_companions
 from abliterate.export.reread import Reread, RereadAdapter
+from abliterate.export.shards import check_room
 from abliterate.export.source import Matrices
 from abliterate.model.checkpoint import quiet_bitsandbytes
 from abliterate.model.loader import load_config, load_weights
@@ -43,6 +44,7 @@ class Adapter:
             raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
+        check_room(4 * sum(rank * sum(matrices.shape(name)) + matrices.shape(name)[0] for name in job.factors), folder)
         # Not at the top: peft imports bitsandbytes, which writes to stderr unless it has been quieted.
         quiet_bitsandbytes()
         from peft import LoraConfig

@@ -62,6 +62,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     `n_harmless`: None where a run of an earlier version didn't record it. `on_hub`: whether `base` is a name there.
     `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
     """
+    facts = {**facts, "base": " ".join(str(facts["base"]).split())}  # a directory's name may hold a line break
     revision = f" (revision {facts['revision']})" if facts["revision"] else ""
     params = json.dumps(facts["params"], indent=1)
     lost = facts["approximation"]

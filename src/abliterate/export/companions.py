@@ -9,8 +9,10 @@ from pathlib import Path
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
 from abliterate.export.base import ExportJob
+from abliterate.export.source import fetched
 
-_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+_STEMS, _ENDINGS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"), ("", ".txt", ".md")
+_LICENCES = tuple(f"{stem}*" for stem in _STEMS)
 
 
 def save_companions(job: ExportJob, folder: Path) -> None:
@@ -21,13 +23,18 @@ def save_companions(job: ExportJob, folder: Path) -> None:
     job.tokenizer.save_pretrained(folder)
     with contextlib.suppress(OSError):  # the base has none, so the export has none
         GenerationConfig.from_pretrained(job.source, revision=revision).save_pretrained(folder)
+    for path in _licences(job):
+        shutil.copyfile(path, folder / path.name)
+    (folder / "README.md").write_text(job.card, encoding="utf-8")
+
+
+def _licences(job: ExportJob) -> list[Path]:
+    """The licence files of a directory; of a Hub model those with usual names, as far as they can be had."""
     source = Path(job.source)
     if source.is_dir():
-        for pattern in _LICENCES:
-            for path in source.glob(pattern):
-                if path.is_file():
-                    shutil.copyfile(path, folder / path.name)
-    (folder / "README.md").write_text(job.card, encoding="utf-8")
+        return [path for pattern in _LICENCES for path in source.glob(pattern) if path.is_file()]
+    found = (fetched(job.source, job.load, stem + ending, optional=True) for stem in _STEMS for ending in _ENDINGS)
+    return [path for path in found if path is not None]
 
 
 def _save_processor(job: ExportJob, folder: Path, revision: str) -> None:

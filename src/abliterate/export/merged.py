@@ -20,7 +20,7 @@ from abliterate.edits import Factors
 from abliterate.export.base import ExportJob, check_modules, empty
 from abliterate.export.companions import save_companions
 from abliterate.export.reread import Reread, RereadMerged
-from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy_edited
+from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy_edited, missing_bytes
 from abliterate.export.source import Matrices
 from abliterate.model.checkpoint import load_weights
 from abliterate.model.loader import load_config
@@ -45,6 +45,7 @@ class Merged:
             facts["streamed"] = True
         else:
             empty(folder)  # of what a killed export of another version streamed
+            check_room(sum(parameter.nbytes for parameter in matrices.whole.parameters()), folder)
             edit_weights(matrices, job)
             matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
             facts |= {"streamed": False, "reason": matrices.reason}
@@ -68,7 +69,7 @@ def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
         for name, factors in job.factors.items()
     }
     files, base = matrices.files, matrices.files[0].parent
-    check_room(files, folder)
+    check_room(missing_bytes(files, folder), folder)
     for path in files:
         if not (folder / path.name).exists():  # else a killed export had finished it
             part = folder / f"{path.name}.part"

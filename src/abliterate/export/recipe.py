@@ -38,7 +38,8 @@ _SECTION = """
 {commands}
 ```
 
-With these files, versions and kind of device the search is the same, trial by trial.
+With these files, versions, kind of device and batch sizes the search is the same, trial by trial; other batch sizes move the
+last bits.
 
 | | |
 |---|---|
@@ -56,7 +57,9 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
     """The command lines: a run, and the export of one of its trials, which need not be on its front."""
     model, revision = record["model"], record["model"]["revision"]
     search = settings.search
-    run = ["abliterate", "run", public_name(settings.model), "--seed", str(settings.seed), "-n", str(search.trials)]
+    name = public_name(settings.model)
+    name = f"./{name}" if name.startswith("-") else name
+    run = ["abliterate", "run", name, "--seed", str(settings.seed), "-n", str(search.trials)]
     # As the study began: 30 % of the trials it was given then.
     run += ["--startup-trials", str(record.get("startup_trials") or search.n_startup_trials), "--dtype", model["dtype"]]
     if revision:
@@ -97,6 +100,8 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
             yield what, f"`{found['source']}`, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
         elif path := getattr(getattr(settings, section), option):
             yield what, f"`{public_source(path)}`, sha256 `{_digest(path)}`"
+    if sizes := record.get("batch_sizes"):
+        yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
     versions = environment["versions"]
     yield "versions", ", ".join(f"{name} {versions[name]}" for name in ("abliterate", "torch", "transformers", "optuna"))
     yield "device", f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}"

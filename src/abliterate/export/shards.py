@@ -98,14 +98,18 @@ def check_editable(files: list[Path], edits: Collection[str], dtype: torch.dtype
         raise Unfit(f"no file holds {min(left)}")
 
 
-def check_room(files: list[Path], folder: Path) -> None:
-    """AbliterateError if what `folder` lacks of a copy of the files doesn't fit on its disk."""
+def missing_bytes(files: list[Path], folder: Path) -> int:
+    """What `folder` lacks of a copy of the files."""
     needed = sum(path.stat().st_size for path in files if not (folder / path.name).exists())
-    needed -= sum(path.stat().st_size for path in folder.glob("*.part"))  # is written over
+    return needed - sum(path.stat().st_size for path in folder.glob("*.part"))  # is written over
+
+
+def check_room(needed: int, folder: Path) -> None:
+    """AbliterateError if so many bytes don't fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise AbliterateError(
-            f"The export needs {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free there; free some space, or "
+            f"The export needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free there; free some space, or "
             "choose another --out (a run continues with --resume)."
         )
 

@@ -30,7 +30,7 @@ from abliterate.model.architectures import Architecture, Target, find_targets
 from abliterate.model.checkpoint import empty_model, load_error, load_weights
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
-from abliterate.model.weights import dense_weight
+from abliterate.model.weights import dense_weight, in_features, out_features
 from abliterate.settings import LoadSettings
 
 
@@ -75,6 +75,11 @@ class Matrices:
                     found[names[tensor]] = (path, stored)
         return found
 
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of a target."""
+        module = self.targets[name].module
+        return out_features(module) or 0, in_features(module)
+
     def of(self, target: Target) -> Tensor:
         """W of one target, on the CPU."""
         if self.whole is not None:
@@ -104,6 +109,19 @@ def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[
     return {target.name: target for target in find_targets(model, architecture, d_model)}
 
 
+def damage_of(source: str) -> str:
+    """What is wrong with the weight files of a directory, as far as their headers tell; empty where nothing is."""
+    folder = Path(source)
+    if not folder.is_dir() or not any(folder.glob("*.safetensors*")):
+        return ""
+    try:
+        for path in shard_files(folder):
+            read_header(path)
+    except (Unfit, OSError) as reason:
+        return str(reason)
+    return ""
+
+
 def checkpoint_folder(source: str, load: LoadSettings) -> Path:
     """The directory with the model's files: given, or the Hub's snapshot, with whatever of it wasn't on this disk yet.
 
@@ -114,18 +132,19 @@ def checkpoint_folder(source: str, load: LoadSettings) -> Path:
     if folder.is_dir():
         return folder
     skip_retries_without_network()
-    config = _fetched(source, load, "config.json")
+    config = fetched(source, load, "config.json")
     assert config is not None
-    if _fetched(source, load, SINGLE, optional=True) is None:
-        index = _fetched(source, load, INDEX, optional=True)
+    if fetched(source, load, SINGLE, optional=True) is None:
+        index = fetched(source, load, INDEX, optional=True)
         if index is None:
             raise Unfit(f"there is neither {SINGLE} nor {INDEX}")
         for name in shards_of(index):
-            _fetched(source, load, name)
+            fetched(source, load, name)
     return config.parent
 
 
-def _fetched(source: str, load: LoadSettings, name: str, *, optional: bool = False) -> Path | None:
+def fetched(source: str, load: LoadSettings, name: str, *, optional: bool = False) -> Path | None:
+    """A file of a Hub model on this disk, fetched if it wasn't there; None where an optional one can't be had."""
     options = {"revision": load.revision} if load.revision else {}
     # Optional ones neither when they don't exist nor when only the network could say so.
     absent = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), not optional)

@@ -5,7 +5,7 @@ An estimate, and an upper bound for plain transformers: what the largest layer h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,6 +103,11 @@ def kept_bytes(shape: Shape, starts: int, harmful: int, harmless: int, prompt: i
     """Bytes the trial engine keeps of the base model at most: hidden states at `starts` layers, the harmful prompts' cache."""
     hidden = starts * (harmful + harmless) * prompt * shape.d_model * shape.itemsize
     return hidden + harmful * shape.cache_bytes(prompt)
+
+
+def prepared_bytes(n_layers: int, sizes: Iterable[tuple[int, int]]) -> int:
+    """Bytes of the prepared edits of matrices of `sizes` (d_out, d_in): a, p and row norms (`edits.Prepared`)."""
+    return sum(n_layers * (FLOAT32 * d_in + 2 * FLOAT32 * d_out) + 2 * FLOAT32 * d_out for d_out, d_in in sizes)
 
 
 def _cached_tokens(config: Any) -> list[int]:

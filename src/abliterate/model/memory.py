@@ -22,10 +22,20 @@ import torch
 Result = TypeVar("Result")
 
 # How out-of-memory errors are worded where they have no class of their own: the CPU's allocator, MPS, XPU, cuBLAS.
-_PHRASES = ("out of memory", "can't allocate memory", "out_of_device_memory", "out_of_host_memory", "status_alloc_failed")
-# What may be used of what is free. An accelerator says no by an error, the killer of a machine without memory doesn't ask.
+_PHRASES = (
+    *("out of memory", "can't allocate memory", "not enough memory", "invalid buffer size", "status_alloc_failed"),
+    *("out_of_device_memory", "out_of_host_memory", "out_of_resources", "can't start new thread"),
+)
+# What may be used of what is free. An accelerator says no by an error; who uses the machine's memory meets its killer.
 SHARE = {"cpu": 0.5, "mps": 0.5}
 _OTHER_SHARE = 0.9
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is some device's way to say that it has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
 
 
 @contextlib.contextmanager
@@ -38,7 +48,7 @@ def memory_errors() -> Iterator[None]:
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error) or "out of memory") from error
     except RuntimeError as error:
-        if any(phrase in str(error).lower() for phrase in _PHRASES):
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(str(error)) from error
         raise
 
@@ -74,12 +84,14 @@ def return_freed(device: torch.device) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be allocated: on the device, or of what this process may have of the machine's memory."""
     backend = _backend(device)
-    if device.type == "mps":
-        return int(backend.recommended_max_memory() - backend.driver_allocated_memory())
-    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
-        return min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())])
+    own = min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())])
+    if device.type == "mps":  # its memory is the machine's
+        return min(own, int(backend.recommended_max_memory() - backend.driver_allocated_memory()))
+    found = _mem_get_info(device)
+    if found is None:
+        return own
     # What the caching allocator holds and doesn't use is free for us.
-    return int(backend.mem_get_info(device)[0] + backend.memory_reserved(device) - backend.memory_allocated(device))
+    return int(found[0] + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
 def total_memory(device: torch.device) -> int:
@@ -87,9 +99,20 @@ def total_memory(device: torch.device) -> int:
     backend = _backend(device)
     if device.type == "mps":
         return int(backend.recommended_max_memory())
-    if device.type == "cpu" or not hasattr(backend, "mem_get_info"):
-        return min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
-    return int(backend.mem_get_info(device)[1])
+    found = _mem_get_info(device)
+    return found[1] if found is not None else min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
+
+
+def _mem_get_info(device: torch.device) -> tuple[int, int] | None:
+    """(free, total) bytes of an accelerator with memory of its own; None where it has none, or doesn't tell."""
+    asked = getattr(_backend(device), "mem_get_info", None)
+    if device.type == "cpu" or asked is None:
+        return None
+    try:
+        free, total = asked(device)
+    except RuntimeError:  # Intel's integrated GPUs, whose memory is the machine's
+        return None
+    return int(free), int(total)
 
 
 def usable_memory(device: torch.device) -> int:
@@ -99,13 +122,18 @@ def usable_memory(device: torch.device) -> int:
 
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what it was given."""
-    if device.type != "cpu":
+    if device.type in ("cuda", "xpu"):
+        _backend(device).synchronize(device)
+    elif device.type != "cpu":
         _backend(device).synchronize()
 
 
 def affordable(size: int, row_bytes: int, device: torch.device) -> int:
-    """As many of `size` rows as memory allows, at least one. An accelerator may be asked for all: it refuses by an error."""
-    if device.type != "cpu" or row_bytes == 0 or size == 1:
+    """As many of `size` rows as memory allows, at least one.
+
+    An accelerator with memory of its own may be asked for all: it refuses by an error.
+    """
+    if device.type not in SHARE or row_bytes == 0 or size == 1:
         return size
     return max(1, min(size, usable_memory(device) // row_bytes))
 
