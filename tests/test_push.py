@@ -108,10 +108,9 @@ def test_what_failed_its_verification_is_not_pushed(
         return real(context, job, *rest)
 
     monkeypatch.setattr(later, "write", write)
-    recorder = Recorder()
-    result = later.export_trial(pushed(settings), recorder, RunDirectory(path), other_trial(first), tmp_path / "out")
-    assert (hub.calls, result["export"]["verified"], result["export"]["pushed"]) == ([], False, None)
-    assert "not pushed to me/model" in recorder.warnings[-1]
+    with pytest.raises(AbliterateError, match="not pushed to me/model"):
+        later.export_trial(pushed(settings), Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out")
+    assert hub.calls == []
 
 
 class ConnectError(Exception):
