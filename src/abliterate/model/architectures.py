@@ -23,8 +23,9 @@ ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
 class Architecture:
     """Where the decoder layers are, and per component the module paths within a layer (those present are taken).
 
-    `layers`: a path, or several with | between them (the first that the model has). `experts`: paths within a layer of
-    modules that hold fused experts, a parameter `down_proj` of three dimensions. `found_by`: table, structure, or settings.
+    A * in a module path stands for all members of a module list. `layers`: a path, or several with | between them (the first
+    that the model has). `experts`: paths within a layer of modules that hold fused experts, a parameter `down_proj` of three
+    dimensions. `found_by`: table, structure, or settings.
     """
 
     family: str
@@ -197,7 +198,8 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, one doesn't write `d_model` features, or there are experts that would be left out.
+        InputError: there is none, one doesn't write `d_model` features or belongs to several layers, or there are experts
+            that would be left out.
     """
     _refuse_experts(model, architecture)
     targets = tuple(_targets_of(model, architecture))
@@ -212,6 +214,11 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
                 f"The module {target.name} writes {out_features(target.module)} features, the residual stream has "
                 f"{d_model}; name other modules with --set load.components."
             )
+    if len({id(target.module) for target in targets}) < len(targets):
+        raise InputError(
+            f"The layers share modules ({targets[-1].name}), which can't be edited for one of them; name those that they don't "
+            "share with --set load.components."
+        )
     return targets
 
 
@@ -223,7 +230,7 @@ def fused_experts(model: nn.Module, architecture: Architecture) -> dict[str, nn.
         for index, layer in enumerate(decoder_layers(model, architecture))
         for name in architecture.experts
     }
-    return {name: module for name, module in found.items() if module is not None}
+    return {name: module for name, module in found.items() if module is not None and not isinstance(module, nn.ModuleList)}
 
 
 def _refuse_experts(model: nn.Module, architecture: Architecture) -> None:
@@ -252,10 +259,20 @@ def _targets_of(model: nn.Module, architecture: Architecture) -> Iterator[Target
     stack = decoder_path(model, architecture)
     for index, layer in enumerate(decoder_layers(model, architecture)):
         for component, paths in architecture.components.items():
-            for path in paths:
+            for path in (one for several in paths for one in _expanded(layer, several)):
                 module = _submodule(layer, path)
                 if module is not None and out_features(module) is not None:
                     yield Target(f"{stack}.{index}.{path}", index, component, module)
+
+
+def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
+    """A path for each member of the module list that a * stands for."""
+    head, star, tail = path.partition(".*.")
+    members = _submodule(layer, head) if star else None
+    if isinstance(members, nn.ModuleList):
+        yield from (f"{head}.{index}.{tail}" for index in range(len(members)))
+    elif not star:
+        yield path
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

@@ -132,7 +132,9 @@ class Probe:
             recorded = iter(self.outputs[path])
 
             def replace(module: nn.Module, args: Any, output: Any) -> Any:
-                output = copied(next(recorded, output))
+                played = next(recorded, output)
+                if first_tensor(played).shape == first_tensor(output).shape:  # else experts to which others were routed
+                    output = copied(played)
                 if path not in changed:
                     return output
                 first = first_tensor(output) + changed[path]

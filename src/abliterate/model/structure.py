@@ -45,14 +45,16 @@ def discover(model: Any, model_type: str) -> Architecture:
     d_model = model.config.get_text_config().hidden_size
     try:
         path, calls = find_stack(model, d_model)
-        found = writers_of(model.get_submodule(path), calls, d_model)
+        stack = model.get_submodule(path)
+        found = writers_of(stack, calls, d_model)
     except (Unclear, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         # An unknown model's code may fail in any way; what it needs is then said by the person.
         raise unknown_family(model_type, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    matrices = dict.fromkeys(writer.path for layer in found for writer in layer if not writer.fused)
-    experts = dict.fromkeys(writer.path for layer in found for writer in layer if writer.fused)
+    pairs = [(starred(layer, writer.path), writer) for layer, some in zip(stack, found, strict=True) for writer in some]
+    matrices = dict.fromkeys(name for name, writer in pairs if not writer.fused)
+    experts = dict.fromkeys(name for name, writer in pairs if writer.fused)
     # In any layer: one that borrows another layer's keys and values looks at no position by itself.
-    mixing = {writer.path for layer in found for writer in layer if writer.mixes}
+    mixing = {name for name, writer in pairs if writer.mixes}
     named = {
         component: paths
         for component, paths in (
@@ -144,9 +146,23 @@ def prove(layer: nn.Module, call: Call, d_model: int) -> tuple[Writer, ...]:
             raise Unclear(f"the output of {path} reaches the residual stream, but not as a copy of itself")
         if scale:
             effects[path] = (scale, norm)
+    named = {starred(layer, path): effect for path, effect in effects.items()}
+    for path in probe.multipliers:  # experts that no position was routed to are like the others
+        if not probe.outputs[path] and starred(layer, path) in named:
+            effects[path] = named[starred(layer, path)]
     for path in list(effects):  # a block with parameters of its own around the matrix that writes
         if out_features(probe.multipliers[path]) is None and any(other.startswith(f"{path}.") for other in effects):
             del effects[path]
     fused = {path for path in effects if out_features(probe.multipliers[path]) is None}
-    mixing = {path for path in effects if path not in fused and probe.mixes(path, effects)}
+    mixing = {path for path in effects if path not in fused and probe.outputs[path] and probe.mixes(path, effects)}
     return tuple(Writer(path, scale, norm, path in mixing, path in fused) for path, (scale, norm) in effects.items())
+
+
+def starred(layer: nn.Module, path: str) -> str:
+    """A path with a * for the place in a module list: what its members have in common."""
+    parts = path.split(".")
+    for index in range(1, len(parts)):
+        if isinstance(layer.get_submodule(".".join(parts[:index])), nn.ModuleList):
+            parts[index] = "*"
+            break
+    return ".".join(parts)
