@@ -18,7 +18,7 @@ from abliterate.model.structure import find_stack, writers_of
 from abliterate.types import Kernel, TrialParams
 
 # Whose files name their matrices otherwise than the model does, so that an export loads and saves the whole.
-WHOLE = {"qwen2_vl", "qwen2_5_vl", "gemma3_vl", "mistral3", "llava"}
+WHOLE = {"qwen2_vl", "qwen2_5_vl", "gemma3_vl", "mistral3", "llava", "llava_next", "internvl"}
 # Whose caches keep rows where they can't be selected; any other model is evaluated by the engine, without a warning.
 BY_REFERENCE = {"minimax", "recurrent_gemma", "mamba"}
 # What PEFT makes of their modules.

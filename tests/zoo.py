@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +330,24 @@ ZOO: dict[str, Specimen] = {
         "Mistral3Config", "mistral", _VISION | {"model_type": "pixtral", "head_dim": 8}, image_token_index=5, **HEAD
     ),
     "llava": _vision("LlavaConfig", "llama", _VISION | {"model_type": "clip_vision_model"}, image_token_index=5),
+    "llava_next": _vision(
+        "LlavaNextConfig", "mistral", _VISION | {"model_type": "clip_vision_model"}, image_token_index=5, **HEAD
+    ),
+    "internvl": _vision("InternVLConfig", "qwen2", _VISION | {"image_size": [16, 16], "patch_size": [8, 8]}),
+    "glm4v": _vision(
+        "Glm4vConfig",
+        "",
+        {name: size for name, size in _QWEN3_VISION.items() if "_indexes" not in name and "_embeddings" not in name}
+        | {"image_size": 16},
+        scales=_NORMS,
+        **_MROPE,
+    ),
+    "idefics3": Specimen(
+        "Idefics3Config",
+        {"text_config": {"model_type": "llama", **_IDS, **_SIZES}, "vision_config": _VISION},
+        (PLAIN,) * 3,
+        "model.text_model.layers",
+    ),
     # Not in the table: found by what their layers do
     "gpt_neox_japanese": Specimen(
         "GPTNeoXJapaneseConfig",
@@ -348,6 +366,41 @@ ZOO: dict[str, Specimen] = {
         found_by="structure",
     ),
 }
+
+
+def _add_towers() -> None:
+    """Vision-language models around text towers that are in the zoo by themselves."""
+    unindexed = {name: size for name, size in _QWEN3_VISION.items() if "_indexes" not in name}
+    parts = {
+        "qwen3_5_vl": ("Qwen3_5Config", "qwen3_5", "model.language_model", unindexed),
+        "gemma4_vl": (
+            "Gemma4Config",
+            "gemma4",
+            "model.language_model",
+            _VISION | {"head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 64},
+        ),
+        "llama4_vl": (
+            "Llama4Config",
+            "llama4",
+            "language_model.model",
+            _VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        ),
+        "lfm2_vl": (
+            "Lfm2VlConfig",
+            "lfm2",
+            "model.language_model",
+            {name: size for name, size in _VISION.items() if name != "image_size"}
+            | {"model_type": "siglip2_vision_model", "num_patches": 16},
+        ),
+    }
+    for name, (config, tower, stack, vision) in parts.items():
+        text = ZOO[tower]
+        kind = {"model_type": "lfm2"} if tower == "lfm2" else {}  # the others allow one kind of tower only
+        options = {"text_config": {**kind, **_IDS, **text.options}, "vision_config": vision}
+        ZOO[name] = replace(text, config=config, options=options, stack=f"{stack}.layers")
+
+
+_add_towers()
 
 
 def make_specimen(name: str, seed: int = 0) -> PreTrainedModel:

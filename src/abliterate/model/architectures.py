@@ -49,7 +49,7 @@ class Target:
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
 _LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
 # Of a vision-language model the text tower alone: `Architecture.layers` never leads into a vision part.
-_TEXT = "model.layers|model.language_model.layers"
+_TEXT = "model.layers|model.language_model.layers|language_model.model.layers|model.text_model.layers"
 _FUSED = ("mlp.experts",)
 _CONV = ("self_attn.out_proj", "conv.out_proj")
 _MAMBA = ("self_attn.o_proj", "mamba.out_proj")
