@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, PROMPTS, make_chat, make_model, save_model
+from conftest import CPU, PROMPTS, Recorder, make_chat, make_model, quick_settings, save_model
 from torch import Tensor, nn
 from zoo import ZOO, load_specimen, make_specimen, refusal
 
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
+from abliterate.later import export_trial
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_architecture, find_targets, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.residuals import capture_residuals
 from abliterate.model.structure import discover
+from abliterate.pipeline import run
+from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings
 
 
@@ -138,6 +143,28 @@ def test_fused_experts_are_refused_with_a_remedy_that_works(name: str) -> None:
     model = make_specimen(name)
     described = find_architecture("x", path, components)
     assert {target.name for target in find_targets(model, described, 32)} == ZOO[name].names
+
+
+def test_run_and_later_export_of_a_family_found_by_structure(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    folder = save_model(make_specimen("biogpt"), tmp_path / "m")
+    (tmp_path / "markers.txt").write_text("e\n", encoding="utf-8")
+    settings = quick_settings(
+        prompt_files,
+        tmp_path / "cache",
+        model=str(folder),
+        search={"trials": 2},
+        response={"max_new_tokens": 4},
+        evaluation={"markers": str(tmp_path / "markers.txt")},
+        efficiency={"use_certified_stop": False},
+    )
+    recorder = Recorder()
+    with contextlib.suppress(AbliterateError):  # what a random model refuses is chance: there may be no front
+        run(settings, recorder, RunDirectory(tmp_path / "run"), resume=False)
+    assert any("isn't in the table" in note and "self_attn.out_proj" in note and "fc2" in note for note in recorder.notes)
+    assert recorder.trials
+    final = tmp_path / "export"
+    export_trial(settings, Recorder(), RunDirectory(tmp_path / "run"), 0, final)
+    assert json.loads((final / "abliterate.json").read_text(encoding="utf-8"))["export"]["verified"]
 
 
 @pytest.mark.parametrize(

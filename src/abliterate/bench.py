@@ -103,6 +103,11 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
             "edits": f"{len(loaded.targets)} modules, {context.settings.edit.mode} ({context.settings.edit.representation})",
         }
     )
+    if loaded.architecture.found_by == "structure":
+        found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
+        context.reporter.note(
+            f"the family isn't in the table; by what its layers do, these write to the residual stream: {found}"
+        )
     for component, count in missing_components(loaded.targets, loaded.architecture, info.n_layers).items():
         context.reporter.warn(f"{count} of {info.n_layers} layers have no {component}; nothing is edited there.")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from abliterate.evaluation.layout import Sharing, positions
 from abliterate.model.memory import memory_errors
@@ -140,7 +140,8 @@ def sharing_of(cache: object, config: object = None) -> Sharing:
     counts_columns = hasattr(config, "attention_types") or hasattr(config, "attn_config")
     if kinds == {DynamicLayer} and not counts_columns:
         return "between"
-    return "left" if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
+    own = kinds - {DummyLayer}  # layers that use the keys and values of a lower one
+    return "left" if own and own <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
 
 
 def is_supported(cache: object) -> bool:
