@@ -34,8 +34,8 @@ residual stream, that edited logits are those of a dense reference, and that the
 - **found**: by the table of families, by structure (a class that isn't in the table), or by settings (mixtures of experts
   whose fused experts are left out, which must be asked for).
 - **modules**: per component, edited modules in all layers (two to four), as *paths × layers*.
-- **coverage**: the share that is edited of all parameters of matrices that write to the residual stream (proven to be all of
-  them by measuring each layer, but for Gemma 3n, whose layers pass on several streams).
+- **coverage**: the share that is edited of all parameters of matrices that write to the residual stream (that these are
+  all of them is measured, but for Gemma 3n, whose layers pass on several streams).
 - **engine**: what trials leave out of the reference's work; *reference*: nothing, and the run says why.
 - **merged**: whether an export streams the base's files, or loads and saves the model as a whole. **adapter**: whether PEFT
   can put one on this class (where not, the export is refused with a sentence).

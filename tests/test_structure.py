@@ -18,6 +18,7 @@ from abliterate.later import export_trial
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_architecture, find_targets, missing_components
 from abliterate.model.chat import Chat
+from abliterate.model.probe import Call, Probe
 from abliterate.model.residuals import capture_residuals
 from abliterate.model.structure import discover
 from abliterate.pipeline import run
@@ -116,6 +117,32 @@ def test_layer_that_writes_nothing_is_unclear() -> None:
 def test_several_streams_are_unclear() -> None:
     with pytest.raises(InputError, match="0 lists of 4 modules"):
         discover(make_specimen("gemma3n"), "x")
+
+
+@pytest.mark.parametrize(
+    ("path", "norm"),
+    [
+        ("self_attn.o_proj", "post_attention_layernorm"),
+        ("mlp.down_proj", "post_feedforward_layernorm"),
+        ("laurel.linear_right", "laurel.post_laurel_norm"),
+        ("per_layer_projection", "post_per_layer_input_norm"),
+    ],
+)
+def test_several_streams_get_multiples_of_what_the_table_names(path: str, norm: str) -> None:
+    """Gemma 3n: the change of a stream is the change behind the module's norm, times a factor of either sign."""
+    model = make_specimen("gemma3n")
+    layer = model.model.layers[0]
+    calls: list[Call] = []
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(Call(args, dict(kwargs))), with_kwargs=True)
+    model(torch.arange(5, 11)[None], use_cache=False)
+    handle.remove()
+    probe = Probe(layer, calls[0])
+    assert torch.equal(layer.get_submodule(norm)(probe.outputs[path][0]), probe.outputs[norm][0])
+    change = (probe._play(probe._all_but(norm), {norm: probe.delta}) - probe.base).flatten(0, -2)
+    v = probe.delta / probe.delta.norm()
+    along = change @ v
+    assert (along.abs() > 1e-3 * probe.delta.norm()).any()
+    assert (change - along[:, None] * v).norm() < 1e-4 * change.norm()
 
 
 def test_shared_modules_are_refused() -> None:
