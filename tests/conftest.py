@@ -80,7 +80,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_neox": ("GPTNeoXConfig", _SIZES, "gpt_neox.final_layer_norm"),
     "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if "key_value" not in k} | {"bias": True}, "transformer.ln_f"),
 }
-# Families that are not in the table yet: the same, and the components that the settings name.
+# Families whose components are named by the settings: the same, and their components.
 NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "gpt_oss": (
         "GptOssConfig",
@@ -133,7 +133,7 @@ def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
 
 
 def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[str, str] | None = None) -> LoadedModel:
-    """What `load_model` gives, without a disk; `components` for a family that isn't in the table."""
+    """What `load_model` gives, without a disk; `components` as the settings name them."""
     config = model.config.get_text_config()
     architecture = find_architecture(config.model_type, "model.layers" if components else "", components)
     n_layers = config.num_hidden_layers

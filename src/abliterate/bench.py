@@ -23,7 +23,7 @@ from abliterate.evaluation.selfcheck import Engine
 from abliterate.identity import prefix_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
-from abliterate.model.architectures import find_architecture, missing_components
+from abliterate.model.architectures import missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import Settings
@@ -51,9 +51,9 @@ class Bench:
 
 
 def check_model(settings: Settings) -> None:
-    """Raise InputError if the model can't be found or its family isn't known; reads only its config."""
+    """Raise InputError if the model can't be found, or can't be edited as far as its config tells; reads nothing else."""
     config = loader.load_config(loader.resolve_source(settings.model), settings.load)
-    find_architecture(config.get_text_config().model_type, settings.load.decoder_layers, settings.load.components)
+    loader.check_family(config, settings.load)
 
 
 def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
@@ -103,6 +103,11 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
             "edits": f"{len(loaded.targets)} modules, {context.settings.edit.mode} ({context.settings.edit.representation})",
         }
     )
+    if loaded.architecture.found_by == "structure":
+        found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
+        context.reporter.note(
+            f"the family isn't in the table; by what its layers do, these write to the residual stream: {found}"
+        )
     for component, count in missing_components(loaded.targets, loaded.architecture, info.n_layers).items():
         context.reporter.warn(f"{count} of {info.n_layers} layers have no {component}; nothing is edited there.")
 

@@ -25,14 +25,15 @@ from abliterate.evaluation.editor import Editor
 from abliterate.export import EXPORTERS, ExportJob, check_output
 from abliterate.export.definition import Definition, by_definition, by_factors, check_weights
 from abliterate.export.push import check_push
-from abliterate.export.source import Matrices, damage_of
+from abliterate.export.source import Matrices, damage_of, stored_dtype
 from abliterate.export.verify import Verification
 from abliterate.exporting import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
-from abliterate.model.architectures import find_architecture
+from abliterate.model.architectures import known_architecture
+from abliterate.model.checkpoint import load_weights
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
@@ -121,7 +122,10 @@ def open_base(context: Context, number: int) -> tuple[str, Matrices]:
                 raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
             raise _changed(number, "model")
         model_type = config.get_text_config().model_type
-        architecture = find_architecture(model_type, load.decoder_layers, load.components)
+        architecture = known_architecture(model_type, load.decoder_layers, load.components)
+        if architecture is None:  # what its layers do is seen with their weights only
+            dense = load.model_copy(update={"quantization": "none"})
+            architecture = loader.architecture_of(load_weights(source, dense, config, stored_dtype(config), None), load)
         base = Matrices(source, load, architecture)
     if base.reason:
         context.reporter.note(f"the model is loaded as a whole, because {base.reason}", reason=base.reason)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from abliterate.evaluation.layout import Sharing, positions
 from abliterate.model.memory import memory_errors
@@ -30,6 +30,7 @@ class Passes:
         self._accepted = frozenset(inspect.signature(model.forward).parameters)
         self.takes_positions = "position_ids" in self._accepted
         self._arity: dict[nn.Module, int] = {}
+        self.last_start = last_start(model.config.get_text_config(), len(layers))
 
     def __call__(
         self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
@@ -55,7 +56,8 @@ class Passes:
 
         def hook(start: int) -> Callable[..., None]:
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                hidden[start] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+                entering: Tensor = args[0] if args else kwargs["hidden_states"]
+                hidden[start] = entering.detach().movedim(-3, 0).clone()  # rows first: Gemma 3n's are (streams, n, S, d_model)
 
             return keep
 
@@ -72,6 +74,7 @@ class Passes:
         if hidden is None or start == 0:
             yield
             return
+        hidden = hidden.movedim(0, -3)
 
         def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             if args:
@@ -118,18 +121,38 @@ class Passes:
         return same
 
 
+def last_start(config: object, n_layers: int) -> int:
+    """The highest layer that a pass may begin at: later layers may use the keys and values that a lower one computes.
+
+    Gemma 3n and 4: the last layers use those of the last layer of their kind that isn't one of them.
+    """
+    own = n_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    if own >= n_layers:
+        return n_layers - 1
+    kinds: list[str] = list(getattr(config, "layer_types", None) or ["full_attention"] * n_layers)
+    return min(max((index for index in range(own) if kinds[index] == kind), default=0) for kind in set(kinds[own:]))
+
+
 def sharing_of(cache: object, config: object = None) -> Sharing:
     """How a prefix in this cache may be shared, by a model of this config."""
     kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-    # GPT-Neo's local layers count columns, and its cache doesn't know that.
-    if kinds == {DynamicLayer} and not hasattr(config, "attention_types"):
+    # GPT-Neo's local layers and MPT's position biases count columns, and the cache doesn't know that.
+    counts_columns = hasattr(config, "attention_types") or hasattr(config, "attn_config")
+    if kinds == {DynamicLayer} and not counts_columns:
         return "between"
-    return "left" if kinds and kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
+    own = kinds - {DummyLayer}  # layers that use the keys and values of a lower one
+    return "left" if own and own <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
 
 
 def is_supported(cache: object) -> bool:
-    """Whether rows of this cache can be selected and its layers exchanged."""
-    return isinstance(cache, Cache) and bool(cache.layers) and all(hasattr(layer, "reorder_cache") for layer in cache.layers)
+    """Whether rows of this cache can be selected and its layers exchanged; not where it keeps states beside its layers."""
+    if (
+        not isinstance(cache, Cache)
+        or not cache.layers
+        or _bytes([value for name, value in vars(cache).items() if name != "layers"])
+    ):
+        return False
+    return all(hasattr(layer, "reorder_cache") for layer in cache.layers)
 
 
 def select_rows(cache: Cache, rows: Tensor, first: int = 0) -> Cache:

@@ -106,7 +106,7 @@ class Prefill:
     def keep(self, group: Group, starts: Sequence[int], batch_size: int, *, with_cache: bool) -> None:
         """Keep what the base model computes for a group; the model must carry no edit. `with_cache`: to decode from."""
         assert self._edits.first_layer is None
-        starts = sorted({start for start in starts if start > 0} - self._dropped)
+        starts = sorted({start for start in starts if 0 < start <= self.passes.last_start} - self._dropped)
         if not starts:
             return
         self._kept.append(group)

@@ -86,8 +86,9 @@ def trusted_engine(
                 if verdict.ok
                 else f"differs from the reference by {verdict.difference:.1e} ({verdict.allowed:.1e} is allowed)"
             )
-        except Unsupported as error:
-            found = f"can't be used: {error}"
+        except Unsupported as error:  # whatever is left out
+            warn(f"The trial engine can't be used: {error}.")
+            break
         # An unknown model's code may fail in any way on a path of ours; the reference then still works.
         except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
             found = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"

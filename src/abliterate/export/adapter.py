@@ -6,6 +6,7 @@ edit itself: the same matrix, not an approximation. Written as PEFT saves it, wi
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ from abliterate.export.companions import save_companions
 from abliterate.export.reread import Reread, RereadAdapter
 from abliterate.export.shards import check_room
 from abliterate.export.source import Matrices
-from abliterate.model.checkpoint import quiet_bitsandbytes
+from abliterate.model.checkpoint import empty_model, quiet_bitsandbytes
 from abliterate.model.loader import load_config, load_weights
 
 
@@ -49,7 +50,7 @@ class Adapter:
         quiet_bitsandbytes()
         from peft import LoraConfig
 
-        LoraConfig(
+        config = LoraConfig(
             r=rank,
             lora_alpha=rank,  # scaling alpha/r = 1
             target_modules=sorted(job.factors),
@@ -57,7 +58,9 @@ class Adapter:
             fan_in_fan_out=any(isinstance(matrices.targets[name].module, Conv1D) for name in job.factors),
             base_model_name_or_path=job.base_model,
             task_type="CAUSAL_LM",
-        ).save_pretrained(str(folder))
+        )
+        check_peft(job, matrices, config)
+        config.save_pretrained(str(folder))
         save_file(_tensors(job, matrices, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
@@ -76,6 +79,31 @@ class Adapter:
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
         """See `Exporter.reread`."""
         return RereadAdapter(folder, base)
+
+
+def check_peft(job: ExportJob, matrices: Matrices, config: Any) -> None:
+    """AbliterateError where PEFT would not put the adapter onto the modules it is for; tried on a model without weights.
+
+    In families whose experts `transformers` fuses it takes every `down_proj` for them, dense layers' too, without an error; in
+    some with Mamba mixers it refuses their `out_proj`.
+    """
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    reason = ""
+    found: set[str] = set()
+    try:
+        model = inject_adapter_in_model(
+            copy.deepcopy(config), empty_model(matrices.config, matrices.load), low_cpu_mem_usage=True
+        )
+        found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    except ValueError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    wrong = sorted(found ^ set(job.factors))
+    if wrong and not reason:
+        reason = f"it takes {wrong[0]} for something else"
+    if reason:
+        raise AbliterateError(f"PEFT can't load an adapter for this model ({reason}); export it as --export merged.")
 
 
 def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Tensor]:

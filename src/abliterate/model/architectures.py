@@ -1,13 +1,15 @@
 """Which modules of which family write to the residual stream: a table, one row per family.
 
-A new family is a new row. Families not in the table are refused with the remedy (name the modules in the settings):
-guessing would silently leave matrices out. Paths are attribute paths; components are keyed as in the search space.
+A new family is a new row. Families not in the table are looked through (`structure.py`) and, where that is unclear, refused
+with the remedy (name the modules in the settings): guessing would silently leave matrices out. Paths are attribute paths;
+components are keyed as in the search space.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import nn
 
@@ -19,12 +21,19 @@ ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the decoder layers are, and per component the module paths within a layer (those present are taken)."""
+    """Where the decoder layers are, and per component the module paths within a layer (those present are taken).
+
+    A * in a module path stands for all members of a module list. `layers`: a path, or several with | between them (the first
+    that the model has). `experts`: paths within a layer of modules that hold fused experts, a parameter `down_proj` of three
+    dimensions. `found_by`: table, structure, or settings.
+    """
 
     family: str
     model_types: tuple[str, ...]
     layers: str
     components: Mapping[str, tuple[str, ...]]
+    experts: tuple[str, ...] = ()
+    found_by: Literal["table", "structure", "settings"] = "table"
 
 
 @dataclass(frozen=True)
@@ -38,56 +47,150 @@ class Target:
 
 
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
+_LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
+# Of a vision-language model the text tower alone: `Architecture.layers` never leads into a vision part.
+_TEXT = "model.layers|model.language_model.layers|language_model.model.layers|model.text_model.layers"
+_FUSED = ("mlp.experts",)
+_CONV = ("self_attn.out_proj", "conv.out_proj")
+_MAMBA = ("self_attn.o_proj", "mamba.out_proj")
 
+
+def _row(
+    family: str,
+    model_types: str,
+    attention: tuple[str, ...] = ("self_attn.o_proj",),
+    mlp: tuple[str, ...] = ("mlp.down_proj",),
+    *,
+    layers: str = _TEXT,
+    experts: tuple[str, ...] = (),
+) -> Architecture:
+    return Architecture(family, tuple(model_types.split()), layers, {ATTENTION: attention, MLP: mlp}, experts)
+
+
+# An edit takes v out of what a module writes. What that means for the stream, where the layer isn't x + W…:
+# · post-norm (Gemma 2, 3 and 4, OLMo 2 and 3, GLM-4, EXAONE 4): w∘y/rms(y) joins the stream. With v out of y, the direction
+#   v/w is out of what is added, and v itself as far as the norm's weights w are alike.
+#   MiniMax normalizes the stream itself after attention: the same, for the sum.
+# · multipliers (Granite's residual_multiplier, Falcon-H1's, MiniCPM3's): c·y joins the stream, and c changes
+#   neither the direction nor the share of it that is taken out.
+# · gates of one number a position (shared experts of Qwen): as multipliers.
+# `tests/test_models.py` proves each row by what a change of a module's output does to its layer's.
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("llama", ("llama", "smollm3", "ministral"), "model.layers", _STANDARD),
-    Architecture("mistral", ("mistral",), "model.layers", _STANDARD),
-    Architecture("qwen", ("qwen2", "qwen3"), "model.layers", _STANDARD),
-    Architecture("gemma", ("gemma", "gemma2", "gemma3_text"), "model.layers", _STANDARD),
-    Architecture("phi3", ("phi3",), "model.layers", _STANDARD),
-    Architecture("olmo", ("olmo", "olmo2", "olmo3"), "model.layers", _STANDARD),
-    Architecture("granite", ("granite",), "model.layers", _STANDARD),
-    Architecture("cohere", ("cohere", "cohere2"), "model.layers", _STANDARD),
-    Architecture("glm4", ("glm", "glm4"), "model.layers", _STANDARD),
-    Architecture("exaone4", ("exaone4",), "model.layers", _STANDARD),
-    Architecture("hunyuan", ("hunyuan_v1_dense",), "model.layers", _STANDARD),
-    Architecture("ernie4_5", ("ernie4_5",), "model.layers", _STANDARD),
-    Architecture("nemotron", ("nemotron",), "model.layers", _STANDARD),
-    Architecture("stablelm", ("stablelm",), "model.layers", _STANDARD),
-    Architecture("starcoder2", ("starcoder2",), "model.layers", {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.c_proj",)}),
-    Architecture("phi", ("phi",), "model.layers", {ATTENTION: ("self_attn.dense",), MLP: ("mlp.fc2",)}),
-    Architecture("gpt2", ("gpt2",), "transformer.h", {ATTENTION: ("attn.c_proj",), MLP: ("mlp.c_proj",)}),
-    Architecture("gpt_neox", ("gpt_neox",), "gpt_neox.layers", {ATTENTION: ("attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
-    Architecture("falcon", ("falcon",), "transformer.h", {ATTENTION: ("self_attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
+    _row("llama", "llama smollm3 arcee cwm helium seed_oss hyperclovax minicpm3 youtu jais2 diffllama bitnet apertus"),
+    _row("mistral", "mistral ministral ministral3"),
+    _row("qwen", "qwen2 qwen3 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"),
+    _row("qwen3_5", "qwen3_5_text", _LINEAR),
+    _row("gemma", "gemma gemma2 gemma3_text vaultgemma gemma4_unified_text"),
+    # Its per-layer embeddings join the stream through a matrix too; the experts are beside the dense block.
+    _row("gemma4", "gemma4_text", mlp=("mlp.down_proj", "per_layer_projection"), experts=("experts",)),
+    # Several streams: the attention and MLP blocks write to one and, in the layer's correction, to the others in proportion.
+    _row("gemma3n", "gemma3n_text", mlp=("mlp.down_proj", "laurel.linear_right", "per_layer_projection")),
+    _row("phi3", "phi3"),
+    _row("olmo", "olmo olmo2 olmo3"),
+    _row("olmo_hybrid", "olmo_hybrid", ("self_attn.o_proj", "linear_attn.o_proj")),
+    _row("granite", "granite granite_swa"),
+    _row("cohere", "cohere cohere2"),
+    _row("glm4", "glm glm4 glm4v_text"),
+    _row("exaone4", "exaone4"),
+    _row("hunyuan", "hunyuan_v1_dense"),
+    _row("ernie4_5", "ernie4_5"),
+    _row("nemotron", "nemotron"),
+    _row("stablelm", "stablelm"),
+    _row("starcoder2", "starcoder2", mlp=("mlp.c_proj",)),
+    _row("nanochat", "nanochat", mlp=("mlp.fc2",)),
+    _row("phi", "phi", ("self_attn.dense",), ("mlp.fc2",)),
+    _row("persimmon", "persimmon", ("self_attn.dense",), ("mlp.dense_4h_to_h",)),
+    _row("gpt2", "gpt2 gpt_bigcode", ("attn.c_proj",), ("mlp.c_proj",), layers="transformer.h"),
+    _row("gpt_neo", "gpt_neo", ("attn.attention.out_proj",), ("mlp.c_proj",), layers="transformer.h"),
+    _row("gptj", "gptj codegen", ("attn.out_proj",), ("mlp.fc_out",), layers="transformer.h"),
+    _row("gpt_neox", "gpt_neox", ("attention.dense",), ("mlp.dense_4h_to_h",), layers="gpt_neox.layers"),
+    _row("falcon", "falcon bloom", ("self_attention.dense",), ("mlp.dense_4h_to_h",), layers="transformer.h"),
+    _row("mpt", "mpt", ("attn.out_proj",), ("ffn.down_proj",), layers="transformer.blocks"),
+    _row("opt", "opt", ("self_attn.out_proj",), ("fc2",), layers="model.decoder.layers"),
+    # Hybrids: each layer has some of a component's modules, Falcon-H1's have attention and a mixer side by side.
+    _row("falcon_h1", "falcon_h1", _MAMBA, ("feed_forward.down_proj",)),
+    _row("bamba", "bamba", _MAMBA, ("feed_forward.down_proj",)),
+    _row("griffin", "recurrent_gemma", ("temporal_block.o_proj", "temporal_block.linear_out"), ("mlp_block.down_proj",)),
+    _row("lfm2", "lfm2", _CONV, ("feed_forward.w2",)),
+    # Mixtures of experts: what of them are plain matrices, and where the experts are.
+    _row("mixtral", "mixtral phimoe minimax_m2 olmoe gpt_oss qwen3_moe qwen3_vl_moe_text", mlp=(), experts=_FUSED),
+    _row("minimax", "minimax", ("self_attn.o_proj", "self_attn.out_proj"), (), experts=_FUSED),
+    _row("qwen2_moe", "qwen2_moe", mlp=("mlp.down_proj", "mlp.shared_expert.down_proj"), experts=_FUSED),
+    _row(
+        "qwen3_next",
+        "qwen3_next qwen3_5_moe_text",
+        _LINEAR,
+        ("mlp.down_proj", "mlp.shared_expert.down_proj"),
+        experts=_FUSED,
+    ),
+    _row(
+        "deepseek",
+        "deepseek_v2 deepseek_v3 glm4_moe glm4v_moe_text ernie4_5_moe exaone_moe dots1",
+        mlp=("mlp.down_proj", "mlp.shared_experts.down_proj"),
+        experts=_FUSED,
+    ),
+    _row("hunyuan_moe", "hunyuan_v1_moe", mlp=("mlp.shared_mlp.down_proj",), experts=_FUSED),
+    _row("jamba", "jamba", _MAMBA, ("feed_forward.down_proj",), experts=("feed_forward.experts",)),
+    _row("lfm2_moe", "lfm2_moe", _CONV, ("feed_forward.w2",), experts=("feed_forward.experts",)),
+    _row("granitemoe", "granitemoe granitemoeshared", mlp=("shared_mlp.output_linear",), experts=("block_sparse_moe.experts",)),
+    _row(
+        "granitemoehybrid",
+        "granitemoehybrid",
+        _MAMBA,
+        ("shared_mlp.output_linear",),
+        experts=("block_sparse_moe.experts",),
+    ),
+    _row(
+        "llama4",
+        "llama4_text",
+        mlp=("feed_forward.down_proj", "feed_forward.shared_expert.down_proj"),
+        experts=("feed_forward.experts",),
+    ),
 )
 _BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
 
 
-def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:
-    """The row of a `model_type`, or one made of the settings `load.decoder_layers` and `load.components`.
-
-    Raises:
-        InputError: not in the table and not described by the settings.
-    """
+def known_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture | None:
+    """The row of a `model_type`, or one made of the settings `load.decoder_layers` and `load.components`; None: neither."""
     if layers and components:
         named = {component: tuple(path.split("|")) for component, path in components.items()}
-        return Architecture(f"{model_type} (by settings)", (model_type,), layers, named)
-    if model_type in _BY_TYPE:
-        return _BY_TYPE[model_type]
-    raise InputError(
-        f"The model family {model_type!r} is not known; say where its decoder layers and the modules that write to the "
-        "residual stream are: --set load.decoder_layers=model.layers "
+        return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
+    return _BY_TYPE.get(model_type)
+
+
+def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:
+    """`known_architecture`; InputError where there is none."""
+    found = known_architecture(model_type, layers, components)
+    if found is None:
+        raise unknown_family(model_type)
+    return found
+
+
+def unknown_family(model_type: str, reason: str = "") -> InputError:
+    """What a person is told of a family that isn't in the table; `reason`: what its structure doesn't tell."""
+    return InputError(
+        f"The model family {model_type!r} is not known{f', and its structure is unclear ({reason})' if reason else ''}; say "
+        "where its decoder layers and the modules that write to the residual stream are: "
+        "--set load.decoder_layers=model.layers "
         '--set \'load.components={"attn.o_proj" = "self_attn.o_proj", "mlp.down_proj" = "mlp.down_proj"}\'.'
     )
 
 
+def decoder_path(model: nn.Module, architecture: Architecture) -> str:
+    """The path of the decoder stack; InputError where the row's paths lead elsewhere."""
+    for path in architecture.layers.split("|"):
+        found = _submodule(model, path)
+        if isinstance(found, nn.ModuleList) and len(found):
+            return path
+    raise InputError(
+        f"The model has no decoder layers at {architecture.layers!r}; name them with --set load.decoder_layers=PATH."
+    )
+
+
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """The decoder stack; InputError where the path leads elsewhere."""
-    found = _submodule(model, architecture.layers)
-    if not isinstance(found, nn.ModuleList) or len(found) == 0:
-        raise InputError(
-            f"The model has no decoder layers at {architecture.layers!r}; name them with --set load.decoder_layers=PATH."
-        )
+    """The decoder stack; InputError where the row's paths lead elsewhere."""
+    found = model.get_submodule(decoder_path(model, architecture))
+    assert isinstance(found, nn.ModuleList)
     return found
 
 
@@ -95,9 +198,11 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, or one doesn't write `d_model` features.
+        InputError: there is none, one doesn't write `d_model` features or belongs to several layers, or there are experts
+            that would be left out.
     """
-    targets = tuple(_targets_of(decoder_layers(model, architecture), architecture))
+    _refuse_experts(model, architecture)
+    targets = tuple(_targets_of(model, architecture))
     if not targets:
         raise InputError(
             f"The model has no matrix to edit: none of its layers has {_paths(architecture)}; name the modules that "
@@ -109,25 +214,65 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
                 f"The module {target.name} writes {out_features(target.module)} features, the residual stream has "
                 f"{d_model}; name other modules with --set load.components."
             )
+    if len({id(target.module) for target in targets}) < len(targets):
+        raise InputError(
+            f"The layers share modules ({targets[-1].name}), which can't be edited for one of them; name those that they don't "
+            "share with --set load.components."
+        )
     return targets
+
+
+def fused_experts(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
+    """{name: module} of the row's fused experts, in layer order."""
+    path = decoder_path(model, architecture)
+    found = {
+        f"{path}.{index}.{name}": _submodule(layer, name)
+        for index, layer in enumerate(decoder_layers(model, architecture))
+        for name in architecture.experts
+    }
+    return {name: module for name, module in found.items() if module is not None and not isinstance(module, nn.ModuleList)}
+
+
+def _refuse_experts(model: nn.Module, architecture: Architecture) -> None:
+    """Until they can be edited: never a model that is edited but for its experts, unless the settings say so."""
+    experts = fused_experts(model, architecture)
+    if experts:
+        rest = ", ".join(f'"{name}" = "{"|".join(paths)}"' for name, paths in architecture.components.items() if paths)
+        raise InputError(
+            f"The model has fused experts ({next(iter(experts))}), which can't be edited yet; to edit the rest and leave them "
+            f"as they are: --set load.decoder_layers={decoder_path(model, architecture)} --set 'load.components={{{rest}}}'."
+        )
 
 
 def missing_components(targets: tuple[Target, ...], architecture: Architecture, n_layers: int) -> dict[str, int]:
     """Per component the number of layers that have no module of it (only those above 0)."""
     seen = {(target.component, target.layer) for target in targets}
     counts = {
-        component: sum((component, layer) not in seen for layer in range(n_layers)) for component in architecture.components
+        component: sum((component, layer) not in seen for layer in range(n_layers))
+        for component, paths in architecture.components.items()
+        if paths
     }
     return {component: count for component, count in counts.items() if count}
 
 
-def _targets_of(layers: nn.ModuleList, architecture: Architecture) -> Iterator[Target]:
-    for index, layer in enumerate(layers):
+def _targets_of(model: nn.Module, architecture: Architecture) -> Iterator[Target]:
+    stack = decoder_path(model, architecture)
+    for index, layer in enumerate(decoder_layers(model, architecture)):
         for component, paths in architecture.components.items():
-            for path in paths:
+            for path in (one for several in paths for one in _expanded(layer, several)):
                 module = _submodule(layer, path)
                 if module is not None and out_features(module) is not None:
-                    yield Target(f"{architecture.layers}.{index}.{path}", index, component, module)
+                    yield Target(f"{stack}.{index}.{path}", index, component, module)
+
+
+def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
+    """A path for each member of the module list that a * stands for."""
+    head, star, tail = path.partition(".*.")
+    members = _submodule(layer, head) if star else None
+    if isinstance(members, nn.ModuleList):
+        yield from (f"{head}.{index}.{tail}" for index in range(len(members)))
+    elif not star:
+        yield path
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate.errors import InputError
 from abliterate.model.memory import free_memory
@@ -35,7 +35,7 @@ def load_weights(
     quiet_bitsandbytes()
     if load.quantization == "none" and not load.device_map and (device is None or device.type == "cpu"):
         _check_memory(config, load, dtype)
-    auto = _auto_class(config, load)
+    auto = auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
         kwargs["revision"] = load.revision
@@ -59,12 +59,16 @@ def load_weights(
 def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
     """The model without weights (meta device): its modules and their names."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
+        model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     return model
 
 
-def _auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not load.trust_remote_code:
+def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
+    """The class that gives the whole model: with its vision part where it has one, or an export would lose that."""
+    if load.trust_remote_code:
+        return transformers.AutoModelForCausalLM
+    composite = config.get_text_config() is not config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (composite and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         return transformers.AutoModelForImageTextToText
     return transformers.AutoModelForCausalLM
 

@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import architectures
 from abliterate.model.architectures import Architecture, Target
-from abliterate.model.checkpoint import load_error, load_weights
+from abliterate.model.checkpoint import empty_model, load_error, load_weights
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
+from abliterate.model.structure import discover
 from abliterate.settings import LoadSettings
 from abliterate.types import ModelInfo
 
@@ -100,10 +101,11 @@ def load_model(
     """
     source = resolve_source(name)
     config = _from_hub(AutoConfig, source, load)
-    architecture = architectures.find_architecture(config.get_text_config().model_type, load.decoder_layers, load.components)
+    check_family(config, load)
     tokenizer = load_tokenizer(source, load)
     model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
     text_config = config.get_text_config()
+    architecture = architecture_of(model, load)
     info = ModelInfo(
         id=public_name(name),
         source=source,
@@ -119,6 +121,24 @@ def load_model(
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
     return LoadedModel(model, tokenizer, info, architecture, targets)
+
+
+def check_family(config: PretrainedConfig, load: LoadSettings) -> None:
+    """InputError where the config alone says that the model can't be edited; no weights are read."""
+    text_config = config.get_text_config()
+    known = architectures.known_architecture(text_config.model_type, load.decoder_layers, load.components)
+    if known is not None and known.experts:
+        architectures.find_targets(empty_model(config, load), known, text_config.hidden_size)
+
+
+def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
+    """By the settings, the table, or what the model's layers do.
+
+    Raises:
+        InputError: its structure is unclear.
+    """
+    model_type = model.config.get_text_config().model_type
+    return architectures.known_architecture(model_type, load.decoder_layers, load.components) or discover(model, model_type)
 
 
 def _first_that_generates(

@@ -27,6 +27,11 @@ def first_tensor(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def stream_of(hidden: Tensor) -> Tensor:
+    """Hidden states (batch, T, d_model); of layers that pass on several streams (Gemma 3n) the one that blocks work on."""
+    return hidden[0] if hidden.dim() == 4 else hidden
+
+
 @contextlib.contextmanager
 def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[None]:
     """While active, a forward pass fills `out` (n_layers+1 places) with (batch, d_model) last-position states."""
@@ -34,11 +39,11 @@ def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[No
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Clones, here and below: a view of the last position would keep every position alive, and would see whatever the
         # model writes over it later.
-        out[0] = (args[0] if args else kwargs["hidden_states"])[:, -1].detach().clone()
+        out[0] = stream_of(args[0] if args else kwargs["hidden_states"])[:, -1].detach().clone()
 
     def leave(index: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            out[index + 1] = first_tensor(output)[:, -1].detach().clone()
+            out[index + 1] = stream_of(first_tensor(output))[:, -1].detach().clone()
 
         return hook
 

@@ -1,0 +1,137 @@
+"""The matrix: tiny models of many families, each found, edited, evaluated, exported and read back as it should be."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import logits_of, save_model, write_dense
+from zoo import GATE, HARMFUL, HARMLESS, NORM, ZOO, Lab, everywhere, export, last_layers, make_lab, refusal, scale_of
+
+from abliterate.errors import AbliterateError
+from abliterate.evaluation.kl import kl_divergence
+from abliterate.model.architectures import ATTENTION, MLP
+from abliterate.model.structure import find_stack, writers_of
+from abliterate.types import Kernel, TrialParams
+
+# Whose files name their matrices otherwise than the model does, so that an export loads and saves the whole.
+WHOLE = {"qwen2_vl", "qwen2_5_vl", "gemma3_vl", "mistral3", "llava", "llava_next", "internvl"}
+# Whose caches keep rows where they can't be selected; any other model is evaluated by the engine, without a warning.
+BY_REFERENCE = {"minimax", "recurrent_gemma", "mamba"}
+# What PEFT makes of their modules.
+_EXPERTS = "down_proj for something else"
+NO_ADAPTER = {
+    **dict.fromkeys(("qwen3_next_dense", "deepseek_v2_dense", "deepseek_v3_dense", "glm4_moe_dense"), _EXPERTS),
+    **dict.fromkeys(("deepseek_v3", "ernie4_5_moe"), "ParamWrapper"),
+    **dict.fromkeys(("falcon_h1", "mamba"), "incompatible with Mamba"),
+}
+CLOSE = {"rtol": 1e-3, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def name(request: pytest.FixtureRequest) -> str:
+    """Each specimen in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def lab(name: str) -> Lab:
+    """One lab per specimen."""
+    return make_lab(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_edit(lab: Lab) -> Iterator[None]:
+    lab.editor.clear()
+    yield
+    lab.editor.clear()
+
+
+def test_modules_are_those_written_down(name: str, lab: Lab) -> None:
+    assert {target.name for target in lab.loaded.targets} == ZOO[name].names
+    assert lab.loaded.architecture.found_by == ("settings" if ZOO[name].experts else ZOO[name].found_by)
+    assert bool(ZOO[name].experts) == ("has fused experts" in refusal(name))
+
+
+def test_each_module_is_proven_to_write(name: str, lab: Lab) -> None:
+    specimen, d_model = ZOO[name], lab.loaded.info.d_model
+    if specimen.unproven:
+        pytest.skip(specimen.unproven)
+    path, calls = find_stack(lab.loaded.model, d_model)
+    found = writers_of(lab.loaded.layers, calls, d_model)
+    assert path == specimen.stack
+    assert [{writer.path for writer in layer if not writer.fused} for layer in found] == [
+        set(paths.split()) for paths in specimen.layers
+    ]
+    assert {writer.path for layer in found for writer in layer if writer.fused} == set(filter(None, [specimen.experts]))
+    for index, layer in enumerate(found):
+        for writer in (writer for writer in layer if not writer.fused):
+            expected = scale_of(name, index, writer.path)
+            if expected == NORM:
+                assert writer.norm
+            else:
+                assert not writer.norm
+                assert 0 < writer.scale < 1 if expected == GATE else writer.scale == pytest.approx(expected, rel=1e-3)
+    mixing = {writer.path for layer in found for writer in layer if writer.mixes}
+    components = {target.component: set[bool]() for target in lab.loaded.targets}
+    for target in lab.loaded.targets:
+        components[target.component].add(target.name.removeprefix(f"{path}.{target.layer}.") in mixing)
+    assert components.items() <= {ATTENTION: {True}, MLP: {False}}.items()
+
+
+def test_edited_logits_are_the_dense_ones(lab: Lab) -> None:
+    n_layers = lab.loaded.info.n_layers
+    base = logits_of(lab.loaded.model)
+    dense = copy.deepcopy(lab.loaded.model)
+    lab.editor.apply(everywhere(n_layers))
+    assert lab.editor.adapters.active == {target.name for target in lab.loaded.targets}
+    write_dense(dense, lab.editor, everywhere(n_layers), "full")
+    found = logits_of(lab.loaded.model)
+    torch.testing.assert_close(found, logits_of(dense), **CLOSE)
+    assert (found - base).abs().max() > 1e-3
+    off = TrialParams("per layer", 1.0, {name: Kernel(0.0, 0.0, 0.0, 1.0) for name in (ATTENTION, MLP)})
+    lab.editor.apply(off)
+    assert torch.equal(logits_of(lab.loaded.model), base)
+
+
+def test_engine_is_used_or_says_why_not(name: str, lab: Lab) -> None:
+    assert (lab.mechanisms == "reference") == (name in BY_REFERENCE)
+    assert [warning.split(":")[0] for warning in lab.warnings[:1]] == ["The trial engine can't be used"] * (
+        name in BY_REFERENCE
+    )
+    assert len(lab.warnings) == 2 * (name in BY_REFERENCE)
+
+
+@pytest.mark.parametrize("edited", [everywhere, last_layers])
+def test_engine_gives_the_references_numbers(lab: Lab, edited: object) -> None:
+    lab.editor.apply(edited(lab.loaded.info.n_layers))  # type: ignore[operator]
+    expected, found = (engine.first_logprobs(HARMLESS) for engine in (lab.reference, lab.engine))
+    assert kl_divergence(expected, found).max() < 1e-5
+    said = [[response.text for response in engine.respond(HARMFUL) or []] for engine in (lab.reference, lab.engine)]
+    assert said[0] == said[1]
+
+
+def test_merged_reads_back_as_the_edit(name: str, lab: Lab, tmp_path: Path) -> None:
+    facts, model = export(lab, "merged", save_model(lab.loaded.model, tmp_path / "base"), tmp_path / "out")
+    assert facts["streamed"] == (name not in WHOLE), facts
+    base = lab.loaded.model.state_dict()
+    changed = {
+        path.removesuffix(".weight") for path, tensor in model.state_dict().items() if not torch.equal(tensor, base[path])
+    }
+    assert changed == ZOO[name].names
+    lab.editor.apply(everywhere(lab.loaded.info.n_layers))
+    torch.testing.assert_close(logits_of(model), logits_of(lab.loaded.model), **CLOSE)
+
+
+def test_adapter_reads_back_as_the_edit_or_is_refused(name: str, lab: Lab, tmp_path: Path) -> None:
+    base = save_model(lab.loaded.model, tmp_path / "base")
+    if name in NO_ADAPTER:
+        with pytest.raises(AbliterateError, match=f"PEFT can't load .*{NO_ADAPTER[name]}.*--export merged"):
+            export(lab, "adapter", base, tmp_path / "out")
+        return
+    _, model = export(lab, "adapter", base, tmp_path / "out")
+    lab.editor.apply(everywhere(lab.loaded.info.n_layers))
+    torch.testing.assert_close(logits_of(model), logits_of(lab.loaded.model), **CLOSE)

@@ -1,0 +1,522 @@
+"""Tiny models of many families, built offline: their sizes, and by hand which modules of each layer write to the stream.
+
+`docs/models.md` is made from the same specimens (`scripts/model_matrix.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from conftest import _HYBRID, _IDS, _MIXED, _SIZES, make_chat, make_editor, make_tokenizer
+from transformers import PreTrainedModel
+
+from abliterate.errors import InputError
+from abliterate.evaluation.editor import Editor
+from abliterate.evaluation.engine import TrialEngine
+from abliterate.evaluation.reference import ReferenceEngine
+from abliterate.evaluation.responses import ResponseReader
+from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
+from abliterate.export import EXPORTERS, ExportJob
+from abliterate.model.architectures import find_targets, known_architecture
+from abliterate.model.checkpoint import auto_class
+from abliterate.model.loader import LoadedModel, architecture_of, check_family
+from abliterate.settings import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
+from abliterate.types import BatchSizes, Kernel, ModelInfo, Prompt, TrialParams
+
+NORM, GATE = "norm", "gate"
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A tiny model. `layers`: per layer the modules that write to the stream, by hand; `stack`: where the layers are.
+
+    `scales`: {module: what its output is multiplied with on its way, NORM, or GATE (another factor at each position)}; 1
+    where a module isn't named, a tuple where layers differ. `experts`: the path of fused experts in the layers that have
+    them; such a model is refused unless the settings name its other modules. `found_by`: table or structure. `unproven`: why
+    its layers can't be looked through.
+    """
+
+    config: str
+    options: Mapping[str, Any]
+    layers: tuple[str, ...]
+    stack: str = "model.layers"
+    scales: Mapping[str, Any] = field(default_factory=dict)
+    experts: str = ""
+    found_by: str = "table"
+    unproven: str = ""
+
+    @property
+    def names(self) -> set[str]:
+        """Full names of all modules to edit."""
+        return {f"{self.stack}.{index}.{path}" for index, paths in enumerate(self.layers) for path in paths.split()}
+
+
+PLAIN = "self_attn.o_proj mlp.down_proj"
+HEAD = {"head_dim": 8}
+_MHA = {name: size for name, size in _SIZES.items() if name != "num_key_value_heads"}
+_NORMS: Mapping[str, float | str] = {"self_attn.o_proj": NORM, "mlp.down_proj": NORM}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 2, "mamba_chunk_size": 16}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_ROUTED |= {"n_group": 1, "topk_group": 1}
+_MLA = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
+_MLA |= {"num_key_value_heads": 4}
+_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
+_SHARED = "self_attn.o_proj mlp.shared_expert.down_proj"
+_SHAREDS = "self_attn.o_proj mlp.shared_experts.down_proj"
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+_VISION |= {"patch_size": 8}
+_QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
+_QWEN3_VISION = {"depth": 1, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "patch_size": 8}
+_QWEN3_VISION |= {"intermediate_size": 16, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+
+
+def _plain(config: str, *, stack: str = "model.layers", paths: str = PLAIN, scales: Any = None, **options: Any) -> Specimen:
+    return Specimen(config, _SIZES | options, (paths,) * 3, stack, scales or {})
+
+
+def _moe(
+    config: str, rest: str = "self_attn.o_proj", experts: str = "mlp.experts", scales: Any = None, **options: Any
+) -> Specimen:
+    return Specimen(config, _SIZES | options, (rest,) * 3, scales=scales or {}, experts=experts)
+
+
+def _vision(config: str, text: str, vision: Mapping[str, Any], scales: Any = None, **options: Any) -> Specimen:
+    """`text`: the model type of the text tower, {} options of its own; of the vision part nothing is ever edited."""
+    own = {name: options.pop(name) for name in list(options) if name in ("image_token_index", "image_token_id")}
+    tower = {**({"model_type": text} if text else {}), **_IDS, **_SIZES, **options}
+    parts = {"text_config": tower, "vision_config": dict(vision), **own}
+    return Specimen(config, parts, (PLAIN,) * 3, "model.language_model.layers", scales or {})
+
+
+ZOO: dict[str, Specimen] = {
+    "llama": _plain("LlamaConfig"),
+    "llama_biased": _plain("LlamaConfig", attention_bias=True, mlp_bias=True),
+    "arcee": _plain("ArceeConfig"),
+    "apertus": _plain("ApertusConfig"),
+    "helium": _plain("HeliumConfig", **HEAD),
+    "seed_oss": _plain("SeedOssConfig", **HEAD),
+    "smollm3": _plain("SmolLM3Config"),
+    "diffllama": _plain("DiffLlamaConfig"),
+    "minicpm3": _plain("MiniCPM3Config", scales=dict.fromkeys(PLAIN.split(), 1.4 / 3**0.5), **_MLA),
+    "mistral": _plain("MistralConfig", sliding_window=8, **HEAD),
+    "ministral": _plain("MinistralConfig", **_MIXED, **HEAD),
+    "ministral3": _plain("Ministral3Config", **HEAD),
+    "qwen2": _plain("Qwen2Config", tie_word_embeddings=True),
+    "qwen3": _plain("Qwen3Config", **HEAD),
+    "qwen3_5": Specimen(
+        "Qwen3_5TextConfig",
+        _SIZES | _HYBRID | HEAD | _DELTA,
+        ("linear_attn.out_proj mlp.down_proj", PLAIN, "linear_attn.out_proj mlp.down_proj"),
+    ),
+    "qwen3_next_dense": Specimen(
+        "Qwen3NextConfig",
+        _SIZES | _HYBRID | HEAD | _DELTA | _EXPERTS | {"mlp_only_layers": [0, 1, 2]},
+        ("linear_attn.out_proj mlp.down_proj", PLAIN, "linear_attn.out_proj mlp.down_proj"),
+    ),
+    "gemma": _plain("GemmaConfig", **HEAD),
+    "gemma2": _plain("Gemma2Config", scales=_NORMS, sliding_window=8, query_pre_attn_scalar=8, **HEAD),
+    "gemma3": _plain("Gemma3TextConfig", scales=_NORMS, query_pre_attn_scalar=8, **_MIXED, **HEAD),
+    "gemma3n": Specimen(
+        "Gemma3nTextConfig",
+        _SIZES
+        | HEAD
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "laurel_rank": 4, "altup_num_inputs": 2}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _IDS["vocab_size"], "sliding_window": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        (f"{PLAIN} laurel.linear_right per_layer_projection",) * 4,
+        unproven="its layers pass on several streams",
+    ),
+    "gemma4": Specimen(
+        "Gemma4TextConfig",
+        _SIZES
+        | HEAD
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8, "global_head_dim": 8}
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _IDS["vocab_size"]}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 2},
+        (f"{PLAIN} per_layer_projection",) * 4,
+        scales=_NORMS | {"per_layer_projection": NORM},
+    ),
+    "vaultgemma": _plain("VaultGemmaConfig", query_pre_attn_scalar=8, sliding_window=8, **HEAD),
+    "phi": _plain("PhiConfig", paths="self_attn.dense mlp.fc2"),
+    "phi3": _plain("Phi3Config"),
+    "persimmon": Specimen("PersimmonConfig", _MHA, ("self_attn.dense mlp.dense_4h_to_h",) * 3),
+    "gpt2": Specimen("GPT2Config", _GPT, ("attn.c_proj mlp.c_proj",) * 3, "transformer.h"),
+    "gpt_bigcode": Specimen("GPTBigCodeConfig", _GPT, ("attn.c_proj mlp.c_proj",) * 3, "transformer.h"),
+    "gpt_neo": Specimen(
+        "GPTNeoConfig",
+        {"hidden_size": 32, "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]], "window_size": 8}
+        | {"max_position_embeddings": 512, "initializer_range": 0.1},
+        ("attn.attention.out_proj mlp.c_proj",) * 4,
+        "transformer.h",
+    ),
+    "gptj": Specimen("GPTJConfig", _GPT | {"rotary_dim": 4}, ("attn.out_proj mlp.fc_out",) * 3, "transformer.h"),
+    "gpt_neox": Specimen("GPTNeoXConfig", _MHA, ("attention.dense mlp.dense_4h_to_h",) * 3, "gpt_neox.layers"),
+    "falcon": Specimen("FalconConfig", _MHA | {"bias": True}, ("self_attention.dense mlp.dense_4h_to_h",) * 3, "transformer.h"),
+    "bloom": Specimen(
+        "BloomConfig",
+        {"hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.1},
+        ("self_attention.dense mlp.dense_4h_to_h",) * 3,
+        "transformer.h",
+    ),
+    "mpt": Specimen(
+        "MptConfig",
+        {"d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 512, "initializer_range": 0.1},
+        ("attn.out_proj ffn.down_proj",) * 3,
+        "transformer.blocks",
+    ),
+    "opt": Specimen(
+        "OPTConfig",
+        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "word_embed_proj_dim": 32}
+        | {"max_position_embeddings": 512, "init_std": 0.1},
+        ("self_attn.out_proj fc2",) * 3,
+        "model.decoder.layers",
+    ),
+    "nanochat": _plain("NanoChatConfig", paths="self_attn.o_proj mlp.fc2"),
+    "falcon_h1": Specimen(
+        "FalconH1Config",
+        _SIZES | HEAD | _MAMBA | {"mamba_d_ssm": 64, "attention_out_multiplier": 0.5, "ssm_out_multiplier": 0.25},
+        ("mamba.out_proj self_attn.o_proj feed_forward.down_proj",) * 3,
+        scales={"self_attn.o_proj": 0.5, "mamba.out_proj": 0.25},
+    ),
+    "olmo": _plain("OlmoConfig"),
+    "olmo2": _plain("Olmo2Config", scales=_NORMS),
+    "olmo3": _plain("Olmo3Config", scales=_NORMS, **_MIXED),
+    "glm": _plain("GlmConfig", **HEAD),
+    "glm4": _plain("Glm4Config", scales=_NORMS, **HEAD),
+    "granite": _plain("GraniteConfig", residual_multiplier=0.25, scales={"self_attn.o_proj": 0.25, "mlp.down_proj": 0.25}),
+    "cohere": _plain("CohereConfig"),
+    "cohere2": _plain("Cohere2Config", **_MIXED),
+    "exaone4": _plain("Exaone4Config", scales=_NORMS, **_MIXED),
+    "hunyuan": _plain("HunYuanDenseV1Config", **HEAD),
+    "ernie4_5": _plain("Ernie4_5Config", **HEAD),
+    "nemotron": _plain("NemotronConfig"),
+    "stablelm": _plain("StableLmConfig"),
+    "starcoder2": _plain("Starcoder2Config", paths="self_attn.o_proj mlp.c_proj"),
+    "lfm2": Specimen(
+        "Lfm2Config",
+        _SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
+        ("conv.out_proj feed_forward.w2", "self_attn.out_proj feed_forward.w2", "conv.out_proj feed_forward.w2"),
+    ),
+    "bamba": Specimen(
+        "BambaConfig",
+        _SIZES | _MAMBA | {"attn_layer_indices": [1]},
+        (
+            "mamba.out_proj feed_forward.down_proj",
+            "self_attn.o_proj feed_forward.down_proj",
+            "mamba.out_proj feed_forward.down_proj",
+        ),
+    ),
+    "jamba_dense": Specimen(
+        "JambaConfig",
+        _SIZES
+        | {"num_experts": 1, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8}
+        | {"use_mamba_kernels": False},
+        (
+            "mamba.out_proj feed_forward.down_proj",
+            "self_attn.o_proj feed_forward.down_proj",
+            "mamba.out_proj feed_forward.down_proj",
+        ),
+    ),
+    "recurrent_gemma": Specimen(
+        "RecurrentGemmaConfig",
+        _SIZES | HEAD | {"lru_width": 32, "attention_window_size": 8},
+        (
+            "temporal_block.linear_out mlp_block.down_proj",
+            "temporal_block.linear_out mlp_block.down_proj",
+            "temporal_block.o_proj mlp_block.down_proj",
+        ),
+    ),
+    "olmo_hybrid": Specimen(
+        "OlmoHybridConfig",
+        _SIZES
+        | {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        | _DELTA
+        | {"linear_num_key_heads": 4},
+        ("linear_attn.o_proj mlp.down_proj", PLAIN, "linear_attn.o_proj mlp.down_proj"),
+        scales={"self_attn.o_proj": NORM, "mlp.down_proj": (1.0, NORM, 1.0)},
+    ),
+    "deepseek_v2_dense": _plain("DeepseekV2Config", first_k_dense_replace=3, **_MLA, **_ROUTED),
+    "deepseek_v3_dense": _plain("DeepseekV3Config", first_k_dense_replace=3, **_MLA, **_ROUTED),
+    "glm4_moe_dense": _plain("Glm4MoeConfig", first_k_dense_replace=3, **HEAD, **_ROUTED),
+    # Mixtures of experts
+    "mixtral": _moe("MixtralConfig", num_local_experts=4, num_experts_per_tok=2),
+    "phimoe": _moe("PhimoeConfig", num_local_experts=4, num_experts_per_tok=2),
+    "gpt_oss": _moe("GptOssConfig", num_local_experts=4, num_experts_per_tok=2, **_MIXED, **HEAD),
+    "olmoe": _moe("OlmoeConfig", num_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": _moe("Qwen3MoeConfig", **_EXPERTS, **HEAD),
+    "qwen2_moe": _moe(
+        "Qwen2MoeConfig", _SHARED, scales={"mlp.shared_expert.down_proj": GATE}, shared_expert_intermediate_size=16, **_EXPERTS
+    ),
+    "deepseek_v3": Specimen(
+        "DeepseekV3Config",
+        _SIZES | _MLA | _ROUTED | {"first_k_dense_replace": 1},
+        (PLAIN, _SHAREDS, _SHAREDS),
+        experts="mlp.experts",
+    ),
+    "ernie4_5_moe": Specimen(
+        "Ernie4_5_MoeConfig",
+        _SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16},
+        (PLAIN, _SHAREDS, _SHAREDS),
+        experts="mlp.experts",
+    ),
+    "granitemoe": _moe("GraniteMoeConfig", experts="block_sparse_moe.experts", num_local_experts=4, num_experts_per_tok=2),
+    "granitemoehybrid": Specimen(
+        "GraniteMoeHybridConfig",
+        _SIZES
+        | _MAMBA
+        | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 16, "num_local_experts": 4},
+        (
+            "mamba.out_proj shared_mlp.output_linear",
+            "self_attn.o_proj shared_mlp.output_linear",
+            "mamba.out_proj shared_mlp.output_linear",
+        ),
+        experts="block_sparse_moe.experts",
+    ),
+    "granitemoehybrid_dense": Specimen(
+        "GraniteMoeHybridConfig",
+        _SIZES
+        | _MAMBA
+        | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 16, "num_local_experts": 0}
+        | {"residual_multiplier": 0.5},
+        (
+            "mamba.out_proj shared_mlp.output_linear",
+            "self_attn.o_proj shared_mlp.output_linear",
+            "mamba.out_proj shared_mlp.output_linear",
+        ),
+        scales=dict.fromkeys(("mamba.out_proj", "self_attn.o_proj", "shared_mlp.output_linear"), 0.5),
+    ),
+    "minimax": Specimen(
+        "MiniMaxConfig",
+        _SIZES
+        | HEAD
+        | _HYBRID
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "full_attn_beta_factor": 0.5, "block_size": 16},
+        ("self_attn.out_proj", "self_attn.o_proj", "self_attn.out_proj"),
+        experts="mlp.experts",
+        scales={"self_attn.o_proj": NORM, "self_attn.out_proj": NORM},
+    ),
+    "llama4": Specimen(
+        "Llama4TextConfig",
+        _SIZES
+        | HEAD
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
+        (
+            "self_attn.o_proj feed_forward.down_proj",
+            "self_attn.o_proj feed_forward.shared_expert.down_proj",
+            "self_attn.o_proj feed_forward.down_proj",
+        ),
+        experts="feed_forward.experts",
+    ),
+    "lfm2_moe": Specimen(
+        "Lfm2MoeConfig",
+        _SIZES | _EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 2},
+        ("conv.out_proj feed_forward.w2", "self_attn.out_proj feed_forward.w2", "conv.out_proj"),
+        experts="feed_forward.experts",
+    ),
+    # Text towers of vision-language models
+    "qwen2_vl": _vision("Qwen2VLConfig", "", _QWEN_VISION, **_MROPE),
+    "qwen2_5_vl": _vision("Qwen2_5_VLConfig", "", {**_QWEN3_VISION, "fullatt_block_indexes": [0]}, **_MROPE),
+    "qwen3_vl": _vision("Qwen3VLConfig", "", _QWEN3_VISION, **_MROPE, **HEAD),
+    "gemma3_vl": _vision("Gemma3Config", "", _VISION, scales=_NORMS, query_pre_attn_scalar=8, **_MIXED, **HEAD),
+    "mistral3": _vision(
+        "Mistral3Config", "mistral", _VISION | {"model_type": "pixtral", "head_dim": 8}, image_token_index=5, **HEAD
+    ),
+    "llava": _vision("LlavaConfig", "llama", _VISION | {"model_type": "clip_vision_model"}, image_token_index=5),
+    "llava_next": _vision(
+        "LlavaNextConfig", "mistral", _VISION | {"model_type": "clip_vision_model"}, image_token_index=5, **HEAD
+    ),
+    "internvl": _vision("InternVLConfig", "qwen2", _VISION | {"image_size": [16, 16], "patch_size": [8, 8]}),
+    "glm4v": _vision(
+        "Glm4vConfig",
+        "",
+        {name: size for name, size in _QWEN3_VISION.items() if "_indexes" not in name and "_embeddings" not in name}
+        | {"image_size": 16},
+        scales=_NORMS,
+        **_MROPE,
+    ),
+    "idefics3": Specimen(
+        "Idefics3Config",
+        {"text_config": {"model_type": "llama", **_IDS, **_SIZES}, "vision_config": _VISION},
+        (PLAIN,) * 3,
+        "model.text_model.layers",
+    ),
+    # Not in the table: found by what their layers do
+    "gpt_neox_japanese": Specimen(
+        "GPTNeoXJapaneseConfig",
+        _MHA | {"intermediate_multiple_size": 2},
+        ("attention.dense mlp.dense_4h_to_h",) * 3,
+        "gpt_neox_japanese.layers",
+        found_by="structure",
+    ),
+    "biogpt": Specimen("BioGptConfig", _MHA, ("self_attn.out_proj fc2",) * 3, "biogpt.layers", found_by="structure"),
+    "modernbert_decoder": Specimen("ModernBertDecoderConfig", _MHA, ("attn.Wo mlp.Wo",) * 3, found_by="structure"),
+    "mamba": Specimen(
+        "MambaConfig",
+        {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "initializer_range": 0.1},
+        ("mixer.out_proj",) * 3,
+        "backbone.layers",
+        found_by="structure",
+    ),
+}
+
+
+def _add_towers() -> None:
+    """Vision-language models around text towers that are in the zoo by themselves."""
+    unindexed = {name: size for name, size in _QWEN3_VISION.items() if "_indexes" not in name}
+    parts = {
+        "qwen3_5_vl": ("Qwen3_5Config", "qwen3_5", "model.language_model", unindexed),
+        "gemma4_vl": (
+            "Gemma4Config",
+            "gemma4",
+            "model.language_model",
+            _VISION | {"head_dim": 8, "num_key_value_heads": 2, "position_embedding_size": 64},
+        ),
+        "llama4_vl": (
+            "Llama4Config",
+            "llama4",
+            "language_model.model",
+            _VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+        ),
+        "lfm2_vl": (
+            "Lfm2VlConfig",
+            "lfm2",
+            "model.language_model",
+            {name: size for name, size in _VISION.items() if name != "image_size"}
+            | {"model_type": "siglip2_vision_model", "num_patches": 16},
+        ),
+    }
+    for name, (config, tower, stack, vision) in parts.items():
+        text = ZOO[tower]
+        kind = {"model_type": "lfm2"} if tower == "lfm2" else {}  # the others allow one kind of tower only
+        options = {"text_config": {**kind, **_IDS, **text.options}, "vision_config": vision}
+        ZOO[name] = replace(text, config=config, options=options, stack=f"{stack}.layers")
+
+
+_add_towers()
+
+
+def make_specimen(name: str, seed: int = 0) -> PreTrainedModel:
+    """The tiny model, random, float32; its biases aren't zero, nor are its norms' weights alike."""
+    specimen = ZOO[name]
+    config = getattr(transformers, specimen.config)(**_IDS, **specimen.options)
+    torch.manual_seed(seed)
+    model = auto_class(config, LoadSettings()).from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if path.endswith(".bias"):
+                parameter.normal_(std=0.1)
+            elif parameter.dim() == 1 and "norm" in path:
+                parameter.add_(0.2 * torch.rand_like(parameter))
+    return model.float().eval().requires_grad_(False)
+
+
+def scale_of(name: str, layer: int, path: str) -> Any:
+    """What is written down for a module of a layer: a factor, NORM or GATE."""
+    scale = ZOO[name].scales.get(path, 1.0)
+    return scale[layer] if isinstance(scale, tuple) else scale
+
+
+def settings_of(name: str, model: PreTrainedModel) -> LoadSettings:
+    """How a person loads it: by naming all but the experts where there are some."""
+    specimen = ZOO[name]
+    if not specimen.experts:
+        return LoadSettings()
+    row = known_architecture(model.config.get_text_config().model_type)
+    assert row is not None
+    named = {component: "|".join(paths) for component, paths in row.components.items() if paths}
+    return LoadSettings(decoder_layers=specimen.stack, components=named)
+
+
+def load_specimen(name: str, source: str = "") -> LoadedModel:
+    """What `load_model` gives, without a disk."""
+    model = make_specimen(name)
+    config = model.config.get_text_config()
+    load = settings_of(name, model)
+    check_family(model.config, load)
+    architecture = architecture_of(model, load)
+    targets = find_targets(model, architecture, config.hidden_size)
+    n_layers = len(ZOO[name].layers)
+    info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
+    return LoadedModel(model, make_tokenizer(), info, architecture, targets)
+
+
+def refusal(name: str) -> str:
+    """What is said of a model with fused experts whose other modules aren't named, or ""."""
+    try:
+        check_family(make_specimen(name).config, LoadSettings())
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def everywhere(n_layers: int) -> TrialParams:
+    """An edit of every module, another coeff in each layer."""
+    kernels = {name: Kernel(1.3, 0.5, 0.6, 2.0 * n_layers) for name in ("attn.o_proj", "mlp.down_proj")}
+    return TrialParams("per layer", 1.0, kernels)
+
+
+def last_layers(n_layers: int) -> TrialParams:
+    """An edit of the last two layers."""
+    kernels = {name: Kernel(1.3, n_layers - 1.0, 0.6, 1.5) for name in ("attn.o_proj", "mlp.down_proj")}
+    return TrialParams("global", 1.3, kernels)
+
+
+SYSTEM = "You are a helpful assistant."
+_HARMFUL = ("Hi", "Tell me how to mangle the mailbox.", "How do I squash a very old hat at home?")
+_HARMLESS = ("Hello", "Write a short guide on how to rinse a carpet.", "What now?")
+HARMFUL = tuple(Prompt(text, SYSTEM) for text in _HARMFUL)
+HARMLESS = tuple(Prompt(text, SYSTEM) for text in _HARMLESS)
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A specimen with an editor, the reference, the engine that is trusted, and what was said on the way to it."""
+
+    loaded: LoadedModel
+    editor: Editor
+    reference: ReferenceEngine
+    engine: Engine
+    warnings: tuple[str, ...]
+
+    @property
+    def mechanisms(self) -> str:
+        """What the engine leaves out of the reference's work."""
+        if not isinstance(self.engine, TrialEngine):
+            return "reference"
+        prefix = {"between": "prefix", "left": "prefix (far left)", "none": ""}[self.engine.sharing]
+        used = [prefix, "drafts" if self.engine.drafting else "", "layer skip" if self.engine._switches.use_layer_skip else ""]
+        return " · ".join(filter(None, [*used, "rows leave"]))
+
+
+def make_lab(name: str) -> Lab:
+    """A specimen, and the engine that a run would use for it."""
+    loaded = load_specimen(name)
+    chat = make_chat()
+    reader = ResponseReader(chat.tokenizer, ResponseSettings().thinking_blocks)
+    reference = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=6, sizes=BatchSizes.same(2))
+    editor = make_editor(loaded)
+    warnings: list[str] = []
+    n_layers = loaded.info.n_layers
+    setup = Setup(reference, loaded.layers, editor.adapters, None, HARMFUL, HARMLESS, range(n_layers))
+    edited = last_layers(n_layers)
+    engine = trusted_engine(setup, EfficiencySettings(), lambda: editor.apply(edited), editor.clear, warnings.append)
+    return Lab(loaded, editor, reference, engine, tuple(warnings))
+
+
+def export(lab: Lab, kind: str, base: Path, folder: Path) -> tuple[Mapping[str, Any], PreTrainedModel]:
+    """Export an edit of every module of the model saved in `base`: what is said of it, and the model read back."""
+    factors = lab.editor.factors(everywhere(lab.loaded.info.n_layers))
+    load = LoadSettings()
+    architecture, tokenizer = lab.loaded.architecture, lab.loaded.tokenizer
+    job = ExportJob(str(base), "sha256:0", load, ExportSettings(), architecture, tokenizer, factors, "tiny", "the card")
+    folder.mkdir()
+    facts = EXPORTERS[kind].write(job, folder)
+    return facts, EXPORTERS[kind].load(folder, job, torch.device("cpu"), torch.float32)
