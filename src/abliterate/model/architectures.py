@@ -29,7 +29,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Target:
-    """One module to edit: W (d_model, d_in), or its transpose in a Conv1D."""
+    """One module to edit: W (d_model, d_in), or its transpose in a Conv1D; fused experts are a stack of E matrices."""
 
     name: str
     layer: int
@@ -38,6 +38,8 @@ class Target:
 
 
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
+# Fused experts are one module; some layers are dense, and some have experts that every token visits beside the routed ones.
+_MOE = ("mlp.down_proj", "mlp.experts", "mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj")
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("llama", ("llama", "smollm3", "ministral"), "model.layers", _STANDARD),
@@ -59,6 +61,30 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("gpt2", ("gpt2",), "transformer.h", {ATTENTION: ("attn.c_proj",), MLP: ("mlp.c_proj",)}),
     Architecture("gpt_neox", ("gpt_neox",), "gpt_neox.layers", {ATTENTION: ("attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
     Architecture("falcon", ("falcon",), "transformer.h", {ATTENTION: ("self_attention.dense",), MLP: ("mlp.dense_4h_to_h",)}),
+    Architecture(
+        "moe",
+        ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe"),
+        "model.layers",
+        {ATTENTION: ("self_attn.o_proj",), MLP: _MOE},
+    ),
+    Architecture(
+        "qwen3_next",
+        ("qwen3_next",),
+        "model.layers",
+        {ATTENTION: ("self_attn.o_proj", "linear_attn.out_proj"), MLP: _MOE},
+    ),
+    Architecture(
+        "granitemoe",
+        ("granitemoe",),
+        "model.layers",
+        {ATTENTION: ("self_attn.o_proj",), MLP: ("block_sparse_moe.experts",)},
+    ),
+    Architecture(
+        "lfm2_moe",
+        ("lfm2_moe",),
+        "model.layers",
+        {ATTENTION: ("self_attn.out_proj", "conv.out_proj"), MLP: ("feed_forward.w2", "feed_forward.experts")},
+    ),
 )
 _BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
 
