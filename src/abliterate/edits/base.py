@@ -44,7 +44,9 @@ class Factors:
         return delta
 
     def parts(self) -> list[Factors]:
-        """The factors of each matrix of a stack."""
+        """The factors of each matrix of a stack; of a single matrix, its own."""
+        if self.a.ndim == 2:
+            return [self]
         scales = [None] * len(self.a) if self.row_scale is None else list(self.row_scale)
         return [Factors(*one) for one in zip(scales, self.a, self.b, strict=True)]
 

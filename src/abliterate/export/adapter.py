@@ -37,6 +37,11 @@ class Adapter:
         """See `Exporter.write`."""
         if not job.factors:
             raise AbliterateError("The trial edits no module, so there is no adapter to write; export another trial.")
+        stack = next((name for name, factors in job.factors.items() if factors.a.ndim == 3), "")
+        if stack:
+            raise AbliterateError(
+                f"The trial edits the fused experts in {stack}, which PEFT can't express; export it as --export merged."
+            )
         dora = any(factors.row_scale is not None for factors in job.factors.values())
         rank = max(factors.a.shape[0] for factors in job.factors.values())
         if dora and rank > 1:

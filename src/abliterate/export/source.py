@@ -6,36 +6,29 @@ Knows no edits and no trials.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from abliterate.export.shards import (
-    INDEX,
-    SINGLE,
-    Stored,
-    Unfit,
-    check_editable,
-    read_header,
-    read_matrix,
-    shard_files,
-    shards_of,
-)
+from abliterate.export.places import Place, find_places, parameter_name
+from abliterate.export.shards import INDEX, SINGLE, Unfit, read_matrix, shard_files, shards_of
 from abliterate.model.architectures import Architecture, Target, find_targets
 from abliterate.model.checkpoint import empty_model, load_error, load_weights
+from abliterate.model.experts import is_stack
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
-from abliterate.model.weights import dense_weight
+from abliterate.model.weights import dense_weight, stored_weight
 from abliterate.settings import LoadSettings
 
 
 class Matrices:
     """W (d_out, d_in) of each target of `source`, in its stored dtype: never quantized, and read anew each time.
+
+    Fused experts have several, whichever way the files hold them.
 
     They are read from the weight files, so that one is in memory at a time; where `reason` says that the files can't be
     read so, the model is loaded as a whole on the CPU and stays while this object does.
@@ -53,43 +46,46 @@ class Matrices:
         self.reason = ""
         model = empty_model(self.config, load)
         self.targets = targets_by_name(model, architecture)
-        self._places: Mapping[str, tuple[Path, Stored]] = {}
+        self.places: Mapping[str, tuple[Place, ...]] = {}
         try:
             self.files = shard_files(checkpoint_folder(source, load))
-            self._places = self._find()
+            self.places = find_places(self.files, model, self.targets.values(), self.dtype)
         except Unfit as reason:
             self.files, self.reason = [], str(reason)
             self.whole = load_weights(source, load, self.config, self.dtype, None)
             self.targets = targets_by_name(self.whole, architecture)
 
-    def _find(self) -> dict[str, tuple[Path, Stored]]:
-        names = {f"{name}.weight": name for name in self.targets}
-        check_editable(self.files, names, self.dtype)
-        found = {}
-        for path in self.files:
-            for tensor, stored in read_header(path).items():
-                if tensor in names:
-                    shape = tuple(self.targets[names[tensor]].module.weight.shape)  # type: ignore[union-attr,arg-type]
-                    if stored.shape != shape:
-                        raise Unfit(f"{tensor} has the shape {stored.shape}, not {shape}")
-                    found[names[tensor]] = (path, stored)
-        return found
-
     def of(self, target: Target) -> Tensor:
-        """W of one target, on the CPU."""
+        """W of one target, on the CPU; of fused experts all of them, (E, d_out, d_in)."""
         if self.whole is not None:
             return dense_weight(self.targets[target.name].module)
-        stored = read_matrix(*self._places[target.name])
-        return stored.T if self.transposed(target.name) else stored
+        matrices = [self.matrix(target, index) for index in range(self.count(target))]
+        return torch.stack(matrices) if is_stack(target.module) else matrices[0]
+
+    def count(self, target: Target) -> int:
+        """How many matrices a target has."""
+        module = self.targets[target.name].module
+        return len(stored_weight(module)) if is_stack(module) else 1
+
+    def matrix(self, target: Target, index: int) -> Tensor:
+        """One matrix (d_out, d_in) of a target."""
+        if self.whole is not None:
+            weight = self.of(target)
+            return weight[index] if weight.ndim == 3 else weight
+        place = self.places[target.name][index]
+        stored = read_matrix(place.path, place.stored)
+        return stored.T if place.transposed else stored
+
+    def tensors(self, names: Iterable[str]) -> set[str]:
+        """What the files call these targets' tensors, or the model where it is loaded as a whole."""
+        if self.whole is not None:
+            return {parameter_name(self.targets[name]) for name in names}
+        return {place.tensor for name in names for place in self.places[name]}
 
     def release(self) -> None:
         """Give back what is in memory; nothing can be read after that."""
-        self.whole, self.targets, self._places = None, {}, {}
+        self.whole, self.targets, self.places = None, {}, {}
         gc.collect()
-
-    def transposed(self, name: str) -> bool:
-        """Whether a target is stored as (d_in, d_out)."""
-        return isinstance(self.targets[name].module, Conv1D)
 
 
 def stored_dtype(config: object) -> torch.dtype:
