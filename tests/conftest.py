@@ -82,16 +82,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 # Families that are not in the table yet: the same, and the components that the settings name.
 NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "gpt_oss": (
-        "GptOssConfig",
-        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"attn.o_proj": "self_attn.o_proj"},
-    ),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        _SIZES | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        {"attn.o_proj": "self_attn.o_proj"},
-    ),
     "qwen3_5": (
         "Qwen3_5TextConfig",
         _SIZES
@@ -111,8 +101,12 @@ _DEEPSEEK = _ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_gro
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 # Families with fused experts: the same as in FAMILIES.
 EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen3_moe": (*NAMED["qwen3_moe"][:2], "model.norm"),
-    "gpt_oss": (*NAMED["gpt_oss"][:2], "model.norm"),
+    "qwen3_moe": ("Qwen3MoeConfig", _ROUTED | {"head_dim": 8, "num_experts": 4}, "model.norm"),
+    "gpt_oss": (
+        "GptOssConfig",
+        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "model.norm",
+    ),
     "mixtral": ("MixtralConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
     "qwen2_moe": ("Qwen2MoeConfig", _ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 24}, "model.norm"),
     "olmoe": ("OlmoeConfig", _SIZES | {"num_experts": 4, "num_experts_per_tok": 2}, "model.norm"),

@@ -19,13 +19,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from abliterate.edits import Factors
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS
 from abliterate.export.places import find_places
 from abliterate.export.shards import SINGLE, Unfit, shard_files
 from abliterate.export.source import Matrices
 from abliterate.export.verify import Probe, _largest_error, module_outputs, probe_inputs, storage_rounding
+from abliterate.model.loader import load_config, load_weights
 from abliterate.model.weights import dense_weight
+from abliterate.settings import LoadSettings
 
 STACK = "model.layers.1.mlp.experts"
 
@@ -209,3 +211,14 @@ def test_what_transformers_computes_is_not_streamed(monkeypatch: pytest.MonkeyPa
     model = make_model("gpt_oss")
     with pytest.raises(Unfit, match=r"transformers converts model\.layers\.0\.mlp\.experts\.down_proj"):
         find_places(shard_files(path), model, make_loaded(model).targets, torch.float32)
+
+
+def test_experts_that_do_not_fit_together_are_a_sentence(tmp_path: Path) -> None:
+    path = make_case(make_model("qwen3_moe"), tmp_path).job.source
+    tensors = load_file(Path(path) / SINGLE)
+    name = "model.layers.1.mlp.experts.2.down_proj.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name]])
+    save_file(tensors, Path(path) / SINGLE, {"format": "pt"})
+    config = load_config(path, LoadSettings())
+    with pytest.raises(InputError, match=r"such as experts, don't fit together; download it again"):
+        load_weights(path, LoadSettings(), config, torch.float32, None)
