@@ -114,6 +114,13 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK | _LATENT | {"num_key_value_heads": 4}, "model.norm"),
     "glm4_moe": ("Glm4MoeConfig", _DEEPSEEK | {"head_dim": 8}, "model.norm"),
     "granitemoe": ("GraniteMoeConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
+    "llama4": (
+        "Llama4TextConfig",
+        _SIZES
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
+        | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        "model.norm",
+    ),
     "lfm2_moe": (
         "Lfm2MoeConfig",
         _ROUTED | {"num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},

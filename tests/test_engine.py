@@ -55,7 +55,7 @@ HARMLESS = tuple(
 )
 TOKENS = 10
 # Fused experts, some beside dense layers, attention by latents, or convolutions.
-ROUTED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "lfm2_moe")
+ROUTED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "lfm2_moe", "llama4")
 ALL = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "falcon", "gpt2", "gpt_neox", *NAMED, *ROUTED)
 SWITCHES = (
     "use_shared_prefix",

@@ -16,8 +16,8 @@ from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.residuals import prefill_kwargs
 
 ROWS, PROMPT, RESPONSE = 8, 60, 20
-# Attention by latents is not counted yet (half of what it takes); experts beside convolutions are, four times over.
-OFF = ("deepseek_v2", "deepseek_v3", "lfm2_moe")
+# Not counted yet (half of what they take): attention by latents, experts that all see all tokens. Four times over: convolutions.
+OFF = ("deepseek_v2", "deepseek_v3", "llama4", "lfm2_moe")
 
 
 class LiveBytes(TorchDispatchMode):

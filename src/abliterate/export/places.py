@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from abliterate.export.shards import Stored, Unfit, check_dtype, check_editable, read_header
 from abliterate.model.architectures import Target
-from abliterate.model.experts import is_stack
+from abliterate.model.experts import is_stack, is_transposed
 from abliterate.model.weights import stored_weight
 
 
@@ -72,7 +72,7 @@ def _stacked(
             continue
         target, (path, stored) = by_parameter[parameter], tensors[tensor]
         check_dtype(tensor, stored, dtype)
-        weight, transposed = stored_weight(target.module), bool(target.module.is_transposed)
+        weight, transposed = stored_weight(target.module), is_transposed(target.module)
         if merged:
             _check_shape(tensor, stored, weight[0])
             found[target.name].append(Place(path, tensor, stored, transposed))

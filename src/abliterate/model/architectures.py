@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from abliterate.errors import InputError
+from abliterate.model.experts import is_unknown_stack
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -85,6 +86,15 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "model.layers",
         {ATTENTION: ("self_attn.out_proj", "conv.out_proj"), MLP: ("feed_forward.w2", "feed_forward.experts")},
     ),
+    Architecture(
+        "llama4",
+        ("llama4_text",),
+        "model.layers",
+        {
+            ATTENTION: ("self_attn.o_proj",),
+            MLP: ("feed_forward.down_proj", "feed_forward.experts", "feed_forward.shared_expert.down_proj"),
+        },
+    ),
 )
 _BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
 
@@ -121,7 +131,7 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, or one doesn't write `d_model` features.
+        InputError: there is none, one doesn't write `d_model` features, or one is of a kind that we can't edit.
     """
     targets = tuple(_targets_of(decoder_layers(model, architecture), architecture))
     if not targets:
@@ -152,6 +162,12 @@ def _targets_of(layers: nn.ModuleList, architecture: Architecture) -> Iterator[T
         for component, paths in architecture.components.items():
             for path in paths:
                 module = _submodule(layer, path)
+                if module is not None and is_unknown_stack(module):
+                    raise InputError(
+                        f"The fused experts in {architecture.layers}.{index}.{path} are of a kind ({type(module).__name__}) "
+                        "that can't be edited; name the other modules that write to the residual stream with "
+                        "--set load.decoder_layers and --set load.components."
+                    )
                 if module is not None and out_features(module) is not None:
                     yield Target(f"{architecture.layers}.{index}.{path}", index, component, module)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +22,8 @@ from transformers.integrations import moe
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
 # What the function needs to know of a module; transformers' decorator for experts classes sets it.
 _DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
+# Not in the registry: every expert sees every token, those that aren't chosen with a share of 0. Stored (E, d_ff, d_model).
+_UNROUTED = ("Llama4TextExperts",)
 
 
 class StackEdit(Protocol):
@@ -37,13 +40,24 @@ class StackEdit(Protocol):
 def is_stack(module: nn.Module) -> bool:
     """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
     down = module._parameters.get("down_proj")
-    return down is not None and down.ndim == 3 and all(hasattr(module, name) for name in _DECORATED)
+    known = type(module).__name__ in _UNROUTED or all(hasattr(module, name) for name in _DECORATED)
+    return known and down is not None and down.ndim == 3
+
+
+def is_unknown_stack(module: nn.Module) -> bool:
+    """Whether a module holds matrices of several experts in a way that we can't edit."""
+    return not is_stack(module) and any(one is not None and one.ndim == 3 for one in module._parameters.values())
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether fused experts are stored as (E, d_ff, d_model)."""
+    return bool(getattr(module, "is_transposed", True))
 
 
 def stack_of(module: nn.Module) -> Tensor:
     """W (E, d_model, d_ff) of fused experts: a view, whichever way round they are stored."""
     down: Any = module.down_proj
-    return down.detach().transpose(1, 2) if module.is_transposed else down.detach()
+    return down.detach().transpose(1, 2) if is_transposed(module) else down.detach()
 
 
 def down_outputs(module: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +71,10 @@ class ExpertsAdapter:
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
-        self._config: Any = self._module.config
+        self._config: Any = getattr(module, "config", None)
+        # Where accelerate has its own hooks around a module, they call this instead.
+        self._forward = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self._old_forward = vars(module).get(self._forward)
         self.key: Hashable | None = None
 
     def write(self, key: Hashable, factors: StackEdit) -> None:
@@ -67,16 +84,24 @@ class ExpertsAdapter:
         # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
         setattr(self._module, _EDIT, _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config))
-        # Not by the config's property, which would change the configs it is made of, too.
-        mine: Any = copy.copy(self._config)
-        mine._experts_implementation_internal = _FUNCTION
-        self._module.config = mine
+        if type(self._module).__name__ in _UNROUTED:
+            setattr(self._module, self._forward, partial(_unrouted_forward, self._module))
+        else:
+            # Not by the config's property, which would change the configs it is made of, too.
+            mine: Any = copy.copy(self._config)
+            mine._experts_implementation_internal = _FUNCTION
+            self._module.config = mine
         self.key = key
 
     def off(self) -> None:
         """The base's own function again."""
-        self._module.config = self._config
-        self._module.__dict__.pop(_EDIT, None)
+        if type(self._module).__name__ not in _UNROUTED:
+            self._module.config = self._config
+        elif self._old_forward is None:
+            vars(self._module).pop(self._forward, None)
+        else:
+            setattr(self._module, self._forward, self._old_forward)
+        vars(self._module).pop(_EDIT, None)
         self.key = None
 
 
@@ -91,12 +116,21 @@ class _Edit:
 
     def __call__(self, written: Tensor, x: Tensor, experts: Tensor) -> Tensor:
         """W'_e x of each pair, (S, d_model), from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
-        if self.a.dtype != x.dtype:
-            self.a, self.b = self.a.to(x.dtype), self.b.to(x.dtype)
-            self.scale = None if self.scale is None else self.scale.to(x.dtype)
+        self._recast(x.dtype)
         low = torch.bmm(self.a[experts], x[:, :, None])  # (S, r, 1)
         edited = torch.baddbmm(written[:, :, None], self.b[experts], low)[:, :, 0]
         return edited if self.scale is None else edited.addcmul_(written, self.scale[experts])
+
+    def of_all(self, written: Tensor, x: Tensor) -> Tensor:
+        """The same where every expert has as many rows: `written` (E, n, d_model), `x` (E, n, d_ff)."""
+        self._recast(x.dtype)
+        edited = torch.baddbmm(written, torch.bmm(x, self.a.transpose(1, 2)), self.b.transpose(1, 2))
+        return edited if self.scale is None else edited.addcmul_(written, self.scale[:, None])
+
+    def _recast(self, dtype: torch.dtype) -> None:
+        if self.a.dtype != dtype:
+            self.a, self.b = self.a.to(dtype), self.b.to(dtype)
+            self.scale = None if self.scale is None else self.scale.to(dtype)
 
 
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -119,20 +153,28 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return restored.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
+def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """`Llama4TextExperts.forward`, edited; `hidden_states` (E × tokens, d_model) and the result are sorted by expert."""
+    x = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
+    gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
+    x = up * self.act_fn(gate)
+    return vars(self)[_EDIT].of_all(torch.bmm(x, self.down_proj), x).view(hidden_states.shape)
+
+
 def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
     out = _linear(module, "down_proj", x, experts, offsets)
-    edit: _Edit | None = module.__dict__.get(_EDIT)
+    edit: _Edit | None = vars(module).get(_EDIT)
     if edit is not None:
         out = edit(out, x.to(out.dtype), experts)
-    return out + module.down_proj_bias[experts] if module.has_bias else out
+    return out + module.down_proj_bias[experts] if getattr(module, "has_bias", False) else out
 
 
 def _linear(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
     """W_e x of pairs sorted by expert, without biases: by what the base multiplies with, as far as we know it."""
-    weight = getattr(module, name) if module.is_transposed else getattr(module, name).transpose(1, 2)  # (E, in, out)
-    edit: _Edit | None = module.__dict__.get(_EDIT)
+    weight = getattr(module, name) if is_transposed(module) else getattr(module, name).transpose(1, 2)  # (E, in, out)
+    edit: _Edit | None = vars(module).get(_EDIT)
     # `generate` switches the shared config to this while it decodes on an accelerator: few pairs, no sorting.
-    if edit is not None and edit.config._experts_implementation == "batched_mm":
+    if edit is not None and getattr(edit.config, "_experts_implementation", "") == "batched_mm":
         return torch.bmm(x[:, None], weight[experts])[:, 0]
     return moe._grouped_mm(x, weight, offs=offsets)  # one product for each expert that is hit
 
