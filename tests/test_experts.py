@@ -248,3 +248,16 @@ def test_experts_of_an_unknown_kind_are_not_passed_over(monkeypatch: pytest.Monk
     monkeypatch.setattr("abliterate.model.experts._DECORATED", ("something_else",))
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts are of a kind \(Qwen3MoeExperts\) that can't be"):
         make_loaded(make_model("qwen3_moe"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"])
+def test_autocast_recasts_factors(family: str, mode: str) -> None:
+    loaded = make_loaded(make_model(family))
+    module, x = stacks(loaded)[0], torch.randn(40, loaded.info.d_model)
+    routing = () if family == "llama4" else (torch.arange(80).view(40, 2) % 4, torch.rand(40, 2))
+    make_editor(loaded, mode=mode).apply(ON)
+    exact = module(x, *routing)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = module(x, *routing).float()
+    assert relative(rough, exact) < 0.03

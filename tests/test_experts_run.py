@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausal
 from abliterate import later
 from abliterate.errors import AbliterateError
 from abliterate.model.loader import demo_path
+from abliterate.pipeline import run
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
 
@@ -91,3 +92,14 @@ def test_any_trial_is_exported_later(finished: tuple[Path, dict[str, Any], Setti
     adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
     with pytest.raises(AbliterateError, match="edits the fused experts in"):
         later.export_trial(adapter, Recorder(), RunDirectory(path), number, tmp_path / "adapter")
+
+
+def test_that_an_adapter_holds_no_experts_is_said_at_once(
+    finished: tuple[Path, dict[str, Any], Settings, Recorder], tmp_path: Path
+) -> None:
+    path, _, settings, _ = finished
+    adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
+    recorder = Recorder()
+    with pytest.raises(AbliterateError, match="edits the fused experts in"):
+        run(adapter, recorder, RunDirectory(tmp_path / "run"))
+    assert "An adapter can't hold edits of this model's fused experts" in recorder.warnings[0]

@@ -16,7 +16,7 @@ from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.residuals import prefill_kwargs
 
 ROWS, PROMPT, RESPONSE = 8, 60, 20
-# Not counted yet (half of what they take): attention by latents, experts that all see all tokens. Four times over: convolutions.
+# Half of what they take isn't counted yet: attention by latents, experts that all see all tokens. Convolutions are, four times.
 OFF = ("deepseek_v2", "deepseek_v3", "llama4", "lfm2_moe")
 
 

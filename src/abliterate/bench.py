@@ -25,6 +25,7 @@ from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
 from abliterate.model.architectures import find_architecture, missing_components
 from abliterate.model.chat import Chat
+from abliterate.model.experts import is_stack
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
@@ -105,6 +106,11 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
     )
     for component, count in missing_components(loaded.targets, loaded.architecture, info.n_layers).items():
         context.reporter.warn(f"{count} of {info.n_layers} layers have no {component}; nothing is edited there.")
+    if context.settings.export.kind == "adapter" and any(is_stack(target.module) for target in loaded.targets):
+        context.reporter.warn(
+            "An adapter can't hold edits of this model's fused experts, so a trial that edits them won't be exported; choose "
+            "--export merged."
+        )
 
 
 def scorers_of(settings: Settings) -> tuple[Scorer, ...]:

@@ -18,7 +18,7 @@ from abliterate.export.places import Place, find_places, parameter_name
 from abliterate.export.shards import INDEX, SINGLE, Unfit, read_matrix, shard_files, shards_of
 from abliterate.model.architectures import Architecture, Target, find_targets
 from abliterate.model.checkpoint import empty_model, load_error, load_weights
-from abliterate.model.experts import is_stack
+from abliterate.model.experts import is_stack, stack_of
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight, stored_weight
@@ -59,8 +59,12 @@ class Matrices:
         """W of one target, on the CPU; of fused experts all of them, (E, d_out, d_in)."""
         if self.whole is not None:
             return dense_weight(self.targets[target.name].module)
-        matrices = [self.matrix(target, index) for index in range(self.count(target))]
-        return torch.stack(matrices) if is_stack(target.module) else matrices[0]
+        if not is_stack(target.module):
+            return self.matrix(target, 0)
+        stack = torch.empty(stack_of(target.module).shape, dtype=self.dtype)
+        for index, one in enumerate(stack):
+            one.copy_(self.matrix(target, index))
+        return stack
 
     def count(self, target: Target) -> int:
         """How many matrices a target has."""
