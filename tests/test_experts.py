@@ -261,3 +261,16 @@ def test_autocast_recasts_factors(family: str, mode: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         rough = module(x, *routing).float()
     assert relative(rough, exact) < 0.03
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "llama4"])
+def test_one_adapter_at_a_time(family: str) -> None:
+    loaded = make_loaded(make_model(family))
+    base = logits_of(loaded.model)
+    editor = make_editor(loaded)
+    editor.apply(ON)
+    with pytest.raises(ValueError, match="another adapter"):
+        make_editor(loaded)
+    editor.clear()
+    make_editor(loaded).apply(OFF)
+    assert torch.equal(logits_of(loaded.model), base)

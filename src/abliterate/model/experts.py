@@ -67,10 +67,16 @@ def down_outputs(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class ExpertsAdapter:
-    """The edit of one layer's fused experts, in the dtype of what flows through them; off, the module is as it was."""
+    """The edit of one layer's fused experts, in the dtype of what flows through them; off, the module is as it was.
+
+    Raises:
+        ValueError: another adapter's edit is on.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
+        if _EDIT in vars(module):  # else `off` would put the edit back
+            raise ValueError("these experts are being edited by another adapter")
         self._config: Any = getattr(module, "config", None)
         # Where accelerate has its own hooks around a module, they call this instead.
         self._forward = "_old_forward" if "_old_forward" in vars(module) else "forward"
