@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +39,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from abliterate import later
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import merged, source
+from abliterate.export import merged, reread, source
 from abliterate.export.base import MARKER
 from abliterate.export.shards import SINGLE
 from abliterate.model import loader
@@ -373,6 +375,29 @@ def test_a_full_disk_is_seen_before_the_export_begins(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base and export are read one after the other, also where neither can be read by name."""
+    base = save_model(make_model("llama"), tmp_path / "base")
+    renamed_checkpoint(base)
+    settings, directory = make_run(tmp_path, base)
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    most: list[int] = []
+    for module in (source, reread):
+        real = module.load_weights
+
+        def counted(*args: Any, real: Any = real) -> Any:
+            gc.collect()
+            alive.add(model := real(*args))
+            most.append(len(alive))
+            return model
+
+        monkeypatch.setattr(module, "load_weights", counted)
+    result = later.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
+    assert result["export"]["verified"] is True
+    assert max(most) == 1
+    assert len(most) >= 3
+
+
 def test_an_export_that_memory_does_not_hold_twice_is_kept_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
     renamed_checkpoint(base)
@@ -495,4 +520,5 @@ def test_memory_is_some_matrices_not_a_model(kind: str, large: tuple[Path, int, 
 def test_exports_where_the_model_does_not_fit(kind: str, large: tuple[Path, int, int]) -> None:
     """With room for a file and a matrix, and a little: loading the model fails there."""
     folder, shard, matrix = large
-    capped(folder, kind, shard + matrix + (8 << 20))
+    cap = shard + matrix + (8 << 20)
+    assert 0 < capped(folder, kind, cap) <= cap

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from abliterate.export.shards import INDEX, SINGLE, read_header
-from abliterate.export.source import Matrices
+from abliterate.export.source import Matrices, digests
 from abliterate.model.architectures import Target
 from abliterate.model.checkpoint import load_weights
 
@@ -42,6 +42,8 @@ class RereadMerged:
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
         self._folder, self._base, self._edited = folder, base, {f"{name}.weight" for name in job.factors}
+        if base.whole is not None:  # never two models
+            base.let_go()
         self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
 
@@ -52,12 +54,12 @@ class RereadMerged:
 
     def untouched(self) -> bool:
         """See `Reread.untouched`."""
-        if self._base.whole is not None:
-            out = self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
-            found, base = out.state_dict(), self._base.whole.state_dict()
-            return found.keys() == base.keys() and all(
-                torch.equal(found[name], base[name]) for name in base if name not in self._edited
+        base = self._base.digests
+        if base:
+            found = digests(
+                self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
             )
+            return found.keys() == base.keys() and all(found[name] == base[name] for name in base if name not in self._edited)
         files = self._base.files
         plain = ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]
         return all(_same_bytes(path, self._folder / path.name, self._edited) for path in files) and all(

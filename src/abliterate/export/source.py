@@ -6,6 +6,7 @@ Knows no edits and no trials.
 from __future__ import annotations
 
 import gc
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -51,6 +52,8 @@ class Matrices:
         self.dtype = stored_dtype(self.config)
         self.whole: PreTrainedModel | None = None
         self.reason = ""
+        self._kept: dict[str, Tensor] = {}
+        self.digests: dict[str, str] = {}
         model = empty_model(self.config, load)
         self.targets = targets_by_name(model, architecture)
         self._places: Mapping[str, tuple[Path, Stored]] = {}
@@ -82,10 +85,21 @@ class Matrices:
 
     def of(self, target: Target) -> Tensor:
         """W of one target, on the CPU."""
+        if target.name in self._kept:
+            return self._kept[target.name]
         if self.whole is not None:
             return dense_weight(self.targets[target.name].module)
         stored = read_matrix(*self._places[target.name])
         return stored.T if self.transposed(target.name) else stored
+
+    def let_go(self) -> None:
+        """Of a model that was loaded as a whole keep only its matrices, and `digests` of all tensors: another one may come."""
+        assert self.whole is not None
+        self.digests = digests(self.whole)
+        self._kept = {name: dense_weight(target.module).clone() for name, target in self.targets.items()}
+        self.whole = None
+        self.targets = targets_by_name(empty_model(self.config, self.load), self.architecture)
+        gc.collect()
 
     def release(self) -> None:
         """Give back what is in memory; nothing can be read after that."""
@@ -101,6 +115,16 @@ def stored_dtype(config: object) -> torch.dtype:
     """The dtype the checkpoint was saved in, as its config says; float32 where it doesn't."""
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)  # type: ignore[attr-defined]
     return stored if isinstance(stored, torch.dtype) else torch.float32
+
+
+def digests(model: PreTrainedModel) -> dict[str, str]:
+    """{tensor: a hash of its shape, dtype and bytes}."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        found[name] = total.hexdigest()
+    return found
 
 
 def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[str, Target]:
