@@ -310,3 +310,17 @@ def copy_run(source: Path, to: Path) -> Path:
     """A copy of a run directory that a test may change."""
     shutil.copytree(source, to)
     return to
+
+
+def save_large(folder: Path) -> tuple[Path, int, int]:
+    """A model of 64 MB in files of 16 MB: where it is, bytes of the largest file, of the largest matrix in float32."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=len(_TOKENIZER), num_key_value_heads=8, **sizes)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    base = save_model(model, folder)
+    (base / "model.safetensors").unlink()
+    model.save_pretrained(base, max_shard_size="16MB")
+    files = [path.stat().st_size for path in base.glob("*.safetensors")]
+    assert sum(files) > 60e6
+    return base, max(files), 4 * 512 * 2048

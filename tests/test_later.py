@@ -25,23 +25,22 @@ from conftest import (
     make_loaded,
     make_model,
     make_params,
-    make_tokenizer,
     quick_settings,
     run_in,
+    save_large,
     save_model,
     write_dense,
 )
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_export import renamed_checkpoint
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from abliterate import later
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import merged, reread, source
 from abliterate.export.base import MARKER
-from abliterate.export.shards import SINGLE
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.results import RunResult
@@ -466,25 +465,11 @@ def read_status(name: str) -> int:
 def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     """A run on 64 MB of weights, and a small one to warm up with: (folder, largest file, largest matrix)."""
     folder = tmp_path_factory.mktemp("large")
-    config = LlamaConfig(
-        vocab_size=len(make_tokenizer()),
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    base = save_model(model, folder / "real" / "base")
-    (base / SINGLE).unlink()
-    model.save_pretrained(base, max_shard_size="16MB")
+    _, shard, matrix = save_large(folder / "real" / "base")
     save_model(make_model("llama"), folder / "warm" / "base")
     for name in ("real", "warm"):
         make_run(folder / name, folder / name / "base")
-    sizes = [path.stat().st_size for path in base.glob("*.safetensors")]
-    assert sum(sizes) > 60e6
-    return folder, max(sizes), 4 * config.hidden_size * config.intermediate_size
+    return folder, shard, matrix
 
 
 def capped(folder: Path, kind: str, cap: int) -> int:

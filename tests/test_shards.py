@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of, make_editor, make_loaded, make_model, make_params, make_tokenizer, save_model
+from conftest import logits_of, make_editor, make_loaded, make_model, make_params, save_large, save_model
 from safetensors.torch import load_file, save_file
 from test_export import make_job, write
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import ExportJob, finished_folder, merged, source
@@ -384,23 +384,7 @@ print(peak("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
 def test_memory_is_one_matrix_not_a_model(tmp_path: Path) -> None:
     """A checkpoint of 64 MB: the export may take a shard and a matrix in float32; it takes less."""
-    config = LlamaConfig(
-        vocab_size=len(make_tokenizer()),
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    base = save_model(model, tmp_path / "base")
-    (base / SINGLE).unlink()
-    model.save_pretrained(base, max_shard_size="16MB")
-    total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    shard = max(path.stat().st_size for path in base.glob("*.safetensors"))
-    matrix = 4 * config.hidden_size * config.intermediate_size
-    assert total > 60e6
+    base, shard, matrix = save_large(tmp_path / "base")
     for name in ("warm", "real"):
         (tmp_path / name).mkdir()
     process = subprocess.run(
