@@ -23,7 +23,6 @@ from conftest import save_model
 from zoo import ZOO, Lab, export, make_lab
 
 from abliterate.errors import AbliterateError
-from abliterate.model.architectures import fused_experts, known_architecture
 
 HEAD = """# Model families
 

@@ -82,16 +82,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 # Families whose components are named by the settings: the same, and their components.
 NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "gpt_oss": (
-        "GptOssConfig",
-        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-        {"attn.o_proj": "self_attn.o_proj"},
-    ),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        _SIZES | {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        {"attn.o_proj": "self_attn.o_proj"},
-    ),
     "qwen3_5": (
         "Qwen3_5TextConfig",
         _SIZES
@@ -104,6 +94,45 @@ NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         "Lfm2Config",
         _SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
         {"attn.o_proj": "self_attn.out_proj|conv.out_proj", "mlp.down_proj": "feed_forward.w2"},
+    ),
+}
+_ROUTED = _SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_DEEPSEEK = _ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
+_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+# Families with fused experts: the same as in FAMILIES.
+EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "qwen3_moe": ("Qwen3MoeConfig", _ROUTED | {"head_dim": 8, "num_experts": 4}, "model.norm"),
+    "gpt_oss": (
+        "GptOssConfig",
+        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "model.norm",
+    ),
+    "mixtral": ("MixtralConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
+    "qwen2_moe": ("Qwen2MoeConfig", _ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 24}, "model.norm"),
+    "olmoe": ("OlmoeConfig", _SIZES | {"num_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
+    "deepseek_v2": ("DeepseekV2Config", _DEEPSEEK | _LATENT | {"num_key_value_heads": 4}, "model.norm"),
+    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK | _LATENT | {"num_key_value_heads": 4}, "model.norm"),
+    "glm4_moe": ("Glm4MoeConfig", _DEEPSEEK | {"head_dim": 8}, "model.norm"),
+    "granitemoe": ("GraniteMoeConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
+    "llama4": (
+        "Llama4TextConfig",
+        _SIZES
+        | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
+        | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        "model.norm",
+    ),
+    "lfm2_moe": (
+        "Lfm2MoeConfig",
+        _ROUTED | {"num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
+        "model.embedding_norm",
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        _ROUTED
+        | _HYBRID
+        | {"num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8, "linear_num_key_heads": 2}
+        | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        "model.norm",
     ),
 }
 
@@ -122,12 +151,12 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
     """A tiny random model of a family, float32; its biases are not zero."""
-    name, sizes, _ = (FAMILIES | NAMED)[family]
+    name, sizes, _ = (FAMILIES | NAMED | EXPERTS)[family]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**_IDS, **(sizes | options)))
     with torch.no_grad():
         for path, parameter in model.named_parameters():
-            if path.endswith(".bias"):
+            if path.endswith((".bias", "_bias")):
                 parameter.normal_(std=0.1)
     return model.float().eval().requires_grad_(False)
 
@@ -202,7 +231,9 @@ def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str
     for name, index, coeff in editor.plan(params).values():
         module = model.get_submodule(name)
         v = editor.directions.at(index)
-        write_weight(module, dense_edit(dense_weight(module), v, coeff, mode))
+        weight = dense_weight(module)
+        edited = [dense_edit(one, v, coeff, mode) for one in (weight if weight.ndim == 3 else weight[None])]
+        write_weight(module, torch.stack(edited).view(weight.shape))
 
 
 @torch.no_grad()

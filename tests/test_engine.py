@@ -54,7 +54,9 @@ HARMLESS = tuple(
     Prompt(text, SYSTEM) for text in ("Hello", "Write a short guide on how to rinse a carpet.", "Sing", "What now?")
 )
 TOKENS = 10
-ALL = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "falcon", "gpt2", "gpt_neox", *NAMED)
+# Fused experts, some beside dense layers, attention by latents, or convolutions.
+ROUTED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "granitemoe", "lfm2_moe", "llama4")
+ALL = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "mistral", "phi3", "falcon", "gpt2", "gpt_neox", *NAMED, *ROUTED)
 SWITCHES = (
     "use_shared_prefix",
     "use_layer_skip",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NAMED, make_editor, make_loaded, make_model
+from conftest import EXPERTS, FAMILIES, NAMED, make_editor, make_loaded, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
@@ -17,6 +17,8 @@ from abliterate.model.residuals import prefill_kwargs
 from abliterate.model.weights import in_features
 
 ROWS, PROMPT, RESPONSE = 8, 60, 20
+# Half of what they take isn't counted yet: attention by latents, experts that all see all tokens. Convolutions are, four times.
+OFF = ("deepseek_v2", "deepseek_v3", "llama4", "lfm2_moe")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -74,7 +76,7 @@ def test_the_counter_counts() -> None:
         assert live.peak == 4000
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(name for name in NAMED if name not in FAMILIES)])
+@pytest.mark.parametrize("family", [*FAMILIES, *NAMED, *(name for name in EXPERTS if name not in OFF)])
 def test_an_estimate_is_no_less_than_what_is_used_and_not_much_more(family: str) -> None:
     model = make_model(family)
     shape = Shape.of(model.config.get_text_config(), model.dtype)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import CPU, PROMPTS, Recorder, make_chat, make_model, quick_settings, save_model
 from torch import Tensor, nn
-from zoo import ZOO, load_specimen, make_specimen, refusal
+from zoo import ZOO, load_specimen, make_specimen
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.later import export_trial
@@ -78,9 +78,7 @@ def test_structure_finds_what_the_table_says(name: str) -> None:
     found = discover(model, "unknown")
     assert found.found_by == "structure"
     assert found.layers == ZOO[name].stack
-    assert set(found.experts) == set(filter(None, [ZOO[name].experts]))
-    if not found.experts:
-        assert {target.name for target in find_targets(model, found, 32)} == ZOO[name].names
+    assert {target.name for target in find_targets(model, found, 32)} == ZOO[name].names
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -157,19 +155,6 @@ def test_layers_that_lack_a_component_are_counted() -> None:
     assert missing_components(loaded.targets, loaded.architecture, 3) == {}
     both = Architecture("x", (), "backbone.layers", {ATTENTION: ("mixer.out_proj",), MLP: ("mlp.down_proj",)})
     assert missing_components(find_targets(loaded.model, both, 32), both, 3) == {MLP: 3}
-
-
-@pytest.mark.parametrize("name", [name for name in ZOO if ZOO[name].experts])
-def test_fused_experts_are_refused_with_a_remedy_that_works(name: str) -> None:
-    import tomllib
-
-    said = refusal(name)
-    named = said.split("'load.components=")[1].split("'.")[0]
-    components = tomllib.loads(f"components = {named}")["components"]
-    path = said.split("load.decoder_layers=")[1].split()[0]
-    model = make_specimen(name)
-    described = find_architecture("x", path, components)
-    assert {target.name for target in find_targets(model, described, 32)} == ZOO[name].names
 
 
 def test_run_and_later_export_of_a_family_found_by_structure(tmp_path: Path, prompt_files: dict[str, str]) -> None:

@@ -15,14 +15,13 @@ import transformers
 from conftest import _HYBRID, _IDS, _MIXED, _SIZES, make_chat, make_editor, make_tokenizer
 from transformers import PreTrainedModel
 
-from abliterate.errors import InputError
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.engine import TrialEngine
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.export import EXPORTERS, ExportJob
-from abliterate.model.architectures import find_targets, known_architecture
+from abliterate.model.architectures import find_targets
 from abliterate.model.checkpoint import auto_class
 from abliterate.model.loader import LoadedModel, architecture_of, check_family
 from abliterate.settings import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
@@ -36,9 +35,8 @@ class Specimen:
     """A tiny model. `layers`: per layer the modules that write to the stream, by hand; `stack`: where the layers are.
 
     `scales`: {module: what its output is multiplied with on its way, NORM, or GATE (another factor at each position)}; 1
-    where a module isn't named, a tuple where layers differ. `experts`: the path of fused experts in the layers that have
-    them; such a model is refused unless the settings name its other modules. `found_by`: table or structure. `unproven`: why
-    its layers can't be looked through.
+    where a module isn't named, a tuple where layers differ. `found_by`: table or structure. `unproven`: why its layers can't be
+    looked through.
     """
 
     config: str
@@ -46,7 +44,6 @@ class Specimen:
     layers: tuple[str, ...]
     stack: str = "model.layers"
     scales: Mapping[str, Any] = field(default_factory=dict)
-    experts: str = ""
     found_by: str = "table"
     unproven: str = ""
 
@@ -68,8 +65,8 @@ _ROUTED |= {"n_group": 1, "topk_group": 1}
 _MLA = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "head_dim": 8}
 _MLA |= {"num_key_value_heads": 4}
 _GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
-_SHARED = "self_attn.o_proj mlp.shared_expert.down_proj"
-_SHAREDS = "self_attn.o_proj mlp.shared_experts.down_proj"
+_SHARED = "self_attn.o_proj mlp.experts mlp.shared_expert.down_proj"
+_SHAREDS = "self_attn.o_proj mlp.experts mlp.shared_experts.down_proj"
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
 _VISION |= {"patch_size": 8}
 _QWEN_VISION = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 8}
@@ -82,10 +79,8 @@ def _plain(config: str, *, stack: str = "model.layers", paths: str = PLAIN, scal
     return Specimen(config, _SIZES | options, (paths,) * 3, stack, scales or {})
 
 
-def _moe(
-    config: str, rest: str = "self_attn.o_proj", experts: str = "mlp.experts", scales: Any = None, **options: Any
-) -> Specimen:
-    return Specimen(config, _SIZES | options, (rest,) * 3, scales=scales or {}, experts=experts)
+def _moe(config: str, paths: str = "self_attn.o_proj mlp.experts", scales: Any = None, **options: Any) -> Specimen:
+    return Specimen(config, _SIZES | options, (paths,) * 3, scales=scales or {})
 
 
 def _vision(config: str, text: str, vision: Mapping[str, Any], scales: Any = None, **options: Any) -> Specimen:
@@ -259,26 +254,25 @@ ZOO: dict[str, Specimen] = {
         "DeepseekV3Config",
         _SIZES | _MLA | _ROUTED | {"first_k_dense_replace": 1},
         (PLAIN, _SHAREDS, _SHAREDS),
-        experts="mlp.experts",
     ),
     "ernie4_5_moe": Specimen(
         "Ernie4_5_MoeConfig",
         _SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": 16},
         (PLAIN, _SHAREDS, _SHAREDS),
-        experts="mlp.experts",
     ),
-    "granitemoe": _moe("GraniteMoeConfig", experts="block_sparse_moe.experts", num_local_experts=4, num_experts_per_tok=2),
+    "granitemoe": _moe(
+        "GraniteMoeConfig", "self_attn.o_proj block_sparse_moe.experts", num_local_experts=4, num_experts_per_tok=2
+    ),
     "granitemoehybrid": Specimen(
         "GraniteMoeHybridConfig",
         _SIZES
         | _MAMBA
         | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 16, "num_local_experts": 4},
         (
-            "mamba.out_proj shared_mlp.output_linear",
-            "self_attn.o_proj shared_mlp.output_linear",
-            "mamba.out_proj shared_mlp.output_linear",
+            "mamba.out_proj block_sparse_moe.experts shared_mlp.output_linear",
+            "self_attn.o_proj block_sparse_moe.experts shared_mlp.output_linear",
+            "mamba.out_proj block_sparse_moe.experts shared_mlp.output_linear",
         ),
-        experts="block_sparse_moe.experts",
     ),
     "granitemoehybrid_dense": Specimen(
         "GraniteMoeHybridConfig",
@@ -299,8 +293,7 @@ ZOO: dict[str, Specimen] = {
         | HEAD
         | _HYBRID
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "full_attn_beta_factor": 0.5, "block_size": 16},
-        ("self_attn.out_proj", "self_attn.o_proj", "self_attn.out_proj"),
-        experts="mlp.experts",
+        ("self_attn.out_proj mlp.experts", "self_attn.o_proj mlp.experts", "self_attn.out_proj mlp.experts"),
         scales={"self_attn.o_proj": NORM, "self_attn.out_proj": NORM},
     ),
     "llama4": Specimen(
@@ -310,17 +303,66 @@ ZOO: dict[str, Specimen] = {
         | {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48},
         (
             "self_attn.o_proj feed_forward.down_proj",
-            "self_attn.o_proj feed_forward.shared_expert.down_proj",
+            "self_attn.o_proj feed_forward.experts feed_forward.shared_expert.down_proj",
             "self_attn.o_proj feed_forward.down_proj",
         ),
-        experts="feed_forward.experts",
+        scales={"feed_forward.experts": 4.0},  # each position goes through all four of them, and is changed each time
     ),
     "lfm2_moe": Specimen(
         "Lfm2MoeConfig",
         _SIZES | _EXPERTS | {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 2},
-        ("conv.out_proj feed_forward.w2", "self_attn.out_proj feed_forward.w2", "conv.out_proj"),
-        experts="feed_forward.experts",
+        ("conv.out_proj feed_forward.w2", "self_attn.out_proj feed_forward.w2", "conv.out_proj feed_forward.experts"),
     ),
+    "deepseek_v2": Specimen(
+        "DeepseekV2Config", _SIZES | _MLA | _ROUTED | {"first_k_dense_replace": 1}, (PLAIN, _SHAREDS, _SHAREDS)
+    ),
+    "glm4_moe": Specimen("Glm4MoeConfig", _SIZES | HEAD | _ROUTED | {"first_k_dense_replace": 1}, (PLAIN, _SHAREDS, _SHAREDS)),
+    "qwen3_next": Specimen(
+        "Qwen3NextConfig",
+        _SIZES | _HYBRID | HEAD | _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16},
+        (
+            _SHARED.replace("self_attn.o_proj", "linear_attn.out_proj"),
+            _SHARED,
+            _SHARED.replace("self_attn.o_proj", "linear_attn.out_proj"),
+        ),
+        scales={"mlp.shared_expert.down_proj": GATE},
+    ),
+    "qwen3_5_moe": Specimen(
+        "Qwen3_5MoeTextConfig",
+        _SIZES | _HYBRID | HEAD | _DELTA | _EXPERTS | {"shared_expert_intermediate_size": 16},
+        (
+            _SHARED.replace("self_attn.o_proj", "linear_attn.out_proj"),
+            _SHARED,
+            _SHARED.replace("self_attn.o_proj", "linear_attn.out_proj"),
+        ),
+        scales={"mlp.shared_expert.down_proj": GATE},
+    ),
+    "gemma4_moe": Specimen(
+        "Gemma4TextConfig",
+        _SIZES
+        | HEAD
+        | {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
+        | {"sliding_window": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0}
+        | {"layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+        (f"{PLAIN} experts",) * 3,
+        scales=_NORMS | {"experts": NORM},
+    ),
+    "jamba": Specimen(
+        "JambaConfig",
+        _SIZES
+        | {"num_experts": 4, "num_experts_per_tok": 2, "expert_layer_period": 2, "expert_layer_offset": 1}
+        | {"attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
+        (
+            "mamba.out_proj feed_forward.down_proj",
+            "self_attn.o_proj feed_forward.experts",
+            "mamba.out_proj feed_forward.down_proj",
+        ),
+    ),
+    "hunyuan_moe": _moe(
+        "HunYuanMoEV1Config", "self_attn.o_proj mlp.experts mlp.shared_mlp.down_proj", num_experts=4, moe_topk=2, **HEAD
+    ),
+    "minimax_m2": _moe("MiniMaxM2Config", num_local_experts=4, num_experts_per_tok=2, **HEAD),
+    "dots1": Specimen("Dots1Config", _SIZES | HEAD | _ROUTED | {"first_k_dense_replace": 1}, (PLAIN, _SHAREDS, _SHAREDS)),
     # Text towers of vision-language models
     "qwen2_vl": _vision("Qwen2VLConfig", "", _QWEN_VISION, **_MROPE),
     "qwen2_5_vl": _vision("Qwen2_5_VLConfig", "", {**_QWEN3_VISION, "fullatt_block_indexes": [0]}, **_MROPE),
@@ -424,37 +466,16 @@ def scale_of(name: str, layer: int, path: str) -> Any:
     return scale[layer] if isinstance(scale, tuple) else scale
 
 
-def settings_of(name: str, model: PreTrainedModel) -> LoadSettings:
-    """How a person loads it: by naming all but the experts where there are some."""
-    specimen = ZOO[name]
-    if not specimen.experts:
-        return LoadSettings()
-    row = known_architecture(model.config.get_text_config().model_type)
-    assert row is not None
-    named = {component: "|".join(paths) for component, paths in row.components.items() if paths}
-    return LoadSettings(decoder_layers=specimen.stack, components=named)
-
-
 def load_specimen(name: str, source: str = "") -> LoadedModel:
     """What `load_model` gives, without a disk."""
     model = make_specimen(name)
     config = model.config.get_text_config()
-    load = settings_of(name, model)
-    check_family(model.config, load)
-    architecture = architecture_of(model, load)
+    check_family(model.config, LoadSettings())
+    architecture = architecture_of(model, LoadSettings())
     targets = find_targets(model, architecture, config.hidden_size)
     n_layers = len(ZOO[name].layers)
     info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
     return LoadedModel(model, make_tokenizer(), info, architecture, targets)
-
-
-def refusal(name: str) -> str:
-    """What is said of a model with fused experts whose other modules aren't named, or ""."""
-    try:
-        check_family(make_specimen(name).config, LoadSettings())
-    except InputError as error:
-        return str(error)
-    return ""
 
 
 def everywhere(n_layers: int) -> TrialParams:

@@ -5,25 +5,28 @@ Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix,
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
 
 from abliterate import calibration, tuning
 from abliterate.cache import from_bytes, to_bytes
+from abliterate.errors import InputError
 from abliterate.evaluation import Scorer, make_scorers
 from abliterate.evaluation.prefix import prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Engine
+from abliterate.export.adapter import peft_refusal
 from abliterate.identity import prefix_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
-from abliterate.model.architectures import missing_components
+from abliterate.model.architectures import Target, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import Settings
@@ -51,9 +54,16 @@ class Bench:
 
 
 def check_model(settings: Settings) -> None:
-    """Raise InputError if the model can't be found, or can't be edited as far as its config tells; reads nothing else."""
+    """Raise InputError if the model can't be found, or can't be edited or exported as far as its config tells."""
     config = loader.load_config(loader.resolve_source(settings.model), settings.load)
-    loader.check_family(config, settings.load)
+    check_export(settings, config, loader.check_family(config, settings.load))
+
+
+def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
+    """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
+    reason = peft_refusal(config, settings.load, targets) if settings.export.kind == "adapter" and targets else ""
+    if reason:
+        raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
 
 
 def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
@@ -104,6 +114,7 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
         }
     )
     if loaded.architecture.found_by == "structure":
+        check_export(context.settings, loaded.model.config, loaded.targets)
         found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
         context.reporter.note(
             f"the family isn't in the table; by what its layers do, these write to the residual stream: {found}"

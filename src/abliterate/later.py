@@ -145,8 +145,9 @@ def edits_of(context: Context, base: Matrices, directions: Directions, trial: Tr
             for name, place, coeff in editor.plan(trial.params).values():
                 factors[name] = editor.factors(trial.params)[name]
                 v = directions.blend(place).of(directions.by_layer().double())
-                # An approximation can only be compared with itself; how far it is from the edit is `lost`.
-                exact = settings.representation == "exact"
+                # An approximation can only be compared with itself; how far it is from the edit is `lost`. Of fused
+                # experts, only what is exact is ever decomposed.
+                exact = settings.representation == "exact" or factors[name].a.ndim == 3
                 definitions[name] = by_definition(method, v, coeff) if exact else by_factors(factors[name])
             context.reporter.progress(index + 1, len(base.targets), "modules")
         lost = approximation_of(settings, directions, base.targets.values(), base.of, trial.params, factors)

@@ -21,7 +21,7 @@ from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_by
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
-from abliterate.model.weights import in_features
+from abliterate.model.weights import in_features, n_matrices
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
 # Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
@@ -141,7 +141,8 @@ class Probes:
         self._warm_up = WarmUp(lambda: engine.generate_ids(self._longest["decode"][:1], 2), once=once)
         longest = max(self.lengths[name][1] for name in ("prefill", "decode"))
         kept = kept_bytes(self.shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
-        kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(t.module)) for t in loaded.targets))
+        modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
+        kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(module)) for module in modules))
         # So much is kept between trials, and KL has the base's log-probabilities and the trial's.
         kept = min(kept, context.settings.efficiency.max_kept_mb << 20)
         self._reserved = kept + 8 * len(prompts.harmless_eval) * self.shape.vocabulary

@@ -50,10 +50,10 @@ class Blend:
         return not self.layers
 
     def of(self, table: Tensor) -> Tensor:
-        """`table` (n_layers, d) → Σ weights[k] · table[layers[k]], (d) in the table's dtype."""
+        """`table` (n_layers, …) → Σ weights[k] · table[layers[k]], (…) in the table's dtype."""
         rows = table[list(self.layers)]
         weights = torch.tensor(self.weights, dtype=table.dtype, device=table.device)
-        return weights @ rows
+        return (weights @ rows.flatten(1)).view(rows.shape[1:])
 
 
 @dataclass(frozen=True)

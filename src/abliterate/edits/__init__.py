@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared
+from abliterate.edits.base import EditMethod, Factors, Prepared, prepare
 from abliterate.edits.full import NormPreserving
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
@@ -38,4 +38,4 @@ def svd_factors(
     return found
 
 
-__all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "svd_factors"]
+__all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "svd_factors"]

@@ -1,16 +1,19 @@
 """What an edit is: factors of W' = diag(row_scale) W + B A, and the seam for edit methods.
 
-Pure tensor math: W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries.
+Pure tensor math: W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries. A stack of
+matrices W (E, d_out, d_in), the experts of a layer, is edited matrix by matrix, with factors that have a leading dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from abliterate.directions.base import Blend
 
@@ -20,20 +23,41 @@ ROW_CHUNK = 128
 
 @dataclass(frozen=True)
 class Factors:
-    """W' = diag(row_scale) W + b a; `row_scale` (d_out) or None (all ones), `a` (r, d_in), `b` (d_out, r), float32."""
+    """W' = diag(row_scale) W + b a; `row_scale` (d_out) or None (all ones), `a` (r, d_in), `b` (d_out, r), float32.
+
+    Of a stack: `row_scale` (E, d_out), `a` (E, r, d_in), `b` (E, d_out, r).
+    """
 
     row_scale: Tensor | None
     a: Tensor
     b: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        """ΔW (d_out, d_in) in float32, for exports and tests."""
+        """ΔW, of the shape of W, in float32, for exports and tests."""
+        if self.a.ndim == 3:
+            return torch.stack([part.delta(one) for part, one in zip(self.parts(), weight, strict=True)])
         delta = self.b @ self.a
         if self.row_scale is not None:
             for start in range(0, len(delta), ROW_CHUNK):  # no second float32 matrix
                 part = slice(start, start + ROW_CHUNK)
                 delta[part] += (self.row_scale[part] - 1)[:, None] * weight[part].float()
         return delta
+
+    def parts(self) -> list[Factors]:
+        """The factors of each matrix of a stack; of a single matrix, its own."""
+        if self.a.ndim == 2:
+            return [self]
+        scales = [None] * len(self.a) if self.row_scale is None else list(self.row_scale)
+        return [Factors(*one) for one in zip(scales, self.a, self.b, strict=True)]
+
+    @staticmethod
+    def stacked(parts: Sequence[Factors]) -> Factors:
+        """The inverse of `parts`; where ranks differ, zeros fill up."""
+        rank = max(len(part.a) for part in parts)
+        a = [pad(part.a, (0, 0, 0, rank - len(part.a))) for part in parts]
+        b = [pad(part.b, (0, rank - len(part.a))) for part in parts]
+        scales = [part.row_scale for part in parts if part.row_scale is not None]
+        return Factors(torch.stack(scales) if scales else None, torch.stack(a), torch.stack(b))
 
     def to(self, device: torch.device | str) -> Factors:
         """The same factors on another device."""
@@ -48,6 +72,7 @@ class Prepared:
     `directions` (n_layers, d_out) float64, one tensor for all modules; `a` (n_layers, d_in) float32 = DŴ or DW; `p`
     (n_layers, d_out) float64 = DŴŴᵀ (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight`
     gives W (d_out, d_in) again, for rows that the closed form can't express and for dense representations.
+    Of a stack: `a` (n_layers, E, d_in), `p` (n_layers, E, d_out), `norms` (E, d_out), W (E, d_out, d_in).
     """
 
     directions: Tensor
@@ -60,6 +85,18 @@ class Prepared:
     def nbytes(self) -> int:
         """Bytes that this module alone takes: without the directions."""
         return self.a.nbytes + self.p.nbytes + self.norms.nbytes
+
+    def parts(self) -> Iterator[Prepared]:
+        """What was prepared of each matrix of a stack; W is read once."""
+        weight, p, norms = self.read_weight(), self.p, self.norms
+        for index in range(self.a.shape[1]):
+            yield Prepared(
+                self.directions,
+                self.a[:, index],
+                p[:, index] if p.numel() else p,
+                norms[index] if norms.numel() else norms,
+                partial(weight.__getitem__, index),
+            )
 
     def parked(self) -> Prepared:
         """The same in main memory, for `fetched`; the directions stay where they are."""
@@ -82,10 +119,13 @@ class EditMethod(Protocol):
     name: str
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
-        """Everything that is linear in v, once per module; `directions` (n_layers, d_out) float64, kept as they are."""
+        """Everything that is linear in v, once per matrix; `directions` (n_layers, d_out) float64, kept as they are."""
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
-        """Exact factors of W'. `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone)."""
+        """Exact factors of W', or of each W' of a stack.
+
+        `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone).
+        """
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """W' (d_out, d_in) by definition, in the dtype given: the slow reference the factors are tested against.
@@ -98,6 +138,22 @@ class EditMethod(Protocol):
 
     def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
         """`dense` of some rows (n, d_in), given a (d_in) of the whole W."""
+
+
+def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
+    """`method.prepare` of a matrix, or of each matrix of a stack."""
+    weight = read_weight()
+    if weight.ndim == 2:
+        return replace(method.prepare(lambda: weight, directions), read_weight=read_weight)
+    parts = [method.prepare(partial(weight.__getitem__, index), directions) for index in range(len(weight))]
+    p, norms = parts[0].p, parts[0].norms
+    return Prepared(
+        parts[0].directions,
+        torch.stack([part.a for part in parts], dim=1),
+        torch.stack([part.p for part in parts], dim=1) if p.numel() else p,
+        torch.stack([part.norms for part in parts]) if norms.numel() else norms,
+        read_weight,
+    )
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class NormPreserving:
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
         """See `EditMethod.factors`; the few degenerate rows (nearly one-hot v) are added as dense rows of `a`."""
         v, a, p = blend.of(prepared.directions), blend.of(prepared.a), blend.of(prepared.p)
-        q = v @ p
+        q = (p @ v)[..., None]
         s = (1 - 2 * coeff * v * p + coeff**2 * q * v * v).clamp_min(0).sqrt()
         empty = prepared.norms == 0
         degenerate = (s < DEGENERATE) & ~empty
@@ -44,7 +44,9 @@ class NormPreserving:
         scale = torch.where(degenerate, torch.zeros_like(s), 1 / s)
         b = torch.where(degenerate, torch.zeros_like(s), -coeff * prepared.norms * v / s)
         if not degenerate.any():
-            return Factors(scale.float(), a[None, :], b.float()[:, None])
+            return Factors(scale.float(), a[..., None, :], b.float()[..., None])
+        if a.ndim == 2:
+            return Factors.stacked([self.factors(part, blend, coeff) for part in prepared.parts()])
         return _with_dense_rows(prepared, scale, a, b, v, coeff, degenerate.nonzero().flatten())
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:

@@ -25,8 +25,9 @@ class PlainAblation:
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
         """See `EditMethod.factors`."""
-        v = blend.of(prepared.directions)
-        return Factors(None, blend.of(prepared.a)[None, :], (-coeff * v).float()[:, None])
+        v, a = blend.of(prepared.directions), blend.of(prepared.a)
+        b = (-coeff * v).float()[:, None]
+        return Factors(None, a[..., None, :], b.expand(*a.shape[:-1], *b.shape))  # the same for every matrix of a stack
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """See `EditMethod.dense`."""

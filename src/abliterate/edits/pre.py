@@ -26,7 +26,7 @@ class PreNormalized:
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
         """See `EditMethod.factors`."""
         v = blend.of(prepared.directions)
-        return Factors(None, blend.of(prepared.a)[None, :], (-coeff * prepared.norms * v).float()[:, None])
+        return Factors(None, blend.of(prepared.a)[..., None, :], (-coeff * prepared.norms * v).float()[..., None])
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """See `EditMethod.dense`."""

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import Blend, Directions
-from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, svd_factors
+from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, prepare, svd_factors
+from abliterate.errors import InputError
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
-from abliterate.model.weights import dense_weight
+from abliterate.model.experts import is_stack
+from abliterate.model.weights import dense_weight, stored_weight
 from abliterate.settings import EditSettings
 from abliterate.types import TrialParams
 
@@ -30,7 +32,10 @@ class Editor:
 
     `room`: bytes that prepared modules may take where their weights are; what is left of it is for others to use. Those
     that come first have it: trials use all modules in the same order, so keeping the last used ones would find none.
-    `weight_of`: where a target's W (d_out, d_in) comes from, the model itself unless it has none.
+    `weight_of`: where a target's W comes from, the model itself unless it has none.
+
+    Raises:
+        InputError: fused experts, whose edits the settings want decomposed.
     """
 
     def __init__(
@@ -44,6 +49,8 @@ class Editor:
         weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
     ) -> None:
         self._targets = tuple(targets)
+        if settings.representation == "svd" and settings.mode == "full":
+            _refuse_stacks(self._targets)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
@@ -120,10 +127,10 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
         if found is None:
-            device: torch.device = target.module.weight.device  # type: ignore[union-attr,assignment]
+            device = stored_weight(target.module).device
             if device.type in ("mps", "meta"):  # one has no float64, the other no weights: they are read from elsewhere
                 device = torch.device("cpu")
-            found = self._method.prepare(lambda: self._weight_of(target).to(device), self._table(device))
+            found = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))
             self._keep(target.name, found, device)
             found = self._prepared.get(target.name, found)
         return found
@@ -143,6 +150,16 @@ class Editor:
         if device not in self._tables:
             self._tables[device] = self.directions.by_layer().to(device).double()
         return self._tables[device]
+
+
+def _refuse_stacks(targets: Sequence[Target]) -> None:
+    """One decomposition for each expert of each layer and trial would take hours."""
+    name = next((target.name for target in targets if is_stack(target.module)), "")
+    if name:
+        raise InputError(
+            f"The svd representation can't express edits of the fused experts in {name}; use --set edit.representation=exact, "
+            "or name the modules to edit without them by --set load.components."
+        )
 
 
 def _has_own_memory(device: torch.device) -> bool:

@@ -6,16 +6,15 @@ edit itself: the same matrix, not an approximation. Written as PEFT saves it, wi
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from abliterate.edits import Factors
@@ -26,8 +25,11 @@ from abliterate.export.companions import save_companions
 from abliterate.export.reread import Reread, RereadAdapter
 from abliterate.export.shards import check_room
 from abliterate.export.source import Matrices
+from abliterate.model.architectures import Target
 from abliterate.model.checkpoint import empty_model, quiet_bitsandbytes
+from abliterate.model.experts import is_stack
 from abliterate.model.loader import load_config, load_weights
+from abliterate.settings import LoadSettings
 
 
 class Adapter:
@@ -40,14 +42,15 @@ class Adapter:
         if not job.factors:
             raise AbliterateError("The trial edits no module, so there is no adapter to write; export another trial.")
         dora = any(factors.row_scale is not None for factors in job.factors.values())
-        rank = max(factors.a.shape[0] for factors in job.factors.values())
+        rank = max(factors.a.shape[-2] for factors in job.factors.values())
         if dora and rank > 1:
             raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
+        reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors])
+        if reason:
+            raise AbliterateError(f"An adapter can't hold this trial's edits ({reason}); export it as --export merged.")
         check_room(4 * sum(rank * sum(matrices.shape(name)) + matrices.shape(name)[0] for name in job.factors), folder)
-        # Not at the top: peft imports bitsandbytes, which writes to stderr unless it has been quieted.
-        quiet_bitsandbytes()
         from peft import LoraConfig
 
         config = LoraConfig(
@@ -59,7 +62,6 @@ class Adapter:
             base_model_name_or_path=job.base_model,
             task_type="CAUSAL_LM",
         )
-        check_peft(job, matrices, config)
         config.save_pretrained(str(folder))
         save_file(_tensors(job, matrices, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_companions(job, folder)
@@ -81,29 +83,30 @@ class Adapter:
         return RereadAdapter(folder, base)
 
 
-def check_peft(job: ExportJob, matrices: Matrices, config: Any) -> None:
-    """AbliterateError where PEFT would not put the adapter onto the modules it is for; tried on a model without weights.
+def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target]) -> str:
+    """Why PEFT can't put an adapter onto the modules to edit, or ""; tried on a model without weights.
 
     In families whose experts `transformers` fuses it takes every `down_proj` for them, dense layers' too, without an error; in
     some with Mamba mixers it refuses their `out_proj`.
     """
-    from peft import inject_adapter_in_model
+    stack = next((target.name for target in targets if is_stack(target.module)), "")
+    if stack:
+        return f"PEFT can't express edits of fused experts, as in {stack}"
+    # Not at the top: peft imports bitsandbytes, which writes to stderr unless it has been quieted.
+    quiet_bitsandbytes()
+    from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    reason = ""
-    found: set[str] = set()
+    wanted = {target.name for target in targets}
+    conv = any(isinstance(target.module, Conv1D) for target in targets)
+    lora = LoraConfig(target_modules=sorted(wanted), fan_in_fan_out=conv, task_type="CAUSAL_LM")
     try:
-        model = inject_adapter_in_model(
-            copy.deepcopy(config), empty_model(matrices.config, matrices.load), low_cpu_mem_usage=True
-        )
-        found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+        model = inject_adapter_in_model(lora, empty_model(config, load), low_cpu_mem_usage=True)
     except ValueError as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-    wrong = sorted(found ^ set(job.factors))
-    if wrong and not reason:
-        reason = f"it takes {wrong[0]} for something else"
-    if reason:
-        raise AbliterateError(f"PEFT can't load an adapter for this model ({reason}); export it as --export merged.")
+        return f"PEFT says: {str(error).splitlines()[0].rstrip('.')}"
+    found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    wrong = sorted(found ^ wanted)
+    return f"PEFT takes {wrong[0]} for something else" if wrong else ""
 
 
 def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Tensor]:

@@ -57,9 +57,12 @@ def check_weights(
     """Compare every target's matrix with its definition; targets without one must be the base's, like all other tensors."""
     found: dict[str, _Compared] = {}
     for index, (name, target) in enumerate(base.targets.items()):
-        if name in definitions:
-            weight = base.of(target)
-            found[name] = _compare(weight, definitions[name](weight), reread.rows(target, weight), reread.dtype)
+        count = base.count(target) if name in definitions else 0
+        for one in range(count):
+            weight = base.matrix(target, one)
+            rows = reread.rows(target, one, weight)
+            label = name if count == 1 else f"{name}[{one}]"  # experts
+            found[label] = _compare(weight, definitions[name](weight), rows, reread.dtype)
         progress(index + 1, len(base.targets))
     off = sorted(name for name, one in found.items() if not one.ok)
     checks = {"weights": not off, "untouched": reread.untouched()}

@@ -24,7 +24,7 @@ from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy
 from abliterate.export.source import Matrices
 from abliterate.model.checkpoint import load_weights
 from abliterate.model.loader import load_config
-from abliterate.model.weights import dense_weight, write_weight
+from abliterate.model.weights import dense_weight
 
 # Entries of a matrix that are in memory in float32 at a time, several times over.
 CHUNK = 1 << 18
@@ -64,10 +64,13 @@ class Merged:
 
 def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
     """Copy the checkpoint's files one after the other, editing matrices on the way."""
-    edits: dict[str, EditTensor] = {
-        f"{name}.weight": partial(edit_stored, factors=factors, transposed=matrices.transposed(name))
-        for name, factors in job.factors.items()
-    }
+    edits: dict[str, EditTensor] = {}
+    for name, factors in job.factors.items():
+        for place, single in zip(matrices.places[name], factors.parts(), strict=True):
+            if place.in_stack:
+                edits[place.tensor] = partial(edit_stack, factors=factors, transposed=place.transposed)
+            else:
+                edits[place.tensor] = partial(edit_stored, factors=single, transposed=place.transposed)
     files, base = matrices.files, matrices.files[0].parent
     check_room(missing_bytes(files, folder), folder)
     for path in files:
@@ -93,10 +96,16 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
         weight[rows] = (old + Factors(scale, factors.a, factors.b[rows]).delta(old)).to(weight.dtype)
 
 
+def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
+    """`edit_stored` of each matrix of fused experts."""
+    for one, part in zip(stored, factors.parts(), strict=True):
+        edit_stored(one, part, transposed=transposed)
+
+
 @torch.no_grad()
 def edit_weights(matrices: Matrices, job: ExportJob) -> None:
     """Replace the matrices named in `job.factors` in the model that was loaded as a whole."""
     for name, factors in job.factors.items():
-        module = matrices.targets[name].module
-        weight = dense_weight(module).float()
-        write_weight(module, weight + factors.delta(weight))
+        weight = dense_weight(matrices.targets[name].module)
+        edit = edit_stack if weight.ndim == 3 else edit_stored
+        edit(weight, factors, transposed=False)

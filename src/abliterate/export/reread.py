@@ -30,8 +30,8 @@ class Reread(Protocol):
 
     dtype: torch.dtype
 
-    def rows(self, target: Target, weight: Tensor) -> Rows:
-        """W' of one target as a function of the rows wanted, given the base's `weight` (d_out, d_in)."""
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
+        """W' of one matrix of a target as a function of the rows wanted, given the base's `weight` (d_out, d_in)."""
 
     def untouched(self) -> bool:
         """Whether whatever isn't edited is the base's."""
@@ -41,15 +41,15 @@ class RereadMerged:
     """A model directory: its own weight files, compared with the base's byte by byte where they were streamed."""
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
-        self._folder, self._base, self._edited = folder, base, {f"{name}.weight" for name in job.factors}
+        self._folder, self._base, self._edited = folder, base, base.tensors(job.factors)
         if base.whole is not None:  # never two models
             base.let_go()
         self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
 
-    def rows(self, target: Target, weight: Tensor) -> Rows:
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
         """See `Reread.rows`."""
-        matrix = self._out.of(self._out.targets[target.name])
+        matrix = self._out.matrix(self._out.targets[target.name], index)
         return lambda rows: matrix[rows].double()
 
     def untouched(self) -> bool:
@@ -78,8 +78,8 @@ class RereadAdapter:
         self._scaling, self._dora = config["lora_alpha"] / config["r"], bool(config["use_dora"])
         self._modules = set(config["target_modules"])
 
-    def rows(self, target: Target, weight: Tensor) -> Rows:
-        """See `Reread.rows`."""
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
+        """See `Reread.rows`; what has an adapter has one matrix."""
         if target.name not in self._modules:
             return lambda rows: weight[rows].double()
         parts = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())

@@ -91,11 +91,16 @@ def check_editable(files: list[Path], edits: Collection[str], dtype: torch.dtype
     for path in files:
         for name, stored in read_header(path).items():
             if name in left:
-                if _FLOATS.get(stored.dtype) != dtype or len(stored.shape) != 2:
-                    raise Unfit(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
+                check_dtype(name, stored, dtype, 2)
                 left.remove(name)
     if left:
         raise Unfit(f"no file holds {min(left)}")
+
+
+def check_dtype(name: str, stored: Stored, dtype: torch.dtype, dimensions: int = 0) -> None:
+    """Unfit unless a tensor is stored in `dtype` and has so many dimensions (0: any number)."""
+    if _FLOATS.get(stored.dtype) != dtype or (dimensions and len(stored.shape) != dimensions):
+        raise Unfit(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
 
 
 def missing_bytes(files: list[Path], folder: Path) -> int:

@@ -7,36 +7,29 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 
-from abliterate.export.shards import (
-    INDEX,
-    SINGLE,
-    Stored,
-    Unfit,
-    check_editable,
-    read_header,
-    read_matrix,
-    shard_files,
-    shards_of,
-)
+from abliterate.export.places import Place, find_places, parameter_name
+from abliterate.export.shards import INDEX, SINGLE, Unfit, read_header, read_matrix, shard_files, shards_of
 from abliterate.model.architectures import Architecture, Target, find_targets
 from abliterate.model.checkpoint import empty_model, load_error, load_weights
+from abliterate.model.experts import is_stack, stack_of
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
-from abliterate.model.weights import dense_weight, in_features, out_features
+from abliterate.model.weights import dense_weight, in_features, n_matrices, out_features
 from abliterate.settings import LoadSettings
 
 
 class Matrices:
     """W (d_out, d_in) of each target of `source`, in its stored dtype: never quantized, and read anew each time.
+
+    Fused experts have several, whichever way the files hold them.
 
     They are read from the weight files, so that one is in memory at a time; where `reason` says that the files can't be
     read so, the model is loaded as a whole on the CPU and stays while this object does.
@@ -56,41 +49,51 @@ class Matrices:
         self.digests: dict[str, str] = {}
         model = empty_model(self.config, load)
         self.targets = targets_by_name(model, architecture)
-        self._places: Mapping[str, tuple[Path, Stored]] = {}
+        self.places: Mapping[str, tuple[Place, ...]] = {}
         try:
             self.files = shard_files(checkpoint_folder(source, load))
-            self._places = self._find()
+            self.places = find_places(self.files, model, self.targets.values(), self.dtype)
         except Unfit as reason:
             self.files, self.reason = [], str(reason)
             self.whole = load_weights(source, load, self.config, self.dtype, None)
             self.targets = targets_by_name(self.whole, architecture)
 
-    def _find(self) -> dict[str, tuple[Path, Stored]]:
-        names = {f"{name}.weight": name for name in self.targets}
-        check_editable(self.files, names, self.dtype)
-        found = {}
-        for path in self.files:
-            for tensor, stored in read_header(path).items():
-                if tensor in names:
-                    shape = tuple(self.targets[names[tensor]].module.weight.shape)  # type: ignore[union-attr,arg-type]
-                    if stored.shape != shape:
-                        raise Unfit(f"{tensor} has the shape {stored.shape}, not {shape}")
-                    found[names[tensor]] = (path, stored)
-        return found
-
     def shape(self, name: str) -> tuple[int, int]:
-        """(d_out, d_in) of a target."""
+        """(d_out, d_in) of a target's matrices."""
         module = self.targets[name].module
         return out_features(module) or 0, in_features(module)
 
     def of(self, target: Target) -> Tensor:
-        """W of one target, on the CPU."""
+        """W of one target, on the CPU; of fused experts all of them, (E, d_out, d_in)."""
         if target.name in self._kept:
             return self._kept[target.name]
         if self.whole is not None:
             return dense_weight(self.targets[target.name].module)
-        stored = read_matrix(*self._places[target.name])
-        return stored.T if self.transposed(target.name) else stored
+        if not is_stack(target.module):
+            return self.matrix(target, 0)
+        stack = torch.empty(stack_of(target.module).shape, dtype=self.dtype)
+        for index, one in enumerate(stack):
+            one.copy_(self.matrix(target, index))
+        return stack
+
+    def count(self, target: Target) -> int:
+        """How many matrices a target has."""
+        return n_matrices(self.targets[target.name].module)
+
+    def matrix(self, target: Target, index: int) -> Tensor:
+        """One matrix (d_out, d_in) of a target."""
+        if not self.places:
+            weight = self.of(target)
+            return weight[index] if weight.ndim == 3 else weight
+        place = self.places[target.name][index]
+        stored = read_matrix(place.path, place.stored)
+        return stored.T if place.transposed else stored
+
+    def tensors(self, names: Iterable[str]) -> set[str]:
+        """What the files call these targets' tensors, or the model where it is loaded as a whole."""
+        if self.whole is not None:
+            return {parameter_name(self.targets[name]) for name in names}
+        return {place.tensor for name in names for place in self.places[name]}
 
     def let_go(self) -> None:
         """Of a model that was loaded as a whole keep only its matrices, and `digests` of all tensors: another one may come."""
@@ -103,12 +106,8 @@ class Matrices:
 
     def release(self) -> None:
         """Give back what is in memory; nothing can be read after that."""
-        self.whole, self.targets, self._places = None, {}, {}
+        self.whole, self.targets, self.places = None, {}, {}
         gc.collect()
-
-    def transposed(self, name: str) -> bool:
-        """Whether a target is stored as (d_in, d_out)."""
-        return isinstance(self.targets[name].module, Conv1D)
 
 
 def stored_dtype(config: object) -> torch.dtype:

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from abliterate.edits import Factors
 from abliterate.evaluation.base import Observation, Scorer
 from abliterate.evaluation.kl import kl_divergence
+from abliterate.model.experts import down_outputs, is_stack
+from abliterate.model.weights import stored_weight
 from abliterate.types import Trial
 
 # Mean KL(trial‖export) per prompt set: what passes in the run's dtype explain, what storing edited weights in the
@@ -65,8 +68,9 @@ class Precision:
 class Probe:
     """One edited module's outputs (1, d_model) for `x` (1, d_in), float32: without the trial's edit and with it.
 
-    `rounding` (1, d_model): what storing W' in the export's dtype adds. Not noise: W lies on that dtype's grid, so a
-    ΔW below half a step is lost altogether (an edit of 2 % of the demo's, in bfloat16, loses a seventh).
+    Of fused experts, a row for each expert. `rounding` (1, d_model): what storing W' in the export's dtype adds. Not noise:
+    W lies on that dtype's grid, so a ΔW below half a step is lost altogether (an edit of 2 % of the demo's, in bfloat16,
+    loses a seventh).
     """
 
     x: Tensor
@@ -99,15 +103,23 @@ class Verification:
 
 
 def probe_inputs(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """{module: x (1, d_in)}: along the edit's leading `a`, as long as a random input; a random x would show λ/√d of it."""
-    return {name: f.a[:1] / f.a[:1].norm() * f.a.shape[1] ** 0.5 for name, f in factors.items()}
+    """{module: x (1, d_in)}: along the edit's leading `a`, as long as a random input; a random x would show λ/√d of it.
+
+    Of fused experts, (E, d_in).
+    """
+    leading = {name: f.a[..., 0, :].reshape(-1, f.a.shape[-1]) for name, f in factors.items()}
+    # An expert that isn't used may be all zeros.
+    return {name: normalize(a, dim=1) * a.shape[1] ** 0.5 for name, a in leading.items()}
 
 
 def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype) -> Tensor:
     """(round(W') − W') x, (1, d_model): see `Probe.rounding`. Of a quantized W, as if it were the stored one."""
-    on_grid = weight.to(stored).float()
-    wanted = on_grid + factors.to(weight.device).delta(on_grid)
-    return (x.to(weight.device) @ (wanted.to(stored).float() - wanted).T).cpu()
+    lost = []
+    for one, part, row in zip(weight if weight.ndim == 3 else [weight], factors.parts(), x, strict=True):
+        on_grid = one.to(stored).float()
+        wanted = on_grid + part.to(weight.device).delta(on_grid)
+        lost.append((row[None].to(weight.device) @ (wanted.to(stored).float() - wanted).T).cpu())
+    return torch.cat(lost)
 
 
 @torch.inference_mode()
@@ -139,7 +151,7 @@ def compare(
     kl_bound = bound + _KL_SHARE[quantization] * trial.kl
     refusals = precision.refusals(len(observed.responses))
     share = max(_MODULE[precision.run], _MODULE_QUANTIZED[quantization])
-    errors = {name: _module_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
+    errors = {name: _largest_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
     off = sorted(name for name, error in errors.items() if error > share)
     # Of a stopped trial only a lower bound is known.
     extra = scores["refusals"] - trial.refusals
@@ -159,6 +171,12 @@ def compare(
         "tolerance": {"kl_from_trial": bound, "kl": kl_bound, "refusals": refusals, "modules": share},
     }
     return Verification(all(checks.values()), record)
+
+
+def _largest_error(probe: Probe, output: Tensor, entry_noise: float) -> float:
+    """`_module_error` of the worst matrix of a module."""
+    rows = zip(probe.x, probe.base, probe.edited, probe.rounding, output, strict=True)
+    return max(_module_error(Probe(x, base, edited, rounding), row, entry_noise) for x, base, edited, rounding, row in rows)
 
 
 def _module_error(probe: Probe, output: Tensor, entry_noise: float) -> float:
@@ -190,9 +208,10 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    weight: Any = module.weight
+    weight: Any = stored_weight(module)
     # Offloaded weights are on no device; their own hook then moves the input.
     device = torch.device("cpu") if weight.device.type == "meta" else weight.device
     # Some modules are kept in float32 beside a half-precision model; quantized storage says nothing of the input.
     dense = weight.is_floating_point() and weight.element_size() >= 2
-    return module(x.to(device, weight.dtype if dense else dtype)).float().cpu()
+    x = x.to(device, weight.dtype if dense else dtype)
+    return (down_outputs(module, x) if is_stack(module) else module(x)).float().cpu()

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
+from abliterate.model.experts import ExpertsAdapter, is_stack
 from abliterate.model.weights import in_features, out_features
 
 
 class LowRankEdit(Protocol):
-    """W' = diag(row_scale) W + b a; shapes as in `edits.Factors`."""
+    """W' = diag(row_scale) W + b a; shapes as in `edits.Factors`, those of a stack for fused experts."""
 
     @property
     def row_scale(self) -> Tensor | None: ...
@@ -38,7 +39,10 @@ class AdapterSet:
 
     def __init__(self, targets: Iterable[Target], *, incremental: bool = True, free: bool = True) -> None:
         targets = tuple(targets)
-        self._adapters = {target.name: _Adapter(target.module, free=free) for target in targets}
+        self._adapters: dict[str, _Adapter | ExpertsAdapter] = {
+            target.name: ExpertsAdapter(target.module) if is_stack(target.module) else _Adapter(target.module, free=free)
+            for target in targets
+        }
         self._layers = {target.name: target.layer for target in targets}
         self._incremental = incremental
         self.version = 0

@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from abliterate.errors import InputError
+from abliterate.model.experts import is_unknown_stack
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -24,21 +25,19 @@ class Architecture:
     """Where the decoder layers are, and per component the module paths within a layer (those present are taken).
 
     A * in a module path stands for all members of a module list. `layers`: a path, or several with | between them (the first
-    that the model has). `experts`: paths within a layer of modules that hold fused experts, a parameter `down_proj` of three
-    dimensions. `found_by`: table, structure, or settings.
+    that the model has). `found_by`: table, structure, or settings.
     """
 
     family: str
     model_types: tuple[str, ...]
     layers: str
     components: Mapping[str, tuple[str, ...]]
-    experts: tuple[str, ...] = ()
     found_by: Literal["table", "structure", "settings"] = "table"
 
 
 @dataclass(frozen=True)
 class Target:
-    """One module to edit: W (d_model, d_in), or its transpose in a Conv1D."""
+    """One module to edit: W (d_model, d_in), or its transpose in a Conv1D; fused experts are a stack of E matrices."""
 
     name: str
     layer: int
@@ -50,7 +49,8 @@ _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
 _LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
 # Of a vision-language model the text tower alone: `Architecture.layers` never leads into a vision part.
 _TEXT = "model.layers|model.language_model.layers|language_model.model.layers|model.text_model.layers"
-_FUSED = ("mlp.experts",)
+_MOE = ("mlp.down_proj", "mlp.experts")
+_GRANITE = ("block_sparse_moe.experts", "shared_mlp.output_linear")
 _CONV = ("self_attn.out_proj", "conv.out_proj")
 _MAMBA = ("self_attn.o_proj", "mamba.out_proj")
 
@@ -62,9 +62,8 @@ def _row(
     mlp: tuple[str, ...] = ("mlp.down_proj",),
     *,
     layers: str = _TEXT,
-    experts: tuple[str, ...] = (),
 ) -> Architecture:
-    return Architecture(family, tuple(model_types.split()), layers, {ATTENTION: attention, MLP: mlp}, experts)
+    return Architecture(family, tuple(model_types.split()), layers, {ATTENTION: attention, MLP: mlp})
 
 
 # An edit takes v out of what a module writes. What that means for the stream, where the layer isn't x + W…:
@@ -82,7 +81,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("qwen3_5", "qwen3_5_text", _LINEAR),
     _row("gemma", "gemma gemma2 gemma3_text vaultgemma gemma4_unified_text"),
     # Its per-layer embeddings join the stream through a matrix too; the experts are beside the dense block.
-    _row("gemma4", "gemma4_text", mlp=("mlp.down_proj", "per_layer_projection"), experts=("experts",)),
+    _row("gemma4", "gemma4_text", mlp=("mlp.down_proj", "experts", "per_layer_projection")),
     # Several streams: the attention and MLP blocks write to one and, in the layer's correction, to the others in proportion.
     _row("gemma3n", "gemma3n_text", mlp=("mlp.down_proj", "laurel.linear_right", "per_layer_projection")),
     _row("phi3", "phi3"),
@@ -112,39 +111,26 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("bamba", "bamba", _MAMBA, ("feed_forward.down_proj",)),
     _row("griffin", "recurrent_gemma", ("temporal_block.o_proj", "temporal_block.linear_out"), ("mlp_block.down_proj",)),
     _row("lfm2", "lfm2", _CONV, ("feed_forward.w2",)),
-    # Mixtures of experts: what of them are plain matrices, and where the experts are.
-    _row("mixtral", "mixtral phimoe minimax_m2 olmoe gpt_oss qwen3_moe qwen3_vl_moe_text", mlp=(), experts=_FUSED),
-    _row("minimax", "minimax", ("self_attn.o_proj", "self_attn.out_proj"), (), experts=_FUSED),
-    _row("qwen2_moe", "qwen2_moe", mlp=("mlp.down_proj", "mlp.shared_expert.down_proj"), experts=_FUSED),
-    _row(
-        "qwen3_next",
-        "qwen3_next qwen3_5_moe_text",
-        _LINEAR,
-        ("mlp.down_proj", "mlp.shared_expert.down_proj"),
-        experts=_FUSED,
-    ),
+    # Mixtures of experts: all of a layer's routed experts are one module; some layers are dense, and some have experts that
+    # every token visits beside the routed ones.
+    _row("mixtral", "mixtral phimoe minimax_m2 olmoe gpt_oss qwen3_moe qwen3_vl_moe_text", mlp=_MOE),
+    _row("minimax", "minimax", ("self_attn.o_proj", "self_attn.out_proj"), _MOE),
+    _row("qwen2_moe", "qwen2_moe", mlp=(*_MOE, "mlp.shared_expert.down_proj")),
+    _row("qwen3_next", "qwen3_next qwen3_5_moe_text", _LINEAR, (*_MOE, "mlp.shared_expert.down_proj")),
     _row(
         "deepseek",
         "deepseek_v2 deepseek_v3 glm4_moe glm4v_moe_text ernie4_5_moe exaone_moe dots1",
-        mlp=("mlp.down_proj", "mlp.shared_experts.down_proj"),
-        experts=_FUSED,
+        mlp=(*_MOE, "mlp.shared_experts.down_proj"),
     ),
-    _row("hunyuan_moe", "hunyuan_v1_moe", mlp=("mlp.shared_mlp.down_proj",), experts=_FUSED),
-    _row("jamba", "jamba", _MAMBA, ("feed_forward.down_proj",), experts=("feed_forward.experts",)),
-    _row("lfm2_moe", "lfm2_moe", _CONV, ("feed_forward.w2",), experts=("feed_forward.experts",)),
-    _row("granitemoe", "granitemoe granitemoeshared", mlp=("shared_mlp.output_linear",), experts=("block_sparse_moe.experts",)),
-    _row(
-        "granitemoehybrid",
-        "granitemoehybrid",
-        _MAMBA,
-        ("shared_mlp.output_linear",),
-        experts=("block_sparse_moe.experts",),
-    ),
+    _row("hunyuan_moe", "hunyuan_v1_moe", mlp=(*_MOE, "mlp.shared_mlp.down_proj")),
+    _row("jamba", "jamba", _MAMBA, ("feed_forward.down_proj", "feed_forward.experts")),
+    _row("lfm2_moe", "lfm2_moe", _CONV, ("feed_forward.w2", "feed_forward.experts")),
+    _row("granitemoe", "granitemoe granitemoeshared", mlp=_GRANITE),
+    _row("granitemoehybrid", "granitemoehybrid", _MAMBA, _GRANITE),
     _row(
         "llama4",
         "llama4_text",
-        mlp=("feed_forward.down_proj", "feed_forward.shared_expert.down_proj"),
-        experts=("feed_forward.experts",),
+        mlp=("feed_forward.down_proj", "feed_forward.experts", "feed_forward.shared_expert.down_proj"),
     ),
 )
 _BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
@@ -198,10 +184,9 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, one doesn't write `d_model` features or belongs to several layers, or there are experts
-            that would be left out.
+        InputError: there is none, one doesn't write `d_model` features or belongs to several layers, or is of a kind that
+            we can't edit.
     """
-    _refuse_experts(model, architecture)
     targets = tuple(_targets_of(model, architecture))
     if not targets:
         raise InputError(
@@ -222,28 +207,6 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     return targets
 
 
-def fused_experts(model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
-    """{name: module} of the row's fused experts, in layer order."""
-    path = decoder_path(model, architecture)
-    found = {
-        f"{path}.{index}.{name}": _submodule(layer, name)
-        for index, layer in enumerate(decoder_layers(model, architecture))
-        for name in architecture.experts
-    }
-    return {name: module for name, module in found.items() if module is not None and not isinstance(module, nn.ModuleList)}
-
-
-def _refuse_experts(model: nn.Module, architecture: Architecture) -> None:
-    """Until they can be edited: never a model that is edited but for its experts, unless the settings say so."""
-    experts = fused_experts(model, architecture)
-    if experts:
-        rest = ", ".join(f'"{name}" = "{"|".join(paths)}"' for name, paths in architecture.components.items() if paths)
-        raise InputError(
-            f"The model has fused experts ({next(iter(experts))}), which can't be edited yet; to edit the rest and leave them "
-            f"as they are: --set load.decoder_layers={decoder_path(model, architecture)} --set 'load.components={{{rest}}}'."
-        )
-
-
 def missing_components(targets: tuple[Target, ...], architecture: Architecture, n_layers: int) -> dict[str, int]:
     """Per component the number of layers that have no module of it (only those above 0)."""
     seen = {(target.component, target.layer) for target in targets}
@@ -261,6 +224,12 @@ def _targets_of(model: nn.Module, architecture: Architecture) -> Iterator[Target
         for component, paths in architecture.components.items():
             for path in (one for several in paths for one in _expanded(layer, several)):
                 module = _submodule(layer, path)
+                if module is not None and is_unknown_stack(module):
+                    raise InputError(
+                        f"The fused experts in {architecture.layers}.{index}.{path} are of a kind ({type(module).__name__}) "
+                        "that can't be edited; name the other modules that write to the residual stream with "
+                        "--set load.decoder_layers and --set load.components."
+                    )
                 if module is not None and out_features(module) is not None:
                     yield Target(f"{stack}.{index}.{path}", index, component, module)
 

@@ -52,6 +52,13 @@ def load_weights(
         model, loading = auto.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
         raise load_error(source, error) from error
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):  # not out of memory
+            raise
+        raise InputError(
+            f"The model in {source} is incomplete: tensors that its loader joins, such as experts, don't fit together; "
+            "download it again, or check that weights and config belong together."
+        ) from error
     _check_complete(source, loading)
     return model.eval().requires_grad_(False)
 

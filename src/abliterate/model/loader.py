@@ -123,12 +123,17 @@ def load_model(
     return LoadedModel(model, tokenizer, info, architecture, targets)
 
 
-def check_family(config: PretrainedConfig, load: LoadSettings) -> None:
-    """InputError where the config alone says that the model can't be edited; no weights are read."""
+def check_family(config: PretrainedConfig, load: LoadSettings) -> tuple[Target, ...]:
+    """The modules to edit of a family that is known, without weights; none where only the weights can tell.
+
+    Raises:
+        InputError: the config alone says that the model can't be edited.
+    """
     text_config = config.get_text_config()
     known = architectures.known_architecture(text_config.model_type, load.decoder_layers, load.components)
-    if known is not None and known.experts:
-        architectures.find_targets(empty_model(config, load), known, text_config.hidden_size)
+    if known is None:
+        return ()
+    return architectures.find_targets(empty_model(config, load), known, text_config.hidden_size)
 
 
 def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:

@@ -86,7 +86,7 @@ class Probe:
         for norm, after in entered.items():
             before = self._inputs[norm][-1]
             if before.shape == after.shape and before.shape[-1] == len(self.delta) and self._share(after - before):
-                scale = self.change(norm)
+                scale = self.change(norm) or self.change_by_norm(norm)[0]  # Gemma 4's experts: one norm after another
                 if scale:
                     return scale, norm
         return 0.0, ""

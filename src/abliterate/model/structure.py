@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.model.architectures import ATTENTION, MLP, Architecture, unknown_family
+from abliterate.model.experts import is_stack
 from abliterate.model.probe import Call, Probe, copied, in_float32
 from abliterate.model.weights import out_features
 
@@ -26,14 +27,13 @@ class Writer:
     """A module that writes to the residual stream of its layer.
 
     `scale`: c, the mean over positions that it reaches. `norm`: the path of the norm in between, or "". `mixes`: whether
-    what it writes at a position depends on other positions. `fused`: not a matrix, but experts in one parameter.
+    what it writes at a position depends on other positions.
     """
 
     path: str
     scale: float
     norm: str
     mixes: bool
-    fused: bool
 
 
 def discover(model: Any, model_type: str) -> Architecture:
@@ -51,8 +51,7 @@ def discover(model: Any, model_type: str) -> Architecture:
         # An unknown model's code may fail in any way; what it needs is then said by the person.
         raise unknown_family(model_type, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
     pairs = [(starred(layer, writer.path), writer) for layer, some in zip(stack, found, strict=True) for writer in some]
-    matrices = dict.fromkeys(name for name, writer in pairs if not writer.fused)
-    experts = dict.fromkeys(name for name, writer in pairs if writer.fused)
+    matrices = dict.fromkeys(name for name, _ in pairs)
     # In any layer: one that borrows another layer's keys and values looks at no position by itself.
     mixing = {name for name, writer in pairs if writer.mixes}
     named = {
@@ -63,7 +62,7 @@ def discover(model: Any, model_type: str) -> Architecture:
         )
         if paths
     }
-    return Architecture(f"{model_type} (by structure)", (model_type,), path, named, tuple(experts), found_by="structure")
+    return Architecture(f"{model_type} (by structure)", (model_type,), path, named, found_by="structure")
 
 
 class Unclear(Exception):
@@ -153,9 +152,9 @@ def prove(layer: nn.Module, call: Call, d_model: int) -> tuple[Writer, ...]:
     for path in list(effects):  # a block with parameters of its own around the matrix that writes
         if out_features(probe.multipliers[path]) is None and any(other.startswith(f"{path}.") for other in effects):
             del effects[path]
-    fused = {path for path in effects if out_features(probe.multipliers[path]) is None}
-    mixing = {path for path in effects if path not in fused and probe.outputs[path] and probe.mixes(path, effects)}
-    return tuple(Writer(path, scale, norm, path in mixing, path in fused) for path, (scale, norm) in effects.items())
+    matrices = {path for path in effects if not is_stack(probe.modules[path])}  # experts see each position by itself
+    mixing = {path for path in matrices if probe.outputs[path] and probe.mixes(path, effects)}
+    return tuple(Writer(path, scale, norm, path in mixing) for path, (scale, norm) in effects.items())
 
 
 def starred(layer: nn.Module, path: str) -> str:

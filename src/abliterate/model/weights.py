@@ -1,4 +1,7 @@
-"""Reading and writing a module's matrix as W (d_out, d_in), whatever its storage: Linear, Conv1D, bitsandbytes."""
+"""Reading and writing a module's matrix as W (d_out, d_in), whatever its storage: Linear, Conv1D, bitsandbytes.
+
+Of fused experts, W is the stack of all experts' matrices (E, d_out, d_in).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from abliterate.errors import InputError
+from abliterate.model.experts import is_stack, stack_of
 
 
 def out_features(module: nn.Module) -> int | None:
@@ -17,21 +21,33 @@ def out_features(module: nn.Module) -> int | None:
         return module.out_features
     if isinstance(module, Conv1D):
         return module.nf
-    return None
+    return stack_of(module).shape[1] if is_stack(module) else None
 
 
 def in_features(module: nn.Module) -> int:
     """d_in of a module that multiplies by a matrix."""
+    if is_stack(module):
+        return stack_of(module).shape[2]
     return module.in_features if isinstance(module, nn.Linear) else module.nx  # type: ignore[return-value]
 
 
+def n_matrices(module: nn.Module) -> int:
+    """How many matrices W a module holds: 1, or the number of its experts."""
+    return len(stack_of(module)) if is_stack(module) else 1
+
+
+def stored_weight(module: nn.Module) -> Tensor:
+    """The parameter that holds W, as it is stored."""
+    return module.down_proj if is_stack(module) else module.weight  # type: ignore[return-value]
+
+
 def dense_weight(module: nn.Module) -> Tensor:
-    """W (d_out, d_in): a view where the storage is dense, else dequantized; never kept by us.
+    """W (d_out, d_in), or (E, d_out, d_in): a view where the storage is dense, else dequantized; never kept by us.
 
     Raises:
         InputError: a storage we can't read.
     """
-    weight = module.weight.detach()  # type: ignore[union-attr,operator]
+    weight = stored_weight(module).detach()
     kind = type(module).__name__
     if kind == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit
@@ -47,9 +63,9 @@ def dense_weight(module: nn.Module) -> Tensor:
         return int8_vectorwise_dequant(weight, state.SCB)  # type: ignore[union-attr,arg-type]
     if not weight.is_floating_point() or weight.element_size() < 2:
         raise InputError(f"The weights of a {kind} are stored as {weight.dtype}, which can't be read; load them in bf16.")
-    if isinstance(module, Conv1D):
-        return weight.T
-    return weight
+    if is_stack(module):
+        return stack_of(module)
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 @torch.no_grad()
@@ -69,7 +85,6 @@ def _by_product(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Replace W (d_out, d_in) of a dense module, in its own dtype. The old values are gone (DESIGN §8.8)."""
-    target = module.weight  # type: ignore[union-attr]
-    assert isinstance(target, Tensor)
-    target.copy_((weight.T if isinstance(module, Conv1D) else weight).to(target.dtype))
+    """Replace W of a dense module, in its own dtype. The old values are gone (DESIGN §8.8)."""
+    target = dense_weight(module)  # a view
+    target.copy_(weight.to(target.dtype))

@@ -1,0 +1,188 @@
+"""Fused experts: all experts' matrices of a layer in one parameter, read as a stack and edited while it is used.
+
+Of a token's routed experts each writes r (W_e h + bias_e); edited r (s_e∘(W_e h) + b_e (a_e·h) + bias_e). That is computed for
+the (token, expert) pairs that a pass has, O(d_ff + d_model) each, by an entry of ours in transformers' registry of experts
+functions: no edited matrix is ever in memory (PEFT's parameter targeting makes all of them in every pass). Modules whose edit
+is off run transformers' own function. Knows no edit methods.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import moe
+
+# Under this name our function is in transformers' registry, and on an edited module is what carries out the edit.
+_FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
+# What the function needs to know of a module; transformers' decorator for experts classes sets it.
+_DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
+# Not in the registry: every expert sees every token, those that aren't chosen with a share of 0. Stored (E, d_ff, d_model).
+_UNROUTED = ("Llama4TextExperts",)
+
+
+class StackEdit(Protocol):
+    """W'_e = diag(row_scale_e) W_e + b_e a_e; every tensor as in `edits.Factors`, with a leading dimension of experts."""
+
+    @property
+    def row_scale(self) -> Tensor | None: ...
+    @property
+    def a(self) -> Tensor: ...
+    @property
+    def b(self) -> Tensor: ...
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
+    down = module._parameters.get("down_proj")
+    known = type(module).__name__ in _UNROUTED or all(hasattr(module, name) for name in _DECORATED)
+    return known and down is not None and down.ndim == 3
+
+
+def is_unknown_stack(module: nn.Module) -> bool:
+    """Whether a module holds matrices of several experts in a way that we can't edit."""
+    return not is_stack(module) and any(one is not None and one.ndim == 3 for one in module._parameters.values())
+
+
+def is_transposed(module: Any) -> bool:
+    """Whether fused experts are stored as (E, d_ff, d_model)."""
+    return bool(getattr(module, "is_transposed", True))
+
+
+def stack_of(module: nn.Module) -> Tensor:
+    """W (E, d_model, d_ff) of fused experts: a view, whichever way round they are stored."""
+    down: Any = module.down_proj
+    return down.detach().transpose(1, 2) if is_transposed(module) else down.detach()
+
+
+def down_outputs(module: nn.Module, x: Tensor) -> Tensor:
+    """What every expert makes of its own row of `x` (E, d_ff): (E, d_model), biases and the edit, if there is one, included."""
+    experts = torch.arange(len(x), device=x.device)
+    return _down(module, x.contiguous(), experts, (experts + 1).int())
+
+
+class ExpertsAdapter:
+    """The edit of one layer's fused experts, in the dtype of what flows through them; off, the module is as it was.
+
+    Raises:
+        ValueError: another adapter's edit is on.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        if _EDIT in vars(module):  # else `off` would put the edit back
+            raise ValueError("these experts are being edited by another adapter")
+        self._config: Any = getattr(module, "config", None)
+        # Where accelerate has its own hooks around a module, they call this instead.
+        self._forward = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        self._old_forward = vars(module).get(self._forward)
+        self.key: Hashable | None = None
+
+    def write(self, key: Hashable, factors: StackEdit) -> None:
+        """Switch the edit on. Only this module's view of the config says so: layers share one config."""
+        weight = self._module.down_proj
+        place = {"device": weight.device, "dtype": weight.dtype}
+        # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
+        scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
+        setattr(self._module, _EDIT, _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config))
+        if type(self._module).__name__ in _UNROUTED:
+            setattr(self._module, self._forward, partial(_unrouted_forward, self._module))
+        else:
+            # Not by the config's property, which would change the configs it is made of, too.
+            mine: Any = copy.copy(self._config)
+            mine._experts_implementation_internal = _FUNCTION
+            self._module.config = mine
+        self.key = key
+
+    def off(self) -> None:
+        """The base's own function again."""
+        if type(self._module).__name__ not in _UNROUTED:
+            self._module.config = self._config
+        elif self._old_forward is None:
+            vars(self._module).pop(self._forward, None)
+        else:
+            setattr(self._module, self._forward, self._old_forward)
+        vars(self._module).pop(_EDIT, None)
+        self.key = None
+
+
+@dataclass
+class _Edit:
+    """`a` (E, r, d_ff), `b` (E, d_model, r), `scale` (E, d_model) = s − 1; `config`: the one that the layers share."""
+
+    a: Tensor
+    b: Tensor
+    scale: Tensor | None
+    config: Any
+
+    def __call__(self, written: Tensor, x: Tensor, experts: Tensor) -> Tensor:
+        """W'_e x of each pair, (S, d_model), from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
+        self._recast(x.dtype)
+        low = torch.bmm(self.a[experts], x[:, :, None])  # (S, r, 1)
+        edited = torch.baddbmm(written[:, :, None], self.b[experts], low)[:, :, 0]
+        return edited if self.scale is None else edited.addcmul_(written, self.scale[experts])
+
+    def of_all(self, written: Tensor, x: Tensor) -> Tensor:
+        """The same where every expert has as many rows: `written` (E, n, d_model), `x` (E, n, d_ff)."""
+        self._recast(x.dtype)
+        edited = torch.baddbmm(written, torch.bmm(x, self.a.transpose(1, 2)), self.b.transpose(1, 2))
+        return edited if self.scale is None else edited.addcmul_(written, self.scale[:, None])
+
+    def _recast(self, dtype: torch.dtype) -> None:
+        if self.a.dtype != dtype:
+            self.a, self.b = self.a.to(dtype), self.b.to(dtype)
+            self.scale = None if self.scale is None else self.scale.to(dtype)
+
+
+def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """transformers' `grouped_mm_experts_forward`, with the module's edit between W and its bias; (tokens, d_model)."""
+    tokens, top_k = hidden_states.shape[0], top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.reshape(-1))  # (S), S = tokens × top_k
+    offsets = torch.searchsorted(experts, torch.arange(1, len(self.down_proj) + 1, device=experts.device)).int()
+    gated = getattr(self, "has_gate", True)
+    name = "gate_up_proj" if gated else "up_proj"
+    x = _linear(self, name, hidden_states[order // top_k], experts, offsets)
+    if self.has_bias:
+        x = x + getattr(self, f"{name}_bias")[experts]
+    x = self._apply_gate(x) if gated else self.act_fn(x)
+    out = _down(self, x, experts, offsets)
+    if getattr(self, "has_post_expert_norm", False):
+        out = self.post_expert_norm(out)
+    weighted = out * top_k_weights.reshape(-1)[order, None]
+    restored = torch.empty_like(weighted)
+    restored[order] = weighted
+    return restored.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
+    """`Llama4TextExperts.forward`, edited; `hidden_states` (E × tokens, d_model) and the result are sorted by expert."""
+    x = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
+    gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
+    x = up * self.act_fn(gate)
+    return vars(self)[_EDIT].of_all(torch.bmm(x, self.down_proj), x).view(hidden_states.shape)
+
+
+def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    out = _linear(module, "down_proj", x, experts, offsets)
+    edit: _Edit | None = vars(module).get(_EDIT)
+    if edit is not None:
+        out = edit(out, x.to(out.dtype), experts)
+    return out + module.down_proj_bias[experts] if getattr(module, "has_bias", False) else out
+
+
+def _linear(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+    """W_e x of pairs sorted by expert, without biases: by what the base multiplies with, as far as we know it."""
+    weight = getattr(module, name) if is_transposed(module) else getattr(module, name).transpose(1, 2)  # (E, in, out)
+    edit: _Edit | None = vars(module).get(_EDIT)
+    # `generate` switches the shared config to this while it decodes on an accelerator: few pairs, no sorting.
+    if edit is not None and getattr(edit.config, "_experts_implementation", "") == "batched_mm":
+        return torch.bmm(x[:, None], weight[experts])[:, 0]
+    return moe._grouped_mm(x, weight, offs=offsets)  # one product for each expert that is hit
+
+
+moe.ALL_EXPERTS_FUNCTIONS.register(_FUNCTION, _experts_forward)
