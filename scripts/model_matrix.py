@@ -23,6 +23,7 @@ from conftest import save_model
 from zoo import ZOO, Lab, export, make_lab
 
 from abliterate.errors import AbliterateError
+from abliterate.model.coverage import coverage_of
 
 HEAD = """# Model families
 
@@ -30,14 +31,13 @@ By `python scripts/model_matrix.py`, with transformers {version}: tiny models bu
 `tests/test_models.py` checks for each that the modules are those written down by hand, that each is proven to write to the
 residual stream, that edited logits are those of a dense reference, and that the engine and both exports give the same.
 
-- **found**: by the table of families, by structure (a class that isn't in the table), or by settings (mixtures of experts
-  whose fused experts are left out, which must be asked for).
-- **modules**: per component, edited modules in all layers (two to four), as *paths × layers*.
+- **found**: by the table of families, or by structure (a class that isn't in the table).
+- **modules**: per component, edited modules in all layers (two to four), as *paths × layers*; a layer's fused experts are one.
 - **coverage**: the share that is edited of all parameters of matrices that write to the residual stream (that these are
   all of them is measured, but for Gemma 3n, whose layers pass on several streams).
 - **engine**: what trials leave out of the reference's work; *reference*: nothing, and the run says why.
 - **merged**: whether an export streams the base's files, or loads and saves the model as a whole. **adapter**: whether PEFT
-  can put one on this class (where not, the export is refused with a sentence).
+  can put one on this class (where not, that is said before a run).
 
 | family | class | found | attn.o_proj | mlp.down_proj | coverage | engine | merged | adapter |
 |---|---|---|---|---|---|---|---|---|
@@ -68,7 +68,7 @@ def row_of(name: str) -> str:
         loaded.architecture.found_by,
         modules(lab, "attn.o_proj"),
         modules(lab, "mlp.down_proj"),
-        f"{coverage(lab):.0%}",
+        f"{coverage_of(loaded.model, loaded.architecture, loaded.targets).share:.0%}",
         lab.mechanisms,
         *exports(lab),
     ]
@@ -77,20 +77,11 @@ def row_of(name: str) -> str:
 
 def modules(lab: Lab, component: str) -> str:
     """Paths of a component's modules within a layer, and how many layers have each."""
-    stack = ".".join(lab.loaded.targets[0].name.split(".")).partition(".0.")[0]
+    stack = lab.loaded.targets[0].name.partition(".0.")[0]
     counts = Counter(
         target.name.removeprefix(f"{stack}.{target.layer}.") for target in lab.loaded.targets if target.component == component
     )
     return ", ".join(f"{path} × {count}" for path, count in counts.items()) or "–"
-
-
-def coverage(lab: Lab) -> float:
-    """Edited parameters as a share of all that write to the stream."""
-    model = lab.loaded.model
-    edited = sum(target.module.weight.numel() for target in lab.loaded.targets)  # type: ignore[union-attr,operator]
-    row = known_architecture(model.config.get_text_config().model_type) or lab.loaded.architecture
-    experts = sum(module.down_proj.numel() for module in fused_experts(model, row).values())  # type: ignore[union-attr,operator]
-    return edited / (edited + experts)
 
 
 def exports(lab: Lab) -> tuple[str, str]:

@@ -14,8 +14,8 @@ import abliterate
 
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
-    5: ("cli", "__main__", "console", "commands"),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "identity", "checks"),
+    5: ("cli", "__main__", "console", "tables", "commands"),
+    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "inspection", "identity", "checks"),
     3: ("search", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
@@ -27,11 +27,12 @@ NARROW = {
     "directions": {"errors"},
     "edits": {"directions", "errors"},
     "cache": {"errors", "types"},
-    "console": {"errors", "types"},
+    "console": {"errors", "tables", "types"},
+    "tables": {"errors", "types"},
     "front": {"errors", "types"},
     "search": {"errors", "settings", "types"},
 }
-RICH_ALLOWED = {"console"}
+RICH_ALLOWED = {"console", "tables"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
 
 

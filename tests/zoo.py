@@ -23,7 +23,7 @@ from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
 from abliterate.export import EXPORTERS, ExportJob
 from abliterate.model.architectures import find_targets
 from abliterate.model.checkpoint import auto_class
-from abliterate.model.loader import LoadedModel, architecture_of, check_family
+from abliterate.model.loader import LoadedModel, architecture_of
 from abliterate.settings import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
 from abliterate.types import BatchSizes, Kernel, ModelInfo, Prompt, TrialParams
 
@@ -470,7 +470,6 @@ def load_specimen(name: str, source: str = "") -> LoadedModel:
     """What `load_model` gives, without a disk."""
     model = make_specimen(name)
     config = model.config.get_text_config()
-    check_family(model.config, LoadSettings())
     architecture = architecture_of(model, LoadSettings())
     targets = find_targets(model, architecture, config.hidden_size)
     n_layers = len(ZOO[name].layers)

@@ -5,13 +5,12 @@ Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix,
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BatchEncoding, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from abliterate import calibration, tuning
 from abliterate.cache import from_bytes, to_bytes
@@ -22,11 +21,10 @@ from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Engine
-from abliterate.export.adapter import peft_refusal
 from abliterate.identity import prefix_key
-from abliterate.inputs import Context, PromptSets
+from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.inspection import Workload, check_loaded, describe, inspect
 from abliterate.model import loader
-from abliterate.model.architectures import Target, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
 from abliterate.settings import Settings
@@ -53,23 +51,11 @@ class Bench:
     calibration: Calibration
 
 
-def check_model(settings: Settings) -> None:
-    """Raise InputError if the model can't be found, or can't be edited or exported as far as its config tells."""
-    config = loader.load_config(loader.resolve_source(settings.model), settings.load)
-    check_export(settings, config, loader.check_family(config, settings.load))
-
-
-def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
-    """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
-    reason = peft_refusal(config, settings.load, targets) if settings.export.kind == "adapter" and targets else ""
-    if reason:
-        raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
-
-
 def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
     """Model and tokenizer; then the one warm-up, batch sizes and response prefix, unless they are known from before."""
     scorers = scorers_of(context.settings)
-    loaded = load(context)
+    loaded = load(context, prompts)
+    check_loaded(context, loaded)
     with context.result.stage("calibrate"):
         sizes = tuning.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
         prefix = known_prefix(context, loaded, sizes, prompts)
@@ -79,13 +65,38 @@ def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
 
 def tune_only(context: Context, prompts: PromptSets) -> tuple[tuning.Tuned, ...]:
     """Load the model and measure batch sizes, whatever is known from before."""
-    loaded = load(context)
+    loaded = load(context, prompts)
     with context.result.stage("measure batch sizes"):
         return tuning.tune(context, loaded, plain_engine(context, loaded), prompts)
 
 
-def load(context: Context) -> LoadedModel:
-    """The model the settings name."""
+def inspect_model(context: Context, *, weights: bool) -> dict[str, Any]:
+    """The record of the model that the settings name (`inspection.inspect`); without `weights`, from its config alone."""
+    settings, device = context.settings, loader.choose_device(context.settings.device)
+    speeds = None
+    loaded: LoadedModel | loader.Skeleton | None
+    if weights:
+        loaded = load(context, None)
+        chat = Chat(loaded.tokenizer, loaded.device)
+    else:
+        with context.result.stage("look at the config", loader.public_name(settings.model)):
+            loaded = loader.skeleton(settings.model, settings.load, device, measure=True)
+    assert loaded is not None
+    try:
+        if not weights:
+            chat = Chat(loader.load_tokenizer(loaded.info.source, settings.load), torch.device("cpu"))
+        prompts = read_prompts(context)
+        work = Workload.of(prompts, chat)
+        if isinstance(loaded, LoadedModel):
+            with context.result.stage("measure speed"):
+                speeds = tuning.speeds_of(context, loaded, plain_engine(context, loaded), prompts)
+    except InputError as error:  # a model can be looked at without prompts or a chat template
+        work = Workload.usual(str(error))
+    return inspect(settings, loaded, device, work, speeds)
+
+
+def load(context: Context, prompts: PromptSets | None) -> LoadedModel:
+    """The model the settings name; described as what works through `prompts`, where these are known."""
     settings = context.settings
     device = loader.choose_device(settings.device)
     probe = Prompt("What is 1+1?", settings.prompts.system)
@@ -95,32 +106,9 @@ def load(context: Context) -> LoadedModel:
 
     with context.result.stage("load", loader.public_name(settings.model)):
         loaded = loader.load_model(settings.model, settings.load, device, probe_inputs, context.reporter.warn)
-        describe(context, loaded, device)
+        if prompts is not None:
+            describe(context, loaded, device, prompts)
     return loaded
-
-
-def describe(context: Context, loaded: LoadedModel, device: torch.device) -> None:
-    """Put the model into the result and before the person's eyes; say what is left out."""
-    info = loaded.info
-    name = loader.device_name(device)
-    context.result.describe(info, name)
-    context.reporter.header(
-        {
-            "model": f"{info.id} ({info.family}, {info.n_layers} layers × {info.d_model}, {info.n_parameters / 1e6:.1f} M)",
-            "weights": f"{info.dtype}, {info.quantization}" if info.quantization != "none" else info.dtype,
-            "device": name,
-            "memory": loader.memory_text(device),
-            "edits": f"{len(loaded.targets)} modules, {context.settings.edit.mode} ({context.settings.edit.representation})",
-        }
-    )
-    if loaded.architecture.found_by == "structure":
-        check_export(context.settings, loaded.model.config, loaded.targets)
-        found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
-        context.reporter.note(
-            f"the family isn't in the table; by what its layers do, these write to the residual stream: {found}"
-        )
-    for component, count in missing_components(loaded.targets, loaded.architecture, info.n_layers).items():
-        context.reporter.warn(f"{count} of {info.n_layers} layers have no {component}; nothing is edited there.")
 
 
 def scorers_of(settings: Settings) -> tuple[Scorer, ...]:

@@ -81,6 +81,9 @@ def run(
     push: Annotated[Text, typer.Option(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew; the old run is kept renamed.")] = False,
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Run even if less than half of what writes would be edited.")
+    ] = False,
     storage: Annotated[Text, typer.Option(help="Optuna RDB URL instead of a journal file.")] = None,
     cache_dir: CacheDir = None,
     as_json: Json = False,
@@ -95,7 +98,7 @@ def run(
         "device": device,
         "out": out,
         "cache_dir": cache_dir,
-        "load": {"dtypes": [dtype] if dtype else None},
+        "load": {"dtypes": [dtype] if dtype else None, "allow_partial": allow_partial or None},
         "prompts": {
             "harmful": harmful,
             "harmless": harmless,
@@ -126,6 +129,24 @@ def tune_batch(
     from abliterate import commands
 
     commands.tune_batch(given, config, assignments or [], as_json=as_json)
+
+
+@app.command()
+def inspect(
+    model: Model = "",
+    no_weights: Annotated[bool, typer.Option("--no-weights", help="From the config alone; nothing is measured.")] = False,
+    config: Config = "",
+    assignments: Assignments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Show what of MODEL would be edited, what would not and why, and what a run needs and costs."""
+    given = {"model": model or None, "device": device, "cache_dir": cache_dir, "load": {"dtypes": [dtype] if dtype else None}}
+    from abliterate import commands
+
+    commands.inspect(given, config, assignments or [], weights=not no_weights, as_json=as_json)
 
 
 @app.command()

@@ -13,13 +13,15 @@ from typing import Any
 
 from abliterate import later, pipeline
 from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_for_trial, ask_yes, front_table, make_console, make_reporter, print_table, trial_line
+from abliterate.console import ask_for_trial, ask_yes, make_reporter, trial_line
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.front import parse_rule
+from abliterate.inspection import bytes_text, in_words
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
+from abliterate.tables import component_table, front_table, make_console, print_table
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -85,11 +87,33 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     rows = []
     for one in tuning:
         for size, probe in sorted(one.probes.items()):
-            found = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", _size(probe.peak_bytes))
+            found = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", bytes_text(probe.peak_bytes))
             rows.append((one.operation, str(size), *found, "← chosen" if size == one.size else ""))
         if one.size not in one.probes:  # made even afterwards, or taken over from another operation
             rows.append((one.operation, str(one.size), "", "", "← chosen"))
     print_table(("operation", "prompts at a time", "tokens/s", "memory", ""), rows, "Short passes over the longest prompts")
+
+
+def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, weights: bool, as_json: bool) -> None:
+    """`abliterate inspect`."""
+    settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
+    _quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    with _ending_at_once(reporter, "interrupted; nothing was changed."):
+        found = pipeline.inspect(settings, reporter, weights=weights)
+    if as_json:
+        print(json.dumps({"event": "result", **found}))
+        return
+    words, on_terminal = in_words(found), sys.stdout.isatty()
+    if on_terminal:  # the table says the rest
+        words["coverage"] = words["coverage"].splitlines()[0]
+    whole, adapter = found["exports"]["merged"], found["exports"]["adapter"]
+    streams = "streams the base's files" if whole is not None else "not known without the weight files"
+    words["merged"] = f"loads and saves the whole model ({whole})" if whole else streams
+    words["adapter"] = f"not possible: {adapter}" if adapter else "possible"
+    reporter.header(words)
+    if on_terminal:
+        make_console().print(component_table(found["coverage"]))
 
 
 def show_trials(path: Path, *, as_json: bool) -> None:
@@ -162,9 +186,9 @@ def cache_ls(cache_dir: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created} for e in entries]))
         return
-    rows = [(entry.kind, entry.label, _size(entry.size), _age(entry.created), entry.digest[:12]) for entry in entries]
+    rows = [(entry.kind, entry.label, bytes_text(entry.size), _age(entry.created), entry.digest[:12]) for entry in entries]
     print_table(("kind", "of", "size", "age", "entry"), rows)
-    print(f"{len(entries)} entries, {_size(sum(entry.size for entry in entries))}")
+    print(f"{len(entries)} entries, {bytes_text(sum(entry.size for entry in entries))}")
 
 
 def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> None:
@@ -185,12 +209,12 @@ def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> 
     if not yes:
         if not sys.stdin.isatty():
             raise InputError("Without a terminal nothing is asked; confirm with abliterate cache clear --yes.")
-        total = _size(sum(entry.size for entry in entries) + sum(path.stat().st_size for path in leftovers))
+        total = bytes_text(sum(entry.size for entry in entries) + sum(path.stat().st_size for path in leftovers))
         if not ask_yes(f"Delete {what} ({total})?"):
             print("nothing was deleted")
             return
     _, freed = store.clear(wanted if filtered else None)
-    print(f"deleted {what}, {_size(freed)}")
+    print(f"deleted {what}, {bytes_text(freed)}")
 
 
 def cache_verify(cache_dir: str) -> None:
@@ -262,14 +286,6 @@ def _quiet_libraries() -> None:
 def _store(cache_dir: str) -> ArtifactStore:
     warn: Callable[[str], None] = print
     return ArtifactStore(cache_root(cache_dir), warn=warn)
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _age(created: float) -> str:

@@ -1,4 +1,4 @@
-"""Everything a person or a script sees on the terminal: three reporters, tables and questions. Owns all of Rich."""
+"""What a person or a script sees while something is at work: three reporters, and questions. With `tables`, all of Rich."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.prompt import Prompt as Question
 from rich.table import Table
 
+from abliterate.tables import front_table
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -23,19 +24,6 @@ def make_reporter(*, as_json: bool) -> Reporter:
     if as_json:
         return JsonReporter(sys.stdout)
     return RichReporter(Console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
-
-
-def make_console() -> Console:
-    """A console for tables on standard output."""
-    return Console()
-
-
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """A table of plain text on standard output."""
-    table = Table(*columns, title=title or None, title_justify="left")
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
-    make_console().print(table)
 
 
 def trial_line(trial: Trial, total: int, front: bool) -> str:
@@ -215,24 +203,6 @@ class RichReporter:
 
     def _show(self, content: Any) -> None:
         (self._progress.console if self._progress else self._console).print(content, highlight=False)
-
-
-def front_table(result: Mapping[str, Any], marked: int | None = None) -> Table:
-    """The front as a table, the selected trial marked; the baseline as its first row."""
-    selected = result["selected"] if marked is None else marked
-    total = result["baseline"]["prompts"]
-    table = Table(title="Front: every trial that no other beats on both scores", title_justify="left")
-    for column in ("", "trial", "refusals", "KL mean", "KL median", "KL max"):
-        table.add_column(column, justify="right")
-    table.add_row("", "base", f"{result['baseline']['refusals']}/{total}", "0", "0", "0", style="dim")
-    by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
-    for number in result["front"]:
-        trial = by_number[number]
-        kl = trial.scores["kl"]
-        cells = [f"{kl[name]:.4f}" for name in ("mean", "median", "max")]
-        style = "bold green" if number == selected else None
-        table.add_row("→" if number == selected else "", str(number), f"{trial.refusals}/{total}", *cells, style=style)
-    return table
 
 
 def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) -> Iterable[str]:

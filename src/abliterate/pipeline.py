@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from abliterate import stages
-from abliterate.bench import Bench, check_model, load_and_calibrate, tune_only
+from abliterate.bench import Bench, inspect_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.checks import check_names
 from abliterate.errors import AbliterateError
@@ -22,6 +22,7 @@ from abliterate.exporting import Picked, export, prepare, push_export
 from abliterate.front import SelectionRule, pareto_front
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.inspection import check_model
 from abliterate.report.html import write_report
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory, write_atomically
@@ -175,9 +176,15 @@ def pick(
 def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:
     """Measure batch sizes for the settings' model and prompts, without a run."""
     context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), lambda: None)
-    check_model(settings)
+    check_model(settings, editing=False)
     prompts = read_prompts(context)
     return tune_only(context, prompts)
+
+
+def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[str, Any]:
+    """What there is to edit in the settings' model, what a run needs and costs (`inspection.inspect`); changes nothing."""
+    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), lambda: None)
+    return inspect_model(context, weights=weights)
 
 
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:

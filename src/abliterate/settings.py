@@ -32,6 +32,7 @@ class LoadSettings(_Section):
     chat_template: str = ""
     decoder_layers: str = ""
     components: dict[str, str] = {}
+    allow_partial: bool = False
 
 
 class PromptSettings(_Section):

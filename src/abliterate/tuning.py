@@ -18,10 +18,11 @@ from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.identity import batch_sizes_key
 from abliterate.inputs import Context, PromptSets
 from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
-from abliterate.model.loader import LoadedModel
+from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
 from abliterate.model.weights import in_features, n_matrices
+from abliterate.settings import Settings
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
 # Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
@@ -52,6 +53,12 @@ class Tuned:
     start: int
     row_bytes: int
     probes: Mapping[int, Probe | None]
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second at the size chosen, or at the measured one nearest to it; 0 where nothing fitted."""
+        fitting = {size: found.tokens_per_second for size, found in self.probes.items() if found is not None}
+        return fitting[min(fitting, key=lambda size: abs(size - self.size))] if fitting else 0.0
 
     def to_record(self) -> dict[str, Any]:
         """JSON form."""
@@ -84,6 +91,14 @@ def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts
     return _measure(context, loaded, Probes(context, loaded, engine, prompts))
 
 
+def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> dict[str, float]:
+    """Tokens a second by operation, as measured here before, else measured now and kept for later runs."""
+    probes = Probes(context, loaded, engine, prompts)
+    found = context.store.get("batch-sizes", probes.key)
+    known = json.loads(from_bytes(found["sizes"])).get("tokens_per_second") if found is not None else None
+    return known or {one.operation: one.speed for one in _measure(context, loaded, probes)}
+
+
 def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tuned, ...]:
     if context.settings.efficiency.use_binary_search_batch_tuning:
         prefill = probes.search("prefill")
@@ -92,7 +107,8 @@ def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tun
     else:
         tuned = probes.double()
     found = sizes_of(tuned)
-    text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes})
+    speeds = {one.operation: one.speed for one in tuned}
+    text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes, "tokens_per_second": speeds})
     label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in found.by_name.items())
     context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(text)}, label)
     _say(context, found, f"found by {sum(len(one.probes) for one in tuned)} probes")
@@ -120,6 +136,16 @@ def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]
     }
 
 
+def reserved_bytes(
+    settings: Settings, shape: Shape, loaded: LoadedModel | Skeleton, harmful: int, harmless: int, prompt: int
+) -> int:
+    """Bytes that are kept between trials, and what KL needs: the base's log-probabilities and the trial's."""
+    kept = kept_bytes(shape, STARTS, harmful, harmless, prompt)
+    modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
+    kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(module)) for module in modules))
+    return min(kept, settings.efficiency.max_kept_mb << 20) + 8 * harmless * shape.vocabulary
+
+
 class Probes:
     """Probes of a loaded model, on the longest prompts of each operation's sets."""
 
@@ -140,12 +166,8 @@ class Probes:
         once = context.settings.efficiency.use_global_warmup
         self._warm_up = WarmUp(lambda: engine.generate_ids(self._longest["decode"][:1], 2), once=once)
         longest = max(self.lengths[name][1] for name in ("prefill", "decode"))
-        kept = kept_bytes(self.shape, STARTS, len(prompts.harmful_eval), len(prompts.harmless_eval), longest)
-        modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
-        kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(module)) for module in modules))
-        # So much is kept between trials, and KL has the base's log-probabilities and the trial's.
-        kept = min(kept, context.settings.efficiency.max_kept_mb << 20)
-        self._reserved = kept + 8 * len(prompts.harmless_eval) * self.shape.vocabulary
+        counts = len(prompts.harmful_eval), len(prompts.harmless_eval)
+        self._reserved = reserved_bytes(context.settings, self.shape, loaded, *counts, longest)
 
     def search(self, operation: Operation, at_most: int = 0) -> Tuned:
         """From the estimate to the best size; `at_most`: only whether that fits, else what does."""

@@ -101,7 +101,11 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
     conv = any(isinstance(target.module, Conv1D) for target in targets)
     lora = LoraConfig(target_modules=sorted(wanted), fan_in_fan_out=conv, task_type="CAUSAL_LM")
     try:
-        model = inject_adapter_in_model(lora, empty_model(config, load), low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="target_parameters", category=RuntimeWarning
+            )  # is what is looked for here
+            model = inject_adapter_in_model(lora, empty_model(config, load), low_cpu_mem_usage=True)
     except ValueError as error:
         return f"PEFT says: {str(error).splitlines()[0].rstrip('.')}"
     found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -110,6 +110,19 @@ class Matrices:
         gc.collect()
 
 
+def whole_because(source: str, load: LoadSettings, architecture: Architecture) -> str | None:
+    """Why an export would load the model as a whole; "" where it can be streamed, None where the files aren't on this disk."""
+    if not source or not Path(source).is_dir() or not any(Path(source).glob("*.safetensors")):
+        return None
+    config = load_config(source, load)
+    model = empty_model(config, load)
+    try:
+        find_places(shard_files(Path(source)), model, targets_by_name(model, architecture).values(), stored_dtype(config))
+    except Unfit as reason:
+        return str(reason)
+    return ""
+
+
 def stored_dtype(config: object) -> torch.dtype:
     """The dtype the checkpoint was saved in, as its config says; float32 where it doesn't."""
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)  # type: ignore[attr-defined]

@@ -7,14 +7,13 @@ components are keyed as in the search space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import nn
 
 from abliterate.errors import InputError
-from abliterate.model.experts import is_unknown_stack
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -184,10 +183,10 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, one doesn't write `d_model` features or belongs to several layers, or is of a kind that
-            we can't edit.
+        InputError: there is none, or one doesn't write `d_model` features or belongs to several layers. What is there but of
+            a kind that can't be edited is left out; `coverage.py` says what.
     """
-    targets = tuple(_targets_of(model, architecture))
+    targets = tuple(target for target, _ in members(model, architecture) if out_features(target.module) is not None)
     if not targets:
         raise InputError(
             f"The model has no matrix to edit: none of its layers has {_paths(architecture)}; name the modules that "
@@ -218,20 +217,20 @@ def missing_components(targets: tuple[Target, ...], architecture: Architecture, 
     return {component: count for component, count in counts.items() if count}
 
 
-def _targets_of(model: nn.Module, architecture: Architecture) -> Iterator[Target]:
+def members(model: nn.Module, architecture: Architecture) -> Iterator[tuple[Target, str]]:
+    """Every module of every layer that the row names, and its path there, in layer order; editable or not."""
     stack = decoder_path(model, architecture)
     for index, layer in enumerate(decoder_layers(model, architecture)):
         for component, paths in architecture.components.items():
-            for path in (one for several in paths for one in _expanded(layer, several)):
+            for path, named in _all_expanded(layer, paths):
                 module = _submodule(layer, path)
-                if module is not None and is_unknown_stack(module):
-                    raise InputError(
-                        f"The fused experts in {architecture.layers}.{index}.{path} are of a kind ({type(module).__name__}) "
-                        "that can't be edited; name the other modules that write to the residual stream with "
-                        "--set load.decoder_layers and --set load.components."
-                    )
-                if module is not None and out_features(module) is not None:
-                    yield Target(f"{stack}.{index}.{path}", index, component, module)
+                if module is not None:
+                    yield Target(f"{stack}.{index}.{path}", index, component, module), named
+
+
+def _all_expanded(layer: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for named in paths:
+        yield from ((path, named) for path in _expanded(layer, named))
 
 
 def _expanded(layer: nn.Module, path: str) -> Iterator[str]:

@@ -70,6 +70,13 @@ def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel
     return model
 
 
+def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
+    """The model with random weights in float32, on the CPU. torch.OutOfMemoryError where main memory doesn't hold them."""
+    _check_memory(config, load, torch.float32)
+    model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
+    return model.float().eval().requires_grad_(False)
+
+
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     """The class that gives the whole model: with its vision part where it has one, or an export would lose that."""
     if load.trust_remote_code:

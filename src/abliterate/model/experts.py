@@ -44,11 +44,6 @@ def is_stack(module: nn.Module) -> bool:
     return known and down is not None and down.ndim == 3
 
 
-def is_unknown_stack(module: nn.Module) -> bool:
-    """Whether a module holds matrices of several experts in a way that we can't edit."""
-    return not is_stack(module) and any(one is not None and one.ndim == 3 for one in module._parameters.values())
-
-
 def is_transposed(module: Any) -> bool:
     """Whether fused experts are stored as (E, d_ff, d_model)."""
     return bool(getattr(module, "is_transposed", True))

@@ -14,6 +14,8 @@ import torch
 FLOAT32 = 4
 # What families hold beyond the plain transformer that is counted here, measured on those in tests/test_footprint.py.
 _MARGIN = 1.3
+# What families call the number of experts that a token visits.
+_VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 # Without their kernels' packages, linear attention and convolutions run as plain PyTorch, which keeps many float32 copies.
 _RECURRENT_MARGIN = 5
 
@@ -45,8 +47,7 @@ class Shape:
         d_model = config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or max(1, d_model // 64)
         hidden = max(_one(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
-        visited = getattr(config, "num_experts_per_tok", None) or 0
-        experts = visited * (getattr(config, "moe_intermediate_size", None) or hidden)
+        experts = visited_experts(config) * (getattr(config, "moe_intermediate_size", None) or hidden)
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return Shape(
             n_layers=config.num_hidden_layers,
@@ -108,6 +109,11 @@ def kept_bytes(shape: Shape, starts: int, harmful: int, harmless: int, prompt: i
 def prepared_bytes(n_layers: int, sizes: Iterable[tuple[int, int]]) -> int:
     """Bytes of the prepared edits of matrices of `sizes` (d_out, d_in): a, p and row norms (`edits.Prepared`)."""
     return sum(n_layers * (FLOAT32 * d_in + 2 * FLOAT32 * d_out) + 2 * FLOAT32 * d_out for d_out, d_in in sizes)
+
+
+def visited_experts(config: Any) -> int:
+    """Routed experts that a token visits; 0 where there are none."""
+    return next((_one(getattr(config, name)) for name in _VISITED if getattr(config, name, None)), 0)
 
 
 def _cached_tokens(config: Any) -> list[int]:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import architectures
 from abliterate.model.architectures import Architecture, Target
-from abliterate.model.checkpoint import empty_model, load_error, load_weights
+from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.structure import discover
@@ -50,6 +50,16 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Where inputs go (with a device map: where the embedding is)."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights: what its config tells. `info` has no fingerprint."""
+
+    model: PreTrainedModel
+    info: ModelInfo
+    architecture: Architecture
+    targets: tuple[Target, ...]
 
 
 def demo_path() -> Path:
@@ -101,7 +111,6 @@ def load_model(
     """
     source = resolve_source(name)
     config = _from_hub(AutoConfig, source, load)
-    check_family(config, load)
     tokenizer = load_tokenizer(source, load)
     model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
     text_config = config.get_text_config()
@@ -123,17 +132,36 @@ def load_model(
     return LoadedModel(model, tokenizer, info, architecture, targets)
 
 
-def check_family(config: PretrainedConfig, load: LoadSettings) -> tuple[Target, ...]:
-    """The modules to edit of a family that is known, without weights; none where only the weights can tell.
+def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bool = False) -> Skeleton | None:
+    """What a model's config tells, no weights read; None for a family that isn't in the table.
+
+    `measure`: then look at what its layers do with random weights, which is as good where memory holds them.
 
     Raises:
-        InputError: the config alone says that the model can't be edited.
+        InputError: no such model, or it can't be edited. torch.OutOfMemoryError: no memory to measure in.
     """
+    source = resolve_source(name)
+    config = load_config(source, load)
     text_config = config.get_text_config()
-    known = architectures.known_architecture(text_config.model_type, load.decoder_layers, load.components)
-    if known is None:
-        return ()
-    return architectures.find_targets(empty_model(config, load), known, text_config.hidden_size)
+    model = empty_model(config, load)
+    architecture = architectures.known_architecture(text_config.model_type, load.decoder_layers, load.components)
+    if architecture is None and not measure:
+        return None
+    architecture = architecture or discover(random_model(config, load), text_config.model_type)
+    info = ModelInfo(
+        id=public_name(name),
+        source=source,
+        revision=getattr(config, "_commit_hash", None) or load.revision or "",
+        fingerprint="",
+        family=architecture.family,
+        n_layers=len(architectures.decoder_layers(model, architecture)),
+        d_model=text_config.hidden_size,
+        n_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        dtype=str(_dtype(load.dtypes[0], config, device)).removeprefix("torch."),
+        device=str(device),
+        quantization=load.quantization,
+    )
+    return Skeleton(model, info, architecture, architectures.find_targets(model, architecture, info.d_model))
 
 
 def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:

@@ -1,0 +1,274 @@
+"""What a model is to this tool before anything is done to it: family, coverage, exports, memory, and what a run costs.
+
+From the loaded model, or from its config alone (a skeleton). Knows no trials and no terminal: it gives a JSON-able record, and
+the same in words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from abliterate.errors import InputError
+from abliterate.export.adapter import peft_refusal
+from abliterate.export.source import whole_because
+from abliterate.inputs import Context, PromptSets
+from abliterate.model import loader
+from abliterate.model.architectures import Target, decoder_layers, missing_components
+from abliterate.model.chat import Chat
+from abliterate.model.coverage import check_coverage, coverage_of
+from abliterate.model.experts import is_stack
+from abliterate.model.footprint import Shape, row_bytes, visited_experts
+from abliterate.model.loader import LoadedModel, Skeleton
+from abliterate.model.memory import usable_memory
+from abliterate.model.weights import in_features, n_matrices, out_features
+from abliterate.settings import Settings
+from abliterate.tuning import reserved_bytes
+from abliterate.types import OPERATIONS
+
+# What is assumed of prompts that can't be read: the field's sets, as long as their prompts usually are.
+_USUAL = {"harmful": 400, "harmless": 400, "harmful_eval": 100, "harmless_eval": 100}
+_USUAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The prompts of a run, {set: (number, tokens of the longest, tokens of all)}; `assumed`: why they are guessed, or ""."""
+
+    sets: Mapping[str, tuple[int, int, int]]
+    assumed: str = ""
+
+    @staticmethod
+    def of(prompts: PromptSets, chat: Chat) -> Workload:
+        """Counted."""
+        lengths = {name: [len(chat.token_ids(prompt)) for prompt in getattr(prompts, name)] for name in _USUAL}
+        return Workload({name: (len(some), max(some), sum(some)) for name, some in lengths.items()})
+
+    @staticmethod
+    def usual(why: str) -> Workload:
+        """Guessed."""
+        return Workload({name: (count, _USUAL_TOKENS, count * _USUAL_TOKENS) for name, count in _USUAL.items()}, why)
+
+
+def check_model(settings: Settings, *, editing: bool = True) -> None:
+    """Raise InputError if the model can't be found, or can't be edited or exported as far as its config tells.
+
+    Without `editing`, only what keeps it from being loaded is an error.
+    """
+    known = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
+    if editing and known is not None:
+        check_export(settings, known.model.config, known.targets)
+        check_coverage(coverage_of(known.model, known.architecture, known.targets), allow_partial=settings.load.allow_partial)
+
+
+def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
+    """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
+    reason = peft_refusal(config, settings.load, targets) if settings.export.kind == "adapter" else ""
+    if reason:
+        raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
+
+
+def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> None:
+    """Put the model into the result and before the person's eyes; say what is left out, and stop where that is too much."""
+    settings = context.settings
+    context.result.describe(loaded.info, loader.device_name(device))
+    found = inspect(settings, loaded, device, Workload.of(prompts, Chat(loaded.tokenizer, loaded.device)))
+    context.result.record["coverage"] = found["coverage"]
+    context.reporter.header(in_words(found))
+    if loaded.architecture.found_by == "structure":
+        named = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
+        context.reporter.note(
+            f"the family isn't in the table; by what its layers do, these write to the residual stream: {named}"
+        )
+    for component, count in found["coverage"]["layers_without"].items():
+        context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")
+
+
+def check_loaded(context: Context, loaded: LoadedModel) -> None:
+    """What `check_model` could not tell without weights, and a warning of what is left out."""
+    settings = context.settings
+    if loaded.architecture.found_by == "structure":
+        check_export(settings, loaded.model.config, loaded.targets)
+    found = coverage_of(loaded.model, loaded.architecture, loaded.targets)
+    check_coverage(found, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
+
+
+def inspect(
+    settings: Settings,
+    loaded: LoadedModel | Skeleton,
+    device: torch.device,
+    work: Workload,
+    speeds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The record. `speeds`: tokens a second by operation, where they were measured."""
+    info, coverage = loaded.info, coverage_of(loaded.model, loaded.architecture, loaded.targets)
+    config = loaded.model.config.get_text_config()
+    kinds = Counter(getattr(config, "layer_types", None) or ())
+    without = missing_components(loaded.targets, loaded.architecture, info.n_layers)
+    return {
+        "model": {
+            "id": info.id,
+            "class": type(loaded.model).__name__,
+            "family": info.family,
+            "found_by": loaded.architecture.found_by,
+            "layers_at": loaded.architecture.layers,
+            "n_layers": info.n_layers,
+            "d_model": info.d_model,
+            "layer_kinds": dict(kinds),
+            "n_parameters": info.n_parameters,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+        },
+        "device": {"name": loader.device_name(device), "memory": loader.memory_text(device)},
+        "edit": {"mode": settings.edit.mode, "representation": settings.edit.representation},
+        "coverage": coverage.to_record() | {"layers_without": without},
+        "exports": {
+            "merged": whole_because(info.source, settings.load, loaded.architecture),
+            "adapter": peft_refusal(loaded.model.config, settings.load, loaded.targets),
+        },
+        "memory": _memory(settings, loaded, device, work),
+        "cost": _cost(settings, loaded, work, speeds),
+    }
+
+
+def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.device, work: Workload) -> dict[str, Any]:
+    """Bytes: of the weights, of one prompt in each operation, of what stays between trials."""
+    model, dtype = loaded.model, getattr(torch, loaded.info.dtype)
+    shape = Shape.of(model.config.get_text_config(), dtype)
+    weights = sum(_nbytes(parameter, dtype) for parameter in model.parameters())
+    longest = {
+        "residuals": max(work.sets["harmful"][1], work.sets["harmless"][1]),
+        "prefill": work.sets["harmless_eval"][1],
+        "decode": work.sets["harmful_eval"][1],
+    }
+    reserved = reserved_bytes(
+        settings, shape, loaded, work.sets["harmful_eval"][0], work.sets["harmless_eval"][0], max(longest.values())
+    )
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    left = max(0, usable_memory(device) - reserved - (weights if empty else 0))
+    operations = {}
+    for name in OPERATIONS:
+        one = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
+        operations[name] = {"bytes_per_prompt": one, "prompts_that_fit": left // one}
+    return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
+
+
+def _nbytes(parameter: nn.Parameter, dtype: torch.dtype) -> int:
+    """As it is stored; of an empty model as it would be, which quantized it isn't yet."""
+    floats = parameter.is_meta and parameter.is_floating_point()
+    return parameter.numel() * dtype.itemsize if floats else parameter.nbytes
+
+
+def _cost(
+    settings: Settings, loaded: LoadedModel | Skeleton, work: Workload, speeds: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Tokens that go through the model, and what these take: at most, if every trial were evaluated in full."""
+    response, trials = settings.response.max_new_tokens, settings.search.trials
+    harmful, _, harmful_tokens = work.sets["harmful_eval"]
+    harmless, _, harmless_tokens = work.sets["harmless_eval"]
+    directions = sum(work.sets[name][2] for name in ("harmful", "harmless"))
+    prompts, decoded = harmful_tokens + harmless_tokens, harmful * response
+    layers, head = _multiplied(loaded)
+    trial = 2 * (layers * (prompts + decoded) + head * (harmless + decoded))
+    tokens = {"residuals": directions, "trial_at_most": prompts + decoded, "run_at_most": 0}
+    flop = {"residuals": 2 * layers * directions, "trial_at_most": trial, "run_at_most": 0}
+    seconds = None
+    if speeds:
+        once = prompts / speeds["prefill"] + decoded / speeds["decode"]
+        seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once, "run_at_most": 0.0}
+    for part in filter(None, (tokens, flop, seconds)):
+        part["run_at_most"] = part["residuals"] + (trials + 1) * part["trial_at_most"]  # type: ignore[index] # and the baseline
+    return {
+        "trials": trials,
+        "response_tokens": response,
+        "prompts": {
+            name: {"count": count, "longest_tokens": longest, "tokens": total}
+            for name, (count, longest, total) in work.sets.items()
+        },
+        "assumed": work.assumed,
+        "parameters_per_token": layers + head,
+        "tokens": tokens,
+        "flop": flop,
+        "seconds": seconds,
+    }
+
+
+def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:
+    """Parameters that a token is multiplied with: (in the layers, in the head); of routed experts those that it visits."""
+    visited, total = visited_experts(loaded.model.config.get_text_config()), 0
+    for module in decoder_layers(loaded.model, loaded.architecture).modules():
+        if is_stack(module):
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            total += own * min(visited, n_matrices(module)) // n_matrices(module)
+        elif out_features(module) is not None:  # not what quantized storage holds
+            total += (out_features(module) or 0) * in_features(module)
+    head = loaded.model.get_output_embeddings()
+    return total, 0 if head is None else sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)
+
+
+def in_words(record: Mapping[str, Any]) -> dict[str, str]:
+    """The summary that a person sees, {name: text}."""
+    model, coverage, memory, cost = (record[name] for name in ("model", "coverage", "memory", "cost"))
+    weights = model["dtype"] + (f", {model['quantization']}" if model["quantization"] != "none" else "")
+    found = {"table": "", "structure": ", by structure", "settings": ", by settings"}[model["found_by"]]
+    size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
+    edited = [group for group in coverage["groups"] if group["edited"]]
+    each = ", ".join(f"{name} {bytes_text(one['bytes_per_prompt'])}" for name, one in memory["operations"].items())
+    seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
+    at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
+    words = {
+        "model": f"{model['id']} ({model['family']}{found}, {size})",
+        "weights": f"{weights}, {bytes_text(memory['weights_bytes'])}",
+        "device": record["device"]["name"],
+        "memory": f"{record['device']['memory']}; a prompt takes {each}; between trials {bytes_text(memory['kept_bytes'])}",
+        "edits": f"{sum(group['layers'] for group in edited)} modules, {record['edit']['mode']} "
+        f"({record['edit']['representation']})",
+        "coverage": "\n".join([_share(coverage), *map(_group, coverage["groups"])]),
+        "cost": f"at most {at_most} for {cost['trials']} trials; usually a quarter to half of it",
+    }
+    return words | ({"assumed": cost["assumed"]} if cost["assumed"] else {})
+
+
+def _share(coverage: Mapping[str, Any]) -> str:
+    if coverage["untold"]:
+        return f"unknown ({coverage['untold']})"
+    share = coverage["share"]
+    text = "100 %" if share == 1 else f"{min(99.9, 100 * share):.1f} %"
+    return f"{text} of the parameters that write to the residual stream"
+
+
+def _group(group: Mapping[str, Any]) -> str:
+    shape = f" of {group['shape'][0]} × {group['shape'][1]}" if group["shape"] else ""
+    many = f", {group['matrices']} matrices" if group["matrices"] != group["layers"] else ""
+    size = f"{_count(group['parameters'])} parameters"
+    text = f"{group['component']}: {group['path']} in {group['layers']} layers{many}{shape}, {size}"
+    return text + (f", left out: {group['left_out']}" if group["left_out"] else "")
+
+
+def _count(number: float) -> str:
+    """A large number as a person reads it."""
+    for unit, size in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.1f} {unit}"
+    return f"{number:.0f}"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes as a person reads them."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
