@@ -221,7 +221,7 @@ def test_words_name_everything() -> None:
     assert "deepseek" in words["model"]
     assert words["coverage"].splitlines()[0] == "100 % of the parameters that write to the residual stream"
     assert "mlp.experts in 2 layers, 8 matrices of 32 × 16" in words["coverage"]
-    assert words["assumed"] == "a test"
+    assert words["assumed"] == "64 tokens a prompt: a test"
     assert record("biogpt")["model"]["found_by"] == "structure"
     assert "by structure" in in_words(record("biogpt"))["model"]
     assert record("qwen3_5")["model"]["layer_kinds"] == {"linear_attention": 2, "full_attention": 1}

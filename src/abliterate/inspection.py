@@ -216,23 +216,22 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
     """The summary that a person sees, {name: text}."""
     model, coverage, memory, cost = (record[name] for name in ("model", "coverage", "memory", "cost"))
     weights = model["dtype"] + (f", {model['quantization']}" if model["quantization"] != "none" else "")
-    found = {"table": "", "structure": ", by structure", "settings": ", by settings"}[model["found_by"]]
     size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
     edited = [group for group in coverage["groups"] if group["edited"]]
     each = ", ".join(f"{name} {bytes_text(one['bytes_per_prompt'])}" for name, one in memory["operations"].items())
     seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
     at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
     words = {
-        "model": f"{model['id']} ({model['family']}{found}, {size})",
+        "model": f"{model['id']} ({model['family']}, {size})",
         "weights": f"{weights}, {bytes_text(memory['weights_bytes'])}",
         "device": record["device"]["name"],
         "memory": f"{record['device']['memory']}; a prompt takes {each}; between trials {bytes_text(memory['kept_bytes'])}",
         "edits": f"{sum(group['layers'] for group in edited)} modules, {record['edit']['mode']} "
         f"({record['edit']['representation']})",
         "coverage": "\n".join([_share(coverage), *map(_group, coverage["groups"])]),
-        "cost": f"at most {at_most} for {cost['trials']} trials; usually a quarter to half of it",
+        "cost": f"at most {at_most} for {cost['trials']} trials; usually a fifth to half of it",
     }
-    return words | ({"assumed": cost["assumed"]} if cost["assumed"] else {})
+    return words | ({"assumed": f"{_USUAL_TOKENS} tokens a prompt: {cost['assumed']}"} if cost["assumed"] else {})
 
 
 def _share(coverage: Mapping[str, Any]) -> str:
