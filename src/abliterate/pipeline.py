@@ -7,6 +7,7 @@ through a `Reporter`, asks through `choose`, and is interrupted through `check`.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ from abliterate.settings_sources import dump_settings
 from abliterate.tuning import Tuned
 from abliterate.types import Baseline, Reporter, Trial
 
+# Seconds between looks at a study whose last trials others are at.
+POLL = 1.0
 Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
 
 
@@ -112,38 +115,59 @@ def search(
     prompts: PromptSets,
     rule: SelectionRule,
 ) -> None:
-    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left."""
+    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left.
+
+    Other workers may be at the same study: what they finish counts, and what they leave is done again.
+    """
     settings, result = context.settings, context.result
     with result.stage("search", f"{settings.search.trials} trials"):
-        trials = list(study.trials())
-        kept = len(trials)
+        kept = {trial.number for trial in study.trials()}
         if kept:
-            context.reporter.note(f"{kept} trials are kept from before", resumed=kept)
+            context.reporter.note(f"{len(kept)} trials are kept from before", resumed=len(kept))
+        seen: set[int] | None = None
         while True:
+            trials = study.trials()
             front = pareto_front(trials, baseline)
-            result.trials(trials, front, baseline)
-            result.caches(
-                residuals=context.store.counts("residuals"),
-                svd={"hits": editor.memo.hits, "misses": editor.memo.misses},
-                adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
-            )
-            result.save()
+            if {trial.number for trial in trials} != seen:
+                for trial in trials:
+                    if trial.number not in (kept if seen is None else seen):
+                        context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
+                seen = {trial.number for trial in trials}
+                record_search(context, editor, trials, front, baseline)
             # Not those kept from before: what made them fail may have been mended.
-            stages.check_failures(trials[kept:], settings.search.max_consecutive_failures)
+            new = [trial for trial in trials if trial.number not in kept]
+            stages.check_failures(new, settings.search.max_consecutive_failures)
             if len(trials) >= settings.search.trials:
                 return
             context.check()
-            asked = study.ask()
+            study.fail_silent()
+            asked = study.ask(settings.search.trials)
+            if asked is None:  # others are at the last ones
+                time.sleep(POLL)
+                continue
             try:
                 certificate = Certificate.of(trials, baseline)
-                trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
+                with study.at_work(asked):
+                    trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
             except BaseException:
                 study.give_up(asked)
                 raise
-            study.tell(asked, trial, baseline.prompts)
-            trials.append(trial)
-            front = pareto_front(trials, baseline)
-            context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
+            if not study.tell(asked, trial, baseline.prompts):
+                context.reporter.warn(f"Trial {asked.number} gave no sign of life for so long that another worker has it.")
+
+
+def record_search(
+    context: Context, editor: Editor, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline
+) -> None:
+    """Trials, front and caches so far, in `result.json`."""
+    result = context.result
+    result.trials(trials, front, baseline)
+    result.caches(
+        residuals=context.store.counts("residuals"),
+        svd={"hits": editor.memo.hits, "misses": editor.memo.misses},
+        adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
+    )
+    result.save()
 
 
 def pick(

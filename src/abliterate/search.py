@@ -6,27 +6,34 @@ anew for each ask from the run's seed and the number of trials told, so a resume
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import hashlib
+import itertools
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import InputError
 from abliterate.settings import SearchSettings
+from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, open_storage, patiently
 from abliterate.types import Kernel, Trial, TrialParams
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-
 STUDY_NAME = "abliterate"
+# The worker that a run is itself: one at a time, so that what it left is its own.
+RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
+_SLOT, _WORKER = "slot", "worker"
+_PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial in work: its logical number, its parameters, and Optuna's handle."""
+    """A trial in work: its logical number (a slot of the budget), its parameters, and Optuna's handle."""
 
     number: int
     params: TrialParams
@@ -73,19 +80,30 @@ class Asked:
 
 
 class Study:
-    """One study in a journal file or an Optuna RDB."""
+    """One study in a journal file or an Optuna RDB, for one or several workers.
 
-    def __init__(self, storage: BaseStorage, name: str, space: Space, seed: int) -> None:
+    The budget of trials is slots 0, 1, …; a slot is taken by whoever begins a trial for it, and free again if that trial is
+    interrupted or its worker dies. Of two that take one at the same time, the trial that the storage numbered first has it.
+    """
+
+    def __init__(self, storage: BaseStorage, name: str, space: Space, seed: int, worker: str = RUN) -> None:
         self._space = space
         self._seed = seed
+        self._worker = worker
+        self._silence = Silence(space.settings.grace_seconds)
+        self._told: dict[int, Trial] = {}
         # The sampler given here is never asked: `ask` sets one of its own.
-        self._study = optuna.create_study(
-            storage=storage,
-            study_name=name,
-            directions=["minimize", "minimize"],
-            load_if_exists=True,
-            sampler=optuna.samplers.RandomSampler(seed=0),
+        self._study = patiently(
+            lambda: optuna.create_study(
+                storage=storage,
+                study_name=name,
+                directions=["minimize", "minimize"],
+                load_if_exists=True,
+                sampler=optuna.samplers.RandomSampler(seed=0),
+            ),
+            patience=0,
         )
+        self._storage = self._study._storage
 
     def claim(self, identity: Mapping[str, str]) -> None:
         """Make the study one of `identity` (what a trial's meaning depends on), or check that it already is.
@@ -112,50 +130,126 @@ class Study:
         return given or int(self._study.user_attrs.get(_STARTUP, self._space.settings.n_startup_trials))
 
     def fail_interrupted(self) -> int:
-        """Mark trials that nobody works on any more as interrupted; returns their number. One worker only."""
-        stale = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
-        for trial in stale:
-            self._study._storage.set_trial_user_attr(trial._trial_id, _INTERRUPTED, True)
-            self._study.tell(trial.number, state=TrialState.FAIL)
-        return len(stale)
+        """Mark trials that this worker left when it last ended as interrupted; returns their number."""
+        stale = [one for one in self._running() if one.user_attrs.get(_WORKER, self._worker) == self._worker]
+        return sum(self._interrupt(one._trial_id) for one in stale)
+
+    def fail_silent(self) -> int:
+        """Mark as interrupted what other workers have been silent about for `search.grace_seconds`; returns the number."""
+        others = [one for one in self._running() if one.user_attrs.get(_WORKER, self._worker) != self._worker]
+        silent = self._silence.of({one._trial_id: one.user_attrs.get(BEAT) for one in others})
+        return sum(self._interrupt(trial_id) for trial_id in silent)
 
     def trials(self) -> tuple[Trial, ...]:
         """All finished trials by logical number; interrupted ones don't count."""
-        finished = [trial for trial in self._frozen() if trial.state.is_finished() and _RECORD in trial.user_attrs]
-        return tuple(Trial.from_record(json.loads(trial.user_attrs[_RECORD])) for trial in finished)
+        return self._finished(self._all())
 
-    def ask(self) -> Asked:
-        """The next trial's parameters, all suggested before work starts."""
-        number = len(self.trials())
-        self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, number)
-        handle = self._study.ask()
-        return Asked(number, self._space.suggest(handle), handle)
+    def ask(self, budget: int | None = None) -> Asked | None:
+        """The next trial's parameters, all suggested before work starts; None where all slots of the budget are taken."""
+        while True:
+            everything = self._all()
+            taken = {_slot(one) for one in everything if one.state == TrialState.RUNNING}
+            taken |= {trial.number for trial in self._finished(everything)}
+            slot = next(number for number in itertools.count() if number not in taken)
+            if budget is not None and slot >= budget:
+                return None
+            liar = bool(self._running())
+            trial_id = patiently(partial(self._take, slot))
+            if trial_id is None:
+                continue
+            self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
+            self._study._thread_local.cached_all_trials = None  # as `optuna.Study.ask` does: the sampler must see what was told
+            handle = optuna.Trial(self._study, trial_id)
+            return Asked(slot, self._space.suggest(handle), handle)
 
-    def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> None:
+    def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> bool:
         """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
 
         The sampler is told mean KL and the share of refusals, of a stopped trial their bound: over 20 seeds that gave the
-        very fronts of full evaluation (docs/sampler.md).
+        very fronts of full evaluation (docs/sampler.md). False: other workers took this one for dead, and the trial is theirs.
         """
-        try:
-            asked.handle.set_user_attr(_RECORD, json.dumps(trial.to_record(), allow_nan=False))
-            if trial.state == "failed":
-                self._study.tell(asked.handle, state=TrialState.FAIL)
-            else:
-                self._study.tell(asked.handle, [trial.kl, trial.refusals / n_prompts])
-        except OSError as error:
-            raise AbliterateError(
-                f"The study can't be written ({error.strerror}); free some space, then continue with --resume."
-            ) from error
+        record = json.dumps(trial.to_record(), allow_nan=False)
+        values = None if trial.state == "failed" else [trial.kl, trial.refusals / n_prompts]
+        state = TrialState.FAIL if values is None else TrialState.COMPLETE
+
+        def once() -> bool:
+            try:
+                self._storage.set_trial_user_attr(asked.handle._trial_id, _RECORD, record)
+                self._storage.set_trial_state_values(asked.handle._trial_id, state=state, values=values)
+            except UpdateFinishedTrialError:  # by us, before an answer was lost, or by others
+                found = self._storage.get_trial(asked.handle._trial_id)
+                return found.state == state and found.user_attrs.get(_RECORD) == record
+            return True
+
+        return patiently(once)
 
     def give_up(self, asked: Asked) -> None:
         """Mark a trial whose work was interrupted, so that a resume does it again."""
-        asked.handle.set_user_attr(_INTERRUPTED, True)
-        self._study.tell(asked.handle, state=TrialState.FAIL)
+        self._interrupt(asked.handle._trial_id)
 
-    def _frozen(self) -> list[FrozenTrial]:
-        # A record is written before Optuna is told; one left by a kill in between is marked interrupted later.
-        return [t for t in self._study.get_trials(deepcopy=False) if not t.user_attrs.get(_INTERRUPTED)]
+    def at_work(self, asked: Asked) -> contextlib.AbstractContextManager[None]:
+        """While active, other workers see that the trial is worked on."""
+        return heartbeat(self._storage, asked.handle._trial_id, min(HEARTBEAT, self._space.settings.grace_seconds / 3))
+
+    def share(self, name: str, content: bytes) -> None:
+        """Leave something for other workers in the storage, in pieces that any database takes."""
+        text = base64.b64encode(content).decode("ascii")
+        pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)] or [""]
+        for index, piece in enumerate(pieces):
+            patiently(partial(self._study.set_user_attr, f"{name}:{index}", piece))
+        # Last: what isn't there as a whole isn't there.
+        patiently(partial(self._study.set_user_attr, name, len(pieces)))
+
+    def shared(self, name: str) -> bytes | None:
+        """What was shared under a name; None where it isn't there yet."""
+        found = patiently(lambda: self._study.user_attrs)
+        if name not in found:
+            return None
+        return base64.b64decode("".join(found[f"{name}:{index}"] for index in range(found[name])))
+
+    def _take(self, slot: int) -> int | None:
+        """Begin a trial for a slot; None where another has it. Asked twice, it finds what the first time began."""
+        mine = [one for one in self._running() if one.user_attrs.get(_WORKER) == self._worker and _slot(one) == slot]
+        if mine:
+            own = mine[0]
+        else:
+            begun = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_SLOT: slot, _WORKER: self._worker})
+            own = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, begun))
+        everything = self._all()
+        rivals = [one for one in everything if one.state == TrialState.RUNNING and _slot(one) == slot]
+        if any(one.number < own.number for one in rivals) or slot in {trial.number for trial in self._finished(everything)}:
+            self._interrupt(own._trial_id)
+            return None
+        return own._trial_id
+
+    def _interrupt(self, trial_id: int) -> bool:
+        """Mark a running trial as interrupted; whether it was running still."""
+        try:
+            patiently(partial(self._storage.set_trial_user_attr, trial_id, _INTERRUPTED, True))
+            patiently(partial(self._storage.set_trial_state_values, trial_id, state=TrialState.FAIL))
+        except UpdateFinishedTrialError:
+            return False
+        return True
+
+    def _all(self) -> list[FrozenTrial]:
+        return patiently(lambda: self._study.get_trials(deepcopy=False))
+
+    def _running(self) -> list[FrozenTrial]:
+        return [one for one in self._all() if one.state in (TrialState.RUNNING, TrialState.WAITING)]
+
+    def _finished(self, everything: Sequence[FrozenTrial]) -> tuple[Trial, ...]:
+        for one in everything:
+            if one._trial_id in self._told or not one.state.is_finished() or _RECORD not in one.user_attrs:
+                continue
+            # A record is written before the state; one left by a kill in between was marked as interrupted later.
+            if one.state == TrialState.COMPLETE or not one.user_attrs.get(_INTERRUPTED):
+                self._told[one._trial_id] = Trial.from_record(json.loads(one.user_attrs[_RECORD]))
+        return tuple(sorted(self._told.values(), key=lambda trial: trial.number))
+
+
+def _slot(one: FrozenTrial) -> int:
+    """Of a trial in work; -1 for one that an earlier version began."""
+    return int(one.user_attrs.get(_SLOT, -1))
 
 
 def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
@@ -163,35 +257,22 @@ def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> lis
     return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
 
 
-def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STUDY_NAME) -> Study:
+def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STUDY_NAME, worker: str = RUN) -> Study:
     """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
         InputError: the storage can't be reached or read.
     """
     try:
-        if not url:
-            _drop_torn_line(journal)
-        storage: BaseStorage = RDBStorage(url) if url else JournalStorage(JournalFileBackend(str(journal)))
-        return Study(storage, name, space, seed)
+        return Study(open_storage(url, journal), name, space, seed, worker)
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"
         remedy = "check --storage and that the database runs" if url else "--restart begins a new one"
-        raise InputError(f"The study {place} can't be opened: {_first_line(error)}; {remedy}.") from error
+        raise InputError(f"The study {place} can't be opened: {first_line(error)}; {remedy}.") from error
 
 
-def _drop_torn_line(journal: Path) -> None:
-    """Cut off a last line that a full disk or a kill left unfinished: the next record would be glued to it, and lost."""
-    if not journal.exists():
-        return
-    content = journal.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with journal.open("rb+") as file:
-            file.truncate(content.rfind(b"\n") + 1)
-
-
-def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int) -> TPESampler:
+def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int, *, liar: bool) -> TPESampler:
     digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -199,10 +280,6 @@ def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int) -
             n_startup_trials=n_startup,
             n_ei_candidates=settings.ei_candidates,
             multivariate=True,
-            constant_liar=False,
+            constant_liar=liar,
             seed=int.from_bytes(digest[:4], "big"),
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -99,6 +99,7 @@ class SearchSettings(_Section):
     select: str = "auto"
     select_max_kl: float = Field(0.1, gt=0)
     max_consecutive_failures: int = Field(10, ge=1)
+    grace_seconds: float = Field(60.0, gt=0)
 
     @model_validator(mode="after")
     def _check_intervals(self) -> SearchSettings:
