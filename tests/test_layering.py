@@ -15,7 +15,7 @@ import abliterate
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: ("cli", "__main__", "console", "tables", "commands"),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "inspection", "identity", "checks"),
+    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),

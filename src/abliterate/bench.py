@@ -51,14 +51,18 @@ class Bench:
     calibration: Calibration
 
 
-def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
-    """Model and tokenizer; then the one warm-up, batch sizes and response prefix, unless they are known from before."""
+def load_and_calibrate(context: Context, prompts: PromptSets, prefix: str | None = None) -> Bench:
+    """Model and tokenizer; then the one warm-up, batch sizes and response prefix, unless they are known from before.
+
+    `prefix`: the response prefix that a run has told its workers.
+    """
     scorers = scorers_of(context.settings)
     loaded = load(context, prompts)
     check_loaded(context, loaded)
     with context.result.stage("calibrate"):
         sizes = tuning.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
-        prefix = known_prefix(context, loaded, sizes, prompts)
+        if prefix is None:
+            prefix = known_prefix(context, loaded, sizes, prompts)
     chat = Chat(loaded.tokenizer, loaded.device, prefix)
     return Bench(loaded, chat, make_engine(context, loaded.model, chat, sizes), scorers, Calibration(sizes, prefix))
 

@@ -85,6 +85,7 @@ def run(
         bool, typer.Option("--allow-partial", help="Run even if less than half of what writes would be edited.")
     ] = False,
     storage: Annotated[Text, typer.Option(help="Optuna RDB URL instead of a journal file.")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices of this machine to search on at once.")] = 1,
     cache_dir: CacheDir = None,
     as_json: Json = False,
     reference: Annotated[bool, typer.Option("--reference", help="Every efficiency off, for comparison.")] = False,
@@ -111,7 +112,26 @@ def run(
     }
     from abliterate import commands
 
-    commands.run(given, config, assignments or [], resume=resume, restart=restart, as_json=as_json, reference=reference)
+    flags = {"resume": resume, "restart": restart, "as_json": as_json, "reference": reference}
+    commands.run(given, config, assignments or [], gpus=gpus, **flags)
+
+
+@app.command()
+def worker(
+    run_directory: Annotated[Path | None, typer.Argument(metavar="RUN", help="Directory of the run to help.")] = None,
+    storage: Annotated[str, typer.Option(help="Instead of RUN: the run's Optuna RDB URL.")] = "",
+    study: Annotated[str, typer.Option(help="The study's name there; the run says it.")] = "",
+    model: Annotated[Text, typer.Option(help="The model, where it lies elsewhere on this machine.")] = None,
+    device: Device = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Help a run on this device or machine: take trials of its budget until it is used."""
+    own = {"model": model, "device": device, "cache_dir": cache_dir, "evaluation": {"batch_size": batch_size}}
+    from abliterate import commands
+
+    commands.work(run_directory, storage, study, own, as_json=as_json)
 
 
 @app.command("tune-batch")

@@ -30,6 +30,7 @@ def run(
     config: str,
     assignments: list[str],
     *,
+    gpus: int,
     resume: bool,
     restart: bool,
     as_json: bool,
@@ -62,6 +63,7 @@ def run(
                 directory,
                 resume=resume,
                 restart=restart,
+                gpus=gpus,
                 choose=choose if interactive else None,
                 check=interrupts.check,
             )
@@ -72,6 +74,24 @@ def run(
     finally:
         reporter.close()
         directory.remove_if_empty()
+
+
+def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool) -> None:
+    """`abliterate worker`."""
+    _quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    interrupts = Interrupts()
+    left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
+    try:
+        with interrupts.listening():
+            trials = pipeline.work(run_directory, url, study, _given(own), reporter, check=interrupts.check)
+        reporter.note(f"the run has its {trials} trials", trials=trials)
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, left) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=left) from error
+    finally:
+        reporter.close()
 
 
 def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *, as_json: bool) -> None:

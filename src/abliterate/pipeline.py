@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from abliterate import stages
+from abliterate import stages, workers
 from abliterate.bench import Bench, inspect_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.checks import check_names
@@ -20,10 +21,11 @@ from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, prepare, push_export
-from abliterate.front import SelectionRule, pareto_front
+from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
+from abliterate.model.loader import choose_device
 from abliterate.report.html import write_report
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory, write_atomically
@@ -45,15 +47,19 @@ def run(
     *,
     resume: bool = False,
     restart: bool = False,
+    gpus: int = 1,
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """A whole run, new, continued (`resume`) or begun anew (`restart`); returns the content of `result.json`.
 
+    `gpus`: devices of this machine to search on at once, each in a process of its own.
+
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
     rule = check_names(settings)
+    devices = workers.devices_of(gpus, choose_device(settings.device))
     directory.check(resume=resume, restart=restart)
     if settings.export.kind != "none" and not restart:
         check_output(directory.export)
@@ -75,7 +81,9 @@ def run(
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
 
-    search(context, bench, editor, study, baseline, prompts, rule)
+    workers.publish(context, bench, study, baseline, prompts, directory.directions)
+    with workers.local_workers(directory, devices, reporter.warn) as look:
+        search(context, bench, editor, study, baseline, prompts, rule, look)
     picked = pick(context, bench, editor, baseline, prompts, rule, choose)
     # One model at a time: the export reads the weights anew.
     del bench, editor
@@ -114,10 +122,12 @@ def search(
     baseline: Baseline,
     prompts: PromptSets,
     rule: SelectionRule,
+    look: Callable[[], None] = lambda: None,
 ) -> None:
     """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left.
 
-    Other workers may be at the same study: what they finish counts, and what they leave is done again.
+    Other workers may be at the same study: what they finish counts, and what they leave is done again. `look`: after those
+    that the run itself started.
     """
     settings, result = context.settings, context.result
     with result.stage("search", f"{settings.search.trials} trials"):
@@ -140,6 +150,7 @@ def search(
             if len(trials) >= settings.search.trials:
                 return
             context.check()
+            look()
             study.fail_silent()
             asked = study.ask(settings.search.trials)
             if asked is None:  # others are at the last ones
@@ -209,6 +220,29 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
     """What there is to edit in the settings' model, what a run needs and costs (`inspection.inspect`); changes nothing."""
     context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), lambda: None)
     return inspect_model(context, weights=weights)
+
+
+def work(
+    run_directory: Path | None,
+    url: str,
+    name: str,
+    own: Mapping[str, Any],
+    reporter: Reporter,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> int:
+    """Work at a run's study, told by its directory or by storage and name, until its budget is used; returns its trials.
+
+    `own`: this worker's options (device, model, cache), which win over the run's.
+    """
+    place = workers.place_of(run_directory, url, name)
+    setup, directions = workers.wait_for_setup(*place, reporter, check)
+    with workers.settings_of(setup, own) as settings:
+        context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
+        bench, editor, study = workers.join(place, setup, directions, context)
+        rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+        search(context, bench, editor, study, setup.baseline, setup.prompts, rule)
+        return len(study.trials())
 
 
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:

@@ -6,7 +6,6 @@ anew for each ask from the run's seed and the number of trials told, so a resume
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import hashlib
 import itertools
@@ -25,7 +24,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from abliterate.errors import InputError
 from abliterate.settings import SearchSettings
-from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, open_storage, patiently
+from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, open_storage, patiently, share
 from abliterate.types import Kernel, Trial, TrialParams
 
 STUDY_NAME = "abliterate"
@@ -33,7 +32,6 @@ STUDY_NAME = "abliterate"
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
 _SLOT, _WORKER = "slot", "worker"
-_PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
 
 
 @dataclass(frozen=True)
@@ -192,20 +190,8 @@ class Study:
         return heartbeat(self._storage, asked.handle._trial_id, min(HEARTBEAT, self._space.settings.grace_seconds / 3))
 
     def share(self, name: str, content: bytes) -> None:
-        """Leave something for other workers in the storage, in pieces that any database takes."""
-        text = base64.b64encode(content).decode("ascii")
-        pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)] or [""]
-        for index, piece in enumerate(pieces):
-            patiently(partial(self._study.set_user_attr, f"{name}:{index}", piece))
-        # Last: what isn't there as a whole isn't there.
-        patiently(partial(self._study.set_user_attr, name, len(pieces)))
-
-    def shared(self, name: str) -> bytes | None:
-        """What was shared under a name; None where it isn't there yet."""
-        found = patiently(lambda: self._study.user_attrs)
-        if name not in found:
-            return None
-        return base64.b64decode("".join(found[f"{name}:{index}"] for index in range(found[name])))
+        """Leave something for other workers in the storage."""
+        share(self._study, name, content)
 
     def _take(self, slot: int) -> int | None:
         """Begin a trial for a slot; None where another has it. Asked twice, it finds what the first time began."""

@@ -6,12 +6,15 @@ in progress is kept alive by a heartbeat, so that the trial of a worker that die
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,6 +29,7 @@ Result = TypeVar("Result")
 # Seconds: how often a worker says that it lives, after how long a silent one is dead, how long a lost database is waited for.
 HEARTBEAT, GRACE, PATIENCE = 10.0, 60.0, 300.0
 BEAT = "heartbeat"
+_PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -108,6 +112,29 @@ def heartbeat(storage: BaseStorage, trial_id: int, interval: float = HEARTBEAT) 
     finally:
         over.set()
         thread.join()
+
+
+def share(study: optuna.Study, name: str, content: bytes) -> None:
+    """Leave something in the storage for whoever works at the study, in pieces that any database takes."""
+    text = base64.b64encode(content).decode("ascii")
+    pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)] or [""]
+    whole = [len(pieces), hashlib.sha256(content).hexdigest()]
+    if patiently(lambda: study.user_attrs).get(name) == whole:
+        return
+    for index, piece in enumerate(pieces):
+        patiently(partial(study.set_user_attr, f"{name}:{index}", piece))
+    # Last: what isn't there as a whole isn't there.
+    patiently(partial(study.set_user_attr, name, whole))
+
+
+def shared(study: optuna.Study, name: str) -> bytes | None:
+    """What was shared under a name; None where it isn't there yet, or is just being replaced."""
+    found = patiently(lambda: study.user_attrs)
+    if name not in found:
+        return None
+    count, digest = found[name]
+    content = base64.b64decode("".join(found.get(f"{name}:{index}", "") for index in range(count)))
+    return content if hashlib.sha256(content).hexdigest() == digest else None
 
 
 class Silence:
