@@ -5,6 +5,8 @@ The templates are our own, made to behave like those of the families they are na
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,19 @@ def test_one_of_several_templates() -> None:
     assert chat_with({"default": TURNS + ASK, "tool_use": "tools"}).render(QUESTION).startswith("[system]")
     with pytest.raises(InputError, match=r"several chat templates \(rag, tool_use\) and no default"):
         chat_with({"tool_use": TURNS, "rag": TURNS})
+
+
+def test_a_template_that_only_the_processor_reads(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(demo_path() / "model", folder)
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}), encoding="utf-8")
+    tokenizer = loader.load_tokenizer(str(folder), LoadSettings())
+    assert Chat(tokenizer, CPU).render(QUESTION) == "[system]Be brief.[/][user]  Why is the sky blue?\n[/][model]"
+    for content in ("[]", "{", "{}"):
+        (folder / "chat_template.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match="has no chat template"):
+            Chat(loader.load_tokenizer(str(folder), LoadSettings()), CPU)
 
 
 def test_options_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import Refusals
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Setup
+from abliterate.evaluation.watch import PrefixWatch
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.markup import Markup
@@ -328,6 +329,39 @@ def test_early_detection_sees_the_blocks_that_whole_responses_show(lab: tuple[Lo
         early, whole = (found_by(reference, loaded, EfficiencySettings(use_early_prefix_detection=on)) for on in (True, False))
         assert early == whole
         assert "1 of 6 responses open" in early[1][0]
+
+
+class Letters:
+    """A chat whose tokens are characters."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Their text."""
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("texts", "enough"),
+    [
+        (("Sure", "No"), True),
+        (("<th", "No"), False),  # may be a block or a heading
+        (("<the", "No"), True),
+        (("<thi", "<thx"), False),  # what they share is the beginning of a tag
+        (("<think>", "<thx"), True),
+        (("\n\n", "\nNo"), False),
+        (("\n<think>", "\nNo"), True),
+        (("<|channel|>an", "<|channel|>fin"), False),
+        ((ANALYSIS, "<|channel|>fin"), True),  # an answer's tag is never shared in part
+    ],
+)
+def test_a_look_is_long_enough_to_see_who_thinks(texts: tuple[str, ...], enough: bool) -> None:
+    watch = PrefixWatch(Letters(), {0}, MARKUP)  # type: ignore[arg-type]
+    watch.begin(range(len(texts)))
+    for row, text in enumerate(texts):
+        watch.look(row, [ord(character) for character in text])
+    assert watch.satisfied == enough
+    watch.look(0, [0])  # an ended response won't change any more
+    watch.look(1, [0])
+    assert watch.satisfied
 
 
 def found_by(reference: ReferenceEngine, loaded: LoadedModel, switches: EfficiencySettings) -> tuple[str, list[str]]:

@@ -93,7 +93,7 @@ class Template:
                 try:
                     rendered = self.render(form.messages(probe))
                 except FAILURES as error:
-                    reasons.append(str(error))
+                    reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
                     continue
                 lost = [text for text in (probe.text, probe.system) if text not in rendered]
                 # A template that writes down any value shows a list as Python does.
