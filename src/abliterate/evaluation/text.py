@@ -7,6 +7,7 @@ character in several tokens) give what they give for the whole.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -73,6 +74,10 @@ class VisibleText:
     def feed(self, piece: str, *, last: bool = False) -> str:
         """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
         text, shown = self._held + piece, []
+        # Nearly every piece, so first: nothing in it can begin a tag.
+        if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
+            self._held = ""
+            return "" if self._closings else text
         while True:
             wanted = self._closings or self._markup.tags
             place, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
@@ -90,3 +95,12 @@ class VisibleText:
         if not self._closings:
             shown.append(text[: len(text) - held])
         return "".join(shown)
+
+
+@lru_cache(maxsize=64)
+def _first_letters(tags: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(tag[0] for tag in tags)
+
+
+def _has_one_of(text: str, letters: frozenset[str]) -> bool:
+    return not letters.isdisjoint(text)
