@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.bench import Bench, Calibration, make_engine
+from abliterate.bench import Bench, Calibration, chat_of, make_engine
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
@@ -37,7 +37,6 @@ from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
-from abliterate.model.chat import Chat
 from abliterate.model.weights import dense_weight
 from abliterate.rundir import write_atomically
 from abliterate.settings import EditSettings, LoadSettings
@@ -228,7 +227,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     # The export's own tokenizer and template: they belong to what a user would load.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
-    chat = Chat(tokenizer, device, picked.calibration.response_prefix)
+    chat = chat_of(settings, tokenizer, device, picked.calibration.response_prefix)
     engine = make_engine(context, model, chat, picked.calibration.sizes)
     total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 

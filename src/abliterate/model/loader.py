@@ -6,6 +6,7 @@ Owns dtype choice and the fingerprint; `checkpoint.py` reads the weights. Knows 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import architectures
@@ -218,7 +220,20 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = Path(load.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The chat template {load.chat_template} can't be read: {error}.") from error
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(source, load)
     return tokenizer
+
+
+def _processor_template(source: str, load: LoadSettings) -> str | None:
+    """The chat template of an older vision-language model: in a file that only its processor reads."""
+    try:
+        path = cached_file(source, "chat_template.json", revision=load.revision or None)
+        content = json.loads(Path(path or "").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def fingerprint(source: str, config: PretrainedConfig) -> str:
