@@ -20,7 +20,7 @@ from abliterate.edits import Factors
 from abliterate.evaluation.base import Observation, Scorer
 from abliterate.evaluation.kl import kl_divergence
 from abliterate.model.experts import down_outputs, is_stack
-from abliterate.model.weights import stored_weight
+from abliterate.model.weights import place_of
 from abliterate.types import Trial
 
 # Mean KL(trial‖export) per prompt set: what passes in the run's dtype explain, what storing edited weights in the
@@ -208,10 +208,8 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    weight: Any = stored_weight(module)
-    # Offloaded weights are on no device; their own hook then moves the input.
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    # Some modules are kept in float32 beside a half-precision model; quantized storage says nothing of the input.
-    dense = weight.is_floating_point() and weight.element_size() >= 2
-    x = x.to(device, weight.dtype if dense else dtype)
+    device, own = place_of(module)
+    # Offloaded weights are on no device; their own hook then moves the input. Some modules are kept in float32 beside a
+    # half-precision model.
+    x = x.to(torch.device("cpu") if device.type == "meta" else device, own or dtype)
     return (down_outputs(module, x) if is_stack(module) else module(x)).float().cpu()

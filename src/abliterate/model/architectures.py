@@ -15,6 +15,7 @@ from torch import nn
 
 from abliterate.errors import InputError
 from abliterate.model.experts import is_unknown_stack
+from abliterate.model.storages import storage_remedy
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -224,6 +225,9 @@ def _targets_of(model: nn.Module, architecture: Architecture) -> Iterator[Target
         for component, paths in architecture.components.items():
             for path in (one for several in paths for one in _expanded(layer, several)):
                 module = _submodule(layer, path)
+                remedy = storage_remedy(module) if module is not None else ""
+                if remedy:
+                    raise InputError(f"The weights in {stack}.{index}.{path} can't be edited: {remedy}.")
                 if module is not None and is_unknown_stack(module):
                     raise InputError(
                         f"The fused experts in {architecture.layers}.{index}.{path} are of a kind ({type(module).__name__}) "
