@@ -29,6 +29,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import Target, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
+from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
 from abliterate.types import BatchSizes, Prompt
@@ -61,7 +62,8 @@ def check_model(settings: Settings) -> None:
 
 def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
     """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
-    reason = peft_refusal(config, settings.load, targets) if settings.export.kind == "adapter" and targets else ""
+    dora = settings.edit.mode == "full" and settings.edit.representation == "exact"
+    reason = peft_refusal(config, settings.load, targets, dora=dora) if settings.export.kind == "adapter" and targets else ""
     if reason:
         raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
 
@@ -113,6 +115,9 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
             "edits": f"{len(loaded.targets)} modules, {context.settings.edit.mode} ({context.settings.edit.representation})",
         }
     )
+    if info.quantization.endswith(DEQUANTIZED) and not context.settings.load.dequantize:
+        stored = checkpoint_quantization(info.quantization)
+        context.reporter.note(f"the checkpoint is quantized ({stored}), which can't run here as it is; its weights were made dense")
     if loaded.architecture.found_by == "structure":
         check_export(context.settings, loaded.model.config, loaded.targets)
         found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
