@@ -29,17 +29,17 @@ from abliterate.types import Trial
 # Measured on the demo model, correct exports of every kind: 4e-8, 3e-6, 2e-4; 1e-8, 5e-8, 4e-7; 6e-4, 2e-2.
 _PASSES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 _STORAGE = {torch.float32: 0.0, torch.float16: 1e-6, torch.bfloat16: 1e-5}
-_QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1, "dequantized": 1e-5, "checkpoint": 1e-1}
+_QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1, "dequantized": 1e-5, "checkpoint": 1e-2}
 # Deep models round more than the demo: the run's own noise, KL between two batch sizes, times this is allowed too.
 _NOISE = 10.0
 # |KL of the export − KL of the trial| may be this share of the trial's beside the bound above (measured: 1.5, 1, 18 %).
-_KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5, "dequantized": 0.02, "checkpoint": 0.5}
+_KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5, "dequantized": 0.02, "checkpoint": 0.2}
 # Share by which one module's edit may be off, beside what the noise of single outputs explains: a coeff 5 % off is 5 %,
 # an edit left out 100 %. Measured: 0.001 % in float32, whatever the export is stored in; 0.5 % in bfloat16; 1.6 and 4 %.
 _MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.03}
 _MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.1}
 # What quantization changes in one output entry, relative to the outputs' size.
-_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.1}
+_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.05}
 # Refusals may differ by this share of the prompts.
 _REFUSALS = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
 _REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1, "dequantized": 0.02, "checkpoint": 0.1}

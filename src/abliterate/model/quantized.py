@@ -91,7 +91,7 @@ def check(config: PretrainedConfig, load: LoadSettings, device: torch.device | N
     instead = ", or load its weights dense with --set load.dequantize=true" if method in FILES else ""
     if missing:
         names = " ".join(_PIP.get(name, name.replace("_", "-")) for name in missing)
-        raise InputError(f"The model is quantized ({method}), which needs the packages {names}; install them with pip install {names}{instead}.")
+        raise InputError(f"The model is quantized ({method}), which needs more packages here; pip install {names}{instead}.")
     if needs_gpu and (device is None or device.type == "cpu"):
         raise InputError(f"The model is quantized ({method}), which needs a GPU; run it on one{instead}.")
 
@@ -212,6 +212,9 @@ def make_layers_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
     left = next((name for name, one in model.named_parameters() if not is_plain(one)), "")
     if left:
         raise InputError(f"The weights in {left} are quantized in a way that can't be made dense; use the model in full precision.")
+    for one in model.parameters():  # of quantized checkpoints transformers leaves some as they are stored
+        if one.dtype in (torch.float16, torch.bfloat16):
+            one.data = one.data.to(dtype)
     forget(model)
 
 
@@ -221,6 +224,11 @@ def forget(model: Any) -> None:
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
         vars(holder).pop("_is_quantized", None)
+    # Saving would undo what loading did to names and tensors; what was done for the quantization isn't undone.
+    done = getattr(model, "_weight_conversions", None) or []
+    kept = [one for one in done if not any(hasattr(step, "hf_quantizer") for step in getattr(one, "operations", ()))]
+    if done:
+        model._weight_conversions = kept
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
             delattr(model, name)

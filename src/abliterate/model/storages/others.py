@@ -23,9 +23,9 @@ class TensorClass:
     editable = True
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`. bitsandbytes has classes of its own for parameters, but their data are plain."""
+        """See `Storage.holds`."""
         weight = module._parameters.get("weight")
-        return isinstance(module, nn.Linear) and weight is not None and is_other_class(weight)
+        return isinstance(module, nn.Linear) and weight is not None and type(weight).dequantize is not Tensor.dequantize
 
     def shape(self, module: Any) -> tuple[int, ...]:
         """See `Storage.shape`."""
@@ -83,8 +83,8 @@ class ByProduct:
 
 
 def is_other_class(weight: Tensor) -> bool:
-    """Whether a tensor's data aren't plain numbers in memory."""
-    return type(weight.detach()) not in (Tensor, nn.Parameter) and type(weight).__name__ not in ("Params4bit", "Int8Params")
+    """Whether a tensor's data aren't plain numbers in memory: its class is some package's own."""
+    return not f"{type(weight).__module__}.".startswith("torch.")
 
 
 def is_plain(weight: Tensor) -> bool:
