@@ -118,7 +118,11 @@ def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def packed_int4(weight: Tensor, *, group: int = 16) -> Packed:
     """compressed-tensors' pack-quantized, symmetric: signed codes, stored with an offset of 8."""
     d_out, d_in = weight.shape
-    scales, dense, codes = torch.zeros(d_out, d_in // group), torch.zeros_like(weight), torch.zeros(d_out, d_in, dtype=torch.int64)
+    scales, dense, codes = (
+        torch.zeros(d_out, d_in // group),
+        torch.zeros_like(weight),
+        torch.zeros(d_out, d_in, dtype=torch.int64),
+    )
     for o in range(d_out):
         for i in range(d_in):
             start = i // group * group

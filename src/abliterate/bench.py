@@ -117,7 +117,9 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device) -> Non
     )
     if info.quantization.endswith(DEQUANTIZED) and not context.settings.load.dequantize:
         stored = checkpoint_quantization(info.quantization)
-        context.reporter.note(f"the checkpoint is quantized ({stored}), which can't run here as it is; its weights were made dense")
+        context.reporter.note(
+            f"the checkpoint is quantized ({stored}), which can't run here as it is; its weights were made dense"
+        )
     if loaded.architecture.found_by == "structure":
         check_export(context.settings, loaded.model.config, loaded.targets)
         found = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())

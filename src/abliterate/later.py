@@ -124,7 +124,9 @@ def open_base(context: Context, number: int) -> tuple[str, Matrices]:
         model_type = config.get_text_config().model_type
         architecture = known_architecture(model_type, load.decoder_layers, load.components)
         if architecture is None:  # what its layers do is seen with their weights only
-            architecture = loader.architecture_of(load_weights(source, dense_load(load), config, stored_dtype(config), None), load)
+            architecture = loader.architecture_of(
+                load_weights(source, dense_load(load), config, stored_dtype(config), None), load
+            )
         base = Matrices(source, load, architecture)
     if base.reason:
         context.reporter.note(f"the model is loaded as a whole, because {base.reason}", reason=base.reason)

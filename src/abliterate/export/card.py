@@ -71,8 +71,11 @@ def model_card(facts: Mapping[str, Any]) -> str:
         f", which misses {lost['mean']:.1%} of a matrix's change on average, {lost['max']:.1%} at most" if lost else ""
     )
     dequantized = ""
-    if facts["quantized"] and facts["dense"]:
-        dequantized = f"\n\nThe base's weights are quantized ({facts['quantized']}). This model is **dequantized**: all its weights are dense."
+    if facts.get("quantized") and facts["dense"]:
+        stored = facts["quantized"]
+        dequantized = (
+            f"\n\nThe base's weights are quantized ({stored}). This model is **dequantized**: all its weights are dense."
+        )
     texts = {
         "dequantized": dequantized,
         "base_model": f"base_model: {facts['base']}\n" if facts["on_hub"] else "",

@@ -38,7 +38,12 @@ def load_weights(
     quiet_bitsandbytes()
     quantized.check(config, load, device)
     dense = quantized.is_made_dense(config, load, device)
-    if load.quantization == "none" and (dense or not quantized.method_of(config)) and not load.device_map and (device is None or device.type == "cpu"):
+    if (
+        load.quantization == "none"
+        and (dense or not quantized.method_of(config))
+        and not load.device_map
+        and (device is None or device.type == "cpu")
+    ):
         _check_memory(config, load, dtype)
     auto = auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
@@ -106,8 +111,11 @@ def _from_files(
     for one in (plain, plain.get_text_config()):
         if hasattr(one, "quantization_config"):
             del one.quantization_config
-    options = {name: value for name, value in kwargs.items() if name not in ("revision", "use_safetensors", "trust_remote_code")}
-    model, loading = type(empty_model(plain, load)).from_pretrained(None, config=plain, state_dict=state, **options)
+    options = {
+        name: value for name, value in kwargs.items() if name not in ("revision", "use_safetensors", "trust_remote_code")
+    }
+    cls: Any = type(empty_model(plain, load))
+    model, loading = cls.from_pretrained(None, config=plain, state_dict=state, **options)
     model.name_or_path = plain.name_or_path = source
     quantized.forget(model)
     return model, loading

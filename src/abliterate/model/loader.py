@@ -180,8 +180,8 @@ def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError
     """Kernels of a quantization are looked for at the first pass."""
     first = str(error).strip().splitlines()[0].rstrip(".")
     return InputError(
-        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install what is missing (for "
-        "FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
+        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install what is missing "
+        "(for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
     )
 
 

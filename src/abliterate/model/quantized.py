@@ -43,7 +43,12 @@ _NEEDS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "bitsandbytes_4bit": (("bitsandbytes",), False),
     "bitsandbytes_8bit": (("bitsandbytes",), False),
 }
-_PIP = {"optimum.quanto": "optimum-quanto", "fbgemm_gpu": "fbgemm-gpu-genai", "quark": "amd-quark", "spqr_quant": "spqr-quant[gpu]"}
+_PIP = {
+    "optimum.quanto": "optimum-quanto",
+    "fbgemm_gpu": "fbgemm-gpu-genai",
+    "quark": "amd-quark",
+    "spqr_quant": "spqr-quant[gpu]",
+}
 # These need kernels for a GPU; elsewhere transformers makes them dense by itself, and so do we.
 _DENSE_WITHOUT_GPU = ("fp8", "mxfp8", "mxfp4")
 # Storages in safetensors that hold no plain numbers.
@@ -79,11 +84,13 @@ def check(config: PretrainedConfig, load: LoadSettings, device: torch.device | N
         return
     if load.quantization != "none":
         raise InputError(
-            f"The model is quantized already ({method}), so it can't be loaded with load.quantization={load.quantization}; leave that "
-            "out, or name the model that it was made from."
+            f"The model is quantized already ({method}), so it can't be loaded with load.quantization={load.quantization}; "
+            "leave that out, or name the model that it was made from."
         )
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        raise InputError(f"The model is quantized as {method!r}, which transformers doesn't know; use the one that it was made from.")
+        raise InputError(
+            f"The model is quantized as {method!r}, which transformers doesn't know; use the one that it was made from."
+        )
     if is_made_dense(config, load, device) and method in FILES:
         return
     packages, needs_gpu = _NEEDS.get(method, ((), False))
@@ -142,7 +149,11 @@ def dense_state(source: str, config: PretrainedConfig, load: LoadSettings) -> di
     used: set[str] = set()
     for rule in FILES[method]:
         for name in place:
-            parts = parts_of(rule, name, place) if name not in used and (rule.ending != ".weight" or kinds[name] in _OPAQUE) else None
+            parts = (
+                parts_of(rule, name, place)
+                if name not in used and (rule.ending != ".weight" or kinds[name] in _OPAQUE)
+                else None
+            )
             if parts is not None:
                 state[name.removesuffix(rule.ending) + rule.dense] = Made(lambda r=rule, p=parts: _make(r, p, read, entry))  # type: ignore[misc]
                 used |= set(parts.values())
@@ -151,8 +162,8 @@ def dense_state(source: str, config: PretrainedConfig, load: LoadSettings) -> di
             continue
         if kinds[name] in _OPAQUE and name.endswith(("weight", "proj", "_packed", "_blocks", "qweight")):
             raise InputError(
-                f"The tensor {name} is stored as {kinds[name]} without scales that are known for {method}, so it can't be made dense; "
-                "load the model without load.dequantize, on a GPU, or use the one that it was made from."
+                f"The tensor {name} is stored as {kinds[name]} without scales that are known for {method}, so it can't be made "
+                "dense; load the model without load.dequantize, on a GPU, or use the one that it was made from."
             )
         state[name] = Made(lambda n=name: read(n))  # type: ignore[misc]
     return state
@@ -201,7 +212,10 @@ def make_layers_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if storage is None:
             continue
         if not storage.editable:
-            raise InputError(f"The weights in {name} are stored as {storage.name}, which can't be made dense; use the model in full precision.")
+            raise InputError(
+                f"The weights in {name} are stored as {storage.name}, which can't be made dense; use the model in full "
+                "precision."
+            )
         weight, bias = storage.dense(module), getattr(module, "bias", None)
         with torch.device("meta"):
             plain = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
@@ -211,7 +225,9 @@ def make_layers_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         model.set_submodule(name, plain.eval())
     left = next((name for name, one in model.named_parameters() if not is_plain(one)), "")
     if left:
-        raise InputError(f"The weights in {left} are quantized in a way that can't be made dense; use the model in full precision.")
+        raise InputError(
+            f"The weights in {left} are quantized in a way that can't be made dense; use the model in full precision."
+        )
     for one in model.parameters():  # of quantized checkpoints transformers leaves some as they are stored
         if one.dtype in (torch.float16, torch.bfloat16):
             one.data = one.data.to(dtype)

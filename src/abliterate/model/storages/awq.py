@@ -53,7 +53,8 @@ def awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     d_in = len(qweight)
     if qweight.shape[1] * 8 != d_out or qzeros.shape != (groups, d_out // 8) or d_in % groups:
         raise InputError(
-            f"An AWQ matrix of shape {tuple(qweight.shape)} isn't in the GEMM layout of 4 bits, so it can't be read; use such a checkpoint."
+            f"An AWQ matrix of shape {tuple(qweight.shape)} isn't in the GEMM layout of 4 bits, so it can't be read; use a "
+            "checkpoint that is."
         )
     codes, zeros = (_codes(one, d_out).repeat_interleave(step, dim=0) for one, step in ((qweight, 1), (qzeros, d_in // groups)))
     return (scales.float().repeat_interleave(d_in // groups, dim=0) * (codes - zeros)).T

@@ -76,7 +76,11 @@ def fp4_values(packed: Tensor) -> Tensor:
 
 def powers_of_two(scale: Tensor) -> Tensor:
     """Scales as float32; bytes are E8M0 exponents with a bias of 127."""
-    return torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127) if scale.dtype == torch.uint8 else scale.float()
+    return (
+        torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
+        if scale.dtype == torch.uint8
+        else scale.float()
+    )
 
 
 def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:

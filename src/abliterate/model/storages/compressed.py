@@ -46,7 +46,7 @@ def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> Tensor
     """W (d_out, d_in) float32 from the tensors of one layer, by their names.
 
     Raises:
-        InputError: a format that isn't one of pack-, int-, float-, nvfp4- and mxfp4-quantized.
+        InputError: a format that isn't one of those that the message names.
     """
     scale, zero = tensors[".weight_scale"], tensors.get(".weight_zero_point")
     packed = tensors.get(".weight_packed")
@@ -62,8 +62,8 @@ def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> Tensor
         return scaled(fp4_values(packed), scale)
     if packed.dtype != torch.int32 or ".weight_shape" not in tensors:
         raise InputError(
-            f"A compressed-tensors matrix packed as {packed.dtype} can't be read; use a checkpoint in one of the formats pack-, int-, float-, "
-            "nvfp4- or mxfp4-pack-quantized."
+            f"A compressed-tensors matrix packed as {packed.dtype} can't be read; use a checkpoint in one of the formats "
+            "pack-quantized, int-quantized, float-quantized, nvfp4-pack-quantized or mxfp4-pack-quantized."
         )
     d_out, d_in = (int(size) for size in tensors[".weight_shape"])
     bits = packed.shape[1] * 32 // d_in
@@ -91,7 +91,9 @@ def _status(module: nn.Module) -> str:
 
 def _from_files(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
     if config.get("transform_config") or (config.get("sparsity_config") or {}).get("format", "dense") != "dense":
-        raise InputError("Weights of compressed-tensors with transforms or sparsity can't be read from files; use another checkpoint.")
+        raise InputError(
+            "Weights of compressed-tensors with transforms or sparsity can't be read from files; use another checkpoint."
+        )
     groups = [group.get("weights") or {} for group in config.get("config_groups", {}).values() if isinstance(group, dict)]
     block = next((group["block_structure"] for group in groups if group.get("block_structure")), None)
     return compressed(tensors, None if block is None else (int(block[0]), int(block[1])))

@@ -60,8 +60,8 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, version
     d_in = len(g_idx)
     if bits not in (2, 3, 4, 8) or qweight.shape != (-(-d_in * bits // 32), d_out) or len(qzeros) != groups:
         raise InputError(
-            f"A GPTQ matrix of shape {tuple(qweight.shape)} is packed in a way that can't be read; use a checkpoint of 2, 3, 4 or 8 bits in "
-            "the format gptq or gptq_v2."
+            f"A GPTQ matrix of shape {tuple(qweight.shape)} is packed in a way that can't be read; use a checkpoint of 2, 3, 4 "
+            "or 8 bits in the format gptq or gptq_v2."
         )
     codes = unpacked(qweight.T.contiguous(), bits, d_in)  # (d_out, d_in)
     zeros = unpacked(qzeros, bits, d_out).T  # (d_out, groups)
@@ -75,7 +75,9 @@ def _from_files(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
     qweight, qzeros, scales = (tensors[name] for name in (".qweight", ".qzeros", ".scales"))
     layout = str(config.get("checkpoint_format") or config.get("format") or config.get("packing_format") or "gptq")
     if layout not in _LAYOUTS:
-        raise InputError(f"GPTQ weights in the format {layout!r} can't be read from files; use a checkpoint in the format gptq.")
+        raise InputError(
+            f"GPTQ weights in the format {layout!r} can't be read from files; use a checkpoint in the format gptq."
+        )
     index = tensors.get(".g_idx")
     if index is None or not index.numel():
         bits = qzeros.shape[1] * 32 // scales.shape[1]

@@ -12,8 +12,8 @@ from abliterate.errors import InputError
 from abliterate.model.storages.base import agrees, float_dtype, product
 
 # EETQ, HIGGS, AQLM and Gemma, VPTQ, BitNet, Metal, NVFP4, FP-Quant: modules of transformers or of the package it asks for.
-_BY_PRODUCT = ("EetqLinear", "HiggsLinear", "QuantizedLinear", "VQuantLinear", "BitLinear", "AutoBitLinear", "MetalLinear")
-_BY_PRODUCT += ("NVFP4Linear", "FPQuantLinear")
+_BY_PRODUCT = {"EetqLinear", "HiggsLinear", "QuantizedLinear", "VQuantLinear", "BitLinear", "AutoBitLinear", "MetalLinear"}
+_BY_PRODUCT |= {"NVFP4Linear", "FPQuantLinear"}
 
 
 class TensorClass:
@@ -77,7 +77,8 @@ class ByProduct:
         weight = product(module, self.shape(module)[1], dtype)
         if not agrees(module, weight, dtype):
             raise InputError(
-                f"A {type(module).__name__} doesn't multiply by one matrix, so it can't be edited; use the model in full precision."
+                f"A {type(module).__name__} doesn't multiply by one matrix, so it can't be edited; use the model in full "
+                "precision."
             )
         return weight
 
