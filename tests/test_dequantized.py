@@ -167,6 +167,15 @@ def test_experts_of_fp8_are_joined_as_dense_ones_are(tmp_path: Path) -> None:
     assert len(loaded.targets) == 6
 
 
+def test_fp8_blocks_that_are_cut_off(tmp_path: Path) -> None:
+    """DeepSeek's latent projections have 576 rows in blocks of 128; transformers refuses them on a CPU."""
+    base = save_model(make_model("llama"), tmp_path / "base")
+    meaning = packing.quantize_folder(
+        base, tmp_path / "fp8", lambda weight: packing.fp8(weight, block=(20, 20)), FP8 | {"weight_block_size": [20, 20]}
+    )
+    assert torch.equal(logits_of(load(tmp_path / "fp8").model), logits_of(with_meaning(tmp_path / "fp8", meaning)))
+
+
 def test_stored_in_bfloat16_it_is_rounded_once(tmp_path: Path) -> None:
     path, meaning = quantize(tmp_path, "gptq")
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import InputError
-from abliterate.model.storages.base import InFiles, Tensors, agrees, product, unpacked
+from abliterate.model.storages.base import ROUNDS_NOTHING, InFiles, Tensors, agrees, product, unpacked
 
 # Where in a word each of eight neighbouring outputs is.
 _PLACE = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -38,7 +38,7 @@ class Awq:
                 weight = awq(module.qweight, zeros, module.scales)
             except InputError:
                 weight = torch.empty(0)
-            if weight.shape == shape and agrees(module, weight, module.scales.dtype):
+            if weight.shape == shape and agrees(module, weight, module.scales.dtype, ROUNDS_NOTHING):
                 return weight
         return product(module, shape[1], module.scales.dtype)
 

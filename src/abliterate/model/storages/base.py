@@ -18,8 +18,9 @@ from abliterate.errors import InputError
 
 # E2M1 (OCP Microscaling Formats 1.0, table 5): sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# What a module's own product may differ from W x, relative to it: input rounding to 8 bits is 1 to 3 %, a wrong W is 100.
-_AGREES = 0.1
+# What a module's own product may differ from W x, relative to it. Kernels that round their inputs to 8 or 4 bits differ by 1 to
+# 10 %, those that don't by 0.1; a zero point off by one is 2.5 % of 8-bit weights.
+ROUNDS_INPUTS, ROUNDS_NOTHING = 0.15, 0.01
 
 
 class Storage(Protocol):
@@ -125,13 +126,13 @@ def product(module: Any, d_in: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 @torch.no_grad()
-def agrees(module: Any, weight: Tensor, dtype: torch.dtype) -> bool:
+def agrees(module: Any, weight: Tensor, dtype: torch.dtype, tolerance: float) -> bool:
     """Whether a module multiplies by `weight` (d_out, d_in)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, dtype)
     out, bias = module.forward(x).float(), getattr(module, "bias", None)
     wanted = x.float() @ weight.float().T + (0 if bias is None else bias.float())
-    return bool((out - wanted).norm() <= _AGREES * wanted.norm())
+    return bool((out - wanted).norm() <= tolerance * wanted.norm())
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import InputError
-from abliterate.model.storages.base import InFiles, Tensors, agrees, product, unpacked
+from abliterate.model.storages.base import ROUNDS_NOTHING, InFiles, Tensors, agrees, product, unpacked
 
 _LAYOUTS = ("gptq", "gptq_v2", "auto_round:auto_gptq", "auto_round:gptq")
 
@@ -41,7 +41,7 @@ class Gptq:
                 weight = gptq(module.qweight, zeros, scales, index, version)
             except InputError:
                 weight = torch.empty(0)
-            if weight.shape == shape and agrees(module, weight, scales.dtype):
+            if weight.shape == shape and agrees(module, weight, scales.dtype, ROUNDS_NOTHING):
                 return weight
         return product(module, shape[1], scales.dtype)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import InputError
-from abliterate.model.storages.base import agrees, float_dtype, product
+from abliterate.model.storages.base import ROUNDS_INPUTS, agrees, float_dtype, product
 
 # EETQ, HIGGS, AQLM and Gemma, VPTQ, BitNet, Metal, NVFP4, FP-Quant: modules of transformers or of the package it asks for.
 _BY_PRODUCT = {"EetqLinear", "HiggsLinear", "QuantizedLinear", "VQuantLinear", "BitLinear", "AutoBitLinear", "MetalLinear"}
@@ -75,7 +75,7 @@ class ByProduct:
         """See `Storage.dense`. InputError: the layer isn't linear, or also norms its input."""
         dtype = float_dtype(module)
         weight = product(module, self.shape(module)[1], dtype)
-        if not agrees(module, weight, dtype):
+        if not agrees(module, weight, dtype, ROUNDS_INPUTS):
             raise InputError(
                 f"A {type(module).__name__} doesn't multiply by one matrix, so it can't be edited; use the model in full "
                 "precision."
