@@ -167,6 +167,35 @@ def test_experts_of_fp8_are_joined_as_dense_ones_are(tmp_path: Path) -> None:
     assert len(loaded.targets) == 6
 
 
+def made(folder: Path, tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the loader is given of files with these tensors."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = transformers.LlamaConfig(quantization_config=dict(entry))
+    return {name: tensor[...] for name, tensor in quantized.dense_state(str(folder), config, LoadSettings()).items()}
+
+
+@pytest.mark.parametrize("name", [".weight_scale_inv", ".scale", ".qscale_weight", ".weight_scale"])
+def test_scales_under_every_name_in_use(name: str, tmp_path: Path) -> None:
+    parts, dense = packing.fp8(torch.randn(32, 48), suffix=name)
+    found = made(tmp_path, {f"a{ending}": part for ending, part in parts.items()} | {"b.weight": torch.ones(3)}, FP8)
+    assert found.keys() == {"a.weight", "b.weight"}
+    assert torch.equal(found["a.weight"], dense)
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    """As transformers saves FP8 experts, DeepSeek packs them as FP4, and Llama 4 has them from FBGEMM."""
+    pairs = [packing.fp8(torch.randn(32, 48)) for _ in range(2)]
+    stack, scales = (torch.stack([parts[name] for parts, _ in pairs]) for name in (".weight", ".weight_scale_inv"))
+    found = made(tmp_path, {"e.down_proj": stack, "e.down_proj_scale_inv": scales}, FP8)
+    assert torch.equal(found["e.down_proj"], torch.stack([dense for _, dense in pairs]))
+    blocks, exponents, dense = packing.mxfp4(torch.randn(16, 64))
+    packed = {"e.0.w2.weight": blocks.flatten(-2).view(torch.int8), "e.0.w2.scale": exponents.view(torch.float8_e8m0fnu)}
+    assert torch.equal(made(tmp_path, packed, FP8)["e.0.w2.weight"], dense)
+    down, scale = torch.randn(2, 8, 6).to(torch.float8_e4m3fn), torch.rand(2, 6, 1)
+    found = made(tmp_path, {"e.down_proj": down, "e.down_proj_scale": scale}, FBGEMM)
+    torch.testing.assert_close(found["e.down_proj"], down.float() * scale.transpose(1, 2))
+
+
 def test_fp8_blocks_that_are_cut_off(tmp_path: Path) -> None:
     """DeepSeek's latent projections have 576 rows in blocks of 128; transformers refuses them on a CPU."""
     base = save_model(make_model("llama"), tmp_path / "base")

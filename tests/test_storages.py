@@ -279,7 +279,7 @@ def test_a_storage_has_one_holder() -> None:
     linear = nn.Linear(32, 32).requires_grad_(False)
     modules = [swap(linear) for name, swap in SWAPS.items() if name != "torchao"]
     for module in modules:
-        assert sum(storage.holds(module) for storage in STORAGES) == 1
+        assert sum(storage.holds(module) for storage in STORAGES.values()) == 1
     assert storage_of(linear) is None
     assert storage_remedy(linear) == ""
 

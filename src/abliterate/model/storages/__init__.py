@@ -22,7 +22,7 @@ from abliterate.model.storages.others import ByProduct, Hqq, TensorClass, is_pla
 __all__ = ["FILES", "STORAGES", "InFiles", "Storage", "device_of", "is_plain", "storage_of", "storage_remedy"]
 
 # The first that holds a module has it: compressed-tensors before the tensors' own classes.
-STORAGES: tuple[Storage, ...] = (
+_ALL: tuple[Storage, ...] = (
     BitsAndBytes(),
     FineGrainedFP8(),
     FP8Experts(),
@@ -34,6 +34,7 @@ STORAGES: tuple[Storage, ...] = (
     TensorClass(),
     ByProduct(),
 )
+STORAGES: Mapping[str, Storage] = {storage.name: storage for storage in _ALL}
 # What can be made dense from weight files alone, by the quantization's name in config.json.
 FILES: Mapping[str, tuple[InFiles, ...]] = {
     "fp8": FP8_FILES,
@@ -49,7 +50,7 @@ FILES: Mapping[str, tuple[InFiles, ...]] = {
 
 def storage_of(module: nn.Module) -> Storage | None:
     """How a module's W is quantized; None where it isn't, as far as we know."""
-    return next((storage for storage in STORAGES if storage.holds(module)), None)
+    return next((storage for storage in STORAGES.values() if storage.holds(module)), None)
 
 
 def storage_remedy(module: nn.Module) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from abliterate.model.storages.base import InFiles, Tensors, fp4_values, scaled
 
+# Two E2M1 numbers in each byte.
+_FP4 = (torch.int8, getattr(torch, "float4_e2m1fn_x2", torch.int8))
 _ROWS = ("FbgemmFp8Linear", "CompressedTensorsFP8Linear")
 
 
@@ -55,19 +57,19 @@ class FP8Experts:
         count, rows, columns = module.down_proj.shape
         if type(module).__name__ != "FP8Experts":
             return count, columns, rows
-        return count, rows, columns * (2 if module.down_proj.dtype == torch.int8 else 1)
+        return count, rows, columns * (2 if module.down_proj.dtype in _FP4 else 1)
 
     def dense(self, module: Any) -> Tensor:
         """See `Storage.dense`."""
         down = module.down_proj.detach()
         if type(module).__name__ != "FP8Experts":  # (E, d_ff, d_model) and (E, d_model, 1)
             return scaled(down.transpose(1, 2), module.down_proj_scale.detach())
-        block = _block(module.block_size) if down.dtype != torch.int8 else None
+        block = _block(module.block_size) if down.dtype not in _FP4 else None
         return scaled(_values(down), module.down_proj_scale_inv.detach(), block)
 
 
 def _values(weight: Tensor) -> Tensor:
-    return fp4_values(weight) if weight.dtype == torch.int8 else weight
+    return fp4_values(weight) if weight.dtype in _FP4 else weight
 
 
 def _block(size: Any) -> tuple[int, int] | None:
@@ -76,7 +78,7 @@ def _block(size: Any) -> tuple[int, int] | None:
 
 def _from_files(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
     weight, scale = tensors.values()
-    return scaled(_values(weight), scale, _block(config.get("weight_block_size")) if weight.dtype != torch.int8 else None)
+    return scaled(_values(weight), scale, _block(config.get("weight_block_size")) if weight.dtype not in _FP4 else None)
 
 
 def _fbgemm_down(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
