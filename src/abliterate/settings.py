@@ -27,6 +27,7 @@ class LoadSettings(_Section):
     device_map: str = ""
     max_memory: dict[str, str] = {}
     quantization: Quantization = "none"
+    dequantize: bool = False
     attn_implementation: str = ""
     trust_remote_code: bool = False
     chat_template: str = ""

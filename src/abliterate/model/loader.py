@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.model import architectures
+from abliterate.model import architectures, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
 from abliterate.model.hub import skip_retries_without_network
@@ -128,7 +128,7 @@ def load_model(
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        quantization=load.quantization,
+        quantization=quantized.label(model, config, load),
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
     return LoadedModel(model, tokenizer, info, architecture, targets)
@@ -161,7 +161,7 @@ def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bo
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(_dtype(load.dtypes[0], config, device)).removeprefix("torch."),
         device=str(device),
-        quantization=load.quantization,
+        quantization=quantized.expected_label(config, load, device),
     )
     return Skeleton(model, info, architecture, architectures.find_targets(model, architecture, info.d_model))
 
@@ -190,6 +190,8 @@ def _first_that_generates(
         try:
             model = load_weights(source, load, config, dtype, device)
             reason = "" if _generates(model, probe) else "its logits are not finite"
+        except ImportError as error:
+            raise _without_kernels(config, error) from error
         except RuntimeError as error:  # out of memory too; what is wrong with the input is an InputError, and passes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if model is not None and not reason:
@@ -201,6 +203,15 @@ def _first_that_generates(
     raise AbliterateError(
         f"The model works in none of {', '.join(load.dtypes)} ({reason}); try --dtype float32, --device cpu, or "
         "--set load.quantization=bnb_4bit where memory is short, or check its weights."
+    )
+
+
+def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError:
+    """Kernels of a quantization are looked for at the first pass."""
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    return InputError(
+        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install what is missing "
+        "(for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
     )
 
 
