@@ -22,6 +22,7 @@ from abliterate.inspection import Workload, check_model, in_words, inspect
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
+from abliterate.model.markup import Markup
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings, Settings
 from abliterate.types import BatchSizes, Prompt
@@ -185,7 +186,11 @@ def test_cost_is_what_the_reference_feeds() -> None:
     loaded.model.generation_config.eos_token_id = None  # every response runs to its limit
     handle = loaded.layers[0].register_forward_pre_hook(count, with_kwargs=True)
     engine = ReferenceEngine(
-        loaded.model, chat, ResponseReader(chat.tokenizer, ()), max_new_tokens=response, sizes=BatchSizes.same(1)
+        loaded.model,
+        chat,
+        ResponseReader(chat.tokenizer, Markup(())),
+        max_new_tokens=response,
+        sizes=BatchSizes.same(1),
     )
     engine.observe(harmful, harmless, lambda done, total: None)
     handle.remove()

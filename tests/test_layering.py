@@ -14,7 +14,7 @@ import abliterate
 
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
-    5: ("cli", "__main__", "console", "tables", "commands"),
+    5: ("cli", "cli_cache", "__main__", "console", "tables", "commands", "cache_commands"),
     4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),

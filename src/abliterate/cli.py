@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from abliterate.cli_cache import CacheDir, Json, Text, cache_app
 from abliterate.errors import FAILED, INTERRUPTED, AbliterateError, InputError, Interrupted
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
@@ -23,20 +24,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-cache_app = typer.Typer(help="Look at and clear the cache of residuals.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 
 # Not every command is a run, so these sentences must be true of all.
 _KEPT = "a run keeps its finished trials and continues with --resume"
 
-Text = str | None
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
 Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="JSON lines; the last one is the result.")]
 Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
 Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")]
-CacheDir = Annotated[Text, typer.Option("--cache-dir", help="Where the cache lies.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -202,43 +199,6 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
     directory = RunDirectory(run_directory)
     write_report(directory.report, directory.read_result())
     typer.echo(str(directory.report))
-
-
-@cache_app.command("ls")
-def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
-    """List the entries: what each is of, size, age."""
-    from abliterate import commands
-
-    commands.cache_ls(cache_dir or "", as_json=as_json)
-
-
-@cache_app.command("clear")
-def cache_clear(
-    cache_dir: CacheDir = None,
-    model: Annotated[str, typer.Option(help="Only entries of this model.")] = "",
-    older_than: Annotated[float, typer.Option(help="Only entries older than this many days.")] = 0.0,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
-) -> None:
-    """Delete entries that the cache wrote; nothing else is touched."""
-    from abliterate import commands
-
-    commands.cache_clear(cache_dir or "", model, older_than, yes=yes)
-
-
-@cache_app.command("verify")
-def cache_verify(cache_dir: CacheDir = None) -> None:
-    """Check every entry's checksum. Exit code 1 if one is not usable."""
-    from abliterate import commands
-
-    commands.cache_verify(cache_dir or "")
-
-
-@cache_app.command("path")
-def cache_path(cache_dir: CacheDir = None) -> None:
-    """Print where the cache lies."""
-    from abliterate import commands
-
-    typer.echo(str(commands.cache_root(cache_dir or "")))
 
 
 def main() -> None:

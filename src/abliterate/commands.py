@@ -6,15 +6,13 @@ import contextlib
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate import later, pipeline
-from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_for_trial, ask_yes, make_reporter, trial_line
-from abliterate.errors import AbliterateError, InputError, Interrupted
+from abliterate.console import ask_for_trial, make_reporter, trial_line
+from abliterate.errors import InputError, Interrupted
 from abliterate.front import parse_rule
 from abliterate.inspection import bytes_text, in_words
 from abliterate.interrupts import Interrupts
@@ -192,62 +190,6 @@ def _ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
         reporter.close()
 
 
-def cache_root(cache_dir: str) -> Path:
-    """Where the cache lies: the option, else the settings (environment included)."""
-    if cache_dir:
-        return default_root(cache_dir)
-    settings = load_settings()
-    return default_root(settings.efficiency.residual_cache_dir or settings.cache_dir)
-
-
-def cache_ls(cache_dir: str, *, as_json: bool) -> None:
-    """`abliterate cache ls`."""
-    entries = list(_store(cache_dir).entries())
-    if as_json:
-        print(json.dumps([{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created} for e in entries]))
-        return
-    rows = [(entry.kind, entry.label, bytes_text(entry.size), _age(entry.created), entry.digest[:12]) for entry in entries]
-    print_table(("kind", "of", "size", "age", "entry"), rows)
-    print(f"{len(entries)} entries, {bytes_text(sum(entry.size for entry in entries))}")
-
-
-def cache_clear(cache_dir: str, model: str, older_than: float, *, yes: bool) -> None:
-    """`abliterate cache clear`."""
-    store = _store(cache_dir)
-
-    def wanted(entry: Entry) -> bool:
-        old = time.time() - entry.created >= older_than * 86400
-        return old and (not model or entry.key.get("model") == model)
-
-    filtered = bool(model or older_than)
-    entries = [entry for entry in store.entries() if wanted(entry)]
-    leftovers = [] if filtered else store.leftovers()
-    if not entries and not leftovers:
-        print("nothing to clear")
-        return
-    what = f"{len(entries)} entries" + (f" and {len(leftovers)} unusable files" if leftovers else "")
-    if not yes:
-        if not sys.stdin.isatty():
-            raise InputError("Without a terminal nothing is asked; confirm with abliterate cache clear --yes.")
-        total = bytes_text(sum(entry.size for entry in entries) + sum(path.stat().st_size for path in leftovers))
-        if not ask_yes(f"Delete {what} ({total})?"):
-            print("nothing was deleted")
-            return
-    _, freed = store.clear(wanted if filtered else None)
-    print(f"deleted {what}, {bytes_text(freed)}")
-
-
-def cache_verify(cache_dir: str) -> None:
-    """`abliterate cache verify`."""
-    store = _store(cache_dir)
-    bad = list(store.verify())
-    for path, reason in bad:
-        print(f"{path.parent.name}/{path.name[:12]}: {reason}")
-    if bad:
-        raise AbliterateError(f"{len(bad)} cache entries are not usable; they are recomputed when needed.")
-    print(f"{len(list(store.entries()))} entries are sound")
-
-
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that were given; the others (None) leave room for lower sources."""
     kept: dict[str, Any] = {}
@@ -301,16 +243,3 @@ def _quiet_libraries() -> None:
         datasets.disable_progress_bars()
     except ImportError:
         pass
-
-
-def _store(cache_dir: str) -> ArtifactStore:
-    warn: Callable[[str], None] = print
-    return ArtifactStore(cache_root(cache_dir), warn=warn)
-
-
-def _age(created: float) -> str:
-    seconds = max(0.0, time.time() - created)
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"
