@@ -155,10 +155,14 @@ class Study:
             trial_id = patiently(partial(self._take, slot))
             if trial_id is None:
                 continue
-            self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
-            self._study._thread_local.cached_all_trials = None  # as `optuna.Study.ask` does: the sampler must see what was told
-            handle = optuna.Trial(self._study, trial_id)
-            return Asked(slot, self._space.suggest(handle), handle)
+            return patiently(partial(self._suggested, slot, trial_id, liar))
+
+    def _suggested(self, slot: int, trial_id: int, liar: bool) -> Asked:
+        """Asked twice, it finds what was suggested the first time."""
+        self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
+        self._study._thread_local.cached_all_trials = None  # as `optuna.Study.ask` does: the sampler must see what was told
+        handle = optuna.Trial(self._study, trial_id)
+        return Asked(slot, self._space.suggest(handle), handle)
 
     def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> bool:
         """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.

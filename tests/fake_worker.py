@@ -1,0 +1,48 @@
+"""A worker without a model: asks, waits as long as a trial may take, tells. Started by tests and measurements as a process.
+
+Prints a line for each trial that it has told: its number and how long asking and telling took.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from pathlib import Path
+
+from abliterate.search import Space, Study, open_study
+from abliterate.settings import SearchSettings
+from abliterate.types import Trial
+
+COMPONENTS = ("attn.o_proj", "mlp.down_proj")
+
+
+def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace: float) -> Study:
+    """The study of the fake workers."""
+    settings = SearchSettings(trials=trials, ei_candidates=8, grace_seconds=grace)
+    return open_study(url, journal, Space(settings, 12, COMPONENTS), 0, name, worker)
+
+
+def work(study: Study, budget: int, seconds: float, out: object = sys.stdout) -> None:
+    """Until the budget is used."""
+    waits = random.Random()
+    while len(study.trials()) < budget:
+        study.fail_silent()
+        started = time.perf_counter()
+        asked = study.ask(budget)
+        if asked is None:
+            time.sleep(0.1)
+            continue
+        took = time.perf_counter() - started
+        with study.at_work(asked):
+            time.sleep(seconds * waits.uniform(0.5, 1.5))
+        scores = {"kl": {"mean": 0.1 * asked.params.kernels["attn.o_proj"].max_coeff}, "refusals": asked.number % 50}
+        started = time.perf_counter()
+        mine = study.tell(asked, Trial(asked.number, asked.params, "complete", scores), 100)
+        told = time.perf_counter() - started
+        print(f"{asked.number} {took:.4f} {told:.4f} {'told' if mine else 'lost'}", file=out, flush=True)  # type: ignore[call-overload]
+
+
+if __name__ == "__main__":
+    url, journal, name, worker, budget, seconds, grace = sys.argv[1:]
+    work(study_of(url, Path(journal), name, worker, int(budget), float(grace)), int(budget), float(seconds))
