@@ -131,4 +131,7 @@ def capture_batch(
     states: list[Tensor | None] = [None] * (len(layers) + 1)
     with capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
         model(**prefill_kwargs(model, chat.encode(prompts)))
+    for index, state in enumerate(states):
+        if state is None:  # a layer that the model passes over (Mllama's cross-attention, without an image) adds nothing
+            states[index] = states[index - 1]
     return torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1)
