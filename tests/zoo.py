@@ -36,7 +36,7 @@ class Specimen:
 
     `scales`: {module: what its output is multiplied with on its way, NORM, or GATE (another factor at each position)}; 1
     where a module isn't named, a tuple where layers differ. `found_by`: table or structure. `unproven`: why its layers can't be
-    looked through.
+    looked through. `refused`: what is said of a model that can't be edited.
     """
 
     config: str
@@ -46,6 +46,7 @@ class Specimen:
     scales: Mapping[str, Any] = field(default_factory=dict)
     found_by: str = "table"
     unproven: str = ""
+    refused: str = ""
 
     @property
     def names(self) -> set[str]:
@@ -491,9 +492,7 @@ ZOO: dict[str, Specimen] = {
         scales={"mlp.experts": NORM, "mlp.shared_experts.down_proj": NORM},
     ),
     "axk2": Specimen("AXK2Config", _SIZES | _QMLA | _ROUTED | _SPARSE_TOP, _FIRST_DENSE),
-    "mistral4": Specimen(
-        "Mistral4Config", _SIZES | _QMLA | {"head_dim": 16} | _ROUTED | _SPARSE_TOP, _FIRST_DENSE
-    ),
+    "mistral4": Specimen("Mistral4Config", _SIZES | _QMLA | {"head_dim": 16} | _ROUTED | _SPARSE_TOP, _FIRST_DENSE),
     "hy_v3": Specimen(
         "HYV3Config",
         _SIZES | HEAD | _SPARSE_TOP | {**_EXPERTS, "num_shared_experts": 1},
@@ -506,10 +505,10 @@ ZOO: dict[str, Specimen] = {
         scales=_ALL_NORMS,
     ),
     "solar_open": _moe("SolarOpenConfig", _SHAREDS, **HEAD, **_ROUTED),
-    "kolibri1": _moe("Kolibri1Config", _SHAREDS, scales=_ALL_NORMS, **HEAD, **{**_EXPERTS, "shared_expert_intermediate_size": 16}),
-    "laguna": Specimen(
-        "LagunaConfig", _SIZES | HEAD | _EXPERTS | {"shared_expert_intermediate_size": 16}, _FIRST_DENSE
+    "kolibri1": _moe(
+        "Kolibri1Config", _SHAREDS, scales=_ALL_NORMS, **HEAD, **{**_EXPERTS, "shared_expert_intermediate_size": 16}
     ),
+    "laguna": Specimen("LagunaConfig", _SIZES | HEAD | _EXPERTS | {"shared_expert_intermediate_size": 16}, _FIRST_DENSE),
     "cohere2_moe": Specimen(
         "Cohere2MoeConfig",
         _SIZES | HEAD | _MIXED | _SPARSE_TOP | {"num_experts": 4, "num_experts_per_tok": 2, "num_shared_experts": 1},
@@ -565,18 +564,9 @@ ZOO: dict[str, Specimen] = {
         | {"resampler_head_dim": 8, "num_key_value_heads": 1, "intermediate_size": 16},
         image_token_id=5,
     ),
-    "smolvlm": _tower(
-        "SmolVLMConfig", {"model_type": "llama"}, _VISION, stack="model.text_model.layers", image_token_id=5
-    ),
+    "smolvlm": _tower("SmolVLMConfig", {"model_type": "llama"}, _VISION, stack="model.text_model.layers", image_token_id=5),
     "llava_onevision": _tower(
         "LlavaOnevisionConfig", {"model_type": "qwen2"}, _SIGLIP, image_token_index=5, video_token_index=6
-    ),
-    "paligemma": _tower(
-        "PaliGemmaConfig",
-        {"model_type": "gemma", **HEAD},
-        _SIGLIP | {"projection_dim": 32},
-        image_token_index=5,
-        projection_dim=32,
     ),
     "ovis2": _tower(
         "Ovis2Config",
@@ -598,9 +588,7 @@ ZOO: dict[str, Specimen] = {
         "ChameleonConfig", vq_config=_VQ | {"resolution": 16, "attn_resolutions": None}, vocabulary_map={"<image>": 5}
     ),
     "glm46v": _tower("Glm46VConfig", _MROPE, _GLM_VISION, scales=_NORMS),
-    "glm4v_moe": _tower(
-        "Glm4vMoeConfig", {**HEAD, **_ROUTED, **_SPARSE_TOP, **_MROPE_WHOLE}, _GLM_VISION, *_FIRST_DENSE
-    ),
+    "glm4v_moe": _tower("Glm4vMoeConfig", {**HEAD, **_ROUTED, **_SPARSE_TOP, **_MROPE_WHOLE}, _GLM_VISION, *_FIRST_DENSE),
     "exaone4_5": _tower(
         "Exaone4_5_Config",
         {"model_type": "exaone4", **_MIXED},
@@ -608,11 +596,9 @@ ZOO: dict[str, Specimen] = {
         scales=_NORMS,
     ),
     "kimi_k25": _tower(
-        "Kimi_K25Config", {"model_type": "deepseek_v3", **_MLA, **_ROUTED, **_SPARSE_TOP}, _VISION, *_FIRST_DENSE
+        "Kimi_K25Config", {"model_type": "deepseek_v3", **_QMLA, **_ROUTED, **_SPARSE_TOP}, _VISION, *_FIRST_DENSE
     ),
-    "qwen3_vl_moe": _tower(
-        "Qwen3VLMoeConfig", {**HEAD, **_EXPERTS, **_MROPE}, _QWEN3_VISION, "self_attn.o_proj mlp.experts"
-    ),
+    "qwen3_vl_moe": _tower("Qwen3VLMoeConfig", {**HEAD, **_EXPERTS, **_MROPE}, _QWEN3_VISION, "self_attn.o_proj mlp.experts"),
     "qwen2_5_omni": _tower(
         "Qwen2_5OmniThinkerConfig",
         _MROPE,
@@ -669,9 +655,7 @@ ZOO: dict[str, Specimen] = {
         *_FIRST_DENSE,
         image_token_index=5,
     ),
-    "mistral_large4": _tower(
-        "MistralLarge4Config", {**_QMLA, **_ROUTED, **_SPARSE_TOP}, _PIXTRAL, *_FIRST_DENSE
-    ),
+    "mistral_large4": _tower("MistralLarge4Config", {**_QMLA, **_ROUTED, **_SPARSE_TOP}, _PIXTRAL, *_FIRST_DENSE),
     "minimax_m3_vl": _tower(
         "MiniMaxM3VLConfig",
         {**HEAD, "num_local_experts": 4, "num_experts_per_tok": 2, "dense_intermediate_size": 48, "intermediate_size": 16}
@@ -785,9 +769,61 @@ def _add_towers() -> None:
 _add_towers()
 
 
+_NO_COPY = "reaches the residual stream, but not as a copy of itself"
+_STREAMS = "0 lists of 2 modules see hidden states of 32 features, some see"
+_TWO = _SIZES | {"num_hidden_layers": 2}
+# Models that a run refuses, each for another reason; `layers` and `scales` say nothing here.
+NOT_EDITABLE: dict[str, Specimen] = {
+    "deepseek_v4": Specimen(
+        "DeepseekV4Config",
+        _TWO
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 16, "q_lora_rank": 16}
+        | {"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16}
+        | {"sliding_window": 8, "layer_types": ["sliding_attention"] * 2},
+        (),
+        refused=rf"{_STREAMS} \(1, 6, 4, 32\)",
+    ),
+    "hy_v4": Specimen("HYV4Config", _TWO | _ROUTED | _QMLA | _INDEXER, (), refused=rf"{_STREAMS} \(1, 6, 4, 32\)"),
+    "qwen4_exp": Specimen(
+        "Qwen4ExpTextConfig",
+        _TWO
+        | HEAD
+        | _EXPERTS
+        | _DELTA
+        | {"shared_expert_intermediate_size": 16, "hc_lowrank": 8, "layer_types": ["linear_attention"] * 2},
+        (),
+        refused=rf"{_STREAMS} \(1, 6, 128\)",
+    ),
+    "hrm_text": Specimen("HrmTextConfig", _TWO, (), refused="0 lists of"),
+    "doge": Specimen("DogeConfig", _TWO, (), refused=_NO_COPY),
+    "zaya": Specimen("ZayaConfig", _TWO | HEAD | _EXPERTS | {"num_experts_per_tok": 1}, (), refused=_NO_COPY),
+    "inkling": Specimen("InklingTextConfig", _TWO | HEAD | _ROUTED, (), refused=_NO_COPY),
+    "rwkv": Specimen(
+        "RwkvConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "intermediate_size": 48},
+        (),
+        refused=_NO_COPY,
+    ),
+    "dbrx": Specimen(
+        "DbrxConfig",
+        {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "initializer_range": 0.1}
+        | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
+        | {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
+        (),
+        refused=r"Only \d+% of .*ffn.experts.mlp in 2 layers \(DbrxExpertGLU, a kind that can't be edited\)",
+    ),
+    "jetmoe": Specimen(
+        "JetMoeConfig",
+        _TWO | {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        (),
+        refused=r"self_attention.experts.output_linear, is JetMoeParallelExperts\.",
+    ),
+}
+
+
 def make_specimen(name: str, seed: int = 0) -> PreTrainedModel:
     """The tiny model, random, float32; its biases aren't zero, nor are its norms' weights alike."""
-    specimen = ZOO[name]
+    specimen = (ZOO | NOT_EDITABLE)[name]
     config = getattr(transformers, specimen.config)(**_IDS, **specimen.options)
     torch.manual_seed(seed)
     model = auto_class(config, LoadSettings()).from_config(config)
@@ -795,7 +831,7 @@ def make_specimen(name: str, seed: int = 0) -> PreTrainedModel:
         for path, parameter in model.named_parameters():
             if path.endswith(".bias"):
                 parameter.normal_(std=0.1)
-            elif parameter.dim() == 1 and "norm" in path:
+            elif parameter.dim() == 1 and any(part in path for part in ("norm", "scale", "_residual")):
                 parameter.add_(0.2 * torch.rand_like(parameter))
     return model.float().eval().requires_grad_(False)
 

@@ -63,7 +63,9 @@ def _row(
     layers: str = _TEXT,
 ) -> Architecture:
     components = {ATTENTION: attention, MLP: mlp}
-    return Architecture(family, tuple(model_types.split()), layers, {name: paths for name, paths in components.items() if paths})
+    return Architecture(
+        family, tuple(model_types.split()), layers, {name: paths for name, paths in components.items() if paths}
+    )
 
 
 # An edit takes v out of what a module writes. What that means for the stream, where the layer isn't x + W…:
@@ -212,7 +214,11 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
         InputError: there is none, or one doesn't write `d_model` features or belongs to several layers. What is there but of
             a kind that can't be edited is left out; `coverage.py` says what.
     """
-    targets = tuple(target for target, _ in members(model, architecture) if out_features(target.module) is not None)
+    named = [target for target, _ in members(model, architecture)]
+    targets = tuple(target for target in named if out_features(target.module) is not None)
+    if named and not targets:
+        kinds = " and ".join(sorted({type(target.module).__name__ for target in named}))
+        raise InputError(f"The model can't be edited: what writes to its residual stream, {_paths(architecture)}, is {kinds}.")
     if not targets:
         raise InputError(
             f"The model has no matrix to edit: none of its layers has {_paths(architecture)}; name the modules that "

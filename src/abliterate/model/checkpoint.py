@@ -74,7 +74,11 @@ def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedMode
     """The model with random weights in float32, on the CPU. torch.OutOfMemoryError where main memory doesn't hold them."""
     _check_memory(config, load, torch.float32)
     model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
-    return model.float().eval().requires_grad_(False)
+    model = model.float().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # else what is scaled channel by channel looks like a copy of itself: scales begin at 1
+            parameter.add_(0.2 * torch.rand_like(parameter))
+    return model
 
 
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
