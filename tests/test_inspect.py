@@ -22,6 +22,7 @@ from abliterate.inspection import Workload, check_model, in_words, inspect
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
+from abliterate.model.structure import starred
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings, Settings
 from abliterate.types import BatchSizes, Prompt
@@ -50,13 +51,14 @@ def test_config_alone_tells_what_the_weights_do(name: str, tmp_path: Path) -> No
     assert coverage_of(skeleton.model, skeleton.architecture, skeleton.targets) == coverage
     assert coverage.share == 1
     assert coverage.left_out == ()
-    written = {path for paths in ZOO[name].layers for path in paths.split()}
-    assert {group.path for group in coverage.groups} == written
+    layers = loaded.layers
+    names = [{path: starred(layer, path) for path in ZOO[name].layers[i].split()} for i, layer in enumerate(layers)]
+    assert {group.path for group in coverage.groups} == {path for layer in names for path in layer.values()}
     for group in coverage.groups:
-        holding = [index for index, paths in enumerate(ZOO[name].layers) if group.path in paths.split()]
-        parameters = sum(weights_of(loaded.model.get_submodule(f"{ZOO[name].stack}.{index}.{group.path}")) for index in holding)
+        holding = [(i, path) for i, layer in enumerate(names) for path, common in layer.items() if common == group.path]
+        parameters = sum(weights_of(layers[i].get_submodule(path)) for i, path in holding)
         same_path = [other for other in coverage.groups if other.path == group.path]
-        assert sum(other.layers for other in same_path) == len(holding)
+        assert sum(other.layers for other in same_path) == len({i for i, _ in holding})
         assert sum(other.parameters for other in same_path) == parameters
 
 
