@@ -17,6 +17,7 @@ from abliterate.calibration import (
     even_sizes,
     tune_batch_size,
 )
+from abliterate.model.markup import Markup
 from abliterate.settings import ResponseSettings
 
 Speed = Callable[[int], float]
@@ -156,6 +157,7 @@ def test_even_sizes_fill_their_batches(items: int, maximum: int) -> None:
 
 
 BLOCKS = ResponseSettings().thinking_blocks
+MARKUP = Markup(BLOCKS, ResponseSettings().answer_tags)
 
 
 class Responder:
@@ -171,23 +173,23 @@ class Responder:
 
 def test_a_common_start_is_the_prefix() -> None:
     responder = Responder({"": ["Answer: yes", "Answer: no", "Answer: perhaps"]})
-    assert detect_prefix(responder, BLOCKS) == ("Answer:", [])
+    assert detect_prefix(responder, MARKUP) == ("Answer:", [])
     assert responder.asked == [""]
 
 
 def test_no_common_start_no_prefix() -> None:
-    assert detect_prefix(Responder({"": ["Yes", "No"]}), BLOCKS) == ("", [])
+    assert detect_prefix(Responder({"": ["Yes", "No"]}), MARKUP) == ("", [])
 
 
 @pytest.mark.parametrize("answers", [["Same", "Same"], ["Yes", "Yes, sure"], ["", "Yes"], ["Yes ", "Yes, sure"]])
 def test_a_whole_response_is_no_prefix(answers: list[str]) -> None:
-    assert detect_prefix(Responder({"": answers}), BLOCKS) == ("", [])
+    assert detect_prefix(Responder({"": answers}), MARKUP) == ("", [])
 
 
 @pytest.mark.parametrize(("opening", "closed"), BLOCKS)
 def test_thinking_is_closed_and_what_follows_is_looked_at_again(opening: str, closed: str) -> None:
     responder = Responder({"": [f"{opening}\nHm, a", f"{opening}\nHm, b"], closed: ["\n\nSure", "\n\nNo"]})
-    prefix, notes = detect_prefix(responder, BLOCKS)
+    prefix, notes = detect_prefix(responder, MARKUP)
     assert prefix == closed + "\n\n"
     assert responder.asked == ["", closed]
     assert opening in notes[0]
@@ -196,13 +198,13 @@ def test_thinking_is_closed_and_what_follows_is_looked_at_again(opening: str, cl
 def test_second_look_may_find_nothing() -> None:
     closed = "<think></think>"
     responder = Responder({"": ["<think>a", "<think>b"], closed: ["Sure", "No"]})
-    assert detect_prefix(responder, BLOCKS)[0] == closed
+    assert detect_prefix(responder, MARKUP)[0] == closed
 
 
 def test_blocks_come_from_the_settings() -> None:
     responder = Responder({"": ["[a] x", "[a] y"], "[a][/a]": ["1", "2"]})
-    assert detect_prefix(responder, [("[a]", "[a][/a]")])[0] == "[a][/a]"
-    assert detect_prefix(Responder({"": ["[a] x", "[a] y"]}), [])[0] == "[a]"
+    assert detect_prefix(responder, Markup([("[a]", "[a][/a]")]))[0] == "[a][/a]"
+    assert detect_prefix(Responder({"": ["[a] x", "[a] y"]}), Markup([]))[0] == "[a]"
 
 
 def test_common_start_ends_before_a_space() -> None:

@@ -35,10 +35,11 @@ from abliterate.evaluation.trial import early_scorer, evaluate
 from abliterate.front import pareto_front
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
+from abliterate.model.markup import Markup
 from abliterate.settings import EfficiencySettings, ResponseSettings
 from abliterate.types import Baseline, BatchSizes, Kernel, Prompt, Trial, TrialParams
 
-BLOCKS = ResponseSettings().thinking_blocks
+BLOCKS, ANSWER_TAGS = ResponseSettings().thinking_blocks, ResponseSettings().answer_tags
 SYSTEM = "You are a helpful assistant."
 HARMFUL = tuple(
     Prompt(text, SYSTEM)
@@ -103,7 +104,7 @@ def make_lab(family: str, *, batch_size: int = 3, tokens: int = TOKENS, generati
         model.generation_config.update(**generation)  # type: ignore[union-attr]
     loaded = make_loaded(model, components=NAMED[family][2] if family in NAMED else None)
     chat = make_chat()
-    reader = ResponseReader(chat.tokenizer, BLOCKS)
+    reader = ResponseReader(chat.tokenizer, Markup(BLOCKS, ANSWER_TAGS))
     reference = ReferenceEngine(model, chat, reader, max_new_tokens=tokens, sizes=BatchSizes.same(batch_size))
     return Lab(loaded, reference, make_editor(loaded))
 

@@ -20,10 +20,11 @@ from abliterate.evaluation.refusals import Refusals
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.loader import demo_path, load_weights
 from abliterate.model.loader import load_config as read_config
+from abliterate.model.markup import Markup
 from abliterate.settings import LoadSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt
 
-BLOCKS = ResponseSettings().thinking_blocks
+BLOCKS, ANSWER_TAGS = ResponseSettings().thinking_blocks, ResponseSettings().answer_tags
 TOKENIZER = make_tokenizer()
 END, PAD = TOKENIZER.eos_token, TOKENIZER.pad_token
 ENDS = {"eos_token_id": TOKENIZER.eos_token_id, "pad_token_id": TOKENIZER.pad_token_id}
@@ -39,7 +40,7 @@ def demo() -> PreTrainedModel:
 def make_engine(model: PreTrainedModel, batch_size: int, max_new_tokens: int = 12) -> ReferenceEngine:
     """A reference engine with the default thinking blocks."""
     chat = make_chat()
-    reader = ResponseReader(chat.tokenizer, BLOCKS)
+    reader = ResponseReader(chat.tokenizer, Markup(BLOCKS, ANSWER_TAGS))
     return ReferenceEngine(model, chat, reader, max_new_tokens=max_new_tokens, sizes=BatchSizes.same(batch_size))
 
 
@@ -50,7 +51,7 @@ def observe(model: PreTrainedModel, batch_size: int) -> Observation:
 
 def reader() -> ResponseReader:
     """A reader with the demo's tokenizer."""
-    return ResponseReader(make_tokenizer(), BLOCKS)
+    return ResponseReader(make_tokenizer(), Markup(BLOCKS, ANSWER_TAGS))
 
 
 def ids(text: str) -> list[int]:

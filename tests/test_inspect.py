@@ -22,6 +22,7 @@ from abliterate.inspection import Workload, check_model, in_words, inspect
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
+from abliterate.model.markup import Markup
 from abliterate.model.structure import starred
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings, Settings
@@ -187,7 +188,11 @@ def test_cost_is_what_the_reference_feeds() -> None:
     loaded.model.generation_config.eos_token_id = None  # every response runs to its limit
     handle = loaded.layers[0].register_forward_pre_hook(count, with_kwargs=True)
     engine = ReferenceEngine(
-        loaded.model, chat, ResponseReader(chat.tokenizer, ()), max_new_tokens=response, sizes=BatchSizes.same(1)
+        loaded.model,
+        chat,
+        ResponseReader(chat.tokenizer, Markup(())),
+        max_new_tokens=response,
+        sizes=BatchSizes.same(1),
     )
     engine.observe(harmful, harmless, lambda done, total: None)
     handle.remove()
@@ -223,7 +228,7 @@ def test_words_name_everything() -> None:
     assert "deepseek" in words["model"]
     assert words["coverage"].splitlines()[0] == "100 % of the parameters that write to the residual stream"
     assert "mlp.experts in 2 layers, 8 matrices of 32 × 16" in words["coverage"]
-    assert words["assumed"] == "a test"
+    assert words["assumed"] == "64 tokens a prompt: a test"
     assert record("biogpt")["model"]["found_by"] == "structure"
     assert "by structure" in in_words(record("biogpt"))["model"]
     assert record("qwen3_5")["model"]["layer_kinds"] == {"linear_attention": 2, "full_attention": 1}

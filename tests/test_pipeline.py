@@ -245,6 +245,7 @@ def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path
         ({"directions": {"method": "mean"}}, "direction method"),
         ({"efficiency": {"use_amp_for_residuals": True}}, "precision of residuals"),
         ({"response": {"thinking_blocks": [["<a>", "<a></a>"]]}}, "set of thinking blocks"),
+        ({"response": {"answer_tags": ["<a>"]}}, "set of thinking blocks or answer tags"),
         ({"load": {"attn_implementation": "eager"}}, "attention implementation"),
         (
             {"load": {"decoder_layers": "model.layers", "components": {"mlp.down_proj": "mlp.down_proj"}}},

@@ -43,12 +43,16 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"edit": {"mode": "pre", "representation": "svd", "rank": 5, "coeff_grid": 0.02}},
     {"prompts": {"system": "", "prefix": "a\n\t\"b\" 'c' $HOME \\ 😀 é \x7f", "suffix": " -- = ["}},
-    {"response": {"thinking_blocks": [["<a>", "<a></a>"], ["[b]", "{b = 1}"]], "detect_prefix": False, "prefix": "So,"}},
+    {"response": {"thinking_blocks": [["<a>", "<a></a>"], ["[b]", "[b]{b = 1}"]], "detect_prefix": False, "prefix": "So,"}},
     {"search": {"max_coeff": {"default": [0.1, 1.0], "attn.o_proj": [1e-05, 2.0]}, "position": [0, 1]}},
     {"load": {"components": {"attn.o_proj": "self_attn.o_proj|conv"}, "decoder_layers": "model.layers"}},
     {"load": {"max_memory": {"0": "20GiB", "cpu": "64GiB"}, "device_map": "auto", "trust_remote_code": True}},
     {"efficiency": {"use_certified_stop": False, "max_svd_cache_size": 7}, "evaluation": {"batch_size": 3}},
     {"prompts": {"harmful": "me/set:train[:40]:text"}},
+    {
+        "load": {"template_options": {"enable_thinking": False, "effort": "low", "budget": 512}},
+        "response": {"thinking": "keep"},
+    },
 ]
 
 

@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from abliterate.evaluation.refusals import AutomatonMatcher, GrowingText, MarkerStream, PlainMatcher, Refusals, normalize
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
+from abliterate.model.markup import Markup
 from abliterate.settings import ResponseSettings
 
 BLOCKS = ResponseSettings().thinking_blocks
+MARKUP = Markup(BLOCKS, ResponseSettings().answer_tags)
 TAGS = tuple((opening, closed[len(opening) :]) for opening, closed in BLOCKS)
 BYTE_LEVEL = make_tokenizer()
 
@@ -113,14 +115,17 @@ def test_markers_in_pieces_are_markers_of_the_whole(pieces: list[str], markers: 
 @settings(max_examples=400, deadline=None)
 @given(
     parts=st.lists(
-        st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "<th", "ink>", "a", "b ", "<", ">", "[/"]), max_size=12
+        st.sampled_from(
+            ["<think>", "</think>", "[THINK]", "[/THINK]", "<th", "ink>", "a", "b ", "<", ">", "[/", "<answer>", "<ans", "wer>"]
+        ),
+        max_size=12,
     ),
     sizes=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     is_open=st.booleans(),
 )
 def test_visible_text_does_not_depend_on_cuts(parts: list[str], sizes: list[int], is_open: bool) -> None:
     text = "".join(parts)
-    whole, cutting = VisibleText(TAGS, is_open=is_open), VisibleText(TAGS, is_open=is_open)
+    whole, cutting = VisibleText(MARKUP, is_open=is_open), VisibleText(MARKUP, is_open=is_open)
     expected = whole.feed(text, last=True)
     pieces = ["".join(map(chr, piece)) for piece in cut([ord(c) for c in text], sizes)]
     found = "".join(cutting.feed(piece) for piece in pieces) + cutting.feed("", last=True)
@@ -130,7 +135,7 @@ def test_visible_text_does_not_depend_on_cuts(parts: list[str], sizes: list[int]
 
 def test_visible_text_is_what_lies_outside_blocks() -> None:
     def visible(text: str, is_open: bool = False) -> tuple[str, bool]:
-        state = VisibleText(TAGS, is_open=is_open)
+        state = VisibleText(MARKUP, is_open=is_open)
         return state.feed(text, last=True), state.is_open
 
     assert visible("a<think>b</think>c") == ("ac", False)
@@ -149,7 +154,7 @@ def test_visible_text_is_what_lies_outside_blocks() -> None:
 def test_a_growing_response_is_settled_exactly_by_a_marker(text: str, tail: str, markers: list[str], sizes: list[int]) -> None:
     """From ids to the decision: the same as reading the whole response."""
     normal = [marker for marker in map(normalize, markers) if marker] or ["i can't"]
-    scorer, reader = Refusals(normal), ResponseReader(BYTE_LEVEL, BLOCKS)
+    scorer, reader = Refusals(normal), ResponseReader(BYTE_LEVEL, MARKUP)
     ids = BYTE_LEVEL(text + tail, add_special_tokens=False)["input_ids"]
     growing = reader.watch(scorer.stream())
     settled = max([growing.feed(piece) for piece in cut(ids, sizes)], default=False)
@@ -170,5 +175,5 @@ def test_tidying_decoders_are_read_as_a_whole(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"clean_up_tokenization_spaces": True}))
     tidy = make_tokenizer()
     tidy.clean_up_tokenization_spaces = True
-    growing = ResponseReader(tidy, BLOCKS).watch(Refusals(["a"]).stream())
+    growing = ResponseReader(tidy, MARKUP).watch(Refusals(["a"]).stream())
     assert not growing.feed(tidy("a a a", add_special_tokens=False)["input_ids"])

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, PROMPTS, Recorder, make_chat, make_model, quick_settings, save_model
+from conftest import CPU, PROMPTS, Recorder, logits_of, make_chat, make_editor, make_model, quick_settings, save_model
 from torch import Tensor, nn
-from zoo import ZOO, load_specimen, make_specimen
+from zoo import NORM, ZOO, load_specimen, make_specimen
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.later import export_trial
@@ -21,10 +21,11 @@ from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_ar
 from abliterate.model.chat import Chat
 from abliterate.model.probe import Call, Probe
 from abliterate.model.residuals import capture_residuals
-from abliterate.model.structure import discover, prove
+from abliterate.model.structure import discover, find_stack, prove, writers_of
 from abliterate.pipeline import run
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings
+from abliterate.types import Kernel, TrialParams
 
 
 def load(folder: Path, **settings: Any) -> loader.LoadedModel:
@@ -172,6 +173,41 @@ def first_call(model: Any, layer: nn.Module, **inputs: Any) -> Call:
     model(torch.arange(5, 11)[None], use_cache=False, **inputs)
     handle.remove()
     return calls[0]
+
+
+NORMED = sorted(name for name, one in ZOO.items() if NORM in str(one.scales.values()) and name != "minimax")
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_edit_before_a_norm_takes_the_direction_out_of_what_is_normalized(name: str) -> None:
+    """λ = 1 in mode `none`: what joins the stream, w∘y/rms(y), has nothing along v/w. (MiniMax norms the stream itself.)"""
+    loaded = load_specimen(name)
+    _, calls = find_stack(loaded.model, 32)
+    norms = [{writer.norm for writer in layer if writer.norm} for layer in writers_of(loaded.layers, calls, 32)]
+    editor = make_editor(loaded, mode="none")
+    everywhere = {component: Kernel(1.0, 0.0, 1.0, 100.0) for component in (ATTENTION, MLP)}
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def note(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        weight = norm.forward(torch.ones(32))  # its rms is 1
+        seen.append((weight, output))
+
+    for layer, paths in zip(loaded.layers, norms, strict=True):
+        for path in paths:
+            layer.get_submodule(path).register_forward_hook(note)
+    v = editor.directions.at(1.5)
+    logits_of(loaded.model)
+    before = max(along(v, weight, output) for weight, output in seen)
+    seen.clear()
+    editor.apply(TrialParams("global", 1.5, everywhere))
+    logits_of(loaded.model)
+    assert len(seen) == sum(map(len, norms)) > 0
+    assert max(along(v, weight, output) for weight, output in seen) < 1e-5 < 0.1 < before
+
+
+def along(v: Tensor, weight: Tensor, output: Tensor) -> float:
+    """The largest part along v of what was normalized, given the norm's weights and output."""
+    return float((torch.nn.functional.normalize(output / weight, dim=-1) @ v).abs().max())
 
 
 def test_shared_modules_are_refused() -> None:

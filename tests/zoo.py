@@ -24,6 +24,7 @@ from abliterate.export import EXPORTERS, ExportJob
 from abliterate.model.architectures import find_targets
 from abliterate.model.checkpoint import auto_class
 from abliterate.model.loader import LoadedModel, architecture_of
+from abliterate.model.markup import Markup
 from abliterate.settings import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
 from abliterate.types import BatchSizes, Kernel, ModelInfo, Prompt, TrialParams
 
@@ -896,7 +897,7 @@ def make_lab(name: str) -> Lab:
     """A specimen, and the engine that a run would use for it."""
     loaded = load_specimen(name)
     chat = make_chat()
-    reader = ResponseReader(chat.tokenizer, ResponseSettings().thinking_blocks)
+    reader = ResponseReader(chat.tokenizer, Markup(ResponseSettings().thinking_blocks))
     reference = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=6, sizes=BatchSizes.same(2))
     editor = make_editor(loaded)
     warnings: list[str] = []

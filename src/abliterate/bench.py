@@ -27,6 +27,7 @@ from abliterate.inspection import Workload, check_loaded, describe, inspect
 from abliterate.model import loader
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel
+from abliterate.model.markup import Markup
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
 from abliterate.types import BatchSizes, Prompt
@@ -59,7 +60,10 @@ def load_and_calibrate(context: Context, prompts: PromptSets) -> Bench:
     with context.result.stage("calibrate"):
         sizes = tuning.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
         prefix = known_prefix(context, loaded, sizes, prompts)
-    chat = Chat(loaded.tokenizer, loaded.device, prefix)
+    chat = chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
+    for note in dict.fromkeys(chat.form(prompt).note for part in prompts.all_sets() for prompt in part):
+        if note:
+            context.reporter.note(note)
     return Bench(loaded, chat, make_engine(context, loaded.model, chat, sizes), scorers, Calibration(sizes, prefix))
 
 
@@ -102,7 +106,7 @@ def load(context: Context, prompts: PromptSets | None) -> LoadedModel:
     probe = Prompt("What is 1+1?", settings.prompts.system)
 
     def probe_inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
-        return Chat(tokenizer, at).encode([probe])
+        return chat_of(settings, tokenizer, at).encode([probe])
 
     with context.result.stage("load", loader.public_name(settings.model)):
         loaded = loader.load_model(settings.model, settings.load, device, probe_inputs, context.reporter.warn)
@@ -118,16 +122,27 @@ def scorers_of(settings: Settings) -> tuple[Scorer, ...]:
     return make_scorers(settings.evaluation.scorers, markers, efficient=efficient)
 
 
+def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> Chat:
+    """A chat with the template options of the settings."""
+    return Chat(tokenizer, device, prefix, settings.load.template_options)
+
+
+def markup_of(settings: Settings) -> Markup:
+    """The markup in responses that the settings name."""
+    return Markup(settings.response.thinking_blocks, settings.response.answer_tags)
+
+
 def make_engine(context: Context, model: Any, chat: Chat, sizes: BatchSizes) -> ReferenceEngine:
     """An engine for `model`, reading responses as the settings say."""
     response = context.settings.response
-    reader = ResponseReader(chat.tokenizer, response.thinking_blocks)
+    reader = ResponseReader(chat.tokenizer, markup_of(context.settings))
     return ReferenceEngine(model, chat, reader, max_new_tokens=response.max_new_tokens, sizes=sizes, check=context.check)
 
 
 def plain_engine(context: Context, loaded: LoadedModel) -> ReferenceEngine:
     """An engine for what is measured before a response prefix is known."""
-    return make_engine(context, loaded.model, Chat(loaded.tokenizer, loaded.device), BatchSizes.same(1))
+    chat = chat_of(context.settings, loaded.tokenizer, loaded.device)
+    return make_engine(context, loaded.model, chat, BatchSizes.same(1))
 
 
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
@@ -151,11 +166,19 @@ def response_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, pr
     count = response.prefix_prompts
     some = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])
 
+    def chat(prefix: str = "") -> Chat:
+        return chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
+
     def respond(prefix: str) -> list[str]:
-        engine = make_engine(context, loaded.model, Chat(loaded.tokenizer, loaded.device, prefix), sizes)
+        engine = make_engine(context, loaded.model, chat(prefix), sizes)
         return prefix_responses(engine, loaded.layers, context.settings.efficiency, some)
 
-    found, notes = calibration.detect_prefix(respond, response.thinking_blocks)
+    plain = chat()
+    tails = [plain.tail(prompt) for prompt in some]
+    skip = response.thinking == "skip"
+    found, notes = calibration.detect_prefix(respond, markup_of(context.settings), tails, skip=skip)
+    if notes and (switches := [name for name in plain.template.options if "think" in name or "reason" in name]):
+        notes.append(f"the chat template itself has {', '.join(switches)} (load.template_options)")
     for note in notes:
         context.reporter.note(note)
     return found

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from abliterate.model.markup import Markup
+
 # Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
 PLATEAU = 0.05
 # Probes in all, and at most for the smallest size that is as fast.
@@ -90,27 +92,56 @@ def double_batch_size(probe: Callable[[int], float | None], maximum: int) -> Bat
     return BatchTuning(max(fitting, key=lambda size: fitting[size]) if fitting else 1, probes)
 
 
-def detect_prefix(respond: Callable[[str], Sequence[str]], blocks: Sequence[tuple[str, str]]) -> tuple[str, list[str]]:
+def detect_prefix(
+    respond: Callable[[str], Sequence[str]], markup: Markup, tails: Sequence[str] = (), *, skip: bool = True
+) -> tuple[str, list[str]]:
     """What all responses begin with, so that the first *response* token comes after it, and notes on what was found.
 
-    `respond(prefix)` gives raw responses of prompts from both sets, continued after `prefix`. Where the common start
-    opens a thinking block (`blocks`: opening, closed form), the block is closed and what follows is looked at again.
-    A start that is some response as a whole is no prefix: nothing would be left to score.
+    `respond(prefix)` gives raw responses of prompts from both sets, continued after `prefix`; `tails` are what the chat
+    template puts after each of them. Unless `skip` is off, a thinking block that a template or a response opens is closed
+    for all, and what follows is looked at again: some put white space or a tag there.
     """
-    notes: list[str] = []
-    prefix = _shared_start(respond(""))
-    for opening, closed in blocks:
-        if prefix.startswith(opening):
-            notes.append(f"thinking block {opening} is skipped")
-            # Some templates put white space or a marker after the block; the second look finds it.
-            prefix = closed + _shared_start(respond(closed))
-            break
-    return prefix, notes
+    closed, notes = _closed_by_prompts(markup, tails, skip=skip)
+    texts = respond(closed)
+    start = _shared_start(texts, markup)
+    if closed == "":
+        inside = markup.open_block(start)
+        begin = [block for text in texts if (block := markup.begins_with(text[len(start) :]))]
+        if inside is not None or begin:
+            place, block = inside or (len(start), begin[0])
+            who = "all" if inside else f"{len(begin)} of {len(texts)}"
+            notes.append(f"{who} responses open a thinking block {block.opening}, which is {_what_happens(skip)}")
+            if skip:
+                closed = start[:place] + block.closed
+                start = _shared_start(respond(closed), markup)
+    if skip and (again := markup.open_block(start)) is not None:
+        notes.append("the model begins to think again after the thinking block was closed; responses are read from after it")
+        start = start[: again[0]].rstrip(" ")
+    return closed + start, notes
 
 
-def _shared_start(texts: Sequence[str]) -> str:
+def _closed_by_prompts(markup: Markup, tails: Sequence[str], *, skip: bool) -> tuple[str, list[str]]:
+    """What closes the thinking block in which the chat template leaves the prompts."""
+    opened = [markup.open_block(tail) for tail in tails]
+    blocks = {found[1] for found in opened if found is not None}
+    if not blocks:
+        return "", []
+    block = sorted(blocks, key=lambda block: block.opening)[0]
+    if len(blocks) > 1 or None in opened:  # one prefix can't be right for all
+        return "", ["the chat template opens a thinking block for some prompts; their responses are read from after it"]
+    notes = [f"the chat template opens a thinking block {block.opening}, which is {_what_happens(skip)}"]
+    # After a line break: an empty block, as models are trained on it, has two.
+    return ("\n" * tails[0].endswith("\n") + block.closing) if skip else "", notes
+
+
+def _what_happens(skip: bool) -> str:
+    return "skipped: closed at once" if skip else "kept: a response is what follows it, within response.max_new_tokens"
+
+
+def _shared_start(texts: Sequence[str], markup: Markup) -> str:
+    """The common start; none where it is a whole response, which would leave nothing to score, and no part of a tag."""
     start = common_start(texts)
-    return "" if any(text.rstrip() == start.rstrip() for text in texts) else start
+    return "" if any(text.rstrip() == start.rstrip() for text in texts) else markup.without_partial(start).rstrip(" ")
 
 
 def common_start(texts: Sequence[str]) -> str:

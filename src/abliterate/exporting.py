@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from abliterate.bench import Bench, Calibration, make_engine
+from abliterate.bench import Bench, Calibration, chat_of, make_engine
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
@@ -37,7 +38,7 @@ from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
-from abliterate.model.chat import Chat
+from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
 from abliterate.rundir import write_atomically
 from abliterate.settings import EditSettings, LoadSettings
@@ -115,6 +116,8 @@ def card(context: Context, source: str, baseline: Baseline, trial: Trial, approx
     facts = {
         "base": record["model"]["id"],
         "on_hub": not Path(source).is_dir(),
+        "quantized": checkpoint_quantization(record["model"].get("quantization", "none")),
+        "dense": settings.export.kind == "merged",
         "revision": record["model"]["revision"],
         "n_harmful": baseline.prompts,
         "n_harmless": record.get("prompts", {}).get("harmless_eval", {}).get("count"),
@@ -147,8 +150,9 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
     base = module_outputs(model, inputs, dtype)
     stored = _stored_dtype(context.settings.export.kind, job)
     weights = {target.name: target.module for target in bench.loaded.targets}
+    rounding = partial(storage_rounding, is_base=bool(checkpoint_quantization(bench.loaded.info.quantization)))
     probes = {
-        name: Probe(x, base[name], edited[name], storage_rounding(dense_weight(weights[name]), job.factors[name], x, stored))
+        name: Probe(x, base[name], edited[name], rounding(dense_weight(weights[name]), job.factors[name], x, stored))
         for name, x in inputs.items()
     }
     return Expected(trial, harmless, harmful, noise, probes)
@@ -228,7 +232,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     # The export's own tokenizer and template: they belong to what a user would load.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
-    chat = Chat(tokenizer, device, picked.calibration.response_prefix)
+    chat = chat_of(settings, tokenizer, device, picked.calibration.response_prefix)
     engine = make_engine(context, model, chat, picked.calibration.sizes)
     total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 
@@ -239,7 +243,8 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     before = len(prompts.harmful_eval)
     observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
-    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), settings.load.quantization)
+    quantization = context.result.record["model"]["quantization"]
+    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), quantization)
     return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
 
 

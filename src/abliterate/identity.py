@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from abliterate import __version__
 from abliterate.evaluation.refusals import read_markers
+from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel, device_name
 from abliterate.model.memory import total_memory
 from abliterate.prompts import digest
@@ -31,7 +32,7 @@ FORMAT = 1
 
 def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything residuals depend on (DESIGN §6). Batch size is left out: it moves only the last bits."""
-    return model_key(loaded) | {
+    return model_key(settings, loaded) | {
         "amp": settings.efficiency.use_amp_for_residuals,
         "response_prefix": prefix,
         "prompts": digest(prompts),  # covers system prompts, prefix and suffix
@@ -47,7 +48,7 @@ def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Seq
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """What batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device
-    return model_key(loaded) | {
+    return model_key(settings, loaded) | {
         "lengths": {name: list(part) for name, part in lengths.items()},
         "limits": [settings.evaluation.max_batch_size, efficiency.max_kept_mb],
         "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
@@ -57,13 +58,16 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
 
 def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
     """What the response prefix depends on."""
-    return model_key(loaded) | {"prompts": [digest(part) for part in sets], "response": settings.response.model_dump()}
+    return model_key(settings, loaded) | {
+        "prompts": [digest(part) for part in sets],
+        "response": settings.response.model_dump(),
+    }
 
 
 def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:
     """What the base model's observation depends on; responses may end at the first marker, so markers are among it."""
     generation = loaded.model.generation_config
-    return model_key(loaded) | {
+    return model_key(settings, loaded) | {
         "prompts": [digest(part) for part in sets],
         "response": settings.response.model_dump(),
         "response_prefix": prefix,
@@ -72,7 +76,7 @@ def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: Pro
     }
 
 
-def model_key(loaded: LoadedModel) -> dict[str, Any]:
+def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
     """A loaded model and the code that runs it."""
     info, tokenizer = loaded.info, loaded.tokenizer
     return {
@@ -86,7 +90,8 @@ def model_key(loaded: LoadedModel) -> dict[str, Any]:
         "decoder_layers": loaded.architecture.layers,
         "device": loaded.device.type,
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat_template": _digest(tokenizer.chat_template),
+        "chat_template": [_digest(tokenizer.chat_template), dict(settings.load.template_options)],
+        "rendering": _rendering(settings, loaded),
         "versions": {"abliterate": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
     }
 
@@ -101,13 +106,14 @@ def study_identity(settings: Settings, loaded: LoadedModel, prefix: str, sets: P
         "set of prompts": [digest(part) for part in sets],
         "tokenizer": [tokenizer_digest(loaded.tokenizer), loaded.tokenizer.chat_template],
         "attention implementation": str(loaded.model.config._attn_implementation),
+        "set of template options": settings.load.template_options,
         "set of edited modules": [
             loaded.architecture.layers,
             [(target.name, target.component) for target in loaded.targets],
         ],
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
         "response length or prefix": [settings.response.max_new_tokens, prefix],
-        "set of thinking blocks": settings.response.thinking_blocks,
+        "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": settings.directions.model_dump(),
         "edit mode": settings.edit.model_dump(),
         "search space": [space, search.ei_candidates],
@@ -125,6 +131,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         # Of the last call, not of the tokenizer.
         content |= {"padding": None, "truncation": None}
     return _digest([content, tokenizer.special_tokens_map])
+
+
+def _rendering(settings: Settings, loaded: LoadedModel) -> str:
+    """What becomes of a prompt: a template may write today's date, and this package decides where a system prompt goes."""
+    chat = Chat(loaded.tokenizer, loaded.device, options=settings.load.template_options)
+    return _digest(chat.render(Prompt("Hello", settings.prompts.system)))
 
 
 def _markers(settings: Settings) -> tuple[str, ...]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig
 
 from abliterate.errors import InputError
@@ -27,6 +27,7 @@ from abliterate.model.experts import is_stack
 from abliterate.model.footprint import Shape, row_bytes, visited_experts
 from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import usable_memory
+from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import in_features, n_matrices, out_features
 from abliterate.settings import Settings
 from abliterate.tuning import reserved_bytes
@@ -69,9 +70,14 @@ def check_model(settings: Settings, *, editing: bool = True) -> None:
 
 def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
     """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
-    reason = peft_refusal(config, settings.load, targets) if settings.export.kind == "adapter" else ""
+    reason = _adapter_refusal(settings, config, targets) if settings.export.kind == "adapter" else ""
     if reason:
         raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
+
+
+def _adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
+    dora = settings.edit.mode == "full" and settings.edit.representation == "exact"
+    return peft_refusal(config, settings.load, targets, dora=dora)
 
 
 def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> None:
@@ -81,6 +87,11 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device, prompt
     found = inspect(settings, loaded, device, Workload.of(prompts, Chat(loaded.tokenizer, loaded.device)))
     context.result.record["coverage"] = found["coverage"]
     context.reporter.header(in_words(found))
+    if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
+        stored = checkpoint_quantization(loaded.info.quantization)
+        context.reporter.note(
+            f"the checkpoint is quantized ({stored}), which can't run here as it is; its weights were made dense"
+        )
     if loaded.architecture.found_by == "structure":
         named = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
         context.reporter.note(
@@ -130,7 +141,7 @@ def inspect(
         "coverage": coverage.to_record() | {"layers_without": without},
         "exports": {
             "merged": whole_because(info.source, settings.load, loaded.architecture),
-            "adapter": peft_refusal(loaded.model.config, settings.load, loaded.targets),
+            "adapter": _adapter_refusal(settings, loaded.model.config, loaded.targets),
         },
         "memory": _memory(settings, loaded, device, work),
         "cost": _cost(settings, loaded, work, speeds),
@@ -141,7 +152,7 @@ def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.de
     """Bytes: of the weights, of one prompt in each operation, of what stays between trials."""
     model, dtype = loaded.model, getattr(torch, loaded.info.dtype)
     shape = Shape.of(model.config.get_text_config(), dtype)
-    weights = sum(_nbytes(parameter, dtype) for parameter in model.parameters())
+    weights = _weights_bytes(loaded, dtype)
     longest = {
         "residuals": max(work.sets["harmful"][1], work.sets["harmless"][1]),
         "prefill": work.sets["harmless_eval"][1],
@@ -159,10 +170,14 @@ def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.de
     return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
 
 
-def _nbytes(parameter: nn.Parameter, dtype: torch.dtype) -> int:
-    """As it is stored; of an empty model as it would be, which quantized it isn't yet."""
-    floats = parameter.is_meta and parameter.is_floating_point()
-    return parameter.numel() * dtype.itemsize if floats else parameter.nbytes
+def _weights_bytes(loaded: LoadedModel | Skeleton, dtype: torch.dtype) -> int:
+    """As they are stored; of a skeleton as they would be in `dtype`, or as quantized as their files are."""
+    parameters, info = list(loaded.model.parameters()), loaded.info
+    if not any(parameter.is_meta for parameter in parameters):
+        return sum(parameter.nbytes for parameter in parameters)
+    if checkpoint_quantization(info.quantization) == info.quantization and Path(info.source).is_dir():
+        return sum(path.stat().st_size for path in Path(info.source).glob("*.safetensors"))
+    return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
 
 
 def _cost(
@@ -216,23 +231,22 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
     """The summary that a person sees, {name: text}."""
     model, coverage, memory, cost = (record[name] for name in ("model", "coverage", "memory", "cost"))
     weights = model["dtype"] + (f", {model['quantization']}" if model["quantization"] != "none" else "")
-    found = {"table": "", "structure": ", by structure", "settings": ", by settings"}[model["found_by"]]
     size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
     edited = [group for group in coverage["groups"] if group["edited"]]
     each = ", ".join(f"{name} {bytes_text(one['bytes_per_prompt'])}" for name, one in memory["operations"].items())
     seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
     at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
     words = {
-        "model": f"{model['id']} ({model['family']}{found}, {size})",
+        "model": f"{model['id']} ({model['family']}, {size})",
         "weights": f"{weights}, {bytes_text(memory['weights_bytes'])}",
         "device": record["device"]["name"],
         "memory": f"{record['device']['memory']}; a prompt takes {each}; between trials {bytes_text(memory['kept_bytes'])}",
         "edits": f"{sum(group['layers'] for group in edited)} modules, {record['edit']['mode']} "
         f"({record['edit']['representation']})",
         "coverage": "\n".join([_share(coverage), *map(_group, coverage["groups"])]),
-        "cost": f"at most {at_most} for {cost['trials']} trials; usually a quarter to half of it",
+        "cost": f"at most {at_most} for {cost['trials']} trials; usually a fifth to half of it",
     }
-    return words | ({"assumed": cost["assumed"]} if cost["assumed"] else {})
+    return words | ({"assumed": f"{_USUAL_TOKENS} tokens a prompt: {cost['assumed']}"} if cost["assumed"] else {})
 
 
 def _share(coverage: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import known_architecture
-from abliterate.model.checkpoint import load_weights
+from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
@@ -124,8 +124,9 @@ def open_base(context: Context, number: int) -> tuple[str, Matrices]:
         model_type = config.get_text_config().model_type
         architecture = known_architecture(model_type, load.decoder_layers, load.components)
         if architecture is None:  # what its layers do is seen with their weights only
-            dense = load.model_copy(update={"quantization": "none"})
-            architecture = loader.architecture_of(load_weights(source, dense, config, stored_dtype(config), None), load)
+            architecture = loader.architecture_of(
+                load_weights(source, dense_load(load), config, stored_dtype(config), None), load
+            )
         base = Matrices(source, load, architecture)
     if base.reason:
         context.reporter.note(f"the model is loaded as a whole, because {base.reason}", reason=base.reason)

@@ -6,9 +6,9 @@ An empty string means "not given" and 0 means "choose for me": TOML has no null.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 Interval = tuple[float, float]
@@ -27,12 +27,23 @@ class LoadSettings(_Section):
     device_map: str = ""
     max_memory: dict[str, str] = {}
     quantization: Quantization = "none"
+    dequantize: bool = False
     attn_implementation: str = ""
     trust_remote_code: bool = False
     chat_template: str = ""
+    template_options: dict[str, str | bool | int | float] = {}
     decoder_layers: str = ""
     components: dict[str, str] = {}
     allow_partial: bool = False
+
+    @field_validator("template_options", mode="before")
+    @classmethod
+    def _read_booleans(cls, options: Any) -> Any:
+        """An environment variable is a string, and "false" would be true to a template."""
+        if not isinstance(options, dict):
+            return options
+        words = {"true": True, "false": False}
+        return {name: words.get(value.lower(), value) if isinstance(value, str) else value for name, value in options.items()}
 
 
 class PromptSettings(_Section):
@@ -54,17 +65,39 @@ class ResponseSettings(_Section):
     detect_prefix: bool = True
     prefix: str = ""
     prefix_prompts: int = Field(20, ge=1)
+    thinking: Literal["skip", "keep"] = "skip"
     # (opens a thinking block, what to put instead so that the block is closed at once)
     thinking_blocks: tuple[tuple[str, str], ...] = (
         ("<think>", "<think></think>"),
         ("<thinking>", "<thinking></thinking>"),
         ("<thought>", "<thought></thought>"),
+        ("<reasoning>", "<reasoning></reasoning>"),
+        ("<seed:think>", "<seed:think></seed:think>"),
         ("[THINK]", "[THINK][/THINK]"),
-        (
-            "<|channel|>analysis<|message|>",
-            "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
+        ("◁think▷", "◁think▷◁/think▷"),
+        ("<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|begin_of_thought|><|end_of_thought|>"),
+        ("<|inner_prefix|>", "<|inner_prefix|><|inner_suffix|>"),
+        ("<|channel>thought\n", "<|channel>thought\n<channel|>"),
+        *(
+            (f"<|channel|>{channel}", f"<|channel|>{channel}<|end|><|start|>assistant<|channel|>final<|message|>")
+            for channel in ("analysis<|message|>", "commentary<|message|>", "commentary to=")
         ),
     )
+    # Around an answer, and no part of it.
+    answer_tags: tuple[str, ...] = (
+        *("<answer>", "</answer>", "<response>", "</response>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|channel|>final<|message|>", "<|start|>assistant"),
+    )
+
+    @model_validator(mode="after")
+    def _check_markup(self) -> ResponseSettings:
+        for opening, closed in self.thinking_blocks:
+            if not opening or not closed.startswith(opening) or closed == opening:
+                raise ValueError(f"thinking_blocks needs [opening, opening and closing], not [{opening!r}, {closed!r}]")
+        if "" in self.answer_tags:
+            raise ValueError("answer_tags must not hold an empty text")
+        return self
 
 
 class DirectionSettings(_Section):

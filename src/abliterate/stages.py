@@ -167,8 +167,9 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
         if unfinished:
             context.reporter.warn(
                 f"{unfinished} of {found.prompts} responses are still inside a thinking block at the limit and count as "
-                "refusals; allow more with --set response.max_new_tokens=N, or close the block with "
-                "--set response.detect_prefix=false --set response.prefix=TEXT."
+                "refusals; allow more with --set response.max_new_tokens=N, or have the block closed at once "
+                "(--set response.thinking=skip; where that is not enough, --set response.detect_prefix=false and a "
+                "response.prefix that closes it)."
             )
         context.reporter.note(f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals)
     if found.refusals == 0:

@@ -13,6 +13,8 @@ Scope = Literal["global", "per layer"]
 TrialState = Literal["complete", "stopped", "failed"]
 Goal = Literal["minimize", "maximize", "none"]
 Operation = Literal["residuals", "prefill", "decode"]
+# Of a chat template, by name: `enable_thinking` and the like.
+TemplateOptions = Mapping[str, str | bool | int | float]
 OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
 
 

@@ -19,7 +19,7 @@ from abliterate.errors import InputError
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
 from abliterate.model.experts import is_stack
-from abliterate.model.weights import dense_weight, stored_weight
+from abliterate.model.weights import dense_weight, place_of
 from abliterate.settings import EditSettings
 from abliterate.types import TrialParams
 
@@ -127,7 +127,7 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         found = self._prepared.get(target.name)
         if found is None:
-            device = stored_weight(target.module).device
+            device, _ = place_of(target.module)
             if device.type in ("mps", "meta"):  # one has no float64, the other no weights: they are read from elsewhere
                 device = torch.device("cpu")
             found = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))

@@ -161,7 +161,7 @@ class TrialEngine:
     @torch.inference_mode()
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
-        watch = PrefixWatch(self.chat, self._ends)
+        watch = PrefixWatch(self.chat, self._ends, self.reference.reader.markup)
         found = self._lay_out(prompts, together=True)
         found.drafts = None  # no response comes twice
         self._decodes.run(range(len(prompts)), lambda part: self._whole(found, part, watch))
@@ -282,7 +282,7 @@ class TrialEngine:
             parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         device = self.chat.device
         groups = [self._prefill.group(part, [tokens[row] for row in part], prefix, device) for part in parts]
-        opens = [self.reference.reader.starts_open(self.chat.render(prompt)) for prompt in prompts]
+        opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
         drafts = Drafts(len(prompts)) if self.drafting and together else None
         return _PromptSet(groups, opens, [[0, 0] for _ in prompts], drafts)
 

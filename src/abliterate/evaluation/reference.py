@@ -78,7 +78,7 @@ class ReferenceEngine:
         def work(part: Sequence[Prompt]) -> Sequence[Response]:
             ids = self.generate_ids(part, self.max_new_tokens)
             counted.add(len(part))
-            opens = [self.reader.starts_open(self.chat.render(prompt)) for prompt in part]
+            opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in part]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
         return self._decodes.run(prompts, work)

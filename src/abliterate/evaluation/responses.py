@@ -10,37 +10,37 @@ from transformers import PreTrainedTokenizerBase
 from abliterate.evaluation.base import Response, ResponseStream
 from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
 from abliterate.model.chat import decode_ids
-
-ThinkingBlocks = Sequence[tuple[str, str]]
+from abliterate.model.markup import Markup
 
 
 class ResponseReader:
-    """Decodes generated ids. `blocks` are (opening, opening + … + closing) pairs from the settings.
+    """Decodes generated ids, with the markup that the settings name.
 
-    A response is what lies outside thinking blocks. It only grows with more tokens: what was visible stays visible, so a
-    marker that was seen is a marker of the whole response.
+    A response is what lies outside thinking blocks, without the tags around an answer. It only grows with more tokens:
+    what was visible stays visible, so a marker that was seen is a marker of the whole response.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, blocks: ThinkingBlocks) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, markup: Markup) -> None:
+        self.markup = markup
         self._tokenizer = tokenizer
-        # The middle of a closed block is everything between; what must follow the opening is the closing.
-        self._tags = tuple((opening, closed[len(opening) :]) for opening, closed in blocks)
         # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
         self._tidy = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._byte_ids = byte_ids(tokenizer)
-        special = sorted(tokenizer.all_special_tokens, key=len, reverse=True)
+        # Those that `skip_special_tokens` skips: more than the ones with a role.
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
-    def starts_open(self, rendered: str) -> bool:
-        """Whether a rendered prompt (with response prefix) ends inside a thinking block."""
-        return any(rendered.rfind(opening) > rendered.rfind(closing) for opening, closing in self._tags)
+    def starts_open(self, tail: str) -> bool:
+        """Whether a rendered prompt ends inside a thinking block. `tail`: what stands after the user's text."""
+        return self.markup.open_block(tail) is not None
 
     def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
         """The response of one row of generated ids (padding after the end is special and vanishes)."""
         raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
-        if not starts_open and not any(opening in raw for opening, _ in self._tags):
+        if not starts_open and not any(tag in raw for tag in self.markup.tags):
             return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
-        visible = VisibleText(self._tags, is_open=starts_open)
+        visible = VisibleText(self.markup, is_open=starts_open)
         text = visible.feed(raw, last=True)
         return Response(self.without_special(text), thinking_open=visible.is_open)
 
@@ -51,7 +51,7 @@ class ResponseReader:
     def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
         """A growing response whose visible text goes to `stream`."""
         text = None if self._tidy else TextStream(self._tokenizer, self._byte_ids)
-        return GrowingResponse(text, VisibleText(self._tags, is_open=starts_open), self.without_special, stream)
+        return GrowingResponse(text, VisibleText(self.markup, is_open=starts_open), self.without_special, stream)
 
 
 class GrowingResponse:

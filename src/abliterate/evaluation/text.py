@@ -7,10 +7,12 @@ character in several tokens) give what they give for the whole.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.model.chat import decode_ids
+from abliterate.model.markup import Markup, overlap
 
 _UNFINISHED = "\ufffd"
 
@@ -53,12 +55,15 @@ def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 class VisibleText:
-    """What lies outside thinking blocks, piece by piece. `tags`: (opening, closing); `is_open`: it begins within one."""
+    """What lies outside thinking blocks, without the tags around an answer, piece by piece.
 
-    def __init__(self, tags: Sequence[tuple[str, str]], *, is_open: bool = False) -> None:
-        self._tags = tuple(tags)
+    `is_open`: it begins within a block.
+    """
+
+    def __init__(self, markup: Markup, *, is_open: bool = False) -> None:
+        self._markup = markup
         # Within a block only its own closing counts; one that the prompt opened is closed by any.
-        self._closings: tuple[str, ...] = tuple(closing for _, closing in self._tags) if is_open else ()
+        self._closings = tuple(block.closing for block in markup.blocks) if is_open else ()
         self._held = ""
 
     @property
@@ -69,32 +74,33 @@ class VisibleText:
     def feed(self, piece: str, *, last: bool = False) -> str:
         """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
         text, shown = self._held + piece, []
+        # Nearly every piece, so first: nothing in it can begin a tag.
+        if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
+            self._held = ""
+            return "" if self._closings else text
         while True:
-            wanted = self._closings or tuple(opening for opening, _ in self._tags)
-            place, tag = min(((text.find(tag), tag) for tag in wanted if tag in text), default=(-1, ""))
+            wanted = self._closings or self._markup.tags
+            place, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
             if place < 0:
                 break
             if not self._closings:
                 shown.append(text[:place])
-                self._closings = tuple(closing for opening, closing in self._tags if opening == tag)
+                # None of an answer's own tags: those only vanish.
+                self._closings = tuple(block.closing for block in self._markup.blocks if block.opening == tag)
             else:
                 self._closings = ()
             text = text[place + len(tag) :]
-        held = 0 if last else _overlap(text, wanted)
+        held = 0 if last else overlap(text, wanted)
         self._held = text[len(text) - held :]
         if not self._closings:
             shown.append(text[: len(text) - held])
         return "".join(shown)
 
 
-def _overlap(text: str, tags: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is a proper beginning of a tag."""
-    longest = 0
-    for tag in tags:
-        place = text.find(tag[0], max(0, len(text) - len(tag) + 1))
-        while place >= 0:
-            if tag.startswith(text[place:]):
-                longest = max(longest, len(text) - place)
-                break
-            place = text.find(tag[0], place + 1)
-    return longest
+@lru_cache(maxsize=64)
+def _first_letters(tags: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(tag[0] for tag in tags)
+
+
+def _has_one_of(text: str, letters: frozenset[str]) -> bool:
+    return not letters.isdisjoint(text)

@@ -8,6 +8,7 @@ from collections.abc import Sequence, Set
 from abliterate.evaluation.base import EarlyScorer, Response
 from abliterate.evaluation.responses import GrowingResponse, ResponseReader
 from abliterate.model.chat import Chat
+from abliterate.model.markup import Markup
 
 
 class ResponseWatch:
@@ -77,9 +78,10 @@ class ResponseWatch:
 class PrefixWatch:
     """Satisfied once the common start of all responses can't change any more."""
 
-    def __init__(self, chat: Chat, ends: Set[int]) -> None:
+    def __init__(self, chat: Chat, ends: Set[int], markup: Markup) -> None:
         self._chat = chat
         self._ends = ends
+        self._markup = markup
         self._ids: dict[int, list[int]] = {}
         self._ended: set[int] = set()
         self._batch: tuple[int, ...] = ()
@@ -107,7 +109,12 @@ class PrefixWatch:
         start = os.path.commonprefix(list(texts.values()))
         following = {text[len(start) : len(start) + 1] for text in texts.values()}
         fixed = len(following) > 1 and ("" not in following or any(texts[row] == start for row in self._ended))
-        return fixed and all(row in self._ended or texts[row].rstrip() != start.rstrip() for row in self._batch)
+        whole = len(self._markup.without_partial(start))
+        return fixed and all(
+            # Nor may it be open whether a response begins with a thinking block.
+            row in self._ended or (text.rstrip() != start.rstrip() and not self._markup.may_open(text[whole:]))
+            for row, text in texts.items()
+        )
 
     def text(self, row: int) -> str:
         """The response so far, with its special tokens, without the end of the turn."""

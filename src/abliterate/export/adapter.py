@@ -26,10 +26,16 @@ from abliterate.export.reread import Reread, RereadAdapter
 from abliterate.export.shards import check_room
 from abliterate.export.source import Matrices
 from abliterate.model.architectures import Target
-from abliterate.model.checkpoint import empty_model, quiet_bitsandbytes
+from abliterate.model.checkpoint import dense_load, empty_model, quiet_bitsandbytes
 from abliterate.model.experts import is_stack
 from abliterate.model.loader import load_config, load_weights
+from abliterate.model.quantized import method_of
 from abliterate.settings import LoadSettings
+
+# Quantized bases that PEFT's layers know how to make dense, as DoRA needs it, and those that plain LoRA leaves alone. On any
+# other PEFT takes a packed weight for a dense one, or casts the adapter to its dtype, without an error.
+_DORA_ON = ("bitsandbytes_4bit", "bitsandbytes_8bit", "hqq")
+_LORA_ON = (*_DORA_ON, "gptq", "awq")
 
 
 class Adapter:
@@ -47,7 +53,7 @@ class Adapter:
             raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
-        reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors])
+        reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors], dora=dora)
         if reason:
             raise AbliterateError(f"An adapter can't hold this trial's edits ({reason}); export it as --export merged.")
         check_room(4 * sum(rank * sum(matrices.shape(name)) + matrices.shape(name)[0] for name in job.factors), folder)
@@ -68,8 +74,8 @@ class Adapter:
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """See `Exporter.load`: the base with the adapter on it."""
-        load = job.load.model_copy(update={"quantization": "none"})
+        """See `Exporter.load`: the base with the adapter on it; a quantized base made dense."""
+        load = dense_load(job.load)
         base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
         from peft import PeftModel
 
@@ -83,7 +89,7 @@ class Adapter:
         return RereadAdapter(folder, base)
 
 
-def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target]) -> str:
+def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target], *, dora: bool = True) -> str:
     """Why PEFT can't put an adapter onto the modules to edit, or ""; tried on a model without weights.
 
     In families whose experts `transformers` fuses it takes every `down_proj` for them, dense layers' too, without an error; in
@@ -92,6 +98,9 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
     stack = next((target.name for target in targets if is_stack(target.module)), "")
     if stack:
         return f"PEFT can't express edits of fused experts, as in {stack}"
+    method = method_of(config)
+    if method and method not in (_DORA_ON if dora else _LORA_ON):
+        return f"PEFT can't put {'DoRA' if dora else 'LoRA'} onto a base that is quantized as {method}"
     # Not at the top: peft imports bitsandbytes, which writes to stderr unless it has been quieted.
     quiet_bitsandbytes()
     from peft import LoraConfig, inject_adapter_in_model

@@ -19,7 +19,7 @@ _CARD = """\
 # {base}, with refusal ablated
 
 This is {base}{revision} after directional ablation: the direction along which the model separates prompts it refuses
-from prompts it answers was removed from matrices that write to the residual stream. No training took place.
+from prompts it answers was removed from matrices that write to the residual stream. No training took place.{dequantized}
 
 **Its safety behaviour was altered on purpose.** It refuses less than the base model, also where the base model was
 right to refuse. Whoever runs or passes on this model answers for what it is used for.
@@ -60,6 +60,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
 
     `n_harmless`: None where a run of an earlier version didn't record it. `on_hub`: whether `base` is a name there.
+    `quantized`: how the base's files are, or ""; `dense`: whether this export has weights of its own.
     `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
     """
     facts = {**facts, "base": " ".join(str(facts["base"]).split())}  # a directory's name may hold a line break
@@ -69,7 +70,14 @@ def model_card(facts: Mapping[str, Any]) -> str:
     approximation = (
         f", which misses {lost['mean']:.1%} of a matrix's change on average, {lost['max']:.1%} at most" if lost else ""
     )
+    dequantized = ""
+    if facts.get("quantized") and facts["dense"]:
+        stored = facts["quantized"]
+        dequantized = (
+            f"\n\nThe base's weights are quantized ({stored}). This model is **dequantized**: all its weights are dense."
+        )
     texts = {
+        "dequantized": dequantized,
         "base_model": f"base_model: {facts['base']}\n" if facts["on_hub"] else "",
         "n_harmless": f"{facts['n_harmless']} " if facts["n_harmless"] else "",
         "revision": revision,

@@ -22,7 +22,7 @@ from abliterate.export.companions import save_companions
 from abliterate.export.reread import Reread, RereadMerged
 from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy_edited, missing_bytes
 from abliterate.export.source import Matrices
-from abliterate.model.checkpoint import load_weights
+from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight
 
@@ -36,7 +36,7 @@ class Merged:
     kind = "merged"
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
-        """See `Exporter.write`. The edit is computed in float32 on the stored (never quantized) weights."""
+        """See `Exporter.write`. The edit is computed in float32 on the stored weights; quantized ones are made dense first."""
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         facts: dict[str, Any] = {"dtype": str(matrices.dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
@@ -49,12 +49,14 @@ class Merged:
             edit_weights(matrices, job)
             matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
             facts |= {"streamed": False, "reason": matrices.reason}
+        if matrices.dequantized:
+            facts["dequantized"] = matrices.dequantized
         save_companions(job, folder)
         return facts
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """See `Exporter.load`."""
-        load = job.load.model_copy(update={"quantization": "none", "revision": ""})
+        load = dense_load(job.load).model_copy(update={"revision": ""})
         return load_weights(str(folder), load, load_config(str(folder), load), dtype, device)
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:

@@ -18,10 +18,11 @@ from transformers.utils import cached_file
 from abliterate.export.places import Place, find_places, parameter_name
 from abliterate.export.shards import INDEX, SINGLE, Unfit, read_header, read_matrix, shard_files, shards_of
 from abliterate.model.architectures import Architecture, Target, find_targets
-from abliterate.model.checkpoint import empty_model, load_error, load_weights
+from abliterate.model.checkpoint import dense_load, empty_model, load_error, load_weights
 from abliterate.model.experts import is_stack, stack_of
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
+from abliterate.model.quantized import method_of
 from abliterate.model.weights import dense_weight, in_features, n_matrices, out_features
 from abliterate.settings import LoadSettings
 
@@ -29,7 +30,8 @@ from abliterate.settings import LoadSettings
 class Matrices:
     """W (d_out, d_in) of each target of `source`, in its stored dtype: never quantized, and read anew each time.
 
-    Fused experts have several, whichever way the files hold them.
+    Fused experts have several, whichever way the files hold them. Of a checkpoint that is itself quantized (`dequantized`
+    says how), W is what that is made dense, in the dtype that its config says.
 
     They are read from the weight files, so that one is in memory at a time; where `reason` says that the files can't be
     read so, the model is loaded as a whole on the CPU and stays while this object does.
@@ -39,9 +41,10 @@ class Matrices:
     """
 
     def __init__(self, source: str, load: LoadSettings, architecture: Architecture) -> None:
-        self.load = load = load.model_copy(update={"quantization": "none"})
+        self.load = load = dense_load(load)
         self.architecture = architecture
         self.config = load_config(source, load)
+        self.dequantized = method_of(self.config)
         self.dtype = stored_dtype(self.config)
         self.whole: PreTrainedModel | None = None
         self.reason = ""
@@ -51,6 +54,8 @@ class Matrices:
         self.targets = targets_by_name(model, architecture)
         self.places: Mapping[str, tuple[Place, ...]] = {}
         try:
+            if self.dequantized:
+                raise Unfit(f"its weights are quantized ({self.dequantized})")
             self.files = shard_files(checkpoint_folder(source, load))
             self.places = find_places(self.files, model, self.targets.values(), self.dtype)
         except Unfit as reason:

@@ -20,7 +20,8 @@ from abliterate.edits import Factors
 from abliterate.evaluation.base import Observation, Scorer
 from abliterate.evaluation.kl import kl_divergence
 from abliterate.model.experts import down_outputs, is_stack
-from abliterate.model.weights import stored_weight
+from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
+from abliterate.model.weights import place_of
 from abliterate.types import Trial
 
 # Mean KL(trial‖export) per prompt set: what passes in the run's dtype explain, what storing edited weights in the
@@ -28,20 +29,20 @@ from abliterate.types import Trial
 # Measured on the demo model, correct exports of every kind: 4e-8, 3e-6, 2e-4; 1e-8, 5e-8, 4e-7; 6e-4, 2e-2.
 _PASSES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 _STORAGE = {torch.float32: 0.0, torch.float16: 1e-6, torch.bfloat16: 1e-5}
-_QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1}
+_QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1, "dequantized": 1e-5, "checkpoint": 1e-2}
 # Deep models round more than the demo: the run's own noise, KL between two batch sizes, times this is allowed too.
 _NOISE = 10.0
 # |KL of the export − KL of the trial| may be this share of the trial's beside the bound above (measured: 1.5, 1, 18 %).
-_KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5}
+_KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5, "dequantized": 0.02, "checkpoint": 0.2}
 # Share by which one module's edit may be off, beside what the noise of single outputs explains: a coeff 5 % off is 5 %,
 # an edit left out 100 %. Measured: 0.001 % in float32, whatever the export is stored in; 0.5 % in bfloat16; 1.6 and 4 %.
 _MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.03}
-_MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1}
+_MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.1}
 # What quantization changes in one output entry, relative to the outputs' size.
-_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1}
+_ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.05}
 # Refusals may differ by this share of the prompts.
 _REFUSALS = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
-_REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1}
+_REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1, "dequantized": 0.02, "checkpoint": 0.1}
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ class Precision:
     quantization: str = "none"
 
     @property
+    def row(self) -> str:
+        """The row of the tables above: a checkpoint's quantization is the export's too, but kernels also round what flows."""
+        if not checkpoint_quantization(self.quantization):
+            return self.quantization
+        return "dequantized" if self.quantization.endswith(DEQUANTIZED) else "checkpoint"
+
+    @property
     def entry(self) -> float:
         """Noise of one entry of a module's output, relative to the outputs' size."""
-        return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.quantization])
+        return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.row])
 
     def refusals(self, prompts: int) -> float:
         """Responses that may tip over at a near-tie: one at least, where anything was rounded."""
         coarser = max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
-        share = max(_REFUSALS[coarser], _REFUSALS_QUANTIZED[self.quantization])
+        share = max(_REFUSALS[coarser], _REFUSALS_QUANTIZED[self.row])
         return max(1.0, share * prompts) if share > 0 else 0.0
 
 
@@ -112,13 +120,18 @@ def probe_inputs(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return {name: normalize(a, dim=1) * a.shape[1] ** 0.5 for name, a in leading.items()}
 
 
-def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype) -> Tensor:
-    """(round(W') − W') x, (1, d_model): see `Probe.rounding`. Of a quantized W, as if it were the stored one."""
+def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype, *, is_base: bool = False) -> Tensor:
+    """(round(W') − W') x, (1, d_model): see `Probe.rounding`.
+
+    `is_base`: the export begins with this W, rounded. Else, of a W that was quantized as it was loaded, as if it were the one
+    in the files.
+    """
     lost = []
     for one, part, row in zip(weight if weight.ndim == 3 else [weight], factors.parts(), x, strict=True):
         on_grid = one.to(stored).float()
-        wanted = on_grid + part.to(weight.device).delta(on_grid)
-        lost.append((row[None].to(weight.device) @ (wanted.to(stored).float() - wanted).T).cpu())
+        delta = part.to(weight.device).delta
+        exported, base = on_grid + delta(on_grid), one.float() if is_base else on_grid
+        lost.append((row[None].to(weight.device) @ (exported.to(stored).float() - (base + delta(base))).T).cpu())
     return torch.cat(lost)
 
 
@@ -141,7 +154,7 @@ def compare(
     `observed`: the export on both evaluation sets; `harmful` (n_harmful, vocabulary): its first-token log-probabilities;
     `outputs`: its modules' outputs for the probes' inputs.
     """
-    trial, quantization = expected.trial, precision.quantization
+    trial, quantization = expected.trial, precision.row
     divergences = {
         "harmless": kl_divergence(expected.harmless, observed.first_logprobs.cpu()),
         "harmful": kl_divergence(expected.harmful, harmful.cpu()),
@@ -208,10 +221,8 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    weight: Any = stored_weight(module)
-    # Offloaded weights are on no device; their own hook then moves the input.
-    device = torch.device("cpu") if weight.device.type == "meta" else weight.device
-    # Some modules are kept in float32 beside a half-precision model; quantized storage says nothing of the input.
-    dense = weight.is_floating_point() and weight.element_size() >= 2
-    x = x.to(device, weight.dtype if dense else dtype)
+    device, own = place_of(module)
+    # Offloaded weights are on no device; their own hook then moves the input. Some modules are kept in float32 beside a
+    # half-precision model.
+    x = x.to(torch.device("cpu") if device.type == "meta" else device, own or dtype)
     return (down_outputs(module, x) if is_stack(module) else module(x)).float().cpu()

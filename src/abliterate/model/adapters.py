@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
 from abliterate.model.experts import ExpertsAdapter, is_stack
-from abliterate.model.weights import in_features, out_features
+from abliterate.model.weights import in_features, out_features, place_of
 
 
 class LowRankEdit(Protocol):
@@ -106,11 +106,10 @@ class _Adapter:
         self.off()
 
     def write(self, key: Hashable | None, factors: LowRankEdit) -> None:
-        weight: Any = self._module.weight
         bias: Any = getattr(self._module, "bias", None)
         # Quantized storage says nothing of the compute dtype; factors then stay float32 until the first input.
-        dtype = weight.dtype if weight.is_floating_point() and weight.element_size() >= 2 else torch.float32
-        place = {"device": weight.device, "dtype": dtype}
+        device, dtype = place_of(self._module)
+        place: Any = {"device": device, "dtype": dtype or torch.float32}
         self._a, self._b = factors.a.to(**place), factors.b.to(**place)
         # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
         self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)

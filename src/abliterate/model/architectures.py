@@ -14,6 +14,7 @@ from typing import Literal
 from torch import nn
 
 from abliterate.errors import InputError
+from abliterate.model.storages import storage_remedy
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -214,10 +215,13 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
         InputError: there is none, or one doesn't write `d_model` features or belongs to several layers. What is there but of
             a kind that can't be edited is left out; `coverage.py` says what.
     """
-    named = [target for target, _ in members(model, architecture)]
-    targets = tuple(target for target in named if out_features(target.module) is not None)
-    if named and not targets:
-        kinds = " and ".join(sorted({type(target.module).__name__ for target in named}))
+    there = [target for target, _ in members(model, architecture)]
+    targets = tuple(target for target in there if not obstacle(target.module))
+    packed = next((target for target in there if storage_remedy(target.module)), None)
+    if not targets and packed is not None:
+        raise InputError(f"The weights in {packed.name} can't be edited: {storage_remedy(packed.module)}.")
+    if there and not targets:
+        kinds = " and ".join(sorted({type(target.module).__name__ for target in there}))
         raise InputError(f"The model can't be edited: what writes to its residual stream, {_paths(architecture)}, is {kinds}.")
     if not targets:
         raise InputError(
@@ -247,6 +251,13 @@ def missing_components(targets: tuple[Target, ...], architecture: Architecture, 
         if paths
     }
     return {component: count for component, count in counts.items() if count}
+
+
+def obstacle(module: nn.Module) -> str:
+    """Why a module that writes to the residual stream can't be edited, or ""."""
+    return storage_remedy(module) or (
+        f"{type(module).__name__}, a kind that can't be edited" if out_features(module) is None else ""
+    )
 
 
 def members(model: nn.Module, architecture: Architecture) -> Iterator[tuple[Target, str]]:

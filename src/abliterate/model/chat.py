@@ -1,44 +1,60 @@
-"""From prompts to left-padded token tensors: chat template, system role, response prefix. Knows no model."""
+"""From prompts to left-padded token tensors: rendering, response prefix, tokenizing. Knows no model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from abliterate.errors import InputError
-from abliterate.types import Prompt
+from abliterate.model.template import FAILURES, Form, Template
+from abliterate.types import Prompt, TemplateOptions
 
 
 class Chat:
-    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`."""
+    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`; `options` are the template's."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, device: torch.device, response_prefix: str = "") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        response_prefix: str = "",
+        options: TemplateOptions | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.response_prefix = response_prefix
-        if not tokenizer.chat_template:
-            raise InputError(
-                "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
-            )
+        self.template = Template(tokenizer, options or {})
+        self._forms: dict[bool, Form] = {}
+        # Kept: a template that writes today's date would change a run that goes on after midnight.
+        self._rendered: dict[Prompt, str] = {}
+
+    def form(self, prompt: Prompt) -> Form:
+        """How this kind of prompt (with a system prompt or without) becomes messages."""
+        system = bool(prompt.system)
+        if system not in self._forms:
+            self._forms[system] = self.template.form(system=system)
+        return self._forms[system]
 
     def render(self, prompt: Prompt) -> str:
-        """The text the model continues. A template that refuses a system role gets it before the user's text."""
-        messages = [{"role": "user", "content": prompt.text}]
-        if prompt.system:
+        """The text the model continues. A template that has no system role gets it before the user's text."""
+        if prompt not in self._rendered:
             try:
-                return self._apply([{"role": "system", "content": prompt.system}, *messages]) + self.response_prefix
-            except TemplateError:
-                messages = [{"role": "user", "content": f"{prompt.system}\n\n{prompt.text}"}]
-        try:
-            return self._apply(messages) + self.response_prefix
-        except TemplateError as error:
-            raise InputError(
-                f"The model's chat template can't render a prompt ({error}); give another with --set load.chat_template=FILE."
-            ) from error
+                self._rendered[prompt] = self.template.render(self.form(prompt).messages(prompt))
+            except FAILURES as error:
+                raise InputError(
+                    f"The model's chat template can't render a prompt ({error}); give another with "
+                    "--set load.chat_template=FILE."
+                ) from error
+        return self._rendered[prompt] + self.response_prefix
+
+    def tail(self, prompt: Prompt) -> str:
+        """What stands after the user's text: a tag in it is the template's (or the response prefix's), not the prompt's."""
+        rendered, tail = self.render(prompt), self.form(prompt).tail + self.response_prefix
+        # Of a template whose end depends on what was asked, all after the text is taken, where that can be found.
+        return tail if rendered.endswith(tail) else rendered.partition(prompt.text.strip())[2] or rendered
 
     def encode(self, prompts: Sequence[Prompt]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each (n_prompts, longest) int64, padded on the left.
@@ -60,11 +76,6 @@ class Chat:
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """Text of generated ids; special tokens are kept only to look for thinking blocks."""
         return decode_ids(self.tokenizer, ids, skip_special_tokens=skip_special_tokens)
-
-    def _apply(self, messages: list[dict[str, str]]) -> str:
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert isinstance(rendered, str)
-        return rendered
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool) -> str:

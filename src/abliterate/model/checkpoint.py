@@ -1,10 +1,11 @@
-"""The one place that reads weights: complete, in the dtype asked for, quantized if asked for.
+"""The one place that reads weights: complete, in the dtype asked for, quantized or made dense if asked for.
 
 Owns the sentences for what can't be loaded. Knows nothing of dtype choice or edits.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate.errors import InputError
+from abliterate.model import quantized
 from abliterate.model.memory import free_memory
+from abliterate.model.storages import FILES
 from abliterate.settings import LoadSettings
 
 # Of free main memory, what weights may take.
@@ -29,11 +32,18 @@ def load_weights(
     """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
 
     Raises:
-        InputError: no such weights, some missing, or a quantization whose package is missing. torch.OutOfMemoryError: they
-            don't fit, as far as that is known.
+        InputError: no such weights, some missing, or a quantization whose package or GPU is missing. torch.OutOfMemoryError:
+            they don't fit, as far as that is known.
     """
     quiet_bitsandbytes()
-    if load.quantization == "none" and not load.device_map and (device is None or device.type == "cpu"):
+    quantized.check(config, load, device)
+    dense = quantized.is_made_dense(config, load, device)
+    if (
+        load.quantization == "none"
+        and (dense or not quantized.method_of(config))
+        and not load.device_map
+        and (device is None or device.type == "cpu")
+    ):
         _check_memory(config, load, dtype)
     auto = auto_class(config, load)
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
@@ -46,10 +56,15 @@ def load_weights(
         if load.max_memory:
             kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
         kwargs |= _quantization(load, dtype)
+    elif dense:  # some packages would choose an accelerator
+        kwargs["device_map"] = {"": "cpu"}
     # Mismatched sizes are not ignored: reported like missing ones, they get a sentence instead of a table on stderr.
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        model, loading = auto.from_pretrained(source, **kwargs)
+        if dense and quantized.method_of(config) in FILES:
+            model, loading = _from_files(source, load, config, kwargs)
+        else:
+            model, loading = auto.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
         raise load_error(source, error) from error
     except RuntimeError as error:
@@ -59,7 +74,9 @@ def load_weights(
             f"The model in {source} is incomplete: tensors that its loader joins, such as experts, don't fit together; "
             "download it again, or check that weights and config belong together."
         ) from error
-    _check_complete(source, loading)
+    _check_complete(source, loading, quantized.method_of(config))
+    if dense and model.is_quantized:
+        quantized.make_layers_dense(model, dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -91,6 +108,30 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def dense_load(load: LoadSettings) -> LoadSettings:
+    """The same, but dense weights, whatever the checkpoint holds and the settings say."""
+    return load.model_copy(update={"quantization": "none", "dequantize": True})
+
+
+def _from_files(
+    source: str, load: LoadSettings, config: PretrainedConfig, kwargs: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A quantized checkpoint with dense weights: `from_pretrained` of its class, given tensors instead of files."""
+    state = quantized.dense_state(source, config, load)
+    plain = copy.deepcopy(config)
+    for one in (plain, plain.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config
+    options = {
+        name: value for name, value in kwargs.items() if name not in ("revision", "use_safetensors", "trust_remote_code")
+    }
+    cls: Any = type(empty_model(plain, load))
+    model, loading = cls.from_pretrained(None, config=plain, state_dict=state, **options)
+    model.name_or_path = plain.name_or_path = source
+    quantized.forget(model)
+    return model, loading
+
+
 def _check_memory(config: PretrainedConfig, load: LoadSettings, dtype: torch.dtype) -> None:
     """torch.OutOfMemoryError where main memory doesn't hold the weights: else a killed process would be the only message."""
     needed = dtype.itemsize * sum(parameter.numel() for parameter in empty_model(config, load).parameters())
@@ -112,14 +153,15 @@ def load_error(source: str, error: Exception) -> InputError:
     )
 
 
-def _check_complete(source: str, loading: dict[str, Any]) -> None:
+def _check_complete(source: str, loading: dict[str, Any], method: str) -> None:
     """transformers fills what a checkpoint lacks with random numbers and warns at most."""
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:
         named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(
             f"The model in {source} is incomplete: its weight files lack {named}, or hold them in another shape than "
-            "config.json says; download it again, or check that weights and config belong together."
+            "config.json says; download it again, or check that weights and config belong together"
+            + (f" (it is quantized as {method}; --set load.dequantize=true reads it without its kernels)." if method else ".")
         )
 
 

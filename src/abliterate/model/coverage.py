@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from abliterate.errors import InputError
-from abliterate.model.architectures import Architecture, Target, known_architecture, members
+from abliterate.model.architectures import Architecture, Target, known_architecture, members, obstacle
 from abliterate.model.structure import discover
 from abliterate.model.weights import in_features, n_matrices, out_features
 
@@ -108,7 +108,7 @@ def coverage_of(model: Any, architecture: Architecture, targets: Iterable[Target
     tallies: dict[tuple[Any, ...], list[tuple[int, int, int]]] = {}
     for name, (target, path) in writers.items():
         shape, matrices, parameters = _size(target.module, d_model)
-        why = "" if name in edited else _why(target.module)
+        why = "" if name in edited else obstacle(target.module) or "not named in load.components"
         tallies.setdefault((target.component, path, shape, why), []).append((target.layer, matrices, parameters))
     groups = []
     for (component, path, shape, why), parts in tallies.items():
@@ -120,6 +120,9 @@ def coverage_of(model: Any, architecture: Architecture, targets: Iterable[Target
 def check_coverage(coverage: Coverage, *, allow_partial: bool, warn: Callable[[str], None] | None = None) -> None:
     """Say what is left out; InputError where that is more than half, unless it is allowed."""
     what = "; ".join(f"{group.path} in {group.layers} layers ({group.left_out})" for group in coverage.left_out)
+    unsized = [group.path for group in coverage.left_out if not group.parameters]
+    if unsized and not allow_partial:
+        raise InputError(f"What is left out is of unknown size: {what}; go on all the same with --allow-partial.")
     if coverage.share < ENOUGH and not allow_partial:
         raise InputError(
             f"Only {coverage.share:.0%} of the parameters that write to the residual stream would be edited, without {what}; "
@@ -161,9 +164,3 @@ def _size(module: nn.Module, d_model: int) -> tuple[tuple[int, int] | None, int,
     down = {name: one for name, one in wide.items() if any(part in name for part in ("down", "w2", "out", "c_proj"))}
     some = (down or wide).values()
     return None, sum(len(one) if one.dim() == 3 else 1 for one in some), sum(one.numel() for one in some)
-
-
-def _why(module: nn.Module) -> str:
-    if out_features(module) is not None:
-        return "not named in load.components"
-    return f"{type(module).__name__}, a kind that can't be edited"

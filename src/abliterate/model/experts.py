@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from abliterate.model.storages import is_plain
+
 # Under this name our function is in transformers' registry, and on an edited module is what carries out the edit.
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
 # What the function needs to know of a module; transformers' decorator for experts classes sets it.
@@ -39,7 +41,7 @@ def is_stack(module: nn.Module) -> bool:
     """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
     down = module._parameters.get("down_proj")
     known = type(module).__name__ in _REPLACED or all(hasattr(module, name) for name in _DECORATED)
-    return known and down is not None and down.ndim == 3
+    return known and down is not None and down.ndim == 3 and is_plain(down)
 
 
 def is_transposed(module: Any) -> bool:

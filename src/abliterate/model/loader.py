@@ -6,6 +6,7 @@ Owns dtype choice and the fingerprint; `checkpoint.py` reads the weights. Knows 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,10 @@ import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.model import architectures
+from abliterate.model import architectures, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
 from abliterate.model.hub import skip_retries_without_network
@@ -126,7 +128,7 @@ def load_model(
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
-        quantization=load.quantization,
+        quantization=quantized.label(model, config, load),
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
     return LoadedModel(model, tokenizer, info, architecture, targets)
@@ -159,7 +161,7 @@ def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bo
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(_dtype(load.dtypes[0], config, device)).removeprefix("torch."),
         device=str(device),
-        quantization=load.quantization,
+        quantization=quantized.expected_label(config, load, device),
     )
     return Skeleton(model, info, architecture, architectures.find_targets(model, architecture, info.d_model))
 
@@ -188,6 +190,8 @@ def _first_that_generates(
         try:
             model = load_weights(source, load, config, dtype, device)
             reason = "" if _generates(model, probe) else "its logits are not finite"
+        except ImportError as error:
+            raise _without_kernels(config, error) from error
         except RuntimeError as error:  # out of memory too; what is wrong with the input is an InputError, and passes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if model is not None and not reason:
@@ -199,6 +203,15 @@ def _first_that_generates(
     raise AbliterateError(
         f"The model works in none of {', '.join(load.dtypes)} ({reason}); try --dtype float32, --device cpu, or "
         "--set load.quantization=bnb_4bit where memory is short, or check its weights."
+    )
+
+
+def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError:
+    """Kernels of a quantization are looked for at the first pass."""
+    first = str(error).strip().splitlines()[0].rstrip(".")
+    return InputError(
+        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install what is missing "
+        "(for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
     )
 
 
@@ -218,7 +231,20 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = Path(load.chat_template).expanduser().read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The chat template {load.chat_template} can't be read: {error}.") from error
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = _processor_template(source, load)
     return tokenizer
+
+
+def _processor_template(source: str, load: LoadSettings) -> str | None:
+    """The chat template of an older vision-language model: in a file that only its processor reads."""
+    try:
+        path = cached_file(source, "chat_template.json", revision=load.revision or None)
+        content = json.loads(Path(path or "").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    template = content.get("chat_template") if isinstance(content, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def fingerprint(source: str, config: PretrainedConfig) -> str:

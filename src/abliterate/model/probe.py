@@ -169,7 +169,10 @@ def in_float32(layer: nn.Module, call: Call) -> tuple[nn.Module, Call]:
     if all(parameter.dtype == torch.float32 for parameter in parameters):
         return layer, call
     if any(not parameter.is_floating_point() or parameter.element_size() < 2 for parameter in parameters):
-        raise InputError("A quantized model of an unknown family can't be looked through; load it without quantization once.")
+        raise InputError(
+            "A quantized model of an unknown family can't be looked through; load it without load.quantization once, or a "
+            "checkpoint that is quantized itself with --set load.dequantize=true."
+        )
     return copy.deepcopy(layer).float(), Call(_cast(call.args), _cast(dict(call.kwargs)))
 
 
