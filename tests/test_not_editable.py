@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import CPU, PROMPTS, make_chat
 from zoo import NOT_EDITABLE, make_specimen
 
@@ -69,6 +70,13 @@ def test_streams_in_one_are_refused_where_the_settings_name_the_modules(
     assert isinstance(layers, torch.nn.ModuleList)
     with pytest.raises(InputError, match=f"hidden states {seen} for 2 prompts .* can't be edited"):
         capture_residuals(model, layers, make_chat(), PROMPTS, batch_size=2)
+
+
+@pytest.mark.parametrize("config", ["T5Config", "Qwen2_5OmniConfig", "WhisperConfig"])
+def test_what_does_not_write_on_is_refused(config: str, tmp_path: Path) -> None:
+    getattr(transformers, config)().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"no class for .* that reads a prompt and writes on"):
+        edit_config(tmp_path)
 
 
 def test_mllamas_cross_attention_layers_are_passed_over() -> None:

@@ -703,6 +703,28 @@ ZOO: dict[str, Specimen] = {
         | {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "bias_max_distance": 8, "feature_layer": -1}
         | {"nemo_conv_channels": 16},
     ),
+    "qwen2_audio": Specimen(
+        "Qwen2AudioConfig",
+        {
+            "text_config": {"model_type": "qwen2", **_IDS, **_SIZES},
+            "audio_config": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+            | {"num_mel_bins": 8, "max_source_positions": 16},
+            "audio_token_index": 5,
+        },
+        (PLAIN,) * 3,
+        "model.language_model.layers",
+    ),
+    "voxtral": Specimen(
+        "VoxtralConfig",
+        {
+            "text_config": {"model_type": "llama", **_IDS, **_SIZES},
+            "audio_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+            | {"num_mel_bins": 8, "max_source_positions": 16},
+            "audio_token_id": 5,
+        },
+        (PLAIN,) * 3,
+        "model.language_model.layers",
+    ),
     "mllama": _tower(
         "MllamaConfig",
         {"num_hidden_layers": 4, "cross_attention_layers": [1]},
