@@ -33,7 +33,7 @@ WHOLE |= {
 WHOLE |= {"llava_onevision", "kimi_k25", "qwen3_vl_moe", "qwen2_5_omni", "qwen3_omni_moe", "ernie4_5_vl_moe", "aria", "molmo2"}
 WHOLE |= {"mistral4_vl", "mistral_large4", "minimax_m3_vl", "hunyuan_vl", "step3p7", "mllama", "qwen2_audio", "voxtral"}
 # Whose caches keep rows where they can't be selected; any other model is evaluated by the engine, without a warning.
-BY_REFERENCE = {"minimax", "recurrent_gemma", "mamba", "mamba2", "falcon_mamba"}
+BY_REFERENCE = {"minimax", "recurrent_gemma", "mamba", "mamba2", "falcon_mamba", "granite4_vision"}
 # Whose layers aren't those of their caches, or are passed over: what is left is the engine's, with a warning for each attempt.
 SLOWER = {"longcat_flash": "prefix · drafts · rows leave", "mllama": "rows leave"}
 # What PEFT makes of their modules.

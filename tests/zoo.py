@@ -703,6 +703,17 @@ ZOO: dict[str, Specimen] = {
         | {"ext_pw_out_channel": 16, "depthwise_separable_out_channel": 16, "bias_max_distance": 8, "feature_layer": -1}
         | {"nemo_conv_channels": 16},
     ),
+    "granite4_vision": _tower(
+        "Granite4VisionConfig",
+        {"residual_multiplier": 0.5},
+        _SIGLIP | {"hidden_size": 64},
+        scales=dict.fromkeys(PLAIN.split(), 0.5),
+        image_token_index=5,
+        deepstack_layer_map=[],
+        qformer_config={"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 16}
+        | {"model_type": "blip_2_qformer", "encoder_hidden_size": 64},
+        downsample_rate="1/2",
+    ),
     "qwen2_audio": Specimen(
         "Qwen2AudioConfig",
         {
@@ -807,6 +818,16 @@ NOT_EDITABLE: dict[str, Specimen] = {
         refused=rf"{_STREAMS} \(1, 6, 4, 32\)",
     ),
     "hy_v4": Specimen("HYV4Config", _TWO | _ROUTED | _QMLA | _INDEXER, (), refused=rf"{_STREAMS} \(1, 6, 4, 32\)"),
+    "glm5_next": Specimen(
+        "Glm5NextConfig",
+        {
+            "text_config": {**_IDS, **_TWO, **_QMLA, **_ROUTED, **_INDEXER, "qk_rope_head_dim": 0, "head_dim": 8}
+            | {"linear_head_dim": 8, "linear_num_heads": 4},
+            "vision_config": _GLM_VISION,
+        },
+        (),
+        refused=rf"{_STREAMS} \(1, 6, 4, 32\)",
+    ),
     "qwen4_exp": Specimen(
         "Qwen4ExpTextConfig",
         _TWO
