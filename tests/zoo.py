@@ -88,7 +88,8 @@ _OMNI_AUDIO |= {"output_dim": 32, "max_source_positions": 16, "n_window": 4}
 _OMNI_IDS = {"vision_start_token_id": 5, "image_token_id": 6, "video_token_id": 7, "audio_token_id": 8}
 _QMLA = _MLA | {"q_lora_rank": 16}
 _SPARSE_TOP = {"first_k_dense_replace": 1}
-_INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}  # as many as a prompt has tokens or more: below, answers depend on pads
+# As many as a prompt has tokens: with fewer, answers depend on pads.
+_INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
 _MAMBA2 = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16}
 _NEMOTRON = _SIZES | HEAD | _ROUTED | _MAMBA2
 _NEMOTRON |= {"num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "moe", "mlp"]}
