@@ -18,20 +18,8 @@ from abliterate.model.architectures import ATTENTION, MLP
 from abliterate.model.structure import find_stack, writers_of
 from abliterate.types import Kernel, TrialParams
 
-# Whose files name their matrices otherwise than the model does, so that an export loads and saves the whole.
-WHOLE = {"qwen2_vl", "qwen2_5_vl", "gemma3_vl", "mistral3", "llava", "llava_next", "internvl"}
-WHOLE |= {
-    "nemotron_h",
-    "nemotron_h_latent",
-    "nemotron_h_omni",
-    "hy_v3",
-    "laguna",
-    "kimi_linear",
-    "bailing_hybrid",
-    "aya_vision",
-}
-WHOLE |= {"llava_onevision", "kimi_k25", "qwen3_vl_moe", "qwen2_5_omni", "qwen3_omni_moe", "ernie4_5_vl_moe", "aria", "molmo2"}
-WHOLE |= {"mistral4_vl", "mistral_large4", "minimax_m3_vl", "hunyuan_vl", "step3p7", "mllama", "qwen2_audio", "voxtral"}
+# Whose files hold their experts otherwise than stacked or one by one, so that an export loads and saves the whole.
+WHOLE = {"ernie4_5_vl_moe", "qwen3_vl_moe"}
 # Whose caches keep rows where they can't be selected; any other model is evaluated by the engine, without a warning.
 BY_REFERENCE = {"minimax", "recurrent_gemma", "mamba", "mamba2", "falcon_mamba", "granite4_vision"}
 # Whose layers aren't those of their caches, or are passed over: what is left is the engine's, with a warning for each attempt.
