@@ -21,7 +21,7 @@ from abliterate.directions import Directions
 from abliterate.edits import SvdMemo
 from abliterate.evaluation.editor import Editor
 from abliterate.model.adapters import AdapterSet
-from abliterate.model.architectures import find_architecture, find_targets
+from abliterate.model.architectures import decoder_layers, find_architecture, find_targets
 from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.weights import dense_weight, write_weight
@@ -165,7 +165,7 @@ def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[st
     """What `load_model` gives, without a disk; `components` as the settings name them."""
     config = model.config.get_text_config()
     architecture = find_architecture(config.model_type, "model.layers" if components else "", components)
-    n_layers = config.num_hidden_layers
+    n_layers = len(decoder_layers(model, architecture))
     info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
     return LoadedModel(model, make_tokenizer(), info, architecture, find_targets(model, architecture, config.hidden_size))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_editor, make_loaded, make_model, make_params, save_model
 from safetensors.torch import load_file, save_file
-from test_export import make_job, renamed_checkpoint, write, zero_row
+from test_export import make_job, odd_checkpoint, write, zero_row
 from transformers import AutoModelForCausalLM
 
 from abliterate.directions import Directions
@@ -91,7 +91,7 @@ def test_exports_of_the_svd_representation_pass(kind: str, tmp_path: Path) -> No
 
 def test_exports_of_models_loaded_as_a_whole_pass(tmp_path: Path) -> None:
     case = make_case(tmp_path, stored="float32")
-    renamed_checkpoint(Path(case.job.source))
+    odd_checkpoint(Path(case.job.source))
     for kind in ("merged", "adapter"):
         ok, record = case.check(kind, tmp_path / kind)
         assert ok, record

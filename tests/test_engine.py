@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from abliterate.calibration import common_start
 from abliterate.errors import Interrupted, TrialError
-from abliterate.evaluation import make_scorers
+from abliterate.evaluation import make_scorers, selfcheck
 from abliterate.evaluation.base import EarlyScorer, Observation
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.decode import Decoding, join
@@ -634,6 +634,16 @@ def test_the_self_check_passes_what_is_right(lab: Lab) -> None:
     warnings: list[str] = []
     assert isinstance(trusted(lab, warnings), TrialEngine)
     assert warnings == []
+
+
+def test_the_self_check_says_that_a_models_answers_depend_on_pads(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PaliGemma's do: engine and reference agree, but what they agree on depends on the batch."""
+    plain = selfcheck._plain_logits
+    monkeypatch.setattr(selfcheck, "_plain_logits", lambda *rest: plain(*rest).roll(1, dims=-1))
+    warnings: list[str] = []
+    assert isinstance(trusted(llama, warnings), TrialEngine)
+    assert len(warnings) == 1
+    assert "depend on how prompts are padded" in warnings[0]
 
 
 def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -87,12 +87,19 @@ def drop_prefix(path: Path) -> None:
     save_file({name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
 
 
+def in_doubles(path: Path) -> None:
+    """The same numbers, but not in the dtype that the config says: such files aren't edited in place."""
+    odd = {name: tensor.double() if tensor.dim() > 1 else tensor for name, tensor in load_file(path).items()}
+    save_file(odd, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 @pytest.mark.parametrize("mode", MODES)
-def test_as_a_whole(family: str, mode: str, tmp_path: Path) -> None:
-    case = make_case(make_model(family), tmp_path, drop_prefix, mode=mode)
+@pytest.mark.parametrize("change", [drop_prefix, in_doubles])
+def test_renamed_is_streamed_and_odd_as_a_whole(family: str, mode: str, change: Callable[[Path], None], tmp_path: Path) -> None:
+    case = make_case(make_model(family), tmp_path, change, mode=mode)
     facts = write("merged", case.job, tmp_path / "out")
-    assert not facts["streamed"]
+    assert facts["streamed"] is (change is drop_prefix)
     torch.testing.assert_close(logits_of(reloaded(tmp_path / "out")), trial_logits(case, make_model(family)), **FLOAT32)
     ok, record = case.check("merged", tmp_path / "out")
     assert ok, record

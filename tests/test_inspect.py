@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CPU, Recorder, make_chat, make_model, make_tokenizer, quick_settings, save_model
+import torch
+import transformers
+from conftest import _IDS, CPU, Recorder, make_chat, make_model, make_tokenizer, quick_settings, save_model
 from torch import nn
 from zoo import ZOO, load_specimen, make_specimen
 
@@ -22,7 +24,9 @@ from abliterate.inspection import Workload, check_model, in_words, inspect
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
+from abliterate.model.footprint import Shape
 from abliterate.model.markup import Markup
+from abliterate.model.structure import starred
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings, Settings
 from abliterate.types import BatchSizes, Prompt
@@ -51,14 +55,25 @@ def test_config_alone_tells_what_the_weights_do(name: str, tmp_path: Path) -> No
     assert coverage_of(skeleton.model, skeleton.architecture, skeleton.targets) == coverage
     assert coverage.share == 1
     assert coverage.left_out == ()
-    written = {path for paths in ZOO[name].layers for path in paths.split()}
-    assert {group.path for group in coverage.groups} == written
+    layers = loaded.layers
+    names = [{path: starred(layer, path) for path in ZOO[name].layers[i].split()} for i, layer in enumerate(layers)]
+    assert {group.path for group in coverage.groups} == {path for layer in names for path in layer.values()}
     for group in coverage.groups:
-        holding = [index for index, paths in enumerate(ZOO[name].layers) if group.path in paths.split()]
-        parameters = sum(weights_of(loaded.model.get_submodule(f"{ZOO[name].stack}.{index}.{group.path}")) for index in holding)
+        holding = [(i, path) for i, layer in enumerate(names) for path, common in layer.items() if common == group.path]
+        parameters = sum(weights_of(layers[i].get_submodule(path)) for i, path in holding)
         same_path = [other for other in coverage.groups if other.path == group.path]
-        assert sum(other.layers for other in same_path) == len(holding)
+        assert sum(other.layers for other in same_path) == len({i for i, _ in holding})
         assert sum(other.parameters for other in same_path) == parameters
+
+
+def test_every_familys_config_tells_its_shape() -> None:
+    """Names and kinds of entries differ: a list of sizes, a count of sublayers, nothing at all."""
+    for name, specimen in ZOO.items():
+        config = getattr(transformers, specimen.config)(**_IDS, **specimen.options).get_text_config()
+        shape = Shape.of(config, torch.float16)
+        assert shape.d_model == 32, name
+        assert shape.n_layers in (len(specimen.layers), 2 * len(specimen.layers)), name
+        assert all(type(size) is int and size > 0 for size in (shape.heads, shape.kv_heads, shape.head_dim, shape.widest)), name
 
 
 def weights_of(module: nn.Module) -> int:

@@ -33,7 +33,7 @@ from conftest import (
 )
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_export import renamed_checkpoint
+from test_export import odd_checkpoint, renamed_checkpoint
 from transformers import AutoModelForCausalLM
 
 from abliterate import later
@@ -250,7 +250,14 @@ def test_nothing_is_checked_where_verification_is_off(finished: Finished, tmp_pa
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
 @pytest.mark.parametrize(
     ("family", "change"),
-    [("llama", "none"), ("llama", "renamed"), ("llama", "another dtype"), ("gpt2", "none"), ("gpt2", "another dtype")],
+    [
+        ("llama", "none"),
+        ("llama", "renamed"),
+        ("llama", "odd"),
+        ("llama", "another dtype"),
+        ("gpt2", "none"),
+        ("gpt2", "another dtype"),
+    ],
 )
 def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Path) -> None:
     """Those that can't be read by name are loaded as a whole; Conv1D is stored transposed."""
@@ -258,6 +265,8 @@ def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Pa
     dtype = torch.float32
     if change == "renamed":
         renamed_checkpoint(base)
+    elif change == "odd":
+        odd_checkpoint(base)
     elif change == "another dtype":
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         dtype = torch.bfloat16
@@ -266,9 +275,9 @@ def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Pa
     recorder = Recorder()
     result = later.export_trial(with_kind(settings, kind), recorder, directory, 0, tmp_path / "out")
     assert result["export"]["verified"] is True, result["export"]
-    assert any("loaded as a whole" in note for note in recorder.notes) is (change != "none")
+    assert any("loaded as a whole" in note for note in recorder.notes) is (change in ("odd", "another dtype"))
     if kind == "merged":
-        assert result["export"]["streamed"] is (change == "none")
+        assert result["export"]["streamed"] is (change in ("none", "renamed"))
     found = reloaded_logits(settings, kind, tmp_path / "out")
     expected = expected_logits(settings, directory, 0, dtype)
     if change == "another dtype":
@@ -366,7 +375,7 @@ def test_a_full_disk_is_seen_before_the_export_begins(
 ) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
     if whole:
-        renamed_checkpoint(base)
+        odd_checkpoint(base)
     settings, directory = make_run(tmp_path, base)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(AbliterateError, match="MiB are free"):
@@ -377,7 +386,7 @@ def test_a_full_disk_is_seen_before_the_export_begins(
 def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Base and export are read one after the other, also where neither can be read by name."""
     base = save_model(make_model("llama"), tmp_path / "base")
-    renamed_checkpoint(base)
+    odd_checkpoint(base)
     settings, directory = make_run(tmp_path, base)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
@@ -399,7 +408,7 @@ def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypa
 
 def test_an_export_that_memory_does_not_hold_twice_is_kept_unchecked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
-    renamed_checkpoint(base)
+    odd_checkpoint(base)
     settings, directory = make_run(tmp_path, base)
     recorder = Recorder()
 

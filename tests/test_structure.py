@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_ar
 from abliterate.model.chat import Chat
 from abliterate.model.probe import Call, Probe
 from abliterate.model.residuals import capture_residuals
-from abliterate.model.structure import discover, find_stack, writers_of
+from abliterate.model.structure import discover, find_stack, prove, writers_of
 from abliterate.pipeline import run
 from abliterate.rundir import RunDirectory
 from abliterate.settings import LoadSettings
@@ -114,7 +115,7 @@ def test_layer_that_writes_nothing_is_unclear() -> None:
 
 
 def test_several_streams_are_unclear() -> None:
-    with pytest.raises(InputError, match="0 lists of 4 modules"):
+    with pytest.raises(InputError, match=r"0 lists of 4 modules .* some see \(2, 1, 6, 32\)"):
         discover(make_specimen("gemma3n"), "x")
 
 
@@ -142,6 +143,36 @@ def test_several_streams_get_multiples_of_what_the_table_names(path: str, norm: 
     along = change @ v
     assert (along.abs() > 1e-3 * probe.delta.norm()).any()
     assert (change - along[:, None] * v).norm() < 1e-4 * change.norm()
+
+
+def test_layers_that_a_config_counts_otherwise() -> None:
+    """LongCat: a layer has two of every block and experts beside them; its config counts the blocks."""
+    model = make_specimen("longcat_flash")
+    assert ZOO["longcat_flash"].unproven
+    for layer, paths in zip(model.model.layers, ZOO["longcat_flash"].layers, strict=True):
+        found = prove(layer, first_call(model, layer), 32)
+        assert {writer.path for writer in found} == set(paths.split())
+        assert all(writer.scale == pytest.approx(1, rel=1e-3) and not writer.norm for writer in found)
+
+
+def test_cross_attention_layers_write_when_there_is_an_image() -> None:
+    """Mllama: both blocks behind gates of one number, which begin at 0."""
+    model = make_specimen("mllama")
+    layer = model.model.language_model.layers[1]
+    for gate in (layer.cross_attn_attn_gate, layer.cross_attn_mlp_gate):
+        gate.fill_(0.5)
+    call = first_call(model, layer, cross_attention_states=torch.randn(1, 4, 32))
+    found = {writer.path: writer.scale for writer in prove(layer, call, 32)}
+    assert found == pytest.approx(dict.fromkeys(("cross_attn.o_proj", "mlp.down_proj"), math.tanh(0.5)), rel=1e-3)
+
+
+def first_call(model: Any, layer: nn.Module, **inputs: Any) -> Call:
+    """How a text of six tokens calls a layer."""
+    calls: list[Call] = []
+    handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(Call(args, dict(kwargs))), with_kwargs=True)
+    model(torch.arange(5, 11)[None], use_cache=False, **inputs)
+    handle.remove()
+    return calls[0]
 
 
 NORMED = sorted(name for name, one in ZOO.items() if NORM in str(one.scales.values()) and name != "minimax")

@@ -26,6 +26,7 @@ from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import Workload, check_loaded, describe, inspect
 from abliterate.model import loader
 from abliterate.model.chat import Chat
+from abliterate.model.devices import choose_device
 from abliterate.model.loader import LoadedModel
 from abliterate.model.markup import Markup
 from abliterate.settings import Settings
@@ -80,7 +81,7 @@ def tune_only(context: Context, prompts: PromptSets) -> tuple[tuning.Tuned, ...]
 
 def inspect_model(context: Context, *, weights: bool) -> dict[str, Any]:
     """The record of the model that the settings name (`inspection.inspect`); without `weights`, from its config alone."""
-    settings, device = context.settings, loader.choose_device(context.settings.device)
+    settings, device = context.settings, choose_device(context.settings.device)
     speeds = None
     loaded: LoadedModel | loader.Skeleton | None
     if weights:
@@ -106,7 +107,7 @@ def inspect_model(context: Context, *, weights: bool) -> dict[str, Any]:
 def load(context: Context, prompts: PromptSets | None) -> LoadedModel:
     """The model the settings name; described as what works through `prompts`, where these are known."""
     settings = context.settings
-    device = loader.choose_device(settings.device)
+    device = choose_device(settings.device)
     probe = Prompt("What is 1+1?", settings.prompts.system)
 
     def probe_inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:

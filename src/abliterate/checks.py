@@ -14,7 +14,7 @@ from abliterate.errors import InputError
 from abliterate.export.push import check_push
 from abliterate.front import SelectionRule, parse_rule
 from abliterate.model.architectures import ARCHITECTURES
-from abliterate.model.loader import choose_device
+from abliterate.model.devices import choose_device
 from abliterate.settings import Settings
 
 

@@ -38,6 +38,7 @@ from abliterate.inputs import Context, PromptSets
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
+from abliterate.model.devices import choose_device
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
 from abliterate.rundir import write_atomically
@@ -227,7 +228,7 @@ def push_export(context: Context, final: Path) -> None:
 
 def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: PromptSets, final: Path) -> Verification:
     settings = context.settings
-    device = loader.choose_device(settings.device)
+    device = choose_device(settings.device)
     run_dtype = getattr(torch, context.result.record["model"]["dtype"])
     # The export's own tokenizer and template: they belong to what a user would load.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))

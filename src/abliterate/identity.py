@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from abliterate import __version__
 from abliterate.evaluation.refusals import read_markers
 from abliterate.model.chat import Chat
-from abliterate.model.loader import LoadedModel, device_name
+from abliterate.model.devices import device_name
+from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
 from abliterate.prompts import digest
 from abliterate.settings import Settings

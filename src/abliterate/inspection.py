@@ -23,6 +23,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import Target, decoder_layers, missing_components
 from abliterate.model.chat import Chat
 from abliterate.model.coverage import check_coverage, coverage_of
+from abliterate.model.devices import device_name, memory_text
 from abliterate.model.experts import is_stack
 from abliterate.model.footprint import Shape, row_bytes, visited_experts
 from abliterate.model.loader import LoadedModel, Skeleton
@@ -83,7 +84,7 @@ def _adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Coll
 def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> None:
     """Put the model into the result and before the person's eyes; say what is left out, and stop where that is too much."""
     settings = context.settings
-    context.result.describe(loaded.info, loader.device_name(device))
+    context.result.describe(loaded.info, device_name(device))
     found = inspect(settings, loaded, device, Workload.of(prompts, Chat(loaded.tokenizer, loaded.device)))
     context.result.record["coverage"] = found["coverage"]
     context.reporter.header(in_words(found))
@@ -136,7 +137,7 @@ def inspect(
             "dtype": info.dtype,
             "quantization": info.quantization,
         },
-        "device": {"name": loader.device_name(device), "memory": loader.memory_text(device)},
+        "device": {"name": device_name(device), "memory": memory_text(device)},
         "edit": {"mode": settings.edit.mode, "representation": settings.edit.representation},
         "coverage": coverage.to_record() | {"layers_without": without},
         "exports": {

@@ -49,10 +49,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Largest expected difference of log-probabilities: of the engine from the reference, and what is allowed."""
+    """Largest expected difference of log-probabilities: of the engine from the reference, and what is allowed.
+
+    `noise`: of the reference with pads from that without; `doubtful`: it is more than rounding explains.
+    """
 
     difference: float
     allowed: float
+    noise: float
+    doubtful: bool
 
     @property
     def ok(self) -> bool:
@@ -95,6 +100,11 @@ def trusted_engine(
         finally:
             clear()
         if engine is not None and not found:
+            if verdict.doubtful:
+                warn(
+                    f"The model's own answers depend on how prompts are padded (by {verdict.noise:.1e}), so scores depend on "
+                    "the batch size; give prompts of like lengths, or --batch-size 1."
+                )
             return engine
         engine = None
         clear_device_cache(setup.reference.chat.device)  # what was kept may be what doesn't fit
@@ -130,7 +140,7 @@ def check(engine: TrialEngine, setup: Setup) -> Verdict:
     # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
     # reference that contradicts itself would let anything pass.
     floor, ceiling = (1e-4, 1e-3) if dtype == torch.float32 else (8 * torch.finfo(dtype).eps, 0.3)
-    return Verdict(max(difference, first), min(max(3 * noise, floor), ceiling))
+    return Verdict(max(difference, first), min(max(3 * noise, floor), ceiling), noise, 3 * noise > ceiling)
 
 
 # The dtype of the logits, the engine's difference from the reference, and the reference's own between two ways.

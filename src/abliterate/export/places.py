@@ -6,7 +6,7 @@ applies to names. They are asked here, tensor by tensor; whatever they do beside
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from abliterate.export.shards import Stored, Unfit, check_dtype, check_editable, read_header
+from abliterate.export.shards import Stored, Unfit, check_dtype, read_header
 from abliterate.model.architectures import Target
 from abliterate.model.experts import is_stack, is_transposed
-from abliterate.model.weights import stored_weight
+from abliterate.model.weights import n_matrices, stored_weight
 
 
 @dataclass(frozen=True)
@@ -46,56 +46,65 @@ def find_places(
     Raises:
         Unfit: some are not in the files, not stored in `dtype`, or not what the model says.
     """
-    stacks = [target for target in targets if is_stack(target.module)]
-    plain = {parameter_name(target): target for target in targets if not is_stack(target.module)}
-    check_editable(files, plain, dtype)
-    found: dict[str, tuple[Place, ...]] = {}
-    for path in files:
-        for tensor, stored in read_header(path).items():
-            if tensor in plain:
-                module = plain[tensor].module
-                _check_shape(tensor, stored, stored_weight(module))
-                found[plain[tensor].name] = (Place(path, tensor, stored, isinstance(module, Conv1D)),)
-    return found | (_stacked(files, model, stacks, dtype) if stacks else {})
-
-
-def _stacked(
-    files: list[Path], model: PreTrainedModel, targets: Sequence[Target], dtype: torch.dtype
-) -> dict[str, tuple[Place, ...]]:
-    """{target: its experts}; in the order in which transformers stacks them, which is that of their names."""
-    rules, by_parameter = _Rules(model), {parameter_name(target): target for target in targets}
-    found: dict[str, list[Place]] = {target.name: [] for target in targets}
+    wanted = {parameter_name(target): target for target in targets}
     tensors = {tensor: (path, stored) for path in files for tensor, stored in read_header(path).items()}
-    for tensor in rules.in_order(tensors):
-        parameter, merged = rules.follow(tensor)
-        if parameter not in by_parameter:
-            continue
-        target, (path, stored) = by_parameter[parameter], tensors[tensor]
-        check_dtype(tensor, stored, dtype)
-        weight, transposed = stored_weight(target.module), is_transposed(target.module)
-        if merged:
-            _check_shape(tensor, stored, weight[0])
-            found[target.name].append(Place(path, tensor, stored, transposed))
-        else:
-            _check_shape(tensor, stored, weight)
-            found[target.name] += [Place(path, tensor, one, transposed, in_stack=True) for one in _slices(stored)]
-    for target in targets:
-        if len(found[target.name]) != len(stored_weight(target.module)):
-            raise Unfit(
-                f"the files hold {len(found[target.name])} of the {len(stored_weight(target.module))} experts in {target.name}"
-            )
+    found: dict[str, list[Place]] = {target.name: [] for target in wanted.values()}
+    for tensor, parameter, merged in _loaded_into(tensors, wanted, model):
+        target, (path, stored) = wanted[parameter], tensors[tensor]
+        found[target.name] += _places(target, path, tensor, stored, dtype, merged=merged)
+    for name, target in wanted.items():
+        expected = n_matrices(target.module)
+        if len(found[target.name]) != expected:
+            held = f"{len(found[target.name])} of the {expected} experts in" if is_stack(target.module) else "no"
+            raise Unfit(f"the files hold {held} {target.name if is_stack(target.module) else name}")
     return {name: tuple(places) for name, places in found.items()}
+
+
+def _loaded_into(
+    tensors: Mapping[str, Any], wanted: Mapping[str, Target], model: PreTrainedModel
+) -> Iterator[tuple[str, str, bool]]:
+    """(tensor, the wanted parameter that it is loaded into, whether it is one matrix of the stack there).
+
+    In the order in which transformers stacks them, which is that of their names. It isn't asked where all are there by name.
+    """
+    if wanted.keys() <= tensors.keys() and not any(is_stack(target.module) for target in wanted.values()):
+        yield from ((name, name, False) for name in wanted)
+        return
+    rules = _Rules(model, wanted)
+    for tensor in rules.in_order(tensors):
+        by_name = tensor in wanted and not is_stack(wanted[tensor].module)
+        parameter, merged = (tensor, False) if by_name else rules.follow(tensor)
+        if parameter in wanted:
+            yield tensor, parameter, merged
+
+
+def _places(target: Target, path: Path, tensor: str, stored: Stored, dtype: torch.dtype, *, merged: bool) -> Iterator[Place]:
+    """The matrices of a target that a tensor holds: one, or all of a stack."""
+    weight = stored_weight(target.module)
+    if not is_stack(target.module):
+        check_dtype(tensor, stored, dtype, 2)
+        _check_shape(tensor, stored, weight)
+        yield Place(path, tensor, stored, isinstance(target.module, Conv1D))
+        return
+    check_dtype(tensor, stored, dtype)
+    transposed = is_transposed(target.module)
+    _check_shape(tensor, stored, weight[0] if merged else weight)
+    if merged:
+        yield Place(path, tensor, stored, transposed)
+    else:
+        yield from (Place(path, tensor, one, transposed, in_stack=True) for one in _slices(stored))
 
 
 class _Rules:
     """transformers' own rules for names in a checkpoint of a model."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, wanted: Collection[str]) -> None:
+        self._wanted = wanted
         try:
             from transformers import core_model_loading as loading
             from transformers.conversion_mapping import get_model_conversion_mapping
         except ImportError as error:
-            raise Unfit("this version of transformers doesn't tell how it loads experts") from error
+            raise Unfit("this version of transformers doesn't tell how it loads tensors") from error
         self._loading, self._model = loading, model
         rules = get_model_conversion_mapping(model)
         self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -119,7 +128,7 @@ class _Rules:
         rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
         plain = len(rule.source_patterns) == len(rule.target_patterns) == len(rule.operations) == 1
         merges = plain and isinstance(rule.operations[0], self._loading.MergeModulelist) and rule.operations[0].dim == 0
-        if not merges and renamed.endswith(".down_proj"):
+        if not merges and (renamed in self._wanted or renamed.endswith(".down_proj")):
             raise Unfit(f"transformers converts {tensor} as it loads it")
         return renamed, merges
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -85,18 +85,6 @@ def shards_of(index: Path) -> list[str]:
         raise Unfit(f"there is neither {SINGLE} nor {INDEX}") from error
 
 
-def check_editable(files: list[Path], edits: Collection[str], dtype: torch.dtype) -> None:
-    """Unfit unless every tensor to edit is stored as a matrix of `dtype`, the one that the model says it is stored in."""
-    left = set(edits)
-    for path in files:
-        for name, stored in read_header(path).items():
-            if name in left:
-                check_dtype(name, stored, dtype, 2)
-                left.remove(name)
-    if left:
-        raise Unfit(f"no file holds {min(left)}")
-
-
 def check_dtype(name: str, stored: Stored, dtype: torch.dtype, dimensions: int = 0) -> None:
     """Unfit unless a tensor is stored in `dtype` and has so many dimensions (0: any number)."""
     if _FLOATS.get(stored.dtype) != dtype or (dimensions and len(stored.shape) != dimensions):
@@ -137,7 +125,7 @@ def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> 
 
 
 def read_matrix(path: Path, stored: Stored) -> Tensor:
-    """One tensor of a safetensors file, in a dtype that `check_editable` allows; in memory once."""
+    """One tensor of a safetensors file, in a dtype that `check_dtype` allows; in memory once."""
     with path.open("rb") as file:
         file.seek(stored.start)
         return _read(file, stored)[1]

@@ -24,8 +24,8 @@ ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
 class Architecture:
     """Where the decoder layers are, and per component the module paths within a layer (those present are taken).
 
-    A * in a module path stands for all members of a module list. `layers`: a path, or several with | between them (the first
-    that the model has). `found_by`: table, structure, or settings.
+    A * in a module path stands for all members of a module list; of paths with | between them the first that is there is meant,
+    in `layers` too. `found_by`: table, structure, or settings.
     """
 
     family: str
@@ -51,7 +51,7 @@ _LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
 _TEXT = "model.layers|model.language_model.layers|language_model.model.layers|model.text_model.layers"
 _MOE = ("mlp.down_proj", "mlp.experts")
 _GRANITE = ("block_sparse_moe.experts", "shared_mlp.output_linear")
-_CONV = ("self_attn.out_proj", "conv.out_proj")
+_CONV = ("self_attn.out_proj", "self_attn.o_proj", "conv.out_proj")
 _MAMBA = ("self_attn.o_proj", "mamba.out_proj")
 
 
@@ -63,7 +63,10 @@ def _row(
     *,
     layers: str = _TEXT,
 ) -> Architecture:
-    return Architecture(family, tuple(model_types.split()), layers, {ATTENTION: attention, MLP: mlp})
+    components = {ATTENTION: attention, MLP: mlp}
+    return Architecture(
+        family, tuple(model_types.split()), layers, {name: paths for name, paths in components.items() if paths}
+    )
 
 
 # An edit takes v out of what a module writes. What that means for the stream, where the layer isn't x + W…:
@@ -75,23 +78,29 @@ def _row(
 # · gates of one number a position (shared experts of Qwen): as multipliers.
 # `tests/test_models.py` proves each row by what a change of a module's output does to its layer's.
 ARCHITECTURES: tuple[Architecture, ...] = (
-    _row("llama", "llama smollm3 arcee cwm helium seed_oss hyperclovax minicpm3 youtu jais2 diffllama bitnet apertus"),
+    _row(
+        "llama",
+        "llama smollm3 arcee cwm helium seed_oss hyperclovax minicpm3 youtu jais2 diffllama bitnet apertus internlm3 "
+        "iquestcoder chameleon molmo2_text",
+    ),
+    # Its cross-attention layers are passed over while there is no image; they write to the stream when there is one.
+    _row("mllama", "mllama_text_model", ("self_attn.o_proj", "cross_attn.o_proj")),
     _row("mistral", "mistral ministral ministral3"),
-    _row("qwen", "qwen2 qwen3 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text"),
+    _row("qwen", "qwen2 qwen3 qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text"),
     _row("qwen3_5", "qwen3_5_text", _LINEAR),
     _row("gemma", "gemma gemma2 gemma3_text vaultgemma gemma4_unified_text"),
     # Its per-layer embeddings join the stream through a matrix too; the experts are beside the dense block.
     _row("gemma4", "gemma4_text", mlp=("mlp.down_proj", "experts", "per_layer_projection")),
     # Several streams: the attention and MLP blocks write to one and, in the layer's correction, to the others in proportion.
     _row("gemma3n", "gemma3n_text", mlp=("mlp.down_proj", "laurel.linear_right", "per_layer_projection")),
-    _row("phi3", "phi3"),
+    _row("phi3", "phi3 phi4_multimodal"),
     _row("olmo", "olmo olmo2 olmo3"),
     _row("olmo_hybrid", "olmo_hybrid", ("self_attn.o_proj", "linear_attn.o_proj")),
-    _row("granite", "granite granite_swa"),
+    _row("granite", "granite granite_swa granite4_vision_text"),
     _row("cohere", "cohere cohere2"),
     _row("glm4", "glm glm4 glm4v_text"),
     _row("exaone4", "exaone4"),
-    _row("hunyuan", "hunyuan_v1_dense"),
+    _row("hunyuan", "hunyuan_v1_dense hunyuan_vl_text"),
     _row("ernie4_5", "ernie4_5"),
     _row("nemotron", "nemotron"),
     _row("stablelm", "stablelm"),
@@ -110,22 +119,41 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _row("falcon_h1", "falcon_h1", _MAMBA, ("feed_forward.down_proj",)),
     _row("bamba", "bamba", _MAMBA, ("feed_forward.down_proj",)),
     _row("griffin", "recurrent_gemma", ("temporal_block.o_proj", "temporal_block.linear_out"), ("mlp_block.down_proj",)),
-    _row("lfm2", "lfm2", _CONV, ("feed_forward.w2",)),
+    _row("lfm2", "lfm2 lfm3", _CONV, ("feed_forward.w2",)),
+    _row("mamba", "mamba mamba2 falcon_mamba", ("mixer.out_proj",), (), layers="backbone.layers"),
+    # What their shared transformer blocks give enters the mixers, and never the stream.
+    _row("zamba", "zamba zamba2", ("mamba.out_proj", "mamba_decoder.mamba.out_proj"), ()),
+    # One block a layer. Where experts work in a space of their own, what leads back from there writes to the stream.
+    _row(
+        "nemotron_h",
+        "nemotron_h",
+        ("mixer.o_proj", "mixer.out_proj"),
+        ("mixer.down_proj", "mixer.fc2_latent_proj|mixer.experts", "mixer.shared_experts.down_proj"),
+    ),
     # Mixtures of experts: all of a layer's routed experts are one module; some layers are dense, and some have experts that
     # every token visits beside the routed ones.
-    _row("mixtral", "mixtral phimoe minimax_m2 olmoe gpt_oss qwen3_moe qwen3_vl_moe_text", mlp=_MOE),
+    _row(
+        "mixtral",
+        "mixtral phimoe minimax_m2 olmoe flex_olmo gpt_oss qwen3_moe qwen3_vl_moe_text qwen3_omni_moe_text mellum",
+        mlp=_MOE,
+    ),
     _row("minimax", "minimax", ("self_attn.o_proj", "self_attn.out_proj"), _MOE),
-    _row("qwen2_moe", "qwen2_moe", mlp=(*_MOE, "mlp.shared_expert.down_proj")),
+    _row("qwen2_moe", "qwen2_moe flint", mlp=(*_MOE, "mlp.shared_expert.down_proj")),
     _row("qwen3_next", "qwen3_next qwen3_5_moe_text", _LINEAR, (*_MOE, "mlp.shared_expert.down_proj")),
     _row(
         "deepseek",
-        "deepseek_v2 deepseek_v3 glm4_moe glm4v_moe_text ernie4_5_moe exaone_moe dots1",
+        "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe glm4v_moe_text glm4_moe_lite glm_moe_dsa ernie4_5_moe exaone_moe dots1 "
+        "afmoe aria_text axk1 axk2 bailing_hybrid cohere2_moe hy_v3 kimi_linear kolibri1 laguna mimo_v2_flash "
+        "minimax_m3_vl_text mistral4 mistral_large4_text solar_open step3p5",
         mlp=(*_MOE, "mlp.shared_experts.down_proj"),
     ),
+    _row("longcat", "longcat_flash", ("self_attn.*.o_proj",), ("mlps.*.down_proj", "mlp.experts")),
+    # Its other experts, for images only, are of the vision part.
+    _row("ernie4_5_vl", "ernie4_5_vl_moe_text", mlp=("mlp.down_proj", "mlp.text_moe.experts", "mlp.shared_experts.down_proj")),
     _row("hunyuan_moe", "hunyuan_v1_moe", mlp=(*_MOE, "mlp.shared_mlp.down_proj")),
     _row("jamba", "jamba", _MAMBA, ("feed_forward.down_proj", "feed_forward.experts")),
     _row("lfm2_moe", "lfm2_moe", _CONV, ("feed_forward.w2", "feed_forward.experts")),
-    _row("granitemoe", "granitemoe granitemoeshared", mlp=_GRANITE),
+    _row("granitemoe", "granitemoe granitemoeshared granitemoe_swa", mlp=_GRANITE),
     _row("granitemoehybrid", "granitemoehybrid", _MAMBA, _GRANITE),
     _row(
         "llama4",
@@ -192,6 +220,9 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     packed = next((target for target in there if storage_remedy(target.module)), None)
     if not targets and packed is not None:
         raise InputError(f"The weights in {packed.name} can't be edited: {storage_remedy(packed.module)}.")
+    if there and not targets:
+        kinds = " and ".join(sorted({type(target.module).__name__ for target in there}))
+        raise InputError(f"The model can't be edited: what writes to its residual stream, {_paths(architecture)}, is {kinds}.")
     if not targets:
         raise InputError(
             f"The model has no matrix to edit: none of its layers has {_paths(architecture)}; name the modules that "
@@ -235,14 +266,15 @@ def members(model: nn.Module, architecture: Architecture) -> Iterator[tuple[Targ
     for index, layer in enumerate(decoder_layers(model, architecture)):
         for component, paths in architecture.components.items():
             for path, named in _all_expanded(layer, paths):
-                module = _submodule(layer, path)
-                if module is not None:
-                    yield Target(f"{stack}.{index}.{path}", index, component, module), named
+                yield Target(f"{stack}.{index}.{path}", index, component, layer.get_submodule(path)), named
 
 
 def _all_expanded(layer: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for named in paths:
-        yield from ((path, named) for path in _expanded(layer, named))
+    for choice in paths:
+        for named in choice.split("|"):
+            if found := [(path, named) for path in _expanded(layer, named) if _submodule(layer, path) is not None]:
+                yield from found
+                break
 
 
 def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
@@ -256,10 +288,12 @@ def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path; None where there is none, or only a stand-in for one that a config leaves out."""
     try:
-        return root.get_submodule(path)
+        found = root.get_submodule(path)
     except AttributeError:
         return None
+    return None if isinstance(found, nn.Identity) else found
 
 
 def _paths(architecture: Architecture) -> str:

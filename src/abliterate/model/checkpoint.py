@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate.errors import InputError
@@ -91,7 +92,11 @@ def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedMode
     """The model with random weights in float32, on the CPU. torch.OutOfMemoryError where main memory doesn't hold them."""
     _check_memory(config, load, torch.float32)
     model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
-    return model.float().eval().requires_grad_(False)
+    model = model.float().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # else what is scaled channel by channel looks like a copy of itself: scales begin at 1
+            parameter.add_(0.2 * torch.rand_like(parameter))
+    return model
 
 
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
@@ -99,9 +104,23 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     if load.trust_remote_code:
         return transformers.AutoModelForCausalLM
     composite = config.get_text_config() is not config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (composite and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+    if getattr(config, "is_encoder_decoder", False):
+        raise _no_decoder(config)
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and (composite or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING):
         return transformers.AutoModelForImageTextToText
-    return transformers.AutoModelForCausalLM
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    # With a part for sound. Those that speak have no forward pass as a whole.
+    if type(config) in getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ()) and not hasattr(config, "talker_config"):
+        return transformers.AutoModelForMultimodalLM
+    raise _no_decoder(config)
+
+
+def _no_decoder(config: PretrainedConfig) -> InputError:
+    return InputError(
+        f"transformers has no class for {config.model_type!r} that reads a prompt and writes on; encoders and encoder-decoders "
+        "can't be edited, and of models that speak (Qwen-Omni) only the thinker, saved as a model of its own."
+    )
 
 
 def dense_load(load: LoadSettings) -> LoadSettings:

@@ -9,7 +9,7 @@ is off run transformers' own function. Knows no edit methods.
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -24,8 +24,6 @@ from abliterate.model.storages import is_plain
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
 # What the function needs to know of a module; transformers' decorator for experts classes sets it.
 _DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
-# Not in the registry: every expert sees every token, those that aren't chosen with a share of 0. Stored (E, d_ff, d_model).
-_UNROUTED = ("Llama4TextExperts",)
 
 
 class StackEdit(Protocol):
@@ -42,13 +40,13 @@ class StackEdit(Protocol):
 def is_stack(module: nn.Module) -> bool:
     """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
     down = module._parameters.get("down_proj")
-    known = type(module).__name__ in _UNROUTED or all(hasattr(module, name) for name in _DECORATED)
+    known = type(module).__name__ in _REPLACED or all(hasattr(module, name) for name in _DECORATED)
     return known and down is not None and down.ndim == 3 and is_plain(down)
 
 
 def is_transposed(module: Any) -> bool:
     """Whether fused experts are stored as (E, d_ff, d_model)."""
-    return bool(getattr(module, "is_transposed", True))
+    return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
 def stack_of(module: nn.Module) -> Tensor:
@@ -87,8 +85,9 @@ class ExpertsAdapter:
         # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
         setattr(self._module, _EDIT, _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config))
-        if type(self._module).__name__ in _UNROUTED:
-            setattr(self._module, self._forward, partial(_unrouted_forward, self._module))
+        replaced = _REPLACED.get(type(self._module).__name__)
+        if replaced is not None:
+            setattr(self._module, self._forward, partial(replaced, self._module))
         else:
             # Not by the config's property, which would change the configs it is made of, too.
             mine: Any = copy.copy(self._config)
@@ -98,7 +97,7 @@ class ExpertsAdapter:
 
     def off(self) -> None:
         """The base's own function again."""
-        if type(self._module).__name__ not in _UNROUTED:
+        if type(self._module).__name__ not in _REPLACED:
             self._module.config = self._config
         elif self._old_forward is None:
             vars(self._module).pop(self._forward, None)
@@ -144,9 +143,9 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     gated = getattr(self, "has_gate", True)
     name = "gate_up_proj" if gated else "up_proj"
     x = _linear(self, name, hidden_states[order // top_k], experts, offsets)
-    if self.has_bias:
+    if getattr(self, "has_bias", False):
         x = x + getattr(self, f"{name}_bias")[experts]
-    x = self._apply_gate(x) if gated else self.act_fn(x)
+    x = _gate(self, x) if gated else self.act_fn(x)
     out = _down(self, x, experts, offsets)
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)
@@ -156,12 +155,28 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
     return restored.view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
 
 
+def _gate(module: Any, x: Tensor) -> Tensor:
+    """What goes down of what came up, (S, 2 d_ff): the module's own way where it has one."""
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(x)  # type: ignore[no-any-return]
+    gate, up = x.chunk(2, dim=-1)
+    return module.act_fn(gate) * up  # type: ignore[no-any-return]
+
+
 def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """`Llama4TextExperts.forward`, edited; `hidden_states` (E × tokens, d_model) and the result are sorted by expert."""
+    """`Llama4TextExperts.forward`, edited; `hidden_states` (E × tokens, d_model) and the result are sorted by expert: every
+    expert sees every token, those that aren't chosen with a share of 0."""
     x = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
     x = up * self.act_fn(gate)
     return vars(self)[_EDIT].of_all(torch.bmm(x, self.down_proj), x).view(hidden_states.shape)
+
+
+def _idle_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Experts numbered beyond the last matrix give back what they are given: `LongcatFlashExperts.forward`, edited."""
+    works = top_k_index < len(self.down_proj)
+    worked = _experts_forward(self, hidden_states, top_k_index.where(works, 0), top_k_weights * works)
+    return worked + (hidden_states * (top_k_weights * ~works).sum(dim=-1, keepdim=True)).to(worked.dtype)
 
 
 def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
@@ -174,7 +189,8 @@ def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
 
 def _linear(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
     """W_e x of pairs sorted by expert, without biases: by what the base multiplies with, as far as we know it."""
-    weight = getattr(module, name) if is_transposed(module) else getattr(module, name).transpose(1, 2)  # (E, in, out)
+    weight = getattr(module, name)[: len(module.down_proj)]  # LongCat stores rows for its idle experts, too
+    weight = weight if is_transposed(module) else weight.transpose(1, 2)  # (E, in, out)
     edit: _Edit | None = vars(module).get(_EDIT)
     # `generate` switches the shared config to this while it decodes on an accelerator: few pairs, no sorting.
     if edit is not None and getattr(edit.config, "_experts_implementation", "") == "batched_mm":
@@ -183,3 +199,9 @@ def _linear(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor)
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(_FUNCTION, _experts_forward)
+# Classes that aren't in the registry, and what takes the place of their `forward` while an edit is on.
+_REPLACED: dict[str, Callable[..., Tensor]] = {
+    "Llama4TextExperts": _unrouted_forward,
+    "Step3p7Experts": _experts_forward,
+    "LongcatFlashExperts": _idle_forward,
+}

@@ -47,7 +47,7 @@ class Shape:
         d_model = config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or max(1, d_model // 64)
         hidden = max(_one(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
-        experts = visited_experts(config) * (getattr(config, "moe_intermediate_size", None) or hidden)
+        experts = visited_experts(config) * (_one(getattr(config, "moe_intermediate_size", None)) or hidden)
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return Shape(
             n_layers=config.num_hidden_layers,

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -89,19 +88,6 @@ def resolve_source(model: str) -> str:
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model:
         raise InputError(f"There is no model directory {model}; check the path, or give a Hub id like owner/name.")
     return model
-
-
-def choose_device(device: str) -> torch.device:
-    """The device named, or the best there is for `auto`. InputError where it doesn't exist."""
-    if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return accelerator or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"The device {device!r} can't be used here; choose --device auto or cpu.") from error
-    return chosen
 
 
 def load_model(
@@ -263,23 +249,6 @@ def fingerprint(source: str, config: PretrainedConfig) -> str:
 def public_name(name: str) -> str:
     """The model's name as it may appear in results: a local path is cut to its last part (no private paths)."""
     return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
-
-
-def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
-
-
-def memory_text(device: torch.device) -> str:
-    """Free and total memory where the model will work."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
-    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
 
 
 def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.model.chat import Chat
 from abliterate.model.memory import clear_device_cache, unless_full
 from abliterate.types import Prompt
@@ -123,12 +123,36 @@ def stream_residuals(
         progress(done, len(prompts))
 
 
+@contextlib.contextmanager
+def _one_stream(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
+    """InputError where `layer` is given other hidden states than (batch, T, d_model), or several of those in a row."""
+
+    def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = tuple((args[0] if args else kwargs["hidden_states"]).shape)
+        if shape not in (found, found[1:]):
+            raise InputError(
+                f"The model's layers pass on hidden states {found} for {shape[0]} prompts of {shape[1]} tokens, which is not a "
+                f"residual stream of {shape[2]} features; models with several streams joined in one can't be edited."
+            )
+
+    handle = layer.register_forward_pre_hook(check, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def capture_batch(
     model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], *, amp: bool, home: torch.device
 ) -> Tensor:
     """One pass: (batch, n_layers+1, d_model) float32 on `home`."""
     states: list[Tensor | None] = [None] * (len(layers) + 1)
-    with capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
-        model(**prefill_kwargs(model, chat.encode(prompts)))
+    batch = chat.encode(prompts)
+    stream = _one_stream(layers[0], (*batch["input_ids"].shape, model.config.get_text_config().hidden_size))
+    with stream, capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
+        model(**prefill_kwargs(model, batch))
+    for index, state in enumerate(states):
+        if state is None:  # a layer that the model passes over (Mllama's cross-attention, without an image) adds nothing
+            states[index] = states[index - 1]
     return torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1)

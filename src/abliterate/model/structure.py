@@ -96,14 +96,18 @@ def find_stack(model: Any, d_model: int) -> tuple[str, list[Call]]:
             handle.remove()
     found = [name for name, layers in lists.items() if all(_sees_stream(seen.get(layer), d_model) for layer in layers)]
     if len(found) != 1:
-        raise Unclear(f"{len(found)} lists of {n_layers} modules see hidden states of {d_model} features")
+        other = {tuple(calls[0].hidden.shape) for calls in seen.values() if _has_hidden(calls)} if not found else ()
+        instead = f", some see {max(other, key=len)}" if other else ""
+        raise Unclear(f"{len(found)} lists of {n_layers} modules see hidden states of {d_model} features{instead}")
     return found[0], [seen[layer][0] for layer in lists[found[0]]]
 
 
 def _sees_stream(calls: Sequence[Call] | None, d_model: int) -> bool:
-    if calls is None or len(calls) != 1 or not (calls[0].args or "hidden_states" in calls[0].kwargs):
-        return False
-    return isinstance(calls[0].hidden, Tensor) and calls[0].hidden.shape == (1, TOKENS, d_model)
+    return calls is not None and len(calls) == 1 and _has_hidden(calls) and calls[0].hidden.shape == (1, TOKENS, d_model)
+
+
+def _has_hidden(calls: Sequence[Call]) -> bool:
+    return bool(calls[0].args or "hidden_states" in calls[0].kwargs) and isinstance(calls[0].hidden, Tensor)
 
 
 def writers_of(layers: Any, calls: Sequence[Call], d_model: int) -> list[tuple[Writer, ...]]:

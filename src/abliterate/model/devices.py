@@ -1,0 +1,38 @@
+"""Devices: which one is meant, what a person calls it, and how much memory it has."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from abliterate.errors import InputError
+
+
+def choose_device(device: str) -> torch.device:
+    """The device named, or the best there is for `auto`. InputError where it doesn't exist."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"The device {device!r} can't be used here; choose --device auto or cpu.") from error
+    return chosen
+
+
+def device_name(device: torch.device) -> str:
+    """What a person calls the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def memory_text(device: torch.device) -> str:
+    """Free and total memory where the model will work."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        memory = psutil.virtual_memory()
+        free, total = memory.available, memory.total
+    return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
