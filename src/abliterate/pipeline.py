@@ -25,7 +25,7 @@ from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
-from abliterate.model.loader import choose_device
+from abliterate.model.devices import choose_device
 from abliterate.report.html import write_report
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory, write_atomically
