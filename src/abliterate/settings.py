@@ -26,6 +26,7 @@ class LoadSettings(_Section):
     dtypes: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = Field(("auto", "bfloat16", "float32"), min_length=1)
     device_map: str = ""
     max_memory: dict[str, str] = {}
+    offload_folder: str = ""
     quantization: Quantization = "none"
     dequantize: bool = False
     attn_implementation: str = ""

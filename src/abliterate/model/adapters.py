@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
 from abliterate.model.experts import ExpertsAdapter, is_stack
+from abliterate.model.offload import held
 from abliterate.model.weights import in_features, out_features, place_of
 
 
@@ -106,7 +107,7 @@ class _Adapter:
         self.off()
 
     def write(self, key: Hashable | None, factors: LowRankEdit) -> None:
-        bias: Any = getattr(self._module, "bias", None)
+        bias = held(self._module, "bias") if getattr(self._module, "bias", None) is not None else None
         # Quantized storage says nothing of the compute dtype; factors then stay float32 until the first input.
         device, dtype = place_of(self._module)
         place: Any = {"device": device, "dtype": dtype or torch.float32}

@@ -18,7 +18,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate.errors import InputError
-from abliterate.model import quantized
+from abliterate.model import offload, quantized
 from abliterate.model.memory import free_memory
 from abliterate.model.storages import FILES
 from abliterate.settings import LoadSettings
@@ -54,6 +54,9 @@ def load_weights(
         kwargs["attn_implementation"] = load.attn_implementation
     if device is not None:
         kwargs["device_map"] = load.device_map or {"": str(device)}
+        if load.device_map:
+            # Used only for what its files don't hold as the model does, above all stacked experts.
+            kwargs["offload_folder"] = load.offload_folder or offload.temporary_folder()
         if load.max_memory:
             kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
         kwargs |= _quantization(load, dtype)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from abliterate.model.offload import held, home_of
 from abliterate.model.storages import is_plain
 
 # Under this name our function is in transformers' registry, and on an edited module is what carries out the edit.
@@ -51,7 +52,7 @@ def is_transposed(module: Any) -> bool:
 
 def stack_of(module: nn.Module) -> Tensor:
     """W (E, d_model, d_ff) of fused experts: a view, whichever way round they are stored."""
-    down: Any = module.down_proj
+    down = held(module, "down_proj")
     return down.detach().transpose(1, 2) if is_transposed(module) else down.detach()
 
 
@@ -81,7 +82,7 @@ class ExpertsAdapter:
     def write(self, key: Hashable, factors: StackEdit) -> None:
         """Switch the edit on. Only this module's view of the config says so: layers share one config."""
         weight = self._module.down_proj
-        place = {"device": weight.device, "dtype": weight.dtype}
+        place = {"device": home_of(self._module, weight), "dtype": weight.dtype}
         # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
         setattr(self._module, _EDIT, _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config))

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from abliterate.errors import InputError
 from abliterate.model.experts import is_stack, stack_of
+from abliterate.model.offload import held, home_of
 from abliterate.model.storages import device_of, is_plain, storage_of
 
 
@@ -54,7 +55,7 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Where W is, and the dtype that a dense one multiplies in; None: quantized storage says nothing of that."""
     if is_stack(module) or storage_of(module) is None:
         weight = stored_weight(module)
-        return weight.device, weight.dtype if is_plain(weight) else None
+        return home_of(module, weight), weight.dtype if is_plain(weight) else None
     return device_of(module), None
 
 
@@ -69,7 +70,7 @@ def dense_weight(module: nn.Module) -> Tensor:
     storage = storage_of(module)
     if storage is not None:
         return storage.dense(module)
-    weight = stored_weight(module).detach()
+    weight = held(module, "weight").detach()
     if not is_plain(weight):
         raise InputError(
             f"The weights of a {type(module).__name__} are stored as {weight.dtype}, which can't be read; load them in bf16."
