@@ -1,12 +1,14 @@
 """A worker without a model: asks, waits as long as a trial may take, tells. Started by tests and measurements as a process.
 
-Prints a line for each trial that it has told: its number and how long asking and telling took.
+Prints a line for each trial that it has told: its number, seconds of asking, of telling and of waiting, when it was asked for
+and when told, and whether it counted.
 """
 
 from __future__ import annotations
 
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +25,7 @@ def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace
     return open_study(url, journal, Space(settings, 12, COMPONENTS), 0, name, worker)
 
 
-def work(study: Study, budget: int, seconds: float, out: object = sys.stdout) -> None:
+def work(study: Study, budget: int, seconds: float) -> None:
     """Until the budget is used."""
     waits = random.Random()
     while len(study.trials()) < budget:
@@ -34,15 +36,27 @@ def work(study: Study, budget: int, seconds: float, out: object = sys.stdout) ->
             time.sleep(0.1)
             continue
         took = time.perf_counter() - started
+        wait, began = seconds * waits.uniform(0.5, 1.5), time.time() - took
         with study.at_work(asked):
-            time.sleep(seconds * waits.uniform(0.5, 1.5))
+            time.sleep(wait)
         scores = {"kl": {"mean": 0.1 * asked.params.kernels["attn.o_proj"].max_coeff}, "refusals": asked.number % 50}
         started = time.perf_counter()
         mine = study.tell(asked, Trial(asked.number, asked.params, "complete", scores), 100)
         told = time.perf_counter() - started
-        print(f"{asked.number} {took:.4f} {told:.4f} {'told' if mine else 'lost'}", file=out, flush=True)  # type: ignore[call-overload]
+        words = (asked.number, f"{took:.4f}", f"{told:.4f}", f"{wait:.4f}", f"{began:.4f}", f"{time.time():.4f}")
+        print(*words, "told" if mine else "lost", flush=True)
 
 
 if __name__ == "__main__":
-    url, journal, name, worker, budget, seconds, grace = sys.argv[1:]
-    work(study_of(url, Path(journal), name, worker, int(budget), float(grace)), int(budget), float(seconds))
+    url, journal, name, worker, budget, seconds, grace, *threads = sys.argv[1:]
+
+    def one(worker: str) -> None:
+        work(study_of(url, Path(journal), name, worker, int(budget), float(grace)), int(budget), float(seconds))
+
+    several = [threading.Thread(target=one, args=(f"{worker}-{index}",)) for index in range(int((threads or ["0"])[0]))]
+    for thread in several:
+        thread.start()
+    for thread in several:
+        thread.join()
+    if not several:
+        one(worker)

@@ -85,8 +85,14 @@ def is_lost(error: BaseException) -> bool:
     """Whether an error says that the database can't be reached now, as opposed to what was asked of it being wrong."""
     from sqlalchemy import exc
 
-    causes = {type(one) for one in (error, error.__cause__, error.__context__) if one is not None}
-    return any(issubclass(one, exc.OperationalError | exc.InterfaceError | exc.TimeoutError) for one in causes)
+    # The last is how a session speaks that was in the middle of something when its connection was cut.
+    lost = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, exc.PendingRollbackError)
+    one: BaseException | None = error
+    while one is not None:
+        if isinstance(one, lost) or (isinstance(one, exc.DBAPIError) and one.connection_invalidated):
+            return True
+        one = one.__cause__ or one.__context__
+    return False
 
 
 @contextlib.contextmanager
