@@ -9,12 +9,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from abliterate import endings
 from abliterate.cli_cache import CacheDir, Json, Text, cache_app
-from abliterate.errors import FAILED, INTERRUPTED, AbliterateError, InputError, Interrupted
+from abliterate.errors import InputError
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
 app = typer.Typer(
@@ -25,9 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
-
-# Not every command is a run, so these sentences must be true of all.
-_KEPT = "a run keeps its finished trials and continues with --resume"
 
 Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
 Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
@@ -167,11 +165,22 @@ def inspect(
 
 
 @app.command()
-def trials(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: Json = False) -> None:
-    """Show the front of a run and all its trials."""
-    from abliterate import commands
+def trials(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    front: Annotated[bool, typer.Option("--front", help="Only trials on the front.")] = False,
+    state: Annotated[str, typer.Option(help="Only complete, stopped or failed ones.")] = "",
+    max_kl: Annotated[float | None, typer.Option(help="Only trials with a mean KL of at most this.")] = None,
+    max_refusals: Annotated[int | None, typer.Option(help="Only complete trials with at most this many refusals.")] = None,
+    sort: Annotated[str, typer.Option(help="number, kl, refusals or seconds.")] = "number",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many, in that order.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line a trial, for spreadsheets.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the front of a run and all its trials, or those that the options name; also while the run goes on."""
+    from abliterate.trial_commands import Wanted, show_trials
 
-    commands.show_trials(run_directory, as_json=as_json)
+    wanted = Wanted(front, state, max_kl, max_refusals, sort, limit)
+    show_trials(run_directory, wanted, as_json=as_json, as_csv=as_csv)
 
 
 @app.command()
@@ -209,55 +218,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app()
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Interrupted as error:
-        _fail(str(error), error.exit_code)
-    except AbliterateError as error:
-        _debug()
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _debug()
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED)
-    except Exception as error:
-        _debug()
-        reason: Any = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        if _is_out_of_memory(error):
-            reason = reason or "out of memory"
-            _fail(f"there is too little memory ({reason}); free some and repeat the command: {_KEPT}.", FAILED)
-        _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # then it isn't torch's, which is heavy to load
-        return isinstance(error, MemoryError)
-    from abliterate.model.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
-def _debug() -> None:
-    if os.environ.get("ABLITERATE_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
-
-
-def _fail(message: str, exit_code: int) -> None:
-    try:
-        from abliterate.console import show_error
-
-        show_error(message)
-    except MemoryError:  # where there is none left, not even Rich can be loaded
-        sys.stderr.write(f"error: {message}\n")
-    sys.exit(exit_code)
+    endings.run_to_its_end(app)
 
 
 if __name__ == "__main__":

@@ -134,22 +134,6 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
         make_console().print(component_table(found["coverage"]))
 
 
-def show_trials(path: Path, *, as_json: bool) -> None:
-    """`abliterate trials RUN`."""
-    result = RunDirectory(path).read_result()
-    if as_json:
-        print(json.dumps({"front": result["front"], "selected": result["selected"], "trials": result["trials"]}))
-        return
-    console = make_console()
-    if not result["trials"]:
-        console.print("no trial has finished yet")
-        return
-    console.print(front_table(result))
-    for record in result["trials"]:
-        trial = Trial.from_record(record)
-        console.print(trial_line(trial, len(result["trials"]), trial.number in result["front"]), highlight=False)
-
-
 def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, as_json: bool) -> None:
     """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
     directory = RunDirectory(path)
