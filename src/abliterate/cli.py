@@ -27,7 +27,9 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
-Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
+_MODEL = "Hub id, local directory, or demo. Left out: the setting model."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
+Models = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"{_MODEL} Several: one run each.")]
 Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
 Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
@@ -56,11 +58,14 @@ def _root(
 
 @app.command()
 def run(
-    model: Model = "",
+    models: Models = None,
     trials: Annotated[int | None, typer.Option("-n", "--trials", help="Number of trials. Default 200.")] = None,
     startup_trials: Annotated[int | None, typer.Option(help="Random trials first. Default 30 % of all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
-    out: Annotated[Text, typer.Option("-o", "--out", help="Run directory. Default runs/MODEL-TIME.")] = None,
+    out: Annotated[
+        Text, typer.Option("-o", "--out", help="Run directory; of several, the one they lie in. Default runs/MODEL-TIME.")
+    ] = None,
+    listed: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="TOML file of several runs.")] = None,
     config: Config = "",
     assignments: Assignments = None,
     device: Device = None,
@@ -85,11 +90,10 @@ def run(
     as_json: Json = False,
     reference: Annotated[bool, typer.Option("--reference", help="Every efficiency off, for comparison.")] = False,
 ) -> None:
-    """Find the best ablation of MODEL and export the result."""
+    """Find the best ablation of MODEL and export the result; of several models, one after the other."""
     if resume and restart:
         raise InputError("The options --resume and --restart contradict each other; give one.")
     given = {
-        "model": model or None,
         "seed": seed,
         "device": device,
         "out": out,
@@ -105,10 +109,13 @@ def run(
         "evaluation": {"markers": markers, "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }
-    from abliterate import commands
+    from abliterate import batch, commands
 
-    flags = {"resume": resume, "restart": restart, "as_json": as_json, "reference": reference}
-    commands.run(given, config, assignments or [], gpus=gpus, **flags)
+    flags = commands.RunFlags(gpus, resume, restart, as_json, reference)
+    if listed or len(models or []) > 1:
+        batch.run(models or [], listed, commands.options_of(given, assignments or []), config, flags)
+    else:
+        commands.run({**given, "model": models[0] if models else None}, config, assignments or [], flags)
 
 
 @app.command()

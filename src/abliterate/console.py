@@ -220,6 +220,14 @@ def ask_yes(question: str) -> bool:
         return False
 
 
+def show_heading(text: str) -> None:
+    """What stands above all that one run of several says."""
+    if sys.stdout.isatty():
+        Console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
+    else:
+        print(f"\n=== {text}", flush=True)
+
+
 def show_error(message: str) -> None:
     """One sentence on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")

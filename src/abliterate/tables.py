@@ -31,6 +31,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 
 
 def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, right: Container[str]) -> Table:
+    """As Rich's table."""
     table = Table(title=escape(title) or None, title_justify="left")
     for column in columns:
         table.add_column(escape(column), justify="right" if column in right else "left")
@@ -57,6 +58,8 @@ def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: s
 _DISPENSABLE = (("scope", "direction"), ("KL median", "KL max"))
 # Of what no terminal is: Rich measures a table only up to the width it is given.
 _WIDEST = 10_000
+# A reason may take several lines, of this width at least.
+_FOLDED = 24
 _NUMBERS = ("trial", "refusals", "KL mean", "KL median", "KL max", "seconds", "direction")
 
 
@@ -87,13 +90,14 @@ def _print_trials(title: str, trials: Sequence[Trial], result: Mapping[str, Any]
     if base:
         baseline = result["baseline"]
         counts = {"trial": "base", "refusals": f"{baseline['refusals']}/{baseline['prompts']}"}
-        rows.insert(0, counts | {name: "0" for name in ("KL mean", "KL median", "KL max")})
+        rows.insert(0, counts | dict.fromkeys(("KL mean", "KL median", "KL max"), "0"))
     console, left_out = make_console(), False
     if console.is_terminal:
-        for gone in ((), (*components, "reason"), *_DISPENSABLE):
+        for gone in ((), components, *_DISPENSABLE):
             left_out = left_out or bool(set(gone) & set(columns))
             columns = [name for name in columns if name not in gone]
-            table = _ruled(columns, [[row.get(name, "") for name in columns] for row in rows], title, _NUMBERS)
+            short = [row | ({"reason": row["reason"][:_FOLDED]} if "reason" in row else {}) for row in rows]
+            table = _ruled(columns, [[row.get(name, "") for name in columns] for row in short], "", _NUMBERS)
             if console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width:
                 break
     print_table(columns, [[row.get(name, "") for name in columns] for row in rows], title, _NUMBERS)
