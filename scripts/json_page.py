@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/json.md from docs/json.schema.json, which is the one place where fields are described. Usage: scripts/json_page.py
+"""Writes docs/json.md from docs/json.schema.json, the one place where fields are described. Usage: scripts/json_page.py
 
 `tests/test_json_events.py` fails where the page is not what this writes.
 """
@@ -17,21 +17,21 @@ INTRO = """# What `--json` prints
 
 <!-- Written by scripts/json_page.py from json.schema.json; change that file and run the script. -->
 
-With `--json` a command prints strict JSON on standard output: one object a line, in ASCII (other characters are escaped), flushed line
-by line, no NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`, `trials`, `export` and
-`cache ls` have the option. Every line has:
+With `--json` a command prints strict JSON on standard output: one object a line, in ASCII (other characters are escaped),
+flushed line by line, no NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`, `trials`,
+`export` and `cache ls` have the option. Every line has:
 
 {line}
 
 The last line says how it ended: a `result` (of several runs the `summary`), or an `error` with the exit code, also for mistyped
 options, Ctrl+C and SIGTERM. Only a process that was killed, or whose standard output is closed or full, ends without one.
 
-New events, new fields and new stages may appear in the same `format`; skip those that you don't know. What is documented here keeps its
-name and meaning, or `format` changes. [json.schema.json](json.schema.json) says the same as a JSON Schema (2020-12) that knows
-exactly the fields of this version; `tests/test_json_events.py` holds the output of real commands against it.
+New events, new fields and new stages may appear in the same `format`; skip those that you don't know. What is documented here
+keeps its name and meaning, or `format` changes. [json.schema.json](json.schema.json) says the same as a JSON Schema (2020-12)
+that knows exactly the fields of this version; `tests/test_json_events.py` holds the output of real commands against it.
 
 ```console
-$ abliterate run demo --json | jq -r 'select(.event == "trial") | [.trial.number, .trial.scores.refusals, .trial.scores.kl.mean] | @tsv'
+$ abliterate run demo --json | jq -r 'select(.event == "trial") | .trial | [.number, .state, .scores.kl.mean] | @tsv'
 $ abliterate trials runs/mine --front --sort kl --json | jq '.trials[0].number'
 $ abliterate run A B --json | jq -r 'select(.event == "summary") | .runs[] | [.model, .state, .export] | @tsv'
 ```

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import tomli_w
-from conftest import quick_options, save_model
 from conftest import make_model as tiny_model
+from conftest import quick_options, save_model
 from test_cli import Invoke, Outcome, assert_json_lines, assert_sentence, invoke  # noqa: F401  (a fixture)
 
 from abliterate import batch, bench, pipeline, stages
@@ -128,8 +128,12 @@ def test_one_failing_does_not_stop_the_rest(
 
     with monkeypatch.context() as patch:
         patch.setattr(bench, "load", load)
+        freed: list[Any] = []
+        clear = batch.clear_device_cache
+        patch.setattr(batch, "clear_device_cache", lambda device: freed.append(device) or clear(device))
         outcome = invoke("run", "--list", listed, "--json")
     assert_sentence(Outcome(outcome.code, "", outcome.err.splitlines()[-1]), 1, "2 of 4 runs failed", "--resume")
+    assert len(freed) == 4
     assert alive == [[], [False], [False, False]]  # before each model is loaded, the others are gone
     assert "run 1 of 4 (/no/such/model)" in outcome.err
     one, two, three, four = summary(outcome)

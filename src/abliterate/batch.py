@@ -209,7 +209,7 @@ def _run_one(one: Planned, place: tuple[int, int], config: str, flags: RunFlags,
             return Outcome.of(one.model, "skipped", directory, found)
         return Outcome.of(one.model, "done", directory, carry_out(settings, directory, flags, interrupts, ask=False))
     except (Interrupted, KeyboardInterrupt) as error:
-        state, message = "interrupted", str(error)
+        state, message = "interrupted", str(error) if directory is not None else "interrupted before it began"
         code = error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
     except Exception as error:
         show_traceback()
