@@ -17,6 +17,7 @@ from test_cli import Invoke, Outcome, assert_json_lines, assert_sentence, invoke
 
 from abliterate import batch, bench, pipeline, stages
 from abliterate.errors import InputError
+from abliterate.model import hub
 from abliterate.model.loader import demo_path
 from abliterate.rundir import RunDirectory
 
@@ -216,6 +217,26 @@ def test_an_interruption_ends_all_with_a_summary(
     assert assert_json_lines(outcome.out)[-1]["event"] == "error"
     assert len(RunDirectory(Path("runs/l/demo")).read_result()["trials"]) == 1  # what was finished is kept
     assert not (tmp_path / "never").exists()
+
+
+def test_a_network_that_was_away_for_one_run_is_asked_for_again(
+    invoke: Invoke,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there, offline = iter([False, True, False]), []
+
+    def carry_out(*args: Any, ask: bool) -> Any:
+        hub.skip_retries_without_network()
+        offline.append(hub.constants.HF_HUB_OFFLINE)
+        raise InputError("That's enough.")
+
+    monkeypatch.setattr(batch, "carry_out", carry_out)
+    monkeypatch.setattr(hub, "_reachable", lambda endpoint: next(there))
+    monkeypatch.setattr(hub, "_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    invoke("run", "a/b", "c/d", "e/f")
+    hub.ask_again()
+    assert offline == [True, False, True]
 
 
 def test_nothing_is_asked_at_a_terminal(

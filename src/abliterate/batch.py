@@ -20,6 +20,7 @@ from abliterate.console import make_reporter, show_error, show_heading
 from abliterate.endings import explain, show_traceback
 from abliterate.errors import DONE, INTERRUPTED, AbliterateError, InputError, Interrupted
 from abliterate.interrupts import Interrupts
+from abliterate.model.hub import ask_again
 from abliterate.model.loader import choose_device
 from abliterate.model.memory import clear_device_cache
 from abliterate.rundir import RunDirectory, default_path, safe_name
@@ -200,6 +201,7 @@ def _run_one(one: Planned, place: tuple[int, int], config: str, flags: RunFlags,
     directory: RunDirectory | None = None
     try:
         interrupts.check()
+        ask_again()
         while not one.options["out"] and default_path(one.model).exists():
             time.sleep(0.1)  # until the next second gives another name
         settings, directory = resolve(one.options, config, flags, one.entry)

@@ -29,7 +29,7 @@ app.add_typer(cache_app, name="cache")
 
 _MODEL = "Hub id, local directory, or demo. Left out: the setting model."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
-Models = Annotated[list[str] | None, typer.Argument(metavar="[MODEL]...", help=f"{_MODEL} Several: one run each.")]
+Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several: one run each.")]
 Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
 Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
