@@ -277,7 +277,7 @@ def test_trials_and_report_of_a_run(invoke: Invoke, finished: Finished, tmp_path
     run = copy_run(path, tmp_path / "run")
     shown = json.loads(invoke("trials", run, "--json").out)
     assert (shown["front"], shown["selected"]) == (result["front"], result["selected"])
-    assert f"/{len(result['trials'])}" in invoke("trials", run).out
+    assert f"All {len(result['trials'])} trials" in invoke("trials", run).out
     (run / "report.html").unlink()
     assert invoke("report", run).code == 0
     assert (run / "report.html").is_file()
@@ -319,6 +319,9 @@ def test_export_while_the_run_goes_on(invoke: Invoke, tmp_path: Path, prompt_fil
             break
     number = states.index("complete")
     outcome = invoke("export", tmp_path / "run", "--trial", number, "-o", tmp_path / "out", "--json")
+    shown = json.loads(invoke("trials", tmp_path / "run", "--front", "--json").out)
+    assert shown["selected"] is None
+    assert 0 < len(shown["trials"]) == len(shown["front"]) < shown["finished"]
     assert process.poll() is None, "it goes on"
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
@@ -369,7 +372,8 @@ def test_interrupted_run_is_kept_and_resumed(invoke: Invoke, tmp_path: Path, pro
             process.send_signal(signal.SIGINT)
             break
     out, err = process.communicate(timeout=60)
-    assert_json_lines(out)
+    last = assert_json_lines(out)[-1]
+    assert (last["event"], last["exit_code"]) == ("error", 130)
     assert_sentence(Outcome(process.returncode, "", err), 130, "--resume")
     kept = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert len(kept["trials"]) >= 2
@@ -453,13 +457,13 @@ def test_tune_batch_as_json(invoke: Invoke) -> None:
 def test_cache_path_and_empty_cache(invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("cache", "path", "--cache-dir", tmp_path / "c").out.strip() == str(tmp_path / "c")
     assert invoke("cache", "path").out.strip() == os.environ["ABLITERATE_CACHE_DIR"]
-    assert json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out) == []
+    assert json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out)["entries"] == []
     assert invoke("cache", "clear", "--cache-dir", tmp_path / "c").code == 0
 
 
 def test_cache_ls_says_what_entries_are_of(invoke: Invoke, tmp_path: Path) -> None:
     filled_cache(tmp_path / "c")
-    entries = json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out)
+    entries = json.loads(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json").out)["entries"]
     assert {entry["of"] for entry in entries} == {"one: 3 prompts", "two: 3 prompts"}
     assert "2 entries" in invoke("cache", "ls", "--cache-dir", tmp_path / "c").out
 

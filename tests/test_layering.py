@@ -14,7 +14,10 @@ import abliterate
 
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
-    5: ("cli", "cli_cache", "__main__", "console", "tables", "commands", "cache_commands"),
+    5: (
+        *("cli", "cli_cache", "__main__", "endings", "events", "console", "tables"),
+        *("commands", "cache_commands", "trial_commands", "batch"),
+    ),
     4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
@@ -27,7 +30,8 @@ NARROW = {
     "directions": {"errors"},
     "edits": {"directions", "errors"},
     "cache": {"errors", "types"},
-    "console": {"errors", "tables", "types"},
+    "console": {"errors", "events", "tables", "types"},
+    "events": {"types"},
     "tables": {"errors", "types"},
     "front": {"errors", "types"},
     "search": {"errors", "settings", "storage", "types"},

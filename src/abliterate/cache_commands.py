@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from abliterate import events
 from abliterate.cache import ArtifactStore, Entry, default_root
-from abliterate.console import ask_yes
+from abliterate.console import ask_yes, make_reporter
 from abliterate.errors import AbliterateError, InputError
 from abliterate.inspection import bytes_text
 from abliterate.settings_sources import load_settings
@@ -26,9 +26,10 @@ def cache_root(cache_dir: str) -> Path:
 
 def cache_ls(cache_dir: str, *, as_json: bool) -> None:
     """`abliterate cache ls`."""
-    entries = list(_store(cache_dir).entries())
+    entries = list(_store(cache_dir, as_json=as_json).entries())
     if as_json:
-        print(json.dumps([{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created} for e in entries]))
+        records = [{"kind": e.kind, "of": e.label, "bytes": e.size, "created": e.created, "digest": e.digest} for e in entries]
+        events.emit("result", entries=records)
         return
     rows = [(entry.kind, entry.label, bytes_text(entry.size), _age(entry.created), entry.digest[:12]) for entry in entries]
     print_table(("kind", "of", "size", "age", "entry"), rows)
@@ -72,8 +73,8 @@ def cache_verify(cache_dir: str) -> None:
     print(f"{len(list(store.entries()))} entries are sound")
 
 
-def _store(cache_dir: str) -> ArtifactStore:
-    warn: Callable[[str], None] = print
+def _store(cache_dir: str, *, as_json: bool = False) -> ArtifactStore:
+    warn: Callable[[str], None] = make_reporter(as_json=True).warn if as_json else print
     return ArtifactStore(cache_root(cache_dir), warn=warn)
 
 

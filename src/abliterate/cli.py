@@ -9,12 +9,13 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from abliterate import endings
 from abliterate.cli_cache import CacheDir, Json, Text, cache_app
-from abliterate.errors import FAILED, INTERRUPTED, AbliterateError, InputError, Interrupted
+from abliterate.errors import InputError
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
 app = typer.Typer(
@@ -26,10 +27,9 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
-# Not every command is a run, so these sentences must be true of all.
-_KEPT = "a run keeps its finished trials and continues with --resume"
-
-Model = Annotated[str, typer.Argument(help="Hub id, local directory, or demo. Left out: the setting model.")]
+_MODEL = "Hub id, local directory, or demo. Left out: the setting model."
+Model = Annotated[str, typer.Argument(help=_MODEL)]
+Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several: one run each.")]
 Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
 Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
 Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
@@ -58,11 +58,14 @@ def _root(
 
 @app.command()
 def run(
-    model: Model = "",
+    models: Models = None,
     trials: Annotated[int | None, typer.Option("-n", "--trials", help="Number of trials. Default 200.")] = None,
     startup_trials: Annotated[int | None, typer.Option(help="Random trials first. Default 30 % of all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the search.")] = None,
-    out: Annotated[Text, typer.Option("-o", "--out", help="Run directory. Default runs/MODEL-TIME.")] = None,
+    out: Annotated[
+        Text, typer.Option("-o", "--out", help="Run directory; of several, the one they lie in. Default runs/MODEL-TIME.")
+    ] = None,
+    listed: Annotated[Path | None, typer.Option("--list", metavar="FILE", help="TOML file of several runs.")] = None,
     config: Config = "",
     assignments: Assignments = None,
     device: Device = None,
@@ -87,11 +90,10 @@ def run(
     as_json: Json = False,
     reference: Annotated[bool, typer.Option("--reference", help="Every efficiency off, for comparison.")] = False,
 ) -> None:
-    """Find the best ablation of MODEL and export the result."""
+    """Find the best ablation of MODEL and export the result; of several models, one after the other."""
     if resume and restart:
         raise InputError("The options --resume and --restart contradict each other; give one.")
     given = {
-        "model": model or None,
         "seed": seed,
         "device": device,
         "out": out,
@@ -107,10 +109,13 @@ def run(
         "evaluation": {"markers": markers, "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }
-    from abliterate import commands
+    from abliterate import batch, commands
 
-    flags = {"resume": resume, "restart": restart, "as_json": as_json, "reference": reference}
-    commands.run(given, config, assignments or [], gpus=gpus, **flags)
+    flags = commands.RunFlags(gpus, resume, restart, as_json, reference)
+    if listed or len(models or []) > 1:
+        batch.run(models or [], listed, commands.options_of(given, assignments or []), config, flags)
+    else:
+        commands.run({**given, "model": models[0] if models else None}, config, assignments or [], flags)
 
 
 @app.command()
@@ -167,11 +172,22 @@ def inspect(
 
 
 @app.command()
-def trials(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")], as_json: Json = False) -> None:
-    """Show the front of a run and all its trials."""
-    from abliterate import commands
+def trials(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    front: Annotated[bool, typer.Option("--front", help="Only trials on the front.")] = False,
+    state: Annotated[str, typer.Option(help="Only complete, stopped or failed ones.")] = "",
+    max_kl: Annotated[float | None, typer.Option(help="Only trials with a mean KL of at most this.")] = None,
+    max_refusals: Annotated[int | None, typer.Option(help="Only complete trials with at most this many refusals.")] = None,
+    sort: Annotated[str, typer.Option(help="number, kl, refusals or seconds.")] = "number",
+    limit: Annotated[int | None, typer.Option(help="Only the first so many, in that order.")] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="One line a trial, for spreadsheets.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show the front of a run and all its trials, or those that the options name; also while the run goes on."""
+    from abliterate.trial_commands import Wanted, show_trials
 
-    commands.show_trials(run_directory, as_json=as_json)
+    wanted = Wanted(front, state, max_kl, max_refusals, sort, limit)
+    show_trials(run_directory, wanted, as_json=as_json, as_csv=as_csv)
 
 
 @app.command()
@@ -209,55 +225,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        app()
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nothing is left to say.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Interrupted as error:
-        _fail(str(error), error.exit_code)
-    except AbliterateError as error:
-        _debug()
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        _debug()
-        where = f" ({error.filename})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED)
-    except Exception as error:
-        _debug()
-        reason: Any = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-        if _is_out_of_memory(error):
-            reason = reason or "out of memory"
-            _fail(f"there is too little memory ({reason}); free some and repeat the command: {_KEPT}.", FAILED)
-        _fail(f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # then it isn't torch's, which is heavy to load
-        return isinstance(error, MemoryError)
-    from abliterate.model.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
-
-
-def _debug() -> None:
-    if os.environ.get("ABLITERATE_DEBUG"):
-        import traceback
-
-        traceback.print_exc()
-
-
-def _fail(message: str, exit_code: int) -> None:
-    try:
-        from abliterate.console import show_error
-
-        show_error(message)
-    except MemoryError:  # where there is none left, not even Rich can be loaded
-        sys.stderr.write(f"error: {message}\n")
-    sys.exit(exit_code)
+    endings.run_to_its_end(app)
 
 
 if __name__ == "__main__":

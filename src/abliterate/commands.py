@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate import later, pipeline
-from abliterate.console import ask_for_trial, make_reporter, trial_line
+from abliterate import events, later, pipeline
+from abliterate.console import ask_for_trial, make_reporter
 from abliterate.errors import InputError, Interrupted
 from abliterate.front import parse_rule
 from abliterate.inspection import bytes_text, in_words
@@ -19,35 +19,54 @@ from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
-from abliterate.tables import component_table, front_table, make_console, print_table
+from abliterate.tables import component_table, make_console, print_table
 from abliterate.types import Baseline, Reporter, Trial
 
 
-def run(
-    given: Mapping[str, Any],
-    config: str,
-    assignments: list[str],
-    *,
-    gpus: int,
-    resume: bool,
-    restart: bool,
-    as_json: bool,
-    reference: bool,
-) -> None:
-    """`abliterate run`."""
-    options = merge(_given(given), parse_assignments(assignments))
-    settings = load_settings(config, options)
-    directory = _existing(settings) if resume else None
+@dataclass(frozen=True)
+class RunFlags:
+    """What `abliterate run` is told beside settings."""
+
+    gpus: int = 1
+    resume: bool = False
+    restart: bool = False
+    as_json: bool = False
+    reference: bool = False
+
+
+def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: RunFlags) -> None:
+    """`abliterate run MODEL`."""
+    options = options_of(given, assignments)
+    settings, directory = resolve(options, config, flags)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.as_json
+    carry_out(settings, directory, flags, Interrupts(), ask=at_terminal and "select" not in options.get("search", {}))
+
+
+def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """What the command line says, --set included."""
+    return merge(_given(given), parse_assignments(assignments))
+
+
+def resolve(
+    options: Mapping[str, Any], config: str, flags: RunFlags, entry: Mapping[str, Any] | None = None
+) -> tuple[Settings, RunDirectory]:
+    """The settings of a run, new or continued, and where it is; `entry`: what a list of runs says of it."""
+    settings = load_settings(config, options, entry=entry)
+    directory = _existing(settings) if flags.resume else None
     if directory:
         # A continued run starts from its own settings; what is given now, in any way, wins over them.
-        settings = load_settings(config, options, stored=directory.settings)
-    if reference:
+        settings = load_settings(config, options, stored=directory.settings, entry=entry)
+    if flags.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    return settings, directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
+
+
+def carry_out(
+    settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool
+) -> dict[str, Any]:
+    """One run to its end; `ask`: a person chooses the trial. Returns the content of `result.json`."""
     _quiet_libraries()
-    directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
-    reporter = make_reporter(as_json=as_json)
-    interrupts = Interrupts()
-    interactive = sys.stdin.isatty() and sys.stdout.isatty() and not as_json and "select" not in options.get("search", {})
+    reporter = make_reporter(as_json=flags.as_json)
 
     def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
         with interrupts.at_once():
@@ -55,14 +74,14 @@ def run(
 
     try:
         with interrupts.listening():
-            pipeline.run(
+            return pipeline.run(
                 settings,
                 reporter,
                 directory,
-                resume=resume,
-                restart=restart,
-                gpus=gpus,
-                choose=choose if interactive else None,
+                resume=flags.resume,
+                restart=flags.restart,
+                gpus=flags.gpus,
+                choose=choose if ask else None,
                 check=interrupts.check,
             )
     except Interrupted as error:
@@ -83,7 +102,10 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     try:
         with interrupts.listening():
             trials = pipeline.work(run_directory, url, study, _given(own), reporter, check=interrupts.check)
-        reporter.note(f"the run has its {trials} trials", trials=trials)
+        if as_json:
+            events.emit("result", trials=trials)
+        else:
+            reporter.note(f"the run has its {trials} trials")
     except Interrupted as error:
         raise Interrupted(error.exit_code, left) from error
     except KeyboardInterrupt as error:
@@ -94,13 +116,13 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
 
 def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *, as_json: bool) -> None:
     """`abliterate tune-batch`."""
-    settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
+    settings = load_settings(config, options_of(given, assignments))
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     with _ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
         tuning = pipeline.tune(settings, reporter)
     if as_json:
-        print(json.dumps({"event": "result", "operations": {one.operation: one.to_record() for one in tuning}}))
+        events.emit("result", operations={one.operation: one.to_record() for one in tuning})
         return
     rows = []
     for one in tuning:
@@ -114,13 +136,13 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
 
 def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, weights: bool, as_json: bool) -> None:
     """`abliterate inspect`."""
-    settings = load_settings(config, merge(_given(given), parse_assignments(assignments)))
+    settings = load_settings(config, options_of(given, assignments))
     _quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     with _ending_at_once(reporter, "interrupted; nothing was changed."):
         found = pipeline.inspect(settings, reporter, weights=weights)
     if as_json:
-        print(json.dumps({"event": "result", **found}))
+        events.emit("result", **found)
         return
     words, on_terminal = in_words(found), sys.stdout.isatty()
     if on_terminal:  # the table says the rest
@@ -132,22 +154,6 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
     reporter.header(words)
     if on_terminal:
         make_console().print(component_table(found["coverage"]))
-
-
-def show_trials(path: Path, *, as_json: bool) -> None:
-    """`abliterate trials RUN`."""
-    result = RunDirectory(path).read_result()
-    if as_json:
-        print(json.dumps({"front": result["front"], "selected": result["selected"], "trials": result["trials"]}))
-        return
-    console = make_console()
-    if not result["trials"]:
-        console.print("no trial has finished yet")
-        return
-    console.print(front_table(result))
-    for record in result["trials"]:
-        trial = Trial.from_record(record)
-        console.print(trial_line(trial, len(result["trials"]), trial.number in result["front"]), highlight=False)
 
 
 def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, as_json: bool) -> None:

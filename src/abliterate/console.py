@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -15,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.prompt import Prompt as Question
 from rich.table import Table
 
+from abliterate.events import JsonReporter
 from abliterate.tables import front_table
 from abliterate.types import Baseline, Reporter, Trial
 
@@ -73,42 +72,6 @@ class PlainReporter:
 
     def _line(self, text: str) -> None:
         print(text, file=self._out, flush=True)
-
-
-class JsonReporter:
-    """One JSON object a line, each with `event` and `time`; the last one of a run is the result."""
-
-    def __init__(self, out: TextIO) -> None:
-        self._out = out
-
-    def header(self, fields: Mapping[str, str]) -> None:
-        self._event("header", fields=dict(fields))
-
-    def stage(self, name: str, detail: str = "") -> None:
-        self._event("stage", name=name, detail=detail)
-
-    def progress(self, done: int, total: int, unit: str) -> None:
-        self._event("progress", done=done, total=total, unit=unit)
-
-    def note(self, text: str, **fields: Any) -> None:
-        self._event("note", text=text, fields=fields)
-
-    def warn(self, text: str) -> None:
-        self._event("warning", text=text)
-
-    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        best_number = None if best is None else best.number
-        self._event("trial", trial=trial.to_record(), total=total, front=front, best=best_number)
-
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
-        self._event("result", result=dict(result), directory=where)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _event(self, event: str, **fields: Any) -> None:
-        record = {"event": event, "time": round(time.time(), 3), **fields}
-        print(json.dumps(record, ensure_ascii=False, allow_nan=False), file=self._out, flush=True)
 
 
 class RichReporter:
@@ -255,6 +218,14 @@ def ask_yes(question: str) -> bool:
         return Console().input(f"{escape(question)} (y/N) ").strip().lower() in ("y", "yes")
     except EOFError:
         return False
+
+
+def show_heading(text: str) -> None:
+    """What stands above all that one run of several says."""
+    if sys.stdout.isatty():
+        Console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
+    else:
+        print(f"\n=== {text}", flush=True)
 
 
 def show_error(message: str) -> None:

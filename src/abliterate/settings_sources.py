@@ -34,18 +34,24 @@ def config_path(name: str) -> Path:
     raise InputError(f"The file configs/{name} is missing from this installation; reinstall abliterate.")
 
 
-def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None, stored: Path | None = None) -> Settings:
+def load_settings(
+    config: str = "",
+    overrides: Mapping[str, Any] | None = None,
+    stored: Path | None = None,
+    entry: Mapping[str, Any] | None = None,
+) -> Settings:
     """Settings from all sources, paths in them absolute: a run can be continued from anywhere.
 
     `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of
-    the run that is continued, which everything else wins over.
+    the run that is continued, which everything else wins over; `entry` is what a list of runs says of one, over `config`.
 
     Raises:
         InputError: an unknown setting (the nearest name is given), a wrong type, or a value out of range.
     """
     file_values = read_toml(stored) if stored else {}
     if config:
-        file_values = _by_section(file_values, read_toml(_find_config(config)))
+        file_values = by_section(file_values, read_toml(_find_config(config)))
+    file_values = by_section(file_values, entry or {})
     _check_environment()
     overrides = dict(overrides or {})
 
@@ -121,7 +127,7 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield prefix + name
 
 
-def _by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Like `merge` for sections, but an option that is itself a table is replaced as a whole, as it is over a default."""
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
     return {**base, **over, **{name: {**base[name], **over[name]} for name in both}}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -17,12 +18,115 @@ def make_console() -> Console:
     return Console()
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
-    """A table of plain text on standard output."""
-    table = Table(*columns, title=title or None, title_justify="left")
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", right: Container[str] = ()) -> None:
+    """A table of plain text on standard output: ruled on a terminal, in a pipe aligned lines that never wrap.
+
+    `right`: the columns whose cells stand at the right.
+    """
+    console = make_console()
+    if not console.is_terminal:
+        _print_plain(columns, list(rows), title, right)
+        return
+    console.print(_ruled(columns, rows, title, right))
+
+
+def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, right: Container[str]) -> Table:
+    """As Rich's table."""
+    table = Table(title=escape(title) or None, title_justify="left")
+    for column in columns:
+        table.add_column(escape(column), justify="right" if column in right else "left")
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
-    make_console().print(table)
+    return table
+
+
+def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str, right: Container[str]) -> None:
+    if title:
+        print(title)
+    # One entry a line, whatever a cell holds.
+    lines = [columns, *([" ".join(cell.split()) for cell in row] for row in rows)]
+    widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
+    for line in lines:
+        cells = []
+        for name, cell, width in zip(columns, line, widths, strict=True):
+            space = " " * (width - cell_len(cell))
+            cells.append(space + cell if name in right else cell + space)
+        print("  ".join(cells).rstrip())
+
+
+# What a narrow terminal leaves out of a table of trials, after the kernels.
+_DISPENSABLE = (("scope", "direction"), ("KL median", "KL max"))
+# Of what no terminal is: Rich measures a table only up to the width it is given.
+_WIDEST = 10_000
+# A reason may take several lines, of this width at least.
+_FOLDED = 24
+_NUMBERS = ("trial", "refusals", "KL mean", "KL median", "KL max", "seconds", "direction")
+
+
+def print_trials(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequence[Trial], conditions: str) -> None:
+    """The front, then all trials; where there are conditions, only the trials `chosen` by them."""
+    if not trials:
+        print("no trial has finished yet")
+        return
+    total = result["baseline"]["prompts"]
+    if not conditions:
+        on_front = {trial.number: trial for trial in trials}
+        front = [on_front[number] for number in result["front"]]
+        title = "Front: every trial that no other beats on both scores" if front else "Front: no trial beats the model itself"
+        _print_trials(title, front, result, base=True)
+        print()
+    which = f"{len(chosen)} of {len(trials)} trials: {conditions}" if conditions else f"All {len(trials)} trials"
+    _print_trials(which + f"; the model itself refuses {result['baseline']['refusals']}/{total}", chosen, result)
+    if make_console().is_terminal:
+        make_console().print("→ selected  ★ front  ≥ at least: stopped early", style="dim", highlight=False)
+
+
+def _print_trials(title: str, trials: Sequence[Trial], result: Mapping[str, Any], *, base: bool = False) -> None:
+    rows = [_trial_cells(trial, result) for trial in trials]
+    components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
+    columns = ["", "trial", "state", "refusals", "KL mean", "KL median", "KL max", "seconds", "scope", "direction", *components]
+    if any(trial.reason for trial in trials):
+        columns.append("reason")
+    if base:
+        baseline = result["baseline"]
+        counts = {"trial": "base", "refusals": f"{baseline['refusals']}/{baseline['prompts']}"}
+        rows.insert(0, counts | dict.fromkeys(("KL mean", "KL median", "KL max"), "0"))
+    console, left_out = make_console(), False
+    if console.is_terminal:
+        for gone in ((), components, *_DISPENSABLE):
+            left_out = left_out or bool(set(gone) & set(columns))
+            columns = [name for name in columns if name not in gone]
+            short = [row | ({"reason": row["reason"][:_FOLDED]} if "reason" in row else {}) for row in rows]
+            table = _ruled(columns, [[row.get(name, "") for name in columns] for row in short], "", _NUMBERS)
+            if console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width:
+                break
+    print_table(columns, [[row.get(name, "") for name in columns] for row in rows], title, _NUMBERS)
+    if components and components[0] in columns and console.is_terminal:
+        console.print("components: largest coeff @ its layer → coeff at the edge ± layers to the edge", style="dim")
+    if left_out:
+        console.print("A wider terminal, a pipe or --csv shows all columns.", style="dim")
+
+
+def _trial_cells(trial: Trial, result: Mapping[str, Any]) -> dict[str, str]:
+    """One trial's cells by column; what it doesn't have is left out."""
+    cells = {
+        "": "→" if trial.number == result["selected"] else "★" if trial.number in result["front"] else "",
+        "trial": str(trial.number),
+        "state": trial.state,
+        "seconds": f"{trial.seconds:.1f}",
+        "scope": trial.params.scope,
+        "direction": f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else "",
+        "reason": trial.reason,
+    }
+    if "refusals" in trial.scores:
+        bound = "≥" if trial.state == "stopped" else ""
+        cells["refusals"] = f"{bound}{trial.refusals}/{result['baseline']['prompts']}"
+    if "kl" in trial.scores:
+        cells |= {f"KL {name}": f"{trial.scores['kl'][name]:.4f}" for name in ("mean", "median", "max")}
+    for name, kernel in trial.params.kernels.items():
+        from_to = f"{kernel.max_coeff:.2f} @ {kernel.position:.1f} → {kernel.min_coeff:.2f}"
+        cells[name] = f"{from_to} ± {kernel.distance:.1f}" if kernel.max_coeff else "off"
+    return cells
 
 
 def front_table(result: Mapping[str, Any], marked: int | None = None) -> Table:

@@ -14,19 +14,30 @@ import urllib.request
 from huggingface_hub import constants
 
 TIMEOUT_SECONDS = 10.0
+# As the environment says.
+_OFFLINE = constants.HF_HUB_OFFLINE
 
 
 @functools.cache
 def skip_retries_without_network() -> None:
-    """Ask the Hub once per process; where there is no network, switch its libraries to their offline mode.
+    """Ask the Hub once; where there is no network, switch its libraries to their offline mode, until `ask_again`.
 
-    What was downloaded before still loads then; the rest fails at once. There is no way back within the process.
+    What was downloaded before still loads then; the rest fails at once.
     """
-    if _reachable(constants.ENDPOINT):
-        return
-    constants.HF_HUB_OFFLINE = True
+    if not _reachable(constants.ENDPOINT):
+        _switch(offline=True)
+
+
+def ask_again() -> None:
+    """Undo `skip_retries_without_network`: by the next run of this process, the network may be back."""
+    skip_retries_without_network.cache_clear()
+    _switch(offline=_OFFLINE)
+
+
+def _switch(*, offline: bool) -> None:
+    constants.HF_HUB_OFFLINE = offline
     if "datasets" in sys.modules:  # copies the constant when it is imported
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = offline
 
 
 def _reachable(endpoint: str) -> bool:

@@ -1,0 +1,186 @@
+"""`abliterate trials`: which trials are wanted, in which order, and shown as tables, as CSV or as one JSON line.
+
+Reads `result.json` only, which a run at work replaces as a whole: what is shown is one moment of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate import events
+from abliterate.errors import InputError
+from abliterate.rundir import RunDirectory
+from abliterate.tables import print_trials
+from abliterate.types import Trial
+
+_STATES = ("complete", "stopped", "failed")
+_KERNEL = ("max_coeff", "position", "min_coeff", "distance")
+# In these a spreadsheet would see a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+def _kl(trial: Trial) -> float:
+    return trial.kl if "kl" in trial.scores else math.inf
+
+
+def _refusals(trial: Trial) -> tuple[float, bool]:
+    """A bound comes after the same number of a complete trial: its true count may be larger."""
+    return (trial.refusals if "refusals" in trial.scores else math.inf), trial.state != "complete"
+
+
+_ORDERS = {
+    "number": lambda trial: trial.number,
+    "kl": lambda trial: (_kl(trial), trial.number),
+    "refusals": lambda trial: (*_refusals(trial), _kl(trial), trial.number),
+    "seconds": lambda trial: (trial.seconds, trial.number),
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which trials, as the options say; None and "" mean all."""
+
+    front: bool = False
+    state: str = ""
+    max_kl: float | None = None
+    max_refusals: int | None = None
+    sort: str = "number"
+    limit: int | None = None
+
+    def check(self) -> None:
+        """InputError for a value that means nothing, and for options that no trial could satisfy together."""
+        _check_name("--state", self.state or _STATES[0], _STATES)
+        _check_name("--sort", self.sort, tuple(_ORDERS))
+        if self.max_kl is not None and not self.max_kl >= 0:
+            raise InputError(f"The option --max-kl needs a number from 0, not {self.max_kl}.")
+        if self.max_refusals is not None and self.max_refusals < 0:
+            raise InputError(f"The option --max-refusals needs a number from 0, not {self.max_refusals}.")
+        if self.limit is not None and self.limit < 1:
+            raise InputError(f"The option --limit needs a number from 1, not {self.limit}.")
+        if self.front and self.state in ("stopped", "failed"):
+            raise InputError(f"The front has complete trials only, so --front and --state {self.state} contradict; give one.")
+        if self.state == "failed" and (self.max_kl is not None or self.max_refusals is not None):
+            raise InputError("Failed trials have no scores, so --state failed contradicts --max-kl and --max-refusals.")
+        if self.state == "stopped" and self.max_refusals is not None:
+            raise InputError(
+                "Of stopped trials only a lower bound of the refusals is known, so --state stopped contradicts --max-refusals."
+            )
+
+    @property
+    def in_words(self) -> str:
+        """The conditions, without the order; empty where all trials are wanted."""
+        conditions = ("on the front" if self.front else "", self.state)
+        limits = (
+            "" if self.max_kl is None else f"KL ≤ {self.max_kl:g}",
+            "" if self.max_refusals is None else f"refusals ≤ {self.max_refusals}",
+            "" if self.limit is None else f"the first {self.limit} by {self.sort}",
+        )
+        return ", ".join(part for part in (*conditions, *limits) if part)
+
+    def of(self, trials: Sequence[Trial], front: Sequence[int]) -> list[Trial]:
+        """Those of `trials` that are wanted, in order. What isn't known to satisfy a limit doesn't."""
+        kept = [
+            trial
+            for trial in trials
+            if (not self.front or trial.number in front)
+            and (not self.state or trial.state == self.state)
+            and (self.max_kl is None or _kl(trial) <= self.max_kl)
+            and (self.max_refusals is None or (trial.state == "complete" and trial.refusals <= self.max_refusals))
+        ]
+        return sorted(kept, key=_ORDERS[self.sort])[: self.limit]
+
+
+def show_trials(path: Path, wanted: Wanted, *, as_json: bool, as_csv: bool) -> None:
+    """`abliterate trials RUN`."""
+    if as_json and as_csv:
+        raise InputError("The options --json and --csv contradict each other; give one.")
+    wanted.check()
+    directory = RunDirectory(path)
+    result = _read(directory)
+    try:
+        trials = [Trial.from_record(record) for record in result["trials"]]
+        chosen = wanted.of(trials, result["front"])
+        if as_json:
+            events.emit("result", **_record(result, chosen, path))
+        elif as_csv:
+            _print_csv(csv_rows(result, trials, chosen))
+        else:
+            print_trials(result, trials, chosen, wanted.in_words)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.") from error
+
+
+def csv_rows(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequence[Trial]) -> Iterator[list[Any]]:
+    """A header and one flat row a trial; the columns depend on the run, never on which trials are chosen."""
+    components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
+    others = sorted({name for trial in trials for name in trial.scores} - {"refusals", "kl"})
+    kernels = [(name, part) for name in components for part in _KERNEL]
+    yield [
+        *("number", "state", "front", "selected", "refusals", "refusals_exact", "kl_mean", "kl_median", "kl_max"),
+        *others,
+        *("seconds", "scope", "direction_index"),
+        *(f"{name}.{part}" for name, part in kernels),
+        "reason",
+    ]
+    for trial in chosen:
+        kl = trial.scores.get("kl", {})
+        kernel_of = trial.params.kernels
+        yield [
+            *(trial.number, trial.state, trial.number in result["front"], trial.number == result["selected"]),
+            *(trial.scores.get("refusals"), trial.state == "complete", *(kl.get(name) for name in ("mean", "median", "max"))),
+            *(trial.scores.get(name) for name in others),
+            *(trial.seconds, trial.params.scope, trial.params.direction_index),
+            *(getattr(kernel_of[name], part) if name in kernel_of else None for name, part in kernels),
+            trial.reason,
+        ]
+
+
+def _print_csv(rows: Iterator[list[Any]]) -> None:
+    """RFC 4180: comma, quotes doubled, CRLF at the end of every line; in UTF-8 whatever the terminal's encoding."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    writer = csv.writer(sys.stdout, lineterminator="\r\n")
+    for row in rows:
+        writer.writerow(map(_cell, row))
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) and value.startswith(_FORMULA):
+        return "'" + value
+    return value
+
+
+def _record(result: Mapping[str, Any], chosen: Sequence[Trial], path: Path) -> dict[str, Any]:
+    return {
+        "directory": str(path),
+        "baseline": result["baseline"] or None,
+        "front": result["front"],
+        "selected": result["selected"],
+        "finished": len(result["trials"]),
+        "trials": [trial.to_record() for trial in chosen],
+    }
+
+
+def _read(directory: RunDirectory) -> dict[str, Any]:
+    """`result.json`, or an empty one of a run that hasn't come to its first trial."""
+    if directory.holds_run and not directory.result.exists():
+        return {"baseline": {}, "trials": [], "front": [], "selected": None}
+    return directory.read_result()
+
+
+def _check_name(option: str, given: str, known: Sequence[str]) -> None:
+    if given not in known:
+        near = difflib.get_close_matches(given, known, n=1)
+        remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}."
+        raise InputError(f"The option {option} has no value {given!r}; {remedy}")
