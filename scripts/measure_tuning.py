@@ -35,7 +35,7 @@ def measure(model: str, folder: Path) -> list[str]:
         settings, reporter, RunResult(RunDirectory(folder), reporter), make_store(settings, reporter), lambda: None
     )
     sets = read_prompts(context)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     engine = bench.plain_engine(context, loaded)
     engine.generate_ids(sets.harmful_eval[:1], 2)
     shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)

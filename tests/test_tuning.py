@@ -90,7 +90,7 @@ def test_a_cpu_is_never_asked_for_more_than_it_has(
 ) -> None:
     """No error would come: a process that takes too much is killed."""
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     engine = bench.plain_engine(context, loaded)
     probes = tuning.Probes(context, loaded, engine, prompts)
     row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
@@ -108,7 +108,7 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     engine = bench.plain_engine(context, loaded)
     probes = tuning.Probes(context, loaded, engine, prompts)
     per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
@@ -124,7 +124,7 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
 def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     engine = bench.plain_engine(context, loaded)
     machine = Machine(monkeypatch)
     sizes = tuning.batch_sizes(context, loaded, engine, prompts)
@@ -153,7 +153,7 @@ def test_another_question_is_measured_anew(
 ) -> None:
     measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path, **over)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     machine = Machine(monkeypatch)
     tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
     assert machine.rows
@@ -163,7 +163,7 @@ def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, m
     measured(prompt_files, tmp_path)
     monkeypatch.setattr("abliterate.identity.total_memory", lambda device: 1 << 30)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     machine = Machine(monkeypatch)
     tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
     assert machine.rows
@@ -171,7 +171,7 @@ def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, m
 
 def test_a_given_size_is_not_measured(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, evaluation={"batch_size": 7})
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     machine = Machine(monkeypatch)
     sizes = tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
     assert set(sizes.by_name.values()) == {7}
@@ -189,7 +189,7 @@ def test_other_prompts_of_the_same_lengths_take_the_same_sizes(
     path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
     swapped["harmful_eval"] = str(path)
     context, prompts, _ = made(swapped, tmp_path)
-    loaded = bench.load(context)
+    loaded = bench.load(context, None)
     machine = Machine(monkeypatch)
     tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
     assert machine.rows == []
