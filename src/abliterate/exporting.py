@@ -23,6 +23,7 @@ from abliterate.evaluation.kl import kl_divergence
 from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
 from abliterate.export.push import push
 from abliterate.export.recipe import recipe
+from abliterate.export.recipe_file import NO_EXPORT, RECIPE, Origin, export_record, mark_verified, recipe_record
 from abliterate.export.source import stored_dtype
 from abliterate.export.verify import (
     Expected,
@@ -40,7 +41,7 @@ from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
-from abliterate.rundir import write_atomically
+from abliterate.rundir import RunDirectory, write_atomically, write_json
 from abliterate.settings import EditSettings, LoadSettings
 from abliterate.types import Baseline, Trial, TrialParams
 
@@ -166,11 +167,23 @@ def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -
         conclude(context, final, trial, len(prompts.harmful_eval), verify(context, picked, prompts, final))
 
 
-def write(context: Context, job: ExportJob, final: Path, trial: int, approximation: Mapping[str, float]) -> dict[str, Any]:
-    """The export under its final name, and what `result.json` says of it; returns the latter."""
+def write(
+    context: Context,
+    job: ExportJob,
+    final: Path,
+    trial: int,
+    approximation: Mapping[str, float],
+    origin: Origin = "trial",
+) -> dict[str, Any]:
+    """The export under its final name, with its recipe, and what `result.json` says of it; returns the latter.
+
+    `origin`: how the job's factors were computed.
+    """
     exporter = EXPORTERS[context.settings.export.kind]
     with context.result.stage("export", exporter.kind), finished_folder(final, job.key(exporter.kind)) as folder:
         facts = dict(exporter.write(job, folder))
+        made = export_record(exporter.kind, origin, folder, job.factors)
+        write_json(folder / RECIPE, recipe_record(context.settings, context.result.record, trial, made))
     record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, "pushed": None, **facts}
     if approximation:
         record["approximation_error"] = dict(approximation)
@@ -197,12 +210,22 @@ def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdic
     leave_record(final, record)
     readme = final / "README.md"
     write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
+    mark_verified(final, verdict.ok)
     if not verdict.ok:
         failed = [name for name, passed in verdict.record["checks"].items() if not passed]
         context.reporter.warn(
             f"The export reloaded from disk differs from the trial by more than rounding explains "
             f"({', '.join(failed) or verdict.record['reason']}); see {final.name}/README.md before using it."
         )
+
+
+def keep_recipe(context: Context, directory: RunDirectory, *, exported: bool) -> None:
+    """`recipe.json` in the run directory: that of the run's export, or else of the trial that it picked."""
+    if exported:
+        write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
+    else:
+        record = context.result.record
+        write_json(directory.recipe, recipe_record(context.settings, record, record["selected"], NO_EXPORT))
 
 
 def push_export(context: Context, final: Path) -> None:

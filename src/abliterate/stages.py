@@ -59,8 +59,8 @@ def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tens
     return harmful, harmless
 
 
-def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) -> Directions:
-    """One direction per layer, from what `residuals` gives; also left in the run directory."""
+def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path | None) -> Directions:
+    """One direction per layer, from what `residuals` gives; also left in the run directory, if there is one."""
     with context.result.stage("directions", context.settings.directions.method):
         settings = context.settings.directions
         found = Directions(direction_method(settings.method).compute(harmful, harmless))
@@ -70,7 +70,8 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) 
                 "that --harmful and --harmless are different prompts."
             )
         content = save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method})
-        write_atomically(path, content)
+        if path is not None:
+            write_atomically(path, content)
         context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest()}
     return found
 

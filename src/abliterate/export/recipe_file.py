@@ -1,0 +1,296 @@
+"""`recipe.json`: what one trial of a run needs to be made again, and hashes to tell whether it was.
+
+Owns the format: made of a run's settings and result, read and checked as a stranger's file. Nothing in it names a place or a
+secret of the machine it was made on, and no name in it is ever opened. Knows no model and no pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from abliterate import __version__
+from abliterate.edits import Factors
+from abliterate.edits.sketch import sketch
+from abliterate.errors import InputError
+from abliterate.export.base import LOCK, MARKER
+from abliterate.export.recipe import FILES, file_digest
+from abliterate.prompts import public_source
+from abliterate.rundir import write_json
+from abliterate.settings import Settings
+
+RECIPE = "recipe.json"
+FORMAT = 1
+# How an export's edits were computed: on the model as trials ran it, or on the stored weights (`abliterate export`).
+Origin = Literal["trial", "weight files"]
+# No part of the model, or written after the hashes.
+_UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
+# Of this machine, a secret, or said elsewhere in the recipe.
+_LEFT_OUT = {
+    *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "efficiency.residual_cache_dir"),
+    *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds", "evaluation.batch_size"),
+    *("export.kind", "export.push", "export.push_private", *FILES.values()),
+}
+NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
+_WRITERS = ("torch", "transformers", "safetensors", "peft")
+_LARGEST = 64 << 20
+
+
+def _inside(name: str) -> str:
+    """A file's name in an export; ValueError for whatever could lie elsewhere."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if not name or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        raise ValueError("not a name inside an export")
+    return name
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class ModelPart(_Part):
+    """The base. `fingerprint`: the commit of a Hub model, or a hash of a directory's files, whose name means nothing elsewhere."""
+
+    id: str
+    revision: str
+    fingerprint: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    quantization: str
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether `id` is a name there."""
+        return self.fingerprint.startswith("hub:")
+
+
+class PromptsPart(_Part):
+    """One set; `source`: a data set, or a file's name without where it lay."""
+
+    source: str
+    count: int
+    digest: str
+
+
+class FilePart(_Part):
+    """A file of the author's that settings named."""
+
+    name: str
+    sha256: str
+
+
+class KernelPart(_Part):
+    """`types.Kernel`."""
+
+    max_coeff: float
+    position: float
+    min_coeff: float
+    distance: float = Field(gt=0)
+
+
+class ParamsPart(_Part):
+    """`types.TrialParams`."""
+
+    scope: Literal["global", "per layer"]
+    direction_index: float = Field(ge=0)
+    kernels: dict[str, KernelPart] = Field(min_length=1)
+
+
+class KlPart(BaseModel):
+    """What is compared of the KL."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    mean: float
+
+
+class ScoresPart(BaseModel):
+    """What every trial has; other scorers may stand beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    refusals: int
+    kl: KlPart
+
+
+class TrialPart(_Part):
+    """The trial that is made again."""
+
+    number: int = Field(ge=0)
+    params: ParamsPart
+    state: Literal["complete"]
+    scores: ScoresPart
+
+
+class BaselinePart(_Part):
+    """`types.Baseline`."""
+
+    refusals: int
+    prompts: int
+
+
+class HashPart(_Part):
+    """One exported file."""
+
+    sha256: str
+    size: int
+
+
+class ExportPart(_Part):
+    """The export: `files` are all but the model card and this tool's own records. `edits`: {module: sketch}."""
+
+    kind: Literal["merged", "adapter", "none"] = "none"
+    origin: Origin = "trial"
+    versions: dict[str, str] = {}
+    verified: bool | None = None
+    files: dict[Annotated[str, AfterValidator(_inside)], HashPart] = {}
+    edits: dict[str, tuple[float, float, float]] = {}
+
+
+class BatchSizesPart(_Part):
+    """Prompts at a time, by operation."""
+
+    residuals: int = Field(ge=1)
+    prefill: int = Field(ge=1)
+    decode: int = Field(ge=1)
+
+
+class EnvironmentPart(_Part):
+    """Where the trial ran."""
+
+    versions: dict[str, str]
+    platform: str
+    device: str
+
+
+class Recipe(_Part):
+    """The file. `settings`: nested, as resolved, without what is this machine's; `rendering`: a hash of a rendered prompt."""
+
+    format: Literal[1]
+    environment: EnvironmentPart
+    model: ModelPart
+    seed: int
+    settings: dict[str, dict[str, Any]]
+    prompts: dict[str, PromptsPart]
+    files: dict[str, FilePart]
+    response_prefix: str | None
+    rendering: str | None
+    batch_sizes: BatchSizesPart | None
+    startup_trials: int
+    identity: dict[str, str]
+    directions: str
+    baseline: BaselinePart
+    trial: TrialPart
+    export: ExportPart
+
+
+def recipe_record(settings: Settings, record: Mapping[str, Any], number: int, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content, for trial `number` of the run whose `result.json` is given; `export` as `export_record` says."""
+    trial = next(one for one in record["trials"] if one["number"] == number)
+    model, environment = record["model"], record["environment"]
+    files = {}
+    for name in FILES.values():
+        section, option = name.split(".")
+        if section != "prompts" and (path := getattr(getattr(settings, section), option)):
+            files[name] = {"name": public_source(path), "sha256": file_digest(path)}
+    return {
+        "format": FORMAT,
+        "environment": {name: environment[name] for name in ("versions", "platform", "device")},
+        "model": {name: model[name] for name in ModelPart.model_fields},
+        "seed": settings.seed,
+        "settings": _settings(settings),
+        "prompts": record.get("prompts", {}),
+        "files": files,
+        # A run of an earlier version didn't record these.
+        "response_prefix": record.get("response_prefix"),
+        "rendering": record.get("rendering"),
+        "batch_sizes": record.get("batch_sizes"),
+        "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
+        "identity": record.get("identity", {}),
+        "directions": record.get("directions", {}).get("sha256", ""),
+        "baseline": record["baseline"],
+        "trial": {name: trial[name] for name in TrialPart.model_fields},
+        "export": dict(export),
+    }
+
+
+def export_record(kind: str, origin: Origin, folder: Path, factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """The part of a recipe about an export that is finished but for its records."""
+    versions = {"abliterate": __version__} | {name: metadata.version(name) for name in _WRITERS}
+    edits = {name: list(sketch(found)) for name, found in factors.items()}
+    return {"kind": kind, "origin": origin, "versions": versions, "verified": None, "files": hashes(folder), "edits": edits}
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: sha256 and size} of an export's files, but for the model card and this tool's own records."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in _UNHASHED:
+            with path.open("rb") as file:
+                found[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    return found
+
+
+def mark_verified(folder: Path, verified: bool) -> None:
+    """Put the verdict on an export into its recipe."""
+    record = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    record["export"]["verified"] = verified
+    write_json(folder / RECIPE, record)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file, or in a run directory or export.
+
+    Raises:
+        InputError: there is none, it is of another version, damaged, or not what this tool writes.
+    """
+    path = path / RECIPE if path.is_dir() else path
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"The file {path} is too large for a recipe; give the recipe.json of a run or an export.")
+        record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
+    except FileNotFoundError as error:
+        raise InputError(f"There is no recipe {path}; give the recipe.json of a run or an export.") from error
+    except OSError as error:
+        raise InputError(f"The recipe {path} can't be read: {error.strerror}; give another copy.") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"The recipe {path} is damaged or no recipe ({reason}); get another copy.") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if found is None:
+        raise InputError(f"The file {path} is no recipe: it has no format; give the recipe.json of a run or an export.")
+    if found != FORMAT or isinstance(found, bool):
+        raise InputError(
+            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of abliterate "
+            "that its environment names."
+        )
+    try:
+        return Recipe.model_validate_json(json.dumps(record))  # strict, by JSON's rules: a list may be a tuple
+    except (ValidationError, ValueError) as error:
+        raise InputError(f"The recipe {path} can't be used: {_first(error)}; get another copy.") from error
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return repr(str(error).splitlines()[0])
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
+
+
+def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
+    """{section: options} of everything that isn't left out."""
+    dumped = settings.model_dump(mode="json")
+    return {
+        section: {name: value for name, value in options.items() if f"{section}.{name}" not in _LEFT_OUT}
+        for section, options in dumped.items()
+        if isinstance(options, dict)
+    }
