@@ -14,8 +14,23 @@ import abliterate
 
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
-    5: ("cli", "cli_cache", "__main__", "console", "tables", "commands", "cache_commands"),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
+    5: ("cli", "cli_cache", "cli_reproduce", "__main__", "console", "tables", "commands", "cache_commands"),
+    4: (
+        *(
+            "pipeline",
+            "stages",
+            "exporting",
+            "later",
+            "bench",
+            "inputs",
+            "tuning",
+            "workers",
+            "inspection",
+            "identity",
+            "checks",
+        ),
+        *("reproduce", "comparison"),
+    ),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),

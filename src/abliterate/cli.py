@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from abliterate.cli_cache import CacheDir, Json, Text, cache_app
+from abliterate.cli_reproduce import reproduce
 from abliterate.errors import FAILED, INTERRUPTED, AbliterateError, InputError, Interrupted
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(reproduce)
 
 # Not every command is a run, so these sentences must be true of all.
 _KEPT = "a run keeps its finished trials and continues with --resume"

@@ -23,7 +23,8 @@ from abliterate.evaluation.kl import kl_divergence
 from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
 from abliterate.export.push import push
 from abliterate.export.recipe import recipe
-from abliterate.export.recipe_file import NO_EXPORT, RECIPE, Origin, export_record, mark_verified, recipe_record
+from abliterate.export.recipe_file import NO_EXPORT, RECIPE, export_record, mark_verified, recipe_record
+from abliterate.export.recipe_schema import Origin
 from abliterate.export.source import stored_dtype
 from abliterate.export.verify import (
     Expected,
@@ -149,7 +150,7 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
     edited = module_outputs(model, inputs, dtype)
     editor.clear()
     base = module_outputs(model, inputs, dtype)
-    stored = _stored_dtype(context.settings.export.kind, job)
+    stored = stored_dtype_of(context.settings.export.kind, job)
     weights = {target.name: target.module for target in bench.loaded.targets}
     rounding = partial(storage_rounding, is_base=bool(checkpoint_quantization(bench.loaded.info.quantization)))
     probes = {
@@ -267,10 +268,10 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
     quantization = context.result.record["model"]["quantization"]
-    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), quantization)
+    precision = Precision(run_dtype, stored_dtype_of(exporter.kind, picked.job), quantization)
     return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
 
 
-def _stored_dtype(kind: str, job: ExportJob) -> torch.dtype:
+def stored_dtype_of(kind: str, job: ExportJob) -> torch.dtype:
     """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
     return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32

@@ -42,6 +42,9 @@ from abliterate.search import changed_parts
 from abliterate.settings import LoadSettings, Settings
 from abliterate.types import Baseline, Reporter, Trial
 
+# Of the run in its result, which loading the model here overwrites.
+_OF_RUN = ("model", "prompts", "environment", "batch_sizes", "response_prefix", "rendering")
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -214,10 +217,12 @@ def job_of(context: Context, source: str, base: Matrices, edits: Edits, baseline
 
 def _expected(context: Context, directions: Directions, baseline: Baseline, trial: Trial) -> tuple[PromptSets, Picked]:
     """The trial again, in memory and on the prompts, for the export to be compared with."""
+    record = context.result.record
+    of_run = copy.deepcopy({name: record[name] for name in _OF_RUN if name in record})
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
     identity = study_identity(context.settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
-    changed = changed_parts(context.result.record.get("identity", identity), identity)
+    changed = changed_parts(record.get("identity", identity), identity)
     if changed:
         raise _changed(trial.number, ", ".join(changed))
     editor = stages.make_editor(context, bench, directions)
@@ -225,6 +230,7 @@ def _expected(context: Context, directions: Directions, baseline: Baseline, tria
     picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
+    record |= of_run
     return prompts, picked
 
 

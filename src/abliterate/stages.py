@@ -72,7 +72,9 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path |
         content = save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method})
         if path is not None:
             write_atomically(path, content)
-        context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest()}
+        # A file's header may have another order each time; its vectors are what another run can be compared by.
+        vectors = hashlib.sha256(found.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
+        context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest(), "vectors_sha256": vectors}
     return found
 
 

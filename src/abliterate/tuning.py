@@ -84,7 +84,7 @@ def batch_sizes(
     if told:
         probes = Probes(context, loaded, engine, prompts)
         rows = [row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS]
-        sizes = BatchSizes(*(told[name] for name in OPERATIONS), row_bytes=(rows[0], rows[1], rows[2]))
+        sizes = BatchSizes(told["residuals"], told["prefill"], told["decode"], (rows[0], rows[1], rows[2]))
         _say(context, sizes, "as told")
         return sizes
     given = context.settings.evaluation.batch_size

@@ -1,7 +1,7 @@
 """`recipe.json`: what one trial of a run needs to be made again, and hashes to tell whether it was.
 
-Owns the format: made of a run's settings and result, read and checked as a stranger's file. Nothing in it names a place or a
-secret of the machine it was made on, and no name in it is ever opened. Knows no model and no pipeline.
+Made of a run's settings and result, and read as a stranger's file (`recipe_schema.py` has its layout). Nothing in it names a
+place or a secret of the machine it was made on. Knows no model and no pipeline.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import hashlib
 import json
 from collections.abc import Mapping
 from importlib import metadata
-from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from abliterate import __version__
 from abliterate.edits import Factors
@@ -21,14 +21,13 @@ from abliterate.edits.sketch import sketch
 from abliterate.errors import InputError
 from abliterate.export.base import LOCK, MARKER
 from abliterate.export.recipe import FILES, file_digest
+from abliterate.export.recipe_schema import ModelPart, Origin, Recipe, TrialPart
 from abliterate.prompts import public_source
 from abliterate.rundir import write_json
 from abliterate.settings import Settings
 
 RECIPE = "recipe.json"
 FORMAT = 1
-# How an export's edits were computed: on the model as trials ran it, or on the stored weights (`abliterate export`).
-Origin = Literal["trial", "weight files"]
 # No part of the model, or written after the hashes.
 _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 # Of this machine, a secret, or said elsewhere in the recipe.
@@ -40,151 +39,6 @@ _LEFT_OUT = {
 NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
 _WRITERS = ("torch", "transformers", "safetensors", "peft")
 _LARGEST = 64 << 20
-
-
-def _inside(name: str) -> str:
-    """A file's name in an export; ValueError for whatever could lie elsewhere."""
-    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if not name or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
-        raise ValueError("not a name inside an export")
-    return name
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
-
-
-class ModelPart(_Part):
-    """The base. `fingerprint`: the commit of a Hub model, or a hash of a directory's files, whose name means nothing elsewhere."""
-
-    id: str
-    revision: str
-    fingerprint: str
-    dtype: Literal["float32", "bfloat16", "float16"]
-    quantization: str
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether `id` is a name there."""
-        return self.fingerprint.startswith("hub:")
-
-
-class PromptsPart(_Part):
-    """One set; `source`: a data set, or a file's name without where it lay."""
-
-    source: str
-    count: int
-    digest: str
-
-
-class FilePart(_Part):
-    """A file of the author's that settings named."""
-
-    name: str
-    sha256: str
-
-
-class KernelPart(_Part):
-    """`types.Kernel`."""
-
-    max_coeff: float
-    position: float
-    min_coeff: float
-    distance: float = Field(gt=0)
-
-
-class ParamsPart(_Part):
-    """`types.TrialParams`."""
-
-    scope: Literal["global", "per layer"]
-    direction_index: float = Field(ge=0)
-    kernels: dict[str, KernelPart] = Field(min_length=1)
-
-
-class KlPart(BaseModel):
-    """What is compared of the KL."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    mean: float
-
-
-class ScoresPart(BaseModel):
-    """What every trial has; other scorers may stand beside it."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
-    refusals: int
-    kl: KlPart
-
-
-class TrialPart(_Part):
-    """The trial that is made again."""
-
-    number: int = Field(ge=0)
-    params: ParamsPart
-    state: Literal["complete"]
-    scores: ScoresPart
-
-
-class BaselinePart(_Part):
-    """`types.Baseline`."""
-
-    refusals: int
-    prompts: int
-
-
-class HashPart(_Part):
-    """One exported file."""
-
-    sha256: str
-    size: int
-
-
-class ExportPart(_Part):
-    """The export: `files` are all but the model card and this tool's own records. `edits`: {module: sketch}."""
-
-    kind: Literal["merged", "adapter", "none"] = "none"
-    origin: Origin = "trial"
-    versions: dict[str, str] = {}
-    verified: bool | None = None
-    files: dict[Annotated[str, AfterValidator(_inside)], HashPart] = {}
-    edits: dict[str, tuple[float, float, float]] = {}
-
-
-class BatchSizesPart(_Part):
-    """Prompts at a time, by operation."""
-
-    residuals: int = Field(ge=1)
-    prefill: int = Field(ge=1)
-    decode: int = Field(ge=1)
-
-
-class EnvironmentPart(_Part):
-    """Where the trial ran."""
-
-    versions: dict[str, str]
-    platform: str
-    device: str
-
-
-class Recipe(_Part):
-    """The file. `settings`: nested, as resolved, without what is this machine's; `rendering`: a hash of a rendered prompt."""
-
-    format: Literal[1]
-    environment: EnvironmentPart
-    model: ModelPart
-    seed: int
-    settings: dict[str, dict[str, Any]]
-    prompts: dict[str, PromptsPart]
-    files: dict[str, FilePart]
-    response_prefix: str | None
-    rendering: str | None
-    batch_sizes: BatchSizesPart | None
-    startup_trials: int
-    identity: dict[str, str]
-    directions: str
-    baseline: BaselinePart
-    trial: TrialPart
-    export: ExportPart
 
 
 def recipe_record(settings: Settings, record: Mapping[str, Any], number: int, export: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,7 +64,7 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], number: int, ex
         "batch_sizes": record.get("batch_sizes"),
         "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
         "identity": record.get("identity", {}),
-        "directions": record.get("directions", {}).get("sha256", ""),
+        "directions": record.get("directions", {}).get("vectors_sha256", ""),
         "baseline": record["baseline"],
         "trial": {name: trial[name] for name in TrialPart.model_fields},
         "export": dict(export),
@@ -265,8 +119,8 @@ def read_recipe(path: Path) -> Recipe:
         raise InputError(f"The file {path} is no recipe: it has no format; give the recipe.json of a run or an export.")
     if found != FORMAT or isinstance(found, bool):
         raise InputError(
-            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of abliterate "
-            "that its environment names."
+            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of "
+            "abliterate that its environment names."
         )
     try:
         return Recipe.model_validate_json(json.dumps(record))  # strict, by JSON's rules: a list may be a tuple
