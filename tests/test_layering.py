@@ -16,20 +16,8 @@ ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: ("cli", "cli_cache", "cli_reproduce", "__main__", "console", "tables", "commands", "cache_commands"),
     4: (
-        *(
-            "pipeline",
-            "stages",
-            "exporting",
-            "later",
-            "bench",
-            "inputs",
-            "tuning",
-            "workers",
-            "inspection",
-            "identity",
-            "checks",
-        ),
-        *("reproduce", "comparison"),
+        *("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity"),
+        *("checks", "reproduce", "recipe_settings", "comparison"),
     ),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),

@@ -163,7 +163,7 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
     """Write the export and, unless switched off, verify it from disk; `result.json` and the card say what came of it."""
     trial = picked.expected.trial
-    write(context, picked.job, final, trial.number, picked.approximation)
+    write(context, picked.job, final, trial, picked.approximation)
     if context.settings.export.verify:
         conclude(context, final, trial, len(prompts.harmful_eval), verify(context, picked, prompts, final))
 
@@ -172,7 +172,7 @@ def write(
     context: Context,
     job: ExportJob,
     final: Path,
-    trial: int,
+    trial: Trial,
     approximation: Mapping[str, float],
     origin: Origin = "trial",
 ) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def write(
         facts = dict(exporter.write(job, folder))
         made = export_record(exporter.kind, origin, folder, job.factors)
         write_json(folder / RECIPE, recipe_record(context.settings, context.result.record, trial, made))
-    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, "pushed": None, **facts}
+    record = {"kind": exporter.kind, "trial": trial.number, "path": final.name, "verified": None, "pushed": None, **facts}
     if approximation:
         record["approximation_error"] = dict(approximation)
     context.result.record["export"] = record
@@ -226,7 +226,8 @@ def keep_recipe(context: Context, directory: RunDirectory, *, exported: bool) ->
         write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
     else:
         record = context.result.record
-        write_json(directory.recipe, recipe_record(context.settings, record, record["selected"], NO_EXPORT))
+        picked = next(Trial.from_record(one) for one in record["trials"] if one["number"] == record["selected"])
+        write_json(directory.recipe, recipe_record(context.settings, record, picked, NO_EXPORT))
 
 
 def push_export(context: Context, final: Path) -> None:

@@ -104,7 +104,7 @@ def write_and_check(
 ) -> None:
     """The export, compared with the edits' definition and, if `expected` is given, with what the trial did on the prompts."""
     base.release()  # exporters read it anew
-    write(context, job, final, trial.number, edits.approximation, "weight files")
+    write(context, job, final, trial, edits.approximation, "weight files")
     if not context.settings.export.verify and expected is None:
         return
     # A model that can't be read file by file is in memory twice here; the export is good whether or not that fits.

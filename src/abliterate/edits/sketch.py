@@ -40,9 +40,9 @@ def largest_difference(one: Mapping[str, Sketch], other: Mapping[str, Sketch]) -
         return math.inf, min(one.keys() ^ other.keys())
     worst = (0.0, "")
     for name, expected in one.items():
-        size = max(expected[0], other[name][0])
-        apart = max(abs(x - y) for x, y in zip(expected, other[name], strict=True))
-        worst = max(worst, (apart / size if size > 0 else apart, name))
+        size = max(expected[0], other[name][0], math.ulp(0.0))
+        apart = max(abs(x - y) / max(size, abs(x), abs(y)) for x, y in zip(expected, other[name], strict=True))
+        worst = max(worst, (apart, name))
     return worst
 
 

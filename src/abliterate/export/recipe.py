@@ -39,7 +39,8 @@ _SECTION = """
 ```
 
 With these files, versions, kind of device and batch sizes the search is the same, trial by trial; other batch sizes move the
-last bits.
+last bits. Without a search, and with the hashes of files and the scores compared: `abliterate reproduce recipe.json`, with the
+file beside this one.
 
 | | |
 |---|---|

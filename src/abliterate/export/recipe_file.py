@@ -25,6 +25,7 @@ from abliterate.export.recipe_schema import ModelPart, Origin, Recipe, TrialPart
 from abliterate.prompts import public_source
 from abliterate.rundir import write_json
 from abliterate.settings import Settings
+from abliterate.types import Trial
 
 RECIPE = "recipe.json"
 FORMAT = 1
@@ -33,7 +34,7 @@ _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 # Of this machine, a secret, or said elsewhere in the recipe.
 _LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "efficiency.residual_cache_dir"),
-    *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds", "evaluation.batch_size"),
+    *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds"),
     *("export.kind", "export.push", "export.push_private", *FILES.values()),
 }
 NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
@@ -41,9 +42,8 @@ _WRITERS = ("torch", "transformers", "safetensors", "peft")
 _LARGEST = 64 << 20
 
 
-def recipe_record(settings: Settings, record: Mapping[str, Any], number: int, export: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's content, for trial `number` of the run whose `result.json` is given; `export` as `export_record` says."""
-    trial = next(one for one in record["trials"] if one["number"] == number)
+def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content, for a trial of the run whose `result.json` is given; `export` as `export_record` says."""
     model, environment = record["model"], record["environment"]
     files = {}
     for name in FILES.values():
@@ -66,7 +66,7 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], number: int, ex
         "identity": record.get("identity", {}),
         "directions": record.get("directions", {}).get("vectors_sha256", ""),
         "baseline": record["baseline"],
-        "trial": {name: trial[name] for name in TrialPart.model_fields},
+        "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
     }
 

@@ -93,14 +93,14 @@ class ParamsPart(_Part):
 class KlPart(BaseModel):
     """What is compared of the KL."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
     mean: float
 
 
 class ScoresPart(BaseModel):
     """What every trial has; other scorers may stand beside it."""
 
-    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
     refusals: int
     kl: KlPart
 
