@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import getpass
 import json
 import shutil
@@ -17,6 +18,7 @@ from test_cli import Invoke, assert_sentence, invoke, spawn  # noqa: F401  (a fi
 from test_later import forbidden, other_trial, with_kind
 
 from abliterate import later, pipeline, reproduce, stages
+from abliterate.comparison import Comparison
 from abliterate.edits import Factors
 from abliterate.edits.sketch import largest_difference, sketch
 from abliterate.errors import AbliterateError, InputError
@@ -218,35 +220,25 @@ def test_another_model_is_refused(finished: Finished, tmp_path: Path, prompt_fil
     assert not (tmp_path / "again").exists()
 
 
-def _coeff(record: dict[str, Any]) -> None:
-    record["trial"]["params"]["kernels"]["attn.o_proj"]["max_coeff"] *= 1.01
-
-
-def _score(record: dict[str, Any]) -> None:
-    record["trial"]["scores"]["kl"]["mean"] *= 1.1
-
-
 def _hash(record: dict[str, Any]) -> None:
     record["export"]["files"]["model.safetensors"]["sha256"] = "0" * 64
 
 
-def _refusals(record: dict[str, Any]) -> None:
-    record["trial"]["scores"]["refusals"] += 5
+def _coeff(record: dict[str, Any]) -> None:
+    record["trial"]["params"]["kernels"]["attn.o_proj"]["max_coeff"] *= 1.01
+    record["trial"]["scores"]["kl"]["mean"] *= 1.5
 
 
 @pytest.mark.parametrize(
-    ("change", "kind", "part"),
+    ("change", "parts"),
     [
-        (_coeff, "", "self_attn.o_proj is 0.9"),
-        (_score, "none", "instead of 0.02"),
-        (_refusals, "none", "refusals instead of"),
-        (_hash, "", "other bytes in model.safetensors, though"),
+        (_coeff, ["self_attn.o_proj is 0.9", "instead of 0.035"]),
+        (_hash, ["other bytes in model.safetensors, though"]),
     ],
 )
 def test_a_changed_recipe_fails(
     change: Callable[[dict[str, Any]], None],
-    kind: str,
-    part: str,
+    parts: list[str],
     finished: Finished,
     tmp_path: Path,
     prompt_files: dict[str, str],
@@ -254,9 +246,58 @@ def test_a_changed_recipe_fails(
     path, _, settings = finished
     recipe = changed(path / "recipe.json", tmp_path / "recipe.json", change)
     with pytest.raises(AbliterateError, match="isn't the recipe's model") as caught:
-        again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind=kind)
+        again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again")
     assert caught.value.exit_code == 1
-    assert part in str(caught.value)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+SAME = Comparison(
+    files={"model.safetensors": "equal", "tokenizer.json": "equal"},
+    same_scores=True,
+    refusals=(3, 3),
+    kl=(0.05, 0.05),
+    baseline=(90, 90),
+    tolerance={"refusals": 1.0, "kl": 1e-3, "edits": 1e-4},
+    edits=(0.0, "layer"),
+    same_directions=True,
+    environment={},
+    verified=True,
+)
+WEIGHTS_DIFFER = {"model.safetensors": "other", "tokenizer.json": "equal"}
+
+
+@pytest.mark.parametrize(
+    ("over", "outcome"),
+    [
+        ({}, "identical"),
+        ({"files": None, "edits": None}, "identical"),
+        ({"environment": {"torch": ("1", "2")}, "same_directions": False}, "identical"),
+        ({"same_scores": False, "refusals": (3, 4), "kl": (0.05, 0.0505)}, "equivalent"),
+        ({"refusals": (3, 5)}, "different"),
+        ({"baseline": (90, 80)}, "different"),
+        ({"kl": (0.05, 0.06)}, "different"),
+        ({"kl": (0.05, float("nan"))}, "different"),
+        ({"edits": (float("inf"), "layer")}, "different"),
+        ({"edits": (float("nan"), "layer")}, "different"),
+        ({"verified": False}, "different"),
+        ({"verified": None}, "identical"),
+        ({"files": {"model.safetensors": "equal", "tokenizer.json": "other", "LICENSE": "missing"}}, "equivalent"),
+        ({"files": {"model.safetensors": "equal", "more.safetensors": "new"}}, "different"),
+        ({"files": WEIGHTS_DIFFER}, "different"),
+        ({"files": WEIGHTS_DIFFER, "edits": (5e-5, "layer")}, "equivalent"),
+        ({"files": WEIGHTS_DIFFER, "edits": (2e-4, "layer")}, "different"),
+        ({"files": WEIGHTS_DIFFER, "environment": {"torch": ("1", "2")}}, "equivalent"),
+        ({"files": WEIGHTS_DIFFER, "same_directions": False}, "equivalent"),
+        ({"files": WEIGHTS_DIFFER, "edits": None}, "equivalent"),
+    ],
+)
+def test_what_counts_as_reproduced(over: dict[str, Any], outcome: str) -> None:
+    found = dataclasses.replace(SAME, **over)
+    assert found.outcome == outcome
+    assert bool(found.causes) == (outcome == "different")
+    json.dumps(found.to_record(), allow_nan=outcome == "different")
+    assert all(list(found.lines()))
+    assert found.sentence()[-1] in ".e"
 
 
 def test_other_versions_explain_other_bytes(finished: Finished, tmp_path: Path, prompt_files: dict[str, str]) -> None:
@@ -303,6 +344,12 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("batch_sizes.decode", 0, "'batch_sizes.decode' is wrong"),
     ("settings.load.trust_remote_code", True, "--trust-remote-code"),
     ("settings.load.attn_implementation", "owner/kernels", "--trust-remote-code"),
+    ("settings.evaluation.markers", "/etc/passwd", "setting evaluation.markers, which is no part of a recipe"),
+    ("settings.load.chat_template", "/etc/passwd", "setting load.chat_template, which is no part of a recipe"),
+    ("settings.prompts.harmful", "/etc/passwd", "setting prompts.harmful, which is no part of a recipe"),
+    ("settings.search.storage", "postgresql://there/db", "setting search.storage, which is no part of a recipe"),
+    ("settings.export.push", "some/body", "setting export.push, which is no part of a recipe"),
+    ("settings.efficiency.residual_cache_dir", "/var", "which is no part of a recipe"),
     ("settings.edit.new", 1, "setting 'edit.new' can't be used"),
     ("settings.edit.rank", 0, "setting 'edit.rank' can't be used"),
     ("settings.place", {"x": 1}, "settings 'place' that this version doesn't know"),
@@ -448,3 +495,45 @@ def test_a_sketch_sees_another_edit_and_not_rounding(mode: str) -> None:
     turned = one | {name: sketch(Factors(None, other * factors[name].a.norm() / other.norm(), factors[name].b))}
     assert largest_difference(one, turned)[0] > 0.1
     assert largest_difference(one, {})[0] == float("inf")
+
+
+def test_names_on_the_hub_are_used_as_they_are(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["model"] |= {"id": "owner/name", "revision": "abc123", "fingerprint": "hub:owner/name@abc123"}
+        for name, part in record["prompts"].items():
+            part["source"] = f"owner/set:train[:4]:{name}"
+        record["settings"]["load"]["trust_remote_code"] = True
+
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(changed(finished[0] / "recipe.json", tmp_path / "recipe.json", change))
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        settings_of(recipe, {"model": ""}, "")
+    trusted = {"model": "", "load": {"trust_remote_code": True}}
+    settings = settings_of(recipe, trusted, "")
+    assert (settings.model, settings.load.revision, settings.load.trust_remote_code) == ("owner/name", "abc123", True)
+    assert settings.prompts.harmful_eval == "owner/set:train[:4]:harmful_eval"
+    assert settings.load.dtypes == ("float32",)
+    # Consent to code that the recipe doesn't need changes nothing, and another place has no such commit.
+    files = {name: str(tmp_path / "recipe.json") for name in recipe.prompts}
+    assert settings_of(read_recipe(finished[0]), trusted | {"prompts": files}, "none").load.trust_remote_code is False
+    (tmp_path / "mine").mkdir()
+    assert settings_of(recipe, trusted | {"model": "mine"}, "").load.revision == ""
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(InputError, match="the recipe means the Hub's"):
+        settings_of(recipe, trusted, "")
+
+
+def test_a_copy_of_a_hub_model_is_compared_by_what_comes_out(
+    finished: Finished, tmp_path: Path, prompt_files: dict[str, str]
+) -> None:
+    def change(record: dict[str, Any]) -> None:
+        record["model"] |= {"id": "owner/name", "revision": "abc123", "fingerprint": "hub:owner/name@abc123"}
+        record["identity"]["model"] = "of the Hub's"
+
+    path, _, settings = finished
+    recipe = changed(path / "recipe.json", tmp_path / "recipe.json", change)
+    base = str(demo_path() / "model")
+    result, recorder = again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "again", model=base, kind="none")
+    assert result["reproduction"]["outcome"] == "identical"
+    assert "the other a directory" in recorder.warnings[0]
+    assert (result["model"]["id"], result["model"]["revision"]) == ("owner/name", "abc123")

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from abliterate.errors import InputError
 from abliterate.export.recipe import FILES
+from abliterate.export.recipe_file import LEFT_OUT
 from abliterate.export.recipe_schema import Recipe
 from abliterate.inputs import DEMO_PROMPTS
 from abliterate.model.loader import DEMO
@@ -34,6 +35,9 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
     """
     base = load_settings("", own)
     stated = {section: dict(options) for section, options in recipe.settings.items()}
+    for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
+        if name in LEFT_OUT:  # a place on this machine, or one to send things to
+            raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
     load, machine = stated.setdefault("load", {}), base.load
     _check_code(load, allowed=machine.trust_remote_code)
     model = _model(recipe, base.model)

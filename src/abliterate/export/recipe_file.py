@@ -31,8 +31,8 @@ RECIPE = "recipe.json"
 FORMAT = 1
 # No part of the model, or written after the hashes.
 _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
-# Of this machine, a secret, or said elsewhere in the recipe.
-_LEFT_OUT = {
+# Settings that no recipe holds: of one machine, a secret, or said elsewhere in it.
+LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "efficiency.residual_cache_dir"),
     *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds"),
     *("export.kind", "export.push", "export.push_private", *FILES.values()),
@@ -144,7 +144,7 @@ def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
     """{section: options} of everything that isn't left out."""
     dumped = settings.model_dump(mode="json")
     return {
-        section: {name: value for name, value in options.items() if f"{section}.{name}" not in _LEFT_OUT}
+        section: {name: value for name, value in options.items() if f"{section}.{name}" not in LEFT_OUT}
         for section, options in dumped.items()
         if isinstance(options, dict)
     }
