@@ -126,11 +126,16 @@ def test_an_export_of_another_trial_and_of_a_directory(
     assert result["export"]["verification"]["checks"].keys() >= {"weights", "modules"}
 
 
-def test_an_adapter_of_a_run(finished: Finished, tmp_path: Path, prompt_files: dict[str, str]) -> None:
-    path, _, settings = finished
+def test_another_pick_is_another_recipe_with_an_adapter_or_none(
+    finished: Finished, tmp_path: Path, prompt_files: dict[str, str]
+) -> None:
+    path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
-    run_in(run, with_kind(settings, "adapter"), resume=True)
-    assert read_recipe(run).export.kind == "adapter"
+    number = next(number for number in first["front"] if number != first["selected"])
+    search = settings.search.model_copy(update={"select": f"trial:{number}"})
+    run_in(run, with_kind(settings, "adapter").model_copy(update={"search": search}), resume=True)
+    recipe = read_recipe(run)
+    assert (recipe.trial.number, recipe.export.kind, recipe.export.origin) == (number, "adapter", "trial")
     result, _ = again(run, prompt_files, Path(settings.cache_dir), tmp_path / "again")
     assert result["reproduction"]["outcome"] == "identical"
     assert hashes(tmp_path / "again") == hashes(run / "model")
@@ -138,25 +143,13 @@ def test_an_adapter_of_a_run(finished: Finished, tmp_path: Path, prompt_files: d
     modules = json.loads((run / "model" / "adapter_config.json").read_text(encoding="utf-8"))["target_modules"]
     assert modules == sorted(modules)
 
-
-def test_another_pick_is_another_recipe_and_without_an_export_scores_are_compared(
-    finished: Finished, tmp_path: Path, prompt_files: dict[str, str]
-) -> None:
-    path, first, settings = finished
-    run = copy_run(path, tmp_path / "run")
-    number = next(number for number in first["front"] if number != first["selected"])
-    search = settings.search.model_copy(update={"select": f"trial:{number}"})
-    run_in(run, with_kind(settings, "none").model_copy(update={"search": search}), resume=True)
+    run_in(run, with_kind(settings, "none"), resume=True)
     recipe = read_recipe(run)
-    assert (recipe.trial.number, recipe.export.kind, recipe.export.files) == (number, "none", {})
-    result, _ = again(run, prompt_files, Path(settings.cache_dir), tmp_path / "again")
-    assert not (tmp_path / "again").exists()
+    assert (recipe.trial.number, recipe.export.kind, recipe.export.files) == (first["selected"], "none", {})
+    result, _ = again(run, prompt_files, Path(settings.cache_dir), tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     assert result["reproduction"]["outcome"] == "identical"
     assert result["reproduction"]["files"] is None
-    # The model itself, where it is wanted.
-    result, _ = again(run, prompt_files, Path(settings.cache_dir), tmp_path / "again", kind="adapter")
-    assert (tmp_path / "again" / "adapter_model.safetensors").is_file()
-    assert result["reproduction"]["outcome"] == "identical"
 
 
 def test_nothing_private_is_in_a_recipe(tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +181,8 @@ def test_nothing_private_is_in_a_recipe(tmp_path: Path, prompt_files: dict[str, 
     with pytest.raises(InputError, match=r"'markers.txt' \(sha256 .* give it with --markers FILE"):
         again(private / "run", prompt_files, tmp_path / "cache", tmp_path / "again", **own)
     own |= {"evaluation": {"markers": str(private / "markers.txt")}}
-    assert again(private / "run", prompt_files, tmp_path / "cache", tmp_path / "again", **own)[0]["export"]["verified"]
+    result, _ = again(private / "run", prompt_files, tmp_path / "cache", tmp_path / "again", kind="none", **own)
+    assert result["reproduction"]["outcome"] == "identical"
     (private / "markers.txt").write_text("sorry\n", encoding="utf-8")
     with pytest.raises(InputError, match="another set of scorers or markers"):
         again(private / "run", prompt_files, tmp_path / "cache", tmp_path / "again", **own)
@@ -297,7 +291,7 @@ def test_what_counts_as_reproduced(over: dict[str, Any], outcome: str) -> None:
     assert bool(found.causes) == (outcome == "different")
     json.dumps(found.to_record(), allow_nan=outcome == "different")
     assert all(list(found.lines()))
-    assert found.sentence()[-1] in ".e"
+    assert found.sentence().endswith(".") == (outcome != "identical")
 
 
 def test_other_versions_explain_other_bytes(finished: Finished, tmp_path: Path, prompt_files: dict[str, str]) -> None:
