@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -74,7 +75,8 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
 def export_record(kind: str, origin: Origin, folder: Path, factors: Mapping[str, Factors]) -> dict[str, Any]:
     """The part of a recipe about an export that is finished but for its records."""
     versions = {"abliterate": __version__} | {name: metadata.version(name) for name in _WRITERS}
-    edits = {name: list(sketch(found)) for name, found in factors.items()}
+    sketches = {name: sketch(found) for name, found in factors.items()}
+    edits = {name: list(found) for name, found in sketches.items() if all(map(math.isfinite, found))}  # as JSON has them
     return {"kind": kind, "origin": origin, "versions": versions, "verified": None, "files": hashes(folder), "edits": edits}
 
 
