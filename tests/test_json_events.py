@@ -136,6 +136,15 @@ def test_run_trials_and_export(invoke: Invoke, tmp_path: Path, prompt_files: dic
     adapter = checked(invoke("export", "run", *more, "--kind", "adapter", "--verify"), "run and export")[-1]["result"]
     assert {"weights", "refusals"} <= set(adapter["export"]["verification"]["checks"])
     checked(invoke("worker", "run", "--json"), "worker")
+    own = [
+        part
+        for name in ("harmful", "harmless", "harmful_eval", "harmless_eval")
+        for part in (f"--{name.replace('_', '-')}", prompt_files[name])
+    ]
+    made = checked(invoke("reproduce", "run/recipe.json", *own, "-o", tmp_path / "made", "--json"), "run and export")[-1][
+        "result"
+    ]
+    assert made["reproduction"]["outcome"] == "identical"
 
 
 def test_failed_trials_and_the_svd_representation(

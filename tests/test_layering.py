@@ -15,10 +15,13 @@ import abliterate
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: (
-        *("cli", "cli_cache", "__main__", "endings", "events", "console", "tables"),
+        *("cli", "cli_cache", "cli_reproduce", "__main__", "endings", "events", "console", "tables"),
         *("commands", "cache_commands", "trial_commands", "batch"),
     ),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
+    4: (
+        *("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity"),
+        *("checks", "reproduce", "recipe_settings", "comparison"),
+    ),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),

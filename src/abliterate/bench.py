@@ -5,6 +5,7 @@ Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.selfcheck import Engine
-from abliterate.identity import prefix_key
+from abliterate.identity import prefix_key, rendering
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import Workload, check_loaded, describe, inspect
 from abliterate.model import loader
@@ -53,18 +54,21 @@ class Bench:
     calibration: Calibration
 
 
-def load_and_calibrate(context: Context, prompts: PromptSets, prefix: str | None = None) -> Bench:
+def load_and_calibrate(
+    context: Context, prompts: PromptSets, prefix: str | None = None, sizes_by_name: Mapping[str, int] | None = None
+) -> Bench:
     """Model and tokenizer; then the one warm-up, batch sizes and response prefix, unless they are known from before.
 
-    `prefix`: the response prefix that a run has told its workers.
+    `prefix`: the response prefix that a run has told its workers, or a recipe tells; `sizes_by_name`: its batch sizes.
     """
     scorers = scorers_of(context.settings)
     loaded = load(context, prompts)
     check_loaded(context, loaded)
     with context.result.stage("calibrate"):
-        sizes = tuning.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
+        sizes = tuning.batch_sizes(context, loaded, plain_engine(context, loaded), prompts, sizes_by_name)
         if prefix is None:
             prefix = known_prefix(context, loaded, sizes, prompts)
+        context.result.record |= {"response_prefix": prefix, "rendering": rendering(context.settings, loaded)}
     chat = chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
     for note in dict.fromkeys(chat.form(prompt).note for part in prompts.all_sets() for prompt in part):
         if note:

@@ -15,6 +15,7 @@ import typer
 
 from abliterate import endings
 from abliterate.cli_cache import CacheDir, Json, Text, cache_app
+from abliterate.cli_reproduce import reproduce
 from abliterate.errors import InputError
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(cache_app, name="cache")
+app.command()(reproduce)
 
 _MODEL = "Hub id, local directory, or demo. Left out: the setting model."
 Model = Annotated[str, typer.Argument(help=_MODEL)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate import events, later, pipeline
+from abliterate import events, later, pipeline, reproduce
 from abliterate.console import ask_for_trial, make_reporter
 from abliterate.errors import InputError, Interrupted
 from abliterate.front import parse_rule
@@ -179,6 +179,19 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
     reporter = make_reporter(as_json=as_json)
     with _ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
         later.export_trial(settings, reporter, directory, number, final, scores=verify)
+
+
+def reproduce_recipe(path: Path, model: str, given: Mapping[str, Any], kind: str, out: Path | None, *, as_json: bool) -> None:
+    """`abliterate reproduce RECIPE`."""
+    if kind not in ("", "merged", "adapter", "none"):
+        raise InputError(f"There is no export of kind {kind!r}; choose merged, adapter or none.")
+    if out is not None and not str(out).strip("."):
+        raise InputError("The current directory can't be an export; name a folder with --out.")
+    _quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    with _ending_at_once(reporter, "interrupted; nothing was exported, repeat the command."):
+        # Not the model of the environment: it is said by the recipe, or here.
+        reproduce.reproduce(path, {**_given(given), "model": model}, reporter, kind=kind, out=out)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,8 @@ from abliterate.evaluation.kl import kl_divergence
 from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
 from abliterate.export.push import push
 from abliterate.export.recipe import recipe
+from abliterate.export.recipe_file import NO_EXPORT, RECIPE, export_record, mark_verified, recipe_record
+from abliterate.export.recipe_schema import Origin
 from abliterate.export.source import stored_dtype
 from abliterate.export.verify import (
     Expected,
@@ -41,7 +43,7 @@ from abliterate.model.architectures import Target
 from abliterate.model.devices import choose_device
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
-from abliterate.rundir import write_atomically
+from abliterate.rundir import RunDirectory, write_atomically, write_json
 from abliterate.settings import EditSettings, LoadSettings
 from abliterate.types import Baseline, Trial, TrialParams
 
@@ -149,7 +151,7 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
     edited = module_outputs(model, inputs, dtype)
     editor.clear()
     base = module_outputs(model, inputs, dtype)
-    stored = _stored_dtype(context.settings.export.kind, job)
+    stored = stored_dtype_of(context.settings.export.kind, job)
     weights = {target.name: target.module for target in bench.loaded.targets}
     rounding = partial(storage_rounding, is_base=bool(checkpoint_quantization(bench.loaded.info.quantization)))
     probes = {
@@ -162,17 +164,29 @@ def _expect(context: Context, bench: Bench, editor: Editor, job: ExportJob, prom
 def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
     """Write the export and, unless switched off, verify it from disk; `result.json` and the card say what came of it."""
     trial = picked.expected.trial
-    write(context, picked.job, final, trial.number, picked.approximation)
+    write(context, picked.job, final, trial, picked.approximation)
     if context.settings.export.verify:
         conclude(context, final, trial, len(prompts.harmful_eval), verify(context, picked, prompts, final))
 
 
-def write(context: Context, job: ExportJob, final: Path, trial: int, approximation: Mapping[str, float]) -> dict[str, Any]:
-    """The export under its final name, and what `result.json` says of it; returns the latter."""
+def write(
+    context: Context,
+    job: ExportJob,
+    final: Path,
+    trial: Trial,
+    approximation: Mapping[str, float],
+    origin: Origin = "trial",
+) -> dict[str, Any]:
+    """The export under its final name, with its recipe, and what `result.json` says of it; returns the latter.
+
+    `origin`: how the job's factors were computed.
+    """
     exporter = EXPORTERS[context.settings.export.kind]
     with context.result.stage("export", exporter.kind), finished_folder(final, job.key(exporter.kind)) as folder:
         facts = dict(exporter.write(job, folder))
-    record = {"kind": exporter.kind, "trial": trial, "path": final.name, "verified": None, "pushed": None, **facts}
+        made = export_record(exporter.kind, origin, folder, job.factors)
+        write_json(folder / RECIPE, recipe_record(context.settings, context.result.record, trial, made))
+    record = {"kind": exporter.kind, "trial": trial.number, "path": final.name, "verified": None, "pushed": None, **facts}
     if approximation:
         record["approximation_error"] = dict(approximation)
     context.result.record["export"] = record
@@ -198,12 +212,23 @@ def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdic
     leave_record(final, record)
     readme = final / "README.md"
     write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
+    mark_verified(final, verdict.ok)
     if not verdict.ok:
         failed = [name for name, passed in verdict.record["checks"].items() if not passed]
         context.reporter.warn(
             f"The export reloaded from disk differs from the trial by more than rounding explains "
             f"({', '.join(failed) or verdict.record['reason']}); see {final.name}/README.md before using it."
         )
+
+
+def keep_recipe(context: Context, directory: RunDirectory, *, exported: bool) -> None:
+    """`recipe.json` in the run directory: that of the run's export, or else of the trial that it picked."""
+    if exported:
+        write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
+    else:
+        record = context.result.record
+        picked = next(Trial.from_record(one) for one in record["trials"] if one["number"] == record["selected"])
+        write_json(directory.recipe, recipe_record(context.settings, record, picked, NO_EXPORT))
 
 
 def push_export(context: Context, final: Path) -> None:
@@ -245,10 +270,10 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
     quantization = context.result.record["model"]["quantization"]
-    precision = Precision(run_dtype, _stored_dtype(exporter.kind, picked.job), quantization)
+    precision = Precision(run_dtype, stored_dtype_of(exporter.kind, picked.job), quantization)
     return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
 
 
-def _stored_dtype(kind: str, job: ExportJob) -> torch.dtype:
+def stored_dtype_of(kind: str, job: ExportJob) -> torch.dtype:
     """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
     return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32

@@ -92,7 +92,7 @@ def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
         "device": loaded.device.type,
         "tokenizer": tokenizer_digest(tokenizer),
         "chat_template": [_digest(tokenizer.chat_template), dict(settings.load.template_options)],
-        "rendering": _rendering(settings, loaded),
+        "rendering": rendering(settings, loaded),
         "versions": {"abliterate": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
     }
 
@@ -134,7 +134,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return _digest([content, tokenizer.special_tokens_map])
 
 
-def _rendering(settings: Settings, loaded: LoadedModel) -> str:
+def rendering(settings: Settings, loaded: LoadedModel) -> str:
     """What becomes of a prompt: a template may write today's date, and this package decides where a system prompt goes."""
     chat = Chat(loaded.tokenizer, loaded.device, options=settings.load.template_options)
     return _digest(chat.render(Prompt("Hello", settings.prompts.system)))

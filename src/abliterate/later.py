@@ -42,6 +42,9 @@ from abliterate.search import changed_parts
 from abliterate.settings import LoadSettings, Settings
 from abliterate.types import Baseline, Reporter, Trial
 
+# Of the run in its result, which loading the model here overwrites.
+_OF_RUN = ("model", "prompts", "environment", "batch_sizes", "response_prefix", "rendering")
+
 
 @dataclass(frozen=True)
 class Edits:
@@ -79,28 +82,44 @@ def export_trial(
     if {target.component for target in base.targets.values()} - set(trial.params.kernels):
         raise _damaged(directory, f"trial {number} lacks a kernel")
     edits = edits_of(context, base, directions, trial)
-    job = _job(context, source, base, edits, baseline, trial)
-    prompts, picked = _expected(context, directions, job, baseline, trial) if scores else (None, None)
-    base.release()  # exporters read it anew
-    write(context, job, final, number, edits.approximation)
-    if settings.export.verify or scores:
-        # A model that can't be read file by file is in memory twice here; the export is good whether or not that fits.
-        verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
-        if prompts is not None and picked is not None:
-            scored = verify(context, picked, prompts, final)
-            verdict = _both(verdict, scored) if verdict is not None else scored
-        if verdict is None:
-            reporter.warn(
-                f"The export was written but not checked, because memory doesn't hold it beside the base; free some and repeat "
-                f"abliterate export, or look at {final.name} before using it."
-            )
-        else:
-            conclude(context, final, trial, baseline.prompts, verdict)
+    job = job_of(context, source, base, edits, baseline, trial)
+    expected = _expected(context, directions, baseline, trial) if scores else None
+    write_and_check(context, job, base, edits, trial, baseline.prompts, final, expected)
     push_export(context, final)
     reporter.finish(result.record, str(final.parent))
     if result.record["export"]["verified"] is False:
         raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
     return result.record
+
+
+def write_and_check(
+    context: Context,
+    job: ExportJob,
+    base: Matrices,
+    edits: Edits,
+    trial: Trial,
+    n_harmful: int,
+    final: Path,
+    expected: tuple[PromptSets, Picked] | None,
+) -> None:
+    """The export, compared with the edits' definition and, if `expected` is given, with what the trial did on the prompts."""
+    base.release()  # exporters read it anew
+    write(context, job, final, trial, edits.approximation, "weight files")
+    if not context.settings.export.verify and expected is None:
+        return
+    # A model that can't be read file by file is in memory twice here; the export is good whether or not that fits.
+    verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
+    if expected is not None:
+        prompts, picked = expected
+        scored = verify(context, replace(picked, job=job), prompts, final)
+        verdict = _both(verdict, scored) if verdict is not None else scored
+    if verdict is None:
+        context.reporter.warn(
+            f"The export was written but not checked, because memory doesn't hold it beside the base; free some and repeat "
+            f"abliterate export, or look at {final.name} before using it."
+        )
+    else:
+        conclude(context, final, trial, n_harmful, verdict)
 
 
 def _as_trials_ran(settings: Settings, dtype: str) -> Settings:
@@ -180,7 +199,8 @@ def _trial(record: Mapping[str, Any], number: int, directory: RunDirectory) -> T
     return found
 
 
-def _job(context: Context, source: str, base: Matrices, edits: Edits, baseline: Baseline, trial: Trial) -> ExportJob:
+def job_of(context: Context, source: str, base: Matrices, edits: Edits, baseline: Baseline, trial: Trial) -> ExportJob:
+    """What an exporter is given of a trial's edits of the stored matrices."""
     run, settings = context.result.record["model"], context.settings
     return ExportJob(
         source=source,
@@ -195,14 +215,14 @@ def _job(context: Context, source: str, base: Matrices, edits: Edits, baseline: 
     )
 
 
-def _expected(
-    context: Context, directions: Directions, job: ExportJob, baseline: Baseline, trial: Trial
-) -> tuple[PromptSets, Picked]:
+def _expected(context: Context, directions: Directions, baseline: Baseline, trial: Trial) -> tuple[PromptSets, Picked]:
     """The trial again, in memory and on the prompts, for the export to be compared with."""
+    record = context.result.record
+    of_run = copy.deepcopy({name: record[name] for name in _OF_RUN if name in record})
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
     identity = study_identity(context.settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
-    changed = changed_parts(context.result.record.get("identity", identity), identity)
+    changed = changed_parts(record.get("identity", identity), identity)
     if changed:
         raise _changed(trial.number, ", ".join(changed))
     editor = stages.make_editor(context, bench, directions)
@@ -210,7 +230,8 @@ def _expected(
     picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
-    return prompts, replace(picked, job=job)
+    record |= of_run
+    return prompts, picked
 
 
 def _damaged(directory: RunDirectory, what: str) -> InputError:

@@ -20,7 +20,7 @@ from abliterate.errors import AbliterateError
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
-from abliterate.exporting import Picked, export, prepare, push_export
+from abliterate.exporting import Picked, export, keep_recipe, prepare, push_export
 from abliterate.front import SelectionRule, pareto_front, parse_rule
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
@@ -90,6 +90,7 @@ def run(
     gc.collect()
     if picked:
         export(context, picked, prompts, directory.export)
+    keep_recipe(context, directory, exported=picked is not None)
     with result.stage("report"):
         write_report(directory.report, result.record)
     result.save()

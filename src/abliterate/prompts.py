@@ -38,13 +38,19 @@ def parse_source(source: str) -> Path | DatasetName:
         raise InputError(f"The prompt source {source!r} is a directory; name a text or JSONL file in it.")
     if path.exists():
         return path
-    match = _DATASET.match(source)
-    if match and path.suffix.lower() not in (".txt", ".jsonl", ".json"):
-        return DatasetName(**match.groupdict())
+    found = dataset_name(source)
+    if found is not None:
+        return found
     raise InputError(
         f"There is no prompt file {source!r}; give the path of a text or JSONL file, or a data set as "
         "name:split:column, for example mlabonne/harmful_behaviors:train[:400]:text."
     )
+
+
+def dataset_name(source: str) -> DatasetName | None:
+    """What `dataset:split:column` names; None where it isn't of that form."""
+    match = _DATASET.match(source)
+    return DatasetName(**match.groupdict()) if match and not source.lower().endswith((".txt", ".jsonl", ".json")) else None
 
 
 def read_prompts(path: Path, *, prefix: str = "", suffix: str = "", system: str = "") -> tuple[Prompt, ...]:

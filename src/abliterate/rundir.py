@@ -27,6 +27,7 @@ class RunDirectory:
         self.directions = path / "directions.safetensors"
         self.result = path / "result.json"
         self.report = path / "report.html"
+        self.recipe = path / "recipe.json"
         self.export = path / "model"
         # What `prepare` did, for `remove_if_empty` to undo.
         self._made = False

@@ -59,8 +59,8 @@ def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tens
     return harmful, harmless
 
 
-def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) -> Directions:
-    """One direction per layer, from what `residuals` gives; also left in the run directory."""
+def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path | None) -> Directions:
+    """One direction per layer, from what `residuals` gives; also left in the run directory, if there is one."""
     with context.result.stage("directions", context.settings.directions.method):
         settings = context.settings.directions
         found = Directions(direction_method(settings.method).compute(harmful, harmless))
@@ -70,8 +70,11 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path) 
                 "that --harmful and --harmless are different prompts."
             )
         content = save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method})
-        write_atomically(path, content)
-        context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest()}
+        if path is not None:
+            write_atomically(path, content)
+        # A file's header may have another order each time; its vectors are what another run can be compared by.
+        vectors = hashlib.sha256(found.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
+        context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest(), "vectors_sha256": vectors}
     return found
 
 

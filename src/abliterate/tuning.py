@@ -70,8 +70,23 @@ class Tuned:
         return {"size": self.size, "estimate": self.start, "row_bytes": self.row_bytes, "probes": probes}
 
 
-def batch_sizes(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> BatchSizes:
-    """As the settings say, else as measured here before, else measured now; says which."""
+def batch_sizes(
+    context: Context,
+    loaded: LoadedModel,
+    engine: ReferenceEngine,
+    prompts: PromptSets,
+    told: Mapping[str, int] | None = None,
+) -> BatchSizes:
+    """As `told` or as the settings say, else as measured here before, else measured now; says which.
+
+    `told` by another machine: no more rows than memory holds here by the estimate.
+    """
+    if told:
+        probes = Probes(context, loaded, engine, prompts)
+        rows = [row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS]
+        sizes = BatchSizes(told["residuals"], told["prefill"], told["decode"], (rows[0], rows[1], rows[2]))
+        _say(context, sizes, "as told")
+        return sizes
     given = context.settings.evaluation.batch_size
     if given:
         _say(context, BatchSizes.same(given), "as given")

@@ -6,6 +6,7 @@ edit itself: the same matrix, not an approximation. Written as PEFT saves it, wi
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -69,6 +70,7 @@ class Adapter:
             task_type="CAUSAL_LM",
         )
         config.save_pretrained(str(folder))
+        _sort_modules(folder / "adapter_config.json")
         save_file(_tensors(job, matrices, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
@@ -87,6 +89,13 @@ class Adapter:
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
         """See `Exporter.reread`."""
         return RereadAdapter(folder, base)
+
+
+def _sort_modules(path: Path) -> None:
+    """PEFT writes a set, in another order in each process; an export's bytes must be the same each time."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target], *, dora: bool = True) -> str:

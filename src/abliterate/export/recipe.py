@@ -22,7 +22,7 @@ _ELSEWHERE = {
     *("export.kind", "export.verify", "export.push", "export.push_private"),
 }
 # Settings that may name a file: by its last part, and its content by a hash.
-_FILES = {
+FILES = {
     "harmful prompts, direction": "prompts.harmful",
     "harmless prompts, direction": "prompts.harmless",
     "harmful prompts, scores": "prompts.harmful_eval",
@@ -39,7 +39,8 @@ _SECTION = """
 ```
 
 With these files, versions, kind of device and batch sizes the search is the same, trial by trial; other batch sizes move the
-last bits.
+last bits. Without a search, and with the hashes of files and the scores compared: `abliterate reproduce recipe.json`, with the
+file beside this one.
 
 | | |
 |---|---|
@@ -65,7 +66,7 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
     if revision:
         run += ["--set", f"load.revision={_toml(revision)}"]
     for name, value in changed_settings(settings):
-        shown = public_source(value) if name in _FILES.values() else value
+        shown = public_source(value) if name in FILES.values() else value
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
     return [shlex.join([*run, "--export", "none", "-o", "run"]), shlex.join(export)]
@@ -93,13 +94,13 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "base", f"{model['id']}{revision}, fingerprint `{model['fingerprint']}`"
     # A run of an earlier version didn't record its prompts.
     sets = record.get("prompts", {})
-    for what, name in _FILES.items():
+    for what, name in FILES.items():
         section, option = name.split(".")
         if section == "prompts":
             found = sets.get(option)
             yield what, f"`{found['source']}`, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
         elif path := getattr(getattr(settings, section), option):
-            yield what, f"`{public_source(path)}`, sha256 `{_digest(path)}`"
+            yield what, f"`{public_source(path)}`, sha256 `{file_digest(path)}`"
     if sizes := record.get("batch_sizes"):
         yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
     versions = environment["versions"]
@@ -107,7 +108,8 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "device", f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}"
 
 
-def _digest(path: str) -> str:
+def file_digest(path: str) -> str:
+    """sha256 of a file that settings name."""
     try:
         return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
     except OSError:  # moved since the run; the run's identity holds its content

@@ -65,6 +65,14 @@ class Precision:
         """Noise of one entry of a module's output, relative to the outputs' size."""
         return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.row])
 
+    def divergence(self, noise: float) -> float:
+        """Mean KL between two passes of the same model; `noise`: what was seen between two batch sizes."""
+        return _PASSES[self.run] + _STORAGE[self.stored] + _QUANTIZED[self.row] + _NOISE * noise
+
+    def kl(self, kl: float, noise: float) -> float:
+        """What a trial's mean KL of `kl` may be off by."""
+        return self.divergence(noise) + _KL_SHARE[self.row] * kl
+
     def refusals(self, prompts: int) -> float:
         """Responses that may tip over at a near-tie: one at least, where anything was rounded."""
         coarser = max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
@@ -154,16 +162,15 @@ def compare(
     `observed`: the export on both evaluation sets; `harmful` (n_harmful, vocabulary): its first-token log-probabilities;
     `outputs`: its modules' outputs for the probes' inputs.
     """
-    trial, quantization = expected.trial, precision.row
+    trial = expected.trial
     divergences = {
         "harmless": kl_divergence(expected.harmless, observed.first_logprobs.cpu()),
         "harmful": kl_divergence(expected.harmful, harmful.cpu()),
     }
     scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers)}
-    bound = _PASSES[precision.run] + _STORAGE[precision.stored] + _QUANTIZED[quantization] + _NOISE * expected.noise
-    kl_bound = bound + _KL_SHARE[quantization] * trial.kl
+    bound, kl_bound = precision.divergence(expected.noise), precision.kl(trial.kl, expected.noise)
     refusals = precision.refusals(len(observed.responses))
-    share = max(_MODULE[precision.run], _MODULE_QUANTIZED[quantization])
+    share = max(_MODULE[precision.run], _MODULE_QUANTIZED[precision.row])
     errors = {name: _largest_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
     off = sorted(name for name, error in errors.items() if error > share)
     # Of a stopped trial only a lower bound is known.

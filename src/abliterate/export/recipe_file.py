@@ -1,0 +1,152 @@
+"""`recipe.json`: what one trial of a run needs to be made again, and hashes to tell whether it was.
+
+Made of a run's settings and result, and read as a stranger's file (`recipe_schema.py` has its layout). Nothing in it names a
+place or a secret of the machine it was made on. Knows no model and no pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ValidationError
+
+from abliterate import __version__
+from abliterate.edits import Factors
+from abliterate.edits.sketch import sketch
+from abliterate.errors import InputError
+from abliterate.export.base import LOCK, MARKER
+from abliterate.export.recipe import FILES, file_digest
+from abliterate.export.recipe_schema import ModelPart, Origin, Recipe, TrialPart
+from abliterate.prompts import public_source
+from abliterate.rundir import write_json
+from abliterate.settings import Settings
+from abliterate.types import Trial
+
+RECIPE = "recipe.json"
+FORMAT = 1
+# No part of the model, or written after the hashes.
+_UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
+# Settings that no recipe holds: of one machine, a secret, or said elsewhere in it.
+LEFT_OUT = {
+    *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "efficiency.residual_cache_dir"),
+    *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds"),
+    *("export.kind", "export.push", "export.push_private", *FILES.values()),
+}
+NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
+_WRITERS = ("torch", "transformers", "safetensors", "peft")
+_LARGEST = 64 << 20
+
+
+def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content, for a trial of the run whose `result.json` is given; `export` as `export_record` says."""
+    model, environment = record["model"], record["environment"]
+    files = {}
+    for name in FILES.values():
+        section, option = name.split(".")
+        if section != "prompts" and (path := getattr(getattr(settings, section), option)):
+            files[name] = {"name": public_source(path), "sha256": file_digest(path)}
+    return {
+        "format": FORMAT,
+        "environment": {name: environment[name] for name in ("versions", "platform", "device")},
+        "model": {name: model[name] for name in ModelPart.model_fields},
+        "seed": settings.seed,
+        "settings": _settings(settings),
+        "prompts": record.get("prompts", {}),
+        "files": files,
+        # A run of an earlier version didn't record these.
+        "response_prefix": record.get("response_prefix"),
+        "rendering": record.get("rendering"),
+        "batch_sizes": record.get("batch_sizes"),
+        "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
+        "identity": record.get("identity", {}),
+        "directions": record.get("directions", {}).get("vectors_sha256", ""),
+        "baseline": record["baseline"],
+        "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
+        "export": dict(export),
+    }
+
+
+def export_record(kind: str, origin: Origin, folder: Path, factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """The part of a recipe about an export that is finished but for its records."""
+    versions = {"abliterate": __version__} | {name: metadata.version(name) for name in _WRITERS}
+    sketches = {name: sketch(found) for name, found in factors.items()}
+    edits = {name: list(found) for name, found in sketches.items() if all(map(math.isfinite, found))}  # as JSON has them
+    return {"kind": kind, "origin": origin, "versions": versions, "verified": None, "files": hashes(folder), "edits": edits}
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: sha256 and size} of an export's files, but for the model card and this tool's own records."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in _UNHASHED:
+            with path.open("rb") as file:
+                found[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    return found
+
+
+def mark_verified(folder: Path, verified: bool) -> None:
+    """Put the verdict on an export into its recipe."""
+    record = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    record["export"]["verified"] = verified
+    write_json(folder / RECIPE, record)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file, or in a run directory or export.
+
+    Raises:
+        InputError: there is none, it is of another version, damaged, or not what this tool writes.
+    """
+    path = path / RECIPE if path.is_dir() else path
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"The file {path} is too large for a recipe; give the recipe.json of a run or an export.")
+        record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
+    except FileNotFoundError as error:
+        raise InputError(f"There is no recipe {path}; give the recipe.json of a run or an export.") from error
+    except OSError as error:
+        raise InputError(f"The recipe {path} can't be read: {error.strerror}; give another copy.") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"The recipe {path} is damaged or no recipe ({reason}); get another copy.") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if found is None:
+        raise InputError(f"The file {path} is no recipe: it has no format; give the recipe.json of a run or an export.")
+    if found != FORMAT or isinstance(found, bool):
+        raise InputError(
+            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of "
+            "abliterate that its environment names."
+        )
+    try:
+        return Recipe.model_validate_json(json.dumps(record))  # strict, by JSON's rules: a list may be a tuple
+    except (ValidationError, ValueError) as error:
+        raise InputError(f"The recipe {path} can't be used: {_first(error)}; get another copy.") from error
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return repr(str(error).splitlines()[0])
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
+
+
+def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
+    """{section: options} of everything that isn't left out."""
+    dumped = settings.model_dump(mode="json")
+    return {
+        section: {name: value for name, value in options.items() if f"{section}.{name}" not in LEFT_OUT}
+        for section, options in dumped.items()
+        if isinstance(options, dict)
+    }
