@@ -128,7 +128,7 @@ def test_any_trial_is_exported_from_files_alone(
     for module in (source, merged, loader):
         monkeypatch.setattr(module, "load_weights", forbidden)
     monkeypatch.setattr(later, "read_prompts", forbidden)
-    monkeypatch.setattr(loader, "choose_device", forbidden)
+    monkeypatch.setattr("abliterate.exporting.choose_device", forbidden)
     final = tmp_path / "out"
     recorder = Recorder()
     for _ in range(2):  # an export replaces an earlier one
