@@ -85,6 +85,7 @@ def publish(context: Context, bench: Bench, study: Study, baseline: Baseline, pr
             "out": "",
             "cache_dir": "",
             "device": "auto",
+            "load": settings.load.model_copy(update={"device_map": "", "max_memory": {}, "offload_folder": ""}),
             "search": settings.search.model_copy(update={"storage": ""}),
             "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
             "prompts": type(settings.prompts)(),

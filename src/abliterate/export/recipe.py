@@ -17,7 +17,8 @@ from abliterate.settings import Settings
 
 # Said by options of their own, or of this machine only.
 _ELSEWHERE = {
-    *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "efficiency.residual_cache_dir"),
+    *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "load.offload_folder"),
+    *("efficiency.residual_cache_dir", "search.grace_seconds"),
     *("search.trials", "search.startup_trials", "search.storage", "search.select", "search.select_max_kl"),
     *("export.kind", "export.verify", "export.push", "export.push_private"),
 }

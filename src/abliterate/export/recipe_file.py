@@ -34,7 +34,8 @@ FORMAT = 1
 _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 # Settings that no recipe holds: of one machine, a secret, or said elsewhere in it.
 LEFT_OUT = {
-    *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "efficiency.residual_cache_dir"),
+    *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
+    *("efficiency.residual_cache_dir", "search.grace_seconds"),
     *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds"),
     *("export.kind", "export.push", "export.push_private", *FILES.values()),
 }
