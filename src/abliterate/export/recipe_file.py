@@ -36,7 +36,7 @@ _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
-    *("search.storage", "search.select", "search.select_max_kl", "search.grace_seconds"),
+    *("search.storage", "search.select", "search.select_max_kl"),
     *("export.kind", "export.push", "export.push_private", *FILES.values()),
 }
 NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
