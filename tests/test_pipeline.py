@@ -227,7 +227,7 @@ def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, 
     assert set(first["memory"]["stages"]) <= set(kept["memory"]["stages"])
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "{", '{"format": "1"}', '{"format": 1}'])
 def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path, content: str) -> None:
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")

@@ -11,11 +11,23 @@ import pytest
 from abliterate.errors import AbliterateError, InputError
 from abliterate.rundir import RunDirectory, default_path, latest_run, safe_name, write_atomically, write_json
 
+RESULT = {
+    "format": 1,
+    "model": {"id": "m"},
+    "baseline": {"refusals": 3, "prompts": 4},
+    "trials": [],
+    "front": [],
+    "selected": None,
+    "export": {},
+    "timings": {},
+    "environment": {},
+}
+
 
 def make_run(path: Path) -> RunDirectory:
     path.mkdir(parents=True)
     run = RunDirectory(path)
-    write_json(run.result, {"format": 1})
+    write_json(run.result, RESULT)
     run.journal.touch()
     return run
 
@@ -107,10 +119,10 @@ def test_no_two_runs_share_a_studys_name(tmp_path: Path) -> None:
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:
-    assert make_run(tmp_path / "run").read_result() == {"format": 1}
+    assert make_run(tmp_path / "run").read_result() == RESULT
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', "{}", "[]", "3", b"\xff"])
+@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', '{"format": "1"}', '{"format": 1}', "{}", "[]", "3", b"\xff"])
 def test_results_that_cant_be_read(tmp_path: Path, content: str | bytes) -> None:
     (tmp_path / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"result\.json"):

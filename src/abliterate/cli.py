@@ -198,7 +198,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
 
     directory = RunDirectory(run_directory)
     write_report(directory.report, directory.read_result())
-    typer.echo(str(directory.report))
+    typer.echo(ascii(str(directory.report))[1:-1] if not str(directory.report).isprintable() else str(directory.report))
 
 
 def main() -> None:

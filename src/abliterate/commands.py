@@ -18,8 +18,8 @@ from abliterate.inspection import bytes_text, in_words
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
-from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
-from abliterate.tables import component_table, front_table, make_console, print_table
+from abliterate.settings_sources import check_storage, load_settings, merge, parse_assignments, read_toml
+from abliterate.tables import component_table, front_table, make_console, print_table, printable
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -43,6 +43,7 @@ def run(
         settings = load_settings(config, options, stored=directory.settings)
     if reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    check_storage(settings.search.storage)
     _quiet_libraries()
     directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
     reporter = make_reporter(as_json=as_json)
@@ -147,7 +148,8 @@ def show_trials(path: Path, *, as_json: bool) -> None:
     console.print(front_table(result))
     for record in result["trials"]:
         trial = Trial.from_record(record)
-        console.print(trial_line(trial, len(result["trials"]), trial.number in result["front"]), highlight=False)
+        line = trial_line(trial, len(result["trials"]), trial.number in result["front"])
+        console.print(printable(line), highlight=False, markup=False)
 
 
 def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, as_json: bool) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -28,10 +29,11 @@ from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, 
 from abliterate.types import Kernel, Trial, TrialParams
 
 STUDY_NAME = "abliterate"
+FORMAT = 1
 # The worker that a run is itself: one at a time, so that what it left is its own.
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
-_SLOT, _WORKER = "slot", "worker"
+_SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,22 @@ class Study:
         )
         self._storage = self._study._storage
 
-    def claim(self, identity: Mapping[str, str]) -> None:
+    def claim(self, identity: Mapping[str, str], *, begun: bool = False) -> None:
         """Make the study one of `identity` (what a trial's meaning depends on), or check that it already is.
 
         Raises:
-            InputError: it was made with others; names them.
+            InputError: it was made with others (names them), by another version, or is new although its run has `begun`.
         """
-        stored = self._study.user_attrs.get(_IDENTITY)
+        attributes = self._study.user_attrs
+        check_format(attributes)
+        stored = attributes.get(_IDENTITY)
         if stored is None:
+            if begun:
+                raise InputError(
+                    "The run's study is gone, though its result.json lists trials; put study.journal (with --storage: "
+                    "study.name and the database) back, or begin anew with --restart."
+                )
+            self._study.set_user_attr(_FORMAT, FORMAT)
             self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
             self._study.set_user_attr(_IDENTITY, dict(identity))
             return
@@ -236,6 +246,16 @@ class Study:
 def _slot(one: FrozenTrial) -> int:
     """Of a trial in work; -1 for one that an earlier version began."""
     return int(one.user_attrs.get(_SLOT, -1))
+
+
+def check_format(attributes: Mapping[str, Any]) -> None:
+    """InputError where another version of abliterate made the study with these attributes. The first one wrote no format."""
+    found = attributes.get(_FORMAT, FORMAT)
+    if found != FORMAT:
+        raise InputError(
+            f"The study has format {found}, this version reads format {FORMAT}; continue it with the version of abliterate "
+            "that made it, or begin a new one with --restart."
+        )
 
 
 def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from abliterate.settings import Settings
 ENV_PREFIX = "ABLITERATE_"
 # Read by other code than settings: the markers of a traceback and of tests.
 _OTHER_ENV = {"ABLITERATE_DEBUG"}
+# Halves of a surrogate pair stand for bytes of the command line, the environment or a file name that aren't UTF-8.
+_HALVES = re.compile("[\ud800-\udfff]")
+HIDDEN = "***"
+# As SQLAlchemy splits a URL: the password may hold an @ and a slash, the user name may not.
+_PASSWORD = re.compile(r"^([^:/]+://[^:/@]*:).*(@)", re.DOTALL)
+_PASSWORD_PARAMETER = re.compile(r"((?:[?&]|%26)(?:password|passwd|pwd|sslpassword)=)[^&#]*", re.IGNORECASE)
 _PROMPT_SETS = ("harmful", "harmless", "harmful_eval", "harmless_eval")
 
 
@@ -67,6 +74,9 @@ def load_settings(config: str = "", overrides: Mapping[str, Any] | None = None, 
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
         raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; lists are JSON.") from error
+    odd = next((name for name, text in _texts(loaded.model_dump()) if _HALVES.search(text)), None)
+    if odd:
+        raise InputError(f"The setting {odd} holds what is no UTF-8 text; rename the file or folder, or write it anew.")
     return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))
 
 
@@ -108,8 +118,25 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump_settings(settings: Settings) -> str:
-    """The settings as TOML, such that loading it gives them back."""
-    return tomli_w.dumps(settings.model_dump(mode="json"))
+    """The settings as TOML, such that loading it gives them back; but a password in the storage's URL is never written."""
+    record = settings.model_dump(mode="json")
+    record["search"]["storage"] = without_password(settings.search.storage)
+    return tomli_w.dumps(record)
+
+
+def without_password(url: str) -> str:
+    """A database URL as it may be shown: `***` for the password, wherever drivers take one from."""
+    url = _PASSWORD.sub(rf"\g<1>{HIDDEN}\g<2>", url)
+    return _PASSWORD_PARAMETER.sub(rf"\g<1>{HIDDEN}", url)
+
+
+def check_storage(url: str) -> None:
+    """InputError where a stored URL lacks the password that it had."""
+    if f":{HIDDEN}@" in url or f"={HIDDEN}" in url:
+        raise InputError(
+            f"The password of the run's database isn't kept ({url}); give --storage again, with it, or without one where "
+            "PGPASSWORD or ~/.pgpass says it."
+        )
 
 
 def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -119,6 +146,19 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield from option_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+
+
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in nested settings, names of table entries among them."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            inner = f"{name}.{key}" if name else str(key)
+            yield from ((name, key), *_texts(entry, inner))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry, name)
 
 
 def _by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

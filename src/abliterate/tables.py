@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from abliterate.types import Trial
+
+# What would move the cursor, clear the screen, change colours, or turn text around; and halves of surrogate pairs.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text of anybody's making as a terminal may be given it: control characters as they are written in Python."""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 def make_console() -> Console:
@@ -21,7 +30,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     """A table of plain text on standard output."""
     table = Table(*columns, title=title or None, title_justify="left")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     make_console().print(table)
 
 
@@ -55,7 +64,11 @@ def component_table(coverage: Mapping[str, Any]) -> Table:
     for group in coverage["groups"]:
         shape = " × ".join(map(str, group["shape"])) if group["shape"] else "?"
         counts = [str(group["layers"]), str(group["matrices"]), shape, f"{group['parameters']:,}"]
-        edited = "[green]yes[/]" if group["edited"] else f"[yellow]no: {escape(group['left_out'])}[/]"
-        cells = [escape(group["component"]), escape(group["path"]), *counts, f"{group['parameters'] / total:.1%}"]
+        edited = "[green]yes[/]" if group["edited"] else f"[yellow]no: {escape(printable(group['left_out']))}[/]"
+        cells = [
+            *(escape(printable(group[name])) for name in ("component", "path")),
+            *counts,
+            f"{group['parameters'] / total:.1%}",
+        ]
         table.add_row(*cells, edited)
     return table
