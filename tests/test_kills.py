@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
@@ -11,28 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import outcomes, quick_options
-from forked import Command, durations, finish, of_stage, write_config
+from conftest import outcomes
+from forked import Command, durations, finish, of_stage
 
-Files = dict[str, str]
-Whole = tuple[Path, list[dict[str, Any]]]
+Whole = tuple[Path, Path, list[dict[str, Any]]]
 STAGES = (
     *("startup", "prompts", "load", "calibrate", "residuals", "directions", "prepare edits", "trial engine", "baseline"),
     *("search", "pick", "export", "verify", "report"),
 )
 SHORT = ("startup", "residuals", "search", "export", "report")
 STARTUP = 0.7  # seconds before the first line, about
-OVER: dict[str, Any] = {"search": {"trials": 6}, "export": {"kind": "adapter"}}
-
-
-@pytest.fixture(scope="module")
-def whole(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """The uninterrupted run, and its events."""
-    folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder / "quick.toml", quick_options(prompt_files, folder / "cache", **OVER))
-    command = finish(["run", "demo", "-c", config, "-o", "run", "--json"], folder)
-    assert command.end() == 0, command.err
-    return folder / "run", command.events
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -50,13 +37,12 @@ def kill_in(command: Command, stage: str, moment: float, length: float) -> str:
     return found[-1] if found else "startup"
 
 
-def kill_and_resume(seed: int, stages: tuple[str, ...], whole: Whole, files: Files, folder: Path) -> list[str]:
-    """One run, killed in one stage after the other; compares what it becomes with the whole one. Returns where it was killed."""
-    expected, events = whole
+def kill_and_resume(seed: int, stages: tuple[str, ...], whole: Whole, folder: Path) -> list[str]:
+    """One run, killed in one stage after the other; what it becomes is compared with the whole one. Where it was killed."""
+    config, expected, events = whole
     lengths = durations(events) | {"startup": STARTUP}
     draw = random.Random(seed)
-    config = write_config(folder / "quick.toml", quick_options(files, folder / "cache", **OVER))
-    arguments = ["run", "demo", "-c", config, "-o", "run", "--resume", "--json"]
+    arguments = ["run", "demo", "-c", config, "--cache-dir", folder / "cache", "-o", "run", "--resume", "--json"]
     hit, told = [], 0
     for stage in stages:
         command = Command(arguments, folder)
@@ -79,36 +65,25 @@ def kill_and_resume(seed: int, stages: tuple[str, ...], whole: Whole, files: Fil
     return hit
 
 
-def test_killed_in_each_stage_and_resumed_equals_uninterrupted(whole: Whole, prompt_files: Files, tmp_path: Path) -> None:
-    hit = kill_and_resume(0, SHORT, whole, prompt_files, tmp_path)
+def test_killed_in_each_stage_and_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
+    hit = kill_and_resume(0, SHORT, whole, tmp_path)
     print("killed in:", ", ".join(hit))
     assert len(hit) == 5
     assert len(set(hit)) >= 3
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_moments_and_resumed_equals_uninterrupted(whole: Whole, prompt_files: Files, tmp_path: Path) -> None:
+def test_killed_at_fifty_moments_and_resumed_equals_uninterrupted(whole: Whole, tmp_path: Path) -> None:
     hit: list[str] = []
     for seed in range(10):
         stages = tuple(STAGES[(5 * seed + index) % len(STAGES)] for index in range(5))
         if seed % 2:  # in any order, too: most finds little left to do
             stages = tuple(random.Random(seed).sample(stages, 5))
         (tmp_path / str(seed)).mkdir()
-        hit += kill_and_resume(seed, stages, whole, prompt_files, tmp_path / str(seed))
+        hit += kill_and_resume(seed, stages, whole, tmp_path / str(seed))
     counts = {stage: hit.count(stage) for stage in (*STAGES, "at the end")}
     print("killed in:", counts)
     assert sum(counts.values()) == 50
     assert counts["at the end"] <= 10
     for stage in ("startup", "load", "residuals", "trial engine", "search", "export", "verify"):
         assert counts[stage] > 0
-
-
-def test_the_journals_lock_of_a_killed_run_is_no_obstacle(whole: Whole, prompt_files: Files, tmp_path: Path) -> None:
-    """With a relative --out, as by default: Optuna alone would wait for ever."""
-    config = write_config(tmp_path / "quick.toml", quick_options(prompt_files, tmp_path / "cache", export={"kind": "none"}))
-    arguments = ["run", "demo", "-c", config, "-o", "run", "--resume", "-n", "2"]
-    assert finish(arguments, tmp_path).end() == 0
-    for target in ("run/study.journal", str(tmp_path / "run" / "study.journal")):
-        os.symlink(target, tmp_path / "run" / "study.journal.lock")
-        command = Command(arguments, tmp_path)
-        assert command.end(timeout=30) == 0, command.err

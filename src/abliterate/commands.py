@@ -58,7 +58,7 @@ def run(
         with interrupts.listening():
             pipeline.run(
                 settings,
-                reporter,
+                interrupts.watched(reporter),
                 directory,
                 resume=resume,
                 restart=restart,
@@ -83,7 +83,7 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
     try:
         with interrupts.listening():
-            trials = pipeline.work(run_directory, url, study, _given(own), reporter, check=interrupts.check)
+            trials = pipeline.work(run_directory, url, study, _given(own), interrupts.watched(reporter), check=interrupts.check)
         reporter.note(f"the run has its {trials} trials", trials=trials)
     except Interrupted as error:
         raise Interrupted(error.exit_code, left) from error

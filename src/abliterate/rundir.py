@@ -5,7 +5,6 @@ than how `result.json` is laid out.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -16,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import NO_ROOM, AbliterateError, InputError
 from abliterate.locks import drop_lock, take_lock
 from abliterate.settings_sources import read_toml
 from abliterate.types import Trial
@@ -28,8 +27,6 @@ FORMAT, DIGEST = 1, "sha256"
 _TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
 _STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
-# Of the errors of a disk, those that room would help with.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class OtherVersion(InputError):
@@ -107,9 +104,7 @@ class RunDirectory:
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(
-                f"The directory {self.path} can't be made or moved: {error.strerror}; choose another --out."
-            ) from error
+            raise _refused(f"The directory {self.path} can't be made or moved", error) from error
         if self._locking and self._lock is None:
             self._take_lock()
 
@@ -126,9 +121,7 @@ class RunDirectory:
                 f"{self.path} would help it)."
             ) from error
         except OSError as error:
-            raise InputError(
-                f"The directory {self.path} can't be written to: {error.strerror}; mend that, or choose another --out."
-            ) from error
+            raise _refused(f"The directory {self.path} can't be written to", error) from error
 
     def _drop_lock(self, path: Path) -> None:
         """Release the lock, if it is held; its file is in `path`."""
@@ -224,7 +217,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # on a disk that is read-only, too
             temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno in _NO_ROOM else "mend that"
+        remedy = "free some space" if error.errno in NO_ROOM else "mend that"
         raise AbliterateError(
             f"The file {path} can't be written: {error.strerror}; {remedy} and repeat the command (a run continues with "
             "--resume)."
@@ -252,6 +245,12 @@ def _is_sound(record: Mapping[str, Any]) -> bool:
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """`record` as strict JSON (no NaN), atomically."""
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _refused(what: str, error: OSError) -> AbliterateError:
+    if error.errno in NO_ROOM:
+        return AbliterateError(f"{what}: {error.strerror}; free some space and repeat the command.")
+    return InputError(f"{what}: {error.strerror}; mend that, or choose another --out.")
 
 
 def _is_ours(path: Path) -> bool:

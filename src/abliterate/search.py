@@ -23,9 +23,9 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.settings import SearchSettings
-from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, open_storage, patiently, share
+from abliterate.storage import BEAT, HEARTBEAT, Silence, disk_refused, first_line, heartbeat, open_storage, patiently, share
 from abliterate.types import Kernel, Trial, TrialParams
 
 STUDY_NAME = "abliterate"
@@ -267,10 +267,14 @@ def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STU
     """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
-        InputError: the storage can't be reached or read.
+        InputError: the storage can't be reached or read. AbliterateError: the disk refuses.
     """
     try:
         return Study(open_storage(url, journal), name, space, seed, worker)
+    except (OSError, AbliterateError) as error:
+        if not url:
+            raise disk_refused(error) from error
+        raise InputError(f"The study at the storage URL given can't be opened: {first_line(error)}.") from error
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"

@@ -23,7 +23,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import AbliterateError
+from abliterate.errors import NO_ROOM, AbliterateError
 
 Result = TypeVar("Result")
 
@@ -117,9 +117,7 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
         try:
             return work()
         except OSError as error:
-            raise AbliterateError(
-                f"The study can't be written ({error.strerror}); free some space, then continue with --resume."
-            ) from error
+            raise disk_refused(error) from error
         except Exception as error:
             if not is_lost(error):
                 raise
@@ -131,6 +129,14 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
         check()
         time.sleep(min(pause, max(0.0, end - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def disk_refused(error: AbliterateError | OSError) -> AbliterateError:
+    """What a person is told where a journal can't be written."""
+    if isinstance(error, AbliterateError):
+        return error
+    remedy = "free some space" if error.errno in NO_ROOM else "mend that"
+    return AbliterateError(f"The study can't be written ({error.strerror}); {remedy}, then continue with --resume.")
 
 
 def is_lost(error: BaseException) -> bool:
