@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Recorder, copy_run, outcomes, quick_settings, run_in
 from safetensors.torch import load_file
 
 from abliterate import cli, pipeline
 from abliterate.errors import AbliterateError
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory
+from abliterate.rundir import RunDirectory, write_atomically
 from abliterate.settings import Settings
 
 Files = dict[str, str]
@@ -165,8 +166,6 @@ def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Pat
     if isinstance(disk, PretendedDisk):  # which would be full for the run directory, too
         store = pipeline.make_store(own, recorder := Recorder())
         disk.fill()
-        import torch
-
         store.put("residuals", {"a": 1}, {"r": torch.ones(2)})
         disk.free()
         assert store.get("residuals", {"a": 1}) is None
@@ -181,8 +180,6 @@ def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["settings.toml", "result.json", "study.name", "directions.safetensors", "report.html"])
 def test_files_keep_their_content_on_a_full_disk(name: str, tmpfs: Path) -> None:
-    from abliterate.rundir import write_atomically
-
     write_atomically(tmpfs / name, "old")
     Disk(tmpfs).fill()
     with pytest.raises(AbliterateError, match=f"{name} can't be written: No space left on device; free some space"):
