@@ -198,7 +198,8 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
 
     directory = RunDirectory(run_directory)
     write_report(directory.report, directory.read_result())
-    typer.echo(ascii(str(directory.report))[1:-1] if not str(directory.report).isprintable() else str(directory.report))
+    path = str(directory.report)
+    typer.echo(path if path.isprintable() else ascii(path)[1:-1])
 
 
 def main() -> None:
@@ -210,6 +211,9 @@ def main() -> None:
     # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
+        odd = next((text for text in sys.argv[1:] if any("\ud800" <= character <= "\udfff" for character in text)), None)
+        if odd is not None:
+            raise InputError(f"The argument {odd} holds bytes that are no UTF-8 text; rename the file or folder.")
         app()
     except KeyboardInterrupt:
         _fail(f"interrupted; {_KEPT}.", INTERRUPTED)

@@ -169,6 +169,7 @@ def _by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, A
 
 def _with_absolute_paths(settings: Settings) -> Settings:
     """Every path made absolute. Hub ids, data sets, and what doesn't exist stay as given: their reader says what is wrong."""
+    _check_paths(settings)
     prompts = {name: _if_there(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
     sections = {
         "prompts": prompts,
@@ -184,6 +185,23 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     return settings.model_copy(update=top)
 
 
+def _check_paths(settings: Settings) -> None:
+    """InputError for what can't be a path: every reader would fail on it, each in its own words."""
+    own = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
+    own |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
+    own |= {"load.chat_template": settings.load.chat_template, "evaluation.markers": settings.evaluation.markers}
+    own |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
+    for name, text in own.items():
+        try:
+            if "\0" in text:
+                raise ValueError("it holds a NUL character")
+            Path(text).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            shown = text if len(text) < 80 else text[:70] + "…"
+            raise InputError(f"The setting {name} ({shown!r}) can't be a path: {reason}; give another.") from error
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else ""
 
@@ -194,7 +212,7 @@ def _if_there(path: str) -> str:
 
 def _absolute_database(url: str) -> str:
     file = url.removeprefix("sqlite:///")
-    return url if file in (url, "", ":memory:") else f"sqlite:///{_absolute(file)}"
+    return url if file in (url, "", ":memory:") or file.startswith("file:") else f"sqlite:///{_absolute(file)}"
 
 
 def _find_config(config: str) -> Path:
