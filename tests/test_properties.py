@@ -11,10 +11,12 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from abliterate.cache import key_digest
 from abliterate.errors import InputError
 from abliterate.prompts import digest, read_prompts
+from abliterate.rundir import default_path, digest_of, safe_name
 from abliterate.settings import Settings
-from abliterate.settings_sources import dump_settings, load_settings, option_names, parse_assignments
+from abliterate.settings_sources import dump_settings, load_settings, option_names, parse_assignments, without_password
 from abliterate.storage import CheckedJournal, check_journal, drop_torn_line
 from abliterate.types import Prompt
 
@@ -139,6 +141,43 @@ def same(one: Any, other: Any) -> bool:
 
 ODD = st.sampled_from([1, "1", True, 1.0, None, "None", [], {}, ""])
 KEY = st.dictionaries(st.sampled_from(["a", "b", "ab"]), JSON | ODD, max_size=3)
+
+
+@MANY
+@given(KEY, KEY)
+def test_keys_are_equal_where_all_is(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert (key_digest(one) == key_digest(other)) == same(one, other)
+    assert (digest_of(one) == digest_of(other)) == same(one, other)
+    assert key_digest(dict(reversed(one.items()))) == key_digest(one)
+    assert key_digest(json.loads(json.dumps(one))) == key_digest(one)
+
+
+def test_no_two_kinds_of_value_share_a_key() -> None:
+    values = [1, "1", True, 1.0, None, "null", "None", False, 0, -0.0, "", [], {}, [1], ["1"], [[]], {"1": 1}, [None], "[1]"]
+    assert len({key_digest({"x": value}) for value in values}) == len(values)
+    assert len({key_digest({"x": {"a": 1}, "b": 2}), key_digest({"x": {"a": 1, "b": 2}})}) == 2
+
+
+@MANY
+@given(st.text(max_size=120) | st.lists(st.sampled_from(["..", "/", "\\", "con", ".", "-", "\n"]), max_size=9).map("".join))
+def test_names_never_leave_their_folder(text: str) -> None:
+    name = safe_name(text)
+    assert safe_name(name) == name
+    assert set(name) <= set(string.ascii_letters + string.digits + "._-")
+    assert name[0] not in ".-"
+    assert name[-1] not in ".-"
+    assert 0 < len(name) <= 86
+    assert default_path(text).parent == Path("runs")
+
+
+@MANY
+@given(st.text(string.ascii_letters + "@:/#?&=%", max_size=20), st.sampled_from(["u", ""]))
+def test_no_password_is_shown(password: str, user: str) -> None:
+    secret = f"SECRET{password}SECRET"
+    assert "SECRET" not in without_password(f"postgresql+psycopg://{user}:{secret}@host:5432/db?x=1")
+
+
+RECORD = st.dictionaries(st.text(max_size=6).filter(lambda name: name != "sha256"), JSON, max_size=3)
 
 
 @FEW
