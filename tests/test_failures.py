@@ -24,7 +24,7 @@ class Failing:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
         self.trial, self.calls = -1, 0
-        apply, forward, decompose = Editor.apply, Qwen2ForCausalLM.forward, torch.svd_lowrank
+        apply, forward = Editor.apply, Qwen2ForCausalLM.forward
 
         def counted(editor: Editor, params: Any) -> None:
             if getattr(self, "last", None) is not params:  # a trial that is tried again is the same
@@ -40,17 +40,20 @@ class Failing:
                 found.logits.fill_(torch.nan)
             return found
 
-        def odd_decompose(*args: Any, **kwargs: Any) -> Any:
-            if self.trial == FAILED:
-                self.calls += 1
-                raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
-            return decompose(*args, **kwargs)
+        def failing(real: Any) -> Any:
+            def decompose(*args: Any, **kwargs: Any) -> Any:
+                if self.trial == FAILED:
+                    self.calls += 1
+                    raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
+                return real(*args, **kwargs)
+
+            return decompose
 
         odd_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         monkeypatch.setattr(Editor, "apply", counted)
         if how == "svd":
-            monkeypatch.setattr(torch, "svd_lowrank", odd_decompose)
-            monkeypatch.setattr(torch.linalg, "svd", odd_decompose)  # tried next
+            monkeypatch.setattr(torch, "svd_lowrank", failing(torch.svd_lowrank))
+            monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd))  # tried next
         else:
             monkeypatch.setattr(Qwen2ForCausalLM, "forward", odd_forward)
 

@@ -222,9 +222,10 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
 
 def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
     """What the selection rule would pick now, if there is something to pick."""
-    if not directory.result.exists():
+    try:
+        result = directory.read_result()
+    except InputError:  # none yet, or damaged
         return None
-    result = directory.read_result()
     front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
     by_kl = sorted(front, key=lambda trial: trial.kl)
     return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)
