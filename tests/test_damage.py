@@ -22,7 +22,7 @@ from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.search import Space, open_study
 from abliterate.settings import SearchSettings, Settings
 from abliterate.settings_sources import load_settings
-from abliterate.storage import check_journal, open_storage
+from abliterate.storage import CheckedJournal, check_journal, open_storage
 
 Finished = tuple[Path, dict[str, Any], Settings]
 Damage = tuple[str, bytes]
@@ -273,3 +273,27 @@ def test_a_run_with_a_damaged_cache_is_the_same_run(finished: Finished, tmp_path
     result, recorder = run_in(tmp_path / "run", own)
     assert outcomes(result) == outcomes(first)
     assert any("computed again" in warning for warning in recorder.warnings)
+
+
+def test_a_half_written_record_is_cut_off_at_once(tmp_path: Path) -> None:
+    """A full disk under a run that then writes less, as when it marks the trial as interrupted."""
+    resource = pytest.importorskip("resource")
+    journal = CheckedJournal(tmp_path / "study.journal")
+    journal.append_logs([{"first": 1}])
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, old[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            journal.append_logs([{"long": "x" * 1000}])
+        journal.append_logs([{"short": 1}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    check_journal(tmp_path / "study.journal")
+    assert [next(iter(record)) for record in CheckedJournal(tmp_path / "study.journal").read_logs(0)] == ["first", "short"]
+
+
+def test_directions_are_the_same_bytes_at_each_run(finished: Finished) -> None:
+    """safetensors writes several metadata entries in random order."""
+    content = (finished[0] / "directions.safetensors").read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert header["__metadata__"] == {"format": "1"}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import outcomes
 from forked import Command, finish, of_stage
 
@@ -95,3 +96,13 @@ def test_the_second_signal_stops_at_once(whole: Whole, tmp_path: Path) -> None:
     assert time.monotonic() - started < 5
     assert "--resume --out run" in " ".join(command.err.split())
     assert "Traceback" not in command.err
+
+
+@pytest.mark.parametrize("stage", ["load", "export"])
+def test_the_first_signal_ends_what_takes_minutes_at_once(stage: str, whole: Whole, tmp_path: Path) -> None:
+    command = Command(["run", "demo", "-c", whole[0], "-n", "2", "-o", "run", "--json"], tmp_path, before=Slow(stage, 60))
+    assert command.wait_for(of_stage(stage)), command.err
+    command.send(signal.SIGINT)
+    assert command.end(timeout=15) == 130
+    assert "error: interrupted" in command.err
+    assert not list(tmp_path.glob("run/*model*"))
