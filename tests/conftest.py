@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads beside another busy
 import pytest
 import torch
 import transformers
+from forked import finish, write_config
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -335,6 +336,17 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
     settings = quick_settings(prompt_files, folder / "cache")
     result, _ = run_in(folder / "run", settings)
     return folder / "run", result, settings
+
+
+@pytest.fixture(scope="session")
+def whole(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
+    """A run by the command line that nothing interrupted: (its options as a file, directory, events)."""
+    folder = tmp_path_factory.mktemp("whole")
+    options = quick_options(prompt_files, folder / "cache", search={"trials": 6}, export={"kind": "adapter"})
+    config = write_config(folder / "quick.toml", options)
+    command = finish(["run", "demo", "-c", config, "-o", "run", "--json"], folder)
+    assert command.end() == 0, command.err
+    return config, folder / "run", command.events
 
 
 def copy_run(source: Path, to: Path) -> Path:

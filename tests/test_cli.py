@@ -25,7 +25,7 @@ from abliterate import bench, cli, commands
 from abliterate.cache import ArtifactStore
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory, write_json
+from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.settings_sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Any]
@@ -406,10 +406,13 @@ def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tm
         {**template, "number": number, "scores": {"refusals": refusals, "kl": {"mean": kl, "median": kl, "max": kl}}}
         for number, (kl, refusals) in enumerate([(0.01, 9), (0.05, 2), (0.9, 0)])
     ]
-    write_json(directory.result, {**result, "trials": trials, "front": [0, 1, 2]})
+    changed = {**result, "trials": trials, "front": [0, 1, 2], "selected": None}
+    write_json(directory.result, changed | {"sha256": digest_of(changed)})
     assert "--trial 1." in commands._how_to_continue(directory, settings)
     rule = settings.model_copy(update={"search": settings.search.model_copy(update={"select": "kl<=0.001"})})
     assert "--trial" not in commands._how_to_continue(directory, rule)
+    directory.result.write_text("{", encoding="utf-8")  # damaged: how to go on is said all the same
+    assert commands._how_to_continue(directory, settings).endswith(f"--resume --out {directory.path}.")
 
 
 def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:

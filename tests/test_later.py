@@ -44,7 +44,7 @@ from abliterate.export.base import MARKER
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory, write_json
+from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings
 from abliterate.types import Baseline, Trial
@@ -197,6 +197,7 @@ def test_trials_that_are_not_complete_are_not_exported(state: str, finished: Fin
     number = other_trial(first)
     record = copy.deepcopy(first)
     record["trials"][number]["state"] = state
+    record["sha256"] = digest_of(record)
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="was stopped" if state == "stopped" else "no finished trial"):
         later.export_trial(settings, Recorder(), RunDirectory(run), number, tmp_path / "out")
@@ -206,7 +207,7 @@ def test_runs_of_earlier_versions_are_exported(finished: Finished, tmp_path: Pat
     """They recorded neither prompts nor how many trials were random."""
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
-    record = {name: value for name, value in first.items() if name not in ("prompts", "startup_trials")}
+    record = {name: value for name, value in first.items() if name not in ("prompts", "startup_trials", "sha256")}
     write_json(run / "result.json", record | {"exports": []})
     later.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -337,7 +338,7 @@ def test_directions_of_something_else_are_refused(how: str, finished: Finished, 
         later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
     if how != "other values":  # as an earlier version left it
         record = json.loads((run / "result.json").read_text(encoding="utf-8"))
-        del record["directions"]
+        del record["directions"], record["sha256"]
         write_json(run / "result.json", record)
         with pytest.raises(InputError, match="--resume"):
             later.export_trial(
@@ -363,6 +364,7 @@ def test_a_damaged_result_is_refused(how: str, finished: Finished, tmp_path: Pat
         del record["model"]["fingerprint"]
     else:
         record["model"]["dtype"] = "x"
+    record["sha256"] = digest_of(record)  # past the checksum: what an earlier version, or a person, might write
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="damaged"):
         later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")

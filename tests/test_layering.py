@@ -25,7 +25,7 @@ LAYERS = {
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
-    0: ("settings", "settings_sources", "prompts", "errors", "types", "interrupts", "__init__"),
+    0: ("settings", "settings_sources", "prompts", "errors", "types", "interrupts", "locks", "__init__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # What a module may import of the package beyond its own files, where that is less than its layer allows.

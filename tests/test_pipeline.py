@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abliterate import identity, pipeline, stages
+from abliterate import identity, inputs, pipeline, stages
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation import TrialEngine
 from abliterate.evaluation.editor import Editor
@@ -235,7 +235,7 @@ def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, 
     assert set(first["memory"]["stages"]) <= set(kept["memory"]["stages"])
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "{", '{"format": "1"}', '{"format": 1}'])
 def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path, content: str) -> None:
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
@@ -482,3 +482,17 @@ def test_a_stage_records_its_own_peak_memory(tmp_path: Path) -> None:
     peaks = {name: one["peak_rss_bytes"] for name, one in result.record["memory"]["stages"].items()}
     assert peaks["large"] > max(peaks["small"], peaks["small again"]) + 2e8
     assert result.record["memory"]["peak_rss_bytes"] == peaks["large"]
+
+
+def test_prompts_that_are_there_twice_are_said(prompt_files: Files, tmp_path: Path) -> None:
+    """Within a set, and in both the direction and the evaluation set."""
+    lines = Path(prompt_files["harmful"]).read_text(encoding="utf-8").splitlines(keepends=True)
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join([*lines[:5], lines[0], lines[1]]), encoding="utf-8")
+    recorder = Recorder()
+    own = quick_settings(prompt_files | {"harmful_eval": str(both)}, tmp_path / "cache")
+    store = pipeline.make_store(own, recorder)
+    inputs.read_prompts(inputs.Context(own, recorder, RunResult(None, recorder), store, lambda: None))
+    assert any("2 of the 7 prompts in the set harmful_eval are there more than once" in one for one in recorder.warnings)
+    assert any("5 of the harmful prompts are in both" in one for one in recorder.warnings)
+    assert len(recorder.warnings) == 2

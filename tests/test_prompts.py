@@ -130,3 +130,60 @@ def test_digest_depends_on_text_system_and_order() -> None:
     sets = [[Prompt("a"), Prompt("b")], [Prompt("b"), Prompt("a")], [Prompt("ab")], [Prompt("a", "b")], []]
     assert len({digest(prompts) for prompts in sets}) == len(sets)
     assert digest(tuple(sets[0])) == digest(sets[0])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a\\ud800b"}', "surrogate"),
+        ('{"prompt": "a", "system": "\\udfff"}', "surrogate"),
+        ('{"prompt": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"prompt": 1e999}', "no text"),
+        ('{"prompt": ["a"]}', "no text"),
+        ('{"prompt": {"text": "a"}}', "no text"),
+        ("null", "no text"),
+        ('{"prompt": "a"} {"prompt": "b"}', "not JSON"),
+        ('{"a": ' * 50_000, "not JSON"),
+    ],
+)
+def test_hostile_json_is_one_sentence(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        read_prompts(write(tmp_path, "p.jsonl", line))
+    assert str(caught.value).startswith("Line 1 of ")
+    assert "\n" not in str(caught.value)
+
+
+def test_binary_files_are_one_sentence(tmp_path: Path) -> None:
+    """Pictures, archives, UTF-16, and what is random."""
+    import random
+
+    draw = random.Random(0)
+    contents = [b"\x89PNG\r\n\x1a\n\0\0", b"PK\x03\x04\x14\0", "zwei\n".encode("utf-16"), b"\0" * 100]
+    contents += [draw.randbytes(500) for _ in range(20)]
+    for content in contents:
+        for name in ("p.txt", "p.jsonl"):
+            with pytest.raises(InputError, match=r"UTF-8|NUL|JSON") as caught:
+                read_prompts(write(tmp_path, name, content))
+            assert "\n" not in str(caught.value)
+
+
+def test_a_line_of_a_megabyte_is_a_prompt(tmp_path: Path) -> None:
+    text = "word " * 200_000
+    assert read_prompts(write(tmp_path, "p.txt", f"one\n{text}\n"))[1].text == text.strip()
+
+
+def test_ten_thousand_prompts_take_ten_times_as_long_as_a_thousand(tmp_path: Path) -> None:
+    """Reading, tokenizing and hashing: linear in the number of prompts."""
+    import time
+
+    from conftest import make_chat
+
+    chat, times = make_chat(), {}
+    for count in (1000, 10_000):
+        path = write(tmp_path, f"{count}.txt", "".join(f"Tell me how to do thing number {index}.\n" for index in range(count)))
+        started = time.process_time()
+        prompts = read_prompts(path)
+        assert len({digest(prompts), digest(prompts[:-1])}) == 2
+        assert sum(len(chat.token_ids(prompt)) for prompt in prompts) > 10 * count
+        times[count] = time.process_time() - started
+    assert times[10_000] < 25 * times[1000] + 0.5

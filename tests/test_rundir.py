@@ -11,11 +11,23 @@ import pytest
 from abliterate.errors import AbliterateError, InputError
 from abliterate.rundir import RunDirectory, default_path, latest_run, safe_name, write_atomically, write_json
 
+RESULT = {
+    "format": 1,
+    "model": {"id": "m"},
+    "baseline": {"refusals": 3, "prompts": 4},
+    "trials": [],
+    "front": [],
+    "selected": None,
+    "export": {},
+    "timings": {},
+    "environment": {},
+}
+
 
 def make_run(path: Path) -> RunDirectory:
     path.mkdir(parents=True)
     run = RunDirectory(path)
-    write_json(run.result, {"format": 1})
+    write_json(run.result, RESULT)
     run.journal.touch()
     return run
 
@@ -107,10 +119,10 @@ def test_no_two_runs_share_a_studys_name(tmp_path: Path) -> None:
 
 
 def test_results_are_read_back(tmp_path: Path) -> None:
-    assert make_run(tmp_path / "run").read_result() == {"format": 1}
+    assert make_run(tmp_path / "run").read_result() == RESULT
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', "{}", "[]", "3", b"\xff"])
+@pytest.mark.parametrize("content", ["", "{", '{"format": 2}', '{"format": "1"}', '{"format": 1}', "{}", "[]", "3", b"\xff"])
 def test_results_that_cant_be_read(tmp_path: Path, content: str | bytes) -> None:
     (tmp_path / "result.json").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=r"result\.json"):
@@ -185,3 +197,54 @@ def test_json_is_strict(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert not (tmp_path / "x.json").exists()
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
+    run, other = make_run(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    before = {path.name for path in run.path.iterdir()}
+    (run.path / ".result.json.123.tmp").write_text("half", encoding="utf-8")  # of a killed run
+    with run.locked():
+        run.prepare(resume=True, restart=False)
+        assert {path.name for path in run.path.iterdir()} == before | {".lock"}
+        for restart in (False, True):
+            with pytest.raises(InputError, match="Another run is at work"), other.locked():
+                other.prepare(resume=not restart, restart=restart)
+    assert {path.name for path in run.path.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with other.locked():  # released
+        other.prepare(resume=True, restart=False)
+
+
+def test_two_new_runs_in_one_directory(tmp_path: Path) -> None:
+    """Also before there is a study; and a restart holds the new directory, not the old one."""
+    one, two = RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    with one.locked(), two.locked():
+        one.prepare(resume=False, restart=False)
+        with pytest.raises(InputError, match="Another run is at work"):
+            two.prepare(resume=False, restart=False)
+        one.journal.touch()
+    with one.locked():
+        one.prepare(resume=False, restart=True)
+        assert [path.name for path in one.path.iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "run.old-1").iterdir()] == ["study.journal"]
+        with pytest.raises(InputError, match="Another run is at work"), two.locked():
+            two.prepare(resume=False, restart=False)
+    one.remove_if_empty()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert one.holds_run  # the restart came to nothing
+
+
+def test_a_lock_file_alone_is_no_run_of_anybodys(tmp_path: Path) -> None:
+    """A run killed at its very beginning leaves it."""
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".study.name.77.tmp").touch()
+    run = RunDirectory(tmp_path)
+    with run.locked():
+        run.prepare(resume=False, restart=False)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["con", "CON.txt", "nul", "com1", "Lpt9.a.b"])
+def test_windows_devices_are_no_names(name: str) -> None:
+    assert safe_name(name) == f"model-{name}"
+    assert safe_name(f"{name}x") == f"{name}x" or "." in name

@@ -216,7 +216,8 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
 
     directory = RunDirectory(run_directory)
     write_report(directory.report, directory.read_result())
-    typer.echo(str(directory.report))
+    path = str(directory.report)
+    typer.echo(path if path.isprintable() else ascii(path)[1:-1])
 
 
 def main() -> None:
@@ -227,7 +228,14 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     # Imported by PEFT where it is installed, and advises at once to install more; its errors still raise.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    endings.run_to_its_end(app)
+    endings.run_to_its_end(_app)
+
+
+def _app() -> None:
+    odd = next((text for text in sys.argv[1:] if any("\ud800" <= character <= "\udfff" for character in text)), None)
+    if odd is not None:
+        raise InputError(f"The argument {odd} holds bytes that are no UTF-8 text; rename the file or folder.")
+    app()
 
 
 if __name__ == "__main__":

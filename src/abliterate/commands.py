@@ -18,7 +18,7 @@ from abliterate.inspection import bytes_text, in_words
 from abliterate.interrupts import Interrupts
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
-from abliterate.settings_sources import load_settings, merge, parse_assignments, read_toml
+from abliterate.settings_sources import check_storage, load_settings, merge, parse_assignments, read_toml
 from abliterate.tables import component_table, make_console, print_table
 from abliterate.types import Baseline, Reporter, Trial
 
@@ -58,6 +58,7 @@ def resolve(
         settings = load_settings(config, options, stored=directory.settings, entry=entry)
     if flags.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    check_storage(settings.search.storage)
     return settings, directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
 
 
@@ -76,7 +77,7 @@ def carry_out(
         with interrupts.listening():
             return pipeline.run(
                 settings,
-                reporter,
+                interrupts.watched(reporter),
                 directory,
                 resume=flags.resume,
                 restart=flags.restart,
@@ -101,7 +102,7 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
     try:
         with interrupts.listening():
-            trials = pipeline.work(run_directory, url, study, _given(own), reporter, check=interrupts.check)
+            trials = pipeline.work(run_directory, url, study, _given(own), interrupts.watched(reporter), check=interrupts.check)
         if as_json:
             events.emit("result", trials=trials)
         else:
@@ -239,9 +240,10 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
 
 def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
     """What the selection rule would pick now, if there is something to pick."""
-    if not directory.result.exists():
+    try:
+        result = directory.read_result()
+    except InputError:  # none yet, or damaged
         return None
-    result = directory.read_result()
     front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
     by_kl = sorted(front, key=lambda trial: trial.kl)
     return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)

@@ -14,7 +14,7 @@ from rich.prompt import Prompt as Question
 from rich.table import Table
 
 from abliterate.events import JsonReporter
-from abliterate.tables import front_table
+from abliterate.tables import front_table, printable
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -44,7 +44,10 @@ class PlainReporter:
 
     def header(self, fields: Mapping[str, str]) -> None:
         for name, value in fields.items():
-            self._line(f"{name}: {value}")
+            first, *more = value.split("\n")
+            self._line(f"{name}: {first}")
+            for line in more:  # indented: it can't pass for another line of ours
+                self._line(f"  {line}")
 
     def stage(self, name: str, detail: str = "") -> None:
         self._line(f"== {name}" + (f": {detail}" if detail else ""))
@@ -71,7 +74,7 @@ class PlainReporter:
         """Nothing is open."""
 
     def _line(self, text: str) -> None:
-        print(text, file=self._out, flush=True)
+        print(printable(text), file=self._out, flush=True)
 
 
 class RichReporter:
@@ -89,13 +92,13 @@ class RichReporter:
     def header(self, fields: Mapping[str, str]) -> None:
         grid = Table.grid(padding=(0, 2))
         for name, value in fields.items():
-            grid.add_row(f"[dim]{escape(name)}[/dim]", escape(value))
+            grid.add_row(f"[dim]{escape(name)}[/dim]", escape(printable(value, "\n")))
         self._show(Panel(grid, title="abliterate", border_style="cyan", expand=False))
 
     def stage(self, name: str, detail: str = "") -> None:
         self.close()
         self._stage, self._trials = name, None
-        self._console.print(f"[bold cyan]▸ {escape(name)}[/] [dim]{escape(detail)}[/]")
+        self._console.print(f"[bold cyan]▸ {escape(printable(name))}[/] [dim]{escape(printable(detail))}[/]")
         self._progress = Progress(
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
@@ -120,15 +123,15 @@ class RichReporter:
         self._advance(done, total, unit)
 
     def note(self, text: str, **fields: Any) -> None:
-        self._show(f"  [dim]{escape(text)}[/]")
+        self._show(f"  [dim]{escape(printable(text))}[/]")
 
     def warn(self, text: str) -> None:
         if text not in self._warnings:
             self._warnings.add(text)
-            self._show(f"  [yellow]warning:[/] {escape(text)}")
+            self._show(f"  [yellow]warning:[/] {escape(printable(text))}")
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        line = escape(trial_line(trial, total, front))
+        line = escape(printable(trial_line(trial, total, front)))
         style = "red" if trial.state == "failed" else "bold green" if front else "default"
         self._show(f"  [{style}]{line}[/]")
         if best is not None:
@@ -143,7 +146,7 @@ class RichReporter:
         self.close()
         self._console.print(front_table(result))
         for line in summary_lines(result, where, table=False):
-            self._console.print(escape(line), highlight=False)
+            self._console.print(escape(printable(line)), highlight=False)
 
     def close(self) -> None:
         """Take the progress bar off the terminal, before a question or at the end."""
@@ -230,4 +233,4 @@ def show_heading(text: str) -> None:
 
 def show_error(message: str) -> None:
     """One sentence on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}")
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(printable(message))}")

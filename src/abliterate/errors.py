@@ -3,11 +3,15 @@
 Knows nothing of how errors are shown; `cli.py` turns them into a line and an exit code.
 """
 
+import errno
+
 DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
+# Of the errors of a disk, those that more room on it would mend.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class AbliterateError(Exception):

@@ -66,6 +66,13 @@ def read_prompts(context: Context) -> PromptSets:
         sources = prompt_sources(context.settings)
         sets = PromptSets(**{name: load_prompts(source, context.settings.prompts) for name, source in sources.items()})
         context.result.prompts(sources, {name: getattr(sets, name) for name in sources})
+        for name in sources:
+            part = getattr(sets, name)
+            again = len(part) - len(set(part))
+            if again:
+                context.reporter.warn(
+                    f"{again} of the {len(part)} prompts in the set {name} are there more than once, and count as often."
+                )
         for name in ("harmful", "harmless"):
             shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
             if shared:

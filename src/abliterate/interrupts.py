@@ -1,4 +1,8 @@
-"""Ctrl+C and SIGTERM: the first asks to stop at the next safe point, the second stops at once; at a question every one."""
+"""Ctrl+C and SIGTERM: the first asks to stop at the next safe point, the second stops at once; at a question every one.
+
+Safe points are where `check` is called: after each pass, at each stage and each step of progress that is reported. In stages
+that have no such points, and where nothing is lost, the first one stops at once, too.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,13 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any, cast
 
 from abliterate.errors import INTERRUPTED, TERMINATED, Interrupted
+from abliterate.types import Reporter
+
+# Minutes with a large model. What is half read or half written then is given up; trials are kept.
+_AT_ONCE = ("prompts", "load", "export", "push")
 
 
 class Interrupts:
@@ -42,9 +51,31 @@ class Interrupts:
         finally:
             self._asking = False
 
+    def watched(self, reporter: Reporter) -> Reporter:
+        """The same reporter, at whose stages and steps a signal is seen."""
+        return cast(Reporter, _Watched(self, reporter))
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._exit_code:
             raise KeyboardInterrupt
         self._exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if self._asking:
             self.check()
+
+
+class _Watched:
+    def __init__(self, interrupts: Interrupts, reporter: Reporter) -> None:
+        self._interrupts = interrupts
+        self._reporter = reporter
+
+    def stage(self, name: str, detail: str = "") -> None:
+        self._interrupts._asking = name in _AT_ONCE
+        self._interrupts.check()
+        self._reporter.stage(name, detail)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self._interrupts.check()
+        self._reporter.progress(done, total, unit)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reporter, name)

@@ -58,6 +58,20 @@ def run(
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
+    with directory.locked():
+        return _run(settings, reporter, directory, resume, restart, gpus, choose, check)
+
+
+def _run(
+    settings: Settings,
+    reporter: Reporter,
+    directory: RunDirectory,
+    resume: bool,
+    restart: bool,
+    gpus: int,
+    choose: Choose | None,
+    check: Callable[[], None],
+) -> dict[str, Any]:
     rule = check_names(settings)
     devices = workers.devices_of(gpus, choose_device(settings.device))
     directory.check(resume=resume, restart=restart)
@@ -82,7 +96,7 @@ def run(
     baseline = stages.baseline(context, bench, prompts)
 
     workers.publish(context, bench, study, baseline, prompts, directory.directions)
-    with workers.local_workers(directory, devices, reporter.warn) as look:
+    with workers.local_workers(directory, devices, settings.search.storage, reporter.warn) as look:
         search(context, bench, editor, study, baseline, prompts, rule, look)
     picked = pick(context, bench, editor, baseline, prompts, rule, choose)
     # One model at a time: the export reads the weights anew.
@@ -109,7 +123,11 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     name = directory.study_name() if url else STUDY_NAME
     study = open_study(url, directory.journal, space, settings.seed, name)
     identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
-    study.claim(identity)
+    known = len(context.result.record["trials"])
+    study.claim(identity, begun=known > 0)
+    lost = known - len(study.trials())
+    if lost > 0:
+        context.reporter.warn(f"The study lacks {lost} of the {known} trials that result.json lists; they are made again.")
     context.result.record |= {"identity": identity, "startup_trials": study.n_startup}
     study.fail_interrupted()
     return study

@@ -16,6 +16,7 @@ from abliterate.errors import InputError
 from abliterate.types import Prompt
 
 _DATASET = re.compile(r"^(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$")
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +104,8 @@ def _parse_text_line(path: Path, number: int, line: str, system: str) -> Prompt:
 def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
     try:
         record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))
         raise InputError(
             f'Line {number} of {path} is not JSON ({reason}); each line must be an object like {{"prompt": "…"}}.'
         ) from error
@@ -113,4 +114,6 @@ def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
     own_system = record.get("system", system)
     if not isinstance(own_system, str):
         raise InputError(f'Line {number} of {path} has a "system" that is not text; make it a string.')
+    if _HALVES.search(record["prompt"] + own_system):
+        raise InputError(f"Line {number} of {path} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
     return Prompt(record["prompt"], own_system)

@@ -16,10 +16,9 @@ from abliterate import __version__
 from abliterate.errors import InputError
 from abliterate.model.memory import PeakMeter
 from abliterate.prompts import digest, public_source
-from abliterate.rundir import RunDirectory, write_json
+from abliterate.rundir import DIGEST, FORMAT, OtherVersion, RunDirectory, digest_of, write_json
 from abliterate.types import Baseline, ModelInfo, Prompt, Reporter, Trial
 
-FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 
@@ -75,9 +74,12 @@ class RunResult:
     def go_on(self) -> None:
         """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
         assert self._directory is not None
-        # A file that can't be read is built anew: the study has the trials.
-        with contextlib.suppress(InputError):
+        try:
             self.record |= self._directory.read_result() | {"environment": environment()}
+        except OtherVersion:
+            raise
+        except InputError:  # a file that can't be read is built anew: the study has the trials
+            pass
 
     def describe(self, info: ModelInfo, device_name: str) -> None:
         """Which model, on what. No path of this machine: results are shared."""
@@ -115,6 +117,7 @@ class RunResult:
         """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
         if self._stage:
             self._count()
+        self.record[DIGEST] = digest_of(self.record)
         if self._directory is not None:
             write_json(self._directory.result, self.record)
 

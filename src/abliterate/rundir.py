@@ -1,19 +1,36 @@
-"""The run directory: the names of what is in it, and atomic writes. Knows nothing of what the files mean."""
+"""The run directory: the names of what is in it, who works there, and atomic writes. Of what the files mean it knows no more
+than how `result.json` is laid out.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import NO_ROOM, AbliterateError, InputError
+from abliterate.locks import drop_lock, take_lock
 from abliterate.settings_sources import read_toml
+from abliterate.types import Trial
+
+# In a run directory while a run works there; the kernel releases it at any end of the process.
+LOCK = ".lock"
+# Of `result.json`: its format, and the hash of everything else in it; written by hand or by an earlier version it has none.
+FORMAT, DIGEST = 1, "sha256"
+_TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
+_STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+class OtherVersion(InputError):
+    """A file of a format that this version doesn't read: refused, where a damaged one would be built anew."""
 
 
 class RunDirectory:
@@ -32,6 +49,25 @@ class RunDirectory:
         # What `prepare` did, for `remove_if_empty` to undo.
         self._made = False
         self._moved: Path | None = None
+        # The lock that is held, if any; `locked` owns it.
+        self._locking = False
+        self._lock: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While active no other run works here: from now on if there is a run to work at, else from `prepare` on.
+
+        Raises:
+            InputError: another one does.
+        """
+        self._locking = True
+        try:
+            if self.holds_run:
+                self._take_lock()
+            yield
+        finally:
+            self._locking = False
+            self._drop_lock(self.path)
 
     @property
     def holds_run(self) -> bool:
@@ -51,7 +87,7 @@ class RunDirectory:
                 f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
                 "(the old one is kept under another name), or choose another --out."
             )
-        if not self.holds_run and self.path.is_dir() and any(self.path.iterdir()):
+        if not self.holds_run and self.path.is_dir() and any(not _is_ours(path) for path in self.path.iterdir()):
             raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
 
     def prepare(self, *, resume: bool, restart: bool) -> None:
@@ -65,12 +101,34 @@ class RunDirectory:
             if restart and self.holds_run:
                 self._moved = _free_name(self.path.absolute())
                 self.path.rename(self._moved)
+                self._drop_lock(self._moved)
             self._made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            raise _refused(f"The directory {self.path} can't be made or moved", error) from error
+        if self._locking and self._lock is None:
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        """Hold the lock file, and remove what a killed run had only half written."""
+        try:
+            self._lock = take_lock(self.path / LOCK)
+            for path in self.path.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except BlockingIOError as error:
             raise InputError(
-                f"The directory {self.path} can't be made or moved: {error.strerror}; choose another --out."
+                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out (abliterate worker "
+                f"{self.path} would help it)."
             ) from error
+        except OSError as error:
+            raise _refused(f"The directory {self.path} can't be written to", error) from error
+
+    def _drop_lock(self, path: Path) -> None:
+        """Release the lock, if it is held; its file is in `path`."""
+        if self._lock is not None:
+            drop_lock(self._lock, path / LOCK)
+            self._lock = None
 
     def remove_if_empty(self) -> None:
         """A run that failed before its first artifact leaves no directory of its own, and the old run where it was."""
@@ -85,7 +143,15 @@ class RunDirectory:
         if not self.study.exists():
             name = safe_name(str(self.path.absolute()))
             write_atomically(self.study, f"abliterate-{name}-{uuid.uuid4().hex[:12]}\n")
-        return self.study.read_text(encoding="utf-8").strip()
+        try:
+            found = self.study.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The file {self.study} can't be read ({error}); put it back, or begin anew with --restart."
+            ) from error
+        if not _STUDY_NAME.fullmatch(found):
+            raise InputError(f"The file {self.study} holds no study's name; put it back, or begin anew with --restart.")
+        return found
 
     def read_result(self) -> dict[str, Any]:
         """The content of `result.json`; InputError where there is none or it doesn't parse."""
@@ -93,11 +159,16 @@ class RunDirectory:
             record = json.loads(self.result.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"The file {self.result} can't be read: {error}; abliterate run --resume rebuilds it.") from error
         found = record.get("format") if isinstance(record, dict) else None
-        if found != 1:
-            raise InputError(f"The file {self.result} has format {found}, this version reads format 1.")
+        if isinstance(found, int) and found != FORMAT:
+            raise OtherVersion(
+                f"The file {self.result} has format {found}, this version reads format {FORMAT}; use the version of abliterate "
+                "that wrote it."
+            )
+        if found != FORMAT or record.pop(DIGEST, None) not in (None, digest_of(record)) or not _is_sound(record):
+            raise InputError(f"The file {self.result} is damaged; abliterate run --resume rebuilds it.")
         return record
 
 
@@ -125,8 +196,9 @@ def _model_of(path: Path) -> str | None:
 
 def safe_name(text: str) -> str:
     """A file name made of a model id or path: its last part, letters, digits, dots, dashes and underscores."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", text.rstrip("/\\"))[-1]).strip(".-")
-    return name[:80] or "model"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", text.rstrip("/\\"))[-1]).strip(".-")[:80].strip(".-")
+    # Windows opens a device by such a name, whatever ending follows.
+    return f"model-{name}" if _RESERVED.match(name) else name or "model"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -144,16 +216,47 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that is read-only, too
+            temporary.unlink(missing_ok=True)
+        remedy = "free some space" if error.errno in NO_ROOM else "mend that"
         raise AbliterateError(
-            f"The file {path} can't be written: {error.strerror}; free some space and repeat the command (a run continues "
-            "with --resume)."
+            f"The file {path} can't be written: {error.strerror}; {remedy} and repeat the command (a run continues with "
+            "--resume)."
         ) from error
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """A hash of what a JSON file says, in whatever order and layout."""
+    content = json.loads(json.dumps({name: value for name, value in record.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a result has the parts that every reader relies on."""
+    try:
+        trials = {trial.number: trial for trial in map(Trial.from_record, record["trials"])}
+        scored = [trial.refusals >= 0 <= trial.kl for trial in trials.values() if trial.state != "failed"]
+        parts = [isinstance(record[name], dict) for name in ("model", "baseline", "export", "timings", "environment")]
+        counts = [int(record["baseline"][name]) >= 0 for name in ("refusals", "prompts")]
+        return all([*scored, *parts, *counts, {*record["front"], record["selected"]} <= {*trials, None}])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
 
 
 def write_json(path: Path, record: Mapping[str, Any]) -> None:
     """`record` as strict JSON (no NaN), atomically."""
     write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _refused(what: str, error: OSError) -> AbliterateError:
+    if error.errno in NO_ROOM:
+        return AbliterateError(f"{what}: {error.strerror}; free some space and repeat the command.")
+    return InputError(f"{what}: {error.strerror}; mend that, or choose another --out.")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is what a run that was killed at its very beginning leaves."""
+    return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
 
 
 def _free_name(path: Path) -> Path:

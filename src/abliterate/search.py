@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
@@ -22,16 +23,17 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.settings import SearchSettings
-from abliterate.storage import BEAT, HEARTBEAT, Silence, first_line, heartbeat, open_storage, patiently, share
+from abliterate.storage import BEAT, HEARTBEAT, Silence, disk_refused, first_line, heartbeat, open_storage, patiently, share
 from abliterate.types import Kernel, Trial, TrialParams
 
 STUDY_NAME = "abliterate"
+FORMAT = 1
 # The worker that a run is itself: one at a time, so that what it left is its own.
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
-_SLOT, _WORKER = "slot", "worker"
+_SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
 
 
 @dataclass(frozen=True)
@@ -103,14 +105,22 @@ class Study:
         )
         self._storage = self._study._storage
 
-    def claim(self, identity: Mapping[str, str]) -> None:
+    def claim(self, identity: Mapping[str, str], *, begun: bool = False) -> None:
         """Make the study one of `identity` (what a trial's meaning depends on), or check that it already is.
 
         Raises:
-            InputError: it was made with others; names them.
+            InputError: it was made with others (names them), by another version, or is new although its run has `begun`.
         """
-        stored = self._study.user_attrs.get(_IDENTITY)
+        attributes = self._study.user_attrs
+        check_format(attributes)
+        stored = attributes.get(_IDENTITY)
         if stored is None:
+            if begun:
+                raise InputError(
+                    "The run's study is gone, though its result.json lists trials; put study.journal (with --storage: "
+                    "study.name and the database) back, or begin anew with --restart."
+                )
+            self._study.set_user_attr(_FORMAT, FORMAT)
             self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
             self._study.set_user_attr(_IDENTITY, dict(identity))
             return
@@ -242,6 +252,16 @@ def _slot(one: FrozenTrial) -> int:
     return int(one.user_attrs.get(_SLOT, -1))
 
 
+def check_format(attributes: Mapping[str, Any]) -> None:
+    """InputError where another version of abliterate made the study with these attributes. The first one wrote no format."""
+    found = attributes.get(_FORMAT, FORMAT)
+    if found != FORMAT:
+        raise InputError(
+            f"The study has format {found}, this version reads format {FORMAT}; continue it with the version of abliterate "
+            "that made it, or begin a new one with --restart."
+        )
+
+
 def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
     """The names of the parts in which two identities differ."""
     return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
@@ -251,10 +271,14 @@ def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STU
     """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
-        InputError: the storage can't be reached or read.
+        InputError: the storage can't be reached or read. AbliterateError: the disk refuses.
     """
     try:
         return Study(open_storage(url, journal), name, space, seed, worker)
+    except (OSError, AbliterateError) as error:
+        if not url:
+            raise disk_refused(error) from error
+        raise InputError(f"The study at the storage URL given can't be opened: {first_line(error)}.") from error
     # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
     except Exception as error:
         place = "at the storage URL given" if url else f"in {journal}"

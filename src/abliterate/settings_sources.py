@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,12 @@ from abliterate.settings import Settings
 ENV_PREFIX = "ABLITERATE_"
 # Read by other code than settings: the markers of a traceback and of tests.
 _OTHER_ENV = {"ABLITERATE_DEBUG"}
+# Halves of a surrogate pair stand for bytes of the command line, the environment or a file name that aren't UTF-8.
+_HALVES = re.compile("[\ud800-\udfff]")
+HIDDEN = "***"
+# As SQLAlchemy splits a URL: the password may hold an @ and a slash, the user name may not.
+_PASSWORD = re.compile(r"^([^:/]+://[^:/@]*:).*(@)", re.DOTALL)
+_PASSWORD_PARAMETER = re.compile(r"((?:[?&]|%26)(?:password|passwd|pwd|sslpassword)=)[^&#]*", re.IGNORECASE)
 _PROMPT_SETS = ("harmful", "harmless", "harmful_eval", "harmless_eval")
 
 
@@ -73,6 +80,9 @@ def load_settings(
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
         raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; lists are JSON.") from error
+    odd = next((name for name, text in _texts(loaded.model_dump()) if _HALVES.search(text)), None)
+    if odd:
+        raise InputError(f"The setting {odd} holds what is no UTF-8 text; rename the file or folder, or write it anew.")
     return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))
 
 
@@ -114,8 +124,25 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump_settings(settings: Settings) -> str:
-    """The settings as TOML, such that loading it gives them back."""
-    return tomli_w.dumps(settings.model_dump(mode="json"))
+    """The settings as TOML, such that loading it gives them back; but a password in the storage's URL is never written."""
+    record = settings.model_dump(mode="json")
+    record["search"]["storage"] = without_password(settings.search.storage)
+    return tomli_w.dumps(record)
+
+
+def without_password(url: str) -> str:
+    """A database URL as it may be shown: `***` for the password, wherever drivers take one from."""
+    url = _PASSWORD.sub(rf"\g<1>{HIDDEN}\g<2>", url)
+    return _PASSWORD_PARAMETER.sub(rf"\g<1>{HIDDEN}", url)
+
+
+def check_storage(url: str) -> None:
+    """InputError where a stored URL lacks the password that it had."""
+    if f":{HIDDEN}@" in url or f"={HIDDEN}" in url:
+        raise InputError(
+            f"The password of the run's database isn't kept ({url}); give --storage again, with it, or without one where "
+            "PGPASSWORD or ~/.pgpass says it."
+        )
 
 
 def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
@@ -127,6 +154,19 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield prefix + name
 
 
+def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in nested settings, names of table entries among them."""
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, entry in value.items():
+            inner = f"{name}.{key}" if name else str(key)
+            yield from ((name, key), *_texts(entry, inner))
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry, name)
+
+
 def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """Like `merge` for sections, but an option that is itself a table is replaced as a whole, as it is over a default."""
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
@@ -135,6 +175,7 @@ def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 def _with_absolute_paths(settings: Settings) -> Settings:
     """Every path made absolute. Hub ids, data sets, and what doesn't exist stay as given: their reader says what is wrong."""
+    _check_paths(settings)
     prompts = {name: _if_there(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
     sections = {
         "prompts": prompts,
@@ -150,6 +191,23 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     return settings.model_copy(update=top)
 
 
+def _check_paths(settings: Settings) -> None:
+    """InputError for what can't be a path: every reader would fail on it, each in its own words."""
+    own = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
+    own |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
+    own |= {"load.chat_template": settings.load.chat_template, "evaluation.markers": settings.evaluation.markers}
+    own |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
+    for name, text in own.items():
+        try:
+            if "\0" in text:
+                raise ValueError("it holds a NUL character")
+            Path(text).expanduser().exists()
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            shown = text if len(text) < 80 else text[:70] + "…"
+            raise InputError(f"The setting {name} ({shown!r}) can't be a path: {reason}; give another.") from error
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else ""
 
@@ -160,7 +218,7 @@ def _if_there(path: str) -> str:
 
 def _absolute_database(url: str) -> str:
     file = url.removeprefix("sqlite:///")
-    return url if file in (url, "", ":memory:") else f"sqlite:///{_absolute(file)}"
+    return url if file in (url, "", ":memory:") or file.startswith("file:") else f"sqlite:///{_absolute(file)}"
 
 
 def _find_config(config: str) -> Path:

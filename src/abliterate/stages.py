@@ -42,6 +42,7 @@ from abliterate.search import Space
 from abliterate.settings import EfficiencySettings, Settings
 from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
 
+FORMAT = "1"  # of directions.safetensors
 SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
@@ -69,10 +70,11 @@ def directions(context: Context, harmful: Tensor, harmless: Tensor, path: Path |
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
                 "that --harmful and --harmless are different prompts."
             )
-        content = save({"directions": found.vectors}, metadata={"format": "1", "method": settings.method})
+        # One entry: of two, the order would be another at each save, and a run that goes on must write the same bytes.
+        content = save({"directions": found.vectors}, metadata={"format": FORMAT})
         if path is not None:
             write_atomically(path, content)
-        # A file's header may have another order each time; its vectors are what another run can be compared by.
+        # What another run can be compared by, whatever wrote the file.
         vectors = hashlib.sha256(found.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
         context.result.record["directions"] = {"sha256": hashlib.sha256(content).hexdigest(), "vectors_sha256": vectors}
     return found
@@ -89,6 +91,8 @@ def read_directions(path: Path, result: Mapping[str, Any]) -> Directions:
         recorded = result.get("directions", {}).get("sha256")  # not by a run of an earlier version
         if recorded and hashlib.sha256(content).hexdigest() != recorded:
             raise ValueError("another file than the run's")
+        if b'"format":' in content[:200] and f'"format":"{FORMAT}"'.encode() not in content[:200]:
+            raise ValueError("of another version")
         found = Directions(load(content)["directions"])
         shape = tuple(result["model"].get(name, 0) for name in ("n_layers", "d_model"))
         if all(shape) and (found.n_layers, found.vectors.shape[1]) != shape:

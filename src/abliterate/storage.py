@@ -10,19 +10,20 @@ import base64
 import contextlib
 import hashlib
 import itertools
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import AbliterateError
+from abliterate.errors import NO_ROOM, AbliterateError
 
 Result = TypeVar("Result")
 
@@ -31,6 +32,8 @@ HEARTBEAT, GRACE, PATIENCE = 10.0, 60.0, 300.0
 BEAT = "heartbeat"
 _PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+_CHECKSUM = "sha256"  # its first 16 digits, in each record of a journal
+_DEAD_LOCK = 5  # seconds that a journal's lock is held without anything being written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
@@ -39,7 +42,8 @@ def open_storage(url: str, journal: Path) -> BaseStorage:
     """The journal, or the database at `url`; whatever its driver raises where that can't be reached or read."""
     if not url:
         drop_torn_line(journal)
-        return JournalStorage(JournalFileBackend(str(journal)))
+        check_journal(journal)
+        return JournalStorage(CheckedJournal(journal))
     # Connections that a restart of the server cut are noticed before they are used.
     return RDBStorage(url, {} if url.startswith("sqlite") else {"pool_pre_ping": True})
 
@@ -54,6 +58,54 @@ def drop_torn_line(journal: Path) -> None:
             file.truncate(content.rfind(b"\n") + 1)
 
 
+class CheckedJournal(JournalFileBackend):
+    """A journal whose records carry a checksum, and in which a disk that was full leaves no half line to write behind.
+
+    Its lock is given up for dead after `_DEAD_LOCK` seconds. Its path is absolute: of a relative one, Optuna looks for the
+    lock's age in the wrong folder, and waits for that of a killed process for ever.
+    """
+
+    def __init__(self, path: Path) -> None:
+        place = str(path.absolute())
+        lock = Path(place + ".lock")
+        if lock.is_symlink() and not lock.exists():  # of a run that was killed, and its directory moved since
+            lock.unlink(missing_ok=True)
+        super().__init__(place, JournalFileSymlinkLock(place, grace_period=_DEAD_LOCK))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        try:
+            super().append_logs([{**log, _CHECKSUM: _checksum(json.loads(json.dumps(log)))} for log in logs])
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._lock.acquire()
+                try:
+                    drop_torn_line(Path(self._file_path))
+                finally:
+                    self._lock.release()
+            raise
+
+
+def check_journal(journal: Path) -> None:
+    """ValueError that names the first damaged line: a flipped byte must not become a trial's score.
+
+    Records of earlier versions carry no checksum, and must only be JSON.
+    """
+    if not journal.exists():
+        return
+    for number, line in enumerate(journal.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+            sound = record.pop(_CHECKSUM, None) in (None, _checksum(record))
+        except (ValueError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise ValueError(f"line {number} is damaged")
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: None, patience: float = PATIENCE) -> Result:
     """The result of `work`, which must bear being done twice; again and again while the database can't be reached.
 
@@ -65,9 +117,7 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
         try:
             return work()
         except OSError as error:
-            raise AbliterateError(
-                f"The study can't be written ({error.strerror}); free some space, then continue with --resume."
-            ) from error
+            raise disk_refused(error) from error
         except Exception as error:
             if not is_lost(error):
                 raise
@@ -79,6 +129,14 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
         check()
         time.sleep(min(pause, max(0.0, end - time.monotonic())))
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def disk_refused(error: AbliterateError | OSError) -> AbliterateError:
+    """What a person is told where a journal can't be written."""
+    if isinstance(error, AbliterateError):
+        return error
+    remedy = "free some space" if error.errno in NO_ROOM else "mend that"
+    return AbliterateError(f"The study can't be written ({error.strerror}); {remedy}, then continue with --resume.")
 
 
 def is_lost(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from abliterate.types import Trial
+
+# What would move the cursor, clear the screen, change colours, or turn text around; and halves of surrogate pairs.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text of anybody's making as a terminal may be given it: control characters as they are written in Python."""
+    return _CONTROL.sub(lambda found: found[0] if found[0] in keep else repr(found[0])[1:-1], text)
 
 
 def make_console() -> Console:
@@ -36,7 +45,7 @@ def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, ri
     for column in columns:
         table.add_column(escape(column), justify="right" if column in right else "left")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     return table
 
 
@@ -44,7 +53,7 @@ def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: s
     if title:
         print(title)
     # One entry a line, whatever a cell holds.
-    lines = [columns, *([" ".join(cell.split()) for cell in row] for row in rows)]
+    lines = [columns, *([printable(" ".join(cell.split())) for cell in row] for row in rows)]
     widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         cells = []
@@ -159,7 +168,11 @@ def component_table(coverage: Mapping[str, Any]) -> Table:
     for group in coverage["groups"]:
         shape = " × ".join(map(str, group["shape"])) if group["shape"] else "?"
         counts = [str(group["layers"]), str(group["matrices"]), shape, f"{group['parameters']:,}"]
-        edited = "[green]yes[/]" if group["edited"] else f"[yellow]no: {escape(group['left_out'])}[/]"
-        cells = [escape(group["component"]), escape(group["path"]), *counts, f"{group['parameters'] / total:.1%}"]
+        edited = "[green]yes[/]" if group["edited"] else f"[yellow]no: {escape(printable(group['left_out']))}[/]"
+        cells = [
+            *(escape(printable(group[name])) for name in ("component", "path")),
+            *counts,
+            f"{group['parameters'] / total:.1%}",
+        ]
         table.add_row(*cells, edited)
     return table

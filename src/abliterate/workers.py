@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from abliterate.inputs import Context, PromptSets
 from abliterate.rundir import RunDirectory
 from abliterate.search import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings import Settings
-from abliterate.settings_sources import config_path, dump_settings, load_settings, merge
+from abliterate.settings_sources import check_storage, config_path, dump_settings, load_settings, merge
 from abliterate.storage import first_line, open_storage, shared
 from abliterate.types import Baseline, Prompt, Reporter
 
@@ -130,6 +131,7 @@ def place_of(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
     if not directory.holds_run:
         raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
     stored = load_settings(str(directory.settings)).search.storage if directory.settings.exists() else ""
+    check_storage(stored)
     return stored, directory.journal, directory.study_name() if directory.study.exists() else STUDY_NAME
 
 
@@ -206,15 +208,21 @@ def join(place: tuple[str, Path, str], setup: Setup, directions: Directions, con
 class LocalWorkers:
     """Workers of a run on further devices of this machine: started, watched and ended with it."""
 
-    def __init__(self, directory: RunDirectory, devices: Sequence[str], warn: Callable[[str], None]) -> None:
+    def __init__(self, directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._logs = [directory.path / f"worker-{index + 1}.log" for index in range(len(devices))]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         command = [sys.executable, "-m", "abliterate", "worker", str(directory.path)]
+        # The run's settings.toml has no password.
+        environment = os.environ | ({"ABLITERATE_SEARCH__STORAGE": url} if url else {})
         for index, device in enumerate(devices):
             with self._logs[index].open("wb") as log:
                 self._running[index] = subprocess.Popen(
-                    [*command, "--device", device], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                    [*command, "--device", device],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
                 )
 
     def look(self) -> None:
@@ -243,9 +251,11 @@ class LocalWorkers:
 
 
 @contextlib.contextmanager
-def local_workers(directory: RunDirectory, devices: Sequence[str], warn: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """`LocalWorkers` on the devices while active; gives what says which of them have failed."""
-    started = LocalWorkers(directory, devices, warn)
+def local_workers(
+    directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """`LocalWorkers` on the devices while active; gives what says which of them have failed. `url`: of the study's database."""
+    started = LocalWorkers(directory, devices, url, warn)
     try:
         yield started.look
     finally:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate import __version__
+from abliterate.export.recipe import plain
 from abliterate.types import Trial
 
 _CARD = """\
@@ -63,8 +64,9 @@ def model_card(facts: Mapping[str, Any]) -> str:
     `quantized`: how the base's files are, or ""; `dense`: whether this export has weights of its own.
     `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
     """
-    facts = {**facts, "base": " ".join(str(facts["base"]).split())}  # a directory's name may hold a line break
-    revision = f" (revision {facts['revision']})" if facts["revision"] else ""
+    name = " ".join(str(facts["base"]).split())
+    facts = {**facts, "base": plain(name)}  # a directory's name may hold anything
+    revision = f" (revision {plain(facts['revision'])})" if facts["revision"] else ""
     params = json.dumps(facts["params"], indent=1)
     lost = facts["approximation"]
     approximation = (
@@ -78,7 +80,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         )
     texts = {
         "dequantized": dequantized,
-        "base_model": f"base_model: {facts['base']}\n" if facts["on_hub"] else "",
+        "base_model": f"base_model: {name}\n" if facts["on_hub"] else "",
         "n_harmless": f"{facts['n_harmless']} " if facts["n_harmless"] else "",
         "revision": revision,
         "params": params,

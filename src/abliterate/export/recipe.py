@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,9 +36,9 @@ FILES = {
 _SECTION = """
 ## How to reproduce
 
-```console
+{fence}console
 {commands}
-```
+{fence}
 
 With these files, versions, kind of device and batch sizes the search is the same, trial by trial; other batch sizes move the
 last bits. Without a search, and with the hashes of files and the scores compared: `abliterate reproduce recipe.json`, with the
@@ -52,7 +53,21 @@ file beside this one.
 def recipe(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> str:
     """The section "How to reproduce" for an export of `trial` of the run that `record` (`result.json`) is of."""
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(settings, record))
-    return _SECTION.format(commands="\n".join(f"$ {line}" for line in commands(settings, record, kind, trial)), rows=rows)
+    shown = "\n".join(f"$ {line}" for line in commands(settings, record, kind, trial))
+    longest = max(map(len, re.findall("`+", shown)), default=0)
+    return _SECTION.format(commands=shown, rows=rows, fence="`" * max(3, longest + 1))
+
+
+def code(text: str) -> str:
+    """Any text as code within a table of Markdown: in one line, and nothing of it means anything."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}" if longest else f"`{text}`"
+
+
+def plain(text: str) -> str:
+    """Any text within a line of Markdown, where it is shown as it is."""
+    return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", " ".join(text.split()))
 
 
 def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> list[str]:
@@ -91,17 +106,17 @@ def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model, environment = record["model"], record["environment"]
-    revision = f", revision `{model['revision']}`" if model["revision"] else ""
-    yield "base", f"{model['id']}{revision}, fingerprint `{model['fingerprint']}`"
+    revision = f", revision {code(model['revision'])}" if model["revision"] else ""
+    yield "base", f"{plain(model['id'])}{revision}, fingerprint `{model['fingerprint']}`"
     # A run of an earlier version didn't record its prompts.
     sets = record.get("prompts", {})
     for what, name in FILES.items():
         section, option = name.split(".")
         if section == "prompts":
             found = sets.get(option)
-            yield what, f"`{found['source']}`, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
+            yield what, f"{code(found['source'])}, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
         elif path := getattr(getattr(settings, section), option):
-            yield what, f"`{public_source(path)}`, sha256 `{file_digest(path)}`"
+            yield what, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
     if sizes := record.get("batch_sizes"):
         yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
     versions = environment["versions"]
