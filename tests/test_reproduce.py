@@ -25,7 +25,7 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.export.recipe_file import hashes, read_recipe
 from abliterate.model.loader import demo_path
 from abliterate.recipe_settings import settings_of
-from abliterate.rundir import RunDirectory, write_json
+from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.search import Study
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
@@ -110,7 +110,7 @@ def test_an_export_of_another_trial_and_of_a_directory(
     run = copy_run(path, tmp_path / "run")
     record = copy.deepcopy(first)
     record["model"]["id"] = "base"
-    write_json(run / "result.json", record)
+    write_json(run / "result.json", record | {"sha256": digest_of(record)})
     later.export_trial(same, Recorder(), RunDirectory(run), other_trial(first), tmp_path / "export")
     recipe = read_recipe(tmp_path / "export")
     assert (recipe.export.kind, recipe.export.origin, recipe.model.id) == (kind, "weight files", "base")

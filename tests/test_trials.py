@@ -15,7 +15,7 @@ from rich.console import Console
 from test_cli import Finished, Invoke, assert_sentence, invoke  # noqa: F401  (a fixture)
 
 from abliterate import tables
-from abliterate.rundir import write_json
+from abliterate.rundir import digest_of, write_json
 from abliterate.trial_commands import Wanted
 from abliterate.types import Kernel, Trial, TrialParams
 
@@ -45,7 +45,8 @@ def run(finished: Finished, tmp_path: Path) -> Path:
     """A run directory with `TRIALS`."""
     path = copy_run(finished[0], tmp_path / "run")
     record = {"trials": [trial.to_record() for trial in TRIALS], "front": list(FRONT), "selected": 3}
-    write_json(path / "result.json", {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12}})
+    changed = {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12}}
+    write_json(path / "result.json", changed | {"sha256": digest_of(changed)})
     return path
 
 
@@ -178,5 +179,5 @@ def test_a_run_that_has_just_begun_has_no_trials(finished: Finished, tmp_path: P
 def test_a_damaged_result_is_one_sentence(run: Path, invoke: Invoke) -> None:  # noqa: F811
     record = json.loads((run / "result.json").read_text(encoding="utf-8"))
     del record["trials"][1]["params"]
-    write_json(run / "result.json", record)
+    write_json(run / "result.json", record | {"sha256": digest_of(record)})
     assert_sentence(invoke("trials", run), 2, "damaged", "--resume")

@@ -72,7 +72,7 @@ class RunDirectory:
     @property
     def holds_run(self) -> bool:
         """Whether a run has left its study here. Other files don't count: their names are everybody's."""
-        return self.journal.exists() or self.study.exists()
+        return os.path.exists(self.journal) or os.path.exists(self.study)  # a name that is too long is none
 
     def check(self, *, resume: bool, restart: bool) -> None:
         """Raise InputError where `prepare` would; changes nothing.
