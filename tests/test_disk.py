@@ -154,7 +154,7 @@ def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Fini
     assert result["export"]["verified"] is True
     told = len(recorder.trials)
     assert told == 0 or any(f"{count} trials are kept" in note for count in (told, told + 1) for note in again.notes)
-    names = ("study.journal", "settings.toml", "result.json", "directions.safetensors", "report.html", "model")
+    names = ("study.journal", "settings.toml", "result.json", "directions.safetensors", "recipe.json", "report.html", "model")
     assert {path.name for path in run.iterdir()} == set(names)
     load_file(run / "model" / "adapter_model.safetensors")
 

@@ -369,3 +369,15 @@ def test_card_says_what_was_measured() -> None:
     assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy
     for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):
         assert part in card
+
+
+def test_a_tokenizers_files_do_not_tell_how_it_was_loaded(tmp_path: Path) -> None:
+    """Off the network transformers notes `local_files_only`; exports of one trial must have the same bytes."""
+    job, _, loaded = trial_of(make_model("llama"), tmp_path)
+    written = []
+    for offline in (False, True):
+        loaded.tokenizer.init_kwargs["local_files_only"] = offline
+        write("merged", replace(job, tokenizer=loaded.tokenizer), tmp_path / str(offline))
+        written.append((tmp_path / str(offline) / "tokenizer_config.json").read_bytes())
+        assert loaded.tokenizer.init_kwargs["local_files_only"] is offline
+    assert written[0] == written[1]

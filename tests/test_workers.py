@@ -530,7 +530,7 @@ def test_a_run_on_two_devices_of_this_machine(
 def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     directory = RunDirectory(tmp_path)  # no run is there
-    with workers.local_workers(directory, ["cpu"], said.append) as look:
+    with workers.local_workers(directory, ["cpu"], "", said.append) as look:
         wait_for(lambda: bool(look() or said))
     assert len(said) == 1
     assert "Worker 1 has ended (There is no run in" in said[0]
@@ -539,7 +539,7 @@ def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None
 
 def test_workers_end_with_the_run(tmp_path: Path) -> None:
     study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
-    with workers.local_workers(RunDirectory(tmp_path), ["cpu"], print) as look:
+    with workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as look:
         log = tmp_path / "worker-1.log"
         wait_for(lambda: "waiting for the run" in log.read_text(encoding="utf-8"))
         look()

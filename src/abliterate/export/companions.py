@@ -20,12 +20,23 @@ def save_companions(job: ExportJob, folder: Path) -> None:
     revision = job.load.revision or "main"
     _save_processor(job, folder, revision)
     # After the processor, which brings a tokenizer and a chat template of its own.
-    job.tokenizer.save_pretrained(folder)
+    _save_tokenizer(job.tokenizer, folder)
     with contextlib.suppress(OSError):  # the base has none, so the export has none
         GenerationConfig.from_pretrained(job.source, revision=revision).save_pretrained(folder)
     for path in _licences(job):
         shutil.copyfile(path, folder / path.name)
     (folder / "README.md").write_text(job.card, encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Without how this process loaded it: else an export's bytes depend on whether there was a network."""
+    loaded = {
+        name: tokenizer.init_kwargs.pop(name) for name in ("is_local", "local_files_only") if name in tokenizer.init_kwargs
+    }
+    try:
+        tokenizer.save_pretrained(folder)
+    finally:
+        tokenizer.init_kwargs.update(loaded)
 
 
 def _licences(job: ExportJob) -> list[Path]:
