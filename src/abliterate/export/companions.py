@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
@@ -30,13 +31,12 @@ def save_companions(job: ExportJob, folder: Path) -> None:
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Without how this process loaded it: else an export's bytes depend on whether there was a network."""
-    loaded = {
-        name: tokenizer.init_kwargs.pop(name) for name in ("is_local", "local_files_only") if name in tokenizer.init_kwargs
-    }
+    kwargs: dict[str, Any] = tokenizer.init_kwargs
+    loaded = {name: kwargs.pop(name) for name in ("is_local", "local_files_only") if name in kwargs}
     try:
         tokenizer.save_pretrained(folder)
     finally:
-        tokenizer.init_kwargs.update(loaded)
+        kwargs.update(loaded)
 
 
 def _licences(job: ExportJob) -> list[Path]:
