@@ -32,7 +32,7 @@ def save_companions(job: ExportJob, folder: Path) -> None:
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Without how this process loaded it: else an export's bytes depend on whether there was a network."""
     kwargs: dict[str, Any] = tokenizer.init_kwargs
-    loaded = {name: kwargs.pop(name) for name in ("is_local", "local_files_only") if name in kwargs}
+    loaded: dict[str, Any] = {name: kwargs.pop(name) for name in ("is_local", "local_files_only") if name in kwargs}
     try:
         tokenizer.save_pretrained(folder)
     finally:
