@@ -5,9 +5,10 @@ Owns the history and who said what. Knows no terminal, and of edits only how to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -217,7 +218,7 @@ class Session:
         if before and not self._forgets_said and self._voice.left_out(self.system, turns):
             self._forgets_said = True
             listener.note("the model's chat template leaves earlier messages out, so it doesn't know what was said before")
-        show: Callable[[bool, str], None] = lambda thinking, text: listener.piece(side, trial, thinking, text)  # noqa: E731
+        show = partial(listener.piece, side, trial)
         return Answer(side, trial, self._voice.answer(self.system, turns, self._asked, show, listener.stop))
 
     def _trial_of(self, side: Side) -> int | None:
@@ -242,7 +243,7 @@ class Session:
             if turn.system != system:
                 system = turn.system
                 yield f"**System prompt:** {system or '(none)'}"
-            yield f"## {_heading(turn.prompt)}"
+            yield "**you:**"
             yield turn.prompt
             for answer in turn.answers.values():
                 cut = "" if answer.said.ended == "end" else f", {'cut' if answer.said.ended == 'limit' else 'interrupted'}"
@@ -256,8 +257,3 @@ class Session:
 def label(side: Side, trial: int | None) -> str:
     """Who says something, for a person."""
     return side if trial is None else f"{side}, trial {trial}"
-
-
-def _heading(prompt: str) -> str:
-    line = " ".join(prompt.split())
-    return line if len(line) <= 60 else line[:59] + "…"

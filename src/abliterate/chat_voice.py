@@ -6,6 +6,7 @@ Owns sampling and the streaming of text. Knows no edits, no history and no termi
 from __future__ import annotations
 
 import copy
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from abliterate.evaluation.reference import end_ids
 from abliterate.evaluation.responses import ResponseReader
 from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
 from abliterate.model.chat import Chat, decode_ids
-from abliterate.model.memory import is_out_of_memory, unless_full
+from abliterate.model.memory import unless_full
 from abliterate.model.template import Turns
 
 # `limit`: it has as many tokens as it may; `interrupted`: somebody wanted no more of it.
@@ -69,7 +70,7 @@ class Voice:
         self._chat = chat
         self._reader = reader
         self._sampling = sampling
-        self._seed = torch.seed() % 2**32 if sampling.seed is None else sampling.seed
+        self._seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         self._ends = end_ids(model)
 
     @property
@@ -92,7 +93,7 @@ class Voice:
         A `KeyboardInterrupt` while it generates ends it like `stop`.
 
         Raises:
-            InputError: the conversation can't be rendered or is too long. AbliterateError: memory, or logits that are no numbers.
+            InputError: the conversation can't be rendered or is too long. AbliterateError: no memory, or logits are no numbers.
         """
         started = time.perf_counter()
         rendered, tail = self._chat.render_turns(system, turns)
@@ -100,7 +101,7 @@ class Voice:
         reading = _Reading(self._reader, self._chat.tokenizer, starts_open, self._chat.response_prefix, show)
         batch = self._chat.tokenizer(rendered, return_tensors="pt", add_special_tokens=False).to(self._chat.device)
         limit = self._limit(batch["input_ids"].shape[1])
-        watch = _Watch(lambda token: token in self._ends or reading.feed(token), stop)
+        watch = _Watch(self._ends, reading.feed, stop)
         try:
             # Where memory ends, it is freed before the sentence is said.
             if unless_full(lambda: self._generate(batch, limit, number, watch), self._chat.device) is None:
@@ -110,9 +111,7 @@ class Voice:
                 )
         except KeyboardInterrupt:
             watch.stopped = True
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+        except RuntimeError as error:  # such as probabilities that are no numbers
             raise AbliterateError(
                 f"The model gave no answer ({_first_line(error)}); try --temperature 0, or --dtype float32."
             ) from error
@@ -124,7 +123,6 @@ class Voice:
     @torch.inference_mode()
     def _generate(self, batch: Any, limit: int, number: int, watch: _Watch) -> bool:
         torch.manual_seed((self._seed + number) % 2**63)
-        watch.ends = self._ends
         self._model.generate(
             **batch,
             generation_config=self._config(limit),
@@ -154,8 +152,8 @@ class Voice:
         readable = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
         if readable and n_prompt >= readable:
             raise InputError(
-                f"The conversation has {n_prompt} tokens and the model can read {readable}; take turns back with /undo, or begin "
-                "anew with /reset."
+                f"The conversation has {n_prompt} tokens and the model can read {readable}; take turns back with /undo, or "
+                "begin anew with /reset."
             )
         return min(wanted, readable - n_prompt) if readable else wanted
 
@@ -163,16 +161,16 @@ class Voice:
 class _Watch(StoppingCriteria):
     """Hands each token on as it comes, and stops when it is asked to."""
 
-    def __init__(self, take: Callable[[int], object], stop: Callable[[], bool]) -> None:
-        self._take, self._stop = take, stop
-        self.ends: set[int] = set()
+    def __init__(self, ends: set[int], take: Callable[[int], None], stop: Callable[[], bool]) -> None:
+        self._ends, self._take, self._stop = ends, take, stop
         self.count, self.stopped, self.at_end = 0, False, False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         token = int(input_ids[0, -1])
         self.count += 1
-        self.at_end = token in self.ends
-        self._take(token)
+        self.at_end = token in self._ends
+        if not self.at_end:
+            self._take(token)
         self.stopped = not self.at_end and self._stop()
         return torch.full((len(input_ids),), self.stopped, dtype=torch.bool, device=input_ids.device)
 
