@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
 import sys
 import time
@@ -182,8 +183,9 @@ class Shell:
         name, _, rest = text.partition(" ")
         command = self._commands.get(name)
         if command is None:
-            known = ", ".join(self._commands)
-            raise InputError(f"There is no command {name}; there are {known}, /quit, and // begins a message with a slash.")
+            near = difflib.get_close_matches(name, [*self._commands, "/quit"], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "/help shows all, and // begins a message with a slash."
+            raise InputError(f"There is no command {name}; {remedy}")
         command(rest.strip())
 
     def _prompt(self) -> str:
@@ -204,9 +206,9 @@ class Shell:
             return
         if not rest.isdecimal():
             raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
-        trial = self._session.choose(int(rest))
+        chosen = self._session.choose(int(rest))
         total = self._session.result()["baseline"]["prompts"]
-        self._face.note(f"trial {trial.number} answers: refusals {trial.refusals}/{total}, KL {trial.kl:.4f}")
+        self._face.note(f"trial {chosen.number} answers: refusals {chosen.refusals}/{total}, KL {chosen.kl:.4f}")
 
     def _trials(self, rest: str) -> None:
         self._face.front(self._session.result(), self._session.trial)
