@@ -189,7 +189,8 @@ def test_both_go_on_from_their_own_answers(session: Session) -> None:
         assert say(session, ASKED[1]) == [expected]
     # A side that wasn't there hears what the other one said.
     session.switch("base")
-    session.retry(Ear())
+    session.retry(ear := Ear())
+    assert not ear.notes  # another one answers
     assert set(session.turns[-1].answers) == {"base", "edited"}
     assert session.turns[0].heard_by("base") == session.turns[0].answers["edited"].said.text
 

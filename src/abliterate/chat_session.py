@@ -122,7 +122,11 @@ class Session:
             InputError: there is none.
         """
         turn = self._last()
-        if not self._voice.samples:
+        again = any(
+            side in turn.answers and turn.answers[side].trial == self._trial_of(side) and turn.system == self.system
+            for side in self._sides()
+        )
+        if again and not self._voice.samples:
             listener.note("nothing is drawn at random, so the same model says the same again; try --temperature 0.7")
         turn.system = self.system
         self._answer(turn, listener)
@@ -196,7 +200,7 @@ class Session:
 
     def _answer(self, turn: Turn, listener: Listener) -> None:
         self._asked += 1
-        sides: tuple[Side, ...] = ("base", "edited") if self.mode == "both" else (self.mode,)
+        sides = self._sides()
         try:
             for side in sides:
                 listener.begin(side, self._trial_of(side), sides)
@@ -220,6 +224,10 @@ class Session:
             listener.note("the model's chat template leaves earlier messages out, so it doesn't know what was said before")
         show = partial(listener.piece, side, trial)
         return Answer(side, trial, self._voice.answer(self.system, turns, self._asked, show, listener.stop))
+
+    def _sides(self) -> tuple[Side, ...]:
+        """Who answers now, in order."""
+        return ("base", "edited") if self.mode == "both" else (self.mode,)
 
     def _trial_of(self, side: Side) -> int | None:
         return None if side == "base" else self.trial
