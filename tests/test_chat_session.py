@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CPU, Recorder, copy_run, make_tokenizer, quick_settings, run_in
+from conftest import CPU, Recorder, copy_run, make_tokenizer
 from rich.console import Console
 from test_chat import DROPS_SYSTEM, ONLY_LAST, REFUSES_SYSTEM
 from test_cli import Finished, Invoke, Outcome, assert_sentence, invoke  # noqa: F401
 from test_json_events import checked
 from torch import Tensor
 
-from abliterate import stages
+from abliterate import later, stages
 from abliterate.chat_commands import Shell
 from abliterate.chat_input import Presses, TypedLines
 from abliterate.chat_screen import JsonFace, PlainFace, TerminalFace, visible
@@ -41,7 +41,7 @@ from abliterate.model.adapters import AdapterSet
 from abliterate.model.chat import Chat
 from abliterate.model.markup import Markup
 from abliterate.rundir import RunDirectory
-from abliterate.settings import ResponseSettings
+from abliterate.settings import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 
 GREEDY = Sampling(max_new_tokens=40, temperature=0)
@@ -468,13 +468,14 @@ def test_in_a_pipe_what_fails_is_said_and_the_rest_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "a.md").write_text("mine", encoding="utf-8")
-    wrong = ("/bas", "/trial x", "/trial 77", "/base now", "/undo", "/nothing at all")
+    wrong = ("/bas", "/\x1b[2J", "/trial x", "/trial 77", "/base now", "/undo", "/nothing at all")
     piped(monkeypatch, *wrong, ASKED[0], "/save a.md", "/quit", "never read")
     outcome = invoke("chat", finished[0], *QUICK)
-    assert_last_sentence(outcome, "7 of 8 lines could not be carried out", "no command /bas; did")
+    assert_last_sentence(outcome, "8 of 9 lines could not be carried out", "no command /bas; did")
     for told in ("did you mean /base?", "needs the number of a trial", "no finished trial 77", "takes nothing behind it"):
         assert told in outcome.err, told
     assert outcome.out.count("\n") == 1
+    assert "\x1b" not in outcome.err
     assert (tmp_path / "a.md").read_text(encoding="utf-8") == "mine"
 
 
@@ -502,20 +503,23 @@ def test_json_lines(invoke: Invoke, finished: Finished, monkeypatch: pytest.Monk
     assert [line["event"] for line in lines[-2:]] == ["warning", "error"]
 
 
-def test_exports_chat(finished: Finished, prompt_files: dict[str, str], tmp_path: Path, session: Session) -> None:
+def test_exports_chat(finished: Finished, tmp_path: Path, session: Session) -> None:
     said = say(session, ASKED[1])
     merged, fields = open_session(str(finished[0] / "model"), Wanted(sampling=GREEDY), {}, Recorder())
     assert fields["export"] == f"of abliterate, trial {finished[1]['selected']}"
     assert say(merged, ASKED[1]) == said
-    # With the cached residuals of the finished run: the same trials.
-    settings = quick_settings(prompt_files, finished[0].parent / "cache", export={"kind": "adapter", "verify": False})
-    run_in(tmp_path / "run", settings)
-    adapter, fields = open_session(str(tmp_path / "run" / "model"), Wanted(sampling=GREEDY), {}, Recorder())
+    run = copy_run(finished[0], tmp_path / "run")
+    shutil.rmtree(run / "model")
+    number = finished[1]["selected"]
+    settings = finished[2].model_copy(update={"export": ExportSettings(kind="adapter", verify=False)})
+    later.export_trial(settings, Recorder(), RunDirectory(run), number, run / "adapter")
+    adapter, fields = open_session(str(run / "adapter"), Wanted(sampling=GREEDY), {}, Recorder())
+    assert fields["export"] == f"of abliterate, trial {number}"
     adapter.switch("both")
     session.reset()
     session.switch("both")
     assert say(adapter, ASKED[1]) == say(session, ASKED[1])
-    shutil.move(tmp_path / "run" / "model", tmp_path / "alone")  # the adapter's own config names the base
+    shutil.move(run / "adapter", tmp_path / "alone")  # the adapter's own config names the base
     alone, _ = open_session(str(tmp_path / "alone"), Wanted(sampling=GREEDY), {}, Recorder())
     assert say(alone, ASKED[1]) == said
     with pytest.raises(InputError, match="export of one trial"):
@@ -558,14 +562,25 @@ def test_ctrl_c_in_a_pipe_ends(session: Session) -> None:
     assert ended.value.exit_code == 130
 
 
-# Seven tokens a second, so that there is time to press a key.
+# Twelve tokens a second, so that there is time to press a key.
 SLOW = """
 import time
 from abliterate import chat_voice, cli
 feed = chat_voice._Reading.feed
-chat_voice._Reading.feed = lambda reading, token: (time.sleep(0.15), feed(reading, token))[1]
+chat_voice._Reading.feed = lambda reading, token: (time.sleep(0.08), feed(reading, token))[1]
 cli.main()
 """
+
+
+def test_ctrl_d_ends(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
+    class Ended:
+        interactive = True
+
+        def read(self, prompt: str) -> str:
+            raise EOFError
+
+    Shell(session, PlainFace(io.StringIO(), io.StringIO()), Ended()).run()
+    assert capsys.readouterr().out == "\n"  # the shell's prompt begins a line
 
 
 class Terminal:
@@ -621,7 +636,7 @@ def test_at_a_terminal(terminal: Callable[..., Terminal], finished: Finished, tm
     chosen = finished[1]["selected"]
     chat.see(rf"edited {chosen}>")
     chat.type(ASKED[0])
-    time.sleep(0.7)
+    time.sleep(0.5)
     chat.press("C-c")
     chat.see(rf"\(interrupted\)\s+edited {chosen}>")
     chat.type("/both")
@@ -651,10 +666,3 @@ def test_at_a_terminal(terminal: Callable[..., Terminal], finished: Finished, tm
     assert history.stat().st_mode & 0o777 == 0o600
     kept = history.read_text(encoding="utf-8").splitlines()
     assert kept == [ASKED[0], "/both", ASKED[1], "/base", '"""one', 'two"""', "/undo"]
-
-
-def test_the_end_of_input_at_a_terminal(terminal: Callable[..., Terminal]) -> None:
-    chat = terminal()
-    chat.see("edited .*>")
-    chat.press("C-d")
-    chat.see("ended with 0")

@@ -14,7 +14,7 @@ from typing import Any
 from abliterate import commands, events
 from abliterate.cache import default_root
 from abliterate.chat_input import Lines, PipedLines, Presses, TypedLines, at_terminal, handling
-from abliterate.chat_screen import Face, make_face
+from abliterate.chat_screen import Face, make_face, visible
 from abliterate.chat_session import Answer, Mode, Session, Side
 from abliterate.chat_target import Wanted, open_session
 from abliterate.chat_voice import Sampling
@@ -146,7 +146,9 @@ class Shell:
         """In a pipe nobody may have seen what couldn't be carried out: then it ends with the first such error's exit code."""
         if self.failed and not self._lines.interactive:
             first = self.failed[0]
-            raise type(first)(f"{len(self.failed)} of {self._count} lines could not be carried out; the first: {first}")
+            raise type(first)(
+                f"{len(self.failed)} of {self._count} lines could not be carried out; the first: {visible(str(first))}"
+            )
 
     def _line(self, text: str) -> bool:
         """Do what a line says; False where that is to end."""
@@ -271,6 +273,7 @@ class _Hearer:
 
 
 def _terminated(number: int, frame: Any) -> None:
+    print()  # the prompt stands there
     raise Interrupted(TERMINATED, "interrupted; the conversation wasn't saved (/save does that).")
 
 
