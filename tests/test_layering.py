@@ -16,11 +16,11 @@ ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: (
         *("cli", "cli_cache", "cli_reproduce", "__main__", "endings", "events", "console", "tables"),
-        *("commands", "cache_commands", "trial_commands", "batch"),
+        *("commands", "cache_commands", "trial_commands", "batch", "chat_commands", "chat_input", "chat_screen"),
     ),
     4: (
         *("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity"),
-        *("checks", "reproduce", "recipe_settings", "comparison"),
+        *("checks", "reproduce", "recipe_settings", "comparison", "chat_session", "chat_voice", "chat_edits", "chat_target"),
     ),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
@@ -40,7 +40,7 @@ NARROW = {
     "search": {"errors", "settings", "storage", "types"},
     "storage": {"errors"},
 }
-RICH_ALLOWED = {"console", "tables"}
+RICH_ALLOWED = {"console", "tables", "chat_screen"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
 
 

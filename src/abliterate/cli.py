@@ -209,6 +209,35 @@ def export(
 
 
 @app.command()
+def chat(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a Hub id, local directory, or demo.")],
+    trial: Annotated[int | None, typer.Option("--trial", help="Of a run: another trial than it picked.")] = None,
+    system: Annotated[Text, typer.Option(help="System prompt. Default: the run's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer. Default: the model's, or 2048.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token. Default: as the model is set.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn at random. Default: another each time.")] = None,
+    response_prefix: Annotated[str, typer.Option(help="What every answer begins with.")] = "",
+    assignments: Assignments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Talk to a trial of RUN beside its base, or to MODEL; in a pipe every line is a message. The command /help shows more."""
+    given = {
+        "device": device,
+        "cache_dir": cache_dir,
+        "load": {"dtypes": [dtype] if dtype else None},
+        "prompts": {"system": system},
+    }
+    from abliterate.chat_commands import ChatOptions
+    from abliterate.chat_commands import chat as start
+
+    options = ChatOptions(trial, max_new_tokens, temperature, seed, response_prefix)
+    start(target, options, given, assignments or [], as_json=as_json)
+
+
+@app.command()
 def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]) -> None:
     """Write report.html of a run again."""
     from abliterate.report.html import write_report
