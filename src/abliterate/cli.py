@@ -213,7 +213,7 @@ def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Ru
     from abliterate.rundir import RunDirectory
 
     directory = RunDirectory(run_directory)
-    write_report(directory.report, directory.read_result())
+    write_report(directory)
     typer.echo(str(directory.report))
 
 

@@ -67,12 +67,12 @@ def geometry(
         found = {name: sample.residuals() for name, sample in kept.items()}
         if found["harmful"] is None or found["harmless"] is None:
             record["reason"] = (
-                "The residuals were too large to be held at once (efficiency.max_residuals_mb) and only their means were kept, so "
-                "there is no separation and no projection."
+                "The residuals were too large to be held at once (efficiency.max_residuals_mb) and only their means were kept, "
+                "so there is no separation and no projection."
             )
         else:
             quantile = context.settings.directions.winsorize_quantile
-            clamped = [winsorize(found[name], quantile) for name in ("harmful", "harmless")]  # type: ignore[arg-type]
+            clamped = (winsorize(found["harmful"], quantile), winsorize(found["harmless"], quantile))
             record["sampled"] = {name: len(sample.places) for name, sample in kept.items()}
             for name, sample in kept.items():
                 part: Sequence[Prompt] = getattr(prompts, name)

@@ -6,14 +6,15 @@ trials; it uses no random numbers. Everything is taken from the records in `resu
 
 from __future__ import annotations
 
+import contextlib
 import random
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
-from optuna.trial import create_trial
+from optuna.trial import FrozenTrial, create_trial
 
 from abliterate.types import Trial
 
@@ -29,6 +30,11 @@ def importances(trials: Sequence[Trial], prompts: int, seed: int = 0) -> dict[st
     told = [trial for trial in trials if trial.state != "failed"]
     if len(told) < ENOUGH:
         return {}
+    with _quietly():
+        return _shares(told, prompts, seed)
+
+
+def _shares(told: Sequence[Trial], prompts: int, seed: int) -> dict[str, dict[str, float]]:
     params = [_parameters(trial, seed) for trial in told]
     distributions = _distributions(params)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -43,15 +49,28 @@ def importances(trials: Sequence[Trial], prompts: int, seed: int = 0) -> dict[st
         ]
     )
     found = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it looks at low values: wanted here
-        for index, objective in enumerate(("KL", "refusals")):
-            if len({trial.values[index] for trial in study.trials}) > 1:
-                shares = get_param_importances(
-                    study, evaluator=PedAnovaImportanceEvaluator(), target=lambda one, index=index: one.values[index]
-                )
-                found[objective] = dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
+    for index, objective in enumerate(("KL", "refusals")):
+        if distributions and len({trial.values[index] for trial in study.trials}) > 1:
+            shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=_value(index))
+            found[objective] = dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
     return found
+
+
+def _value(index: int) -> Callable[[FrozenTrial], float]:
+    return lambda one: one.values[index]
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Optuna's lines about a study in memory, and its warning that low values are looked at: wanted here."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 def _parameters(trial: Trial, seed: int) -> dict[str, float | str]:

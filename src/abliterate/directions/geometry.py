@@ -32,7 +32,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer's points on their two principal axes: (n_harmful, 2), (n_harmless, 2) float64, and the variance they explain."""
+    """One layer's points on their two principal axes, (n_harmful, 2) and (n_harmless, 2) float64; the variance they explain."""
 
     harmful: Tensor
     harmless: Tensor
