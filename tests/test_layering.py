@@ -16,10 +16,23 @@ ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: (
         *("cli", "cli_cache", "__main__", "endings", "events", "console", "tables"),
-        *("commands", "cache_commands", "trial_commands", "batch"),
+        *("commands", "cache_commands", "trial_commands", "report_commands", "terminal_report", "batch"),
     ),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
-    3: ("search", "storage", "front", "results", "rundir", "report", "export"),
+    4: (
+        "pipeline",
+        "stages",
+        "exporting",
+        "later",
+        "bench",
+        "inputs",
+        "tuning",
+        "workers",
+        "inspection",
+        "identity",
+        "checks",
+        "findings",
+    ),
+    3: ("search", "storage", "front", "importance", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
     0: ("settings", "settings_sources", "prompts", "errors", "types", "interrupts", "__init__"),
@@ -36,6 +49,9 @@ NARROW = {
     "front": {"errors", "types"},
     "search": {"errors", "settings", "storage", "types"},
     "storage": {"errors"},
+    "importance": {"types"},
+    "report": {"errors", "front", "importance", "rundir", "settings_sources", "types"},
+    "terminal_report": {"report", "tables"},
 }
 RICH_ALLOWED = {"console", "tables"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")

@@ -70,7 +70,10 @@ def fail_on(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
 def test_leaves_every_artifact(finished: Finished) -> None:
     path, _, _ = finished
     names = {entry.name for entry in path.iterdir()}
-    assert names == {"settings.toml", "study.journal", "directions.safetensors", "result.json", "report.html", "model"}
+    assert names == {
+        *("settings.toml", "study.journal", "directions.safetensors", "geometry.json", "answers.json", "result.json"),
+        *("report.html", "model"),
+    }
     assert (path / "model" / "config.json").is_file()
     assert "<html" in (path / "report.html").read_text(encoding="utf-8").lower()
 

@@ -18,10 +18,18 @@ INK = "currentColor"
 _QUIET = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 _CONFIG = {
     "background": None,
-    "font": "sans-serif",
+    "font": "Helvetica, Arial, Liberation Sans, sans-serif",
     "view": {"stroke": GREY, "strokeOpacity": 0.35},
     "axis": {**_QUIET, "domainColor": GREY, "tickColor": GREY, "gridColor": GREY, "gridOpacity": 0.25, "labelLimit": 240},
-    "legend": {**_QUIET, "orient": "top", "title": None, "columns": 3, "labelLimit": 220, "symbolSize": 90},
+    "legend": {
+        **_QUIET,
+        "orient": "top",
+        "title": None,
+        "columns": 3,
+        "columnPadding": 20,
+        "labelLimit": 220,
+        "symbolSize": 90,
+    },
 }
 
 
@@ -49,7 +57,7 @@ def bars(name: str, heading: str, unit: str, rows: Sequence[Mapping[str, Any]], 
         encoding |= {"yOffset": {"field": "where", "sort": list(groups)}, "color": look("where", groups, COLOURS)}
     largest = max(rows, key=lambda row: row[unit])
     text = f"Bars by stage; the largest is {largest['stage']} with {largest[unit]:g} {unit}."
-    return Plot(name, heading, text, spec_of({"step": 20 // len(groups)}, values=list(rows), mark=mark, encoding=encoding))
+    return Plot(name, heading, text, spec_of(20 * len(stages), values=list(rows), mark=mark, encoding=encoding))
 
 
 def lines(
@@ -66,12 +74,13 @@ def lines(
     first = min(int(row["layer"]) for row in rows)
     y = quantity(field, title)
     if log:
-        y |= {"scale": {"type": "log"}, "axis": {"format": "~g"}}
+        y |= {"scale": {"type": "log"}, "axis": {"format": "~g", "tickCount": 4}}
     x = {
         **quantity("layer", "layer"),
         "scale": {"domain": [first, max(last, first + 1)], "nice": False},
         "axis": {"tickMinStep": 1, "labelExpr": "datum.value < 0 ? 'emb.' : datum.label"},
     }
+    stroke = {"legend": {"symbolType": "stroke", "symbolSize": 400, "symbolStrokeWidth": 2}}
     colours, dashes = (tuple(part[place % len(part)] for place in range(len(names))) for part in (COLOURS, DASHES))
     return {
         "data": {"values": list(rows)},
@@ -79,8 +88,8 @@ def lines(
         "encoding": {
             "x": x,
             "y": y,
-            "color": look(group, names, colours),
-            "strokeDash": look(group, names, dashes),
+            "color": look(group, names, colours) | stroke,
+            "strokeDash": look(group, names, dashes) | stroke,
             "tooltip": tooltip({group: group, "layer": "layer", field: title}),
         },
     }

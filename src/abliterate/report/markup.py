@@ -29,13 +29,18 @@ def table(
     caption: str,
     *,
     marked: Container[int] = (),
+    words: Container[int] = (),
     texts: Container[int] = (),
 ) -> str:
-    """A table that scrolls by itself; `marked` rows are the selected ones, `texts` columns hold words."""
-    cells = "".join(f'<th scope="col"{_kind(place, texts)}>{escape(cell)}</th>' for place, cell in enumerate(head))
+    """A table that scrolls by itself; `marked` rows are the selected ones. `words` stand at the left, `texts` wrap, too."""
+
+    def kind(place: int) -> str:
+        return ' class="text"' if place in texts else ' class="word"' if place in words else ""
+
+    cells = "".join(f'<th scope="col"{kind(place)}>{escape(cell)}</th>' for place, cell in enumerate(head))
     lines = [
         ('<tr class="selected">' if index in marked else "<tr>")
-        + "".join(f"<td{_kind(place, texts)}>{escape(str(cell))}</td>" for place, cell in enumerate(row))
+        + "".join(f"<td{kind(place)}>{escape(str(cell))}</td>" for place, cell in enumerate(row))
         + "</tr>"
         for index, row in enumerate(rows)
     ]
@@ -100,7 +105,3 @@ def data(name: str, value: Any) -> str:
     """JSON for the page's script; no text in it can end the element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{text}</script>'
-
-
-def _kind(place: int, texts: Container[int]) -> str:
-    return ' class="text"' if place in texts else ""

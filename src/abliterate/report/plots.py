@@ -52,9 +52,11 @@ def front(material: Material) -> Plot | None:
     met = {row["kind"] for row in (base, *rows)}
     shown = {kind: look for kind, look in kinds.items() if kind in met}
     names, (colours, shapes, sizes) = list(shown), zip(*shown.values(), strict=True)
+    for row in (base, *rows):
+        row["size"] = sizes[names.index(row["kind"])]
     ticks = [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
     x = {
-        **quantity("kl", "KL from the base model: mean of the first token, nats"),
+        **quantity("kl", "mean KL of the first token, nats"),
         "scale": {"type": "symlog", "constant": 0.01},
         "axis": {"values": ticks, "format": "~g", "labelOverlap": True},
     }
@@ -67,7 +69,7 @@ def front(material: Material) -> Plot | None:
             "y": y,
             "color": look("kind", names, colours),
             "shape": look("kind", names, shapes),
-            "size": look("kind", names, sizes),
+            "size": {"field": "size", "type": "quantitative", "scale": None, "legend": None},
             "order": {"field": "order", "type": "quantitative"},
             "tooltip": tooltip(_columns(material)),
         },
@@ -184,7 +186,10 @@ def importance(material: Material) -> Plot | None:
     }
     text = "Bars: how much of the difference between the best trials and all of them each parameter explains."
     return Plot(
-        "importance", "Parameter importance", text, spec_of({"step": 11}, values=rows, mark={"type": "bar"}, encoding=encoding)
+        "importance",
+        "Parameter importance",
+        text,
+        spec_of(13 * len(rows), values=rows, mark={"type": "bar"}, encoding=encoding),
     )
 
 

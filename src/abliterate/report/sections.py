@@ -29,26 +29,34 @@ def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
     return [one for one in made if one[2]]
 
 
+def in_a_sentence(material: Material) -> str:
+    """What was found."""
+    if not material.prompts:
+        return "No trial has finished yet; make the report again when some have."
+    chosen, total = material.selected, material.prompts
+    text = f"The base model refuses {material.result['baseline']['refusals']} of {total} harmful evaluation prompts"
+    if chosen:
+        kl = chosen.scores["kl"]["mean"]
+        text += f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {kl:.4f} on harmless ones"
+    return text + "."
+
+
 def summary(material: Material) -> str:
-    """What was found, in a sentence and a few numbers."""
+    """The same, and a few numbers."""
     result, chosen = material.result, material.selected
-    if not result["baseline"]:
-        return missing("No trial has finished yet; make the report again when some have.")
+    if not material.prompts:
+        return missing(in_a_sentence(material))
     before, total = result["baseline"]["refusals"], material.prompts
-    text = f"The base model refuses {before} of {total} harmful evaluation prompts"
     facts = {"refusals": f"{before} of {total}", "trials": str(len(material.trials)), "on the front": str(len(result["front"]))}
     if chosen:
         kl = chosen.scores["kl"]
-        text += (
-            f"; trial {chosen.number} refuses {chosen.refusals} at a mean first-token KL of {kl['mean']:.4f} on harmless ones"
-        )
         facts["refusals"] = f"{before} → {chosen.refusals} of {total}"
         facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
     if material.progress:
         facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
     verified = {True: "verified", False: "FAILED its check", None: "not checked"}[result["export"].get("verified")]
     facts["export"] = f"{result['export']['kind']}, {verified}" if result["export"].get("path") else "none"
-    return paragraph(text + ".") + numbers(facts)
+    return paragraph(in_a_sentence(material)) + numbers(facts)
 
 
 def _front(material: Material, figure: Figure) -> str:
@@ -84,7 +92,9 @@ def _trials(material: Material, trials: Sequence[Trial], caption: str) -> str:
     width = len(head) + len(components) + len(reason)
     chosen = {place for place, trial in enumerate(trials) if trial.number == material.result["selected"]}
     rows = [row[:width] for row in rows]
-    return table((*head, *components, *reason), rows, caption, marked=chosen, texts=(1, width - 1) if reason else (1,))
+    words = (1, len(head) - 2, *range(len(head), len(head) + len(components)))
+    texts = (width - 1,) if reason else ()
+    return table((*head, *components, *reason), rows, caption, marked=chosen, words=words, texts=texts)
 
 
 def _progress(material: Material, figure: Figure) -> str:
@@ -169,7 +179,7 @@ def _geometry(material: Material, figure: Figure) -> str:
     if geometry["projection"]:
         columns |= {"silhouette": "silhouette", "probe": "probe"}
     rows = [
-        (row["index"] - 1 if row["index"] else "emb.", *(_number(row.get(name)) for name in columns))
+        (row["index"] - 1 if row["index"] else "emb.", *(number_text(row.get(name)) for name in columns))
         for row in geometry["layers"]
     ]
     parts.append(details("As a table", table(("layer", *columns.values()), rows, "Means (‖·‖: norms) and separation by layer")))
@@ -197,8 +207,12 @@ def layer_text(material: Material, index: int) -> str:
     return f"{layer_name(index)}: axes explain {sum(shares):.0%}, probe {row['probe']:.0%}, silhouette {row['silhouette']:.2f}"
 
 
-def _number(value: float | None) -> str:
-    return "—" if value is None else f"{value:.4g}"
+def number_text(value: float | None) -> str:
+    """Three digits behind the point of small numbers, fewer of large ones; what rounds to nothing has no sign."""
+    if value is None:
+        return "—"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 0
+    return f"{value:.{digits}f}".replace("-0.000", "0.000")
 
 
 def _answers(material: Material) -> str:
