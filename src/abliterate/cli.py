@@ -238,15 +238,17 @@ def chat(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]) -> None:
-    """Write report.html of a run again."""
-    from abliterate.report.html import write_report
-    from abliterate.rundir import RunDirectory
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Also write the plots as images there.")] = None,
+    terminal: Annotated[
+        bool | None, typer.Option("--terminal/--no-terminal", help="Show it here, too. Default: on a terminal.")
+    ] = None,
+) -> None:
+    """Write report.html of a run again, and show it here; reads the run directory only."""
+    from abliterate import report_commands
 
-    directory = RunDirectory(run_directory)
-    write_report(directory.report, directory.read_result())
-    path = str(directory.report)
-    typer.echo(path if path.isprintable() else ascii(path)[1:-1])
+    report_commands.report(run_directory, png, sys.stdout.isatty() if terminal is None else terminal)
 
 
 def main() -> None:

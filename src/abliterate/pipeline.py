@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate import stages, workers
+from abliterate import findings, stages, workers
 from abliterate.bench import Bench, inspect_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.checks import check_names
@@ -88,9 +88,11 @@ def _run(
     study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
     write_atomically(directory.settings, dump_settings(settings))
 
-    harmful, harmless = stages.residuals(context, bench, prompts)
+    kept = findings.samples(prompts)
+    harmful, harmless = stages.residuals(context, bench, prompts, kept)
     directions = stages.directions(context, harmful, harmless, directory.directions)
-    del harmful, harmless
+    findings.geometry(context, prompts, kept, (harmful, harmless), directions, directory.geometry)
+    del harmful, harmless, kept
     editor = stages.make_editor(context, bench, directions)
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
@@ -98,7 +100,8 @@ def _run(
     workers.publish(context, bench, study, baseline, prompts, directory.directions)
     with workers.local_workers(directory, devices, settings.search.storage, reporter.warn) as look:
         search(context, bench, editor, study, baseline, prompts, rule, look)
-    picked = pick(context, bench, editor, baseline, prompts, rule, choose)
+    selected, picked = pick(context, bench, editor, baseline, prompts, rule, choose)
+    findings.answers(context, bench, editor, prompts, selected.params, directory.answers)
     # One model at a time: the export reads the weights anew.
     del bench, editor
     gc.collect()
@@ -106,11 +109,11 @@ def _run(
         export(context, picked, prompts, directory.export)
     keep_recipe(context, directory, exported=picked is not None)
     with result.stage("report"):
-        write_report(directory.report, result.record)
+        write_report(directory, result.record)
     result.save()
     if picked and settings.export.push:  # last: a failed upload costs nothing else
         push_export(context, directory.export)
-        write_report(directory.report, result.record)
+        write_report(directory, result.record)
     reporter.finish(result.record, str(directory.path))
     return result.record
 
@@ -208,8 +211,8 @@ def pick(
     prompts: PromptSets,
     rule: SelectionRule,
     choose: Choose | None,
-) -> Picked | None:
-    """One trial from the front, by the rule or by a person offered the rule's choice; None where nothing is exported."""
+) -> tuple[Trial, Picked | None]:
+    """One trial from the front, by the rule or by a person offered the rule's choice; None beside it: nothing is exported."""
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
     front = pareto_front(trials, baseline)
@@ -222,9 +225,9 @@ def pick(
     result.record["selected"] = selected.number
     result.save()
     if context.settings.export.kind == "none":
-        return None
+        return selected, None
     with result.stage("pick", f"trial {selected.number}"):
-        return prepare(context, bench, editor, baseline, prompts, selected)
+        return selected, prepare(context, bench, editor, baseline, prompts, selected)
 
 
 def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:

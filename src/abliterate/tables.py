@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from abliterate.types import Trial
 
@@ -37,6 +38,26 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         _print_plain(columns, list(rows), title, right)
         return
     console.print(_ruled(columns, rows, title, right))
+
+
+def print_marked(before: str, text: str, spans: Iterable[Sequence[int]]) -> None:
+    """Foreign text of several lines with parts of it highlighted, in a pipe in brackets; none of it controls the terminal."""
+    shown, place = Text(before, style="dim"), 0
+    console = make_console()
+    left, right = ("", "") if console.is_terminal else ("[", "]")
+    for start, end in spans:
+        shown.append(_printable(text[place:start]), style="not dim")
+        shown.append(left + _printable(text[start:end]) + right, style="not dim bold reverse")
+        place = end
+    shown.append(_printable(text[place:]), style="not dim")
+    if console.is_terminal:
+        console.print(shown)
+    else:
+        print(shown.plain)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
 def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, right: Container[str]) -> Table:
