@@ -16,9 +16,24 @@ ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: (
         *("cli", "cli_cache", "__main__", "endings", "events", "console", "tables"),
-        *("commands", "cache_commands", "trial_commands", "batch"),
+        *("commands", "cache_commands", "trial_commands", "batch", "evaluate_commands"),
     ),
-    4: ("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity", "checks"),
+    4: (
+        *(
+            "pipeline",
+            "stages",
+            "exporting",
+            "later",
+            "bench",
+            "inputs",
+            "tuning",
+            "workers",
+            "inspection",
+            "identity",
+            "checks",
+        ),
+        *("heldout", "evaluating", "benchmarks"),
+    ),
     3: ("search", "storage", "front", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),

@@ -74,6 +74,8 @@ def run(
     harmless: Annotated[Text, typer.Option(help="Harmless prompts for the direction.")] = None,
     harmful_eval: Annotated[Text, typer.Option(help="Harmful prompts for the scores.")] = None,
     harmless_eval: Annotated[Text, typer.Option(help="Harmless prompts for the scores.")] = None,
+    harmful_heldout: Annotated[Text, typer.Option(help="Harmful prompts that only the final measurement sees.")] = None,
+    harmless_heldout: Annotated[Text, typer.Option(help="Harmless prompts of that kind.")] = None,
     markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
     select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
@@ -104,6 +106,8 @@ def run(
             "harmless": harmless,
             "harmful_eval": harmful_eval,
             "harmless_eval": harmless_eval,
+            "harmful_heldout": harmful_heldout,
+            "harmless_heldout": harmless_heldout,
         },
         "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
         "evaluation": {"markers": markers, "batch_size": batch_size},
@@ -204,6 +208,47 @@ def export(
     from abliterate import commands
 
     commands.export_trial(run_directory, trial, kind, out, push, verify=verify, as_json=as_json)
+
+
+@app.command()
+def evaluate(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model: Hub id, local directory, or demo.")],
+    candidate: Annotated[
+        str, typer.Argument(metavar="CANDIDATE", help="Model or adapter directory, RUN, or RUN:N for its trial N.")
+    ],
+    harmful_heldout: Annotated[Text, typer.Option(help="Harmful prompts: file or dataset:split:column.")] = None,
+    harmless_heldout: Annotated[Text, typer.Option(help="Harmless prompts.")] = None,
+    over_refusal: Annotated[Text, typer.Option(help="Harmless prompts that look harmful.")] = None,
+    markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
+    benchmark: Annotated[list[str] | None, typer.Option(metavar="TASK", help="Task of lm-eval too; repeatable.")] = None,
+    benchmark_limit: Annotated[int | None, typer.Option(min=1, help="Questions of each task. Default: all.")] = None,
+    benchmark_path: Annotated[Path | None, typer.Option(help="Folder with tasks of your own.")] = None,
+    config: Config = "",
+    assignments: Assignments = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
+    cache_dir: CacheDir = None,
+    as_json: Json = False,
+) -> None:
+    """Measure CANDIDATE against BASE on prompts that neither directions nor a search have seen."""
+    given = {
+        "model": base,
+        "device": device,
+        "cache_dir": cache_dir,
+        "load": {"dtypes": [dtype] if dtype else None},
+        "prompts": {
+            "harmful_heldout": harmful_heldout,
+            "harmless_heldout": harmless_heldout,
+            "over_refusal": over_refusal,
+        },
+        "evaluation": {"markers": markers, "batch_size": batch_size},
+    }
+    from abliterate.benchmarks import Tasks
+    from abliterate.evaluate_commands import evaluate as evaluate_candidate
+
+    tasks = Tasks(tuple(benchmark or ()), benchmark_limit, benchmark_path)
+    evaluate_candidate(candidate, given, config, assignments or [], tasks, as_json=as_json)
 
 
 @app.command()
