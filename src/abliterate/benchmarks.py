@@ -73,10 +73,12 @@ def _value(metrics: Mapping[str, Any], key: str) -> dict[str, float | None]:
 
 
 def _results(side: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks) -> Mapping[str, Any]:
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"lm-eval can't be imported ({error}); install it with pip install 'abliterate[eval]'.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     engine = side.engine
     try:
