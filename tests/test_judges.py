@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import PROMPTS, Recorder, make_model, make_tokenizer, quick_settings, run_in
-from test_cli import Invoke, assert_sentence, invoke, prompt_options  # noqa: F401
+from test_cli import Invoke, invoke, prompt_options  # noqa: F401
 from test_evaluation import make_engine
 from test_heldout import heldout_files  # noqa: F401
 from test_json_events import check, checked
@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 from abliterate import benchmarks, pipeline
 from abliterate.benchmarks import Tasks, check_tasks, run_tasks
 from abliterate.errors import InputError, TrialError
+from abliterate.evaluate_commands import _cells
 from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, make_scorers
 from abliterate.evaluation.base import EarlyScorer, ignores_responses
 from abliterate.evaluation.forced import Side
@@ -370,5 +371,17 @@ def test_a_tiny_task_with_the_real_lm_eval(
     (row,) = checked(invoke("evaluate", "demo", "demo", *options, "--json"), "evaluate")[-1]["benchmarks"]
     assert (row["task"], row["metric"], row["higher_is_better"]) == ("tiny", "acc", True)
     assert row["base"]["value"] == row["candidate"]["value"] == 1.0
-    assert "tiny  acc ↑" in " ".join(invoke("evaluate", "demo", "demo", *options).out.replace("   ", "  ").split("\n"))
-    assert_sentence(invoke("evaluate", "demo", "demo", *options, "--benchmark", "no_such_task"), 2, "no_such_task")
+
+
+def test_a_benchmark_on_the_terminal_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = benchmarks.table(RESULTS, RESULTS)
+    assert _cells(rows[0]) == ("tiny", "acc ↑", "0.5000 ± 0.2500", "0.5000 ± 0.2500")
+    assert _cells(rows[1]) == ("tiny", "f1 strict", "1.0000", "1.0000")
+
+    def no_task(tasks: Tasks) -> None:
+        raise KeyError("no_such_task")
+
+    monkeypatch.setattr(benchmarks, "_manager", no_task)
+    side = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext)
+    with pytest.raises(InputError, match="can't run no_such_task"):
+        run_tasks(context(), side, side, make_tokenizer(), Tasks(("no_such_task",)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.errors import InputError
@@ -43,11 +45,14 @@ def run_tasks(
     """
     if not tasks.names:
         return []
-    found = []
-    for name, side in (("base", base), ("candidate", candidate)):
-        with context.result.stage("benchmarks", f"{name}: {', '.join(tasks.names)}"), side.active():
-            found.append(_results(side, tokenizer, tasks))
-        context.check()
+    with context.result.stage("benchmarks", ", ".join(tasks.names)):
+        with _sentences(tasks):
+            manager = _manager(tasks)  # reads every task's file: once for both
+        found = []
+        for side in (base, candidate):
+            with side.active(), _sentences(tasks):
+                found.append(_results(side, tokenizer, tasks, manager))
+            context.check()
     return table(*found)
 
 
@@ -72,26 +77,36 @@ def _value(metrics: Mapping[str, Any], key: str) -> dict[str, float | None]:
     return {"value": float(metrics[key]), "stderr": float(error) if isinstance(error, int | float) else None}
 
 
-def _results(side: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks) -> Mapping[str, Any]:
+def _manager(tasks: Tasks) -> Any:
     try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(f"lm-eval can't be imported ({error}); install it with pip install 'abliterate[eval]'.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return TaskManager(include_path=str(tasks.folder) if tasks.folder else None)
+
+
+def _results(side: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, manager: Any) -> Mapping[str, Any]:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     engine = side.engine
-    try:
-        model = HFLM(
-            pretrained=engine.model, tokenizer=tokenizer, batch_size=engine.sizes.prefill, device=str(engine.chat.device)
-        )
-        manager = TaskManager(include_path=str(tasks.folder) if tasks.folder else None)
-        # Bootstrapped errors of exotic metrics take minutes; means have closed forms, which are kept.
-        results = lm_eval.simple_evaluate(
-            model=model, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0, log_samples=False
-        )
-    except Exception as error:  # the harness loads data sets and runs code of tasks: all mean that there is no result
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"lm-eval can't run {', '.join(tasks.names)}: {first}; see lm-eval ls tasks for names.") from error
+    model = HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=engine.sizes.prefill, device=str(engine.chat.device))
+    # Bootstrapped errors of exotic metrics take minutes; means have closed forms, which are kept.
+    results = lm_eval.simple_evaluate(
+        model=model, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+    )
     assert results is not None
     return results
+
+
+@contextlib.contextmanager
+def _sentences(tasks: Tasks) -> Iterator[None]:
+    """The harness loads data sets and runs code of tasks; whatever it raises means that there is no result."""
+    try:
+        yield
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(f"lm-eval can't run {', '.join(tasks.names)}: {first}; lm-eval ls tasks shows names.") from error
