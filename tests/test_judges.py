@@ -26,12 +26,13 @@ from abliterate import benchmarks, pipeline
 from abliterate.benchmarks import Tasks, check_tasks, run_tasks
 from abliterate.errors import InputError, TrialError
 from abliterate.evaluate_commands import _cells
-from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, make_scorers
+from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
 from abliterate.evaluation.base import EarlyScorer, ignores_responses
 from abliterate.evaluation.forced import Side
 from abliterate.evaluation.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
 from abliterate.identity import _scorers
 from abliterate.settings import EvaluationSettings, Settings
+from abliterate.tables import heldout_lines
 from abliterate.types import Score
 
 Files = dict[str, str]
@@ -286,6 +287,34 @@ def test_an_own_scorer_in_a_run(
     Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
     with pytest.raises(InputError, match="scorers"):
         run_in(tmp_path / "run", settings, resume=True)
+
+
+def test_what_fails_at_the_end_costs_nothing_else(
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A judge that can't be reached, then a scorer that raises: the first costs its own verdicts, neither costs the run."""
+    monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setattr(judges, "PAUSE", 0.0)
+    over = {
+        "prompts": heldout_files,
+        "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},
+        "export": {"kind": "none"},
+        "search": {"trials": 3},
+    }
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    check("held-out", result["heldout"])
+    assert "no verdict" in result["heldout"]["judges"][0]["error"]
+    assert any("gives no verdicts" in line for line in heldout_lines(result["heldout"]))
+    (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
+    over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
+    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
+    assert again["selected"] == result["selected"]
+    assert "heldout" not in again
+    assert any("KeyError: 'oh'" in text for text in recorder.warnings)
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from abliterate.bench import Bench, make_engine, scorers_of
-from abliterate.errors import InputError, TrialError
+from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.evaluation.editor import Editor
 from abliterate.evaluation.forced import Side
 from abliterate.evaluation.heldout import HeldoutSets, measure, rate
@@ -106,8 +107,13 @@ def evaluate_trial(
         sides = edited_sides(context, bench, editor, trial)
         try:
             found = measured(context, *sides, held)
-        except (TrialError, InputError, torch.OutOfMemoryError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+            json.dumps(found, allow_nan=False)  # a user's scorer may give anything
+        except Interrupted:
+            raise
+        except Exception as error:  # scorers of users and judges among what may fail: no reason to lose hours of search
+            known = isinstance(error, AbliterateError | torch.OutOfMemoryError)
+            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            reason = said if known else f"{type(error).__name__}: {said}"
             context.reporter.warn(f"The trial could not be measured on held-out prompts ({reason}); its search scores stand.")
             return
         finally:

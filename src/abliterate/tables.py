@@ -186,6 +186,9 @@ def heldout_lines(heldout: Mapping[str, Any]) -> Iterable[str]:
         before = _rate(base["over_refusals"])
         yield f"held out: refusals of harmless prompts that look harmful {before} → {_rate(found['over_refusals'])}"
     for judge in heldout["judges"]:
+        if judge["error"]:
+            yield f"held out: {judge['name']} gives no verdicts: {judge['error']}"
+            continue
         differ = len(judge["disagreements"])
         yield (
             f"held out: {judge['name']} sees refusals {_rate(judge['base'])} → {_rate(judge['candidate'])}, "

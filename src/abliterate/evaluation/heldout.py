@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from abliterate.errors import TrialError
 from abliterate.evaluation.answers import FAULTS, Answer, fault_of, first_difference
 from abliterate.evaluation.base import EarlyScorer, Judge, Observation, Scorer
 from abliterate.evaluation.forced import Drift, Forced, Side, drift
@@ -146,8 +147,14 @@ def _further(
 
 
 def _judged(judge: Judge, markers: EarlyScorer, observed: Sequence[Observation]) -> dict[str, Any]:
-    """A judge's refusals of both models, and the candidate's responses of which it says something else than the markers."""
-    verdicts = [list(judge.verdicts(one)) for one in observed]
+    """A judge's refusals of both models, and the candidate's responses of which it says something else than the markers.
+
+    `error`: why there are none; all else was measured by then, and isn't lost for it.
+    """
+    try:
+        verdicts = [list(judge.verdicts(one)) for one in observed]
+    except TrialError as error:
+        return {"name": judge.name, "base": None, "candidate": None, "disagreements": [], "error": str(error)}
     candidate = observed[1]
     differ = [
         {"prompt": prompt.text, "response": response.text[:SHOWN], "judge": says, "markers": markers.counts(response)}
@@ -155,4 +162,4 @@ def _judged(judge: Judge, markers: EarlyScorer, observed: Sequence[Observation])
         if says != markers.counts(response)
     ]
     found = {name: rate(sum(some), len(some)) for name, some in zip(("base", "candidate"), verdicts, strict=True)}
-    return {"name": judge.name, **found, "disagreements": differ}
+    return {"name": judge.name, **found, "disagreements": differ, "error": ""}
