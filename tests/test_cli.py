@@ -127,7 +127,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
     assert min(times) < 0.8
 
 
-@pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "report", "cache"])
+@pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "evaluate", "report", "cache"])
 def test_every_command_has_help(invoke: Invoke, command: str) -> None:
     outcome = invoke(command, "--help")
     assert outcome.code == 0
