@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-OPTIONS = ["-n", "8", "--startup-trials", "4", "--export", "none", "--set", "response.max_new_tokens=40", "--batch-size", "50"]
+OPTIONS = [
+    *("-n", "8", "--startup-trials", "4", "--export", "none", "--set", "response.max_new_tokens=40", "--batch-size", "50"),
+    *("--set", "evaluation.heldout=false"),
+]
 
 
 def command(out: Path, *more: str) -> list[str]:
