@@ -19,7 +19,7 @@ INTRO = """# What `--json` prints
 
 With `--json` a command prints strict JSON on standard output: one object a line, in ASCII (other characters are escaped),
 flushed line by line, no NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`, `trials`,
-`export`, `chat` and `cache ls` have the option. Every line has:
+`export`, `evaluate`, `chat` and `cache ls` have the option. Every line has:
 
 {line}
 

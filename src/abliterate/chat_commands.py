@@ -63,7 +63,7 @@ def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignment
     """`abliterate chat TARGET`."""
     options.check()
     settings = commands.options_of(given, assignments)
-    commands._quiet_libraries()
+    commands.quiet_libraries()
     interactive = at_terminal() and not as_json
     reporter: Reporter = make_reporter(as_json=as_json) if as_json or interactive else PlainReporter(sys.stderr)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)

@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from abliterate import endings
-from abliterate.cli_cache import CacheDir, Json, Text, cache_app
+from abliterate.cli_cache import Assignments, CacheDir, Config, Device, Dtype, Json, Text, cache_app
 from abliterate.cli_reproduce import reproduce
+from abliterate.cli_results import chat, evaluate
 from abliterate.errors import InputError
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
@@ -28,14 +29,12 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(reproduce)
+app.command()(evaluate)
+app.command()(chat)
 
 _MODEL = "Hub id, local directory, or demo. Left out: the setting model."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
 Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several: one run each.")]
-Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
-Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,6 +75,9 @@ def run(
     harmless: Annotated[Text, typer.Option(help="Harmless prompts for the direction.")] = None,
     harmful_eval: Annotated[Text, typer.Option(help="Harmful prompts for the scores.")] = None,
     harmless_eval: Annotated[Text, typer.Option(help="Harmless prompts for the scores.")] = None,
+    harmful_heldout: Annotated[Text, typer.Option(help="Harmful prompts that only the final measurement sees.")] = None,
+    harmless_heldout: Annotated[Text, typer.Option(help="Harmless prompts of that kind.")] = None,
+    over_refusal: Annotated[Text, typer.Option(help="Harmless prompts that look harmful, for the final measurement.")] = None,
     markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
     select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
@@ -106,6 +108,9 @@ def run(
             "harmless": harmless,
             "harmful_eval": harmful_eval,
             "harmless_eval": harmless_eval,
+            "harmful_heldout": harmful_heldout,
+            "harmless_heldout": harmless_heldout,
+            "over_refusal": over_refusal,
         },
         "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
         "evaluation": {"markers": markers, "batch_size": batch_size},
@@ -206,35 +211,6 @@ def export(
     from abliterate import commands
 
     commands.export_trial(run_directory, trial, kind, out, push, verify=verify, as_json=as_json)
-
-
-@app.command()
-def chat(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a Hub id, local directory, or demo.")],
-    trial: Annotated[int | None, typer.Option("--trial", help="Of a run: another trial than it picked.")] = None,
-    system: Annotated[Text, typer.Option(help="System prompt. Default: the run's.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer. Default: the model's, or 2048.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0: the likeliest token. Default: as the model is set.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of what is drawn at random. Default: another each time.")] = None,
-    response_prefix: Annotated[str, typer.Option(help="What every answer begins with.")] = "",
-    assignments: Assignments = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    cache_dir: CacheDir = None,
-    as_json: Json = False,
-) -> None:
-    """Talk to a trial of RUN beside its base, or to MODEL; in a pipe every line is a message. The command /help shows more."""
-    given = {
-        "device": device,
-        "cache_dir": cache_dir,
-        "load": {"dtypes": [dtype] if dtype else None},
-        "prompts": {"system": system},
-    }
-    from abliterate.chat_commands import ChatOptions
-    from abliterate.chat_commands import chat as start
-
-    options = ChatOptions(trial, max_new_tokens, temperature, seed, response_prefix)
-    start(target, options, given, assignments or [], as_json=as_json)
 
 
 @app.command()

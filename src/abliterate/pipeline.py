@@ -22,6 +22,7 @@ from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, keep_recipe, prepare, push_export
 from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.heldout import Heldout, evaluate_trial, read_heldout
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
@@ -83,6 +84,7 @@ def _run(
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
+    held = read_heldout(context, prompts.all_sets())
     directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
     bench = load_and_calibrate(context, prompts)
     study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
@@ -100,7 +102,7 @@ def _run(
     workers.publish(context, bench, study, baseline, prompts, directory.directions)
     with workers.local_workers(directory, devices, settings.search.storage, reporter.warn) as look:
         search(context, bench, editor, study, baseline, prompts, rule, look)
-    selected, picked = pick(context, bench, editor, baseline, prompts, rule, choose)
+    selected, picked = pick(context, bench, editor, baseline, prompts, rule, choose, held)
     findings.answers(context, bench, editor, prompts, selected.params, directory.answers)
     # One model at a time: the export reads the weights anew.
     del bench, editor
@@ -211,8 +213,12 @@ def pick(
     prompts: PromptSets,
     rule: SelectionRule,
     choose: Choose | None,
+    held: Heldout | None,
 ) -> tuple[Trial, Picked | None]:
-    """One trial from the front, by the rule or by a person offered the rule's choice; None beside it: nothing is exported."""
+    """One trial from the front, by the rule or by a person offered the rule's choice; None beside it: nothing is exported.
+
+    It is measured on held-out prompts first: the export's card says what came of it.
+    """
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
     front = pareto_front(trials, baseline)
@@ -224,6 +230,7 @@ def pick(
     selected = choose(front, rule(front), baseline) if choose else rule(front)
     result.record["selected"] = selected.number
     result.save()
+    evaluate_trial(context, bench, editor, baseline, selected, held)
     if context.settings.export.kind == "none":
         return selected, None
     with result.stage("pick", f"trial {selected.number}"):

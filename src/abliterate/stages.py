@@ -242,14 +242,14 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     found = context.store.get("baseline", key, remember=False)
     if found is not None:
         responses = [Response(*pair) for pair in json.loads(from_bytes(found["responses"]))]
-        return Observation(responses, found["first_logprobs"].to(bench.loaded.device))
+        return Observation(responses, found["first_logprobs"].to(bench.loaded.device), prompts.harmful_eval)
     logprobs = bench.engine.first_logprobs(prompts.harmless_eval, _progress(context))
     observed = bench.engine.respond(prompts.harmful_eval, _progress(context))
     assert observed is not None  # only a limit can stop it
     texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
     label = f"{bench.loaded.info.id}: {len(observed)} responses"
     context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label, remember=False)
-    return Observation(observed, logprobs)
+    return Observation(observed, logprobs, prompts.harmful_eval)
 
 
 def _progress(context: Context) -> Progress:
