@@ -28,7 +28,7 @@ LAYERS = {
             "terminal_report",
         ),
         *("commands", "cache_commands", "trial_commands", "report_commands", "evaluate_commands", "batch"),
-        *("chat_commands", "chat_input", "chat_screen"),
+        *("chat_commands", "chat_input", "chat_screen", "terminal_report"),
     ),
     4: (
         *("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity"),
