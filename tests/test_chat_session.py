@@ -40,7 +40,7 @@ from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
 from abliterate.model.chat import Chat
 from abliterate.model.markup import Markup
-from abliterate.rundir import RunDirectory
+from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.settings import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 
@@ -380,7 +380,7 @@ def broken_run(finished: Finished, to: Path, change: Callable[[dict[str, Any]], 
     run = copy_run(finished[0], to)
     result = json.loads((run / "result.json").read_text(encoding="utf-8"))
     change(result)
-    (run / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    write_json(run / "result.json", result | {"sha256": digest_of(result)})
     return run
 
 
