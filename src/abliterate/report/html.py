@@ -32,16 +32,19 @@ def write_report(directory: RunDirectory, result: Mapping[str, Any] | None = Non
 def render(material: Material) -> str:
     """The page as text. Everything that came from outside is escaped where it becomes HTML, JSON or a picture."""
     plots = {plot.name: plot for plot in all_plots(material)}
+    stills: dict[str, str] = {}
+    library = why = ""
     try:
-        stills, script, why = drawing.svg({name: plot.spec for name, plot in plots.items()}), drawing.bundle(), ""
+        if plots:
+            stills, library = drawing.svg({name: plot.spec for name, plot in plots.items()}), drawing.bundle()
     except drawing.Undrawable as error:
-        plots, stills, script, why = {}, {}, "", str(error)
+        plots, why = {}, str(error)
     parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
     title = escape(f"abliterate: {material.result['model'].get('id', '')}")
     links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)
     content = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>' for name, heading, body in parts)
     head = missing(why) if why else ""
-    scripts = _scripts(material, plots, script)
+    scripts = _scripts(material, plots, library)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
