@@ -55,9 +55,9 @@ def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, ri
     """As Rich's table."""
     table = Table(title=escape(title) or None, title_justify="left")
     for column in columns:
-        table.add_column(escape(column), justify="right" if column in right else "left")
+        table.add_column(escape(_printable(column)), justify="right" if column in right else "left")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*(escape(_printable(cell)) for cell in row))
     return table
 
 
@@ -65,7 +65,7 @@ def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: s
     if title:
         print(title)
     # One entry a line, whatever a cell holds.
-    lines = [columns, *([" ".join(cell.split()) for cell in row] for row in rows)]
+    lines = [[" ".join(_printable(cell).split()) for cell in row] for row in (columns, *rows)]
     widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         cells = []
