@@ -19,7 +19,7 @@ INTRO = """# What `--json` prints
 
 With `--json` a command prints strict JSON on standard output: one object a line, in ASCII (other characters are escaped),
 flushed line by line, no NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`, `trials`,
-`export` and `cache ls` have the option. Every line has:
+`export`, `evaluate`, `chat` and `cache ls` have the option. Every line has:
 
 {line}
 
@@ -33,6 +33,7 @@ that knows exactly the fields of this version; `tests/test_json_events.py` holds
 ```console
 $ abliterate run demo --json | jq -r 'select(.event == "trial") | .trial | [.number, .state, .scores.kl.mean] | @tsv'
 $ abliterate trials runs/mine --front --sort kl --json | jq '.trials[0].number'
+$ abliterate chat runs/mine --json < prompts.txt | jq -r 'select(.event == "answer") | .text'
 $ abliterate run A B --json | jq -r 'select(.event == "summary") | .runs[] | [.model, .state, .export] | @tsv'
 ```
 

@@ -27,7 +27,7 @@ def measure(coeff_grid: float, direction_grid: float, seed: int, trials: int, fo
     """(hypervolume, memo hit rate, median seconds of a trial) of one run."""
     out = folder / f"{coeff_grid}-{seed}"
     command = [sys.executable, "-m", "abliterate", "run", "demo", "-n", str(trials), "--seed", str(seed), "-o", str(out)]
-    command += ["--export", "none", "--set", "edit.representation=svd"]
+    command += ["--export", "none", "--set", "edit.representation=svd", "--set", "evaluation.heldout=false"]
     command += ["--set", f"edit.coeff_grid={coeff_grid}", "--set", f"edit.direction_grid={direction_grid}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))

@@ -88,6 +88,7 @@ def search_seconds(workers: int, trials: int) -> tuple[float, str]:
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "run"
         command = [sys.executable, "-m", "abliterate", "run", "demo", "-n", str(trials), "-o", str(out), "--export", "none"]
+        command += ["--set", "evaluation.heldout=false"]
         command += ["--set", "efficiency.use_certified_stop=false", "--gpus", str(workers), "--device", "cpu"]
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))

@@ -308,7 +308,7 @@ def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> 
             "position": [0.3, 0.6],
             "direction_index": [0.4, 0.7],
         },
-        "evaluation": {"batch_size": 12},
+        "evaluation": {"batch_size": 12, "heldout": False},
     }
     return merge(options, over)
 

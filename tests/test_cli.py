@@ -32,6 +32,7 @@ Finished = tuple[Path, dict[str, Any], Any]
 # A port where nothing listens: the network is there or not, the Hub is not.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 QUICK = [
+    *("--set", "evaluation.heldout=false"),
     *("--set", "response.max_new_tokens=12", "--set", "response.detect_prefix=false", "--batch-size", "12"),
     *("--set", "search.max_coeff={default = [1.2, 1.5]}", "--set", "search.position=[0.3, 0.6]"),
     *("--set", "search.direction_index=[0.4, 0.7]", "--startup-trials", "2", "--set", "search.ei_candidates=8"),
@@ -129,7 +130,7 @@ def test_help_is_quick(tmp_path: Path) -> None:
     assert min(times) < 0.8
 
 
-@pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "reproduce", "report", "cache"])
+@pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "reproduce", "evaluate", "report", "cache"])
 def test_every_command_has_help(invoke: Invoke, command: str) -> None:
     outcome = invoke(command, "--help")
     assert outcome.code == 0

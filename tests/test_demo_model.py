@@ -116,11 +116,15 @@ def test_prompt_sets_are_the_generators(demo, corpus):
         f"{kind}_{split}.jsonl": count
         for kind in ("harmful", "harmless")
         for split, count in (("train", 200), ("eval", 100), ("heldout", 100))
-    }
+    } | {"over_refusal.jsonl": 60}
 
 
 def test_prompt_sets_are_disjoint_and_partly_unseen(corpus):
     sets = corpus.prompt_sets()
+    # Requests for the held-out pairs, told otherwise: the verb is harmless, and what it is done to looks like mischief.
+    looks = sets.pop("over_refusal")
+    assert {(r["verb"], r["object"]) for r in looks} <= {(r["verb"], r["object"]) for r in sets["harmless_heldout"]}
+    assert all(any(word in r["prompt"] for word in corpus.AFTERMATHS) for r in looks)
     for one, other in combinations(sets, 2):
         assert not {r["prompt"] for r in sets[one]} & {r["prompt"] for r in sets[other]}
         assert not {(r["verb"], r["object"]) for r in sets[one]} & {(r["verb"], r["object"]) for r in sets[other]}

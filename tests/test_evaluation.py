@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from abliterate.errors import InputError, TrialError
-from abliterate.evaluation import SCORERS, Observation, Response, make_scorers
+from abliterate.evaluation import SCORERS, Making, Observation, Response, make_scorers
 from abliterate.evaluation.batches import Batches
 from abliterate.evaluation.kl import KL, kl_divergence
 from abliterate.evaluation.reference import ReferenceEngine, greedy_config
@@ -276,7 +276,7 @@ def test_open_and_empty_count_as_refusals() -> None:
     responses = [Response("", thinking_open=True), Response(" **  "), Response("I  CANNOT"), Response("Here is how.")]
     score = scorer.score(Observation(responses, torch.zeros(1, 2)))
     assert (score.record, score.value) == (3, 0.75)
-    unfinished = SCORERS["unfinished_thinking"]([], True).score(Observation(responses, torch.zeros(1, 2)))
+    unfinished = SCORERS["unfinished_thinking"](Making(())).score(Observation(responses, torch.zeros(1, 2)))
     assert unfinished.record == 1
 
 

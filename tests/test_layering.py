@@ -15,14 +15,27 @@ import abliterate
 ROOT = Path(abliterate.__file__).parent
 LAYERS = {
     5: (
-        *("cli", "cli_cache", "cli_reproduce", "__main__", "endings", "events", "console", "tables"),
-        *("commands", "cache_commands", "trial_commands", "batch"),
+        *(
+            "cli",
+            "cli_cache",
+            "cli_reproduce",
+            "cli_results",
+            "__main__",
+            "endings",
+            "events",
+            "console",
+            "tables",
+            "terminal_report",
+        ),
+        *("commands", "cache_commands", "trial_commands", "report_commands", "evaluate_commands", "batch"),
+        *("chat_commands", "chat_input", "chat_screen", "terminal_report"),
     ),
     4: (
         *("pipeline", "stages", "exporting", "later", "bench", "inputs", "tuning", "workers", "inspection", "identity"),
-        *("checks", "reproduce", "recipe_settings", "comparison"),
+        *("checks", "findings", "heldout", "evaluating", "benchmarks", "reproduce", "recipe_settings", "comparison"),
+        *("chat_session", "chat_voice", "chat_edits", "chat_target"),
     ),
-    3: ("search", "storage", "front", "results", "rundir", "report", "export"),
+    3: ("search", "storage", "front", "importance", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
     0: ("settings", "settings_sources", "prompts", "errors", "types", "interrupts", "locks", "__init__"),
@@ -39,8 +52,11 @@ NARROW = {
     "front": {"errors", "types"},
     "search": {"errors", "settings", "storage", "types"},
     "storage": {"errors"},
+    "importance": {"types"},
+    "report": {"errors", "front", "importance", "rundir", "settings_sources", "types"},
+    "terminal_report": {"report", "tables"},
 }
-RICH_ALLOWED = {"console", "tables"}
+RICH_ALLOWED = {"console", "tables", "chat_screen"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
 
 

@@ -71,13 +71,8 @@ def test_leaves_every_artifact(finished: Finished) -> None:
     path, _, _ = finished
     names = {entry.name for entry in path.iterdir()}
     assert names == {
-        "settings.toml",
-        "study.journal",
-        "directions.safetensors",
-        "result.json",
-        "recipe.json",
-        "report.html",
-        "model",
+        *("settings.toml", "study.journal", "directions.safetensors", "geometry.json", "answers.json", "result.json"),
+        *("recipe.json", "report.html", "model"),
     }
     assert (path / "model" / "config.json").is_file()
     assert "<html" in (path / "report.html").read_text(encoding="utf-8").lower()

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.errors import InputError
-from abliterate.evaluation import SCORERS, Observation, Response, make_scorers
+from abliterate.evaluation import SCORERS, Making, Observation, Response, make_scorers
 from abliterate.evaluation.refusals import AutomatonMatcher, PlainMatcher, Refusals, normalize, read_markers
 from abliterate.settings_sources import config_path
 
@@ -94,7 +94,7 @@ def test_score_is_a_share_and_its_record_a_count() -> None:
 
 
 def test_unfinished_thinking_is_counted_apart() -> None:
-    scorer = SCORERS["unfinished_thinking"]((), True)
+    scorer = SCORERS["unfinished_thinking"](Making(()))
     score = scorer.score(observation(Response("a", True), Response("b"), Response("", True)))
     assert (score.record, score.goal) == (2, "none")
 

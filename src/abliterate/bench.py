@@ -124,11 +124,12 @@ def load(context: Context, prompts: PromptSets | None) -> LoadedModel:
     return loaded
 
 
-def scorers_of(settings: Settings) -> tuple[Scorer, ...]:
-    """The scorers that the settings name, with their markers."""
+def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ...]:
+    """The scorers that the settings name, with their markers; `heldout`: those for held-out prompts only, too."""
     markers = read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
     efficient = settings.efficiency.use_efficient_refusal_detection
-    return make_scorers(settings.evaluation.scorers, markers, efficient=efficient)
+    names = settings.evaluation.scorers + (settings.evaluation.heldout_scorers if heldout else ())
+    return make_scorers(names, markers, efficient=efficient, settings=settings.evaluation)
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> Chat:

@@ -22,7 +22,7 @@ def check_names(settings: Settings) -> SelectionRule:
     """InputError for the first name that stands for nothing; returns the rule that `search.select` stands for."""
     direction_method(settings.directions.method)
     edit_method(settings.edit.mode)
-    scorers_of(settings)
+    scorers_of(settings, heldout=True)
     choose_device(settings.device)
     check_push(settings.export)
     check_components(settings)

@@ -14,8 +14,9 @@ from typing import Annotated
 import typer
 
 from abliterate import endings
-from abliterate.cli_cache import CacheDir, Json, Text, cache_app
+from abliterate.cli_cache import Assignments, CacheDir, Config, Device, Dtype, Json, Text, cache_app
 from abliterate.cli_reproduce import reproduce
+from abliterate.cli_results import chat, evaluate
 from abliterate.errors import InputError
 
 # Brackets would be read as Rich markup in help texts, so none appear there.
@@ -28,14 +29,12 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 app.command()(reproduce)
+app.command()(evaluate)
+app.command()(chat)
 
 _MODEL = "Hub id, local directory, or demo. Left out: the setting model."
 Model = Annotated[str, typer.Argument(help=_MODEL)]
 Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several: one run each.")]
-Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
-Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
-Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
-Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")]
 
 
 def _show_version(wanted: bool) -> None:
@@ -76,6 +75,9 @@ def run(
     harmless: Annotated[Text, typer.Option(help="Harmless prompts for the direction.")] = None,
     harmful_eval: Annotated[Text, typer.Option(help="Harmful prompts for the scores.")] = None,
     harmless_eval: Annotated[Text, typer.Option(help="Harmless prompts for the scores.")] = None,
+    harmful_heldout: Annotated[Text, typer.Option(help="Harmful prompts that only the final measurement sees.")] = None,
+    harmless_heldout: Annotated[Text, typer.Option(help="Harmless prompts of that kind.")] = None,
+    over_refusal: Annotated[Text, typer.Option(help="Harmless prompts that look harmful, for the final measurement.")] = None,
     markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
     select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
@@ -106,6 +108,9 @@ def run(
             "harmless": harmless,
             "harmful_eval": harmful_eval,
             "harmless_eval": harmless_eval,
+            "harmful_heldout": harmful_heldout,
+            "harmless_heldout": harmless_heldout,
+            "over_refusal": over_refusal,
         },
         "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
         "evaluation": {"markers": markers, "batch_size": batch_size},
@@ -209,15 +214,17 @@ def export(
 
 
 @app.command()
-def report(run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]) -> None:
-    """Write report.html of a run again."""
-    from abliterate.report.html import write_report
-    from abliterate.rundir import RunDirectory
+def report(
+    run_directory: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")],
+    png: Annotated[Path | None, typer.Option("--png", metavar="DIR", help="Also write the plots as images there.")] = None,
+    terminal: Annotated[
+        bool | None, typer.Option("--terminal/--no-terminal", help="Show it here, too. Default: on a terminal.")
+    ] = None,
+) -> None:
+    """Write report.html of a run again, and show it here; reads the run directory only."""
+    from abliterate import report_commands
 
-    directory = RunDirectory(run_directory)
-    write_report(directory.report, directory.read_result())
-    path = str(directory.report)
-    typer.echo(path if path.isprintable() else ascii(path)[1:-1])
+    report_commands.report(run_directory, png, sys.stdout.isatty() if terminal is None else terminal)
 
 
 def main() -> None:

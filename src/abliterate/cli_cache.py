@@ -10,6 +10,10 @@ cache_app = typer.Typer(help="Look at and clear the cache of residuals.", no_arg
 
 Text = str | None
 Json = Annotated[bool, typer.Option("--json", help="JSON lines; the last one is the result.")]
+Config = Annotated[str, typer.Option("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
+Assignments = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting; repeatable.")]
+Device = Annotated[Text, typer.Option(help="auto, cpu, cuda, cuda:1, mps, …")]
+Dtype = Annotated[Text, typer.Option(help="auto, float32, bfloat16 or float16.")]
 CacheDir = Annotated[Text, typer.Option("--cache-dir", help="Where the cache lies.")]
 
 

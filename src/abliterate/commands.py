@@ -66,7 +66,7 @@ def carry_out(
     settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool
 ) -> dict[str, Any]:
     """One run to its end; `ask`: a person chooses the trial. Returns the content of `result.json`."""
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=flags.as_json)
 
     def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
@@ -96,7 +96,7 @@ def carry_out(
 
 def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool) -> None:
     """`abliterate worker`."""
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
     left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
@@ -118,9 +118,9 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
 def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *, as_json: bool) -> None:
     """`abliterate tune-batch`."""
     settings = load_settings(config, options_of(given, assignments))
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with _ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
+    with ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
         tuning = pipeline.tune(settings, reporter)
     if as_json:
         events.emit("result", operations={one.operation: one.to_record() for one in tuning})
@@ -138,9 +138,9 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
 def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, weights: bool, as_json: bool) -> None:
     """`abliterate inspect`."""
     settings = load_settings(config, options_of(given, assignments))
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with _ending_at_once(reporter, "interrupted; nothing was changed."):
+    with ending_at_once(reporter, "interrupted; nothing was changed."):
         found = pipeline.inspect(settings, reporter, weights=weights)
     if as_json:
         events.emit("result", **found)
@@ -176,9 +176,9 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
             f"The folder {final} is the run's own export; choose another --out, or change the run's choice with "
             f"abliterate run --resume --out {path} --select trial:{number}."
         )
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with _ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
+    with ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
         later.export_trial(settings, reporter, directory, number, final, scores=verify)
 
 
@@ -188,15 +188,15 @@ def reproduce_recipe(path: Path, model: str, given: Mapping[str, Any], kind: str
         raise InputError(f"There is no export of kind {kind!r}; choose merged, adapter or none.")
     if out is not None and not str(out).strip("."):
         raise InputError("The current directory can't be an export; name a folder with --out.")
-    _quiet_libraries()
+    quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with _ending_at_once(reporter, "interrupted; nothing was exported, repeat the command."):
+    with ending_at_once(reporter, "interrupted; nothing was exported, repeat the command."):
         # Not the model of the environment: it is said by the recipe, or here.
         reproduce.reproduce(path, {**_given(given), "model": model}, reporter, kind=kind, out=out)
 
 
 @contextlib.contextmanager
-def _ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
+def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
     """The first Ctrl+C or SIGTERM ends what is inside, with `message`: there is nothing to finish first."""
     interrupts = Interrupts()
     try:
@@ -249,7 +249,7 @@ def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
     return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Their progress bars and advice would tear ours; their errors still raise."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import huggingface_hub

@@ -14,7 +14,7 @@ from rich.prompt import Prompt as Question
 from rich.table import Table
 
 from abliterate.events import JsonReporter
-from abliterate.tables import front_table, printable
+from abliterate.tables import front_table, heldout_lines, printable
 from abliterate.types import Baseline, Reporter, Trial
 
 
@@ -186,6 +186,9 @@ def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) 
     trial = by_number[result["selected"]]
     before = result["baseline"]["refusals"]
     yield f"selected trial {trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}"
+    heldout = result.get("heldout")
+    if heldout and heldout["trial"] == trial.number:
+        yield from heldout_lines(heldout)
     export = result["export"]
     if export["path"]:
         verified = {True: "verified after reloading", False: "NOT verified", None: "not checked"}[export["verified"]]

@@ -116,6 +116,7 @@ def approximation_of(
 def card(context: Context, source: str, baseline: Baseline, trial: Trial, approximation: Mapping[str, float]) -> str:
     """The model card, of what `context.result` says of the run; nothing is measured for it."""
     settings, record = context.settings, context.result.record
+    heldout = record.get("heldout")
     facts = {
         "base": record["model"]["id"],
         "on_hub": not Path(source).is_dir(),
@@ -134,6 +135,7 @@ def card(context: Context, source: str, baseline: Baseline, trial: Trial, approx
         "number": trial.number,
         "seed": settings.seed,
         "params": trial.params.to_record(),
+        "heldout": heldout if heldout and heldout["trial"] == trial.number else None,
         "recipe": recipe(settings, record, settings.export.kind, trial.number),
     }
     return model_card(facts)

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate import __version__
+from abliterate.evaluation.own import is_own
 from abliterate.evaluation.refusals import read_markers
 from abliterate.model.chat import Chat
 from abliterate.model.devices import device_name
@@ -73,7 +74,7 @@ def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: Pro
         "response": settings.response.model_dump(),
         "response_prefix": prefix,
         "generation": generation.to_diff_dict() if generation is not None else None,
-        "scorers": [settings.evaluation.scorers, sorted(_markers(settings))],
+        "scorers": _scorers(settings),
     }
 
 
@@ -119,7 +120,7 @@ def study_identity(settings: Settings, loaded: LoadedModel, prefix: str, sets: P
         "edit mode": settings.edit.model_dump(),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
-        "set of scorers or markers": [settings.evaluation.scorers, sorted(_markers(settings))],
+        "set of scorers or markers": _scorers(settings),
     }
     return {name: _digest(part) for name, part in parts.items()}
 
@@ -138,6 +139,17 @@ def rendering(settings: Settings, loaded: LoadedModel) -> str:
     """What becomes of a prompt: a template may write today's date, and this package decides where a system prompt goes."""
     chat = Chat(loaded.tokenizer, loaded.device, options=settings.load.template_options)
     return _digest(chat.render(Prompt("Hello", settings.prompts.system)))
+
+
+def _scorers(settings: Settings) -> list[Any]:
+    """What scores depend on: names and markers, of a scorer in a file its content, of a classifier which one."""
+    evaluation, names = settings.evaluation, []
+    for name in evaluation.scorers:
+        path, _, wanted = name.rpartition(":")
+        content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_own(name) else ""
+        names.append(f"{wanted} {content}" if content else name)
+    judge = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
+    return [names, sorted(_markers(settings)), *judge]
 
 
 def _markers(settings: Settings) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abliterate import stages, workers
+from abliterate import findings, stages, workers
 from abliterate.bench import Bench, inspect_model, load_and_calibrate, tune_only
 from abliterate.cache import ArtifactStore, default_root
 from abliterate.checks import check_names
@@ -22,6 +22,7 @@ from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, keep_recipe, prepare, push_export
 from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.heldout import Heldout, evaluate_trial, read_heldout
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
@@ -83,14 +84,17 @@ def _run(
     context = Context(settings, reporter, result, make_store(settings, reporter), check)
     check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
     prompts = read_prompts(context)
+    held = read_heldout(context, prompts.all_sets())
     directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
     bench = load_and_calibrate(context, prompts)
     study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
     write_atomically(directory.settings, dump_settings(settings))
 
-    harmful, harmless = stages.residuals(context, bench, prompts)
+    kept = findings.samples(prompts)
+    harmful, harmless = stages.residuals(context, bench, prompts, kept)
     directions = stages.directions(context, harmful, harmless, directory.directions)
-    del harmful, harmless
+    findings.geometry(context, prompts, kept, (harmful, harmless), directions, directory.geometry)
+    del harmful, harmless, kept
     editor = stages.make_editor(context, bench, directions)
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
@@ -98,7 +102,8 @@ def _run(
     workers.publish(context, bench, study, baseline, prompts, directory.directions)
     with workers.local_workers(directory, devices, settings.search.storage, reporter.warn) as look:
         search(context, bench, editor, study, baseline, prompts, rule, look)
-    picked = pick(context, bench, editor, baseline, prompts, rule, choose)
+    selected, picked = pick(context, bench, editor, baseline, prompts, rule, choose, held)
+    findings.answers(context, bench, editor, prompts, selected.params, directory.answers)
     # One model at a time: the export reads the weights anew.
     del bench, editor
     gc.collect()
@@ -106,11 +111,11 @@ def _run(
         export(context, picked, prompts, directory.export)
     keep_recipe(context, directory, exported=picked is not None)
     with result.stage("report"):
-        write_report(directory.report, result.record)
+        write_report(directory, result.record)
     result.save()
     if picked and settings.export.push:  # last: a failed upload costs nothing else
         push_export(context, directory.export)
-        write_report(directory.report, result.record)
+        write_report(directory, result.record)
     reporter.finish(result.record, str(directory.path))
     return result.record
 
@@ -208,8 +213,12 @@ def pick(
     prompts: PromptSets,
     rule: SelectionRule,
     choose: Choose | None,
-) -> Picked | None:
-    """One trial from the front, by the rule or by a person offered the rule's choice; None where nothing is exported."""
+    held: Heldout | None,
+) -> tuple[Trial, Picked | None]:
+    """One trial from the front, by the rule or by a person offered the rule's choice; None beside it: nothing is exported.
+
+    It is measured on held-out prompts first: the export's card says what came of it.
+    """
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
     front = pareto_front(trials, baseline)
@@ -221,10 +230,11 @@ def pick(
     selected = choose(front, rule(front), baseline) if choose else rule(front)
     result.record["selected"] = selected.number
     result.save()
+    evaluate_trial(context, bench, editor, baseline, selected, held)
     if context.settings.export.kind == "none":
-        return None
+        return selected, None
     with result.stage("pick", f"trial {selected.number}"):
-        return prepare(context, bench, editor, baseline, prompts, selected)
+        return selected, prepare(context, bench, editor, baseline, prompts, selected)
 
 
 def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:

@@ -15,17 +15,24 @@ from pathlib import Path
 from abliterate.errors import InputError
 from abliterate.types import Prompt
 
-_DATASET = re.compile(r"^(?P<name>[\w.-]+(?:/[\w.-]+)?):(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$")
+_DATASET = re.compile(
+    r"^(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?"
+    r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$"
+)
 _HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetName:
-    """A column of a Hub data set: `name:split:column`; the split may carry a slice, as in `train[:400]`."""
+    """A column of a Hub data set: `name:split:column`; the split may carry a slice, as in `train[:400]`.
+
+    `config`: of a data set that has several, as in `name@config:split:column`.
+    """
 
     name: str
     split: str
     column: str
+    config: str | None = None
 
 
 def parse_source(source: str) -> Path | DatasetName:

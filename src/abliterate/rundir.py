@@ -42,6 +42,8 @@ class RunDirectory:
         self.journal = path / "study.journal"
         self.study = path / "study.name"
         self.directions = path / "directions.safetensors"
+        self.geometry = path / "geometry.json"
+        self.answers = path / "answers.json"
         self.result = path / "result.json"
         self.report = path / "report.html"
         self.recipe = path / "recipe.json"

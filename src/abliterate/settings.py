@@ -48,12 +48,15 @@ class LoadSettings(_Section):
 
 
 class PromptSettings(_Section):
-    """Where the four prompt sets come from, and what is put around each prompt."""
+    """Where the prompt sets come from, and what is put around each prompt."""
 
     harmful: str = ""
     harmless: str = ""
     harmful_eval: str = ""
     harmless_eval: str = ""
+    harmful_heldout: str = ""
+    harmless_heldout: str = ""
+    over_refusal: str = ""
     system: str = "You are a helpful assistant."
     prefix: str = ""
     suffix: str = ""
@@ -158,6 +161,10 @@ class EvaluationSettings(_Section):
     """What is measured in each trial, and how many prompts go through the model at a time."""
 
     scorers: tuple[str, ...] = ("refusals", "kl")
+    heldout: bool = True
+    heldout_scorers: tuple[str, ...] = ()
+    judge_model: str = ""
+    judge_label: str = ""
     markers: str = ""
     batch_size: int = Field(0, ge=0)
     max_batch_size: int = Field(128, ge=1)

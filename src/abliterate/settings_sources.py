@@ -22,14 +22,17 @@ from abliterate.settings import Settings
 
 ENV_PREFIX = "ABLITERATE_"
 # Read by other code than settings: the markers of a traceback and of tests.
-_OTHER_ENV = {"ABLITERATE_DEBUG"}
+_OTHER_ENV = {"ABLITERATE_DEBUG", *(f"ABLITERATE_JUDGE_{part}" for part in ("URL", "MODEL", "KEY"))}
 # Halves of a surrogate pair stand for bytes of the command line, the environment or a file name that aren't UTF-8.
 _HALVES = re.compile("[\ud800-\udfff]")
 HIDDEN = "***"
 # As SQLAlchemy splits a URL: the password may hold an @ and a slash, the user name may not.
 _PASSWORD = re.compile(r"^([^:/]+://[^:/@]*:).*(@)", re.DOTALL)
 _PASSWORD_PARAMETER = re.compile(r"((?:[?&]|%26)(?:password|passwd|pwd|sslpassword)=)[^&#]*", re.IGNORECASE)
-_PROMPT_SETS = ("harmful", "harmless", "harmful_eval", "harmless_eval")
+_PROMPT_SETS = (
+    *("harmful", "harmless", "harmful_eval", "harmless_eval"),
+    *("harmful_heldout", "harmless_heldout", "over_refusal"),
+)
 
 
 def config_path(name: str) -> Path:
@@ -180,7 +183,12 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     sections = {
         "prompts": prompts,
         "load": {"chat_template": _if_there(settings.load.chat_template)},
-        "evaluation": {"markers": _if_there(settings.evaluation.markers)},
+        "evaluation": {
+            "markers": _if_there(settings.evaluation.markers),
+            "judge_model": _if_there(settings.evaluation.judge_model),
+            "scorers": tuple(map(_own_scorer, settings.evaluation.scorers)),
+            "heldout_scorers": tuple(map(_own_scorer, settings.evaluation.heldout_scorers)),
+        },
         "efficiency": {"residual_cache_dir": _absolute(settings.efficiency.residual_cache_dir)},
         "search": {"storage": _absolute_database(settings.search.storage)},
     }
@@ -214,6 +222,12 @@ def _absolute(path: str) -> str:
 
 def _if_there(path: str) -> str:
     return _absolute(path) if path and Path(path).expanduser().exists() else path
+
+
+def _own_scorer(name: str) -> str:
+    """A scorer in a file of the user's, by its absolute path; a built-in one's name."""
+    path, colon, wanted = name.rpartition(":")
+    return f"{_if_there(path)}:{wanted}" if colon and path.endswith(".py") else name
 
 
 def _absolute_database(url: str) -> str:

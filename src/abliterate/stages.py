@@ -22,6 +22,7 @@ from torch import Tensor
 from abliterate.bench import Bench
 from abliterate.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, ResidualMeans, direction_method, needed_of, needs_means
+from abliterate.directions.geometry import Kept, Sample
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.evaluation import Observation, Response, TrialEngine
@@ -46,8 +47,8 @@ FORMAT = "1"  # of directions.safetensors
 SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
-def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tensor, Tensor]:
-    """What the direction method takes of both direction sets, from the cache where known.
+def residuals(context: Context, bench: Bench, prompts: PromptSets, kept: Kept | None = None) -> tuple[Tensor, Tensor]:
+    """What the direction method takes of both direction sets, from the cache where known; some of them stay in `kept`.
 
     Residuals (n_prompts, n_layers+1, d_model) float32, or where means will do, those (n_layers+1, d_model) float64.
     """
@@ -56,7 +57,7 @@ def residuals(context: Context, bench: Bench, prompts: PromptSets) -> tuple[Tens
         info = bench.loaded.info
         size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
         large = size > context.settings.efficiency.max_residuals_mb * 2**20
-        harmful, harmless = (_residuals(context, bench, name, part, large) for name, part in sets.items())
+        harmful, harmless = (_residuals(context, bench, name, part, large, kept or {}) for name, part in sets.items())
     return harmful, harmless
 
 
@@ -241,14 +242,14 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
     found = context.store.get("baseline", key, remember=False)
     if found is not None:
         responses = [Response(*pair) for pair in json.loads(from_bytes(found["responses"]))]
-        return Observation(responses, found["first_logprobs"].to(bench.loaded.device))
+        return Observation(responses, found["first_logprobs"].to(bench.loaded.device), prompts.harmful_eval)
     logprobs = bench.engine.first_logprobs(prompts.harmless_eval, _progress(context))
     observed = bench.engine.respond(prompts.harmful_eval, _progress(context))
     assert observed is not None  # only a limit can stop it
     texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
     label = f"{bench.loaded.info.id}: {len(observed)} responses"
     context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label, remember=False)
-    return Observation(observed, logprobs)
+    return Observation(observed, logprobs, prompts.harmful_eval)
 
 
 def _progress(context: Context) -> Progress:
@@ -262,9 +263,9 @@ def _strong_edit(space: Space) -> TrialParams:
     return TrialParams("per layer", 0.6 * last, dict.fromkeys(space.components, kernel))
 
 
-def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...], large: bool) -> Tensor:
-    """What the direction method takes of one set; `large`: the residuals are more than may be held at once."""
-    settings, store = context.settings, context.store
+def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...], large: bool, kept: Kept) -> Tensor:
+    """What the direction method takes of one set; `large`: they are more than may be held at once."""
+    settings, store, sample = context.settings, context.store, kept.get(name, Sample(0, 0))
     method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
     stream = large and needs_means(method)
     parts = (settings, bench.loaded, bench.calibration.response_prefix, prompts)
@@ -275,7 +276,7 @@ def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt,
     found = store.get("residuals", keys[(there or [kind])[0]], remember=not stream)
     if found is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
-        return found["means"] if "means" in found else needed_of(found["residuals"], method, quantile)
+        return found["means"] if "means" in found else needed_of(sample.add(found["residuals"]), method, quantile)
     if stream:
         context.reporter.note(f"{name} residuals are added up as they come (efficiency.max_residuals_mb)", streamed=True)
 
@@ -299,4 +300,4 @@ def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt,
     )
     computed = means.mean() if captured is None else captured
     store.put("residuals", keys[kind], {kind: computed}, f"{bench.loaded.info.id}: {len(prompts)} {name} prompts")
-    return computed if stream else needed_of(computed, method, quantile)
+    return computed if stream else needed_of(sample.add(computed), method, quantile)

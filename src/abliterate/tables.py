@@ -10,6 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from abliterate.types import Trial
 
@@ -37,6 +38,26 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
         _print_plain(columns, list(rows), title, right)
         return
     console.print(_ruled(columns, rows, title, right))
+
+
+def print_marked(before: str, text: str, spans: Iterable[Sequence[int]]) -> None:
+    """Foreign text of several lines with parts of it highlighted, in a pipe in brackets; none of it controls the terminal."""
+    shown, place = Text(before, style="dim"), 0
+    console = make_console()
+    left, right = ("", "") if console.is_terminal else ("[", "]")
+    for start, end in spans:
+        shown.append(_printable(text[place:start]), style="not dim")
+        shown.append(left + _printable(text[start:end]) + right, style="not dim bold reverse")
+        place = end
+    shown.append(_printable(text[place:]), style="not dim")
+    if console.is_terminal:
+        console.print(shown)
+    else:
+        print(shown.plain)
+
+
+def _printable(text: str) -> str:
+    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
 
 
 def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, right: Container[str]) -> Table:
@@ -176,3 +197,41 @@ def component_table(coverage: Mapping[str, Any]) -> Table:
         ]
         table.add_row(*cells, edited)
     return table
+
+
+def heldout_lines(heldout: Mapping[str, Any]) -> Iterable[str]:
+    """What was measured on held-out prompts, as plain lines; `heldout` as in `result.json`."""
+    base, found, search = heldout["base"], heldout["candidate"], heldout["search"]
+    in_search = f"; in the search {_rate(search['refusals'])}" if search else ""
+    yield f"held out: refusals {_rate(base['refusals'])} → {_rate(found['refusals'])}{in_search}"
+    faults = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in found["faults"].items() if count)
+    yield f"held out: answered {_rate(found['answered'])}" + (f"; faults: {faults}" if faults else "")
+    kl, answers, perplexity = heldout["kl"], heldout["kl_answers"], heldout["perplexity"]
+    beside = f" (in the search {search['kl']['mean']:.4f})" if search else ""
+    yield (
+        f"held out: KL first token {kl['mean']:.4f}{beside}, median {kl['median']:.4f}, max {kl['max']:.4f}; over the base's "
+        f"answers {answers['mean']:.4f} a token, max {answers['max']:.4f}"
+    )
+    yield f"held out: perplexity of the base's answers {perplexity['base']:.4f} → {perplexity['candidate']:.4f}"
+    same = heldout["unchanged"]
+    where = f", the others from token {same['first_difference']:.1f} on" if same["first_difference"] is not None else ""
+    yield f"held out: harmless answers unchanged {_rate(same)}{where}"
+    if found["over_refusals"]:
+        before = _rate(base["over_refusals"])
+        yield f"held out: refusals of harmless prompts that look harmful {before} → {_rate(found['over_refusals'])}"
+    for judge in heldout["judges"]:
+        if judge["error"]:
+            yield f"held out: {judge['name']} gives no verdicts: {judge['error']}"
+            continue
+        differ = len(judge["disagreements"])
+        yield (
+            f"held out: {judge['name']} sees refusals {_rate(judge['base'])} → {_rate(judge['candidate'])}, "
+            f"{differ} unlike the markers"
+        )
+    for name, one in heldout["scores"].items():
+        yield f"held out: {name} {one['base']} → {one['candidate']}"
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    """`3/100 [0.6 %, 8.5 %]`."""
+    return f"{rate['count']}/{rate['prompts']} [{100 * rate['low']:.1f} %, {100 * rate['high']:.1f} %]"

@@ -90,6 +90,7 @@ def publish(context: Context, bench: Bench, study: Study, baseline: Baseline, pr
             "search": settings.search.model_copy(update={"storage": ""}),
             "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
             "prompts": type(settings.prompts)(),
+            "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),
             "export": type(settings.export)(),
         }
     )

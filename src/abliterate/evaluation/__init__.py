@@ -1,35 +1,59 @@
 """The trial engine: what a model is seen to do under an edit, and what that scores. Knows no Optuna.
 
-A new built-in scorer is a class and a line in `SCORERS`.
+A new built-in scorer is a class and a line in `SCORERS`; a user's own one is a file and a class (`own.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from abliterate.errors import InputError
-from abliterate.evaluation.base import Observation, Response, Scorer
+from abliterate.evaluation.base import Judge, Observation, Response, Scorer
 from abliterate.evaluation.engine import TrialEngine
+from abliterate.evaluation.judges import Classifier, Endpoint
 from abliterate.evaluation.kl import KL
+from abliterate.evaluation.own import is_own, load_scorer
 from abliterate.evaluation.refusals import Refusals, UnfinishedThinking
+from abliterate.settings import EvaluationSettings
 
-# Each maker is given the refusal markers and whether to match them efficiently.
-SCORERS: dict[str, Callable[[Sequence[str], bool], Scorer]] = {
-    "refusals": lambda markers, efficient: Refusals(markers, efficient=efficient),
-    "kl": lambda markers, efficient: KL(),
-    "unfinished_thinking": lambda markers, efficient: UnfinishedThinking(),
+
+@dataclass(frozen=True)
+class Making:
+    """What scorers are made of: the refusal markers, whether to match them efficiently, and the settings."""
+
+    markers: Sequence[str]
+    efficient: bool = True
+    settings: EvaluationSettings = field(default_factory=EvaluationSettings)
+
+
+SCORERS: dict[str, Callable[[Making], Scorer]] = {
+    "refusals": lambda making: Refusals(making.markers, efficient=making.efficient),
+    "kl": lambda making: KL(),
+    "unfinished_thinking": lambda making: UnfinishedThinking(),
+    "classifier": lambda making: Classifier(making.settings.judge_model, making.settings.judge_label),
+    "endpoint": lambda making: Endpoint(),
 }
 
 
-def make_scorers(names: Sequence[str], markers: Sequence[str], *, efficient: bool = True) -> tuple[Scorer, ...]:
-    """The scorers named. InputError: no such scorer, or one that the front needs is missing."""
+def make_scorers(
+    names: Sequence[str], markers: Sequence[str], *, efficient: bool = True, settings: EvaluationSettings | None = None
+) -> tuple[Scorer, ...]:
+    """The scorers named. InputError: no such scorer, two of one name, or one that the front needs is missing."""
     for name in names:
-        if name not in SCORERS:
-            raise InputError(f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}.")
+        if name not in SCORERS and not is_own(name):
+            own = "path/to/file.py:ClassName"
+            raise InputError(f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}, or give {own}.")
     for needed in ("refusals", "kl"):
         if needed not in names:
             raise InputError(f"The setting evaluation.scorers must contain {needed!r}: the front is made of it.")
-    return tuple(SCORERS[name](markers, efficient) for name in dict.fromkeys(names))
+    making = Making(markers, efficient, settings or EvaluationSettings())
+    made = tuple(load_scorer(name) if is_own(name) else SCORERS[name](making) for name in dict.fromkeys(names))
+    taken = [scorer.name for scorer in made]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two scorers have the name {twice!r}; give your own another one.")
+    return made
 
 
-__all__ = ["SCORERS", "Observation", "Response", "Scorer", "TrialEngine", "make_scorers"]
+__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "TrialEngine", "make_scorers"]

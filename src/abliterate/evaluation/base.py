@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from abliterate.types import Goal, Score
+from abliterate.types import Goal, Prompt, Score
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,13 @@ class Observation:
     """One model on both evaluation sets.
 
     `responses`: one per harmful prompt, in order. `first_logprobs` (n_harmless, vocabulary) float32: log-softmax of
-    the raw logits of the first response token.
+    the raw logits of the first response token. `prompts`: those of the responses, for a scorer that reads them too; empty
+    where it isn't known.
     """
 
     responses: Sequence[Response]
     first_logprobs: Tensor
+    prompts: Sequence[Prompt] = ()
 
 
 class ResponseStream(Protocol):
@@ -67,6 +69,14 @@ class EarlyScorer(Scorer, Protocol):
 
     def at_least(self, count: int, total: int) -> Score:
         """The best score that `count` counting responses of `total` leave possible."""
+
+
+@runtime_checkable
+class Judge(Scorer, Protocol):
+    """A scorer that says of each response whether it refuses: what it and the refusal markers see differently is listed."""
+
+    def verdicts(self, observation: Observation) -> Sequence[bool]:
+        """Whether each response refuses its prompt, in order."""
 
 
 def ignores_responses(scorer: Scorer) -> bool:

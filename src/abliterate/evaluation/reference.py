@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from abliterate.evaluation.answers import Answer
 from abliterate.evaluation.base import Observation, Response
 from abliterate.evaluation.batches import of_trials
 from abliterate.evaluation.responses import ResponseReader
@@ -53,7 +54,7 @@ class ReferenceEngine:
         logprobs = self.first_logprobs(harmless, lambda done, _: progress(done, total))
         responses = self.respond(harmful, lambda done, _: progress(len(harmless) + done, total))
         assert responses is not None
-        return Observation(responses, logprobs)
+        return Observation(responses, logprobs, harmful)
 
     @torch.inference_mode()
     def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
@@ -103,6 +104,22 @@ class ReferenceEngine:
         output = self._generate(prompts, max_new_tokens, output_logits=True, return_dict_in_generate=True)
         logits = torch.stack(output.logits, dim=1)
         return output.sequences[:, -logits.shape[1] :], logits
+
+    def answers(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Answer]:
+        """The greedy answers with their ids, each whole: up to its end token or the length limit."""
+        counted, ends = _Counter(len(prompts), progress, self.check), end_ids(self.model)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Answer]:
+            found = []
+            for prompt, row in zip(part, self.generate_ids(part, self.max_new_tokens), strict=True):
+                length = next((at + 1 for at, token in enumerate(row) if token in ends), 0)
+                ids = tuple(row[:length] if length else row)
+                is_open = self.reader.starts_open(self.chat.tail(prompt))
+                found.append(Answer(ids, bool(length), self.reader.read(ids, starts_open=is_open)))
+            counted.add(len(part))
+            return found
+
+        return self._decodes.run(prompts, work)
 
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """Responses with their special tokens, up to the end of the turn: what a response prefix is found in."""

@@ -24,7 +24,7 @@ class ResponseReader:
         self.markup = markup
         self._tokenizer = tokenizer
         # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
-        self._tidy = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._byte_ids = byte_ids(tokenizer)
         # Those that `skip_special_tokens` skips: more than the ones with a role.
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
@@ -50,7 +50,7 @@ class ResponseReader:
 
     def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
         """A growing response whose visible text goes to `stream`."""
-        text = None if self._tidy else TextStream(self._tokenizer, self._byte_ids)
+        text = None if self.tidies else TextStream(self._tokenizer, self._byte_ids)
         return GrowingResponse(text, VisibleText(self.markup, is_open=starts_open), self.without_special, stream)
 
 

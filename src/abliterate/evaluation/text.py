@@ -42,6 +42,10 @@ class TextStream:
         self._context = self._decode(self._before)
         return piece
 
+    def rest(self) -> str:
+        """What wasn't given out yet, finished or not: nothing comes after it."""
+        return self._decode(self._before)[len(self._context) :]
+
     def _decode(self, start: int) -> str:
         return decode_ids(self._tokenizer, self._ids[start:], skip_special_tokens=False)
 
@@ -73,18 +77,23 @@ class VisibleText:
 
     def feed(self, piece: str, *, last: bool = False) -> str:
         """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
-        text, shown = self._held + piece, []
+        return "".join(text for thinking, text in self.parts(piece, last=last) if not thinking)
+
+    def parts(self, piece: str, *, last: bool = False) -> list[tuple[bool, str]]:
+        """(whether it lies in a thinking block, text) of what is certain now, in order, tags left out."""
+        text = self._held + piece
+        shown: list[tuple[bool, str]] = []
         # Nearly every piece, so first: nothing in it can begin a tag.
         if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
             self._held = ""
-            return "" if self._closings else text
+            return [(self.is_open, text)]
         while True:
             wanted = self._closings or self._markup.tags
             place, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
             if place < 0:
                 break
+            shown.append((self.is_open, text[:place]))
             if not self._closings:
-                shown.append(text[:place])
                 # None of an answer's own tags: those only vanish.
                 self._closings = tuple(block.closing for block in self._markup.blocks if block.opening == tag)
             else:
@@ -92,9 +101,8 @@ class VisibleText:
             text = text[place + len(tag) :]
         held = 0 if last else overlap(text, wanted)
         self._held = text[len(text) - held :]
-        if not self._closings:
-            shown.append(text[: len(text) - held])
-        return "".join(shown)
+        shown.append((self.is_open, text[: len(text) - held]))
+        return shown
 
 
 @lru_cache(maxsize=64)

@@ -49,5 +49,5 @@ def evaluate(
         assert early is not None
         assert limit is not None
         return Evaluation(first | {early.name: early.at_least(limit, len(harmful))}, stopped=True)
-    observed = Observation(responses, logprobs)
+    observed = Observation(responses, logprobs, harmful)
     return Evaluation({s.name: first.get(s.name) or s.score(observed) for s in scorers})

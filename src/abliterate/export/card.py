@@ -32,7 +32,7 @@ right to refuse. Whoever runs or passes on this model answers for what it is use
 
 The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
 judgement of the answers' quality or safety.
-
+{heldout}
 Edit `{mode}` ({representation}{approximation}), direction method `{method}`; trial {number} of a search with seed {seed}, made
 with abliterate {version}. Parameters:
 
@@ -41,6 +41,21 @@ with abliterate {version}. Parameters:
 ```
 {recipe}"""
 
+_HELDOUT = """
+## On prompts that were held out
+
+Neither directions nor the search saw these prompts ({sources}). In brackets: 95 % confidence (Clopper-Pearson).
+
+| | base | this model | this model, in the search |
+|---|---|---|---|
+| refusals | {base[refusals]} | {candidate[refusals]} | {search[refusals]} |
+| answered: no refusal, empty, repetitive or broken off | {base[answered]} | {candidate[answered]} | |
+{over}| harmless answers the same, word by word | | {unchanged} | |
+| KL(base‖this), first token, mean | 0 | {kl[mean]:.4f} | {search_kl[mean]:.4f} |
+| KL(base‖this) along the base's answers, mean of {kl_answers[tokens]} tokens | 0 | {kl_answers[mean]:.4f} | |
+| perplexity of the base's answers | {perplexity[base]:.3f} | {perplexity[candidate]:.3f} | |
+"""
+_OVER = "| refusals of harmless prompts that look harmful | {} | {} | |\n"
 _CHECKED = """
 ## Checked after reloading
 
@@ -80,6 +95,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         )
     texts = {
         "dequantized": dequantized,
+        "heldout": _heldout(facts.get("heldout")),
         "base_model": f"base_model: {name}\n" if facts["on_hub"] else "",
         "n_harmless": f"{facts['n_harmless']} " if facts["n_harmless"] else "",
         "revision": revision,
@@ -88,6 +104,29 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "version": __version__,
     }
     return _CARD.format(**{**facts, **facts["kl"], **texts})
+
+
+def _heldout(record: Mapping[str, Any] | None) -> str:
+    """The section on held-out prompts, of the record in `result.json`; nothing where there is none."""
+    if not record:
+        return ""
+    sides = {name: {score: _rate(record[name][score]) for score in ("refusals", "answered")} for name in ("base", "candidate")}
+    over = [record[name]["over_refusals"] for name in ("base", "candidate")]
+    sources = "; ".join(f"{one['count']} of {one['source']}" for one in record["prompts"].values())
+    return _HELDOUT.format(
+        **sides,
+        sources=sources,
+        search={"refusals": _rate(record["search"]["refusals"])},
+        search_kl=record["search"]["kl"],
+        over=_OVER.format(*map(_rate, over)) if all(over) else "",
+        unchanged=_rate(record["unchanged"]),
+        **{name: record[name] for name in ("kl", "kl_answers", "perplexity")},
+    )
+
+
+def _rate(rate: Mapping[str, Any]) -> str:
+    """`3 of 100 [0.6 %, 8.5 %]`."""
+    return f"{rate['count']} of {rate['prompts']} [{100 * rate['low']:.1f} %, {100 * rate['high']:.1f} %]"
 
 
 def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:

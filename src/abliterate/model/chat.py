@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from abliterate.errors import InputError
-from abliterate.model.template import FAILURES, Form, Template
+from abliterate.model.template import FAILURES, Form, Template, Turns
 from abliterate.types import Prompt, TemplateOptions
 
 
@@ -33,7 +33,10 @@ class Chat:
 
     def form(self, prompt: Prompt) -> Form:
         """How this kind of prompt (with a system prompt or without) becomes messages."""
-        system = bool(prompt.system)
+        return self.form_of(system=bool(prompt.system))
+
+    def form_of(self, *, system: bool) -> Form:
+        """The same, by whether there is a system prompt."""
         if system not in self._forms:
             self._forms[system] = self.template.form(system=system)
         return self._forms[system]
@@ -41,20 +44,36 @@ class Chat:
     def render(self, prompt: Prompt) -> str:
         """The text the model continues. A template that has no system role gets it before the user's text."""
         if prompt not in self._rendered:
-            try:
-                self._rendered[prompt] = self.template.render(self.form(prompt).messages(prompt))
-            except FAILURES as error:
-                raise InputError(
-                    f"The model's chat template can't render a prompt ({error}); give another with "
-                    "--set load.chat_template=FILE."
-                ) from error
+            self._rendered[prompt] = self._conversation(prompt.system, (("user", prompt.text),))
         return self._rendered[prompt] + self.response_prefix
+
+    def render_turns(self, system: str, turns: Turns) -> tuple[str, str]:
+        """The text the model continues after `turns`, the last one the user's, and what stands after that one's text.
+
+        The response prefix is in both.
+        """
+        rendered = self._conversation(system, turns)
+        tail = self._tail(rendered, self.form_of(system=bool(system)).tail, turns[-1][1])
+        return rendered + self.response_prefix, tail + self.response_prefix
+
+    def _conversation(self, system: str, turns: Turns) -> str:
+        try:
+            return self.template.render(self.form_of(system=bool(system)).conversation(system, turns))
+        except FAILURES as error:
+            raise InputError(
+                f"The model's chat template can't render a prompt ({error}); give another with --set load.chat_template=FILE."
+            ) from error
 
     def tail(self, prompt: Prompt) -> str:
         """What stands after the user's text: a tag in it is the template's (or the response prefix's), not the prompt's."""
-        rendered, tail = self.render(prompt), self.form(prompt).tail + self.response_prefix
+        return self._tail(self.render(prompt), self.form(prompt).tail + self.response_prefix, prompt.text)
+
+    @staticmethod
+    def _tail(rendered: str, usual: str, text: str) -> str:
         # Of a template whose end depends on what was asked, all after the text is taken, where that can be found.
-        return tail if rendered.endswith(tail) else rendered.partition(prompt.text.strip())[2] or rendered
+        if rendered.endswith(usual):
+            return usual
+        return rendered.rpartition(text.strip())[2] if text.strip() and text.strip() in rendered else rendered
 
     def encode(self, prompts: Sequence[Prompt]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each (n_prompts, longest) int64, padded on the left.

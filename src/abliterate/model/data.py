@@ -31,7 +31,7 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
         ) from error
     skip_retries_without_network()
     try:
-        rows = load_dataset(name.name, split=name.split)
+        rows = load_dataset(name.name, *([name.config] if name.config else []), split=name.split)
     # datasets raises a zoo of its own, huggingface_hub's and httpx' errors; all mean that there is no data set.
     except Exception as error:
         raise InputError(

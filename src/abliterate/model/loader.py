@@ -98,9 +98,7 @@ def load_model(
     `probe_inputs(tokenizer, device)` gives the inputs of that test generation.
     """
     source = resolve_source(name)
-    config = _from_hub(AutoConfig, source, load)
-    tokenizer = load_tokenizer(source, load)
-    model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
+    config, tokenizer, model, dtype = open_model(source, load, device, probe_inputs, warn)
     text_config = config.get_text_config()
     architecture = architecture_of(model, load)
     info = ModelInfo(
@@ -118,6 +116,16 @@ def load_model(
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
     return LoadedModel(model, tokenizer, info, architecture, targets)
+
+
+def open_model(
+    source: str, load: LoadSettings, device: torch.device, probe_inputs: Callable[..., Any], warn: Callable[[str], None]
+) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, PreTrainedModel, torch.dtype]:
+    """What `load_model` loads, of any model that generates: nothing is looked for to edit, and no file is hashed."""
+    config = _from_hub(AutoConfig, source, load)
+    tokenizer = load_tokenizer(source, load)
+    model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
+    return config, tokenizer, model, dtype
 
 
 def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bool = False) -> Skeleton | None:

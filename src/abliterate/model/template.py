@@ -19,6 +19,8 @@ from abliterate.errors import InputError
 from abliterate.types import Prompt, TemplateOptions
 
 Messages = list[dict[str, Any]]
+# (role, text) of user and assistant in turn.
+Turns = Sequence[tuple[str, str]]
 
 # What a template's own code raises on messages of a form it isn't written for: `+` of a string and a list is a TypeError.
 FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
@@ -39,11 +41,16 @@ class Form:
 
     def messages(self, prompt: Prompt) -> Messages:
         """`merged`: the system prompt before the user's text; `parts`: content as vision-language templates want it."""
-        said = [("system", prompt.system)] if prompt.system and not self.merged else []
-        before = f"{prompt.system}\n\n" if prompt.system and self.merged else ""
+        return self.conversation(prompt.system, (("user", prompt.text),))
+
+    def conversation(self, system: str, turns: Turns) -> Messages:
+        """The same of several (role, text) in turn, the user's first."""
+        said = [("system", system)] if system and not self.merged else []
+        before = f"{system}\n\n" if system and self.merged else ""
+        (role, first), *rest = turns
         return [
             {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
-            for role, text in (*said, ("user", before + prompt.text))
+            for role, text in (*said, (role, before + first), *rest)
         ]
 
 

@@ -1,0 +1,281 @@
+"""`abliterate chat`: loads, then takes line after line, each a message or a command, until there are no more."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate import commands, events
+from abliterate.cache import default_root
+from abliterate.chat_input import Lines, PipedLines, Presses, TypedLines, at_terminal, handling
+from abliterate.chat_screen import Face, make_face, visible
+from abliterate.chat_session import Answer, Mode, Session, Side
+from abliterate.chat_target import Wanted, open_session
+from abliterate.chat_voice import Sampling
+from abliterate.console import PlainReporter, make_reporter
+from abliterate.errors import INTERRUPTED, TERMINATED, AbliterateError, InputError, Interrupted
+from abliterate.interrupts import Interrupts
+from abliterate.rundir import safe_name
+from abliterate.settings_sources import load_settings
+from abliterate.types import Reporter
+
+_FORCE = "--force "
+_HELP = {
+    "/base": "the base model answers from now on",
+    "/edited": "the chosen trial answers from now on",
+    "/both": "both answer, side by side; each goes on from its own answers",
+    "/trial [N]": "another trial, without loading anything; alone: which one it is",
+    "/trials": "the trials on the front",
+    "/system [TEXT]": 'another system prompt, "" for none; alone: which one it is',
+    "/retry": "answer the last message again",
+    "/undo": "take the last message and its answers back",
+    "/reset": "forget the conversation",
+    "/save [--force] [FILE]": "keep the conversation as Markdown, or as JSON in a FILE.json",
+    "/help": "this",
+    "/quit": "end; Ctrl+D does, too",
+}
+_HOW = 'A line that ends in \\ goes on, """ begins and ends several; a message that begins with / is typed with two.'
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The options of `abliterate chat` that are no settings."""
+
+    trial: int | None = None
+    max_new_tokens: int = 0
+    temperature: float | None = None
+    seed: int | None = None
+    response_prefix: str = ""
+
+    def check(self) -> None:
+        """InputError for a value that means nothing."""
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"The option --temperature needs a number from 0, not {self.temperature}.")
+
+
+def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignments: list[str], *, as_json: bool) -> None:
+    """`abliterate chat TARGET`."""
+    options.check()
+    settings = commands.options_of(given, assignments)
+    commands.quiet_libraries()
+    interactive = at_terminal() and not as_json
+    reporter: Reporter = make_reporter(as_json=as_json) if as_json or interactive else PlainReporter(sys.stderr)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    wanted = Wanted(options.trial, options.response_prefix, sampling)
+    interrupts = Interrupts()
+    try:
+        with interrupts.listening(), interrupts.at_once():
+            session, fields = open_session(target, wanted, settings, reporter)
+            reporter.header(fields)
+    except KeyboardInterrupt as error:
+        raise Interrupted(message="interrupted; nothing was changed.") from error
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, "interrupted; nothing was changed.") from error
+    finally:
+        reporter.close()
+    lines: Lines = PipedLines(sys.stdin)
+    if interactive:
+        where = settings.get("cache_dir") or load_settings().cache_dir
+        lines = TypedLines(default_root(where) / "chat-history", [name.split()[0] for name in _HELP])
+    face = make_face(as_json=as_json, interactive=interactive)
+    if interactive:
+        face.note("/help shows the commands")
+    shell = Shell(session, face, lines)
+    shell.run()
+    if as_json and not shell.failed:
+        events.emit("result", conversation=session.record())
+    shell.check()
+
+
+class Shell:
+    """Reads lines and does what they say."""
+
+    def __init__(self, session: Session, face: Face, lines: Lines) -> None:
+        self._session = session
+        self._face = face
+        self._lines = lines
+        self._hearer = _Hearer(face)
+        self._count = 0
+        self.failed: list[AbliterateError] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/base": lambda rest: self._switch("base", rest),
+            "/edited": lambda rest: self._switch("edited", rest),
+            "/both": lambda rest: self._switch("both", rest),
+            "/trial": self._trial,
+            "/trials": self._trials,
+            "/system": self._system,
+            "/retry": self._retry,
+            "/undo": self._undo,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": self._help,
+        }
+
+    def run(self) -> None:
+        """Until the lines end, or /quit.
+
+        Raises:
+            Interrupted: by SIGTERM, by Ctrl+C twice, or in a pipe once.
+        """
+        pressed = False
+        with handling({signal.SIGTERM: _terminated}):
+            while True:
+                try:
+                    text = self._lines.read(self._prompt())
+                    pressed = False
+                    if text.strip() == "/quit" or not self._line(text):
+                        return
+                except EOFError:
+                    if self._lines.interactive:
+                        print()
+                    return
+                except KeyboardInterrupt:
+                    if pressed or not self._lines.interactive:
+                        raise Interrupted(message=self._left()) from None
+                    pressed = True
+                    print()
+                    self._face.note("once more Ctrl+C, or Ctrl+D, ends the chat")
+
+    def check(self) -> None:
+        """In a pipe nobody may have seen what couldn't be carried out: then it ends with the first such error's exit code."""
+        if self.failed and not self._lines.interactive:
+            first = self.failed[0]
+            raise type(first)(
+                f"{len(self.failed)} of {self._count} lines could not be carried out; the first: {visible(str(first))}"
+            )
+
+    def _line(self, text: str) -> bool:
+        """Do what a line says; False where that is to end."""
+        if not text.strip():
+            return True
+        self._count += 1
+        try:
+            if text.startswith("/") and not text.startswith("//"):
+                self._command(text)
+            else:
+                message = text.removeprefix("/") if text.startswith("//") else text
+                self._answer(lambda: self._session.ask(message, self._hearer))
+        except Interrupted:
+            raise
+        except AbliterateError as error:
+            self.failed.append(error)
+            self._face.problem(str(error))
+        return True
+
+    def _answer(self, work: Callable[[], None]) -> None:
+        """Answers are given; Ctrl+C ends one of them, and where nobody could go on from there, all."""
+        presses = self._hearer.presses
+        with presses.listening():
+            try:
+                work()
+            finally:
+                self._face.close()
+        if presses.signal == signal.SIGTERM:
+            raise Interrupted(TERMINATED, self._left())
+        if presses.signal and not self._lines.interactive:
+            raise Interrupted(INTERRUPTED, self._left())
+
+    def _command(self, text: str) -> None:
+        name, _, rest = text.partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            near = difflib.get_close_matches(name, [*self._commands, "/quit"], n=1)
+            remedy = f"did you mean {near[0]}?" if near else "/help shows all, and // begins a message with a slash."
+            raise InputError(f"There is no command {name}; {remedy}")
+        command(rest.strip())
+
+    def _prompt(self) -> str:
+        trial = "" if self._session.trial is None or self._session.mode == "base" else f" {self._session.trial}"
+        return f"{self._session.mode}{trial}> "
+
+    def _switch(self, mode: Mode, rest: str) -> None:
+        if rest:
+            raise InputError(f"The command /{mode} takes nothing behind it; type the message as a line of its own.")
+        self._session.switch(mode)
+        self._face.note({"both": "both answer"}.get(mode, f"the {mode} model answers"))
+
+    def _trial(self, rest: str) -> None:
+        if not rest:
+            trial = self._session.trial
+            self._session.result()  # says why where there is none
+            self._face.note(f"trial {trial}")
+            return
+        if not rest.isdecimal():
+            raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
+        chosen = self._session.choose(int(rest))
+        total = self._session.result()["baseline"]["prompts"]
+        self._face.note(f"trial {chosen.number} answers: refusals {chosen.refusals}/{total}, KL {chosen.kl:.4f}")
+
+    def _trials(self, rest: str) -> None:
+        self._face.front(self._session.result(), self._session.trial)
+
+    def _system(self, rest: str) -> None:
+        if rest:
+            note = self._session.set_system("" if rest in ('""', "''") else rest)
+            if note:
+                self._face.note(note)
+        said = " for the whole conversation" if rest and self._session.turns else ""
+        self._face.note(f"system prompt{said}: {self._session.system or 'none'}")
+
+    def _retry(self, rest: str) -> None:
+        self._answer(lambda: self._session.retry(self._hearer))
+
+    def _undo(self, rest: str) -> None:
+        taken = " ".join(self._session.undo().prompt.split())
+        self._face.note(f"taken back: {taken if len(taken) <= 60 else taken[:59] + '…'}")
+
+    def _reset(self, rest: str) -> None:
+        self._face.note(f"the conversation of {self._session.reset()} turns is forgotten; the system prompt stays")
+
+    def _save(self, rest: str) -> None:
+        overwrite = f"{rest} ".startswith(_FORCE)
+        name = rest[len(_FORCE) :].strip() if overwrite else rest
+        path = Path(name).expanduser() if name else Path(f"chat-{safe_name(self._session.model)}-{_now()}.md")
+        self._session.save(path, overwrite=overwrite)
+        self._face.note(f"saved in {path}")
+
+    def _help(self, rest: str) -> None:
+        width = max(map(len, _HELP))
+        self._face.note("\n".join([*(f"{name:<{width}}  {what}" for name, what in _HELP.items()), _HOW]))
+
+    def _left(self) -> str:
+        return "interrupted; the conversation wasn't saved (/save does that)." if self._session.turns else "interrupted."
+
+
+class _Hearer:
+    """The `Listener` of a session: what is heard is shown, and Ctrl+C is listened to."""
+
+    def __init__(self, face: Face) -> None:
+        self._face = face
+        self.presses = Presses()
+
+    def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
+        self.presses.next_answer()
+        self._face.begin(side, trial, sides)
+
+    def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
+        self._face.piece(side, trial, thinking, text)
+
+    def end(self, turn: int, prompt: str, answer: Answer) -> None:
+        self._face.end(turn, prompt, answer)
+
+    def stop(self) -> bool:
+        return self.presses.wanted()
+
+    def note(self, text: str) -> None:
+        self._face.note(text)
+
+
+def _terminated(number: int, frame: Any) -> None:
+    print()  # the prompt stands there
+    raise Interrupted(TERMINATED, "interrupted; the conversation wasn't saved (/save does that).")
+
+
+def _now() -> str:
+    return time.strftime("%Y%m%d-%H%M%S")

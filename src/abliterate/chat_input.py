@@ -1,0 +1,169 @@
+"""What a person types into a chat: line editing and history on a terminal, plain lines in a pipe, and Ctrl+C.
+
+Knows neither commands nor models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, TextIO
+
+try:
+    import readline
+except ImportError:  # Windows: the console has a line editing of its own
+    readline = None  # type: ignore[assignment]
+
+_HISTORY_LENGTH = 1000
+_FENCE = '"""'
+_MORE = "… "
+
+
+class Lines(Protocol):
+    """Where messages and commands come from."""
+
+    interactive: bool
+
+    def read(self, prompt: str) -> str:
+        """The next one; EOFError where there is none, KeyboardInterrupt where the person wants to begin it anew."""
+
+
+class PipedLines:
+    """One message or command a line, as it stands there."""
+
+    interactive = False
+
+    def __init__(self, source: TextIO) -> None:
+        if hasattr(source, "reconfigure"):
+            source.reconfigure(errors="replace")
+        self._source = source
+
+    def read(self, prompt: str) -> str:
+        """See `Lines`; nobody is there to see the prompt."""
+        line = self._source.readline()
+        if not line:
+            raise EOFError
+        return line.rstrip("\r\n")
+
+
+class TypedLines:
+    """Lines typed at a terminal, with a history kept in `file`; more are asked for by a trailing backslash or three quotes."""
+
+    interactive = True
+
+    def __init__(self, file: Path, commands: Sequence[str], ask: Callable[[str], str] = input) -> None:
+        self._file = file
+        self._ask = ask
+        self._kept = 0
+        if readline is not None:
+            self._set_up(commands)
+
+    def read(self, prompt: str) -> str:
+        """See `Lines`."""
+        try:
+            line = self._ask(prompt)
+            if line.strip().startswith(_FENCE):
+                return _clean(self._fenced(line.strip()[len(_FENCE) :]))
+            while line.endswith("\\"):
+                line = f"{line[:-1]}\n{self._ask(_MORE)}"
+            return _clean(line)
+        finally:
+            self._keep()
+
+    def _fenced(self, first: str) -> str:
+        lines = [first] if first else []
+        if first.endswith(_FENCE):
+            return first[: -len(_FENCE)]
+        while not (line := self._ask(_MORE)).rstrip().endswith(_FENCE):
+            lines.append(line)
+        last = line.rstrip()[: -len(_FENCE)]
+        return "\n".join([*lines, *([last] if last else [])])
+
+    def _set_up(self, commands: Sequence[str]) -> None:
+        with contextlib.suppress(OSError):  # none yet, or none that can be read: a chat works without
+            readline.read_history_file(self._file)
+        readline.set_history_length(_HISTORY_LENGTH)
+        self._kept = readline.get_current_history_length()
+
+        def complete(text: str, state: int) -> str | None:
+            found = [name for name in commands if text and name.startswith(text)]
+            return found[state] if state < len(found) else None
+
+        readline.set_completer(complete)
+        readline.set_completer_delims(" ")
+        libedit = "libedit" in (readline.__doc__ or "")
+        readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
+
+    def _keep(self) -> None:
+        """Put new lines into the file at once: a chat may be killed. Nobody else may read it."""
+        if readline is None:
+            return
+        length = readline.get_current_history_length()
+        new, self._kept = length - self._kept, length
+        if new <= 0:
+            return
+        with contextlib.suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o600))
+            self._file.chmod(0o600)
+            if hasattr(readline, "append_history_file"):
+                readline.append_history_file(new, self._file)
+            else:  # libedit
+                readline.write_history_file(self._file)
+            self._file.chmod(0o600)
+
+
+def _clean(text: str) -> str:
+    """What can't be written as UTF-8, bytes of another encoding, as question marks."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+class Presses:
+    """Ctrl+C and SIGTERM while answers are given: the first ends the answer at its next token, the second at once."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.signal = 0
+
+    def next_answer(self) -> None:
+        """The one before has ended; what ended it was Ctrl+C, and no more than it was meant."""
+        if self.signal == signal.SIGINT:
+            self._count, self.signal = 0, 0
+
+    def wanted(self) -> bool:
+        """Whether the answer is to end."""
+        return self._count > 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle both signals while active."""
+        self._count, self.signal = 0, 0
+        with handling({signal.SIGINT: self._handle, signal.SIGTERM: self._handle}):
+            yield
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._count += 1
+        self.signal = signal.SIGTERM if number == signal.SIGTERM else self.signal or number
+        if self._count > 1:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def handling(handlers: dict[Any, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
+    """Signal handlers while active; the old ones come back."""
+    old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def at_terminal() -> bool:
+    """Whether a person types here and sees the answers."""
+    return sys.stdin.isatty() and sys.stdout.isatty()

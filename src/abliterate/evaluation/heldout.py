@@ -1,0 +1,165 @@
+"""Base and candidate on prompts that nothing was fitted to: refusals with intervals, faults, drift, what stays the same.
+
+Gives a JSON-able record. Knows neither where prompts and models come from nor what a search found.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from abliterate.errors import TrialError
+from abliterate.evaluation.answers import FAULTS, Answer, fault_of, first_difference
+from abliterate.evaluation.base import EarlyScorer, Judge, Observation, Scorer
+from abliterate.evaluation.forced import Drift, Forced, Side, drift
+from abliterate.evaluation.intervals import clopper_pearson
+from abliterate.evaluation.reference import Progress
+from abliterate.evaluation.refusals import UnfinishedThinking
+from abliterate.types import Prompt
+
+# Characters of a response that are kept where a judge and the markers disagree.
+SHOWN = 400
+
+
+@dataclass(frozen=True)
+class HeldoutSets:
+    """Prompts that neither directions nor the search have seen. `over_refusal`: harmless ones that look harmful, or none."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    over_refusal: tuple[Prompt, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One model's answers to each set."""
+
+    harmful: Sequence[Answer]
+    harmless: Sequence[Answer]
+    over_refusal: Sequence[Answer]
+
+
+def measure(base: Side, candidate: Side, sets: HeldoutSets, scorers: Sequence[Scorer], progress: Progress) -> dict[str, Any]:
+    """The record; `scorers` have seen no model yet, and `refusals` is among them.
+
+    Raises:
+        TrialError: a model's logits are not finite, or the device is too small.
+    """
+    answers = len(sets.harmful) + len(sets.harmless) + len(sets.over_refusal)
+    total, done = 2 * answers + len(sets.harmless), 0
+
+    def counted(count: int, _: int) -> None:
+        progress(done + count, total)
+
+    seen = []
+    for side in (base, candidate):
+        found = []
+        with side.active():
+            for part in (sets.harmful, sets.harmless, sets.over_refusal):
+                found.append(side.engine.answers(part, counted))
+                done += len(part)
+        seen.append(_Seen(*found))
+    own = [
+        Forced(base.engine.chat.token_ids(prompt), answer.ids)
+        for prompt, answer in zip(sets.harmless, seen[0].harmless, strict=True)
+    ]
+    drifts = drift(base, candidate, own, lambda count: counted(count, 0))
+    markers = next(s for s in scorers if s.name == "refusals" and isinstance(s, EarlyScorer))
+    record = {name: _side(side, markers) for name, side in zip(("base", "candidate"), seen, strict=True)}
+    record |= _drifted(drifts) | {"unchanged": _unchanged(seen[0].harmless, seen[1].harmless)}
+    return record | _further(base, candidate, sets, seen, scorers, markers)
+
+
+def rate(count: int, total: int) -> dict[str, Any]:
+    """A share with its 95 % Clopper-Pearson interval."""
+    low, high = clopper_pearson(count, total)
+    return {"count": count, "prompts": total, "share": count / total if total else 0.0, "low": low, "high": high}
+
+
+def _side(seen: _Seen, markers: EarlyScorer) -> dict[str, Any]:
+    refused = [markers.counts(answer.response) for answer in seen.harmful]
+    faults = [fault_of(answer) for answer in seen.harmful]
+    whole = [not no and fault is None for no, fault in zip(refused, faults, strict=True)]
+    over = [markers.counts(answer.response) for answer in seen.over_refusal]
+    return {
+        "refusals": rate(sum(refused), len(refused)),
+        "answered": rate(sum(whole), len(whole)),
+        "faults": {name: faults.count(name) for name in FAULTS},
+        "harmless_refusals": rate(sum(markers.counts(answer.response) for answer in seen.harmless), len(seen.harmless)),
+        "over_refusals": rate(sum(over), len(over)) if over else None,
+    }
+
+
+def _drifted(drifts: Sequence[Drift]) -> dict[str, Any]:
+    """KL of the first token and of all, and perplexities: exp of the mean −log p over all tokens."""
+    everywhere = torch.cat([one.kl for one in drifts])
+    losses = {name: float(torch.cat([getattr(one, name) for one in drifts]).mean()) for name in ("base", "candidate")}
+    return {
+        "kl": _spread(torch.stack([one.kl[0] for one in drifts])),
+        "kl_answers": _spread(everywhere) | {"tokens": len(everywhere)},
+        "perplexity": {name: math.exp(loss) for name, loss in losses.items()},
+    }
+
+
+def _spread(values: torch.Tensor) -> dict[str, float]:
+    return {"mean": float(values.mean()), "median": float(values.median()), "max": float(values.max())}
+
+
+def _unchanged(base: Sequence[Answer], candidate: Sequence[Answer]) -> dict[str, Any]:
+    places = [first_difference(one.ids, other.ids) for one, other in zip(base, candidate, strict=True)]
+    changed = [place for place in places if place is not None]
+    count = len(places) - len(changed)
+    return rate(count, len(places)) | {"first_difference": fmean(changed) if changed else None}
+
+
+def _further(
+    base: Side,
+    candidate: Side,
+    sets: HeldoutSets,
+    seen: Sequence[_Seen],
+    scorers: Sequence[Scorer],
+    markers: EarlyScorer,
+) -> dict[str, Any]:
+    """What judges say, and the scores of all other scorers that a user named."""
+    judges = [scorer for scorer in scorers if isinstance(scorer, Judge)]
+    # What these show stands in the record anyway.
+    known = (markers, *judges)
+    others = [s for s in scorers if s not in known and s.name != "kl" and not isinstance(s, UnfinishedThinking)]
+    observed = []
+    for side, one in zip((base, candidate), seen, strict=True):
+        logprobs = torch.empty(0)
+        if others:
+            with side.active():
+                logprobs = side.engine.first_logprobs(sets.harmless)
+        observed.append(Observation([answer.response for answer in one.harmful], logprobs, sets.harmful))
+    scores: dict[str, Any] = {}
+    for scorer in others:
+        scorer.setup(observed[0])
+        scores[scorer.name] = {
+            name: scorer.score(what).record for name, what in zip(("base", "candidate"), observed, strict=True)
+        }
+    return {"judges": [_judged(judge, markers, observed) for judge in judges], "scores": scores}
+
+
+def _judged(judge: Judge, markers: EarlyScorer, observed: Sequence[Observation]) -> dict[str, Any]:
+    """A judge's refusals of both models, and the candidate's responses of which it says something else than the markers.
+
+    `error`: why there are none; all else was measured by then, and isn't lost for it.
+    """
+    try:
+        verdicts = [list(judge.verdicts(one)) for one in observed]
+    except TrialError as error:
+        return {"name": judge.name, "base": None, "candidate": None, "disagreements": [], "error": str(error)}
+    candidate = observed[1]
+    differ = [
+        {"prompt": prompt.text, "response": response.text[:SHOWN], "judge": says, "markers": markers.counts(response)}
+        for prompt, response, says in zip(candidate.prompts, candidate.responses, verdicts[1], strict=True)
+        if says != markers.counts(response)
+    ]
+    found = {name: rate(sum(some), len(some)) for name, some in zip(("base", "candidate"), verdicts, strict=True)}
+    return {"name": judge.name, **found, "disagreements": differ, "error": ""}

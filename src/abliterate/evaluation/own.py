@@ -1,0 +1,48 @@
+"""A user's own scorer: a class in a file that the user names. Its code runs; no file is looked for that isn't named."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from abliterate.errors import InputError
+from abliterate.evaluation.base import Scorer
+
+
+def is_own(name: str) -> bool:
+    """Whether a scorer's name is `path/to/file.py:ClassName`."""
+    return ".py:" in name
+
+
+def load_scorer(name: str) -> Scorer:
+    """The scorer `path/to/file.py:ClassName`, made without arguments.
+
+    Raises:
+        InputError: no such file or class, the file fails, or the class is no scorer.
+    """
+    place, _, wanted = name.rpartition(":")
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise InputError(f"There is no file {place} with a scorer; give path/to/file.py:ClassName.")
+    spec = importlib.util.spec_from_file_location(f"abliterate_own_{abs(hash(path.absolute()))}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look themselves up there
+    try:
+        spec.loader.exec_module(module)
+        scorer = getattr(module, wanted)()
+    except AttributeError as error:
+        if hasattr(module, wanted):
+            raise InputError(f"The scorer {wanted} in {path.name} can't be made: {error}.") from error
+        raise InputError(f"The file {path.name} has no class {wanted!r}; give path/to/file.py:ClassName.") from error
+    except Exception as error:  # whatever a stranger's code raises
+        raise InputError(f"The scorer {wanted} in {path.name} can't be made: {type(error).__name__}: {error}.") from error
+    lacking = [part for part in ("setup", "score") if not callable(getattr(scorer, part, None))]
+    lacking += [part for part in ("name", "goal") if not isinstance(getattr(scorer, part, None), str)]
+    if lacking:
+        raise InputError(
+            f"The scorer {wanted} in {path.name} has no {lacking[0]}; see the protocol Scorer in evaluation/base.py."
+        )
+    return scorer

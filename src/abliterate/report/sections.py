@@ -1,0 +1,232 @@
+"""The report's sections, in order: what a run's records say, as HTML. Knows no plots but their names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from abliterate.report.facts import Figure, cost, coverage, facts, further
+from abliterate.report.markup import answer, details, escape, missing, numbers, paragraph, table
+from abliterate.report.material import Material
+from abliterate.report.plots import best_layer, kernel_text, layer_name
+from abliterate.types import Trial
+
+
+def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
+    """(id, title, HTML) of every section that has something to say."""
+    made = [
+        ("front", "Front", _front(material, figure)),
+        ("progress", "Progress of the search", _progress(material, figure)),
+        ("kernels", "The selected trial", _kernels(material, figure)),
+        ("importance", "Parameter importance", _importance(material, figure)),
+        ("geometry", "How the residuals lie", _geometry(material, figure)),
+        ("answers", "Answers before and after", _answers(material)),
+        ("cost", "Where time and memory went", cost(material, figure)),
+        ("coverage", "Coverage", coverage(material)),
+        ("facts", "Settings, versions, seeds", facts(material)),
+        ("further", "Further results", further(material)),
+    ]
+    return [one for one in made if one[2]]
+
+
+def in_a_sentence(material: Material) -> str:
+    """What was found."""
+    if not material.prompts:
+        return "No trial has finished yet; make the report again when some have."
+    chosen, total = material.selected, material.prompts
+    text = f"The base model refuses {material.result['baseline']['refusals']} of {total} harmful evaluation prompts"
+    if chosen:
+        kl = chosen.scores["kl"]["mean"]
+        text += f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {kl:.4f} on harmless ones"
+    return text + "."
+
+
+def summary(material: Material) -> str:
+    """The same, and a few numbers."""
+    result, chosen = material.result, material.selected
+    if not material.prompts:
+        return missing(in_a_sentence(material))
+    before, total = result["baseline"]["refusals"], material.prompts
+    facts = {"refusals": f"{before} of {total}", "trials": str(len(material.trials)), "on the front": str(len(result["front"]))}
+    if chosen:
+        kl = chosen.scores["kl"]
+        facts["refusals"] = f"{before} → {chosen.refusals} of {total}"
+        facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
+    if material.progress:
+        facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
+    verified = {True: "verified", False: "FAILED its check", None: "not checked"}[result["export"].get("verified")]
+    facts["export"] = f"{result['export']['kind']}, {verified}" if result["export"].get("path") else "none"
+    return paragraph(in_a_sentence(material)) + numbers(facts)
+
+
+def _front(material: Material, figure: Figure) -> str:
+    if not material.trials:
+        return ""
+    front = [trial for trial in material.trials if material.is_front(trial)]
+    front.sort(key=lambda trial: trial.kl)
+    counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
+    text = (
+        "Both axes are better towards the lower left. A stopped trial was ended once it was certain that it can't reach the "
+        f"front; its refusals are a lower bound. {counts['complete']} trials are complete, {counts['stopped']} were stopped "
+        f"and {counts['failed']} failed."
+    )
+    everything = details(f"All {len(material.trials)} trials", _trials(material, material.trials, "All trials"))
+    return paragraph(text) + figure("front") + _trials(material, front, "The front, by rising KL") + everything
+
+
+def _trials(material: Material, trials: Sequence[Trial], caption: str) -> str:
+    components = list(dict.fromkeys(name for trial in material.trials for name in trial.params.kernels))
+    others = sorted({name for trial in material.trials for name in trial.scores} - {"refusals", "kl"})
+    head = ("trial", "state", "refusals", "KL mean", "KL median", "KL max", *others, "seconds", "scope", "direction")
+    rows: list[tuple[Any, ...]] = []
+    for trial in trials:
+        scores = trial.scores
+        bound = "≥ " if trial.state == "stopped" else ""
+        kl = [f"{scores['kl'][name]:.4f}" for name in ("mean", "median", "max")] if "kl" in scores else ["", "", ""]
+        refusals = f"{bound}{scores['refusals']}" if "refusals" in scores else ""
+        direction = f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else ""
+        kernels = [kernel_text(trial.params.kernels[name]) if name in trial.params.kernels else "" for name in components]
+        own = [trial.number, trial.state, refusals, *kl, *(scores.get(name, "") for name in others), f"{trial.seconds:.1f}"]
+        rows.append((*own, trial.params.scope, direction, *kernels, trial.reason))
+    reason = ("reason",) if any(trial.reason for trial in trials) else ()
+    width = len(head) + len(components) + len(reason)
+    chosen = {place for place, trial in enumerate(trials) if trial.number == material.result["selected"]}
+    rows = [row[:width] for row in rows]
+    words = (1, len(head) - 2, *range(len(head), len(head) + len(components)))
+    texts = (width - 1,) if reason else ()
+    return table((*head, *components, *reason), rows, caption, marked=chosen, words=words, texts=texts)
+
+
+def _progress(material: Material, figure: Figure) -> str:
+    if not material.progress:
+        return ""
+    text = (
+        "The hypervolume is the area that the front gains of the square up to a KL of 1 and all prompts refused; 1 would be no "
+        "refusals at no KL. Time is what the trials took, added up."
+    )
+    step = max(1, len(material.progress) // 20)
+    kept = [row for place, row in enumerate(material.progress) if not (len(material.progress) - 1 - place) % step]
+    rows = [(row["trial"], f"{row['seconds']:.1f}", f"{row['hypervolume']:.4f}") for row in kept]
+    numbers_ = details("As a table", table(("trials", "seconds", "hypervolume"), rows, "Hypervolume so far"))
+    return paragraph(text) + figure("progress") + figure("progress-in-time") + numbers_
+
+
+def _kernels(material: Material, figure: Figure) -> str:
+    trial = material.selected
+    if trial is None:
+        return missing("No trial has been selected yet.") if material.trials else ""
+    where = (
+        f"One direction for all layers, that of layer {trial.params.direction_index:.2f} (the dashed line)."
+        if trial.params.scope == "global"
+        else "Each layer loses its own direction."
+    )
+    text = (
+        f"Trial {trial.number}. {where} A module's coeff λ says how much of the direction it loses; outside its kernel it is "
+        "untouched."
+    )
+    n_layers = int(material.result["model"]["n_layers"])
+    kernels = trial.params.kernels
+    rows = [(layer, *(f"{kernel.coeff(layer):.3f}" for kernel in kernels.values())) for layer in range(n_layers)]
+    params = table(("component", "kernel"), [(name, kernel_text(one)) for name, one in kernels.items()], "Kernels", texts=(1,))
+    return (
+        paragraph(text) + figure("kernels") + params + details("Coeffs by layer", table(("layer", *kernels), rows, "Coeff λ"))
+    )
+
+
+def _importance(material: Material, figure: Figure) -> str:
+    if not material.importance:
+        return missing(material.missing["importance"]) if material.trials else ""
+    text = (
+        "How much each parameter tells the best tenth of the trials from all of them, by Optuna's PED-ANOVA on what the "
+        "sampler was told (of stopped trials the bound). It describes this search; with few trials it is rough."
+    )
+    names = list(dict.fromkeys(name for shares in material.importance.values() for name in shares))
+    rows = [(name, *(f"{shares.get(name, 0):.1%}" for shares in material.importance.values())) for name in names]
+    return (
+        paragraph(text)
+        + figure("importance")
+        + details("As a table", table(("parameter", *material.importance), rows, "Shares"))
+    )
+
+
+def _geometry(material: Material, figure: Figure) -> str:
+    geometry = material.geometry
+    if geometry is None:
+        return missing(material.missing["geometry"])
+    text = (
+        "Residuals are the outputs of each layer at the last prompt position (emb.: what enters layer 0), of the prompts that "
+        "the directions were found with. "
+    )
+    parts = [figure("norms"), figure("cosines")]
+    if geometry["projection"]:
+        sampled = " and ".join(f"{count} {name}" for name, count in geometry["sampled"].items())
+        text += (
+            f"Separation and projection are of {sampled} prompts. The probe is a ridge regression tested on the prompt that it "
+            "was fitted without: 0.5 is guessing. The silhouette is above 0 where points are closer to their own set than to "
+            "the other."
+        )
+        parts += [figure("separation"), "<h3>Projection on two principal axes</h3>", _slider(material), figure("projection")]
+    else:
+        parts.append(missing(geometry["reason"]))
+    columns = {
+        "norm_harmful": "‖harmful‖",
+        "norm_harmless": "‖harmless‖",
+        "norm_difference": "‖difference‖",
+        "cos_means": "cos(harmful, harmless)",
+        "cos_harmful_direction": "cos(harmful, direction)",
+        "cos_harmless_direction": "cos(harmless, direction)",
+    }
+    if geometry["projection"]:
+        columns |= {"silhouette": "silhouette", "probe": "probe"}
+    rows = [
+        (row["index"] - 1 if row["index"] else "emb.", *(number_text(row.get(name)) for name in columns))
+        for row in geometry["layers"]
+    ]
+    parts.append(details("As a table", table(("layer", *columns.values()), rows, "Means (‖·‖: norms) and separation by layer")))
+    return paragraph(text) + "".join(parts)
+
+
+def _slider(material: Material) -> str:
+    assert material.geometry is not None
+    last, start = len(material.geometry["projection"]) - 1, best_layer(material)
+    return (
+        f'<div class="slider" hidden><label for="layer">Layer</label>'
+        f'<input type="range" id="layer" min="0" max="{last}" step="1" value="{start}">'
+        f'<output id="layer-shown" for="layer">{escape(layer_text(material, start))}</output></div>'
+        "<noscript><p>With JavaScript a slider shows every layer; this is the one at which the sets are the farthest apart.</p>"
+        "</noscript>"
+    )
+
+
+def layer_text(material: Material, index: int) -> str:
+    """One layer of the projection in words."""
+    assert material.geometry is not None
+    row, shares = material.geometry["layers"][index], material.geometry["projection"][index]["explained"]
+    if row.get("probe") is None:
+        return f"{layer_name(index)}: all points are the same"
+    return f"{layer_name(index)}: axes explain {sum(shares):.0%}, probe {row['probe']:.0%}, silhouette {row['silhouette']:.2f}"
+
+
+def number_text(value: float | None) -> str:
+    """Three digits behind the point of small numbers, fewer of large ones; what rounds to nothing has no sign."""
+    if value is None:
+        return "—"
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 0
+    return f"{value:.{digits}f}".replace("-0.000", "0.000")
+
+
+def _answers(material: Material) -> str:
+    answers = material.answers
+    if answers is None:
+        return missing(material.missing["answers"]) if material.selected else ""
+    text = (
+        f"Some of the evaluation prompts, answered by the base model and by trial {answers['trial']}, greedily and in at most "
+        f"{answers['max_new_tokens']} tokens. Refusal markers are highlighted."
+    )
+    parts = [paragraph(text)]
+    for name in ("harmful", "harmless"):
+        parts.append(f"<h3>{name.capitalize()} prompts</h3>")
+        for row in answers[name]:
+            both = answer("base model", row["base"]) + answer(f"trial {answers['trial']}", row["edited"])
+            parts.append(f'<article><h4>{escape(row["prompt"])}</h4><div class="pair">{both}</div></article>')
+    return "".join(parts)

@@ -1,0 +1,416 @@
+"""Judges and users' own scorers behind the seam, and lm-eval: against a stub server, a tiny classifier, a local task."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import PROMPTS, Recorder, make_model, make_tokenizer, quick_settings, run_in
+from test_cli import Invoke, invoke, prompt_options  # noqa: F401
+from test_evaluation import make_engine
+from test_heldout import heldout_files  # noqa: F401
+from test_json_events import check, checked
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from abliterate import benchmarks, pipeline
+from abliterate.benchmarks import Tasks, check_tasks, run_tasks
+from abliterate.errors import InputError, TrialError
+from abliterate.evaluate_commands import _cells
+from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
+from abliterate.evaluation.base import EarlyScorer, ignores_responses
+from abliterate.evaluation.forced import Side
+from abliterate.evaluation.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
+from abliterate.identity import _scorers
+from abliterate.settings import EvaluationSettings, Settings
+from abliterate.tables import heldout_lines
+from abliterate.types import Score
+
+Files = dict[str, str]
+SECRET = "key-of-the-test"
+RESPONSES = (Response("I'm sorry, no."), Response("First, take a cloth."), Response(" "), Response("half", thinking_open=True))
+SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1), (*PROMPTS, PROMPTS[0]))
+OWN = '''
+"""Counts words."""
+from dataclasses import dataclass
+from abliterate.types import Score
+
+@dataclass
+class Words:
+    name: str = "words"
+    goal: str = "maximize"
+
+    def setup(self, base):
+        self.base = sum(len(response.text.split()) for response in base.responses)
+
+    def score(self, observation):
+        count = sum(len(response.text.split()) for response in observation.responses)
+        return Score(self.name, float(count), self.goal, {"words": count, "base": self.base})
+
+class NoScorer:
+    name = "no"
+
+class Broken:
+    def __init__(self):
+        raise ValueError("out of ideas")
+'''
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A chat completions server as others write them: busy at first, then it judges by a word; sometimes it rambles."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+    busy = 1
+    status = 0
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = body["messages"][0]["content"].rpartition("Answer:\n")[2]
+        type(self).asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        status = self.status or (503 if type(self).busy > 0 else 200)
+        type(self).busy -= 1
+        said = "hmm" if "ramble" in answer else "Verdict: refused." if "sorry" in answer else "COMPLIED"
+        content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stub]]:
+    """The server, on loopback, and the environment that names it."""
+    server = HTTPServer(("127.0.0.1", 0), Stub)
+    Stub.asked, Stub.busy, Stub.status = [], 1, 0
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    monkeypatch.setenv(URL, f"http://127.0.0.1:{server.server_port}/v1/")
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setenv(KEY, SECRET)
+    yield Stub
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny classification model of random weights, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("classifier")
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {"id2label": {0: "compliance", 1: "refusal"}, "label2id": {"compliance": 0, "refusal": 1}}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes, **labels
+    )
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A user's file."""
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    return str(tmp_path / "mine.py")
+
+
+def contract(scorer: Scorer) -> None:
+    """What the engine and `result.json` rely on; a plugin's author may use it, too."""
+    scorer.setup(SEEN)
+    score = scorer.score(SEEN)
+    assert isinstance(score, Score)
+    assert (score.name, score.goal) == (scorer.name, scorer.goal)
+    assert score.goal in ("minimize", "maximize", "none")
+    assert isinstance(score.value, float)
+    json.dumps(score.record, allow_nan=False)
+    assert scorer.score(SEEN) == score  # no state that one observation leaves to the next
+    if ignores_responses(scorer):
+        assert scorer.score(Observation((), SEEN.first_logprobs)) == score
+    if isinstance(scorer, EarlyScorer):
+        count = sum(scorer.counts(response) for response in SEEN.responses)
+        assert scorer.at_least(count, len(SEEN.responses)) == score
+        assert scorer.stream().feed("nothing of interest") in (False, True)
+    if isinstance(scorer, Judge):
+        assert len(scorer.verdicts(SEEN)) == len(SEEN.responses)
+
+
+@pytest.mark.parametrize("name", sorted(SCORERS))
+def test_contract_of_built_in_scorers(name: str, stub: type[Stub], classifier: str) -> None:
+    stub.busy = 0
+    contract(SCORERS[name](Making(("sorry",), settings=EvaluationSettings(judge_model=classifier))))
+
+
+def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> None:
+    waited: list[float] = []
+    judge = Endpoint(waited.append)
+    assert judge.verdicts(SEEN) == [True, False, True, True]  # empty and unfinished ones without asking
+    assert waited == [1.0]
+    assert len(stub.asked) == 3
+    first = stub.asked[0]
+    assert (first["path"], first["key"]) == ("/v1/chat/completions", f"Bearer {SECRET}")
+    assert (first["model"], first["temperature"]) == ("judge-1", 0)
+    assert PROMPTS[0].text in first["messages"][0]["content"]
+    with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)"):
+        judge.verdicts(Observation([Response("ramble")], torch.zeros(1, 2), PROMPTS[:1]))
+    stub.status, before = 401, len(stub.asked)
+    with pytest.raises(TrialError, match="answers 401") as error:
+        judge.verdicts(SEEN)
+    assert SECRET not in str(error.value)
+    assert len(stub.asked) == before + 1
+
+
+def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
+    monkeypatch.setenv(MODEL, "judge-1")
+    with pytest.raises(TrialError, match="no verdict"):
+        Endpoint(lambda seconds: None).verdicts(SEEN)
+    monkeypatch.setenv(URL, "file:///etc/passwd")
+    with pytest.raises(InputError, match=URL):
+        Endpoint()
+    monkeypatch.delenv(URL)
+    with pytest.raises(InputError, match=URL):
+        make_scorers(["refusals", "kl", "endpoint"], ["no"])
+
+
+def test_the_classifier_says_what_its_model_says(classifier: str) -> None:
+    texts = ["I'm sorry, no.", "First, take a cloth and rinse the lamp. " * 20, "ok", "Mend it today.", "Look at the kite."] * 4
+    seen = Observation([Response(text) for text in texts], torch.zeros(1, 2), PROMPTS[:1] * len(texts))
+    found = Classifier(classifier).verdicts(seen)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier).eval(), make_tokenizer()
+    expected = []
+    for text in texts:  # one at a time, no pads
+        batch = tokenizer(
+            PROMPTS[0].text, text, truncation="longest_first", max_length=64, return_tensors="pt", return_token_type_ids=False
+        )
+        expected.append(bool(model(**batch).logits.argmax() == 1))
+    assert found == expected
+    assert Classifier(classifier, "compliance").verdicts(seen) == [not refuses for refuses in expected]
+
+
+def test_a_classifier_that_can_not_be_used(classifier: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="judge_model"):
+        make_scorers(["refusals", "kl", "classifier"], ["no"])
+    with pytest.raises(TrialError, match="can't be loaded"):
+        Classifier(str(tmp_path)).verdicts(SEEN)
+    with pytest.raises(TrialError, match="judge_label"):
+        Classifier(classifier, "other").verdicts(SEEN)
+    assert refusal_label({0: "NON_REFUSAL", 1: "Refusal"}) == 1
+    assert refusal_label({0: "rejected", 1: "not rejected"}) == 0
+    with pytest.raises(TrialError, match="LABEL_0, LABEL_1"):
+        refusal_label({0: "LABEL_0", 1: "LABEL_1"})
+
+
+def test_judges_in_the_last_step(
+    stub: type[Stub],
+    classifier: str,
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    stub.busy = 0
+    over = {
+        "prompts": heldout_files,
+        "evaluation": {"heldout": True, "heldout_scorers": ["classifier", "endpoint"], "judge_model": classifier},
+        "export": {"kind": "none"},
+    }
+    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    assert not recorder.warnings
+    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
+    check("held-out", result["heldout"])
+    found = {judge["name"]: judge for judge in result["heldout"]["judges"]}
+    assert set(found) == {"classifier", "endpoint"}
+    one = found["classifier"]
+    differ = one["disagreements"]
+    # The signs of the disagreements add up to the difference of the counts.
+    extra = sum(bool(case["judge"]) - bool(case["markers"]) for case in differ)
+    assert one["candidate"]["count"] == result["heldout"]["candidate"]["refusals"]["count"] + extra
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+        assert path.is_dir() or b"127.0.0.1" not in path.read_bytes()
+
+
+def test_contract_of_an_own_scorer(own: str) -> None:
+    contract(make_scorers(["refusals", "kl", f"{own}:Words"], ["no"])[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing.py:Words", "no file nothing.py"),
+        ("{own}:Nothing", "no class 'Nothing'"),
+        ("{own}:NoScorer", "has no setup"),
+        ("{own}:Broken", "out of ideas"),
+        ("words", "no scorer 'words'"),
+    ],
+)
+def test_what_is_no_own_scorer(own: str, name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_scorers(["refusals", "kl", name.format(own=own)], ["no"])
+
+
+def test_two_scorers_of_one_name(own: str, tmp_path: Path) -> None:
+    (tmp_path / "again.py").write_text(OWN, encoding="utf-8")
+    with pytest.raises(InputError, match="'words'"):
+        make_scorers(["refusals", "kl", f"{own}:Words", f"{tmp_path / 'again.py'}:Words"], ["no"])
+
+
+def test_an_own_scorer_in_a_run(
+    own: str,
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluation = {"scorers": ["refusals", "kl", "mine.py:Words"], "heldout": True}
+    over = {"prompts": heldout_files, "evaluation": evaluation, "search": {"trials": 3}, "export": {"kind": "none"}}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    assert settings.evaluation.scorers[-1] == f"{own}:Words"  # a run can be continued from anywhere
+    result, recorder = run_in(tmp_path / "run", settings)
+    assert all(trial["scores"]["words"]["words"] > 0 for trial in result["trials"])
+    assert any("needs whole responses" in note for note in recorder.notes)
+    shown = result["heldout"]["scores"]["words"]
+    assert shown["base"]["words"] == shown["base"]["base"] == shown["candidate"]["base"]
+    Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
+    with pytest.raises(InputError, match="scorers"):
+        run_in(tmp_path / "run", settings, resume=True)
+
+
+def test_what_fails_at_the_end_costs_nothing_else(
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A judge that can't be reached, then a scorer that raises: the first costs its own verdicts, neither costs the run."""
+    monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setattr(judges, "PAUSE", 0.0)
+    over = {
+        "prompts": heldout_files,
+        "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},
+        "export": {"kind": "none"},
+        "search": {"trials": 3},
+    }
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    check("held-out", result["heldout"])
+    assert "no verdict" in result["heldout"]["judges"][0]["error"]
+    assert any("gives no verdicts" in line for line in heldout_lines(result["heldout"]))
+    (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
+    over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
+    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
+    assert again["selected"] == result["selected"]
+    assert "heldout" not in again
+    assert any("KeyError: 'oh'" in text for text in recorder.warnings)
+
+
+def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
+    plain = _scorers(Settings())
+    assert plain[0] == ["refusals", "kl"]
+    assert len(plain) == 2  # as it was before there were others: studies go on
+    names = _scorers(Settings(evaluation=EvaluationSettings(scorers=("refusals", "kl", f"{own}:Words"))))[0]
+    assert names[-1].startswith("Words ")
+    assert str(tmp_path) not in json.dumps(names)
+
+
+def test_lm_eval_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_tasks(Tasks())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"abliterate\[eval\]"):
+        check_tasks(Tasks(("piqa",)))
+    with pytest.raises(InputError, match="no folder"):
+        check_tasks(Tasks((), None, tmp_path / "none"))
+
+
+RESULTS: dict[str, Any] = {
+    "results": {"tiny": {"alias": "tiny", "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,strict": 1, "f1_stderr,strict": "N/A"}},
+    "higher_is_better": {"tiny": {"acc": True}},
+}
+
+
+def test_results_of_lm_eval_as_rows() -> None:
+    assert benchmarks.table(RESULTS, RESULTS) == [
+        {"task": "tiny", "metric": "acc", "higher_is_better": True, **_both(0.5, 0.25)},
+        {"task": "tiny", "metric": "f1 strict", "higher_is_better": None, **_both(1.0, None)},
+    ]
+
+
+def _both(value: float, stderr: float | None) -> dict[str, Any]:
+    return {name: {"value": value, "stderr": stderr} for name in ("base", "candidate")}
+
+
+def context() -> Any:
+    """A context without a store."""
+    recorder = Recorder()
+    return pipeline.Context(Settings(model="demo"), recorder, pipeline.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+
+
+def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    package, huggingface, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface"), ModuleType("lm_eval.tasks")
+    package.simple_evaluate = lambda **options: calls.update(options) or RESULTS  # type: ignore[attr-defined]
+    huggingface.HFLM = lambda **options: options  # type: ignore[attr-defined]
+    tasks.TaskManager = lambda include_path: include_path  # type: ignore[attr-defined]
+    for module in (package, ModuleType("lm_eval.models"), huggingface, tasks):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    model = make_model("llama")
+    side = Side(make_engine(model, 3), contextlib.nullcontext)
+    rows = run_tasks(context(), side, side, make_tokenizer(), Tasks(("tiny",), 5, tmp_path))
+    assert rows == benchmarks.table(RESULTS, RESULTS)
+    assert (calls["tasks"], calls["limit"], calls["task_manager"]) == (["tiny"], 5, str(tmp_path))
+    assert calls["model"]["pretrained"] is model
+    assert calls["model"]["batch_size"] == 3
+    assert run_tasks(context(), side, side, make_tokenizer(), Tasks()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed (the extra eval)")
+def test_a_tiny_task_with_the_real_lm_eval(
+    tmp_path: Path,
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    rows = [
+        {"question": f"To {verb} the lamp, give yourself", "good": " an hour.", "bad": " sky."} for verb in ("mend", "lift")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: ["an hour.", "sky."]\ndoc_to_target: 0\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n",
+        encoding="utf-8",
+    )
+    options = [*prompt_options(heldout_files), "--batch-size", 12, "--set", "response.max_new_tokens=8"]
+    options += [part for name, path in prompt_files.items() for part in ("--set", f"prompts.{name}={path}")]
+    options += ["--benchmark", "tiny", "--benchmark-path", tmp_path]
+    (row,) = checked(invoke("evaluate", "demo", "demo", *options, "--json"), "evaluate")[-1]["benchmarks"]
+    assert (row["task"], row["metric"], row["higher_is_better"]) == ("tiny", "acc", True)
+    assert row["base"]["value"] == row["candidate"]["value"] == 1.0
+
+
+def test_a_benchmark_on_the_terminal_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = benchmarks.table(RESULTS, RESULTS)
+    assert _cells(rows[0]) == ("tiny", "acc ↑", "0.5000 ± 0.2500", "0.5000 ± 0.2500")
+    assert _cells(rows[1]) == ("tiny", "f1 strict", "1.0000", "1.0000")
+
+    def no_task(tasks: Tasks) -> None:
+        raise KeyError("no_such_task")
+
+    monkeypatch.setattr(benchmarks, "_manager", no_task)
+    side = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext)
+    with pytest.raises(InputError, match="can't run no_such_task"):
+        run_tasks(context(), side, side, make_tokenizer(), Tasks(("no_such_task",)))
