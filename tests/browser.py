@@ -77,7 +77,7 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait(self, condition: str, timeout: float = 60) -> None:
+    def wait(self, condition: str, timeout: float = 30) -> None:
         """Until an expression is true."""
         until = time.monotonic() + timeout
         while not self.evaluate(condition):

@@ -41,7 +41,7 @@ def test_plots_are_drawn_and_nothing_is_fetched(tab: Browser, page: Path, width:
     assert tab.evaluate("document.querySelectorAll('.live svg').length") == len(PLOTS)
     assert tab.evaluate("document.querySelectorAll('.still').length") == 0
     assert tab.evaluate(POINTS.format("front")) == 41  # forty scored trials and the base model
-    assert tab.evaluate(POINTS.format("projection")) == 5  # one has no place
+    assert tab.evaluate(POINTS.format("projection")) == 4  # one of each set has no place
     assert tab.evaluate(POINTS.format("kernels")) == 20
     assert tab.evaluate("document.querySelectorAll('#plot-importance .mark-rect.role-mark path').length") > 8
     assert [address for address in tab.requests if not address.startswith("data:")] == [page.as_uri()]
@@ -67,7 +67,7 @@ def test_the_slider_is_moved_by_keys(tab: Browser, page: Path) -> None:
     tab.wait("document.getElementById('layer-shown').textContent.startsWith('after layer 8')")
     tab.key("Home", 36)
     tab.wait("document.getElementById('layer').getAttribute('aria-valuetext').startsWith('at the embedding')")
-    tab.wait(POINTS.format("projection") + " === 5")
+    tab.wait(POINTS.format("projection") + " === 4")
 
 
 def test_a_point_says_its_parameters(tab: Browser, page: Path) -> None:

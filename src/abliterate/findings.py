@@ -145,4 +145,4 @@ def _answer(response: Response, judged: Refusals, markers: Iterable[str]) -> dic
 
 def _write(path: Path, record: Mapping[str, Any]) -> None:
     """On one line: a projection has many numbers."""
-    write_atomically(path, json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(record, allow_nan=False) + "\n")

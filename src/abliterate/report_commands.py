@@ -10,6 +10,7 @@ from abliterate.report.html import render
 from abliterate.report.material import Material, gather
 from abliterate.report.plots import all_plots
 from abliterate.rundir import RunDirectory, write_atomically
+from abliterate.tables import printable
 from abliterate.terminal_report import show
 
 
@@ -17,36 +18,23 @@ def report(path: Path, png: Path | None, terminal: bool) -> None:
     """Write `report.html` and say where; `png`: a folder for the plots; `terminal`: show it here, too."""
     directory = RunDirectory(path)
     material = gather(directory)
-    if png is not None:
-        _check_pictures(png)
+    pictures = {} if png is None else _pictures(material, png)
     write_atomically(directory.report, render(material))
     if terminal:
         show(material)
-    print(_plain(directory.report))
-    if png is not None:
-        for written in _pictures(material, png):
-            print(_plain(written))
+    print(printable(str(directory.report)))
+    for picture, content in pictures.items():
+        write_atomically(picture, content)
+        print(printable(str(picture)))
 
 
-def _check_pictures(folder: Path) -> None:
-    """Before anything is written: the option can't be followed where nothing can be drawn."""
-    if drawing.unavailable():
-        raise AbliterateError(drawing.unavailable())
+def _pictures(material: Material, folder: Path) -> dict[Path, bytes]:
+    """What is to be written into the folder, which is made; before anything else, since it is what can go wrong."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        drawn = drawing.png({plot.name: plot.spec for plot in all_plots(material)})
+    except drawing.Undrawable as error:
+        raise AbliterateError(str(error)) from error
     except OSError as error:
         raise InputError(f"The folder {folder} can't be made: {error.strerror}; choose another --png.") from error
-
-
-def _pictures(material: Material, folder: Path) -> list[Path]:
-    written = []
-    for plot in all_plots(material):
-        write_atomically(folder / f"{plot.name}.png", drawing.png(plot.spec))
-        written.append(folder / f"{plot.name}.png")
-    return written
-
-
-def _plain(path: Path) -> str:
-    """A path that can't play tricks with a terminal."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    return {folder / f"{name}.png": content for name, content in drawn.items()}

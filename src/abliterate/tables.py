@@ -46,25 +46,21 @@ def print_marked(before: str, text: str, spans: Iterable[Sequence[int]]) -> None
     console = make_console()
     left, right = ("", "") if console.is_terminal else ("[", "]")
     for start, end in spans:
-        shown.append(_printable(text[place:start]), style="not dim")
-        shown.append(left + _printable(text[start:end]) + right, style="not dim bold reverse")
+        shown.append(printable(text[place:start], "\n\t"), style="not dim")
+        shown.append(left + printable(text[start:end], "\n\t") + right, style="not dim bold reverse")
         place = end
-    shown.append(_printable(text[place:]), style="not dim")
+    shown.append(printable(text[place:], "\n\t"), style="not dim")
     if console.is_terminal:
         console.print(shown)
     else:
         print(shown.plain)
 
 
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() or character in "\n\t" else "\ufffd" for character in text)
-
-
 def _ruled(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str, right: Container[str]) -> Table:
     """As Rich's table."""
     table = Table(title=escape(title) or None, title_justify="left")
     for column in columns:
-        table.add_column(escape(column), justify="right" if column in right else "left")
+        table.add_column(escape(printable(column)), justify="right" if column in right else "left")
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
     return table
@@ -74,7 +70,7 @@ def _print_plain(columns: Sequence[str], rows: Sequence[Sequence[str]], title: s
     if title:
         print(title)
     # One entry a line, whatever a cell holds.
-    lines = [columns, *([printable(" ".join(cell.split())) for cell in row] for row in rows)]
+    lines = [[printable(" ".join(cell.split())) for cell in row] for row in (columns, *rows)]
     widths = [max(cell_len(line[index]) for line in lines) for index in range(len(columns))]
     for line in lines:
         cells = []

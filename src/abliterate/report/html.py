@@ -31,15 +31,21 @@ def write_report(directory: RunDirectory, result: Mapping[str, Any] | None = Non
 
 def render(material: Material) -> str:
     """The page as text. Everything that came from outside is escaped where it becomes HTML, JSON or a picture."""
-    plots = {} if drawing.unavailable() else {plot.name: plot for plot in all_plots(material)}
-    stills = {name: drawing.svg(plot.spec, name) for name, plot in plots.items()}
+    plots = {plot.name: plot for plot in all_plots(material)}
+    stills: dict[str, str] = {}
+    library = why = ""
+    try:
+        if plots:
+            stills, library = drawing.svg({name: plot.spec for name, plot in plots.items()}), drawing.bundle()
+    except drawing.Undrawable as error:
+        plots, why = {}, str(error)
     parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
     title = escape(f"abliterate: {material.result['model'].get('id', '')}")
     links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)
     content = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>' for name, heading, body in parts)
-    head = missing(drawing.unavailable()) if drawing.unavailable() else ""
-    scripts = _scripts(material, plots)
-    return (
+    head = missing(why) if why else ""
+    scripts = _scripts(material, plots, library)
+    page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -47,6 +53,8 @@ def render(material: Material) -> str:
         f"<body><header><h1>{title}</h1>{summary(material)}{head}</header>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>{content}</main>\n{scripts}</body></html>\n'
     )
+    # Half of a pair of code units is no character; a prompt file may hold one.
+    return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _figure(plot: Plot, still: str) -> str:
@@ -58,7 +66,7 @@ def _figure(plot: Plot, still: str) -> str:
     )
 
 
-def _scripts(material: Material, plots: Mapping[str, Plot]) -> str:
+def _scripts(material: Material, plots: Mapping[str, Plot], library: str) -> str:
     if not plots:
         return ""
     parts = [data("plots", {name: plot.spec for name, plot in plots.items()})]
@@ -69,7 +77,7 @@ def _scripts(material: Material, plots: Mapping[str, Plot]) -> str:
             for index, one in enumerate(material.geometry["projection"])
         ]
         parts.append(data("layers", {"layers": layers, "prompts": material.geometry["prompts"]}))
-    scripts = (drawing.bundle(), drawing.in_script(_asset("page.js")))
+    scripts = (library, drawing.in_script(_asset("page.js")))
     return "\n".join([*parts, *(f"<script>{script}</script>" for script in scripts)])
 
 

@@ -47,8 +47,9 @@ def bars(name: str, heading: str, unit: str, rows: Sequence[Mapping[str, Any]], 
     if not rows:
         return None
     stages = list(dict.fromkeys(row["stage"] for row in rows))
+    rows = [{**row, "place": stages.index(row["stage"])} for row in rows]
     encoding: dict[str, Any] = {
-        "y": {"field": "stage", "type": "nominal", "sort": stages, "title": None},
+        "y": {"field": "stage", "type": "nominal", "sort": by_place(), "title": None},
         "x": quantity(unit, unit),
         "tooltip": tooltip({"stage": "stage", unit: unit}),
     }
@@ -57,7 +58,7 @@ def bars(name: str, heading: str, unit: str, rows: Sequence[Mapping[str, Any]], 
         encoding |= {"yOffset": {"field": "where", "sort": list(groups)}, "color": look("where", groups, COLOURS)}
     largest = max(rows, key=lambda row: row[unit])
     text = f"Bars by stage; the largest is {largest['stage']} with {largest[unit]:g} {unit}."
-    return Plot(name, heading, text, spec_of(20 * len(stages), values=list(rows), mark=mark, encoding=encoding))
+    return Plot(name, heading, text, spec_of(20 * len(stages), values=rows, mark=mark, encoding=encoding))
 
 
 def lines(
@@ -103,6 +104,11 @@ def spec_of(height: Any, *, values: Sequence[Mapping[str, Any]] | None = None, *
 
 def quantity(field: str, title: str) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title}
+
+
+def by_place() -> dict[str, str]:
+    """In the order of the field `place`. A list of names would become an expression, and a foreign name code."""
+    return {"field": "place", "op": "min", "order": "ascending"}
 
 
 def look(field: str, domain: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:

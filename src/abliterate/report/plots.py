@@ -18,6 +18,7 @@ from abliterate.report.marks import (
     PURPLE,
     Plot,
     bars,
+    by_place,
     lines,
     look,
     quantity,
@@ -169,16 +170,16 @@ def importance(material: Material) -> Plot | None:
     """Share of each parameter, by objective."""
     if not material.importance:
         return None
-    rows = [
-        {"parameter": name, "share": round(share, 4), "objective": objective}
-        for objective, shares in material.importance.items()
-        for name, share in shares.items()
-    ]
     objectives = list(material.importance)
     names = list(dict.fromkeys(name for shares in material.importance.values() for name in shares))
     names.sort(key=lambda name: -sum(shares.get(name, 0) for shares in material.importance.values()))
+    rows = [
+        {"parameter": name, "share": round(share, 4), "objective": objective, "place": names.index(name)}
+        for objective, shares in material.importance.items()
+        for name, share in shares.items()
+    ]
     encoding = {
-        "y": {"field": "parameter", "type": "nominal", "sort": names, "title": None},
+        "y": {"field": "parameter", "type": "nominal", "sort": by_place(), "title": None},
         "yOffset": {"field": "objective", "sort": objectives},
         "x": {**quantity("share", "share of the importance"), "axis": {"format": "%"}},
         "color": look("objective", objectives, COLOURS),
