@@ -75,7 +75,7 @@ def mount(place: Path, *options: str) -> None:
 @pytest.fixture
 def tmpfs(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
-    mount(place, "-t", "tmpfs", "-o", "size=8m", "tmpfs")
+    mount(place, "-t", "tmpfs", "-o", "size=16m", "tmpfs")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
@@ -154,8 +154,8 @@ def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Fini
     assert result["export"]["verified"] is True
     told = len(recorder.trials)
     assert told == 0 or any(f"{count} trials are kept" in note for count in (told, told + 1) for note in again.notes)
-    names = ("study.journal", "settings.toml", "result.json", "directions.safetensors", "recipe.json", "report.html", "model")
-    assert {path.name for path in run.iterdir()} == set(names)
+    files = "study.journal settings.toml result.json directions.safetensors geometry.json answers.json recipe.json report.html"
+    assert {path.name for path in run.iterdir()} == {*files.split(), "model"}
     load_file(run / "model" / "adapter_model.safetensors")
 
 

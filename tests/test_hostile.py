@@ -21,7 +21,8 @@ from abliterate.export.card import model_card
 from abliterate.export.recipe import plain, recipe
 from abliterate.model.loader import demo_path
 from abliterate.report.html import render
-from abliterate.rundir import default_path
+from abliterate.report.material import gather
+from abliterate.rundir import RunDirectory, default_path
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings, load_settings, without_password
 from abliterate.types import Kernel, Trial, TrialParams
@@ -127,11 +128,11 @@ HOSTILE = "<img src=x onerror=alert(1)>](http://x)|`[y]\n---\n# Safe model\n```"
 
 
 def test_the_report_escapes(finished: Finished) -> None:
-    _, first, _ = finished
+    path, first, _ = finished
     result = {**first, "model": first["model"] | {"id": HOSTILE}}
     result["trials"] = [{**trial, "state": "failed", "reason": HOSTILE} for trial in first["trials"]]
-    page = render({**result, "front": [], "selected": None})
-    assert "<img" not in page
+    page = render(gather(RunDirectory(path), {**result, "front": [], "selected": None}))
+    assert "<img src=x" not in page
     assert html.escape(HOSTILE.split("\n")[0]) in page
 
 

@@ -15,10 +15,10 @@ from forked import Command, durations, finish, of_stage
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
 STAGES = (
-    *("startup", "prompts", "load", "calibrate", "residuals", "directions", "prepare edits", "trial engine", "baseline"),
-    *("search", "pick", "export", "verify", "report"),
+    *("startup", "prompts", "load", "calibrate", "residuals", "directions", "geometry", "prepare edits"),
+    *("trial engine", "baseline", "search", "pick", "answers", "export", "verify", "report"),
 )
-SHORT = ("startup", "residuals", "search", "export", "report")
+SHORT = ("startup", "residuals", "search", "answers", "export")
 STARTUP = 0.7  # seconds before the first line, about
 
 
@@ -59,7 +59,7 @@ def kill_and_resume(seed: int, stages: tuple[str, ...], whole: Whole, folder: Pa
     assert outcomes(found) == outcomes(result)
     assert (found["front"], found["selected"]) == (result["front"], result["selected"])
     assert found["export"]["verified"] is True
-    for name in ("directions.safetensors", "model/adapter_model.safetensors"):
+    for name in ("directions.safetensors", "geometry.json", "answers.json", "model/adapter_model.safetensors"):
         assert (folder / "run" / name).read_bytes() == (expected / name).read_bytes()
     assert {path.name for path in (folder / "run").iterdir()} == {path.name for path in expected.iterdir()}  # nothing half done
     return hit

@@ -243,7 +243,7 @@ def test_damaged_artifacts_are_said_and_left_out(tmp_path: Path, damage: Callabl
 def test_a_run_without_trials_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path / "run")
     record = json.loads(run.result.read_text(encoding="utf-8"))
-    write_json(run.result, record | {"trials": [], "front": [], "selected": None, "baseline": {}})
+    write_json(run.result, record | {"trials": [], "front": [], "selected": None})
     material = gather(run)
     assert "No trial has finished yet" in Page(render(material)).text
     show(material)

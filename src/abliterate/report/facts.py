@@ -11,7 +11,7 @@ from abliterate.report.material import Material
 Figure = Callable[[str], str]
 _SHOWN_ELSEWHERE = {
     *("format", "model", "prompts", "baseline", "trials", "front", "selected", "export", "timings", "memory", "caches"),
-    *("environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions"),
+    *("environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions", "sha256"),
 }
 
 
