@@ -31,7 +31,7 @@ def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
 
 def in_a_sentence(material: Material) -> str:
     """What was found."""
-    if not material.prompts:
+    if not material.trials:
         return "No trial has finished yet; make the report again when some have."
     chosen, total = material.selected, material.prompts
     text = f"The base model refuses {material.result['baseline']['refusals']} of {total} harmful evaluation prompts"
