@@ -14,6 +14,7 @@ from pathlib import Path
 
 from abliterate.search import Space, Study, open_study
 from abliterate.settings import SearchSettings
+from abliterate.storage import POLL
 from abliterate.types import Trial
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
@@ -33,7 +34,7 @@ def work(study: Study, budget: int, seconds: float) -> None:
         started = time.perf_counter()
         asked = study.ask(budget)
         if asked is None:
-            time.sleep(0.1)
+            time.sleep(POLL)
             continue
         took = time.perf_counter() - started
         wait, began = seconds * waits.uniform(0.5, 1.5), time.time() - took
