@@ -7,6 +7,7 @@ is the storage's and the sampler's.
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import os
 import statistics
@@ -43,10 +44,17 @@ worker also starts and loads the model.
 | | |
 |---|---|
 | trials told | {told}, each slot once: {exact} |
-| duration | {seconds:.1f} s; without any cost of asking and telling {ideal:.1f} s |
+| trials begun for them | {begun} |
+| duration | {seconds:.1f} s; the same trials without any cost of asking and telling {ideal:.1f} s |
 | efficiency | {efficiency:.0%} |
+| share of a worker's time in trials | {share:.1%} |
+| of it in the database | {database:.1%} |
 | asking for a trial, median and 95 % | {ask:.3f} s, {ask95:.3f} s |
 | telling one, median and 95 % | {tell:.3f} s, {tell95:.3f} s |
+
+Without cost: each trial given to the worker that is free first, in their order, so what is lost at the end, where some have
+none left, isn't counted as the storage's. All workers start at the same moment and share {cores} cores for what samplers
+compute and for the server itself.
 """
 
 
@@ -119,16 +127,24 @@ def simulate(workers: int, processes: int, budget: int, seconds: float) -> dict[
             for index in range(processes)
         ]
         lines = [line.split() for process in running for line in process.communicate()[0].splitlines()]
-        finished = study_of(url, Path(), "s", "watcher", budget, 60).trials()
+        watcher = study_of(url, Path(), "s", "watcher", budget, 60)
+        finished, begun = watcher.trials(), len(watcher._all())
     ask, tell = ([float(line[index]) for line in lines] for index in (1, 2))
-    waited = sum(float(line[3]) for line in lines)
+    waited = [float(line[3]) for line in sorted(lines, key=lambda line: float(line[4]))]
     began, ended = min(float(line[4]) for line in lines), max(float(line[5]) for line in lines)
+    total, database = sum(waited) + sum(ask) + sum(tell), sum(float(line[6]) for line in lines)
+    free = [0.0] * workers
+    for wait in waited:
+        heapq.heapreplace(free, free[0] + wait)
     return {
         "told": len(finished),
         "exact": "yes" if [trial.number for trial in finished] == list(range(budget)) else "NO",
         "seconds": ended - began,
-        "ideal": waited / workers,
-        "efficiency": waited / workers / (ended - began),
+        "begun": begun,
+        "ideal": max(free),
+        "efficiency": max(free) / (ended - began),
+        "share": sum(waited) / total,
+        "database": database / total,
         "ask": statistics.median(ask),
         "ask95": statistics.quantiles(ask, n=20)[-1],
         "tell": statistics.median(tell),

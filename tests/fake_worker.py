@@ -1,7 +1,7 @@
 """A worker without a model: asks, waits as long as a trial may take, tells. Started by tests and measurements as a process.
 
 Prints a line for each trial that it has told: its number, seconds of asking, of telling and of waiting, when it was asked for
-and when told, and whether it counted.
+and when told, seconds of asking and telling in which the database was at work, and whether it counted.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from abliterate.search import Space, Study, open_study
 from abliterate.settings import SearchSettings
+from abliterate.storage import POLL
 from abliterate.types import Trial
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
@@ -25,15 +29,34 @@ def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace
     return open_study(url, journal, Space(settings, 12, COMPONENTS), 0, name, worker)
 
 
+class Clock:
+    """Seconds that a study's database has taken for statements and commits, the heartbeat's not counted."""
+
+    def __init__(self, study: Study) -> None:
+        self.seconds = 0.0
+        self._thread = threading.get_ident()
+        dialect = study._storage._backend.engine.dialect if hasattr(study._storage, "_backend") else None
+        for name in ("do_execute", "do_executemany", "do_execute_no_params", "do_commit", "do_rollback") if dialect else ():
+            setattr(dialect, name, partial(self._timed, getattr(dialect, name)))
+
+    def _timed(self, work: Callable[..., Any], *given: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*given, **options)
+        finally:
+            if threading.get_ident() == self._thread:
+                self.seconds += time.perf_counter() - started
+
+
 def work(study: Study, budget: int, seconds: float) -> None:
     """Until the budget is used."""
-    waits = random.Random()
+    waits, clock = random.Random(), Clock(study)
     while len(study.trials()) < budget:
         study.fail_silent()
-        started = time.perf_counter()
+        started, before = time.perf_counter(), clock.seconds
         asked = study.ask(budget)
         if asked is None:
-            time.sleep(0.1)
+            time.sleep(POLL)
             continue
         took = time.perf_counter() - started
         wait, began = seconds * waits.uniform(0.5, 1.5), time.time() - took
@@ -43,7 +66,15 @@ def work(study: Study, budget: int, seconds: float) -> None:
         started = time.perf_counter()
         mine = study.tell(asked, Trial(asked.number, asked.params, "complete", scores), 100)
         told = time.perf_counter() - started
-        words = (asked.number, f"{took:.4f}", f"{told:.4f}", f"{wait:.4f}", f"{began:.4f}", f"{time.time():.4f}")
+        words = (
+            asked.number,
+            f"{took:.4f}",
+            f"{told:.4f}",
+            f"{wait:.4f}",
+            f"{began:.4f}",
+            f"{time.time():.4f}",
+            f"{clock.seconds - before:.4f}",
+        )
         print(*words, "told" if mine else "lost", flush=True)
 
 

@@ -233,7 +233,8 @@ def test_a_databases_password_is_in_no_file_and_no_log(prompt_files: dict[str, s
     assert unreachable.end() == 2
     texts = [text for command in (run, again, resumed, unreachable) for text in (command.out, command.err)]
     assert_nothing_said([PASSWORD], tmp_path, *texts)
-    with pytest.raises(InputError, match="give --storage again"):
+    study = (tmp_path / "run" / "study.name").read_text(encoding="utf-8").strip()
+    with pytest.raises(InputError, match=f"give --storage URL --study {study} instead of the directory"):
         place_of(tmp_path / "run", "", "")
 
 

@@ -111,33 +111,46 @@ def test_what_a_worker_left_is_its_own_to_give_up(tmp_path: Path, kind: str) -> 
 
 
 @BOTH
-def test_of_two_that_take_a_slot_at_once_the_first_numbered_has_it(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("count", [2, 7])
+def test_of_those_that_take_a_slot_at_once_the_first_numbered_has_it(
+    tmp_path: Path, kind: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both look, then both begin: as near as two processes can be."""
-    first, second = two(tmp_path, kind)
-    barrier, found = threading.Barrier(2, timeout=20), {}
+    """All look, then all begin: as near as processes can be. Each that loses finds a slot at its next attempt."""
+    names = "abcdefg"[:count]
+    url = f"sqlite:///{tmp_path}/study.db" if kind == "database" else ""
+    workers = [study_of(url, tmp_path / "study.journal", "s", name, 9, 60) for name in names]
+    barrier, wanted = threading.Barrier(count, timeout=20), {}
     take = Study._take
 
-    def at_once(self: Study, slot: int) -> int | None:
-        if self._worker not in found:
-            found[self._worker] = slot
+    def at_once(self: Study, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
+        if self._worker not in wanted:
+            wanted[self._worker] = slot
             barrier.wait()
-        return take(self, slot)
+        return take(self, slot, tries)
 
     monkeypatch.setattr(Study, "_take", at_once)
     asked: dict[str, Asked | None] = {}
     threads = [
-        threading.Thread(target=lambda w=worker, n=name: asked.update({n: w.ask(6)}))
-        for name, worker in (("a", first), ("b", second))
+        threading.Thread(target=lambda w=worker, n=name: asked.update({n: w.ask(9)}))
+        for name, worker in zip(names, workers, strict=True)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {"a": 0, "b": 0}
-    assert sorted(one.number for one in asked.values() if one) == [0, 1]
-    assert sum(one.state == optuna.trial.TrialState.RUNNING for one in first._all()) == 2
+    assert wanted == dict.fromkeys(names, 0)
+    assert sorted(one.number for one in asked.values() if one) == list(range(count))
+    begun = workers[0]._all()
+    assert sum(one.state == optuna.trial.TrialState.RUNNING for one in begun) == count
+    assert len(begun) == 2 * count - 1
+
+
+def test_a_claim_whose_answer_was_lost_is_found_again(tmp_path: Path) -> None:
+    first, _ = two(tmp_path, "journal")
+    tries = itertools.count()
+    began = first._take(0, tries)
+    assert first._take(0, tries) == began
+    assert len(first._all()) == 1
 
 
 def test_slots_of_an_earlier_versions_trials_are_their_numbers(tmp_path: Path) -> None:

@@ -33,11 +33,10 @@ from abliterate.rundir import RunDirectory, write_atomically
 from abliterate.search import STUDY_NAME, Study, open_study
 from abliterate.settings import Settings
 from abliterate.settings_sources import dump_settings
+from abliterate.storage import POLL
 from abliterate.tuning import Tuned
 from abliterate.types import Baseline, Reporter, Trial
 
-# Seconds between looks at a study whose last trials others are at.
-POLL = 1.0
 Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
 
 

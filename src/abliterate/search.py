@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -156,16 +157,18 @@ class Study:
         """The next trial's parameters, all suggested before work starts; None where all slots of the budget are taken."""
         while True:
             everything = self._all()
-            taken = {_slot(one) for one in everything if one.state == TrialState.RUNNING}
-            taken |= {trial.number for trial in self._finished(everything)}
-            slot = next(number for number in itertools.count() if number not in taken)
-            if budget is not None and slot >= budget:
+            running = [one for one in everything if one.state == TrialState.RUNNING]
+            taken = {_slot(one) for one in running} | {trial.number for trial in self._finished(everything)}
+            place = 0
+            while (slot := _free(taken, place)) < (math.inf if budget is None else budget):
+                trial_id, passed = patiently(partial(self._take, slot, itertools.count()))
+                if trial_id is not None:
+                    return patiently(partial(self._suggested, slot, trial_id, bool(running)))
+                # Workers that look at the same moment see the same free slots. Each that lost one to others goes as many
+                # places on as came before it: so n workers begin about 2 n trials, and not n².
+                place += passed
+            if place == 0:
                 return None
-            liar = bool(self._running())
-            trial_id = patiently(partial(self._take, slot))
-            if trial_id is None:
-                continue
-            return patiently(partial(self._suggested, slot, trial_id, liar))
 
     def _suggested(self, slot: int, trial_id: int, liar: bool) -> Asked:
         """Asked twice, it finds what was suggested the first time."""
@@ -207,20 +210,22 @@ class Study:
         """Leave something for other workers in the storage."""
         share(self._study, name, content)
 
-    def _take(self, slot: int) -> int | None:
-        """Begin a trial for a slot; None where another has it. Asked twice, it finds what the first time began."""
-        mine = [one for one in self._running() if one.user_attrs.get(_WORKER) == self._worker and _slot(one) == slot]
-        if mine:
-            own = mine[0]
-        else:
+    def _take(self, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
+        """Begin a trial for a slot: its id, or None where others have it, and how many came first. Tried again, it finds it."""
+        mine = [one for one in self._running() if one.user_attrs.get(_WORKER) == self._worker] if next(tries) else []
+        own = next((one for one in mine if _slot(one) == slot), None)
+        if own is None:
             begun = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_SLOT: slot, _WORKER: self._worker})
             own = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, begun))
         everything = self._all()
-        rivals = [one for one in everything if one.state == TrialState.RUNNING and _slot(one) == slot]
-        if any(one.number < own.number for one in rivals) or slot in {trial.number for trial in self._finished(everything)}:
-            self._interrupt(own._trial_id)
-            return None
-        return own._trial_id
+        earlier = [one for one in everything if _slot(one) == slot and one.number < own.number]
+        first = next((index for index, one in enumerate(earlier) if one.state == TrialState.RUNNING), len(earlier))
+        passed = len(earlier) - first  # those that have lost it to the first one, too
+        if not passed and slot not in {trial.number for trial in self._finished(everything)}:
+            return own._trial_id, 0
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_state_values(own._trial_id, state=TrialState.FAIL)
+        return None, max(1, passed)
 
     def _interrupt(self, trial_id: int) -> bool:
         """Mark a running trial as interrupted; whether it was running still."""
@@ -248,8 +253,13 @@ class Study:
 
 
 def _slot(one: FrozenTrial) -> int:
-    """Of a trial in work; -1 for one that an earlier version began."""
+    """Of a begun trial; -1 for one that an earlier version began."""
     return int(one.user_attrs.get(_SLOT, -1))
+
+
+def _free(taken: Container[int], place: int) -> int:
+    """The slot with `place` free ones before it."""
+    return next(itertools.islice((slot for slot in itertools.count() if slot not in taken), place, None))
 
 
 def check_format(attributes: Mapping[str, Any]) -> None:

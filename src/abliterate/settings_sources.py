@@ -139,11 +139,11 @@ def without_password(url: str) -> str:
     return _PASSWORD_PARAMETER.sub(rf"\g<1>{HIDDEN}", url)
 
 
-def check_storage(url: str) -> None:
-    """InputError where a stored URL lacks the password that it had."""
+def check_storage(url: str, options: str = "--storage again") -> None:
+    """InputError where a stored URL lacks the password that it had; `options`: what to give then."""
     if f":{HIDDEN}@" in url or f"={HIDDEN}" in url:
         raise InputError(
-            f"The password of the run's database isn't kept ({url}); give --storage again, with it, or without one where "
+            f"The password of the run's database isn't kept ({url}); give {options}, with the password, or without one where "
             "PGPASSWORD or ~/.pgpass says it."
         )
 

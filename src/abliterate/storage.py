@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 # Seconds: how often a worker says that it lives, after how long a silent one is dead, how long a lost database is waited for.
 HEARTBEAT, GRACE, PATIENCE = 10.0, 60.0, 300.0
+# Seconds between looks at a study whose last trials others are at.
+POLL = 1.0
 BEAT = "heartbeat"
 _PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0

@@ -132,8 +132,9 @@ def place_of(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
     if not directory.holds_run:
         raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
     stored = load_settings(str(directory.settings)).search.storage if directory.settings.exists() else ""
-    check_storage(stored)
-    return stored, directory.journal, directory.study_name() if directory.study.exists() else STUDY_NAME
+    study = directory.study_name() if directory.study.exists() else STUDY_NAME
+    check_storage(stored, f"--storage URL --study {study} instead of the directory")
+    return stored, directory.journal, study
 
 
 def wait_for_setup(
