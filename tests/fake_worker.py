@@ -12,8 +12,9 @@ import threading
 import time
 from pathlib import Path
 
-from abliterate.search import Space, Study, open_study
+from abliterate.search import Study, open_study
 from abliterate.settings import SearchSettings
+from abliterate.space import Space
 from abliterate.types import Trial
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
