@@ -31,7 +31,7 @@ PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
 # The names of two parts of a study's identity.
-OBJECTIVES, SCORERS = "set of objectives", "set of scorers or markers"
+OBJECTIVES, SCORERS = "set or order of objectives", "set of scorers or markers"
 
 
 def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
