@@ -13,11 +13,13 @@ import pytest
 from conftest import Recorder, outcomes, quick_settings, run_in
 from test_cli import QUICK, Invoke, assert_sentence, invoke, prompt_options  # noqa: F401
 from test_objectives import OWN, brute_force
+from test_pipeline import interrupt_after
 
 from abliterate import pipeline, workers
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, Interrupted
 from abliterate.inputs import PromptSets
 from abliterate.objectives import of_result
+from abliterate.rundir import RunDirectory
 from abliterate.types import Baseline, Objective, Prompt, Trial
 
 Files = dict[str, str]
@@ -129,7 +131,7 @@ def test_from_the_command_line_to_the_export(prompt_files: Files, tmp_path: Path
 
     # The recipe's scorers in files aren't run, whatever lies here.
     written(tmp_path, 'raise SystemExit("run")')
-    made = invoke("reproduce", "run", *prompt_options(prompt_files), "--export", "none")
+    made = invoke("reproduce", "run", *prompt_options(prompt_files), "--kind", "none")
     assert made.code == 0, made
     assert "'mine.py:Words'" in made.out + made.err
 
@@ -246,19 +248,21 @@ def test_a_setup_carries_the_baselines_values() -> None:
     assert json.loads(setup.to_bytes())["baseline"] == [3, 5]  # as earlier versions wrote and read it
 
 
-def test_two_workers_are_at_one_search(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker in a process of its own makes the same scores of the same objectives."""
-    monkeypatch.setenv("ABLITERATE_DEVICE", "cpu")
+def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
+    """A run is interrupted, a worker told by its directory does the rest: the trials are those of a run alone."""
     own = written(tmp_path, SURE)
-    search = {"trials": 6, "startup_trials": 6, "objectives": ["kl", f"{own}:Sure", "refusals"]}
-    over = {"search": search, "export": {"kind": "none"}, "efficiency": {"use_certified_stop": False}}
-    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    search = {"trials": 5, "startup_trials": 3, "objectives": ["kl", f"{own}:Sure", "refusals"]}
+    settings = quick_settings(prompt_files, tmp_path / "cache", search=search, export={"kind": "none"})
     alone, _ = run_in(tmp_path / "alone", settings)
-    run_in(tmp_path / "run", settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 2})}))
-    seen = Recorder()
-    # The setup of the run says 2 trials: shared anew by a continued one.
-    result = pipeline.run(settings, seen, workers.RunDirectory(tmp_path / "run"), resume=True, gpus=2)
-    assert not seen.warnings
+    seen, at_work = Recorder(), Recorder()
+    directory = RunDirectory(tmp_path / "run")
+    with pytest.raises(Interrupted):
+        pipeline.run(settings, seen, directory, check=interrupt_after(seen, 2))
+    cache = {"cache_dir": str(tmp_path / "cache")}
+    assert pipeline.work(directory.path, "", "", cache, at_work) == 5
+    assert [trial.number for trial in at_work.trials] == [2, 3, 4]
+    assert not at_work.warnings
+    result, _ = run_in(tmp_path / "run", settings, resume=True)
     assert outcomes(result) == outcomes(alone)
     assert [one["values"] for one in result["trials"]] == [one["values"] for one in alone["trials"]]
     assert result["front"] == alone["front"]

@@ -168,10 +168,8 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
     """The unedited model's scores, which the edited ones are relative to."""
     with context.result.stage("baseline"):
         observed = _observe_base(context, bench, prompts)
-        for scorer in bench.scorers:
-            scorer.setup(observed)
         try:
-            scores = {scorer.name: evaluation.score_of(scorer, observed) for scorer in bench.scorers}
+            scores = evaluation.base_scores(bench.scorers, observed)
         except TrialError as error:
             raise AbliterateError(f"The unedited model can't be scored: {error}.") from error
         values = {name: float(score.value) for name, score in scores.items() if name not in ("refusals", "kl")}

@@ -56,6 +56,13 @@ def evaluate(
     return Evaluation({s.name: first.get(s.name) or score_of(s, observed) for s in scorers})
 
 
+def base_scores(scorers: Sequence[Scorer], base: Observation) -> dict[str, Score]:
+    """Scores of the unedited model, which the scorers are set up with first. TrialError as `score_of`."""
+    for scorer in scorers:
+        scorer.setup(base)
+    return {scorer.name: score_of(scorer, base) for scorer in scorers}
+
+
 def score_of(scorer: Scorer, observation: Observation) -> Score:
     """One score; TrialError where its value is no finite number, which nothing could be compared with."""
     found = scorer.score(observation)
