@@ -68,7 +68,7 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
         "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
         "identity": record.get("identity", {}),
         "directions": record.get("directions", {}).get("vectors_sha256", ""),
-        "baseline": {name: record["baseline"][name] for name in BaselinePart.model_fields},
+        "baseline": {name: value for name, value in record["baseline"].items() if name in BaselinePart.model_fields},
         "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
     }
