@@ -26,9 +26,10 @@ from transformers import AutoTokenizer
 
 from abliterate.evaluation.certificate import Certificate
 from abliterate.model.loader import demo_path
-from abliterate.search import Space, open_study
+from abliterate.search import open_study
 from abliterate.settings import SearchSettings
 from abliterate.settings_sources import load_settings
+from abliterate.space import Space
 from abliterate.types import Trial
 
 ROOT = Path(__file__).parents[1]

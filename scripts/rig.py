@@ -21,8 +21,8 @@ from abliterate.model.memory import PeakMeter
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
-from abliterate.search import Space
 from abliterate.settings import Settings
+from abliterate.space import Space
 from abliterate.types import Baseline, Trial, TrialParams
 
 

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abliterate.search import Space, Study, open_study
+from abliterate.search import Study, open_study
 from abliterate.settings import SearchSettings
+from abliterate.space import Space
 from abliterate.storage import POLL
 from abliterate.types import Trial
 

@@ -19,9 +19,10 @@ from abliterate import cli, later, stages
 from abliterate.cache import ArtifactStore
 from abliterate.errors import InputError
 from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.search import Space, open_study
+from abliterate.search import open_study
 from abliterate.settings import SearchSettings, Settings
 from abliterate.settings_sources import load_settings
+from abliterate.space import Space
 from abliterate.storage import CheckedJournal, check_journal, open_storage
 
 Finished = tuple[Path, dict[str, Any], Settings]

@@ -35,10 +35,10 @@ LAYERS = {
         *("checks", "findings", "heldout", "evaluating", "benchmarks", "reproduce", "recipe_settings", "comparison"),
         *("chat_session", "chat_voice", "chat_edits", "chat_target"),
     ),
-    3: ("search", "storage", "front", "importance", "results", "rundir", "report", "export"),
+    3: ("search", "space", "storage", "front", "hypervolume", "importance", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
-    0: ("settings", "settings_sources", "prompts", "errors", "types", "interrupts", "locks", "__init__"),
+    0: ("settings", "settings_sources", "objectives", "prompts", "errors", "types", "interrupts", "locks", "__init__"),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # What a module may import of the package beyond its own files, where that is less than its layer allows.
@@ -46,15 +46,18 @@ NARROW = {
     "directions": {"errors"},
     "edits": {"directions", "errors"},
     "cache": {"errors", "types"},
-    "console": {"errors", "events", "tables", "types"},
+    "console": {"errors", "events", "objectives", "tables", "types"},
     "events": {"types"},
-    "tables": {"errors", "types"},
-    "front": {"errors", "types"},
-    "search": {"errors", "settings", "storage", "types"},
+    "tables": {"errors", "objectives", "types"},
+    "objectives": {"types"},
+    "front": {"errors", "objectives", "types"},
+    "hypervolume": {"front", "objectives", "types"},
+    "space": {"objectives", "settings", "types"},
+    "search": {"errors", "objectives", "settings", "space", "storage", "types"},
     "storage": {"errors"},
-    "importance": {"types"},
-    "report": {"errors", "front", "importance", "rundir", "settings_sources", "types"},
-    "terminal_report": {"report", "tables"},
+    "importance": {"objectives", "types"},
+    "report": {"errors", "front", "hypervolume", "importance", "objectives", "rundir", "settings_sources", "types"},
+    "terminal_report": {"objectives", "report", "tables", "types"},
 }
 RICH_ALLOWED = {"console", "tables", "chat_screen"}
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
@@ -92,7 +95,7 @@ IDS = [str(path.relative_to(ROOT)) for path in FILES]
 
 def test_walk_sees_the_package() -> None:
     assert len(FILES) > 30
-    assert own_imports(TREES[ROOT / "search.py"]) == {"errors", "settings", "storage", "types"}
+    assert own_imports(TREES[ROOT / "search.py"]) == {"errors", "objectives", "settings", "space", "storage", "types"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -133,7 +136,19 @@ def test_commands_use_rich_for_tables_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["settings", "settings_sources", "prompts", "errors", "types", "interrupts", "front", "rundir"]
+    "name",
+    [
+        "settings",
+        "settings_sources",
+        "objectives",
+        "prompts",
+        "errors",
+        "types",
+        "interrupts",
+        "front",
+        "hypervolume",
+        "rundir",
+    ],
 )
 def test_values_know_no_torch(name: str) -> None:
     assert not {"torch", "transformers"} & {dotted.split(".")[0] for dotted in imported(TREES[ROOT / f"{name}.py"])}

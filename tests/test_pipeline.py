@@ -104,7 +104,7 @@ def test_trials_have_the_documented_layout(finished: Finished) -> None:
     _, result, _ = finished
     assert [trial["number"] for trial in result["trials"]] == [0, 1, 2, 3]
     for trial in result["trials"]:
-        assert set(trial) == {"number", "params", "state", "reason", "scores", "seconds"}
+        assert set(trial) == {"number", "params", "state", "reason", "scores", "values", "seconds"}
         assert trial["state"] in ("complete", "stopped")
         assert 0 <= trial["scores"]["refusals"] <= 12
         assert {"mean", "median", "max"} <= set(trial["scores"]["kl"])

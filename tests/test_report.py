@@ -15,6 +15,7 @@ from test_cli import Finished, Invoke, assert_sentence, invoke  # noqa: F401
 from test_findings import made_trials
 
 from abliterate.front import hypervolume, pareto_front
+from abliterate.objectives import DEFAULT
 from abliterate.report import drawing
 from abliterate.report.html import render, write_report
 from abliterate.report.material import gather
@@ -164,7 +165,7 @@ def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:
     from abliterate.report.material import _progress
 
     trials, base = made_trials(40), Baseline(100, 100)
-    rows = _progress(trials, {"refusals": 100, "prompts": 100})
+    rows = _progress(trials, base, DEFAULT)
     expected = [hypervolume(pareto_front(trials[:count], base), base) for count in range(1, 41)]
     assert [row["hypervolume"] for row in rows] == pytest.approx(expected, abs=1e-6)
     assert rows[-1]["seconds"] == 40.0

@@ -11,8 +11,9 @@ import pytest
 from conftest import outcomes
 from forked import Command, of_stage
 
-from abliterate.search import Space, open_study
+from abliterate.search import open_study
 from abliterate.settings import SearchSettings
+from abliterate.space import Space
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
 

@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from abliterate.interrupts import Interrupts
 from abliterate.model.devices import choose_device
 from abliterate.model.hub import ask_again
 from abliterate.model.memory import clear_device_cache
+from abliterate.objectives import other_names
 from abliterate.rundir import RunDirectory, default_path, safe_name
 from abliterate.settings import Settings
 from abliterate.settings_sources import by_section, load_settings, read_toml
@@ -58,6 +59,7 @@ class Outcome:
     refusals_before: int | None = None
     prompts: int | None = None
     kl: float | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
     export: str | None = None
     verified: bool | None = None
     exit_code: int | None = None
@@ -77,6 +79,7 @@ class Outcome:
             refusals_before=result["baseline"]["refusals"],
             prompts=result["baseline"]["prompts"],
             kl=trial.kl,
+            others={name: trial.values[name] for name in other_names(trial.values)},
             export=str(directory.path / export["path"]) if export["path"] else None,
             verified=export["verified"],
             exit_code=DONE,
@@ -259,13 +262,14 @@ def _show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
     if as_json:
         events.emit("summary", runs=[asdict(one) for one in outcomes])
         return
-    rows = []
+    rows, others = [], other_names({name for one in outcomes for name in one.others})
     for number, one in enumerate(outcomes, start=1):
-        scores = ("", "", "")
+        scores = ["", "", ""]
         if one.kl is not None:
-            scores = (str(one.trial), f"{one.refusals_before}/{one.prompts} → {one.refusals}/{one.prompts}", f"{one.kl:.4f}")
+            scores = [str(one.trial), f"{one.refusals_before}/{one.prompts} → {one.refusals}/{one.prompts}", f"{one.kl:.4f}"]
+        scores += [f"{one.others[name]:.4g}" if name in one.others else "" for name in others]
         left = one.message or one.export or one.directory or ""
         rows.append((str(number), one.model, one.state, *scores, left + (" (NOT verified)" if one.verified is False else "")))
-    columns = ("run", "model", "state", "trial", "refusals", "KL", "export, or why not")
+    columns = ("run", "model", "state", "trial", "refusals", "KL", *others, "export, or why not")
     print()
-    print_table(columns, rows, "Summary", right=("run", "trial", "KL"))
+    print_table(columns, rows, "Summary", right=("run", "trial", "KL", *others))

@@ -5,7 +5,7 @@ Owns stages 1 and 2 of the pipeline: prompts, load, batch size, response prefix,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from abliterate import calibration, tuning
 from abliterate.cache import from_bytes, to_bytes
 from abliterate.errors import InputError
-from abliterate.evaluation import Scorer, make_scorers
+from abliterate.evaluation import Scorer, make_objectives, make_scorers
 from abliterate.evaluation.prefix import prefix_responses
 from abliterate.evaluation.reference import ReferenceEngine
 from abliterate.evaluation.refusals import read_markers
@@ -30,9 +30,10 @@ from abliterate.model.chat import Chat
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import LoadedModel
 from abliterate.model.markup import Markup
+from abliterate.objectives import DEFAULT
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
-from abliterate.types import BatchSizes, Prompt
+from abliterate.types import BatchSizes, Objective, Prompt
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Bench:
     engine: Engine
     scorers: tuple[Scorer, ...]
     calibration: Calibration
+    objectives: tuple[Objective, ...] = DEFAULT
 
 
 def load_and_calibrate(
@@ -62,6 +64,7 @@ def load_and_calibrate(
     `prefix`: the response prefix that a run has told its workers, or a recipe tells; `sizes_by_name`: its batch sizes.
     """
     scorers = scorers_of(context.settings)
+    objectives = objectives_of(context.settings, scorers)
     loaded = load(context, prompts)
     check_loaded(context, loaded)
     with context.result.stage("calibrate"):
@@ -73,7 +76,8 @@ def load_and_calibrate(
     for note in dict.fromkeys(chat.form(prompt).note for part in prompts.all_sets() for prompt in part):
         if note:
             context.reporter.note(note)
-    return Bench(loaded, chat, make_engine(context, loaded.model, chat, sizes), scorers, Calibration(sizes, prefix))
+    engine = make_engine(context, loaded.model, chat, sizes)
+    return Bench(loaded, chat, engine, scorers, Calibration(sizes, prefix), objectives)
 
 
 def tune_only(context: Context, prompts: PromptSets) -> tuple[tuning.Tuned, ...]:
@@ -128,8 +132,13 @@ def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ..
     """The scorers that the settings name, with their markers; `heldout`: those for held-out prompts only, too."""
     markers = read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
     efficient = settings.efficiency.use_efficient_refusal_detection
-    names = settings.evaluation.scorers + (settings.evaluation.heldout_scorers if heldout else ())
+    names = settings.scorers + (settings.evaluation.heldout_scorers if heldout else ())
     return make_scorers(names, markers, efficient=efficient, settings=settings.evaluation)
+
+
+def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
+    """What the settings search for; `scorers`: as `scorers_of` gives them."""
+    return make_objectives(settings.search.objectives, settings.scorers, scorers)
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> Chat:

@@ -21,6 +21,7 @@ from abliterate.chat_voice import Sampling
 from abliterate.console import PlainReporter, make_reporter
 from abliterate.errors import INTERRUPTED, TERMINATED, AbliterateError, InputError, Interrupted
 from abliterate.interrupts import Interrupts
+from abliterate.objectives import other_scores
 from abliterate.rundir import safe_name
 from abliterate.settings_sources import load_settings
 from abliterate.types import Reporter
@@ -210,7 +211,8 @@ class Shell:
             raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
         chosen = self._session.choose(int(rest))
         total = self._session.result()["baseline"]["prompts"]
-        self._face.note(f"trial {chosen.number} answers: refusals {chosen.refusals}/{total}, KL {chosen.kl:.4f}")
+        scores = ", ".join([f"refusals {chosen.refusals}/{total}", f"KL {chosen.kl:.4f}", *other_scores(chosen)])
+        self._face.note(f"trial {chosen.number} answers: {scores}")
 
     def _trials(self, rest: str) -> None:
         self._face.front(self._session.result(), self._session.trial)

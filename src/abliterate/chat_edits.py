@@ -9,6 +9,7 @@ from typing import Any
 from abliterate.errors import InputError
 from abliterate.evaluation.editor import Editor
 from abliterate.front import parse_rule
+from abliterate.objectives import of_result
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
 from abliterate.types import Trial
@@ -78,7 +79,7 @@ def complete_trial(result: Mapping[str, Any], number: int, path: Path) -> Trial:
     if record is None:
         raise InputError(f"The run in {path} has no finished trial {number}; {see}.")
     if record["state"] == "stopped":
-        raise InputError(f"Trial {number} was stopped because another one refuses no more at no more KL; {see}.")
+        raise InputError(f"Trial {number} was stopped because another one is no worse in any objective; {see}.")
     if record["state"] != "complete":
         raise InputError(f"Trial {number} failed ({str(record['reason']).rstrip('.')}); {see}.")
     return Trial.from_record(record)
@@ -94,7 +95,7 @@ def first_trial(result: Mapping[str, Any], settings: Settings, path: Path) -> Tr
         why = "none of its trials beats the model itself" if complete else "no trial of it has finished yet"
         how = f"name one with --trial (abliterate trials {path} shows them)" if complete else "wait for one"
         raise InputError(f"The run in {path} has nothing to chat with, because {why}; {how}, or chat with its model.")
-    chosen = parse_rule(settings.search.select, settings.search.select_max_kl).preview(front)
+    chosen = parse_rule(settings.search.select, settings.search.select_max_kl, of_result(result)).preview(front)
     return chosen or front[0]
 
 

@@ -31,6 +31,7 @@ from abliterate.model.adapters import AdapterSet
 from abliterate.model.checkpoint import quiet_bitsandbytes
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
+from abliterate.objectives import other_scores
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, read_toml
@@ -108,9 +109,10 @@ def _open_run(
     editor = Editor(loaded.targets, directions, settings.edit, AdapterSet(loaded.targets), SvdMemo(0))
     components = frozenset(target.component for target in loaded.targets)
     edits = RunEdits(directory, editor, components, checked(trial, components, directory))
+    others = "".join(f", {text}" for text in other_scores(trial, result["baseline"].get("values", {})))
     fields = {
         "model": f"{loaded.info.id} ({loaded.info.family}, {loaded.info.dtype}, {loaded.info.device})",
-        "trial": f"{trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}",
+        "trial": f"{trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}",
     }
     return _session(settings, wanted, loaded.model, loaded.tokenizer, edits, str(directory.path), fields)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 
-from abliterate.bench import scorers_of
+from abliterate.bench import objectives_of, scorers_of
 from abliterate.directions import direction_method
 from abliterate.edits import edit_method
 from abliterate.errors import InputError
@@ -23,10 +23,15 @@ def check_names(settings: Settings) -> SelectionRule:
     direction_method(settings.directions.method)
     edit_method(settings.edit.mode)
     scorers_of(settings, heldout=True)
+    scorers = scorers_of(settings)
+    rule = parse_rule(settings.search.select, settings.search.select_max_kl, objectives_of(settings, scorers))
+    names = [scorer.name for scorer in scorers]
+    if rule.scorer and rule.scorer not in names:
+        raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
     choose_device(settings.device)
     check_push(settings.export)
     check_components(settings)
-    return parse_rule(settings.search.select, settings.search.select_max_kl)
+    return rule
 
 
 def check_components(settings: Settings) -> None:

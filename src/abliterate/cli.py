@@ -80,7 +80,13 @@ def run(
     over_refusal: Annotated[Text, typer.Option(help="Harmless prompts that look harmful, for the final measurement.")] = None,
     markers: Annotated[Text, typer.Option(help="File of refusal markers, one a line.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Prompts at a time. Default: found by probes.")] = None,
-    select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X or refusals<=N.")] = None,
+    objectives: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--objective", metavar="NAME", help="Scorer, or FILE.py:CLASS; NAME:maximize. Repeat. Default refusals and kl."
+        ),
+    ] = None,
+    select: Annotated[Text, typer.Option(help="auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X.")] = None,
     export: Annotated[Text, typer.Option(help="merged, adapter or none.")] = None,
     push: Annotated[Text, typer.Option(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the run directory.")] = False,
@@ -112,7 +118,13 @@ def run(
             "harmless_heldout": harmless_heldout,
             "over_refusal": over_refusal,
         },
-        "search": {"trials": trials, "startup_trials": startup_trials, "storage": storage, "select": select},
+        "search": {
+            "objectives": objectives or None,
+            "trials": trials,
+            "startup_trials": startup_trials,
+            "storage": storage,
+            "select": select,
+        },
         "evaluation": {"markers": markers, "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }
@@ -185,7 +197,10 @@ def trials(
     state: Annotated[str, typer.Option(help="Only complete, stopped or failed ones.")] = "",
     max_kl: Annotated[float | None, typer.Option(help="Only trials with a mean KL of at most this.")] = None,
     max_refusals: Annotated[int | None, typer.Option(help="Only complete trials with at most this many refusals.")] = None,
-    sort: Annotated[str, typer.Option(help="number, kl, refusals or seconds.")] = "number",
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="NAME<=X", help="Only trials to which another scorer gave so much; or >=.")
+    ] = None,
+    sort: Annotated[str, typer.Option(help="number, kl, refusals, seconds or another scorer's name.")] = "number",
     limit: Annotated[int | None, typer.Option(help="Only the first so many, in that order.")] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="One line a trial, for spreadsheets.")] = False,
     as_json: Json = False,
@@ -193,7 +208,7 @@ def trials(
     """Show the front of a run and all its trials, or those that the options name; also while the run goes on."""
     from abliterate.trial_commands import Wanted, show_trials
 
-    wanted = Wanted(front, state, max_kl, max_refusals, sort, limit)
+    wanted = Wanted(front, state, max_kl, max_refusals, sort, limit, tuple(where or ()))
     show_trials(run_directory, wanted, as_json=as_json, as_csv=as_csv)
 
 

@@ -16,6 +16,7 @@ from abliterate.errors import InputError, Interrupted
 from abliterate.front import parse_rule
 from abliterate.inspection import bytes_text, in_words
 from abliterate.interrupts import Interrupts
+from abliterate.objectives import of_result
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import check_storage, load_settings, merge, parse_assignments, read_toml
@@ -245,8 +246,7 @@ def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
     except InputError:  # none yet, or damaged
         return None
     front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
-    by_kl = sorted(front, key=lambda trial: trial.kl)
-    return parse_rule(settings.search.select, settings.search.select_max_kl).preview(by_kl)
+    return parse_rule(settings.search.select, settings.search.select_max_kl, of_result(result)).preview(front)
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from rich.prompt import Prompt as Question
 from rich.table import Table
 
 from abliterate.events import JsonReporter
+from abliterate.objectives import other_scores
 from abliterate.tables import front_table, heldout_lines, printable
 from abliterate.types import Baseline, Reporter, Trial
 
@@ -32,7 +33,8 @@ def trial_line(trial: Trial, total: int, front: bool) -> str:
         return f"{place}  failed: {trial.reason}"
     bound = "≥" if trial.state == "stopped" else " "
     mark = "  ★ front" if front else ""
-    return f"{place}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}  {trial.seconds:5.1f} s{mark}"
+    others = "".join(f"  {text}" for text in other_scores(trial))
+    return f"{place}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
 
 
 class PlainReporter:
@@ -135,7 +137,8 @@ class RichReporter:
         style = "red" if trial.state == "failed" else "bold green" if front else "default"
         self._show(f"  [{style}]{line}[/]")
         if best is not None:
-            self._best = f"[green]best: {best.refusals} refusals, KL {best.kl:.3f}[/]"
+            others = "".join(f", {escape(printable(text))}" for text in other_scores(best))
+            self._best = f"[green]best: {best.refusals} refusals, KL {best.kl:.3f}{others}[/]"
         if self._trials is None and self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
@@ -176,16 +179,19 @@ def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) 
     total = result["baseline"]["prompts"]
     by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
     if table:
-        yield f"base: refusals {result['baseline']['refusals']}/{total}"
+        others = "".join(f"  {name} {value:.4g}" for name, value in sorted(result["baseline"].get("values", {}).items()))
+        yield f"base: refusals {result['baseline']['refusals']}/{total}{others}"
         for number in result["front"]:
             trial = by_number[number]
             mark = "  <- selected" if number == result["selected"] else ""
-            yield f"front: trial {number}  refusals {trial.refusals}/{total}  KL {trial.kl:.4f}{mark}"
+            others = "".join(f"  {text}" for text in other_scores(trial))
+            yield f"front: trial {number}  refusals {trial.refusals}/{total}  KL {trial.kl:.4f}{others}{mark}"
     if result["selected"] is None:
         return
     trial = by_number[result["selected"]]
     before = result["baseline"]["refusals"]
-    yield f"selected trial {trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}"
+    others = "".join(f", {text}" for text in other_scores(trial, result["baseline"].get("values", {})))
+    yield f"selected trial {trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}"
     heldout = result.get("heldout")
     if heldout and heldout["trial"] == trial.number:
         yield from heldout_lines(heldout)
@@ -204,7 +210,7 @@ def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, re
     record = {
         "trials": [trial.to_record() for trial in front],
         "front": [trial.number for trial in front],
-        "baseline": {"refusals": baseline.refusals, "prompts": baseline.prompts},
+        "baseline": baseline.to_record(),
         "selected": default.number,
     }
     console.print(front_table(record))

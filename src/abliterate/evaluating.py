@@ -104,7 +104,7 @@ def evaluate(
     number = None if trial is None else trial.number
     scores: dict[str, Any] = {}
     if trial is not None:
-        baseline = Baseline(int(run["baseline"]["refusals"]), int(run["baseline"]["prompts"]))
+        baseline = Baseline.from_record(run["baseline"])
         scores = against_search(found, trial, baseline)
     heldout = {"trial": number, **found, "search": None, "optimism": None, **scores}
     return {"base": bench.loaded.info.id, "candidate": candidate.name, "heldout": heldout, "benchmarks": benchmarks}

@@ -43,6 +43,7 @@ from abliterate.model.architectures import Target
 from abliterate.model.devices import choose_device
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
+from abliterate.objectives import of_result, other_names
 from abliterate.rundir import RunDirectory, write_atomically, write_json
 from abliterate.settings import EditSettings, LoadSettings
 from abliterate.types import Baseline, Trial, TrialParams
@@ -128,6 +129,9 @@ def card(context: Context, source: str, baseline: Baseline, trial: Trial, approx
         "before": baseline.refusals,
         "after": trial.refusals,
         "kl": trial.scores["kl"],
+        "objectives": of_result(record),
+        "before_values": baseline.values,
+        "values": {name: trial.values[name] for name in other_names(trial.values)},
         "mode": settings.edit.mode,
         "representation": settings.edit.representation,
         "approximation": approximation,

@@ -1,6 +1,6 @@
 """The Pareto front of trials, its hypervolume and knee, and the rule that picks one. Pure; knows no Optuna.
 
-Two objectives, both minimized: mean KL and refusals (DESIGN §4).
+Any number of objectives; by default two, both minimized: mean KL and refusals (DESIGN §4).
 """
 
 from __future__ import annotations
@@ -10,26 +10,45 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.types import Baseline, Trial
+from abliterate.objectives import DEFAULT, KL, REFUSALS, Vector, in_words, lead, least_vector, no_worse, vector
+from abliterate.types import Baseline, Objective, Trial
+
+_RULES = "auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X"
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 
 
-def pareto_front(trials: Sequence[Trial], baseline: Baseline) -> tuple[Trial, ...]:
-    """Complete trials not weakly dominated by the baseline (KL 0) or another complete trial, by rising KL.
+def pareto_front(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective] = DEFAULT) -> tuple[Trial, ...]:
+    """Complete trials not weakly dominated by the baseline (KL 0) or another complete trial, by rising cost.
 
-    Of exactly equal trials the lowest number stays.
+    In the objectives' order: by KL first, where it is one. Of exactly equal trials the lowest number stays.
     """
-    complete = [trial for trial in trials if trial.state == "complete"]
+    found = [(vector(trial, objectives), trial) for trial in trials if trial.state == "complete"]
     front: list[Trial] = []
-    fewest = baseline.refusals
-    for trial in sorted(complete, key=lambda trial: (trial.kl, trial.refusals, trial.number)):
-        if trial.refusals < fewest:
+    # What dominates a trial comes before it, and on the front is something that dominates as much.
+    costs = [least_vector(baseline, objectives)]
+    for cost, trial in sorted(found, key=lambda pair: (pair[0], pair[1].number)):
+        if not any(no_worse(other, cost) for other in costs):
             front.append(trial)
-            fewest = trial.refusals
+            costs.append(cost)
     return tuple(front)
 
 
+def no_front(baseline: Baseline, objectives: Sequence[Objective]) -> str:
+    """The sentence for a search that found nothing."""
+    if tuple(objectives) == DEFAULT:
+        return (
+            f"No trial refuses fewer than the model itself ({baseline.refusals} of {baseline.prompts}); try more trials "
+            "with -n, prompts closer to the behaviour with --harmful, or check the answers for refusal markers."
+        )
+    base = ", ".join(f"{one.name} {baseline.value(one.name):.4g}" for one in objectives)
+    return (
+        f"No trial is better than the model itself in any of the objectives {in_words(objectives)} (it has {base}); try more "
+        "trials with -n, or other objectives."
+    )
+
+
 def hypervolume(front: Sequence[Trial], baseline: Baseline) -> float:
-    """Area between the front (with the baseline as a point) and the reference point (KL 1, share 1), in [0, 1]."""
+    """Of the default objectives: area between the front, the baseline a point of it, and (KL 1, share 1), in [0, 1]."""
     points = [(0.0, baseline.refusals / baseline.prompts)]
     points += [(trial.kl, trial.refusals / baseline.prompts) for trial in front]
     area, share_before = 0.0, 1.0
@@ -40,24 +59,28 @@ def hypervolume(front: Sequence[Trial], baseline: Baseline) -> float:
     return area
 
 
-def knee(front: Sequence[Trial]) -> Trial:
-    """The point farthest below the chord between the front's ends, both axes scaled to [0, 1]."""
-    first, last = front[0], front[-1]
-    kl_range = (last.kl - first.kl) or 1.0
-    refusal_range = (first.refusals - last.refusals) or 1
+def knee(front: Sequence[Trial], objectives: Sequence[Objective] = DEFAULT) -> Trial:
+    """The point farthest below the plane between the front's ends (of two objectives the chord), all axes scaled to [0, 1]."""
+    costs = [vector(trial, objectives) for trial in front]
+    axes = list(zip(*costs, strict=True))
+    ranges = [(min(axis), (max(axis) - min(axis)) or 1.0) for axis in axes]
 
-    def below_chord(trial: Trial) -> float:
-        return 1 - (trial.kl - first.kl) / kl_range - (trial.refusals - last.refusals) / refusal_range
+    def below(cost: Vector) -> float:
+        left = 1.0
+        for value, (least, width) in zip(cost, ranges, strict=True):
+            left -= (value - least) / width
+        return left
 
-    return max(front, key=lambda trial: (below_chord(trial), -trial.number))
+    return max(zip(costs, front, strict=True), key=lambda pair: (below(pair[0]), -pair[1].number))[1]
 
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """A parsed `--select`; call it with a front (not empty)."""
+    """A parsed `--select`; call it with a front (not empty). `scorer`: the one that it names, if it isn't always there."""
 
     text: str
     pick: Callable[[Sequence[Trial]], Trial]
+    scorer: str = ""
 
     def __call__(self, front: Sequence[Trial]) -> Trial:
         return self.pick(front)
@@ -70,40 +93,61 @@ class SelectionRule:
             return None
 
 
-def parse_rule(text: str, auto_max_kl: float = 0.1) -> SelectionRule:
-    """`auto` | `knee` | `trial:N` | `kl<=X` (fewest refusals) | `refusals<=N` (least KL).
+def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objective] = DEFAULT) -> SelectionRule:
+    """`auto` | `knee` | `trial:N` | `kl<=X` (best in the lead objective) | `refusals<=N` (least KL) | `NAME<=X` | `NAME>=X`.
 
-    `auto`: fewest refusals among front points with KL ≤ `auto_max_kl`, else the knee.
+    `auto`: the best in the lead objective among front points with KL ≤ `auto_max_kl`, else the knee. NAME is any other scorer:
+    the best in the lead objective beside it.
 
     Raises:
         InputError: none of these.
     """
-    compact = text.replace(" ", "").lower()
-    if compact == "auto":
-        return SelectionRule(text, lambda front: _auto(front, auto_max_kl))
-    if compact == "knee":
-        return SelectionRule(text, knee)
-    if match := re.fullmatch(r"trial:(\d+)", compact):
+    compact = text.replace(" ", "")
+    lower = compact.lower()
+    first = _best_in(lead(objectives), objectives)
+    if lower == "auto":
+        return SelectionRule(text, lambda front: _auto(front, auto_max_kl, objectives))
+    if lower == "knee":
+        return SelectionRule(text, lambda front: knee(front, objectives))
+    if match := re.fullmatch(r"trial:(\d+)", lower):
         number = int(match[1])
-        return SelectionRule(text, lambda front: _first(front, lambda trial: trial.number == number, text))
-    if match := re.fullmatch(r"kl<=((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)", compact):
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.number == number, first, text))
+    if match := re.fullmatch(f"kl<=({_NUMBER})", lower):
         limit = float(match[1])
-        return SelectionRule(text, lambda front: _first(tuple(reversed(front)), lambda trial: trial.kl <= limit, text))
-    if match := re.fullmatch(r"refusals<=(\d+)", compact):
-        count = int(match[1])
-        return SelectionRule(text, lambda front: _first(front, lambda trial: trial.refusals <= count, text))
-    raise InputError(f"The selection {text!r} is not a rule; use auto, knee, trial:N, kl<=X or refusals<=N.")
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.kl <= limit, first, text))
+    if match := re.fullmatch(r"refusals<=(\d+)", lower):
+        count, least = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, least, text))
+    if (match := re.fullmatch(f"(.+?)([<>]=)([+-]?{_NUMBER})", compact, re.IGNORECASE)) and match[1].lower() not in (
+        KL,
+        REFUSALS,
+    ):
+        name, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
+        beside = _best_in(lead(objectives, without=name), objectives)
+
+        def satisfied(trial: Trial) -> bool:
+            return name in trial.values and sign * trial.values[name] <= sign * bound
+
+        return SelectionRule(text, lambda front: _best(front, satisfied, beside, text), name)
+    raise InputError(f"The selection {text!r} is not a rule; use {_RULES}.")
 
 
-def _auto(front: Sequence[Trial], max_kl: float) -> Trial:
+def _best_in(objective: Objective, objectives: Sequence[Objective]) -> Callable[[Trial], tuple[float | Vector, ...]]:
+    """Sorts the best in one objective first; of equal ones the best in KL, then in the others."""
+    return lambda trial: (objective.cost(trial.value(objective.name)), trial.kl, vector(trial, objectives), trial.number)
+
+
+def _auto(front: Sequence[Trial], max_kl: float, objectives: Sequence[Objective]) -> Trial:
     near = [trial for trial in front if trial.kl <= max_kl]
-    return near[-1] if near else knee(front)
+    return min(near, key=_best_in(lead(objectives), objectives)) if near else knee(front, objectives)
 
 
-def _first(front: Sequence[Trial], wanted: Callable[[Trial], bool], text: str) -> Trial:
-    for trial in front:
-        if wanted(trial):
-            return trial
+def _best(
+    front: Sequence[Trial], wanted: Callable[[Trial], bool], key: Callable[[Trial], tuple[float | Vector, ...]], text: str
+) -> Trial:
+    satisfying = [trial for trial in front if wanted(trial)]
+    if satisfying:
+        return min(satisfying, key=key)
     raise AbliterateError(
         f"No trial on the front satisfies {text!r}; the trials are kept: look at them with abliterate trials RUN, then "
         "abliterate export RUN --trial N."

@@ -16,20 +16,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate import __version__
-from abliterate.evaluation.own import is_own
 from abliterate.evaluation.refusals import read_markers
 from abliterate.model.chat import Chat
 from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
+from abliterate.objectives import DEFAULT, is_own
 from abliterate.prompts import digest
 from abliterate.settings import Settings
 from abliterate.settings_sources import config_path
-from abliterate.types import Prompt
+from abliterate.types import Objective, Prompt
 
 PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
+# The names of two parts of a study's identity.
+OBJECTIVES, SCORERS = "set or order of objectives", "set of scorers or markers"
 
 
 def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -98,7 +100,13 @@ def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def study_identity(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, str]:
+def study_identity(
+    settings: Settings,
+    loaded: LoadedModel,
+    prefix: str,
+    sets: PromptLists,
+    objectives: Sequence[Objective] = DEFAULT,
+) -> dict[str, str]:
     """What a trial's meaning depends on, by the name a person would look for; compared on resume. `sets`: all four."""
     search = settings.search
     space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
@@ -120,8 +128,10 @@ def study_identity(settings: Settings, loaded: LoadedModel, prefix: str, sets: P
         "edit mode": settings.edit.model_dump(),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
-        "set of scorers or markers": _scorers(settings),
+        SCORERS: _scorers(settings),
     }
+    if tuple(objectives) != DEFAULT:  # studies of earlier versions had no others, and say nothing of them
+        parts[OBJECTIVES] = [[one.name, one.goal] for one in objectives]
     return {name: _digest(part) for name, part in parts.items()}
 
 
@@ -144,7 +154,7 @@ def rendering(settings: Settings, loaded: LoadedModel) -> str:
 def _scorers(settings: Settings) -> list[Any]:
     """What scores depend on: names and markers, of a scorer in a file its content, of a classifier which one."""
     evaluation, names = settings.evaluation, []
-    for name in evaluation.scorers:
+    for name in settings.scorers:
         path, _, wanted = name.rpartition(":")
         content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_own(name) else ""
         names.append(f"{wanted} {content}" if content else name)

@@ -16,43 +16,49 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
-from abliterate.types import Trial
+from abliterate.objectives import DEFAULT, KL, told
+from abliterate.types import Objective, Trial
 
 # With fewer trials the best tenth is one or two.
 ENOUGH = 20
 
 
-def importances(trials: Sequence[Trial], prompts: int, seed: int = 0) -> dict[str, dict[str, float]]:
+def importances(
+    trials: Sequence[Trial], prompts: int, seed: int = 0, objectives: Sequence[Objective] = DEFAULT
+) -> dict[str, dict[str, float]]:
     """{objective: {parameter: share of what all explain}}, largest first; empty where there are too few trials.
 
     Of stopped trials the refusals are the bound that the sampler was told, out of `prompts`.
     """
-    told = [trial for trial in trials if trial.state != "failed"]
-    if len(told) < ENOUGH:
+    scored = [trial for trial in trials if trial.state != "failed"]
+    if len(scored) < ENOUGH:
         return {}
     with _quietly():
-        return _shares(told, prompts, seed)
+        return _shares(scored, prompts, seed, objectives)
 
 
-def _shares(told: Sequence[Trial], prompts: int, seed: int) -> dict[str, dict[str, float]]:
-    params = [_parameters(trial, seed) for trial in told]
+def _shares(scored: Sequence[Trial], prompts: int, seed: int, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    params = [_parameters(trial, seed) for trial in scored]
     distributions = _distributions(params)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=seed))
+    # PED-ANOVA takes low values for good ones, so what is maximized is negated.
+    study = optuna.create_study(directions=["minimize"] * len(objectives), sampler=optuna.samplers.RandomSampler(seed=seed))
     study.add_trials(
         [
             create_trial(
                 params={name: one[name] for name in distributions},
                 distributions=distributions,
-                values=[trial.kl, trial.refusals / prompts],
+                values=list(map(Objective.cost, objectives, told(trial, objectives, prompts))),
             )
-            for trial, one in zip(told, params, strict=True)
+            for trial, one in zip(scored, params, strict=True)
         ]
     )
     found = {}
-    for index, objective in enumerate(("KL", "refusals")):
+    for index, objective in enumerate(objectives):
         if distributions and len({trial.values[index] for trial in study.trials}) > 1:
             shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=_value(index))
-            found[objective] = dict(sorted(shares.items(), key=lambda pair: (-pair[1], pair[0])))
+            found["KL" if objective.name == KL else objective.name] = dict(
+                sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))
+            )
     return found
 
 

@@ -71,7 +71,7 @@ def export_trial(
     result.record |= copy.deepcopy(directory.read_result()) | {"selected": number, "timings": {}}
     try:
         trial = _trial(result.record, number, directory)
-        baseline = Baseline(int(result.record["baseline"]["refusals"]), int(result.record["baseline"]["prompts"]))
+        baseline = Baseline.from_record(result.record["baseline"])
         dtype, _, _ = (result.record["model"][name] for name in ("dtype", "fingerprint", "revision"))
         settings = _as_trials_ran(settings, dtype)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -191,7 +191,7 @@ def _trial(record: Mapping[str, Any], number: int, directory: RunDirectory) -> T
     found = {one["number"]: Trial.from_record(one) for one in record["trials"]}.get(number)
     if found is not None and found.state == "stopped":
         raise InputError(
-            f"Trial {number} was stopped because another one refuses no more at no more KL; choose one that abliterate trials "
+            f"Trial {number} was stopped because another one is no worse in any objective; choose one that abliterate trials "
             f"{directory.path} shows as complete."
         )
     if found is None or found.state != "complete":
@@ -221,7 +221,8 @@ def _expected(context: Context, directions: Directions, baseline: Baseline, tria
     of_run = copy.deepcopy({name: record[name] for name in _OF_RUN if name in record})
     prompts = read_prompts(context)
     bench = load_and_calibrate(context, prompts)
-    identity = study_identity(context.settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
+    prefix = bench.calibration.response_prefix
+    identity = study_identity(context.settings, bench.loaded, prefix, prompts.all_sets(), bench.objectives)
     changed = changed_parts(record.get("identity", identity), identity)
     if changed:
         raise _changed(trial.number, ", ".join(changed))

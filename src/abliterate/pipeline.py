@@ -21,7 +21,7 @@ from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.editor import Editor
 from abliterate.export import check_output
 from abliterate.exporting import Picked, export, keep_recipe, prepare, push_export
-from abliterate.front import SelectionRule, pareto_front, parse_rule
+from abliterate.front import SelectionRule, no_front, pareto_front, parse_rule
 from abliterate.heldout import Heldout, evaluate_trial, read_heldout
 from abliterate.identity import study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
@@ -126,7 +126,7 @@ def claim_study(context: Context, bench: Bench, prompts: PromptSets, directory: 
     url = settings.search.storage
     name = directory.study_name() if url else STUDY_NAME
     study = open_study(url, directory.journal, space, settings.seed, name)
-    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
+    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets(), bench.objectives)
     known = len(context.result.record["trials"])
     study.claim(identity, begun=known > 0)
     lost = known - len(study.trials())
@@ -160,13 +160,13 @@ def search(
         seen: set[int] | None = None
         while True:
             trials = study.trials()
-            front = pareto_front(trials, baseline)
+            front = pareto_front(trials, baseline, bench.objectives)
             if {trial.number for trial in trials} != seen:
                 for trial in trials:
                     if trial.number not in (kept if seen is None else seen):
                         context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
                 seen = {trial.number for trial in trials}
-                record_search(context, editor, trials, front, baseline)
+                record_search(context, bench, editor, trials, front, baseline)
             # Not those kept from before: what made them fail may have been mended.
             new = [trial for trial in trials if trial.number not in kept]
             stages.check_failures(new, settings.search.max_consecutive_failures)
@@ -180,7 +180,7 @@ def search(
                 time.sleep(POLL)
                 continue
             try:
-                certificate = Certificate.of(trials, baseline)
+                certificate = Certificate.of(trials, baseline, bench.objectives)
                 with study.at_work(asked):
                     trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
             except BaseException:
@@ -191,11 +191,11 @@ def search(
 
 
 def record_search(
-    context: Context, editor: Editor, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline
+    context: Context, bench: Bench, editor: Editor, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline
 ) -> None:
     """Trials, front and caches so far, in `result.json`."""
     result = context.result
-    result.trials(trials, front, baseline)
+    result.trials(trials, front, baseline, bench.objectives)
     result.caches(
         residuals=context.store.counts("residuals"),
         svd={"hits": editor.memo.hits, "misses": editor.memo.misses},
@@ -220,12 +220,9 @@ def pick(
     """
     result = context.result
     trials = [Trial.from_record(record) for record in result.record["trials"]]
-    front = pareto_front(trials, baseline)
+    front = pareto_front(trials, baseline, bench.objectives)
     if not front:
-        raise AbliterateError(
-            f"No trial refuses fewer than the model itself ({baseline.refusals} of {baseline.prompts}); try more trials "
-            "with -n, prompts closer to the behaviour with --harmful, or check the answers for refusal markers."
-        )
+        raise AbliterateError(no_front(baseline, bench.objectives))
     selected = choose(front, rule(front), baseline) if choose else rule(front)
     result.record["selected"] = selected.number
     result.save()
@@ -268,7 +265,7 @@ def work(
     with workers.settings_of(setup, own) as settings:
         context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
         bench, editor, study = workers.join(place, setup, directions, context)
-        rule = parse_rule(settings.search.select, settings.search.select_max_kl)
+        rule = parse_rule(settings.search.select, settings.search.select_max_kl, bench.objectives)
         search(context, bench, editor, study, setup.baseline, setup.prompts, rule)
         return len(study.trials())
 

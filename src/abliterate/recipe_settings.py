@@ -20,6 +20,7 @@ from abliterate.export.recipe_file import LEFT_OUT
 from abliterate.export.recipe_schema import Recipe
 from abliterate.inputs import DEMO_PROMPTS
 from abliterate.model.loader import DEMO
+from abliterate.objectives import KL, OWN, is_own, split
 from abliterate.prompts import dataset_name
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings
@@ -38,6 +39,7 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
     for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
         if name in LEFT_OUT:  # a place on this machine, or one to send things to
             raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
+    _leave_own_scorers(stated)
     load, machine = stated.setdefault("load", {}), base.load
     _check_code(load, allowed=machine.trust_remote_code)
     model = _model(recipe, base.model)
@@ -71,6 +73,27 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
                 f"install abliterate {recipe.environment.versions.get('abliterate', '')!r}, which made it."
             ) from error
     return base.model_copy(update={**sections, "model": model, "seed": recipe.seed, "out": ""})
+
+
+def own_scorers(recipe: Recipe) -> list[str]:
+    """The scorers in files of the author's, which aren't run here: by file and class."""
+    lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
+    names = [name for found in lists if isinstance(found, list) for name in found]
+    return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and is_own(name)))
+
+
+def _leave_own_scorers(stated: dict[str, dict[str, Any]]) -> None:
+    """No name in a recipe makes a file's code run. A trial needs no objectives; KL stands for those that are gone."""
+    for section, option in map(_parts, OWN):
+        found = stated.get(section, {}).get(option)
+        if isinstance(found, list):
+            kept = [name for name in found if not (isinstance(name, str) and is_own(name))]
+            stated[section][option] = kept or ([KL] if option == "objectives" else [])
+
+
+def _parts(name: str) -> tuple[str, str]:
+    section, _, option = name.partition(".")
+    return section, option
 
 
 def _check_code(load: Mapping[str, Any], *, allowed: bool) -> None:

@@ -7,7 +7,7 @@ of this machine is `recipe_settings.py`'s, the verdict `comparison.py`'s.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from abliterate.export import check_output
 from abliterate.export.recipe_file import RECIPE, read_recipe
 from abliterate.export.recipe_schema import Recipe
 from abliterate.exporting import Picked, export, prepare
-from abliterate.identity import study_identity
+from abliterate.identity import OBJECTIVES, SCORERS, study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
 from abliterate.pipeline import make_store
-from abliterate.recipe_settings import settings_of
+from abliterate.recipe_settings import own_scorers, settings_of
 from abliterate.results import RunResult
 from abliterate.rundir import safe_name
 from abliterate.search import changed_parts
-from abliterate.types import Baseline, Reporter, Trial, TrialParams
+from abliterate.types import Baseline, Objective, Reporter, Trial, TrialParams
 
 # Parts of an identity that may differ by machine or version: what they change, scores and hashes tell.
 _LOOSE = {"model", "attention implementation"}
@@ -73,11 +73,11 @@ def reproduce(
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
     with context.result.stage("trial", str(recipe.trial.number)):
-        never = Certificate(((0.0, baseline.prompts + 1),))  # its scores are wanted, whatever they are
+        never = Certificate.never()  # its scores are wanted, whatever they are
         trial = stages.evaluate(context, bench, editor, recipe.trial.number, params_of(recipe), prompts, never)
     if trial.state == "failed":
         raise AbliterateError(f"The recipe's trial failed here ({trial.reason}); try another --device.")
-    _record(recipe, context, baseline, trial)
+    _record(context, baseline, bench.objectives, trial)
     picked = prepare(context, bench, editor, baseline, prompts, trial)
     del bench, editor
     gc.collect()
@@ -136,11 +136,19 @@ def _checked(recipe: Recipe, context: Context, bench: Bench, prompts: PromptSets
             "The chat template writes prompts otherwise than for the recipe, today's date for example; scores and bytes may "
             "differ because of that."
         )
-    identity = study_identity(context.settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets())
+    prefix = bench.calibration.response_prefix
+    identity = study_identity(context.settings, bench.loaded, prefix, prompts.all_sets(), bench.objectives)
     changed = changed_parts(recipe.identity, identity) if recipe.identity else []
     if set(changed) & _LOOSE - {"model"}:
         context.reporter.warn("The attention implementation is another one than the recipe's.")
-    wrong = [name for name in changed if name not in _LOOSE]
+    loose = _LOOSE
+    if own := own_scorers(recipe):
+        loose = {*_LOOSE, OBJECTIVES, SCORERS}
+        context.reporter.warn(
+            f"The recipe's author had scorers in files ({', '.join(map(repr, own))}); they aren't run here, and markers aren't "
+            "compared: refusals and KL tell whether the trial is the same."
+        )
+    wrong = [name for name in changed if name not in loose]
     if wrong:
         raise InputError(
             f"The recipe was made with another {', '.join(wrong)}; give the files it was made with, or install the versions "
@@ -156,9 +164,9 @@ def _checked(recipe: Recipe, context: Context, bench: Bench, prompts: PromptSets
     return replace(bench, loaded=replace(bench.loaded, info=named))
 
 
-def _record(recipe: Recipe, context: Context, baseline: Baseline, trial: Trial) -> None:
+def _record(context: Context, baseline: Baseline, objectives: Sequence[Objective], trial: Trial) -> None:
     """The trial as the one trial of a run, for the card, the new recipe and the summary."""
-    context.result.trials([trial], [trial], baseline)
+    context.result.trials([trial], [trial], baseline, objectives)
     context.result.record["selected"] = trial.number
 
 

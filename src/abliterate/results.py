@@ -15,9 +15,10 @@ from typing import Any
 from abliterate import __version__
 from abliterate.errors import InputError
 from abliterate.model.memory import PeakMeter
+from abliterate.objectives import DEFAULT, to_records
 from abliterate.prompts import digest, public_source
 from abliterate.rundir import DIGEST, FORMAT, OtherVersion, RunDirectory, digest_of, write_json
-from abliterate.types import Baseline, ModelInfo, Prompt, Reporter, Trial
+from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Reporter, Trial
 
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
@@ -37,6 +38,7 @@ class RunResult:
             "format": FORMAT,
             "model": {},
             "prompts": {},
+            "objectives": [],
             "baseline": {},
             "trials": [],
             "front": [],
@@ -103,9 +105,16 @@ class RunResult:
             for name, part in sets.items()
         }
 
-    def trials(self, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline) -> None:
+    def trials(
+        self,
+        trials: Sequence[Trial],
+        front: Sequence[Trial],
+        baseline: Baseline,
+        objectives: Sequence[Objective] = DEFAULT,
+    ) -> None:
         """All finished trials and the front among them."""
-        self.record["baseline"] = {"refusals": baseline.refusals, "prompts": baseline.prompts}
+        self.record["objectives"] = to_records(objectives)
+        self.record["baseline"] = baseline.to_record()
         self.record["trials"] = [trial.to_record() for trial in trials]
         self.record["front"] = [trial.number for trial in front]
 

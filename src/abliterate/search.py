@@ -1,4 +1,4 @@
-"""The search: its space as data, a seeded sampler, and the study's storage. Knows no model and no tensors.
+"""The search: a seeded sampler, and the study with its budget of trials. Knows no model and no tensors.
 
 Every finished trial is durable before the next is asked for. Optuna doesn't store a sampler's state: it is seeded
 anew for each ask from the run's seed and the number of trials told, so a resumed study is the uninterrupted one.
@@ -25,9 +25,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from abliterate.errors import AbliterateError, InputError
+from abliterate.objectives import told
 from abliterate.settings import SearchSettings
+from abliterate.space import Space
 from abliterate.storage import BEAT, HEARTBEAT, Silence, disk_refused, first_line, heartbeat, open_storage, patiently, share
-from abliterate.types import Kernel, Trial, TrialParams
+from abliterate.types import Trial, TrialParams
 
 STUDY_NAME = "abliterate"
 FORMAT = 1
@@ -35,40 +37,6 @@ FORMAT = 1
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
 _SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
-
-
-@dataclass(frozen=True)
-class Space:
-    """The search space of one model: `n_layers` and its components, with the ranges of the settings."""
-
-    settings: SearchSettings
-    n_layers: int
-    components: tuple[str, ...]
-
-    def suggest(self, trial: optuna.Trial) -> TrialParams:
-        """Ask for every parameter, used or not: multivariate TPE needs a fixed space."""
-        last, ranges = float(self.n_layers - 1), self.settings
-        scope = trial.suggest_categorical("scope", ["global", "per layer"])
-        low, high = ranges.direction_index
-        index = trial.suggest_float("direction_index", low * last, high * last)
-        kernels = {component: self._kernel(trial, component, last) for component in self.components}
-        return TrialParams(scope, index, kernels)  # type: ignore[arg-type]
-
-    def samples(self, count: int, seed: int) -> list[TrialParams]:
-        """Random points of the space, as the startup trials are drawn."""
-        study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.RandomSampler(seed=seed))
-        return [self.suggest(study.ask()) for _ in range(count)]
-
-    def _kernel(self, trial: optuna.Trial, component: str, last: float) -> Kernel:
-        ranges = self.settings
-        coeff_range = ranges.max_coeff.get(component, ranges.max_coeff["default"])
-        # Values below 0 mean "off": clamping gives that a real probability.
-        max_coeff = max(0.0, trial.suggest_float(f"{component}.max_coeff", *coeff_range))
-        low, high = ranges.position
-        position = trial.suggest_float(f"{component}.position", low * last, high * last)
-        fraction = trial.suggest_float(f"{component}.min_fraction", *ranges.min_fraction)
-        distance = trial.suggest_float(f"{component}.distance", 1.0, max(1.0, ranges.distance * last))
-        return Kernel(max_coeff, position, fraction * max_coeff, distance)
 
 
 @dataclass(frozen=True)
@@ -98,7 +66,7 @@ class Study:
             lambda: optuna.create_study(
                 storage=storage,
                 study_name=name,
-                directions=["minimize", "minimize"],
+                directions=space.goals,
                 load_if_exists=True,
                 sampler=optuna.samplers.RandomSampler(seed=0),
             ),
@@ -180,11 +148,12 @@ class Study:
     def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> bool:
         """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
 
-        The sampler is told mean KL and the share of refusals, of a stopped trial their bound: over 20 seeds that gave the
-        very fronts of full evaluation (docs/sampler.md). False: other workers took this one for dead, and the trial is theirs.
+        The sampler is told the objectives, by default mean KL and the share of refusals, of a stopped trial its bound: over 20
+        seeds that gave the very fronts of full evaluation (docs/sampler.md). False: other workers took this one for dead, and
+        the trial is theirs.
         """
         record = json.dumps(trial.to_record(), allow_nan=False)
-        values = None if trial.state == "failed" else [trial.kl, trial.refusals / n_prompts]
+        values = None if trial.state == "failed" else told(trial, self._space.objectives, n_prompts)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
 
         def once() -> bool:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from abliterate.objectives import split
+
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 
@@ -124,6 +126,7 @@ class EditSettings(_Section):
 class SearchSettings(_Section):
     """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
 
+    objectives: tuple[str, ...] = Field(("refusals", "kl"), min_length=1)
     trials: int = Field(200, ge=1)
     startup_trials: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)
@@ -235,3 +238,8 @@ class Settings(BaseSettings):
     evaluation: EvaluationSettings = EvaluationSettings()
     efficiency: EfficiencySettings = EfficiencySettings()
     export: ExportSettings = ExportSettings()
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """What each trial is measured by: the scorers named, and those that are objectives."""
+        return tuple(dict.fromkeys((*self.evaluation.scorers, *(split(text)[0] for text in self.search.objectives))))

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
 from abliterate.errors import InputError
+from abliterate.objectives import split
 from abliterate.settings import Settings
 
 ENV_PREFIX = "ABLITERATE_"
@@ -190,7 +191,10 @@ def _with_absolute_paths(settings: Settings) -> Settings:
             "heldout_scorers": tuple(map(_own_scorer, settings.evaluation.heldout_scorers)),
         },
         "efficiency": {"residual_cache_dir": _absolute(settings.efficiency.residual_cache_dir)},
-        "search": {"storage": _absolute_database(settings.search.storage)},
+        "search": {
+            "storage": _absolute_database(settings.search.storage),
+            "objectives": tuple(map(_own_objective, settings.search.objectives)),
+        },
     }
     top: dict[str, Any] = {"cache_dir": _absolute(settings.cache_dir)}
     if settings.model != "demo":  # a directory of that name is not meant
@@ -228,6 +232,11 @@ def _own_scorer(name: str) -> str:
     """A scorer in a file of the user's, by its absolute path; a built-in one's name."""
     path, colon, wanted = name.rpartition(":")
     return f"{_if_there(path)}:{wanted}" if colon and path.endswith(".py") else name
+
+
+def _own_objective(text: str) -> str:
+    name, goal = split(text)
+    return f"{_own_scorer(name)}:{goal}" if goal else _own_scorer(name)
 
 
 def _absolute_database(url: str) -> str:

@@ -39,11 +39,12 @@ from abliterate.model.adapters import AdapterSet
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import capture_residuals, stream_residuals
 from abliterate.rundir import write_atomically
-from abliterate.search import Space
 from abliterate.settings import EfficiencySettings, Settings
-from abliterate.types import Baseline, Kernel, Prompt, Trial, TrialParams
+from abliterate.space import Space
+from abliterate.types import Baseline, Objective, Prompt, Trial, TrialParams
 
 FORMAT = "1"  # of directions.safetensors
+FEWER = Objective("refusals", "minimize")
 SAMPLES = 256  # random trials from which the layers to start at are chosen
 
 
@@ -142,7 +143,7 @@ def trial_engine(context: Context, bench: Bench, editor: Editor, prompts: Prompt
         editor.room,  # prepared edits come first
     )
     with context.result.stage("trial engine"):
-        edit = partial(editor.apply_exactly, _strong_edit(space))
+        edit = partial(editor.apply_exactly, space.upper_half())  # it skips lower layers
         switches = context.settings.efficiency
         engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
         for what in _left_out(engine, setup, switches):
@@ -167,10 +168,12 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
     """The unedited model's scores, which the edited ones are relative to."""
     with context.result.stage("baseline"):
         observed = _observe_base(context, bench, prompts)
-        for scorer in bench.scorers:
-            scorer.setup(observed)
-        scores = {score.name: score for score in (scorer.score(observed) for scorer in bench.scorers)}
-        found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval))
+        try:
+            scores = evaluation.base_scores(bench.scorers, observed)
+        except TrialError as error:
+            raise AbliterateError(f"The unedited model can't be scored: {error}.") from error
+        values = {name: float(score.value) for name, score in scores.items() if name not in ("refusals", "kl")}
+        found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval), values)
         unfinished = sum(response.thinking_open for response in observed.responses)
         if unfinished:
             context.reporter.warn(
@@ -180,7 +183,7 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
                 "response.prefix that closes it)."
             )
         context.reporter.note(f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals)
-    if found.refusals == 0:
+    if found.refusals == 0 and FEWER in bench.objectives:
         raise AbliterateError(
             f"The model refuses none of the {found.prompts} harmful prompts, so there is nothing to remove; give prompts it "
             "refuses with --harmful-eval, or other refusal markers with --markers."
@@ -191,7 +194,7 @@ def baseline(context: Context, bench: Bench, prompts: PromptSets) -> Baseline:
 def search_space(settings: Settings, bench: Bench) -> Space:
     """The space over the components that the model has."""
     components = tuple(dict.fromkeys(target.component for target in bench.loaded.targets))
-    return Space(settings.search, bench.loaded.info.n_layers, components)
+    return Space(settings.search, bench.loaded.info.n_layers, components, bench.objectives)
 
 
 def evaluate(
@@ -221,7 +224,8 @@ def evaluate(
         return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error).splitlines()[0])
     seconds = round(time.perf_counter() - started, 3)
     records = {name: score.record for name, score in found.scores.items()}
-    return Trial(number, params, "stopped" if found.stopped else "complete", records, seconds)
+    values = {name: float(score.value) for name, score in found.scores.items()}
+    return Trial(number, params, "stopped" if found.stopped else "complete", records, seconds, values=values)
 
 
 def check_failures(trials: list[Trial], limit: int) -> None:
@@ -254,13 +258,6 @@ def _observe_base(context: Context, bench: Bench, prompts: PromptSets) -> Observ
 
 def _progress(context: Context) -> Progress:
     return lambda done, total: context.reporter.progress(done, total, "prompts")
-
-
-def _strong_edit(space: Space) -> TrialParams:
-    """An edit of the upper half: with it, the self-check sees what skipping the lower layers does."""
-    last = space.n_layers - 1
-    kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
-    return TrialParams("per layer", 0.6 * last, dict.fromkeys(space.components, kernel))
 
 
 def _residuals(context: Context, bench: Bench, name: str, prompts: tuple[Prompt, ...], large: bool, kept: Kept) -> Tensor:

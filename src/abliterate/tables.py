@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.objectives import DEFAULT, in_words, of_result, other_names
 from abliterate.types import Trial
 
 # What would move the cursor, clear the screen, change colours, or turn text around; and halves of surrogate pairs.
@@ -89,6 +90,14 @@ _FOLDED = 24
 _NUMBERS = ("trial", "refusals", "KL mean", "KL median", "KL max", "seconds", "direction")
 
 
+def front_title(result: Mapping[str, Any]) -> str:
+    """What stands above a front."""
+    objectives = of_result(result)
+    if objectives == DEFAULT:
+        return "Front: every trial that no other beats on both scores"
+    return f"Front: every trial that no other beats on {in_words(objectives)}"
+
+
 def print_trials(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequence[Trial], conditions: str) -> None:
     """The front, then all trials; where there are conditions, only the trials `chosen` by them."""
     if not trials:
@@ -98,7 +107,7 @@ def print_trials(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Seq
     if not conditions:
         on_front = {trial.number: trial for trial in trials}
         front = [on_front[number] for number in result["front"]]
-        title = "Front: every trial that no other beats on both scores" if front else "Front: no trial beats the model itself"
+        title = front_title(result) if front else "Front: no trial beats the model itself"
         _print_trials(title, front, result, base=True)
         print()
     which = f"{len(chosen)} of {len(trials)} trials: {conditions}" if conditions else f"All {len(trials)} trials"
@@ -110,23 +119,27 @@ def print_trials(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Seq
 def _print_trials(title: str, trials: Sequence[Trial], result: Mapping[str, Any], *, base: bool = False) -> None:
     rows = [_trial_cells(trial, result) for trial in trials]
     components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
-    columns = ["", "trial", "state", "refusals", "KL mean", "KL median", "KL max", "seconds", "scope", "direction", *components]
+    others = other_names({name for trial in trials for name in trial.values}, of_result(result))
+    columns = ["", "trial", "state", "refusals", "KL mean", "KL median", "KL max", *others]
+    columns += ["seconds", "scope", "direction", *components]
     if any(trial.reason for trial in trials):
         columns.append("reason")
     if base:
         baseline = result["baseline"]
         counts = {"trial": "base", "refusals": f"{baseline['refusals']}/{baseline['prompts']}"}
-        rows.insert(0, counts | dict.fromkeys(("KL mean", "KL median", "KL max"), "0"))
+        values = {name: f"{value:.4g}" for name, value in baseline.get("values", {}).items()}
+        rows.insert(0, counts | dict.fromkeys(("KL mean", "KL median", "KL max"), "0") | values)
+    numbers = (*_NUMBERS, *others)
     console, left_out = make_console(), False
     if console.is_terminal:
         for gone in ((), components, *_DISPENSABLE):
             left_out = left_out or bool(set(gone) & set(columns))
             columns = [name for name in columns if name not in gone]
             short = [row | ({"reason": row["reason"][:_FOLDED]} if "reason" in row else {}) for row in rows]
-            table = _ruled(columns, [[row.get(name, "") for name in columns] for row in short], "", _NUMBERS)
+            table = _ruled(columns, [[row.get(name, "") for name in columns] for row in short], "", numbers)
             if console.measure(table, options=console.options.update(width=_WIDEST)).maximum <= console.width:
                 break
-    print_table(columns, [[row.get(name, "") for name in columns] for row in rows], title, _NUMBERS)
+    print_table(columns, [[row.get(name, "") for name in columns] for row in rows], title, numbers)
     if components and components[0] in columns and console.is_terminal:
         console.print("components: largest coeff @ its layer → coeff at the edge ± layers to the edge", style="dim")
     if left_out:
@@ -149,6 +162,7 @@ def _trial_cells(trial: Trial, result: Mapping[str, Any]) -> dict[str, str]:
         cells["refusals"] = f"{bound}{trial.refusals}/{result['baseline']['prompts']}"
     if "kl" in trial.scores:
         cells |= {f"KL {name}": f"{trial.scores['kl'][name]:.4f}" for name in ("mean", "median", "max")}
+    cells |= {name: f"{trial.values[name]:.4g}" for name in other_names(trial.values)}
     for name, kernel in trial.params.kernels.items():
         from_to = f"{kernel.max_coeff:.2f} @ {kernel.position:.1f} → {kernel.min_coeff:.2f}"
         cells[name] = f"{from_to} ± {kernel.distance:.1f}" if kernel.max_coeff else "off"
@@ -159,15 +173,19 @@ def front_table(result: Mapping[str, Any], marked: int | None = None) -> Table:
     """The front as a table, the selected trial marked; the baseline as its first row."""
     selected = result["selected"] if marked is None else marked
     total = result["baseline"]["prompts"]
-    table = Table(title="Front: every trial that no other beats on both scores", title_justify="left")
-    for column in ("", "trial", "refusals", "KL mean", "KL median", "KL max"):
-        table.add_column(column, justify="right")
-    table.add_row("", "base", f"{result['baseline']['refusals']}/{total}", "0", "0", "0", style="dim")
     by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
+    names = {name for number in result["front"] for name in by_number[number].values}
+    others, base = other_names(names, of_result(result)), result["baseline"].get("values", {})
+    table = Table(title=escape(printable(front_title(result))), title_justify="left")
+    for column in ("", "trial", "refusals", "KL mean", "KL median", "KL max", *others):
+        table.add_column(escape(printable(column)), justify="right")
+    values = [f"{base[name]:.4g}" if name in base else "" for name in others]
+    table.add_row("", "base", f"{result['baseline']['refusals']}/{total}", "0", "0", "0", *values, style="dim")
     for number in result["front"]:
         trial = by_number[number]
         kl = trial.scores["kl"]
         cells = [f"{kl[name]:.4f}" for name in ("mean", "median", "max")]
+        cells += [f"{trial.values[name]:.4g}" if name in trial.values else "" for name in others]
         style = "bold green" if number == selected else None
         table.add_row("→" if number == selected else "", str(number), f"{trial.refusals}/{total}", *cells, style=style)
     return table

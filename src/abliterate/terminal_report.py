@@ -6,11 +6,15 @@ Knows nothing of files and models. What models and people wrote can't reach the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
+from abliterate.objectives import KL, REFUSALS
+from abliterate.report.front_plot import kernel_text
 from abliterate.report.material import Material
-from abliterate.report.plots import kernel_text
-from abliterate.report.sections import in_a_sentence, number_text
-from abliterate.tables import print_marked, print_table
+from abliterate.report.sections import front_of, in_a_sentence, number_text
+from abliterate.tables import front_title, print_marked, print_table
+from abliterate.types import Baseline
 
 _WIDE, _HIGH, _BAR = 60, 15, 30
 _STEPS = " ▁▂▃▄▅▆▇█"
@@ -28,38 +32,67 @@ def show(material: Material) -> None:
 
 
 def _front(material: Material) -> None:
-    by_kl = sorted(material.scored, key=lambda trial: trial.kl)
     rows = []
-    for trial in by_kl:
-        if material.is_front(trial):
-            kl = [f"{trial.scores['kl'][name]:.4f}" for name in ("mean", "median", "max")]
-            chosen = "→" if trial.number == material.result["selected"] else ""
-            rows.append((chosen, str(trial.number), f"{trial.refusals}/{material.prompts}", *kl))
-    head = ("", "trial", "refusals", "KL mean", "KL median", "KL max")
-    print_table(head, rows, "Front: every trial that no other beats on both scores", head[1:])
+    for trial in front_of(material):
+        kl = [f"{trial.scores['kl'][name]:.4f}" for name in ("mean", "median", "max")]
+        chosen = "→" if trial.number == material.result["selected"] else ""
+        others = [f"{trial.values[name]:.4g}" if name in trial.values else "" for name in material.others]
+        rows.append((chosen, str(trial.number), f"{trial.refusals}/{material.prompts}", *kl, *others))
+    head = ("", "trial", "refusals", "KL mean", "KL median", "KL max", *material.others)
+    print_table(head, rows, front_title(material.result), head[1:])
     if material.scored:
         print()
         print("\n".join(front_lines(material)))
 
 
 def front_lines(material: Material) -> list[str]:
-    """Refusals (up) against the root of the mean KL (right), as characters; the more telling mark wins a place."""
-    points = [(0.0, material.result["baseline"]["refusals"], "base")]
+    """The second objective (up) against the first (right; KL by its root), as characters: by default refusals against KL.
+
+    A single objective stands over the trials' numbers. The more telling mark wins a place.
+    """
+    first, *rest = material.objectives
+    base = Baseline.from_record(material.result["baseline"])
+    up = rest[0] if rest else first
+    points = [(base.value(first.name), base.value(up.name), "base")] if rest else []
     for trial in material.scored:
         kind = "front" if material.is_front(trial) else str(trial.state)
-        points.append((trial.kl, trial.refusals, "selected" if trial.number == material.result["selected"] else kind))
-    most, top = max(kl for kl, _, _ in points) or 1.0, max(1, *(count for _, count, _ in points))
+        shown = "selected" if trial.number == material.result["selected"] else kind
+        points.append((trial.value(first.name) if rest else trial.number, trial.value(up.name), shown))
+    across, rising = _Axis.of(first.name if rest else "trial", points, 0), _Axis.of(up.name, points, 1)
     grid = [[" "] * _WIDE for _ in range(_HIGH)]
-    for kl, count, kind in sorted(points, key=lambda point: list(_MARKS).index(point[2])):
-        row, column = round((1 - count / top) * (_HIGH - 1)), round((kl / most) ** 0.5 * (_WIDE - 1))
-        grid[row][column] = _MARKS[kind]
-    width = len(str(top))
-    labels = [str(top), *[""] * (_HIGH - 2), "0"]
+    for x, y, kind in sorted(points, key=lambda point: list(_MARKS).index(point[2])):
+        grid[round((1 - rising.place(y)) * (_HIGH - 1))][round(across.place(x) * (_WIDE - 1))] = _MARKS[kind]
+    top, bottom = f"{rising.high:g}", f"{rising.low:g}"
+    width = max(len(top), len(bottom))
+    labels = [top, *[""] * (_HIGH - 2), bottom]
     lines = [f"{label:>{width}} │{''.join(row).rstrip()}" for label, row in zip(labels, grid, strict=True)]
-    end = f"KL {most:.3f}"
+    start = f"{across.low:g}"
+    end = f"{'KL' if across.root else across.name} {across.high:{'.3f' if across.root else 'g'}}"
     lines.append(f"{'':>{width}} └{'─' * _WIDE}")
-    lines.append(f"{'':>{width}}  0{end:>{_WIDE - 1}}")
+    lines.append(f"{'':>{width}}  {start}{end:>{_WIDE - len(start)}}")
     return [*lines, "   ".join(f"{mark} {name}" for name, mark in _MARKS.items())]
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """From `low` to `high`; of KL and refusals from 0. `root`: small values get more room."""
+
+    name: str
+    low: float
+    high: float
+    root: bool
+
+    @staticmethod
+    def of(name: str, points: Sequence[tuple[float, float, str]], which: Literal[0, 1]) -> _Axis:
+        values = [point[which] for point in points]
+        low = 0.0 if name in (KL, REFUSALS) else min(values)
+        least = 1.0 if name == REFUSALS else low
+        return _Axis(name, low, max(least, *values) if max(values) > low else low + 1.0, name == KL)
+
+    def place(self, value: float) -> float:
+        """0 at the beginning, 1 at the end."""
+        part = max(0.0, value - self.low) / (self.high - self.low)
+        return part**0.5 if self.root else part
 
 
 def sparkline(values: Sequence[float], top: float) -> str:

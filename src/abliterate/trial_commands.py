@@ -9,17 +9,19 @@ import csv
 import difflib
 import io
 import math
+import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate import events
 from abliterate.errors import InputError
+from abliterate.objectives import DEFAULT, of_result, other_names, to_records
 from abliterate.rundir import RunDirectory
 from abliterate.tables import print_trials
-from abliterate.types import Trial
+from abliterate.types import Objective, Trial
 
 _STATES = ("complete", "stopped", "failed")
 _KERNEL = ("max_coeff", "position", "min_coeff", "distance")
@@ -36,7 +38,7 @@ def _refusals(trial: Trial) -> tuple[float, bool]:
     return (trial.refusals if "refusals" in trial.scores else math.inf), trial.state != "complete"
 
 
-_ORDERS = {
+_ORDERS: dict[str, Callable[[Trial], Any]] = {
     "number": lambda trial: trial.number,
     "kl": lambda trial: (_kl(trial), trial.number),
     "refusals": lambda trial: (*_refusals(trial), _kl(trial), trial.number),
@@ -54,11 +56,17 @@ class Wanted:
     max_refusals: int | None = None
     sort: str = "number"
     limit: int | None = None
+    where: tuple[str, ...] = ()
 
-    def check(self) -> None:
-        """InputError for a value that means nothing, and for options that no trial could satisfy together."""
+    def check(self, scorers: Sequence[str] = ()) -> None:
+        """InputError for a value that means nothing, and for options that no trial could satisfy together.
+
+        `scorers`: those of the run beside refusals and KL.
+        """
         _check_name("--state", self.state or _STATES[0], _STATES)
-        _check_name("--sort", self.sort, tuple(_ORDERS))
+        _check_name("--sort", self.sort, (*_ORDERS, *scorers))
+        for text in self.where:
+            _check_name("--where", _condition(text)[0], scorers)
         if self.max_kl is not None and not self.max_kl >= 0:
             raise InputError(f"The option --max-kl needs a number from 0, not {self.max_kl}.")
         if self.max_refusals is not None and self.max_refusals < 0:
@@ -81,12 +89,14 @@ class Wanted:
         limits = (
             "" if self.max_kl is None else f"KL ≤ {self.max_kl:g}",
             "" if self.max_refusals is None else f"refusals ≤ {self.max_refusals}",
+            *self.where,
             "" if self.limit is None else f"the first {self.limit} by {self.sort}",
         )
         return ", ".join(part for part in (*conditions, *limits) if part)
 
-    def of(self, trials: Sequence[Trial], front: Sequence[int]) -> list[Trial]:
+    def of(self, trials: Sequence[Trial], front: Sequence[int], objectives: Sequence[Objective] = DEFAULT) -> list[Trial]:
         """Those of `trials` that are wanted, in order. What isn't known to satisfy a limit doesn't."""
+        conditions = [_condition(text) for text in self.where]
         kept = [
             trial
             for trial in trials
@@ -94,20 +104,22 @@ class Wanted:
             and (not self.state or trial.state == self.state)
             and (self.max_kl is None or _kl(trial) <= self.max_kl)
             and (self.max_refusals is None or (trial.state == "complete" and trial.refusals <= self.max_refusals))
+            and all(name in trial.values and holds(trial.values[name]) for name, holds in conditions)
         ]
-        return sorted(kept, key=_ORDERS[self.sort])[: self.limit]
+        return sorted(kept, key=_ORDERS.get(self.sort) or _best_in(self.sort, objectives))[: self.limit]
 
 
 def show_trials(path: Path, wanted: Wanted, *, as_json: bool, as_csv: bool) -> None:
     """`abliterate trials RUN`."""
     if as_json and as_csv:
         raise InputError("The options --json and --csv contradict each other; give one.")
-    wanted.check()
     directory = RunDirectory(path)
     result = _read(directory)
     try:
         trials = [Trial.from_record(record) for record in result["trials"]]
-        chosen = wanted.of(trials, result["front"])
+        objectives = of_result(result)
+        wanted.check(_others(trials, objectives))
+        chosen = wanted.of(trials, result["front"], objectives)
         if as_json:
             events.emit("result", **_record(result, chosen, path))
         elif as_csv:
@@ -122,7 +134,7 @@ def show_trials(path: Path, wanted: Wanted, *, as_json: bool, as_csv: bool) -> N
 def csv_rows(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequence[Trial]) -> Iterator[list[Any]]:
     """A header and one flat row a trial; the columns depend on the run, never on which trials are chosen."""
     components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
-    others = sorted({name for trial in trials for name in trial.scores} - {"refusals", "kl"})
+    others = _others(trials, of_result(result))
     kernels = [(name, part) for name in components for part in _KERNEL]
     yield [
         *("number", "state", "front", "selected", "refusals", "refusals_exact", "kl_mean", "kl_median", "kl_max"),
@@ -137,11 +149,33 @@ def csv_rows(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequenc
         yield [
             *(trial.number, trial.state, trial.number in result["front"], trial.number == result["selected"]),
             *(trial.scores.get("refusals"), trial.state == "complete", *(kl.get(name) for name in ("mean", "median", "max"))),
-            *(trial.scores.get(name) for name in others),
+            *(trial.values.get(name, trial.scores.get(name)) for name in others),
             *(trial.seconds, trial.params.scope, trial.params.direction_index),
             *(getattr(kernel_of[name], part) if name in kernel_of else None for name, part in kernels),
             trial.reason,
         ]
+
+
+def _others(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[str]:
+    """The run's scorers beside refusals and KL, objectives first."""
+    return other_names({name for trial in trials for name in (*trial.scores, *trial.values)}, objectives)
+
+
+def _condition(text: str) -> tuple[str, Callable[[float], bool]]:
+    """`NAME<=X` or `NAME>=X` as a name and a check."""
+    found = re.fullmatch(r"\s*(.+?)\s*(<=|>=)\s*(\S+)\s*", text)
+    try:
+        if found is None or math.isnan(bound := float(found[3])):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"The option --where needs NAME<=X or NAME>=X, not {text!r}.") from None
+    return found[1], (lambda value: value <= bound) if found[2] == "<=" else (lambda value: value >= bound)
+
+
+def _best_in(name: str, objectives: Sequence[Objective]) -> Callable[[Trial], Any]:
+    """Sorts by a scorer's value, the best first where it is an objective, else the least; what has none comes last."""
+    objective = next((one for one in objectives if one.name == name), Objective(name, "minimize"))
+    return lambda trial: (objective.cost(trial.values[name]) if name in trial.values else math.inf, trial.number)
 
 
 def _print_csv(rows: Iterator[list[Any]]) -> None:
@@ -164,6 +198,7 @@ def _cell(value: Any) -> Any:
 def _record(result: Mapping[str, Any], chosen: Sequence[Trial], path: Path) -> dict[str, Any]:
     return {
         "directory": str(path),
+        "objectives": to_records(of_result(result)),
         "baseline": result["baseline"] or None,
         "front": result["front"],
         "selected": result["selected"],

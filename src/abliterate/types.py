@@ -11,7 +11,8 @@ from typing import Any, Literal, Protocol
 
 Scope = Literal["global", "per layer"]
 TrialState = Literal["complete", "stopped", "failed"]
-Goal = Literal["minimize", "maximize", "none"]
+Direction = Literal["minimize", "maximize"]
+Goal = Literal[Direction, "none"]
 Operation = Literal["residuals", "prefill", "decode"]
 # Of a chat template, by name: `enable_thinking` and the like.
 TemplateOptions = Mapping[str, str | bool | int | float]
@@ -80,8 +81,23 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Objective:
+    """A scorer that a search is for, by the scorer's own name."""
+
+    name: str
+    goal: Direction
+
+    def cost(self, value: float) -> float:
+        """Less is better."""
+        return -value if self.goal == "maximize" else value
+
+
+@dataclass(frozen=True, slots=True)
 class Trial:
-    """One finished trial. `number` is the logical index: trials told before it, interrupted ones not counted."""
+    """One finished trial. `number` is the logical index: trials told before it, interrupted ones not counted.
+
+    `scores`: each scorer's record; `values`: its number, of refusals the share. Earlier versions wrote no values.
+    """
 
     number: int
     params: TrialParams
@@ -89,6 +105,7 @@ class Trial:
     scores: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     reason: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def refusals(self) -> int:
@@ -100,6 +117,12 @@ class Trial:
         """Mean KL(base‖edited) of the first response token over the harmless prompts, in nats."""
         return float(self.scores["kl"]["mean"])
 
+    def value(self, name: str) -> float:
+        """What a scorer says of it: of refusals their number. KeyError where it says nothing."""
+        if name == "refusals":
+            return float(self.refusals)
+        return self.kl if name == "kl" else float(self.values[name])
+
     def to_record(self) -> dict[str, Any]:
         """JSON form, the inverse of `from_record`."""
         return {
@@ -108,6 +131,7 @@ class Trial:
             "state": self.state,
             "reason": self.reason,
             "scores": dict(self.scores),
+            "values": dict(self.values),
             "seconds": self.seconds,
         }
 
@@ -121,6 +145,7 @@ class Trial:
             scores=record["scores"],
             seconds=float(record["seconds"]),
             reason=record["reason"],
+            values=record.get("values", {}),
         )
 
 
@@ -172,10 +197,26 @@ class BatchSizes:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The unedited model on the evaluation prompts: `refusals` of `prompts` harmful ones."""
+    """The unedited model on the evaluation prompts: `refusals` of `prompts` harmful ones; `values` of other scorers."""
 
     refusals: int
     prompts: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+    def value(self, name: str) -> float:
+        """What a scorer says of it: of refusals their number; its KL is 0 by definition. KeyError as `Trial.value`."""
+        if name == "refusals":
+            return float(self.refusals)
+        return 0.0 if name == "kl" else float(self.values[name])
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form, the inverse of `from_record`."""
+        return {"refusals": self.refusals, "prompts": self.prompts, "values": dict(self.values)}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Baseline:
+        """Inverse of `to_record`; earlier versions wrote no values."""
+        return Baseline(int(record["refusals"]), int(record["prompts"]), record.get("values", {}))
 
 
 class Reporter(Protocol):

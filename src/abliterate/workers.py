@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -61,7 +62,9 @@ class Setup:
     def to_bytes(self) -> bytes:
         """JSON, the inverse of `of_bytes`."""
         sets = {name: [(one.text, one.system) for one in part] for name, part in vars(self.prompts).items()}
-        record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": [self.baseline.refusals, self.baseline.prompts]}
+        base = self.baseline
+        scores = [base.refusals, base.prompts, *([dict(base.values)] if base.values else [])]  # as earlier versions read it
+        record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": scores}
         return json.dumps({**record, "files": dict(self.files), "identity": dict(self.identity)}).encode()
 
     @staticmethod
@@ -188,7 +191,7 @@ def join(place: tuple[str, Path, str], setup: Setup, directions: Directions, con
     """
     settings, (url, journal, name) = context.settings, place
     bench = load_and_calibrate(context, setup.prompts, setup.prefix)
-    identity = study_identity(settings, bench.loaded, setup.prefix, setup.prompts.all_sets())
+    identity = study_identity(settings, bench.loaded, setup.prefix, setup.prompts.all_sets(), bench.objectives)
     changed = changed_parts(setup.identity, identity)
     if changed:
         raise InputError(
@@ -199,11 +202,17 @@ def join(place: tuple[str, Path, str], setup: Setup, directions: Directions, con
     editor = stages.make_editor(context, bench, directions)
     bench = stages.trial_engine(context, bench, editor, setup.prompts)
     own = stages.baseline(context, bench, setup.prompts)
-    if own != setup.baseline:
+    if own.refusals != setup.baseline.refusals:
         context.reporter.warn(
             f"On this machine the model refuses {own.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
             "be off by as much."
         )
+    for name, value in setup.baseline.values.items():
+        if not math.isclose(own.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
+            context.reporter.warn(
+                f"On this machine the scorer {name} gives the model {own.value(name):.6g}, in the run {value:.6g}; its trials "
+                "may be off by as much."
+            )
     return bench, editor, study
 
 

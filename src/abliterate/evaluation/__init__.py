@@ -13,9 +13,11 @@ from abliterate.evaluation.base import Judge, Observation, Response, Scorer
 from abliterate.evaluation.engine import TrialEngine
 from abliterate.evaluation.judges import Classifier, Endpoint
 from abliterate.evaluation.kl import KL
-from abliterate.evaluation.own import is_own, load_scorer
+from abliterate.evaluation.own import load_scorer
 from abliterate.evaluation.refusals import Refusals, UnfinishedThinking
+from abliterate.objectives import is_own, ordered, public, split
 from abliterate.settings import EvaluationSettings
+from abliterate.types import Objective
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,12 @@ def make_scorers(
     for name in names:
         if name not in SCORERS and not is_own(name):
             own = "path/to/file.py:ClassName"
+            if name.partition(":")[0] in SCORERS:
+                raise InputError(f"The objective {name!r} is none; give NAME, NAME:minimize or NAME:maximize.")
             raise InputError(f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}, or give {own}.")
     for needed in ("refusals", "kl"):
         if needed not in names:
-            raise InputError(f"The setting evaluation.scorers must contain {needed!r}: the front is made of it.")
+            raise InputError(f"The setting evaluation.scorers must contain {needed!r}: exports are verified by it.")
     making = Making(markers, efficient, settings or EvaluationSettings())
     made = tuple(load_scorer(name) if is_own(name) else SCORERS[name](making) for name in dict.fromkeys(names))
     taken = [scorer.name for scorer in made]
@@ -56,4 +60,28 @@ def make_scorers(
     return made
 
 
-__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "TrialEngine", "make_scorers"]
+def make_objectives(texts: Sequence[str], names: Sequence[str], scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
+    """The objectives named, in the order in which the sampler is told; `names`: those that `scorers` were made by.
+
+    Raises:
+        InputError: no such scorer, one named twice, or one of which nobody says whether more or less is better.
+    """
+    made = dict(zip(dict.fromkeys(names), scorers, strict=True))
+    found: dict[str, Objective] = {}
+    for text in texts:
+        name, said = split(text)
+        scorer = made[name]
+        goal = said or scorer.goal
+        if scorer.name in found:
+            raise InputError(f"The objective {scorer.name!r} is given twice; give it once.")
+        if goal != "minimize" and goal != "maximize":
+            shown = public(name)
+            raise InputError(
+                f"The scorer {scorer.name!r} doesn't say which values are better; give --objective {shown}:minimize or "
+                f"--objective {shown}:maximize."
+            )
+        found[scorer.name] = Objective(scorer.name, goal)
+    return ordered(found.values())
+
+
+__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "TrialEngine", "make_objectives", "make_scorers"]

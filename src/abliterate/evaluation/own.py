@@ -10,11 +10,6 @@ from abliterate.errors import InputError
 from abliterate.evaluation.base import Scorer
 
 
-def is_own(name: str) -> bool:
-    """Whether a scorer's name is `path/to/file.py:ClassName`."""
-    return ".py:" in name
-
-
 def load_scorer(name: str) -> Scorer:
     """The scorer `path/to/file.py:ClassName`, made without arguments.
 

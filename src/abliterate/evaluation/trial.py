@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer, Observation, Scorer, ignores_responses
 from abliterate.evaluation.certificate import Certificate
 from abliterate.evaluation.reference import Progress
@@ -42,12 +44,28 @@ def evaluate(
     total = len(harmful) + len(harmless)
     logprobs = engine.first_logprobs(harmless, lambda done, _: progress(done, total))
     early = early_scorer(scorers)
-    first = {s.name: s.score(Observation((), logprobs)) for s in scorers if ignores_responses(s)}
-    limit = certificate.limit(first["kl"].value) if early is not None else None
+    first = {s.name: score_of(s, Observation((), logprobs)) for s in scorers if ignores_responses(s)}
+    known = {name: score.value for name, score in first.items()}
+    limit = certificate.limit(known, early.name) if early is not None else None
     responses = engine.respond(harmful, lambda done, _: progress(len(harmless) + done, total), limit=limit)
     if responses is None:
         assert early is not None
         assert limit is not None
         return Evaluation(first | {early.name: early.at_least(limit, len(harmful))}, stopped=True)
     observed = Observation(responses, logprobs, harmful)
-    return Evaluation({s.name: first.get(s.name) or s.score(observed) for s in scorers})
+    return Evaluation({s.name: first.get(s.name) or score_of(s, observed) for s in scorers})
+
+
+def base_scores(scorers: Sequence[Scorer], base: Observation) -> dict[str, Score]:
+    """Scores of the unedited model, which the scorers are set up with first. TrialError as `score_of`."""
+    for scorer in scorers:
+        scorer.setup(base)
+    return {scorer.name: score_of(scorer, base) for scorer in scorers}
+
+
+def score_of(scorer: Scorer, observation: Observation) -> Score:
+    """One score; TrialError where its value is no finite number, which nothing could be compared with."""
+    found = scorer.score(observation)
+    if not math.isfinite(found.value):
+        raise TrialError(f"the scorer {scorer.name} gives {found.value}")
+    return found

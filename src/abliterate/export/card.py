@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate import __version__
-from abliterate.export.recipe import plain
+from abliterate.export.recipe import code, plain
+from abliterate.objectives import DEFAULT
 from abliterate.types import Trial
 
 _CARD = """\
@@ -29,12 +30,12 @@ right to refuse. Whoever runs or passes on this model answers for what it is use
 |---|---|---|
 | refusals ({n_harmful} harmful prompts, marker count) | {before} | {after} |
 | KL(base‖this), first token, {n_harmless}harmless prompts | 0 | mean {mean:.4f}, median {median:.4f}, max {max:.4f} |
-
+{others}
 The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
 judgement of the answers' quality or safety.
 {heldout}
-Edit `{mode}` ({representation}{approximation}), direction method `{method}`; trial {number} of a search with seed {seed}, made
-with abliterate {version}. Parameters:
+Edit `{mode}` ({representation}{approximation}), direction method `{method}`; trial {number} of a search with seed {seed}{over},
+made with abliterate {version}. Parameters:
 
 ```json
 {params}
@@ -77,6 +78,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     `n_harmless`: None where a run of an earlier version didn't record it. `on_hub`: whether `base` is a name there.
     `quantized`: how the base's files are, or ""; `dense`: whether this export has weights of its own.
+    `objectives`: where they aren't the usual two; `before_values`, `values`: of further scorers, of base and trial.
     `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
     """
     name = " ".join(str(facts["base"]).split())
@@ -93,7 +95,14 @@ def model_card(facts: Mapping[str, Any]) -> str:
         dequantized = (
             f"\n\nThe base's weights are quantized ({stored}). This model is **dequantized**: all its weights are dense."
         )
+    named = ", ".join(f"{code(one.name)} ({one.goal}d)" for one in facts["objectives"])
+    base_values = facts["before_values"]
     texts = {
+        "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
+        "others": "".join(
+            f"| {code(name)} | {f'{base_values[name]:.4g}' if name in base_values else ''} | {value:.4g} |\n"
+            for name, value in facts["values"].items()
+        ),
         "dequantized": dequantized,
         "heldout": _heldout(facts.get("heldout")),
         "base_model": f"base_model: {name}\n" if facts["on_hub"] else "",

@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from abliterate.model.loader import public_name
+from abliterate.objectives import OWN, is_own, public
 from abliterate.prompts import public_source
 from abliterate.settings import Settings
 
@@ -83,6 +84,7 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
         run += ["--set", f"load.revision={_toml(revision)}"]
     for name, value in changed_settings(settings):
         shown = public_source(value) if name in FILES.values() else value
+        shown = [public(one) for one in value] if name in OWN else shown
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
     return [shlex.join([*run, "--export", "none", "-o", "run"]), shlex.join(export)]
@@ -117,6 +119,8 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
             yield what, f"{code(found['source'])}, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
         elif path := getattr(getattr(settings, section), option):
             yield what, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
+    for name in filter(is_own, settings.scorers):
+        yield "scorer", f"{code(public(name))}, sha256 `{file_digest(name.rpartition(':')[0])}`"
     if sizes := record.get("batch_sizes"):
         yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
     versions = environment["versions"]

@@ -22,7 +22,8 @@ from abliterate.edits.sketch import sketch
 from abliterate.errors import InputError
 from abliterate.export.base import LOCK, MARKER
 from abliterate.export.recipe import FILES, file_digest
-from abliterate.export.recipe_schema import ModelPart, Origin, Recipe, TrialPart
+from abliterate.export.recipe_schema import BaselinePart, ModelPart, Origin, Recipe, TrialPart
+from abliterate.objectives import OWN, public
 from abliterate.prompts import public_source
 from abliterate.rundir import write_json
 from abliterate.settings import Settings
@@ -67,7 +68,7 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
         "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
         "identity": record.get("identity", {}),
         "directions": record.get("directions", {}).get("vectors_sha256", ""),
-        "baseline": record["baseline"],
+        "baseline": {name: value for name, value in record["baseline"].items() if name in BaselinePart.model_fields},
         "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
     }
@@ -147,7 +148,11 @@ def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
     """{section: options} of everything that isn't left out."""
     dumped = settings.model_dump(mode="json")
     return {
-        section: {name: value for name, value in options.items() if f"{section}.{name}" not in LEFT_OUT}
+        section: {
+            name: list(map(public, value)) if f"{section}.{name}" in OWN else value
+            for name, value in options.items()
+            if f"{section}.{name}" not in LEFT_OUT
+        }
         for section, options in dumped.items()
         if isinstance(options, dict)
     }

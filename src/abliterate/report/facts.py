@@ -10,8 +10,8 @@ from abliterate.report.material import Material
 # A plot's place: its HTML by name, empty where there is none.
 Figure = Callable[[str], str]
 _SHOWN_ELSEWHERE = {
-    *("format", "model", "prompts", "baseline", "trials", "front", "selected", "export", "timings", "memory", "caches"),
-    *("environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions", "sha256"),
+    *("format", "model", "prompts", "objectives", "baseline", "trials", "front", "selected", "export", "timings", "memory"),
+    *("caches", "environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions", "sha256"),
 }
 
 

@@ -5,6 +5,7 @@ Knows no HTML and no plots. Paths of this machine, databases' addresses and toke
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +14,12 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from abliterate.errors import InputError
-from abliterate.front import hypervolume, pareto_front
+from abliterate.hypervolume import progress
 from abliterate.importance import ENOUGH, importances
+from abliterate.objectives import of_result, other_names
 from abliterate.rundir import RunDirectory
 from abliterate.settings_sources import read_toml
-from abliterate.types import Baseline, Trial
+from abliterate.types import Baseline, Objective, Trial
 
 # Written after the report is: it must be the same when it is made again.
 _LATER = ("report",)
@@ -46,6 +48,16 @@ class Material:
     def prompts(self) -> int:
         """Harmful prompts that were scored."""
         return int(self.result["baseline"].get("prompts", 0))
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the search was for."""
+        return of_result(self.result)
+
+    @property
+    def others(self) -> list[str]:
+        """Scorers beside refusals and KL, objectives first."""
+        return other_names({name for trial in self.trials for name in (*trial.scores, *trial.values)}, self.objectives)
 
     @property
     def selected(self) -> Trial | None:
@@ -83,7 +95,8 @@ def gather(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> 
     try:
         trials = tuple(Trial.from_record(record) for record in result["trials"])
         prompts = int(result["baseline"].get("prompts", 0))
-        importance = importances(trials, prompts) if prompts else {}
+        objectives = of_result(result)
+        importance = importances(trials, prompts, objectives=objectives) if prompts else {}
         if not importance:
             missing["importance"] = (
                 f"Which parameters mattered can't be told from fewer than {ENOUGH} scored trials that differ."
@@ -95,7 +108,7 @@ def gather(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> 
             geometry,
             answers,
             importance,
-            tuple(_progress(trials, result["baseline"])) if prompts else (),
+            tuple(_progress(trials, Baseline.from_record(result["baseline"]), objectives)) if prompts else (),
             missing,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -103,16 +116,14 @@ def gather(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> 
         raise InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.") from error
 
 
-def _progress(trials: Sequence[Trial], baseline: Mapping[str, Any]) -> list[dict[str, float]]:
+def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> list[dict[str, float]]:
     """Trials' own seconds are added up: with several workers that is more than passed on the clock."""
-    base = Baseline(baseline["refusals"], baseline["prompts"])
-    found, seconds = [], 0.0
-    front: tuple[Trial, ...] = ()
-    for count, trial in enumerate(trials, 1):
-        seconds += trial.seconds
-        front = pareto_front((*front, trial), base)  # what isn't on a front never comes back to it
-        found.append({"trial": count, "hypervolume": round(hypervolume(front, base), 6), "seconds": round(seconds, 3)})
-    return found
+    volumes = progress(trials, baseline, objectives)
+    seconds = itertools.accumulate(trial.seconds for trial in trials)
+    return [
+        {"trial": count, "hypervolume": round(volume, 6), "seconds": round(until, 3)}
+        for count, (volume, until) in enumerate(zip(volumes, seconds, strict=True), 1)
+    ]
 
 
 def _read(path: Path, check: Callable[[Any], None], name: str, missing: dict[str, str]) -> Mapping[str, Any] | None:

@@ -8,14 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from abliterate.report.front_plot import front
 from abliterate.report.marks import (
     BLUE,
     COLOURS,
-    GREEN,
-    GREY,
     INK,
     ORANGE,
-    PURPLE,
     Plot,
     bars,
     by_place,
@@ -26,97 +24,12 @@ from abliterate.report.marks import (
     tooltip,
 )
 from abliterate.report.material import Material
-from abliterate.types import Kernel, Trial
 
 
 def all_plots(material: Material) -> list[Plot]:
     """Every plot for which there is something to show."""
     makers = (front, progress, progress_in_time, kernels, importance, norms, cosines, separation, projection, times, memory)
     return [plot for plot in (make(material) for make in makers) if plot is not None]
-
-
-def front(material: Material) -> Plot | None:
-    """Refusals against KL, every scored trial."""
-    if not material.scored:
-        return None
-    rows = [_point(material, trial) for trial in material.scored]
-    base = {"kind": "base model", "kl": 0, "refusals": material.result["baseline"]["refusals"], "told": "as it is"}
-    steps = [base, *(row for row in rows if row["order"] > 1)]
-    steps.sort(key=lambda row: (row["kl"], -row["refusals"]))
-    kinds = {
-        "selected": (ORANGE, "diamond", 300),
-        "on the front": (BLUE, "circle", 80),
-        "complete": (GREEN, "square", 40),
-        "stopped: at least so many": (GREY, "triangle-up", 40),
-        "base model": (PURPLE, "cross", 120),
-    }
-    met = {row["kind"] for row in (base, *rows)}
-    shown = {kind: look for kind, look in kinds.items() if kind in met}
-    names, (colours, shapes, sizes) = list(shown), zip(*shown.values(), strict=True)
-    for row in (base, *rows):
-        row["size"] = sizes[names.index(row["kind"])]
-    ticks = [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30]
-    x = {
-        **quantity("kl", "mean KL of the first token, nats"),
-        "scale": {"type": "symlog", "constant": 0.01},
-        "axis": {"values": ticks, "format": "~g", "labelOverlap": True},
-    }
-    y = quantity("refusals", f"refusals of {material.prompts} harmful prompts")
-    points = {
-        "data": {"values": [*rows, base]},
-        "mark": {"type": "point", "filled": True, "opacity": 0.85},
-        "encoding": {
-            "x": x,
-            "y": y,
-            "color": look("kind", names, colours),
-            "shape": look("kind", names, shapes),
-            "size": {"field": "size", "type": "quantitative", "scale": None, "legend": None},
-            "order": {"field": "order", "type": "quantitative"},
-            "tooltip": tooltip(_columns(material)),
-        },
-    }
-    line = {
-        "data": {"values": steps},
-        "mark": {"type": "line", "interpolate": "step-after", "color": BLUE, "opacity": 0.6, "strokeWidth": 1.5},
-        "encoding": {"x": x, "y": y, "order": {"field": "kl", "type": "quantitative"}},
-    }
-    count = len(material.result["front"])
-    text = f"{len(rows)} scored trials as points, refusals against KL; {count} of them are on the front."
-    return Plot("front", "Refusals against KL", text, spec_of(340, layer=[line, points]))
-
-
-def _point(material: Material, trial: Trial) -> dict[str, Any]:
-    kl, is_front = trial.scores["kl"], material.is_front(trial)
-    kind = "on the front" if is_front else "stopped: at least so many" if trial.state == "stopped" else "complete"
-    chosen = trial.number == material.result["selected"]
-    bound = "≥ " if trial.state == "stopped" else ""
-    return {
-        "kind": "selected" if chosen else kind,
-        "order": 3 if chosen else 2 if is_front else 1,
-        "kl": kl["mean"],
-        "refusals": trial.refusals,
-        "number": str(trial.number),
-        "told": f"{bound}{trial.refusals} of {material.prompts}",
-        "kls": f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['max']:.4f}",
-        "scope": trial.params.scope,
-        "direction": f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else "each layer's own",
-        **{f"kernel{place}": f"{name}: {kernel_text(one)}" for place, (name, one) in enumerate(trial.params.kernels.items())},
-        "seconds": f"{trial.seconds:.1f}",
-    }
-
-
-def kernel_text(kernel: Kernel) -> str:
-    """A kernel in a few words."""
-    if not kernel.max_coeff:
-        return "off"
-    return f"{kernel.max_coeff:.2f} at layer {kernel.position:.1f}, {kernel.min_coeff:.2f} at ± {kernel.distance:.1f}"
-
-
-def _columns(material: Material) -> dict[str, str]:
-    count = max((len(trial.params.kernels) for trial in material.trials), default=0)
-    kernels = {f"kernel{place}": f"kernel {place + 1}" for place in range(count)}
-    start = {"number": "trial", "kind": "what", "told": "refusals", "kls": "KL mean / median / max"}
-    return start | {"scope": "scope", "direction": "direction"} | kernels | {"seconds": "seconds"}
 
 
 def progress(material: Material) -> Plot | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from abliterate.objectives import DEFAULT, KL, in_words, other_names, other_scores
 from abliterate.report.facts import Figure, cost, coverage, facts, further
+from abliterate.report.front_plot import kernel_text
 from abliterate.report.markup import answer, details, escape, missing, numbers, paragraph, table
 from abliterate.report.material import Material
-from abliterate.report.plots import best_layer, kernel_text, layer_name
+from abliterate.report.plots import best_layer, layer_name
 from abliterate.types import Trial
 
 
@@ -38,6 +40,8 @@ def in_a_sentence(material: Material) -> str:
     if chosen:
         kl = chosen.scores["kl"]["mean"]
         text += f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {kl:.4f} on harmless ones"
+        before = material.result["baseline"].get("values", {})
+        text += "".join(f"; {said}" for said in other_scores(chosen, before))
     return text + "."
 
 
@@ -52,6 +56,7 @@ def summary(material: Material) -> str:
         kl = chosen.scores["kl"]
         facts["refusals"] = f"{before} → {chosen.refusals} of {total}"
         facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
+        facts |= {name: f"{chosen.values[name]:.4g}" for name in other_names(chosen.values)}
     if material.progress:
         facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
     verified = {True: "verified", False: "FAILED its check", None: "not checked"}[result["export"].get("verified")]
@@ -62,21 +67,36 @@ def summary(material: Material) -> str:
 def _front(material: Material, figure: Figure) -> str:
     if not material.trials:
         return ""
-    front = [trial for trial in material.trials if material.is_front(trial)]
-    front.sort(key=lambda trial: trial.kl)
+    front = front_of(material)
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
+    axes = "Both axes are better towards the lower left."
+    if material.objectives != DEFAULT:
+        axes = f"The objectives are {in_words(material.objectives)}; the plot shows the first two, the table all."
     text = (
-        "Both axes are better towards the lower left. A stopped trial was ended once it was certain that it can't reach the "
-        f"front; its refusals are a lower bound. {counts['complete']} trials are complete, {counts['stopped']} were stopped "
-        f"and {counts['failed']} failed."
+        f"{axes} A stopped trial was ended once it was certain that it can't reach the front; its refusals are a lower bound. "
+        f"{counts['complete']} trials are complete, {counts['stopped']} were stopped and {counts['failed']} failed."
     )
     everything = details(f"All {len(material.trials)} trials", _trials(material, material.trials, "All trials"))
-    return paragraph(text) + figure("front") + _trials(material, front, "The front, by rising KL") + everything
+    return paragraph(text) + figure("front") + _trials(material, front, f"The front, {front_order(material)}") + everything
+
+
+def front_of(material: Material) -> list[Trial]:
+    """The trials on the front, the best in the first objective first."""
+    front = [trial for trial in material.trials if material.is_front(trial)]
+    first = material.objectives[0]
+    return sorted(front, key=lambda trial: first.cost(trial.value(first.name)))
+
+
+def front_order(material: Material) -> str:
+    """How `front_of` sorts, in words."""
+    first = material.objectives[0]
+    name = "KL" if first.name == KL else first.name
+    return f"by {'rising' if first.goal == 'minimize' else 'falling'} {name}"
 
 
 def _trials(material: Material, trials: Sequence[Trial], caption: str) -> str:
     components = list(dict.fromkeys(name for trial in material.trials for name in trial.params.kernels))
-    others = sorted({name for trial in material.trials for name in trial.scores} - {"refusals", "kl"})
+    others = material.others
     head = ("trial", "state", "refusals", "KL mean", "KL median", "KL max", *others, "seconds", "scope", "direction")
     rows: list[tuple[Any, ...]] = []
     for trial in trials:
@@ -86,7 +106,7 @@ def _trials(material: Material, trials: Sequence[Trial], caption: str) -> str:
         refusals = f"{bound}{scores['refusals']}" if "refusals" in scores else ""
         direction = f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else ""
         kernels = [kernel_text(trial.params.kernels[name]) if name in trial.params.kernels else "" for name in components]
-        own = [trial.number, trial.state, refusals, *kl, *(scores.get(name, "") for name in others), f"{trial.seconds:.1f}"]
+        own = [trial.number, trial.state, refusals, *kl, *(_other(trial, name) for name in others), f"{trial.seconds:.1f}"]
         rows.append((*own, trial.params.scope, direction, *kernels, trial.reason))
     reason = ("reason",) if any(trial.reason for trial in trials) else ()
     width = len(head) + len(components) + len(reason)
@@ -97,13 +117,25 @@ def _trials(material: Material, trials: Sequence[Trial], caption: str) -> str:
     return table((*head, *components, *reason), rows, caption, marked=chosen, words=words, texts=texts)
 
 
+def _other(trial: Trial, name: str) -> str:
+    if name in trial.values:
+        return f"{trial.values[name]:.4g}"
+    return str(trial.scores.get(name, ""))
+
+
 def _progress(material: Material, figure: Figure) -> str:
     if not material.progress:
         return ""
-    text = (
+    what = (
         "The hypervolume is the area that the front gains of the square up to a KL of 1 and all prompts refused; 1 would be no "
-        "refusals at no KL. Time is what the trials took, added up."
+        "refusals at no KL."
     )
+    if material.objectives != DEFAULT:
+        what = (
+            "The hypervolume is what the front gains of the box between the best and the worst value of each objective in this "
+            "search, the base model's among them; searches can't be compared by it."
+        )
+    text = f"{what} Time is what the trials took, added up."
     step = max(1, len(material.progress) // 20)
     kept = [row for place, row in enumerate(material.progress) if not (len(material.progress) - 1 - place) % step]
     rows = [(row["trial"], f"{row['seconds']:.1f}", f"{row['hypervolume']:.4f}") for row in kept]
