@@ -14,6 +14,7 @@ from conftest import copy_run, quick_settings, run_in
 from test_cli import Finished, Invoke, assert_sentence, invoke  # noqa: F401
 from test_findings import made_trials
 
+from abliterate.evaluation.heldout import rate
 from abliterate.front import hypervolume, pareto_front
 from abliterate.objectives import DEFAULT
 from abliterate.report import drawing
@@ -62,6 +63,28 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
+def made_heldout(trial: int, word: str) -> dict[str, Any]:
+    """A record as a run leaves it of its selected trial."""
+    few, many, spread = rate(3, 100), rate(97, 100), {"mean": 0.25, "median": 0.125, "max": 0.5}
+    side = {"answered": few, "faults": {"empty": 1}, "harmless_refusals": few, "over_refusals": None}
+    differ = {"prompt": f"ask {word}", "response": f"Sorry {word}", "judge": False, "markers": True}
+    judge = {"name": word, "base": many, "candidate": few, "disagreements": [differ], "error": ""}
+    return {
+        "trial": trial,
+        "prompts": {"harmful_heldout": {"source": word, "count": 100, "dropped": 4, "digest": "d"}},
+        "base": side | {"refusals": many},
+        "candidate": side | {"refusals": few},
+        "kl": spread,
+        "kl_answers": spread | {"tokens": 9},
+        "perplexity": {"base": 1.5, "candidate": 1.75},
+        "unchanged": few | {"first_difference": 21.5},
+        "judges": [judge, judge | {"error": f"unreachable {word}"}],
+        "scores": {f"own {word}": {"base": 1, "candidate": {"value": word}}},
+        "search": {"refusals": few, "kl": spread},
+        "optimism": {"refusals": 0.02, "kl": -0.5},
+    }
+
+
 def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory:
     """A run directory with `count` trials and all artifacts, made of nothing; `word` stands wherever foreign text does."""
     folder.mkdir(parents=True)
@@ -85,7 +108,8 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         "caches": {"residuals": {"hits": 1, "misses": 2}},
         "environment": {"versions": {"abliterate": "0"}, "platform": word, "device": "cpu"},
         "directions": {"sha256": "d"},
-        "heldout": {"refusals": {"count": 7, "note": word}},
+        "heldout": made_heldout(front[-1], word),
+        "later": {"refusals": {"count": 7, "note": word}},
     }
     points = [[0.5, 1.0], [-0.5, None], [0.0, 2.0]]
     named = ("norm_harmful", "norm_harmless", "norm_difference", "cos_means", "cos_harmful_direction", "cos_harmless_direction")
@@ -152,13 +176,42 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     assert {str(one["id"]) for one in figures} == {f"plot-{name}" for name in PLOTS}
     assert all(one["role"] == "img" and len(str(one["aria-label"])) > 20 for one in figures)
     sections = [str(attributes["id"]) for tag, attributes in page.tags if tag == "section"]
-    ids = "front progress kernels importance geometry answers cost coverage facts further"
+    ids = "front progress kernels importance geometry heldout answers cost coverage facts further"
     assert sections == ids.split()
-    assert {"heldout", "refusals.count", "7"} <= {word.strip() for word in page.words}  # a result this version knows nothing of
+    assert {"later", "refusals.count", "7"} <= {word.strip() for word in page.words}  # a result this version knows nothing of
     points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
     assert len(points) == 41
     assert {point["kind"] for point in points} >= {"selected", "stopped: at least so many", "base model"}
     assert any(point["told"].startswith("≥ ") for point in points)
+
+
+def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run")
+    text = Page(render(gather(run))).text
+    for part in ("97 of 100 (91.5 % to 99.4 %)", "3 of 100 (0.6 % to 8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
+        assert part in text
+    for part in ("100 harmful. 4 more were left out", "+2.0 points of refusals, -0.5000 nats", "1 unlike", "Sorry plain"):
+        assert part in text
+    show(gather(run))
+    assert "held out: refusals 97/100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trial": 999}, "of another trial than the selected"),
+        ({"kl": 7}, "can't read all that was measured"),
+        (None, "Nothing was measured on held-out prompts"),
+    ],
+)
+def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    write_json(run.result, record | {"heldout": None if change is None else record["heldout"] | change})
+    text = Page(render(gather(run))).text
+    assert said in text
+    assert ("it refuses 3 of 100" in text) == (change == {"kl": 7})
+    show(gather(run))
 
 
 def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:

@@ -13,7 +13,7 @@ from abliterate.objectives import KL, REFUSALS
 from abliterate.report.front_plot import kernel_text
 from abliterate.report.material import Material
 from abliterate.report.sections import front_of, in_a_sentence, number_text
-from abliterate.tables import front_title, print_marked, print_table
+from abliterate.tables import front_title, heldout_lines, print_marked, print_table, printable
 from abliterate.types import Baseline
 
 _WIDE, _HIGH, _BAR = 60, 15, 30
@@ -26,7 +26,7 @@ def show(material: Material) -> None:
     print(in_a_sentence(material))
     if not material.trials:
         return
-    for part in (_front, _progress, _kernels, _importance, _geometry, _answers, _cost, _coverage, _facts):
+    for part in (_front, _progress, _kernels, _importance, _geometry, _heldout, _answers, _cost, _coverage, _facts):
         print()
         part(material)
 
@@ -169,6 +169,18 @@ def _geometry(material: Material) -> None:
     print_table(head, rows, "Residuals by layer (d: the direction)", head)
     if geometry["reason"]:
         print(geometry["reason"])
+
+
+def _heldout(material: Material) -> None:
+    record = material.result.get("heldout") or {}
+    if record.get("trial") != material.result["selected"] or not record:
+        print("Nothing was measured on held-out prompts.")
+        return
+    try:
+        lines = list(heldout_lines(record))
+    except (AttributeError, KeyError, TypeError, ValueError):  # another version's
+        lines = ["This version can't read what was measured on held-out prompts."]
+    print("\n".join(map(printable, lines)))
 
 
 def _answers(material: Material) -> None:

@@ -12,6 +12,7 @@ Figure = Callable[[str], str]
 _SHOWN_ELSEWHERE = {
     *("format", "model", "prompts", "objectives", "baseline", "trials", "front", "selected", "export", "timings", "memory"),
     *("caches", "environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions", "sha256"),
+    *("heldout", "response_prefix", "rendering"),
 }
 
 
@@ -69,6 +70,7 @@ def facts(material: Material) -> str:
     result = material.result
     environment = result.get("environment", {})
     seeds = {"seed": material.settings.get("seed"), "random trials first": result.get("startup_trials")}
+    asked = {"prefix of every response": result.get("response_prefix"), "hash of a prompt as asked": result.get("rendering")}
     machine = {"device": environment.get("device"), "platform": environment.get("platform")}
     settings = (
         details(
@@ -81,7 +83,7 @@ def facts(material: Material) -> str:
         pairs(result["model"], "Model")
         + pairs(environment.get("versions", {}) | machine, "Versions")
         + pairs(seeds, "Seeds")
-        + details("Prompts", pairs(result.get("prompts", {}), "Prompt sets"))
+        + details("Prompts", pairs(result.get("prompts", {}) | asked, "Prompt sets"))
         + details("Export and its check", pairs(result["export"], "Export"))
         + details("Batch sizes", pairs(result.get("batch_sizes", {}), "Prompts at a time"))
         + details("What the trials depend on", pairs(result.get("identity", {}), "Hashes and names"))

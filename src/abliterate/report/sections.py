@@ -8,6 +8,7 @@ from typing import Any
 from abliterate.objectives import DEFAULT, KL, in_words, other_names, other_scores
 from abliterate.report.facts import Figure, cost, coverage, facts, further
 from abliterate.report.front_plot import kernel_text
+from abliterate.report.heldout import heldout, in_the_end
 from abliterate.report.markup import answer, details, escape, missing, numbers, paragraph, table
 from abliterate.report.material import Material
 from abliterate.report.plots import best_layer, layer_name
@@ -22,6 +23,7 @@ def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
         ("kernels", "The selected trial", _kernels(material, figure)),
         ("importance", "Parameter importance", _importance(material, figure)),
         ("geometry", "How the residuals lie", _geometry(material, figure)),
+        ("heldout", "On held-out prompts", heldout(material)),
         ("answers", "Answers before and after", _answers(material)),
         ("cost", "Where time and memory went", cost(material, figure)),
         ("coverage", "Coverage", coverage(material)),
@@ -41,7 +43,7 @@ def in_a_sentence(material: Material) -> str:
         kl = chosen.scores["kl"]["mean"]
         text += f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {kl:.4f} on harmless ones"
         before = material.result["baseline"].get("values", {})
-        text += "".join(f"; {said}" for said in other_scores(chosen, before))
+        text += "".join(f"; {said}" for said in other_scores(chosen, before)) + in_the_end(material)
     return text + "."
 
 
