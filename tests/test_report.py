@@ -188,7 +188,7 @@ def test_every_section_is_there(tmp_path: Path) -> None:
 def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path / "run")
     text = Page(render(gather(run))).text
-    for part in ("97 of 100 (91.5 % to 99.4 %)", "3 of 100 (0.6 % to 8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
+    for part in ("97 of 100 (91.5–99.4 %)", "3 of 100 (0.6–8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
         assert part in text
     for part in ("100 harmful. 4 more were left out", "+2.0 points of refusals, -0.5000 nats", "1 unlike", "Sorry plain"):
         assert part in text

@@ -11,9 +11,9 @@ from abliterate.report.material import Material
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
 _RATES = {
     "refusals": "refusals",
-    "answered": "answered: neither a refusal nor at fault",
+    "answered": "answered (no refusal, no fault)",
     "harmless_refusals": "refusals of harmless prompts",
-    "over_refusals": "refusals of harmless prompts that look harmful",
+    "over_refusals": "refusals of harmless that look harmful",
 }
 
 
@@ -43,8 +43,8 @@ def in_the_end(material: Material) -> str:
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
-    """`3 of 100 (0.6 % to 8.5 %)`, the 95 % interval."""
-    return f"{rate['count']} of {rate['prompts']} ({100 * rate['low']:.1f} % to {100 * rate['high']:.1f} %)"
+    """`3 of 100 (0.6–8.5 %)`, the 95 % interval."""
+    return f"{rate['count']} of {rate['prompts']} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f} %)"
 
 
 def _of(record: Mapping[str, Any], trial: str) -> str:
