@@ -161,7 +161,7 @@ def test_version(invoke: Invoke) -> None:
         (["run", "demo", "--set", "edit.mode=fulll"], "'fulll'"),
         (["run", "demo", "--set", "directions.method=projectd"], "'projectd'"),
         (["run", "demo", "--set", 'evaluation.scorers=["refusals", "kl", "tone"]'], "'tone'"),
-        (["run", "demo", "--set", 'evaluation.scorers=["kl"]'], "'refusals'"),
+        (["run", "demo", "--set", 'evaluation.scorers=["beauty"]'], "no scorer 'beauty'"),
         (["run", "demo", "--set", 'search.max_coeff={default=[0, 1], "mlp.down_prj"=[0, 1]}'], "did you mean mlp.down_proj?"),
         (["trials", "nowhere"], "no run"),
         (["export", "nowhere", "--trial", "1"], "no run"),

@@ -35,7 +35,7 @@ from abliterate.objectives import (
     vector,
 )
 from abliterate.search import Study, open_study
-from abliterate.settings import SearchSettings
+from abliterate.settings import EvaluationSettings, SearchSettings, Settings
 from abliterate.space import Space
 from abliterate.types import Baseline, Objective, Trial, TrialParams
 
@@ -171,6 +171,12 @@ def test_goals_are_the_scorers_own_unless_said(own: str) -> None:
 def test_what_is_no_objective(own: str, texts: tuple[str, ...], said: str) -> None:
     with pytest.raises(InputError, match=said):
         found(own, *texts)
+
+
+def test_what_is_always_measured_needs_no_naming() -> None:
+    evaluation, search = EvaluationSettings(scorers=("unfinished_thinking",)), SearchSettings(objectives=("kl:maximize",))
+    assert Settings().scorers == ("refusals", "kl")
+    assert Settings(evaluation=evaluation, search=search).scorers == ("unfinished_thinking", "kl", "refusals")
 
 
 # The front

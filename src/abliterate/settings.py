@@ -241,5 +241,6 @@ class Settings(BaseSettings):
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """What each trial is measured by: the scorers named, and those that are objectives."""
-        return tuple(dict.fromkeys((*self.evaluation.scorers, *(split(text)[0] for text in self.search.objectives))))
+        """What each trial is measured by: the scorers named, those that are objectives, and what every record has."""
+        objectives = (split(text)[0] for text in self.search.objectives)
+        return tuple(dict.fromkeys((*self.evaluation.scorers, *objectives, "refusals", "kl")))
