@@ -333,8 +333,8 @@ def test_what_other_sets_have_is_left_out(tmp_path: Path) -> None:
     assert found is not None
     assert [prompt.text for prompt in found.sets.harmful] == ["Mend a chair", "Lift a lamp"]
     record = found.record["harmful_heldout"]
-    assert (record["source"], record["count"], record["dropped"]) == ("set.txt", 2, 2)
-    assert "2 left out" in recorder.notes[-1]
+    assert (record["source"], record["count"], record["dropped"], record["repeated"]) == ("set.txt", 2, 1, 1)
+    assert "(left out: 1 that other sets have, 1 repeated)" in recorder.notes[-1]
 
 
 def test_a_data_set_may_have_a_configuration() -> None:

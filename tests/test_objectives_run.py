@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Recorder, outcomes, quick_settings, run_in
 from test_cli import QUICK, Invoke, assert_sentence, invoke, prompt_options  # noqa: F401
 from test_objectives import OWN, brute_force
 from test_pipeline import interrupt_after
 
 from abliterate import pipeline, workers
-from abliterate.errors import AbliterateError, Interrupted
+from abliterate.errors import AbliterateError, Interrupted, TrialError
+from abliterate.evaluation.base import Observation
+from abliterate.evaluation.own import load_scorer
+from abliterate.evaluation.trial import base_scores, score_of
 from abliterate.inputs import PromptSets
 from abliterate.objectives import of_result
 from abliterate.rundir import RunDirectory
@@ -267,3 +271,64 @@ def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
     assert [one["values"] for one in result["trials"]] == [one["values"] for one in alone["trials"]]
     assert result["front"] == alone["front"]
     assert Objective("sure", "maximize") in of_result(result)
+
+
+BAD = """
+from abliterate.types import Score
+import torch
+
+class Raises:
+    name, goal = "raises", "minimize"
+    def setup(self, base):
+        print("hello")
+    def score(self, observation):
+        return 1 / 0
+
+class Plain(Raises):
+    def score(self, observation):
+        return 0.5
+
+class Tensor(Raises):
+    def score(self, observation):
+        return Score(self.name, 0.5, self.goal, torch.ones(1))
+
+class Word(Raises):
+    def score(self, observation):
+        return Score(self.name, "0.5", self.goal, None)
+
+class Late(Raises):
+    def setup(self, base):
+        raise KeyError("nothing\\nhere")
+
+class Full(Raises):
+    def score(self, observation):
+        raise torch.OutOfMemoryError("no room")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Raises", "the scorer raises fails: ZeroDivisionError: division by zero"),
+        ("Plain", "the scorer raises gives float and no Score"),
+        ("Tensor", "the scorer raises fails: TypeError: .* not JSON serializable"),
+        ("Word", "the scorer raises fails: TypeError: must be real number"),
+        ("Late", r"the scorer raises fails: KeyError: 'nothing\\nhere'"),
+    ],
+)
+def test_what_an_own_scorer_does_wrong_is_said(
+    name: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = load_scorer(f"{written(tmp_path, BAD)}:{name}")
+    observed = Observation([], torch.zeros(1, 5))
+    with pytest.raises(TrialError, match=said):
+        base_scores([scorer], observed)
+    found = capsys.readouterr()
+    assert found.out == ""  # where --json has its lines
+    assert ("hello" in found.err) == (name != "Late")
+
+
+def test_an_own_scorer_without_memory_is_tried_again(tmp_path: Path) -> None:
+    scorer = load_scorer(f"{written(tmp_path, BAD)}:Full")
+    with pytest.raises(torch.OutOfMemoryError):
+        score_of(scorer, Observation([], torch.zeros(1, 5)))

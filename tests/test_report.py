@@ -71,7 +71,7 @@ def made_heldout(trial: int, word: str) -> dict[str, Any]:
     judge = {"name": word, "base": many, "candidate": few, "disagreements": [differ], "error": ""}
     return {
         "trial": trial,
-        "prompts": {"harmful_heldout": {"source": word, "count": 100, "dropped": 4, "digest": "d"}},
+        "prompts": {"harmful_heldout": {"source": word, "count": 100, "dropped": 4, "repeated": 1, "digest": "d"}},
         "base": side | {"refusals": many},
         "candidate": side | {"refusals": few},
         "kl": spread,
@@ -190,7 +190,13 @@ def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.Ca
     text = Page(render(gather(run))).text
     for part in ("97 of 100 (91.5–99.4 %)", "3 of 100 (0.6–8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
         assert part in text
-    for part in ("100 harmful. 4 more were left out", "+2.0 points of refusals, -0.5000 nats", "1 unlike", "Sorry plain"):
+    for part in (
+        "100 harmful. 4 more were left out",
+        "+2.0 points of refusals, -0.5000 nats",
+        "100 % in the search and 97 % held out",
+        "1 unlike",
+        "Sorry plain",
+    ):
         assert part in text
     show(gather(run))
     assert "held out: refusals 97/100" in capsys.readouterr().out

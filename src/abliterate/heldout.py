@@ -24,6 +24,7 @@ from abliterate.prompts import digest, public_source
 from abliterate.settings import Settings
 from abliterate.types import Baseline, Prompt, Trial
 
+_LEFT_OUT = {"dropped": "that other sets have", "repeated": "repeated"}
 HUB = {
     "harmful_heldout": "JailbreakBench/JBB-Behaviors@behaviors:harmful:Goal",
     "harmless_heldout": "mlabonne/harmless_alpaca:test[100:200]:text",
@@ -70,9 +71,9 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
                 if not optional:
                     return None
         sizes = ", ".join(f"{len(part)} {name.replace('_', '-')}" for name, part in found.items())
-        dropped = sum(one["dropped"] for one in record.values())
-        known_too = f" ({dropped} left out, which other sets have)" if dropped else ""
-        context.reporter.note(f"held out: {sizes} prompts{known_too}")
+        counts = {what: sum(one[name] for one in record.values()) for name, what in _LEFT_OUT.items()}
+        left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        context.reporter.note(f"held out: {sizes} prompts" + (f" (left out: {left_out})" if left_out else ""))
     sets = HeldoutSets(found["harmful_heldout"], found["harmless_heldout"], found.get("over_refusal", ()))
     return Heldout(sets, record)
 
@@ -80,19 +81,19 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
 def _one_set(source: str, settings: Settings, seen: set[str]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
     """A set without what is in `seen`, which grows by it; and its record."""
     loaded = load_prompts(source, settings.prompts)
-    kept = []
+    own: dict[str, Prompt] = {}
     for prompt in loaded:
-        text = normalize(prompt.text)
-        if text not in seen:
-            seen.add(text)
-            kept.append(prompt)
+        own.setdefault(normalize(prompt.text), prompt)
+    kept = [prompt for text, prompt in own.items() if text not in seen]
+    dropped = len(own) - len(kept)
+    seen.update(own)
     if not kept:
         raise InputError(
             f"No prompt of {public_source(source)} is held out: the other sets have all {len(loaded)}; give another set with "
             "--harmful-heldout, --harmless-heldout or --over-refusal."
         )
-    dropped = len(loaded) - len(kept)
-    return tuple(kept), {"source": public_source(source), "count": len(kept), "dropped": dropped, "digest": digest(kept)}
+    counts = {"count": len(kept), "dropped": dropped, "repeated": len(loaded) - len(own)}
+    return tuple(kept), {"source": public_source(source), **counts, "digest": digest(kept)}
 
 
 def evaluate_trial(

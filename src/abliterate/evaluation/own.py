@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, TrialError
 from abliterate.evaluation.base import Scorer
+from abliterate.model.memory import is_out_of_memory
+
+_MODULE = "abliterate_own_"
+
+
+@contextlib.contextmanager
+def own_errors(scorer: Scorer) -> Iterator[None]:
+    """While active, what a user's own scorer raises becomes a TrialError, and what it prints goes to standard error."""
+    if not type(scorer).__module__.startswith(_MODULE):
+        yield
+        return
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # standard output may be JSON lines
+            yield
+    except TrialError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):  # smaller batches may cure that
+            raise
+        raise TrialError(f"the scorer {scorer.name} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
 
 
 def load_scorer(name: str) -> Scorer:
@@ -20,7 +42,7 @@ def load_scorer(name: str) -> Scorer:
     path = Path(place).expanduser()
     if not path.is_file():
         raise InputError(f"There is no file {place} with a scorer; give path/to/file.py:ClassName.")
-    spec = importlib.util.spec_from_file_location(f"abliterate_own_{abs(hash(path.absolute()))}", path)
+    spec = importlib.util.spec_from_file_location(f"{_MODULE}{abs(hash(path.absolute()))}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from abliterate.errors import TrialError
 from abliterate.evaluation.base import EarlyScorer, Observation, Scorer, ignores_responses
 from abliterate.evaluation.certificate import Certificate
+from abliterate.evaluation.own import own_errors
 from abliterate.evaluation.reference import Progress
 from abliterate.evaluation.selfcheck import Engine
 from abliterate.types import Prompt, Score
@@ -59,13 +61,28 @@ def evaluate(
 def base_scores(scorers: Sequence[Scorer], base: Observation) -> dict[str, Score]:
     """Scores of the unedited model, which the scorers are set up with first. TrialError as `score_of`."""
     for scorer in scorers:
-        scorer.setup(base)
+        set_up(scorer, base)
     return {scorer.name: score_of(scorer, base) for scorer in scorers}
 
 
+def set_up(scorer: Scorer, base: Observation) -> None:
+    """TrialError where a user's own scorer fails."""
+    with own_errors(scorer):
+        scorer.setup(base)
+
+
 def score_of(scorer: Scorer, observation: Observation) -> Score:
-    """One score; TrialError where its value is no finite number, which nothing could be compared with."""
-    found = scorer.score(observation)
-    if not math.isfinite(found.value):
-        raise TrialError(f"the scorer {scorer.name} gives {found.value}")
+    """One score.
+
+    Raises:
+        TrialError: a user's own scorer fails, or gives no `Score`, or one whose value is no finite number, which nothing could
+            be compared with, or whose record JSON can't hold.
+    """
+    with own_errors(scorer):
+        found = scorer.score(observation)
+        if not isinstance(found, Score):
+            raise TrialError(f"the scorer {scorer.name} gives {type(found).__name__} and no Score")
+        if not math.isfinite(found.value):
+            raise TrialError(f"the scorer {scorer.name} gives {found.value}")
+        json.dumps(found.record, allow_nan=False)
     return found

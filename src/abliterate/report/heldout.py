@@ -27,7 +27,7 @@ def heldout(material: Material) -> str:
             "What was measured on held-out prompts is of another trial than the selected; abliterate evaluate does it."
         )
     try:
-        return _of(record, f"trial {record['trial']}")
+        return _of(record, f"trial {record['trial']}", material.result["baseline"])
     except (AttributeError, KeyError, TypeError, ValueError):  # another version's
         return missing("This version can't read all that was measured on held-out prompts:") + pairs(record, "As it stands")
 
@@ -47,11 +47,11 @@ def rate_text(rate: Mapping[str, Any]) -> str:
     return f"{rate['count']} of {rate['prompts']} ({100 * rate['low']:.1f}–{100 * rate['high']:.1f} %)"
 
 
-def _of(record: Mapping[str, Any], trial: str) -> str:
+def _of(record: Mapping[str, Any], trial: str, before: Mapping[str, Any]) -> str:
     base, found, search = record["base"], record["candidate"], record["search"]
     sizes = [f"{part['count']} {_SETS.get(name, name)}" for name, part in record["prompts"].items()]
     dropped = sum(part["dropped"] for part in record["prompts"].values())
-    left_out = f" {dropped} more were left out: they are also in a set that directions or search use." if dropped else ""
+    left_out = f" {dropped} more were left out: another set has them, too." if dropped else ""
     text = (
         f"Measured after the search, on prompts that neither directions nor search have seen: {', '.join(sizes)}.{left_out} "
         "In brackets the 95 % interval (Clopper-Pearson)."
@@ -63,7 +63,12 @@ def _of(record: Mapping[str, Any], trial: str) -> str:
     ]
     faults = [(name.replace("_", " "), base["faults"][name], count, "") for name, count in found["faults"].items()]
     head = ("", "base model", trial, "in the search")
-    parts = [paragraph(text), table(head, [*rows, *faults], "Answers", words=(0,)), _drift(record, trial), _optimism(record)]
+    parts = [
+        paragraph(text),
+        table(head, [*rows, *faults], "Answers", words=(0,)),
+        _drift(record, trial),
+        _optimism(record, before),
+    ]
     if record["scores"]:
         scores = [(name, in_words(one["base"]), in_words(one["candidate"])) for name, one in record["scores"].items()]
         parts.append(table(("", "base model", trial), scores, "Other scorers", words=(0,)))
@@ -86,11 +91,13 @@ def _drift(record: Mapping[str, Any], trial: str) -> str:
     return table(("", trial, "in the search"), rows, "Drift from the base on harmless prompts; KL in nats", words=(0,))
 
 
-def _optimism(record: Mapping[str, Any]) -> str:
-    optimism = record["optimism"]
+def _optimism(record: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """`before`: the base model in the search."""
+    optimism, share = record["optimism"], before["refusals"] / max(1, before["prompts"])
     return paragraph(
         f"Optimism, held out less in the search: {100 * optimism['refusals']:+.1f} points of refusals, {optimism['kl']:+.4f} "
-        "nats of KL. Above 0 the search promised too much."
+        "nats of KL. Above 0 the search promised too much, if the sets are alike: the base model itself refuses "
+        f"{100 * share:.0f} % in the search and {100 * record['base']['refusals']['share']:.0f} % held out."
     )
 
 

@@ -107,7 +107,7 @@ def quantity(field: str, title: str) -> dict[str, Any]:
 
 
 def by_place() -> dict[str, str]:
-    """In the order of the field `place`. A list of names would become an expression, and a foreign name code."""
+    """In the order of the field `place`: a list of foreign names would become part of an expression."""
     return {"field": "place", "op": "min", "order": "ascending"}
 
 
