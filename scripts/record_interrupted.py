@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,7 @@ Recorded by `scripts/record_interrupted.py` in a terminal of {width} × {height}
 class Terminal:
     """A tmux session of its own, in a folder, with `abliterate` on its path."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, height: int = HEIGHT) -> None:
         self._server = f"abliterate-{uuid.uuid4().hex[:8]}"
         (folder / "abliterate").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m abliterate "$@"\n')
         (folder / "abliterate").chmod(0o755)
@@ -43,7 +43,7 @@ class Terminal:
             "LC_ALL": "C.UTF-8",
             "PS1": "$ ",
         }
-        command = ["new-session", "-d", "-x", str(WIDTH), "-y", str(HEIGHT), "-c", str(folder), "bash", "--norc", "--noprofile"]
+        command = ["new-session", "-d", "-x", str(WIDTH), "-y", str(height), "-c", str(folder), "bash", "--norc", "--noprofile"]
         subprocess.run(["tmux", "-u", "-L", self._server, *command], env=environment, check=True)
 
     def type(self, *keys: str) -> None:
@@ -105,8 +105,12 @@ def main() -> None:
             parts = record(terminal)
         finally:
             terminal.close()
-    text = "".join(f"\n{number}. {what}\n\n```text\n{screen}\n```\n" for number, (what, screen) in enumerate(parts, 1))
-    out.write_text(PAGE.format(width=WIDTH, height=HEIGHT, parts=text), encoding="utf-8")
+    out.write_text(PAGE.format(width=WIDTH, height=HEIGHT, parts=in_order(parts)), encoding="utf-8")
+
+
+def in_order(parts: Sequence[tuple[str, str]]) -> str:
+    """What happened, as Markdown."""
+    return "".join(f"\n{number}. {what}\n\n```text\n{screen}\n```\n" for number, (what, screen) in enumerate(parts, 1))
 
 
 if __name__ == "__main__":
