@@ -19,7 +19,7 @@ _CARD = """\
 
 # {base}, {title}
 
-This is {base}{revision} after directional ablation: the direction along which the model separates {separated}
+This is {base}{revision} after directional ablation: the direction along which the model separates {separated} \
 was removed from matrices that write to the residual stream. No training took place.{dequantized}
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
