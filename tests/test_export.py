@@ -22,7 +22,9 @@ from abliterate.edits import Factors
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
+from abliterate.objectives import DEFAULT
 from abliterate.settings import ExportSettings, LoadSettings
+from abliterate.types import Objective
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -358,6 +360,9 @@ def test_card_says_what_was_measured() -> None:
         "number": 7,
         "seed": 3,
         "params": make_params(0).to_record(),
+        "objectives": DEFAULT,
+        "before_values": {},
+        "values": {},
     }
     card = model_card(facts)
     assert "(exact)" in card
@@ -369,6 +374,19 @@ def test_card_says_what_was_measured() -> None:
     assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy
     for part in ("base_model: owner/name", "(revision abc)", "| 97 | 12 |", "mean 0.0512", "max 0.4000", "trial 7", "seed 3"):
         assert part in card
+    assert "# owner/name, with refusal ablated" in card
+    assert "It refuses less than the base model" in card
+    assert "\n- abliterated\n" in card
+    # Objectives may ask for something else than fewer refusals.
+    words = facts | {"objectives": (Objective("my words", "maximize"),)}
+    for after, said in ((97, "as many as"), (98, "more than")):
+        other = " ".join(model_card(words | {"after": after}).split())
+        assert "altered on purpose**, by a search over `my words` (maximized)." in other
+        assert f"Of the harmful prompts below it refuses {said} the base model does." in other
+        assert "# owner/name, with a direction ablated" in other
+        for part in ("refuses less", "refusal ablated", "it refuses from", "- abliterated"):
+            assert part not in other
+    assert "It refuses less" in model_card(words)
 
 
 def test_a_tokenizers_files_do_not_tell_how_it_was_loaded(tmp_path: Path) -> None:

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import html
 import io
+import json
 import re
+import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import copy_run, quick_options
+from conftest import copy_run, make_tokenizer, quick_options
 from forked import finish, write_config
 from rich.console import Console
+from test_heldout import heldout_files  # noqa: F401  (a fixture)
+from test_judges import classifier  # noqa: F401  (a fixture)
+from test_objectives import OWN as WORDS
 
 from abliterate import cli, tables
 from abliterate.console import PlainReporter, RichReporter, show_error
 from abliterate.errors import InputError
-from abliterate.export.card import model_card
-from abliterate.export.recipe import plain, recipe
+from abliterate.export.card import checked, model_card
+from abliterate.export.recipe import FILES, code, commands, plain, recipe
 from abliterate.model.loader import demo_path
+from abliterate.objectives import OWN
 from abliterate.report.html import render
 from abliterate.report.material import gather
 from abliterate.rundir import RunDirectory, default_path
 from abliterate.settings import Settings
-from abliterate.settings_sources import dump_settings, load_settings, without_password
-from abliterate.types import Kernel, Trial, TrialParams
+from abliterate.settings_sources import (
+    _PROMPT_SETS,
+    config_path,
+    dump_settings,
+    load_settings,
+    parse_assignments,
+    without_password,
+)
+from abliterate.types import Kernel, Objective, Trial, TrialParams
 from abliterate.workers import place_of
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -163,6 +178,9 @@ def test_the_card_escapes(finished: Finished, tmp_path: Path) -> None:
         "params": {},
         "recipe": section,
         "dense": True,
+        "objectives": (Objective(HOSTILE, "minimize"),),
+        "before_values": {HOSTILE: 1.0},
+        "values": {HOSTILE: 2.0},
     }
     card = model_card(facts)
     lines, fence, outside = card.split("\n"), "", []
@@ -182,6 +200,65 @@ def test_the_card_escapes(finished: Finished, tmp_path: Path) -> None:
     assert not re.search(r"(?<!\\)\[y", text)
     rows = [line for line in outside if line.startswith("|") and "sha256" in line]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
+
+
+def test_a_card_has_no_control_characters(finished: Finished) -> None:
+    """Of a scorer's, a file's, a model's name or a setting; its commands mean what they would have."""
+    _, first, settings = finished
+    odd = "a" + "".join(CONTROLS) + "\U000e0001'b\\"
+    options = {"prompts": {"prefix": odd}, "load": {"template_options": {odd: odd}}, "model": odd.replace("\0", "")}
+    own = load_settings("", {name: value for name, value in options.items() if name != "model"})
+    own = own.model_copy(update={"model": options["model"]})
+    record = {**first, "model": first["model"] | {"id": odd}}
+    record["prompts"] = {name: {**part, "source": odd} for name, part in first["prompts"].items()}
+    rate = {"count": 1, "prompts": 2, "low": 0.1, "high": 0.9}
+    side = {"refusals": rate, "answered": rate, "over_refusals": rate}
+    heldout = {
+        "base": side,
+        "candidate": side,
+        "unchanged": rate,
+        "search": {"refusals": rate, "kl": {"mean": 0.1}},
+        "kl": {"mean": 0.1},
+        "kl_answers": {"tokens": 1, "mean": 0.1},
+        "perplexity": {"base": 1.0, "candidate": 1.0},
+        "prompts": {"harmful_heldout": {"source": odd, "count": 3}},
+    }
+    facts = {
+        "base": odd,
+        "on_hub": False,
+        "revision": odd,
+        "n_harmful": 1,
+        "n_harmless": 1,
+        "before": 1,
+        "after": 1,
+        "kl": {"mean": 0.1, "median": 0.1, "max": 0.1},
+        "mode": "full",
+        "representation": "exact",
+        "approximation": {},
+        "method": "mean",
+        "number": 0,
+        "seed": 0,
+        "params": {},
+        "dense": True,
+        "heldout": heldout,
+        "objectives": (Objective(odd, "minimize"),),
+        "before_values": {odd: 1.0},
+        "values": {odd: 2.0},
+        "recipe": recipe(own, record, "merged", 0),
+    }
+    failed = checked({"ok": False, "checks": {}, "reason": odd}, Trial.from_record(first["trials"][0]), 1)
+    for text in (model_card(facts), failed, plain(odd), code(odd)):
+        assert not [control for control in CONTROLS if control in text]
+        assert text.replace("\n", "").isprintable()
+    command = commands(own, record, "merged", 0)[0]
+    said = subprocess.run(
+        ["bash", "-c", f"printf '%s\\0' {command}"], capture_output=True, env={"LC_ALL": "C.UTF-8"}, check=True
+    )
+    arguments = said.stdout.decode("utf-8").split("\0")
+    assert arguments[2] == own.model
+    found = load_settings("", parse_assignments([value for name, value in pairwise(arguments) if name == "--set"]))
+    assert found.prompts == own.prompts
+    assert found.load.template_options == own.load.template_options
 
 
 SECRETS = {
@@ -236,6 +313,79 @@ def test_a_databases_password_is_in_no_file_and_no_log(prompt_files: dict[str, s
     study = (tmp_path / "run" / "study.name").read_text(encoding="utf-8").strip()
     with pytest.raises(InputError, match=f"give --storage URL --study {study} instead of the directory"):
         place_of(tmp_path / "run", "", "")
+
+
+def test_paths_are_in_no_file_that_is_passed_on(
+    prompt_files: dict[str, str],
+    heldout_files: dict[str, str],  # noqa: F811
+    classifier: str,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """With every setting that may be a path: of a run's files only `settings.toml` says where anything lies."""
+    folder = tmp_path / "secretdir"
+    copy_run(demo_path() / "model", folder / "base")
+    copy_run(Path(classifier), folder / "judge")
+    (folder / "mine.py").write_text(WORDS, encoding="utf-8")
+    (folder / "markers.txt").write_bytes(config_path("markers.txt").read_bytes())
+    (folder / "mine.jinja").write_text(make_tokenizer().chat_template, encoding="utf-8")  # type: ignore[arg-type]
+    for name, path in (prompt_files | heldout_files).items():
+        (folder / f"{name}.jsonl").write_bytes(Path(path).read_bytes())
+    scorer = f"{folder}/mine.py:Words"
+    stated: dict[str, Any] = {
+        "model": str(folder / "base"),
+        "prompts": {name: str(folder / f"{name}.jsonl") for name in prompt_files | heldout_files},
+        "load": {"chat_template": str(folder / "mine.jinja"), "offload_folder": str(folder / "offload")},
+        "evaluation": {
+            "markers": str(folder / "markers.txt"),
+            "heldout": True,
+            "judge_model": str(folder / "judge"),
+            "scorers": ["refusals", "kl", "classifier", scorer],
+            "heldout_scorers": ["classifier", scorer],
+        },
+        "efficiency": {"residual_cache_dir": str(folder / "residuals")},
+        "search": {
+            "trials": 2,
+            "storage": f"sqlite:///{folder}/study.db",
+            "objectives": ["refusals", "kl", f"{scorer}:maximize"],
+        },
+        "export": {"kind": "adapter"},
+    }
+    # Any setting for a prompt set or a file is among them.
+    may_be_paths = {name for name, text in texts_of(load_settings("", stated).model_dump()) if "secretdir" in text}
+    assert may_be_paths >= {*(f"prompts.{name}" for name in _PROMPT_SETS), *FILES.values(), *OWN, "evaluation.judge_model"}
+    config = write_config(folder / "quick.toml", quick_options({}, folder / "cache", **stated))
+    out = folder / "outdir" / "run"
+    first = finish(["run", "-c", config, "-o", out], tmp_path)
+    assert first.end() == 0, first.out + first.err
+    again = finish(["run", "-c", config, "-o", out, "--resume", "--json"], tmp_path)
+    assert again.end() == 0, again.out + again.err
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert not result["heldout"]["judges"][0].get("error")
+    files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    card = files["model/README.md"].read_text(encoding="utf-8")
+    assert files.keys() >= {"report.html", "result.json", "recipe.json", "model/recipe.json", "settings.toml"}
+    assert [name for name, path in files.items() if b"secretdir" in path.read_bytes()] == ["settings.toml"]
+    # Where the run itself lies is what the person has just said.
+    shown = [line for command in (first, again) for line in (command.out + command.err).splitlines()]
+    shown = [line.replace(json.dumps(str(out))[1:-1], "") for line in shown]
+    assert not [line for line in shown if "secretdir" in line]
+    # What trials are scored by is named, what only the last step uses isn't.
+    assert 'evaluation.judge_model="judge"' in card
+    assert "heldout_scorers" not in card
+    for name in (*heldout_files, "judge_", "heldout_scorers"):
+        assert name not in json.dumps(json.loads(files["recipe.json"].read_text(encoding="utf-8"))["settings"])
+
+
+def texts_of(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of every text in nested settings."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from texts_of(entry, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from texts_of(entry, name)
+    elif isinstance(value, str):
+        yield name, value
 
 
 @pytest.mark.parametrize(

@@ -302,6 +302,8 @@ RULED = [make(0, 0.02, 7, 9.0), make(1, 0.05, 4, 5.0), make(2, 0.09, 2, 3.0), ma
         ("words>=5", (KL, REFUSALS, WORDS), 1),
         ("words >= 6.5", (KL, REFUSALS, WORDS), 4),
         ("words<=4", (KL, REFUSALS, WORDS), 3),
+        (" kl <= 0.06 ", (KL, WORDS), 0),
+        ("trial : 4", (KL, WORDS), 4),
         ("words>=3", (KL, WORDS), 0),
         ("words>=3", (WORDS,), 4),
         ("words>=-1e1", (KL, REFUSALS), 3),
@@ -315,6 +317,12 @@ def test_rules(rule: str, objectives: tuple[Objective, ...], number: int) -> Non
 
 def test_a_rule_names_its_scorer() -> None:
     assert parse_rule("Words>=1").scorer == "Words"
+    assert parse_rule(" my words >= 1 ").scorer == "my words"
+    assert parse_rule("my words>=1").scorer == "my words"
+    assert parse_rule("a >= b <= -1e1").scorer == "a >= b"
+    spaced = [make(0, 0.02, 7), make(1, 0.05, 4)]
+    values = [dataclasses.replace(trial, values={**trial.values, "my words": 1.0 + trial.number}) for trial in spaced]
+    assert parse_rule("my words >= 2")(values).number == 1
     assert parse_rule("kl<=1").scorer == parse_rule("auto").scorer == ""
     with pytest.raises(AbliterateError, match="No trial on the front"):
         parse_rule("nothing>=1")(RULED)

@@ -85,16 +85,39 @@ def test_what_is_of_this_machine_or_a_secret_is_not_said(tmp_path: Path) -> None
         "cache_dir": str(tmp_path / "cache"),
         "search": {"storage": "postgresql://me:secret@host/db"},
         "efficiency": {"residual_cache_dir": str(tmp_path / "more")},
-        "evaluation": {"markers": str(tmp_path / "markers.txt")},
+        "evaluation": {
+            "markers": str(tmp_path / "markers.txt"),
+            "judge_model": str(tmp_path / "base"),
+            "judge_label": "refused",
+            "heldout_scorers": ["classifier", "unfinished_thinking"],
+        },
+        "prompts": {name: str(tmp_path / "markers.txt") for name in ("harmful_heldout", "harmless_heldout", "over_refusal")},
         "load": {"chat_template": str(tmp_path / "gone.jinja")},
     }
     text = recipe.recipe(load_settings("", options), RECORD, "merged", 0)
     assert str(tmp_path) not in text
     assert "secret" not in text
+    assert "heldout" not in text
+    assert "over_refusal" not in text
+    assert "judge" not in text
     assert "run base --seed" in text
     assert 'evaluation.markers="markers.txt"' in text
     assert "`markers.txt`, sha256 `" in text
     assert "`gone.jinja`, sha256 `not at hand`" in text
+
+
+def test_a_judge_of_trials_is_said(tmp_path: Path) -> None:
+    """Where what it says is part of a trial, a run without it would be another."""
+    (tmp_path / "judge").mkdir()
+    for scorers in (
+        {"evaluation": {"scorers": ["kl", "classifier"]}},
+        {"search": {"objectives": ["kl", "classifier:minimize"]}},
+    ):
+        for judge, said in ((str(tmp_path / "judge"), "judge"), ("owner/judge", "owner/judge")):
+            stated = {"model": "m", **scorers}
+            stated["evaluation"] = {"judge_label": "no", "judge_model": judge, **scorers.get("evaluation", {})}
+            found = settings_of(shlex.split(recipe.commands(load_settings("", stated), RECORD, "merged", 0)[0]))
+            assert (found.evaluation.judge_model, found.evaluation.judge_label) == (said, "no")
 
 
 def test_random_trials_are_as_many_as_when_the_study_began() -> None:

@@ -17,13 +17,16 @@ from conftest import Recorder, copy_run, make_editor, make_loaded, make_model, m
 from test_cli import Invoke, assert_sentence, invoke, spawn  # noqa: F401  (a fixture)
 from test_later import forbidden, other_trial, with_kind
 
-from abliterate import later, pipeline, reproduce, stages
+from abliterate import evaluation, later, pipeline, reproduce, stages
 from abliterate.comparison import Comparison
 from abliterate.edits import Factors
 from abliterate.edits.sketch import largest_difference, sketch
 from abliterate.errors import AbliterateError, InputError
+from abliterate.evaluation import judges
 from abliterate.export.recipe_file import hashes, read_recipe
+from abliterate.identity import OBJECTIVES, SCORERS
 from abliterate.model.loader import demo_path
+from abliterate.objectives import JUDGES
 from abliterate.recipe_settings import settings_of
 from abliterate.rundir import RunDirectory, digest_of, write_json
 from abliterate.search import Study
@@ -407,6 +410,58 @@ def test_a_source_in_a_recipe_is_never_a_path(
     files = {name: path for name, path in prompt_files.items() if name != "harmful"}
     with pytest.raises(InputError, match="give them with --harmful FILE"):
         again(recipe, files, tmp_path / "cache", tmp_path / "again")
+
+
+def _with_judges(record: dict[str, Any]) -> None:
+    """As if its trials had been scored by judges, too."""
+    record["settings"]["evaluation"] |= {
+        "scorers": ["refusals", "kl", "classifier", "endpoint"],
+        "heldout_scorers": ["classifier", "/etc/evil.py:Evil"],
+        "judge_model": "/etc",
+        "judge_label": "refusal",
+    }
+    record["settings"]["search"]["objectives"] = ["classifier:minimize", "endpoint"]
+    record["settings"]["prompts"] |= {"harmful_heldout": "/etc/passwd", "over_refusal": "owner/name:train:text"}
+    record["identity"] |= {SCORERS: "another", OBJECTIVES: "another"}
+
+
+def test_a_recipe_makes_no_judge_be_asked(
+    finished: Finished, tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All else in it is right; the person even has an endpoint of their own."""
+    path, _, settings = finished
+    recipe = changed(path / "recipe.json", tmp_path / "recipe.json", _with_judges)
+    for name in ("URL", "MODEL"):
+        monkeypatch.setenv(f"ABLITERATE_JUDGE_{name}", "http://127.0.0.1:9/v1")
+    monkeypatch.setattr(judges.Classifier, "__init__", forbidden)
+    monkeypatch.setattr(judges.Endpoint, "__init__", forbidden)
+    monkeypatch.setattr(evaluation, "load_scorer", forbidden)
+    here = settings_of(read_recipe(recipe), {"prompts": prompt_files}, "")
+    assert here.evaluation == settings.evaluation.model_copy(update={"scorers": ("refusals", "kl")})
+    assert here.search.objectives == ("kl",)
+    assert "/etc" not in here.model_dump_json()
+    assert here.prompts.harmful_heldout == here.prompts.over_refusal == ""
+    result, recorder = again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
+    assert result["reproduction"]["outcome"] == "identical"
+    assert [text for text in recorder.warnings if "judges ('classifier', 'endpoint'); they aren't run here" in text]
+    # Another identity is let pass for judges of trials only, and no other part of it.
+    for change in (
+        lambda record: record["settings"]["evaluation"].update(heldout_scorers=["classifier", "mine.py:Words"]),
+        lambda record: (_with_judges(record), record["identity"].update({"edit mode": "another"})),
+    ):
+        recipe = changed(
+            path / "recipe.json",
+            tmp_path / "other.json",
+            lambda record, change=change: (change(record), record["identity"].update({SCORERS: "another"})),
+        )
+        with pytest.raises(InputError, match="made with another"):
+            again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
+
+
+def test_judges_are_all_known() -> None:
+    """Every built-in scorer that asks another model is one that no recipe may name."""
+    assert {one.name for one in judges._Judge.__subclasses__()} == set(JUDGES)
+    assert set(JUDGES) < set(evaluation.SCORERS)
 
 
 @pytest.mark.parametrize(

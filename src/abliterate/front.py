@@ -102,8 +102,7 @@ def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objecti
     Raises:
         InputError: none of these.
     """
-    compact = text.replace(" ", "")
-    lower = compact.lower()
+    lower = text.replace(" ", "").lower()
     first = _best_in(lead(objectives), objectives)
     if lower == "auto":
         return SelectionRule(text, lambda front: _auto(front, auto_max_kl, objectives))
@@ -118,10 +117,9 @@ def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objecti
     if match := re.fullmatch(r"refusals<=(\d+)", lower):
         count, least = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
         return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, least, text))
-    if (match := re.fullmatch(f"(.+?)([<>]=)([+-]?{_NUMBER})", compact, re.IGNORECASE)) and match[1].lower() not in (
-        KL,
-        REFUSALS,
-    ):
+    # A scorer's name may have spaces in it.
+    match = re.fullmatch(rf"\s*(.+?)\s*([<>]=)\s*([+-]?{_NUMBER})\s*", text, re.IGNORECASE)
+    if match and match[1].lower() not in (KL, REFUSALS):
         name, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
         beside = _best_in(lead(objectives, without=name), objectives)
 

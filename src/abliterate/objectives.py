@@ -14,8 +14,11 @@ from abliterate.types import Baseline, Direction, Objective, Trial
 
 Vector = tuple[float, ...]
 KL, REFUSALS = "kl", "refusals"
-# Settings that may name scorers in files.
-OWN = ("evaluation.scorers", "evaluation.heldout_scorers", "search.objectives")
+# Settings that name what trials are scored by; any may be in a file.
+OWN = ("evaluation.scorers", "search.objectives")
+# Scorers that ask another model: one from a path or the Hub, or a server.
+CLASSIFIER = "classifier"
+JUDGES = (CLASSIFIER, "endpoint")
 DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
 
 

@@ -1,7 +1,7 @@
 """The settings that a recipe stands for on this machine.
 
 Owns what a recipe, a stranger's file, may ask: no place to read or write, no name taken for a path, no code unless the person
-allows it. Where things lie is said by the person's own options. Knows no model.
+allows it, no model or server to ask. Where things lie is said by the person's own options. Knows no model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 
 from abliterate.errors import InputError
-from abliterate.export.recipe import FILES
+from abliterate.export.recipe import FILES, UNTRIED
 from abliterate.export.recipe_file import LEFT_OUT
 from abliterate.export.recipe_schema import Recipe
 from abliterate.inputs import DEMO_PROMPTS
 from abliterate.model.loader import DEMO
-from abliterate.objectives import KL, OWN, is_own, split
+from abliterate.objectives import JUDGES, KL, OWN, is_own, split
 from abliterate.prompts import dataset_name
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings
@@ -35,11 +35,15 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
         InputError: something of the author's machine isn't given, or a setting isn't one of this version's.
     """
     base = load_settings("", own)
-    stated = {section: dict(options) for section, options in recipe.settings.items()}
+    # Recipes of earlier versions have what no trial depends on.
+    stated = {
+        section: {option: value for option, value in options.items() if f"{section}.{option}" not in UNTRIED}
+        for section, options in recipe.settings.items()
+    }
     for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
         if name in LEFT_OUT:  # a place on this machine, or one to send things to
             raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
-    _leave_own_scorers(stated)
+    _leave_scorers(stated)
     load, machine = stated.setdefault("load", {}), base.load
     _check_code(load, allowed=machine.trust_remote_code)
     model = _model(recipe, base.model)
@@ -75,19 +79,26 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
     return base.model_copy(update={**sections, "model": model, "seed": recipe.seed, "out": ""})
 
 
-def own_scorers(recipe: Recipe) -> list[str]:
-    """The scorers in files of the author's, which aren't run here: by file and class."""
+def left_scorers(recipe: Recipe) -> list[str]:
+    """The scorers that aren't run here: those in files of the author's, by file and class, and judges."""
     lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
     names = [name for found in lists if isinstance(found, list) for name in found]
-    return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and is_own(name)))
+    return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and _is_left(name)))
 
 
-def _leave_own_scorers(stated: dict[str, dict[str, Any]]) -> None:
-    """No name in a recipe makes a file's code run. A trial needs no objectives; KL stands for those that are gone."""
+def _is_left(name: str) -> bool:
+    return is_own(name) or split(name)[0] in JUDGES
+
+
+def _leave_scorers(stated: dict[str, dict[str, Any]]) -> None:
+    """No name in a recipe runs a file's code, loads another model or asks a server.
+
+    A trial needs no objectives; KL stands for those that are gone.
+    """
     for section, option in map(_parts, OWN):
         found = stated.get(section, {}).get(option)
         if isinstance(found, list):
-            kept = [name for name in found if not (isinstance(name, str) and is_own(name))]
+            kept = [name for name in found if not (isinstance(name, str) and _is_left(name))]
             stated[section][option] = kept or ([KL] if option == "objectives" else [])
 
 

@@ -28,7 +28,7 @@ from abliterate.identity import OBJECTIVES, SCORERS, study_identity
 from abliterate.inputs import Context, PromptSets, read_prompts
 from abliterate.inspection import check_model
 from abliterate.pipeline import make_store
-from abliterate.recipe_settings import own_scorers, settings_of
+from abliterate.recipe_settings import left_scorers, settings_of
 from abliterate.results import RunResult
 from abliterate.rundir import safe_name
 from abliterate.search import changed_parts
@@ -142,11 +142,11 @@ def _checked(recipe: Recipe, context: Context, bench: Bench, prompts: PromptSets
     if set(changed) & _LOOSE - {"model"}:
         context.reporter.warn("The attention implementation is another one than the recipe's.")
     loose = _LOOSE
-    if own := own_scorers(recipe):
+    if left := left_scorers(recipe):
         loose = {*_LOOSE, OBJECTIVES, SCORERS}
         context.reporter.warn(
-            f"The recipe's author had scorers in files ({', '.join(map(repr, own))}); they aren't run here, and markers aren't "
-            "compared: refusals and KL tell whether the trial is the same."
+            f"The recipe's author had scorers in files, or judges ({', '.join(map(repr, left))}); they aren't run here, and "
+            "markers aren't compared: refusals and KL tell whether the trial is the same."
         )
     wrong = [name for name in changed if name not in loose]
     if wrong:

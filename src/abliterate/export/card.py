@@ -14,17 +14,15 @@ from abliterate.types import Trial
 _CARD = """\
 ---
 {base_model}tags:
-- abliterated
-- abliterate
+{tags}
 ---
 
-# {base}, with refusal ablated
+# {base}, {title}
 
-This is {base}{revision} after directional ablation: the direction along which the model separates prompts it refuses
-from prompts it answers was removed from matrices that write to the residual stream. No training took place.{dequantized}
+This is {base}{revision} after directional ablation: the direction along which the model separates {separated} \
+was removed from matrices that write to the residual stream. No training took place.{dequantized}
 
-**Its safety behaviour was altered on purpose.** It refuses less than the base model, also where the base model was
-right to refuse. Whoever runs or passes on this model answers for what it is used for.
+{altered} Whoever runs or passes on this model answers for what it is used for.
 
 | | base | this model |
 |---|---|---|
@@ -42,6 +40,21 @@ made with abliterate {version}. Parameters:
 ```
 {recipe}"""
 
+# Where it refuses fewer of the harmful prompts than the base, and where it doesn't.
+_LESS = {
+    "tags": "- abliterated\n- abliterate",
+    "title": "with refusal ablated",
+    "separated": "prompts it refuses\nfrom prompts it answers",
+    "altered": "**Its safety behaviour was altered on purpose.** It refuses less than the base model, also where the base\n"
+    "model was right to refuse.",
+}
+_NOT_LESS = {
+    "tags": "- abliterate",
+    "title": "with a direction ablated",
+    "separated": "one set of prompts\n(called harmful) from another (called harmless)",
+    "altered": "**Its behaviour was altered on purpose**, by a search over {named}. Of the harmful prompts\n"
+    "below it refuses {compared} the base model does.",
+}
 _HELDOUT = """
 ## On prompts that were held out
 
@@ -97,7 +110,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         )
     named = ", ".join(f"{code(one.name)} ({one.goal}d)" for one in facts["objectives"])
     base_values = facts["before_values"]
-    texts = {
+    texts = _said(facts["before"], facts["after"], named) | {
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
         "others": "".join(
             f"| {code(name)} | {f'{base_values[name]:.4g}' if name in base_values else ''} | {value:.4g} |\n"
@@ -115,13 +128,21 @@ def model_card(facts: Mapping[str, Any]) -> str:
     return _CARD.format(**{**facts, **facts["kl"], **texts})
 
 
+def _said(before: int, after: int, named: str) -> dict[str, str]:
+    """What the card says of refusals, by `before` and `after`: objectives may ask for something else than fewer."""
+    if after < before:
+        return _LESS
+    compared = "as many as" if after == before else "more than"
+    return _NOT_LESS | {"altered": _NOT_LESS["altered"].format(named=named, compared=compared)}
+
+
 def _heldout(record: Mapping[str, Any] | None) -> str:
     """The section on held-out prompts, of the record in `result.json`; nothing where there is none."""
     if not record:
         return ""
     sides = {name: {score: _rate(record[name][score]) for score in ("refusals", "answered")} for name in ("base", "candidate")}
     over = [record[name]["over_refusals"] for name in ("base", "candidate")]
-    sources = "; ".join(f"{one['count']} of {one['source']}" for one in record["prompts"].values())
+    sources = "; ".join(f"{one['count']} of {plain(one['source'])}" for one in record["prompts"].values())
     return _HELDOUT.format(
         **sides,
         sources=sources,
@@ -146,7 +167,7 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     if record["ok"]:
         verdict = "The export was read back from disk; it is what the trial was, within rounding."
     else:
-        failed = ", ".join(name for name, passed in record["checks"].items() if not passed) or record["reason"]
+        failed = ", ".join(name for name, passed in record["checks"].items() if not passed) or plain(record["reason"])
         verdict = (
             f"**The check failed** ({failed}): read back from disk, this export differs from the trial by more than rounding "
             "explains, so the figures above are not its own. Don't use it before you know why."

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from abliterate.model.loader import public_name
-from abliterate.objectives import OWN, is_own, public
+from abliterate.objectives import CLASSIFIER, OWN, is_own, public
 from abliterate.prompts import public_source
 from abliterate.settings import Settings
 
@@ -23,6 +23,11 @@ _ELSEWHERE = {
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
     *("search.trials", "search.startup_trials", "search.storage", "search.select", "search.select_max_kl"),
     *("export.kind", "export.verify", "export.push", "export.push_private"),
+}
+# No part of what a trial is: what the chosen one is measured on and by at the end. Some are paths.
+UNTRIED = {
+    *("prompts.harmful_heldout", "prompts.harmless_heldout", "prompts.over_refusal"),
+    *("evaluation.heldout_scorers", "evaluation.judge_model", "evaluation.judge_label"),
 }
 # Settings that may name a file: by its last part, and its content by a hash.
 FILES = {
@@ -61,14 +66,19 @@ def recipe(settings: Settings, record: Mapping[str, Any], kind: str, trial: int)
 
 def code(text: str) -> str:
     """Any text as code within a table of Markdown: in one line, and nothing of it means anything."""
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = visible(" ".join(text.split())).replace("|", "\\|")
     longest = max(map(len, re.findall("`+", text)), default=0)
     return f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}" if longest else f"`{text}`"
 
 
 def plain(text: str) -> str:
     """Any text within a line of Markdown, where it is shown as it is."""
-    return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", visible(" ".join(text.split())))
+
+
+def visible(text: str) -> str:
+    """Text with control characters, and all else that can't be seen, as they are written in Python."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
 
 
 def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> list[str]:
@@ -82,20 +92,41 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
     run += ["--startup-trials", str(record.get("startup_trials") or search.n_startup_trials), "--dtype", model["dtype"]]
     if revision:
         run += ["--set", f"load.revision={_toml(revision)}"]
-    for name, value in changed_settings(settings):
+    for name, value in (*changed_settings(settings), *_judge(settings)):
         shown = public_source(value) if name in FILES.values() else value
         shown = [public(one) for one in value] if name in OWN else shown
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
-    return [shlex.join([*run, "--export", "none", "-o", "run"]), shlex.join(export)]
+    return [" ".join(map(_quoted, line)) for line in ([*run, "--export", "none", "-o", "run"], export)]
 
 
 def changed_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
     """(dotted name, value) of every setting that isn't the default, but for those that the command names itself."""
     defaults = dict(_flat(Settings.model_construct()))
     for name, value in _flat(settings):
-        if name not in _ELSEWHERE and value != defaults[name]:
+        if name not in _ELSEWHERE | UNTRIED and value != defaults[name]:
             yield name, value
+
+
+def _judge(settings: Settings) -> Iterator[tuple[str, str]]:
+    """The judge's settings where trials are scored by it; of a directory its name."""
+    if CLASSIFIER in settings.scorers:
+        yield "evaluation.judge_model", public_source(settings.evaluation.judge_model)
+        if settings.evaluation.judge_label:
+            yield "evaluation.judge_label", settings.evaluation.judge_label
+
+
+def _quoted(text: str) -> str:
+    """An argument as a shell reads it; control characters as `$'…'` has them."""
+    if text.isprintable():
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + _escaped(escaped) + "'"
+
+
+def _escaped(text: str) -> str:
+    """What can't be printed as TOML's strings and shells take it."""
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
 
 
 def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,8 +170,8 @@ def file_digest(path: str) -> str:
 def _toml(value: Any) -> str:
     """A value as `--set` reads it: TOML on one line, whose strings are JSON's."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
+        return "{" + ", ".join(f"{_toml(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
     # Not escaped beyond ASCII: JSON's pairs of surrogates are no TOML.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return _escaped(json.dumps(value, ensure_ascii=False))

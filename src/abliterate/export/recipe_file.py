@@ -21,7 +21,7 @@ from abliterate.edits import Factors
 from abliterate.edits.sketch import sketch
 from abliterate.errors import InputError
 from abliterate.export.base import LOCK, MARKER
-from abliterate.export.recipe import FILES, file_digest
+from abliterate.export.recipe import FILES, UNTRIED, file_digest
 from abliterate.export.recipe_schema import BaselinePart, ModelPart, Origin, Recipe, TrialPart
 from abliterate.objectives import OWN, public
 from abliterate.prompts import public_source
@@ -33,7 +33,7 @@ RECIPE = "recipe.json"
 FORMAT = 1
 # No part of the model, or written after the hashes.
 _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
-# Settings that no recipe holds: of one machine, a secret, or said elsewhere in it.
+# Settings that no recipe may have: of one machine, a secret, or said elsewhere in it.
 LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
@@ -151,7 +151,7 @@ def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
         section: {
             name: list(map(public, value)) if f"{section}.{name}" in OWN else value
             for name, value in options.items()
-            if f"{section}.{name}" not in LEFT_OUT
+            if f"{section}.{name}" not in LEFT_OUT | UNTRIED
         }
         for section, options in dumped.items()
         if isinstance(options, dict)
