@@ -36,9 +36,10 @@ class Clock:
     def __init__(self, study: Study) -> None:
         self.seconds = 0.0
         self._thread = threading.get_ident()
-        dialect = study._storage._backend.engine.dialect if hasattr(study._storage, "_backend") else None
-        for name in ("do_execute", "do_executemany", "do_execute_no_params", "do_commit", "do_rollback") if dialect else ():
-            setattr(dialect, name, partial(self._timed, getattr(dialect, name)))
+        engine = getattr(getattr(study._storage, "_backend", None), "engine", None)
+        if engine is not None:  # a journal has none
+            for name in ("do_execute", "do_executemany", "do_execute_no_params", "do_commit", "do_rollback"):
+                setattr(engine.dialect, name, partial(self._timed, getattr(engine.dialect, name)))
 
     def _timed(self, work: Callable[..., Any], *given: Any, **options: Any) -> Any:
         started = time.perf_counter()

@@ -17,7 +17,7 @@ from test_objectives import OWN, brute_force
 from test_pipeline import interrupt_after
 
 from abliterate import pipeline, workers
-from abliterate.errors import AbliterateError, Interrupted, TrialError
+from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation.base import Observation
 from abliterate.evaluation.own import load_scorer
 from abliterate.evaluation.trial import base_scores, score_of
@@ -331,4 +331,21 @@ def test_what_an_own_scorer_does_wrong_is_said(
 def test_an_own_scorer_without_memory_is_tried_again(tmp_path: Path) -> None:
     scorer = load_scorer(f"{written(tmp_path, BAD)}:Full")
     with pytest.raises(torch.OutOfMemoryError):
+        score_of(scorer, Observation([], torch.zeros(1, 5)))
+
+
+@pytest.mark.parametrize("name", ["seconds", "kl_mean", "", " x", "a<=b", "a,b", "x" * 41, "\x1b[31m"])
+def test_a_name_that_tables_and_rules_could_not_hold(name: str, tmp_path: Path) -> None:
+    text = BAD.replace('"raises"', repr(name))
+    with pytest.raises(InputError, match="can't be called"):
+        load_scorer(f"{written(tmp_path, text)}:Late")
+
+
+def test_what_a_file_does_when_it_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load_scorer(f"{written(tmp_path, 'print(1)' + BAD)}:Late").name == "raises"
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="can't be made: SystemExit: 3"):
+        load_scorer(f"{written(tmp_path, 'raise SystemExit(3)')}:Late")
+    scorer = load_scorer(f"{written(tmp_path, BAD.replace('1 / 0', 'exit(3)'))}:Raises")
+    with pytest.raises(TrialError, match="fails: SystemExit: 3"):
         score_of(scorer, Observation([], torch.zeros(1, 5)))

@@ -381,3 +381,31 @@ def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch
     page = Page(run.report.read_text(encoding="utf-8"))
     assert "no plots, because vl-convert failed" in page.text
     assert "plots" not in page.data
+
+
+def test_a_page_that_says_less_is_warned_of(invoke: Invoke, tmp_path: Path) -> None:  # noqa: F811
+    run = made_run(tmp_path / "run")
+    assert invoke("report", run.path).err == ""
+    run.geometry.write_text("{", encoding="utf-8")
+    found = invoke("report", run.path)
+    assert "warning: The file geometry.json can't be read" in found.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("refusals", "the plot shows it by trial"), ("refusals own", "the plot shows both"), ("kl refusals own", "first two")],
+)
+def test_the_front_of_other_objectives_says_what_it_shows(names: str, said: str, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    values = {"own": 2.5, "kl": 0.0, "refusals": 100.0}
+    for trial in record["trials"]:
+        trial["values"] = values if trial["scores"] else {}
+    record["objectives"] = [{"name": name, "goal": "minimize"} for name in names.split()]
+    record["baseline"]["values"] = values
+    write_json(run.result, record)
+    page = Page(render(gather(run)))
+    assert said in page.text
+    assert "The base model has" in page.text
+    assert ("own 2.5." in page.text) == ("own" in names)
+    assert "front" in page.data["plots"]

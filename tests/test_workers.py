@@ -324,11 +324,9 @@ def test_a_killed_worker_and_a_restarted_server_lose_and_double_nothing(
     url = running.make("killed") if running else ""
     watcher = study_of(url, journal, "s", "watcher", budget, 60)
     processes = [start(url, journal, f"w{index}", budget, SLOW_ENOUGH, grace=2.0) for index in range(4)]
-    while len(watcher.trials()) < 6:
-        time.sleep(0.05)
+    wait_for(lambda: len(watcher.trials()) >= 6)
     victim = processes[0]
-    while not any(one.user_attrs["worker"] == "w0" for one in watcher._running()):
-        time.sleep(0.01)
+    wait_for(lambda: any(one.user_attrs["worker"] == "w0" for one in watcher._running()), pause=0.01)
     victim.kill()
     if running:
         running.stop("immediate")
@@ -410,12 +408,12 @@ def test_workers_at_a_run_of_the_demo(tmp_path: Path, prompt_files: dict[str, st
     assert len(by_worker) >= 2
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.05) -> None:
     """Until it holds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 # What is said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from abliterate.errors import AbliterateError, InputError
@@ -18,6 +19,10 @@ def report(path: Path, png: Path | None, terminal: bool) -> None:
     """Write `report.html` and say where; `png`: a folder for the plots; `terminal`: show it here, too."""
     directory = RunDirectory(path)
     material = gather(directory)
+    # Else a page that says less than the one before would take its place unseen.
+    for name in ("settings", "geometry", "answers"):
+        if name in material.missing:
+            print(f"warning: {printable(material.missing[name])}", file=sys.stderr)
     pictures = {} if png is None else _pictures(material, png)
     write_atomically(directory.report, render(material))
     if terminal:

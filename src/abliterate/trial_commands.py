@@ -18,7 +18,7 @@ from typing import Any
 
 from abliterate import events
 from abliterate.errors import InputError
-from abliterate.objectives import DEFAULT, of_result, other_names, to_records
+from abliterate.objectives import DEFAULT, KL, REFUSALS, of_result, other_names, to_records
 from abliterate.rundir import RunDirectory
 from abliterate.tables import print_trials
 from abliterate.types import Objective, Trial
@@ -66,7 +66,7 @@ class Wanted:
         _check_name("--state", self.state or _STATES[0], _STATES)
         _check_name("--sort", self.sort, (*_ORDERS, *scorers))
         for text in self.where:
-            _check_name("--where", _condition(text)[0], scorers)
+            _check_name("--where", _condition(text)[0], (KL, REFUSALS, *scorers))
         if self.max_kl is not None and not self.max_kl >= 0:
             raise InputError(f"The option --max-kl needs a number from 0, not {self.max_kl}.")
         if self.max_refusals is not None and self.max_refusals < 0:
@@ -104,9 +104,14 @@ class Wanted:
             and (not self.state or trial.state == self.state)
             and (self.max_kl is None or _kl(trial) <= self.max_kl)
             and (self.max_refusals is None or (trial.state == "complete" and trial.refusals <= self.max_refusals))
-            and all(name in trial.values and holds(trial.values[name]) for name, holds in conditions)
+            and all(_is_known(trial, name) and holds(trial.value(name)) for name, holds in conditions)
         ]
         return sorted(kept, key=_ORDERS.get(self.sort) or _best_in(self.sort, objectives))[: self.limit]
+
+
+def _is_known(trial: Trial, name: str) -> bool:
+    """Whether a trial has this score, and not only a bound of it."""
+    return name in {KL, REFUSALS, *trial.values} & {*trial.scores} and (name != REFUSALS or trial.state == "complete")
 
 
 def show_trials(path: Path, wanted: Wanted, *, as_json: bool, as_csv: bool) -> None:
@@ -218,4 +223,4 @@ def _check_name(option: str, given: str, known: Sequence[str]) -> None:
     if given not in known:
         near = difflib.get_close_matches(given, known, n=1)
         remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}."
-        raise InputError(f"The option {option} has no value {given!r}; {remedy}")
+        raise InputError(f"The option {option} doesn't know {given!r}; {remedy}")

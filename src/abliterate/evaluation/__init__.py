@@ -46,7 +46,9 @@ def make_scorers(
         if name not in SCORERS and not is_own(name):
             own = "path/to/file.py:ClassName"
             if name.partition(":")[0] in SCORERS:
-                raise InputError(f"The objective {name!r} is none; give NAME, NAME:minimize or NAME:maximize.")
+                raise InputError(
+                    f"The objective {name!r} says more than a scorer and a goal; give NAME, NAME:minimize or NAME:maximize."
+                )
             raise InputError(f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}, or give {own}.")
     for needed in ("refusals", "kl"):
         if needed not in names:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from abliterate.evaluation.base import Scorer
 from abliterate.model.memory import is_out_of_memory
 
 _MODULE = "abliterate_own_"
+# A scorer's name heads a column and stands in rules such as NAME<=X.
+_NAME = re.compile(r"\w(?:[\w .-]{0,38}[\w.-])?")
+_TAKEN = {
+    *("trial", "number", "state", "front", "selected", "refusals_exact", "kl_mean", "kl_median", "kl_max", "seconds"),
+    *("scope", "direction", "direction_index", "reason", "auto", "knee"),
+}
 
 
 @contextlib.contextmanager
@@ -26,7 +33,7 @@ def own_errors(scorer: Scorer) -> Iterator[None]:
             yield
     except TrialError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # smaller batches may cure that
             raise
         raise TrialError(f"the scorer {scorer.name} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
@@ -48,18 +55,24 @@ def load_scorer(name: str) -> Scorer:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look themselves up there
     try:
-        spec.loader.exec_module(module)
-        scorer = getattr(module, wanted)()
+        with contextlib.redirect_stdout(sys.stderr):
+            spec.loader.exec_module(module)
+            scorer = getattr(module, wanted)()
     except AttributeError as error:
         if hasattr(module, wanted):
             raise InputError(f"The scorer {wanted} in {path.name} can't be made: {error}.") from error
         raise InputError(f"The file {path.name} has no class {wanted!r}; give path/to/file.py:ClassName.") from error
-    except Exception as error:  # whatever a stranger's code raises
+    except (Exception, SystemExit) as error:  # whatever a stranger's code raises
         raise InputError(f"The scorer {wanted} in {path.name} can't be made: {type(error).__name__}: {error}.") from error
     lacking = [part for part in ("setup", "score") if not callable(getattr(scorer, part, None))]
     lacking += [part for part in ("name", "goal") if not isinstance(getattr(scorer, part, None), str)]
     if lacking:
         raise InputError(
             f"The scorer {wanted} in {path.name} has no {lacking[0]}; see the protocol Scorer in evaluation/base.py."
+        )
+    if scorer.name in _TAKEN or not _NAME.fullmatch(scorer.name):
+        raise InputError(
+            f"The scorer {wanted} in {path.name} can't be called {scorer.name!r}; give it a name of up to 40 letters, digits, "
+            f"spaces, '_', '-' or '.' that isn't one of {', '.join(sorted(_TAKEN))}."
         )
     return scorer

@@ -66,7 +66,7 @@ def _of_objectives(material: Material) -> Plot | None:
     titles = [_title(material, one) for one in material.objectives]
     axis = _KL_AXIS if first.name == KL else quantity("first", titles[0])
     x = {**axis, "field": "first"}
-    y = quantity("second", titles[1]) if rest else quantity("second", "trial")
+    y = quantity("second", titles[1]) if rest else {**quantity("second", "trial"), "axis": {"tickMinStep": 1}}
     points = _points(shown, x if rest else y, y if rest else x, _columns(material))
     what = f"{rest[0].name} against {first.name}" if rest else f"{first.name} by trial"
     count = len(material.result["front"])

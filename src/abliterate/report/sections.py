@@ -12,7 +12,7 @@ from abliterate.report.heldout import heldout, in_the_end
 from abliterate.report.markup import answer, details, escape, missing, numbers, paragraph, table
 from abliterate.report.material import Material
 from abliterate.report.plots import best_layer, layer_name
-from abliterate.types import Trial
+from abliterate.types import Baseline, Trial
 
 
 def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
@@ -58,7 +58,9 @@ def summary(material: Material) -> str:
         kl = chosen.scores["kl"]
         facts["refusals"] = f"{before} → {chosen.refusals} of {total}"
         facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
-        facts |= {name: f"{chosen.values[name]:.4g}" for name in other_names(chosen.values)}
+        base = result["baseline"].get("values", {})
+        for name in other_names(chosen.values):
+            facts[name] = (f"{base[name]:.4g} → " if name in base else "") + f"{chosen.values[name]:.4g}"
     if material.progress:
         facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
     verified = {True: "verified", False: "FAILED its check", None: "not checked"}[result["export"].get("verified")]
@@ -73,9 +75,13 @@ def _front(material: Material, figure: Figure) -> str:
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
     axes = "Both axes are better towards the lower left."
     if material.objectives != DEFAULT:
-        axes = f"The objectives are {in_words(material.objectives)}; the plot shows the first two, the table all."
+        base = Baseline.from_record(material.result["baseline"])
+        of_base = ", ".join(f"{one.name} {base.value(one.name):.4g}" for one in material.objectives)
+        shown = {1: "it by trial", 2: "both"}.get(len(material.objectives), "the first two")
+        axes = f"For {in_words(material.objectives)}; the plot shows {shown}, the table all. The base model has {of_base}."
+    ended = "A stopped trial was ended once it was certain that it can't reach the front; its refusals are a lower bound. "
     text = (
-        f"{axes} A stopped trial was ended once it was certain that it can't reach the front; its refusals are a lower bound. "
+        f"{axes} {ended if counts['stopped'] else ''}"
         f"{counts['complete']} trials are complete, {counts['stopped']} were stopped and {counts['failed']} failed."
     )
     everything = details(f"All {len(material.trials)} trials", _trials(material, material.trials, "All trials"))
