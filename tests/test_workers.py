@@ -370,7 +370,7 @@ def options_of(prompt_files: dict[str, str], cache: Path, trials: int) -> list[s
         given += [f"--{name}", prompt_files[name]]
     for setting in ("response.detect_prefix=false", "search.grace_seconds=3", "efficiency.use_certified_stop=false"):
         given += ["--set", setting]
-    return given
+    return [*given, "--set", "evaluation.heldout=false"]
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -7,7 +7,6 @@ memory is none of a run's. Where nothing can be drawn, there are no plots, and a
 from __future__ import annotations
 
 import base64
-import functools
 import importlib.util
 import json
 import re
@@ -45,29 +44,26 @@ def unavailable() -> str:
     return ""
 
 
-def svg(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """{name: SVG} to stand in one page; each picture's ids are its own.
+def svg(specs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], str]:
+    """{name: SVG} to stand in one page, each picture's ids its own; and the script that draws them there.
+
+    The script is Vega, Vega-Lite and Vega-Embed as one, and sets `window.vegaEmbed`.
 
     Raises:
         Undrawable: with the sentence a person sees.
     """
     found = {}
-    for name, text in _drawn(svg=specs)["drawn"].items():
+    done = _drawn(svg=specs, script=True)
+    for name, text in done["drawn"].items():
         text = re.sub(r'\bid="([\w-]+)"', rf'id="{name}-\1"', text)
         found[name] = re.sub(r"url\(#([\w-]+)\)", rf"url(#{name}-\1)", text)
-    return found
+    return found, in_script(done["script"])
 
 
 def png(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
     """{name: PNG}, black on white, two pixels for one. Raises as `svg` does."""
     drawn = _drawn(png={name: {**spec, "background": "white"} for name, spec in specs.items()})["drawn"]
     return {name: base64.b64decode(text) for name, text in drawn.items()}
-
-
-@functools.cache
-def bundle() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script that sets `window.vegaEmbed`. Raises as `svg` does."""
-    return in_script(_drawn(script=True)["script"])
 
 
 def in_script(text: str) -> str:

@@ -36,7 +36,7 @@ def render(material: Material) -> str:
     library = why = ""
     try:
         if plots:
-            stills, library = drawing.svg({name: plot.spec for name, plot in plots.items()}), drawing.bundle()
+            stills, library = drawing.svg({name: plot.spec for name, plot in plots.items()})
     except drawing.Undrawable as error:
         plots, why = {}, str(error)
     parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
