@@ -21,6 +21,8 @@ def check_adapter(path: Path) -> None:
 
     try:
         config = PeftConfig.from_pretrained(str(path))
+        if config.peft_type is None:
+            raise ValueError("its adapter_config.json doesn't say of what kind it is")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"The adapter in {path} can't be read: {_first_line(error)}; export it again.") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
