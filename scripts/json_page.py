@@ -95,6 +95,8 @@ def _type(one: Mapping[str, Any]) -> str:
         return json.dumps(one["const"])
     if "enum" in one:
         return ", ".join(f"`{value}`" for value in one["enum"])
+    if "type" not in one:
+        return "any value"
     kinds = [one["type"]] if isinstance(one["type"], str) else one["type"]
     words = [_kind(kind, one) for kind in kinds]
     return " or ".join(words)

@@ -38,7 +38,7 @@ from abliterate.evaluation.intervals import clopper_pearson
 from abliterate.model.loader import demo_path
 from abliterate.prompts import DatasetName, parse_source
 from abliterate.settings import Settings
-from abliterate.types import Prompt
+from abliterate.types import Prompt, Score
 
 Files = dict[str, str]
 MARKERS = ["sorry", "can't"]
@@ -209,6 +209,52 @@ def test_a_model_against_itself() -> None:
     json.dumps(record, allow_nan=False)
 
 
+class Odd:
+    """A scorer of a user's, and a judge: `how` says what it does wrong."""
+
+    goal = "minimize"
+
+    def __init__(self, how: str) -> None:
+        self.name = self.how = how
+
+    def setup(self, base: Any) -> None:
+        if self.how == "setup":
+            raise RuntimeError("no disk")
+
+    def score(self, observation: Any) -> Any:
+        if self.how == "score":
+            raise LookupError("no word")
+        value, record = {"nan": (math.nan, 1), "set": (1.0, {1}), "number": (1.0, math.inf)}.get(self.how, (2.0, [2]))
+        return None if self.how == "none" else Score(self.name, value, "minimize", record)
+
+
+class OddJudge(Odd):
+    def verdicts(self, observation: Any) -> Any:
+        if self.how == "raises":
+            raise OSError("no line")
+        return {"few": [True], "nothing": None}.get(self.how, [1] * len(observation.responses))
+
+
+def test_a_scorer_that_fails_costs_its_own_figures_only() -> None:
+    model = make_model("llama")
+    wrong = ("setup", "score", "nan", "set", "number", "none")
+    odd = [*map(Odd, (*wrong, "fine")), *map(OddJudge, ("raises", "few", "nothing", "agrees"))]
+    scorers = (*make_scorers(["refusals", "kl"], MARKERS), *odd)
+    record = measure(side(model), side(model), SETS, scorers, lambda done, total: None)
+    plain = measure(side(model), side(model), SETS, scorers[:2], lambda done, total: None)
+    assert record | {"scores": {}, "judges": []} == plain
+    assert record["scores"].pop("fine") == {"base": [2], "candidate": [2], "error": ""}
+    assert set(record["scores"]) == set(wrong)
+    for name, one in record["scores"].items():
+        assert one["base"] is one["candidate"] is None
+        assert f"scorer {name}" in one["error"]
+    *failed, agrees = record["judges"]
+    assert [bool(one["error"]) for one in failed] == [True] * 3
+    assert agrees["error"] == ""
+    assert agrees["base"]["count"] == 3
+    json.dumps(record, allow_nan=False)
+
+
 def test_measure_gives_the_reference_numbers() -> None:
     base, other = edited_pair("llama")
     record = measure(side(base), side(other), SETS, make_scorers(["refusals", "kl"], MARKERS), lambda done, total: None)
@@ -285,7 +331,7 @@ def test_what_can_not_be_evaluated(
     assert_sentence(invoke("evaluate", "demo", tmp_path / "nothing"), 2, "There is no model directory")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert_sentence(invoke("evaluate", "demo", tmp_path / "adapter", "--batch-size", 12), 2, "doesn't fit the base")
+    assert_sentence(invoke("evaluate", "demo", tmp_path / "adapter", "--batch-size", 12), 2, "The adapter in", "can't be read")
     given = ["--harmful-heldout", tmp_path / "missing.txt"]
     assert_sentence(invoke("evaluate", "demo", folder, *given), 2, "missing.txt")
     assert_sentence(invoke("run", "demo", *given, "-o", "new"), 2, "missing.txt")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import importlib.util
 import json
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,21 +20,22 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import PROMPTS, Recorder, make_model, make_tokenizer, quick_settings, run_in
-from test_cli import Invoke, invoke, prompt_options  # noqa: F401
+from test_cli import Invoke, assert_sentence, forbidden, invoke, prompt_options  # noqa: F401
 from test_evaluation import make_engine
 from test_heldout import heldout_files  # noqa: F401
 from test_json_events import check, checked
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from abliterate import benchmarks, pipeline
+from abliterate import benchmarks, evaluating, later, pipeline
 from abliterate.benchmarks import Tasks, check_tasks, run_tasks
-from abliterate.errors import InputError, TrialError
+from abliterate.errors import InputError, Interrupted, TrialError
 from abliterate.evaluate_commands import _cells
 from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
 from abliterate.evaluation.base import EarlyScorer, ignores_responses
 from abliterate.evaluation.forced import Side
 from abliterate.evaluation.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
 from abliterate.identity import _scorers
+from abliterate.rundir import RunDirectory
 from abliterate.settings import EvaluationSettings, Settings
 from abliterate.tables import heldout_lines
 from abliterate.types import Score
@@ -69,39 +74,49 @@ class Stub(BaseHTTPRequestHandler):
     """A chat completions server as others write them: busy at first, then it judges by a word; sometimes it rambles."""
 
     asked: ClassVar[list[dict[str, Any]]] = []
-    busy = 1
+    busy, busy_with = 1, 503
     status = 0
+    headers_too: ClassVar[dict[str, str]] = {}
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         answer = body["messages"][0]["content"].rpartition("Answer:\n")[2]
         type(self).asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
-        status = self.status or (503 if type(self).busy > 0 else 200)
+        status = self.status or (self.busy_with if type(self).busy > 0 else 200)
         type(self).busy -= 1
         said = "hmm" if "ramble" in answer else "Verdict: refused." if "sorry" in answer else "COMPLIED"
         content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
+        for name, value in self.headers_too.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
 
-@pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stub]]:
-    """The server, on loopback, and the environment that names it."""
-    server = HTTPServer(("127.0.0.1", 0), Stub)
-    Stub.asked, Stub.busy, Stub.status = [], 1, 0
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on loopback; gives its address."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setenv(URL, f"http://127.0.0.1:{server.server_port}/v1/")
-    monkeypatch.setenv(MODEL, "judge-1")
-    monkeypatch.setenv(KEY, SECRET)
-    yield Stub
+    yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stub]]:
+    """The server, and the environment that names it."""
+    Stub.asked, Stub.busy, Stub.status, Stub.busy_with, Stub.headers_too = [], 1, 0, 503, {}
+    with serving(Stub) as address:
+        monkeypatch.setenv(URL, f"{address}/v1/")
+        monkeypatch.setenv(MODEL, "judge-1")
+        monkeypatch.setenv(KEY, SECRET)
+        yield Stub
 
 
 @pytest.fixture(scope="session")
@@ -177,12 +192,116 @@ def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODEL, "judge-1")
     with pytest.raises(TrialError, match="no verdict"):
         Endpoint(lambda seconds: None).verdicts(SEEN)
-    monkeypatch.setenv(URL, "file:///etc/passwd")
-    with pytest.raises(InputError, match=URL):
-        Endpoint()
     monkeypatch.delenv(URL)
     with pytest.raises(InputError, match=URL):
         make_scorers(["refusals", "kl", "endpoint"], ["no"])
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(stub: type[Stub], status: int) -> None:
+    """The second server would get the key, and its verdict would count."""
+    seen: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(str(self.headers))
+            self.send_response(200)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with serving(Elsewhere) as other:
+        stub.status, stub.headers_too = status, {"Location": f"{other}/v1/chat/completions"}
+        with pytest.raises(TrialError, match=f"redirects .{status}.*{URL}") as error:
+            Endpoint().verdicts(SEEN)
+    assert not seen
+    assert len(stub.asked) == 1
+    assert other not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{",
+        b"what is this?\r\n\r\n",
+        b"",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_answer(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(reply)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    monkeypatch.setenv(MODEL, "judge-1")
+    with serving(Odd) as address:
+        monkeypatch.setenv(URL, address)
+        with pytest.raises(TrialError, match=f"no verdict in {TRIES} tries"):
+            Endpoint(lambda seconds: None).verdicts(SEEN)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://loc:port/v1", "http://loc:0/v1", "http://loc:99999/v1", "http://a host/v1", "http://host/v1\n", "http://"),
+        *(
+            "http://[::1/v1",
+            "file:///etc/passwd",
+            "ftp://host/v1",
+            "judge.example:8000/v1",
+            "http://user:pw@host/v1",
+            "http://hö.st/",
+        ),
+    ],
+)
+def test_an_address_that_is_none_is_said_at_once(
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    monkeypatch.setenv(URL, address)
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setattr(evaluating, "check_model", forbidden)
+    judge = ["--set", 'evaluation.heldout_scorers=["endpoint"]']
+    outcome = invoke("evaluate", "demo", "demo", *judge)
+    assert_sentence(outcome, 2, URL)
+    assert address == "http://" or address.strip() not in outcome.err
+
+
+def test_a_key_that_no_header_can_hold(stub: type[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in (f"{SECRET}\n", "schlüssel"):
+        monkeypatch.setenv(KEY, key)
+        with pytest.raises(InputError, match=KEY) as error:
+            Endpoint()
+        assert key.strip() not in str(error.value)
+
+
+def test_a_server_that_is_busy_is_waited_for(stub: type[Stub]) -> None:
+    """A minute's limit of requests costs no verdicts; how long is the server's to say, up to a bound."""
+    seen = Observation(RESPONSES[:1], torch.zeros(1, 2), PROMPTS[:1])
+    waited: list[float] = []
+    stub.busy, stub.busy_with = 7, 429
+    assert Endpoint(waited.append).verdicts(seen) == [True]
+    assert waited == [1, 2, 4, 8, 16, 32, 60]
+    stub.busy, stub.headers_too = 2, {"Retry-After": "30"}
+    waited.clear()
+    assert Endpoint(waited.append).verdicts(seen) == [True]
+    assert waited == [30, 30]
+    stub.busy, stub.headers_too = 10**6, {"Retry-After": "86400"}
+    waited.clear()
+    with pytest.raises(TrialError, match=r"no verdict in 8 tries .last: '429 Too Many Requests'"):
+        Endpoint(waited.append).verdicts(seen)
+    assert waited == [60] * 7
+    assert judges._retry_after(formatdate(time.time() + 20, usegmt=True)) == pytest.approx(20, abs=2)
+    for text in ("", "soon", "-3", "1e999", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 400, "²"):
+        assert judges._retry_after(text) in (0.0, float("inf"))
 
 
 def test_the_classifier_says_what_its_model_says(classifier: str) -> None:
@@ -203,14 +322,36 @@ def test_the_classifier_says_what_its_model_says(classifier: str) -> None:
 def test_a_classifier_that_can_not_be_used(classifier: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="judge_model"):
         make_scorers(["refusals", "kl", "classifier"], ["no"])
-    with pytest.raises(TrialError, match="can't be loaded"):
-        Classifier(str(tmp_path)).verdicts(SEEN)
     with pytest.raises(TrialError, match="judge_label"):
         Classifier(classifier, "other").verdicts(SEEN)
     assert refusal_label({0: "NON_REFUSAL", 1: "Refusal"}) == 1
     assert refusal_label({0: "rejected", 1: "not rejected"}) == 0
     with pytest.raises(TrialError, match="LABEL_0, LABEL_1"):
         refusal_label({0: "LABEL_0", 1: "LABEL_1"})
+
+
+def test_errors_of_a_classifier_name_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in result.json and in the report."""
+    for name, content in (("empty", None), ("broken", "{"), ("other", '{"model_type": "llama"}'), ("unknown", "{}")):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "config.json").write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for source in (*map(str, tmp_path.iterdir()), str(tmp_path / "gone"), "./empty", "../gone", "~/no/such/place"):
+        with pytest.raises(TrialError, match=rf"the judge's model {Path(source).name} can't be loaded \(") as error:
+            Classifier(source).verdicts(SEEN)
+        assert "/" not in str(error.value)
+    texts = {"no file of that name on the Hub": True, f"bad zip file {tmp_path}/model.bin": False, "see https://hf.co/a": True}
+    for text, kept in texts.items():
+
+        def fails(*args: Any, text: str = text) -> None:
+            raise OSError(text)
+
+        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fails)
+        with pytest.raises(TrialError, match="the judge's model owner/name can't be loaded") as error:
+            Classifier("owner/name").verdicts(SEEN)
+        assert (text in str(error.value)) is kept
+        assert str(tmp_path) not in str(error.value)
 
 
 def test_judges_in_the_last_step(
@@ -276,7 +417,8 @@ def test_an_own_scorer_in_a_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     evaluation = {"scorers": ["refusals", "kl", "mine.py:Words"], "heldout": True}
-    over = {"prompts": heldout_files, "evaluation": evaluation, "search": {"trials": 3}, "export": {"kind": "none"}}
+    search = {"trials": 3, "objectives": ["refusals", "kl", "mine.py:Words"]}
+    over = {"prompts": heldout_files, "evaluation": evaluation, "search": search, "export": {"kind": "none"}}
     settings = quick_settings(prompt_files, tmp_path / "cache", **over)
     assert settings.evaluation.scorers[-1] == f"{own}:Words"  # a run can be continued from anywhere
     result, recorder = run_in(tmp_path / "run", settings)
@@ -284,7 +426,17 @@ def test_an_own_scorer_in_a_run(
     assert any("needs whole responses" in note for note in recorder.notes)
     shown = result["heldout"]["scores"]["words"]
     assert shown["base"]["words"] == shown["base"]["base"] == shown["candidate"]["base"]
+    # Comparing an export with its trial runs no file, but its content still makes the run what it is.
+    monkeypatch.setattr("abliterate.evaluation.load_scorer", forbidden)
+    adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
+    export = [adapter, Recorder(), RunDirectory(tmp_path / "run"), result["trials"][0]["number"]]
+    verified = later.export_trial(*export, tmp_path / "adapter", scores=True)
+    assert verified["export"]["verified"] is True
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
     Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
+    with pytest.raises(InputError, match="set of scorers"):
+        later.export_trial(*export, tmp_path / "again", scores=True)
     with pytest.raises(InputError, match="scorers"):
         run_in(tmp_path / "run", settings, resume=True)
 
@@ -295,7 +447,7 @@ def test_what_fails_at_the_end_costs_nothing_else(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A judge that can't be reached, then a scorer that raises: the first costs its own verdicts, neither costs the run."""
+    """A judge that can't be reached, then a scorer that raises: each costs its own figures and nothing else."""
     monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
     monkeypatch.setenv(MODEL, "judge-1")
     monkeypatch.setattr(judges, "PAUSE", 0.0)
@@ -313,8 +465,13 @@ def test_what_fails_at_the_end_costs_nothing_else(
     over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
     again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
     assert again["selected"] == result["selected"]
-    assert "heldout" not in again
-    assert any("KeyError: 'oh'" in text for text in recorder.warnings)
+    assert not recorder.warnings
+    found = again["heldout"]
+    check("held-out", found)
+    assert found["kl"] == result["heldout"]["kl"]
+    assert found["scores"]["words"] == {"base": None, "candidate": None, "error": found["scores"]["words"]["error"]}
+    assert "KeyError: 'oh'" in found["scores"]["words"]["error"]
+    assert any(line.startswith("held out: words gives no score: ") for line in heldout_lines(found))
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
@@ -358,22 +515,39 @@ def context() -> Any:
     return pipeline.Context(Settings(model="demo"), recorder, pipeline.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
 
 
-def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: dict[str, Any] = {}
+class TaskManager:
+    """lm-eval's, with one task."""
+
+    def __init__(self, include_path: str | None) -> None:
+        self.folder = include_path
+
+    def match_tasks(self, names: list[str]) -> list[str]:
+        return [task for task in ("tiny",) if any(fnmatch.fnmatch(task, name) for name in names)]
+
+
+def stub_lm_eval(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Callable[..., Any], manager: Any = TaskManager) -> None:
+    """A package of that name."""
     package, huggingface, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface"), ModuleType("lm_eval.tasks")
-    package.simple_evaluate = lambda **options: calls.update(options) or RESULTS  # type: ignore[attr-defined]
+    package.__spec__ = ModuleSpec("lm_eval", None)
+    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
     huggingface.HFLM = lambda **options: options  # type: ignore[attr-defined]
-    tasks.TaskManager = lambda include_path: include_path  # type: ignore[attr-defined]
+    tasks.TaskManager = manager  # type: ignore[attr-defined]
     for module in (package, ModuleType("lm_eval.models"), huggingface, tasks):
         monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    stub_lm_eval(monkeypatch, lambda **options: calls.update(options) or RESULTS)
     model = make_model("llama")
     side = Side(make_engine(model, 3), contextlib.nullcontext)
-    rows = run_tasks(context(), side, side, make_tokenizer(), Tasks(("tiny",), 5, tmp_path))
-    assert rows == benchmarks.table(RESULTS, RESULTS)
-    assert (calls["tasks"], calls["limit"], calls["task_manager"]) == (["tiny"], 5, str(tmp_path))
+    ready = check_tasks(Tasks(("ti*", "tiny"), 5, tmp_path))
+    rows = run_tasks(context(), side, side, make_tokenizer(), ready)
+    assert rows == (benchmarks.table(RESULTS, RESULTS), "")
+    assert (calls["tasks"], calls["limit"], calls["task_manager"].folder) == (["tiny"], 5, str(tmp_path))
     assert calls["model"]["pretrained"] is model
     assert calls["model"]["batch_size"] == 3
-    assert run_tasks(context(), side, side, make_tokenizer(), Tasks()) == []
+    assert run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks())) == ([], "")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed (the extra eval)")
@@ -402,15 +576,70 @@ def test_a_tiny_task_with_the_real_lm_eval(
     assert row["base"]["value"] == row["candidate"]["value"] == 1.0
 
 
-def test_a_benchmark_on_the_terminal_and_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_on_the_terminal() -> None:
     rows = benchmarks.table(RESULTS, RESULTS)
     assert _cells(rows[0]) == ("tiny", "acc ↑", "0.5000 ± 0.2500", "0.5000 ± 0.2500")
     assert _cells(rows[1]) == ("tiny", "f1 strict", "1.0000", "1.0000")
 
-    def no_task(tasks: Tasks) -> None:
-        raise KeyError("no_such_task")
 
-    monkeypatch.setattr(benchmarks, "_manager", no_task)
+def test_a_mistyped_task_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    stub_lm_eval(monkeypatch, forbidden)
+    monkeypatch.setattr(evaluating, "load", forbidden)
+    assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny", "--benchmark", "tinny"), 2, "no task 'tinny'")
+
+    def broken(include_path: str | None) -> None:
+        raise KeyError("no such key")
+
+    stub_lm_eval(monkeypatch, forbidden, broken)
+    assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny"), 2, "can't read its tasks", "no such key")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no data set"), torch.OutOfMemoryError("too large")])
+def test_a_benchmark_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise error
+
+    stub_lm_eval(monkeypatch, fails)
+    side, at = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext), context()
+    rows, reason = run_tasks(at, side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+    assert rows == []
+    assert reason == f"lm-eval can't run tiny: {error}"
+    assert at.reporter.warnings == [f"{reason}; what was measured on held-out prompts stands."]
+
+
+def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(**options: Any) -> None:
+        raise Interrupted
+
+    stub_lm_eval(monkeypatch, stopped)
     side = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext)
-    with pytest.raises(InputError, match="can't run no_such_task"):
-        run_tasks(context(), side, side, make_tokenizer(), Tasks(("no_such_task",)))
+    with pytest.raises(Interrupted):
+        run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+
+
+def test_held_out_figures_survive_a_failing_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+    prompt_files: Files,
+    heldout_files: Files,  # noqa: F811
+    invoke: Invoke,  # noqa: F811
+) -> None:
+    def fails(**options: Any) -> None:
+        raise ConnectionError("the data set can't be reached")
+
+    stub_lm_eval(monkeypatch, fails)
+    options = [*prompt_options(heldout_files), "--batch-size", 12, "--set", "response.max_new_tokens=8"]
+    options += ["--set", "response.detect_prefix=false", "--benchmark", "tiny"]
+    options += [part for name, path in prompt_files.items() for part in ("--set", f"prompts.{name}={path}")]
+    lines = checked(invoke("evaluate", "demo", "demo", *options, "--json"), "evaluate", 1, "error")
+    (found,) = [line for line in lines if line["event"] == "result"]
+    assert found["heldout"]["kl"]["mean"] == 0
+    assert found["benchmarks"] == []
+    assert "the data set can't be reached" in found["error"]
+    assert any(line["event"] == "warning" and found["error"] in line["text"] for line in lines)
+    assert lines[-1]["exit_code"] == 1
+    outcome = invoke("evaluate", "demo", "demo", *options)
+    assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
+    assert "held out: KL first token 0.0000" in outcome.out

@@ -38,7 +38,10 @@ LAYERS = {
     3: ("search", "space", "storage", "front", "hypervolume", "importance", "results", "rundir", "report", "export"),
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
-    0: ("settings", "settings_sources", "objectives", "prompts", "errors", "types", "interrupts", "locks", "__init__"),
+    0: (
+        *("settings", "settings_sources", "stored_settings", "objectives", "prompts", "errors", "types", "interrupts", "locks"),
+        "__init__",
+    ),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # What a module may import of the package beyond its own files, where that is less than its layer allows.

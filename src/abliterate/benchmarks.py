@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, Interrupted
 from abliterate.evaluation.forced import Side
 from abliterate.inputs import Context
 
@@ -27,33 +25,65 @@ class Tasks:
     folder: Path | None = None
 
 
-def check_tasks(tasks: Tasks) -> None:
-    """InputError where lm-eval is wanted and missing, before a model is loaded."""
-    if tasks.names and importlib.util.find_spec("lm_eval") is None:
-        raise InputError("Benchmarks need the package lm-eval; install it with pip install 'abliterate[eval]'.")
+@dataclass(frozen=True)
+class Ready:
+    """Tasks that lm-eval knows, and what it knows them by."""
+
+    names: tuple[str, ...]
+    limit: int | None
+    manager: Any
+
+
+def check_tasks(tasks: Tasks) -> Ready | None:
+    """The tasks, looked up before a model is loaded; None where none is named.
+
+    Raises:
+        InputError: lm-eval is missing, can't read its tasks, or knows none of such a name.
+    """
     if tasks.folder is not None and not tasks.folder.is_dir():
         raise InputError(f"There is no folder {tasks.folder} with tasks; name one with --benchmark-path.")
+    if not tasks.names:
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError("Benchmarks need the package lm-eval; install it with pip install 'abliterate[eval]'.")
+    found: dict[str, None] = {}
+    try:
+        manager = _manager(tasks)  # reads every task's file: once for both models
+        for name in tasks.names:
+            matching = manager.match_tasks([name])  # a name may hold wildcards
+            if not matching:
+                raise InputError(f"lm-eval has no task {name!r}; lm-eval ls tasks shows names.")
+            found |= dict.fromkeys(matching)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"lm-eval can't read its tasks: {_first_line(error)}; check --benchmark-path.") from error
+    return Ready(tuple(found), tasks.limit, manager)
 
 
 def run_tasks(
-    context: Context, base: Side, candidate: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks
-) -> list[dict[str, Any]]:
-    """[{task, metric, higher_is_better, base, candidate: {value, stderr}}] of all tasks; nothing where none is named.
+    context: Context, base: Side, candidate: Side, tokenizer: PreTrainedTokenizerBase, ready: Ready | None
+) -> tuple[list[dict[str, Any]], str]:
+    """[{task, metric, higher_is_better, base, candidate: {value, stderr}}] of all tasks, and why there are none, or "".
 
-    Raises:
-        InputError: no such task, or its data can't be loaded.
+    What fails is a warning: the harness loads data sets and runs code of tasks, and other things were measured by then.
     """
-    if not tasks.names:
-        return []
-    with context.result.stage("benchmarks", ", ".join(tasks.names)):
-        with _sentences(tasks):
-            manager = _manager(tasks)  # reads every task's file: once for both
-        found = []
-        for side in (base, candidate):
-            with side.active(), _sentences(tasks):
-                found.append(_results(side, tokenizer, tasks, manager))
-            context.check()
-    return table(*found)
+    if ready is None:
+        return [], ""
+    found = []
+    with context.result.stage("benchmarks", ", ".join(ready.names)):
+        try:
+            for side in (base, candidate):
+                with side.active():
+                    found.append(_results(side, tokenizer, ready))
+                context.check()
+            return table(*found), ""
+        except Interrupted:
+            raise
+        except Exception as error:
+            reason = f"lm-eval can't run {', '.join(ready.names)}: {_first_line(error)}"
+            context.reporter.warn(f"{reason}; what was measured on held-out prompts stands.")
+            return [], reason
 
 
 def table(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -86,7 +116,7 @@ def _manager(tasks: Tasks) -> Any:
     return TaskManager(include_path=str(tasks.folder) if tasks.folder else None)
 
 
-def _results(side: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, manager: Any) -> Mapping[str, Any]:
+def _results(side: Side, tokenizer: PreTrainedTokenizerBase, ready: Ready) -> Mapping[str, Any]:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -94,19 +124,16 @@ def _results(side: Side, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, manag
     model = HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=engine.sizes.prefill, device=str(engine.chat.device))
     # Bootstrapped errors of exotic metrics take minutes; means have closed forms, which are kept.
     results = lm_eval.simple_evaluate(
-        model=model, tasks=list(tasks.names), limit=tasks.limit, task_manager=manager, bootstrap_iters=0, log_samples=False
+        model=model,
+        tasks=list(ready.names),
+        limit=ready.limit,
+        task_manager=ready.manager,
+        bootstrap_iters=0,
+        log_samples=False,
     )
     assert results is not None
     return results
 
 
-@contextlib.contextmanager
-def _sentences(tasks: Tasks) -> Iterator[None]:
-    """The harness loads data sets and runs code of tasks; whatever it raises means that there is no result."""
-    try:
-        yield
-    except (InputError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(f"lm-eval can't run {', '.join(tasks.names)}: {first}; lm-eval ls tasks shows names.") from error
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -6,7 +6,6 @@ Loads only what a chat needs: no prompts, no calibration; edits are prepared whe
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,13 +27,14 @@ from abliterate.export.base import MARKER
 from abliterate.exporting import pinned
 from abliterate.model import loader
 from abliterate.model.adapters import AdapterSet
-from abliterate.model.checkpoint import quiet_bitsandbytes
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
+from abliterate.model.peft_adapters import check_adapter, with_adapter
 from abliterate.objectives import other_scores
 from abliterate.rundir import RunDirectory
 from abliterate.settings import Settings
 from abliterate.settings_sources import load_settings, merge, read_toml
+from abliterate.stored_settings import code_note, distrusted
 from abliterate.types import Prompt, Reporter
 
 _ADAPTER = "adapter_config.json"
@@ -79,7 +79,7 @@ def is_run(target: str) -> bool:
 def _open_run(
     directory: RunDirectory, wanted: Wanted, given: Mapping[str, Any], reporter: Reporter
 ) -> tuple[Session, dict[str, str]]:
-    settings = _run_settings(directory, given)
+    settings = _run_settings(directory, given, reporter)
     if not directory.result.exists() and directory.holds_run:
         raise InputError(
             f"The run in {directory.path} has nothing to chat with, because no trial of it has finished yet; wait for one, or "
@@ -126,10 +126,11 @@ def _open_model(settings: Settings, wanted: Wanted, reporter: Reporter) -> tuple
 
 def _open_adapter(path: Path, wanted: Wanted, given: Mapping[str, Any], reporter: Reporter) -> tuple[Session, dict[str, str]]:
     """A base model with the adapter in `path`, which is a run's where it lies in one."""
+    check_adapter(path)
     # A run's own settings know where the base is; an adapter has only its name.
     run = RunDirectory(path.resolve().parent)
     if is_run(str(run.path)):
-        settings = _run_settings(run, given)
+        settings = _run_settings(run, given, reporter)
     else:
         try:
             base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -138,12 +139,7 @@ def _open_adapter(path: Path, wanted: Wanted, given: Mapping[str, Any], reporter
         settings = load_settings("", {**given, "model": str(base)})
     model, _, fields = _load(settings, loader.resolve_source(settings.model), reporter)
     tokenizer = loader.load_tokenizer(str(path), settings.load.model_copy(update={"revision": ""}))
-    quiet_bitsandbytes()
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        tuned: Any = PeftModel.from_pretrained(model, str(path)).eval()
+    tuned = with_adapter(model, path)
     found = _export_field(path)
     edits = AdapterEdits(tuned.base_model, _trial_in(path))
     return _session(settings, wanted, tuned.get_base_model(), tokenizer, edits, None, fields | found)
@@ -177,7 +173,7 @@ def _session(
     return Session(voice, edits, system, name, Path(run).resolve().name if run else None), shown
 
 
-def _run_settings(directory: RunDirectory, given: Mapping[str, Any]) -> Settings:
+def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: Reporter) -> Settings:
     """The run's own, whatever the environment says, with what is given for this chat."""
     foreign = sorted(set(given) - set(_FREE))
     if foreign:
@@ -187,7 +183,10 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any]) -> Settings
         )
     stored = read_toml(directory.settings)
     own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
-    return load_settings(str(directory.settings), merge(own, given))
+    settings = load_settings(str(directory.settings), merge(distrusted(own), given))
+    if note := code_note(stored, settings):
+        reporter.warn(note)
+    return settings
 
 
 def _probe(settings: Settings) -> Any:

@@ -220,12 +220,16 @@ def export(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where to. Default RUN/model-trial-N.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Also score the export on the run's prompts.")] = False,
     push: Annotated[str, typer.Option(metavar="REPO", help="Upload it to this Hub repository, owner/name.")] = "",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model's own code, where the run did.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export any complete trial of a run, finished or not, and check its weights; needs neither prompts nor a GPU."""
     from abliterate import commands
 
-    commands.export_trial(run_directory, trial, kind, out, push, verify=verify, as_json=as_json)
+    trust = trust_remote_code
+    commands.export_trial(run_directory, trial, kind, out, push, verify=verify, trust=trust, as_json=as_json)
 
 
 @app.command()

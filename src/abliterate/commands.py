@@ -20,6 +20,7 @@ from abliterate.objectives import of_result
 from abliterate.rundir import RunDirectory, default_path, latest_run
 from abliterate.settings import Settings
 from abliterate.settings_sources import check_storage, load_settings, merge, parse_assignments, read_toml
+from abliterate.stored_settings import code_note, distrusted
 from abliterate.tables import component_table, make_console, print_table
 from abliterate.types import Baseline, Reporter, Trial
 
@@ -158,7 +159,9 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
         make_console().print(component_table(found["coverage"]))
 
 
-def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, as_json: bool) -> None:
+def export_trial(
+    path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, trust: bool = False, as_json: bool
+) -> None:
     """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
     directory = RunDirectory(path)
     directory.read_result()  # "no run there" comes first
@@ -166,6 +169,7 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
     # no place for this one.
     stored = read_toml(directory.settings)
     own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
+    own = own if trust else distrusted(own)
     settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
@@ -179,6 +183,8 @@ def export_trial(path: Path, number: int, kind: str, out: Path | None, push: str
         )
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
+    if note := code_note(stored, settings, "--trust-remote-code"):
+        reporter.warn(note)
     with ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
         later.export_trial(settings, reporter, directory, number, final, scores=verify)
 

@@ -9,38 +9,48 @@ from typing import Any
 from abliterate import commands, events
 from abliterate.benchmarks import Tasks
 from abliterate.console import make_reporter
+from abliterate.errors import AbliterateError
 from abliterate.evaluating import evaluate as evaluate_candidate
 from abliterate.evaluating import parse_candidate
 from abliterate.rundir import RunDirectory
 from abliterate.settings_sources import load_settings, merge, read_toml
-from abliterate.tables import heldout_lines, print_table
-
-# Of a run's settings: what is its own affair, and not how its trials are to be measured.
-_NOT_THE_RUNS = ("cache_dir", "device", "export", "out", "model")
+from abliterate.stored_settings import code_note, scorers_note, to_measure
+from abliterate.tables import heldout_lines, print_table, printable
 
 
 def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
     """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's own settings, unless others are given."""
     candidate = parse_candidate(text)
-    options = commands.options_of(given, assignments)
+    options, stored = commands.options_of(given, assignments), {}
+    skipped: list[str] = []
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.place))
         directory.read_result()  # "no run there" comes first
-        stored = {name: part for name, part in read_toml(directory.settings).items() if name not in _NOT_THE_RUNS}
-        options = merge(stored, options)
+        stored = read_toml(directory.settings)
+        own, skipped = to_measure(stored)
+        options = merge(own, options)
     settings = load_settings(config, options)
     commands.quiet_libraries()
     reporter = make_reporter(as_json=as_json)
+    for note in (scorers_note(skipped, settings), code_note(stored, settings)):
+        if note:
+            reporter.warn(note)
+
+    def show(heldout: Mapping[str, Any]) -> None:
+        if not as_json:
+            reporter.close()
+            for line in heldout_lines(heldout):
+                print(printable(line), flush=True)
+
     with commands.ending_at_once(reporter, "interrupted; nothing was changed."):
-        found = evaluate_candidate(settings, reporter, candidate, tasks)
+        found = evaluate_candidate(settings, reporter, candidate, tasks, show=show)
     if as_json:
         events.emit("result", **found)
-        return
-    for line in heldout_lines(found["heldout"]):
-        print(line)
-    if found["benchmarks"]:
+    elif found["benchmarks"]:
         rows = [_cells(row) for row in found["benchmarks"]]
         print_table(("task", "metric", "base", "candidate"), rows, "lm-eval", ("base", "candidate"))
+    if found["error"]:
+        raise AbliterateError(f"There are no benchmarks ({found['error']}); the held-out figures stand.")
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import warnings
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,12 +21,13 @@ from abliterate.bench import Bench, Calibration, chat_of, known_prefix, load, ma
 from abliterate.benchmarks import Tasks, check_tasks, run_tasks
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.evaluation.forced import Side
+from abliterate.exporting import pinned
 from abliterate.heldout import Heldout, against_search, edited_sides, measured, read_heldout
 from abliterate.inputs import Context, PromptSets, prompt_sources, read_prompts
 from abliterate.inspection import check_model
 from abliterate.model import loader
-from abliterate.model.checkpoint import quiet_bitsandbytes
 from abliterate.model.devices import choose_device
+from abliterate.model.peft_adapters import check_adapter, with_adapter
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
@@ -57,13 +58,16 @@ def parse_candidate(text: str) -> Candidate:
     Raises:
         InputError: nothing of these is there.
     """
-    head, colon, tail = text.rpartition(":")
-    if colon and tail.isdigit() and _is_run(Path(head)):
-        return Candidate("trial", head, int(tail))
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # unlike Path's own, no error where there is no such home
+    head, _, tail = text.rpartition(":")
+    if head and tail.isdecimal() and not os.path.exists(path):  # a name that is too long is none
+        run = Path(os.path.expanduser(head))
+        if not _is_run(run):
+            raise InputError(f"There is no run in {head}, so {text} names no trial of one; give the directory of a run.")
+        return Candidate("trial", str(run), int(tail))
     if _is_run(path):
         return Candidate("trial", str(path))
-    if (path / "adapter_config.json").is_file():
+    if os.path.isfile(path / "adapter_config.json"):
         return Candidate("adapter", str(path))
     loader.resolve_source(text)  # its sentences say what a path may be
     return Candidate("model", text)
@@ -76,19 +80,25 @@ def evaluate(
     tasks: Tasks,
     *,
     check: Callable[[], None] = lambda: None,
+    show: Callable[[Mapping[str, Any]], None] = lambda heldout: None,
 ) -> dict[str, Any]:
-    """{base, candidate, heldout, benchmarks}: `heldout` as in a run's `result.json`.
+    """{base, candidate, heldout, benchmarks, error}: `heldout` as in a run's `result.json`, `error` of the benchmarks.
+
+    `show` is given `heldout` before the benchmarks begin, which may take hours.
 
     Raises:
         InputError: prompts, models or the run don't fit together. AbliterateError: the candidate's numbers are not finite.
     """
     scorers_of(settings, heldout=True)
     choose_device(settings.device)
-    check_tasks(tasks)
     run = RunDirectory(Path(candidate.place)).read_result() if candidate.kind == "trial" else {}
     trial = _trial_of(run, candidate) if run else None
+    if run:
+        settings = _at_revision(settings, run)
     context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
     check_model(settings, editing=False)
+    _check_candidate(settings, candidate)
+    ready = check_tasks(tasks)
     prompts = _search_prompts(context, required=trial is not None)
     held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
     assert held is not None
@@ -97,22 +107,45 @@ def evaluate(
         with _sides(context, bench, candidate, run, trial) as (base, edited):
             with context.result.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
                 found = measured(context, base, edited, held)
-            benchmarks = run_tasks(context, base, edited, bench.loaded.tokenizer, tasks)
+            heldout: dict[str, Any] = {"trial": None, **found, "search": None, "optimism": None}
+            if trial is not None:
+                baseline = Baseline.from_record(run["baseline"])
+                heldout |= {"trial": trial.number, **against_search(found, trial, baseline)}
+            show(heldout)
+            benchmarks, failure = run_tasks(context, base, edited, bench.loaded.tokenizer, ready)
     except (TrialError, torch.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise AbliterateError(f"The candidate can't be measured ({reason}); try a smaller --batch-size or --dtype.") from error
-    number = None if trial is None else trial.number
-    scores: dict[str, Any] = {}
-    if trial is not None:
-        baseline = Baseline.from_record(run["baseline"])
-        scores = against_search(found, trial, baseline)
-    heldout = {"trial": number, **found, "search": None, "optimism": None, **scores}
-    return {"base": bench.loaded.info.id, "candidate": candidate.name, "heldout": heldout, "benchmarks": benchmarks}
+    names = {"base": bench.loaded.info.id, "candidate": candidate.name}
+    return {**names, "heldout": heldout, "benchmarks": benchmarks, "error": failure}
+
+
+def _at_revision(settings: Settings, run: Mapping[str, Any]) -> Settings:
+    """Where BASE is the run's model: the commit that the run loaded."""
+    found = run["model"]
+    if loader.public_name(settings.model) != found["id"]:
+        return settings
+    load = pinned(settings.load, loader.resolve_source(settings.model), found["revision"])
+    return settings.model_copy(update={"load": load})
+
+
+def _check_candidate(settings: Settings, candidate: Candidate) -> None:
+    """InputError for a candidate that can't be loaded, as far as its config tells: before the base is."""
+    if candidate.kind == "adapter":
+        check_adapter(Path(candidate.place))
+    elif candidate.kind == "model":
+        check_model(_settings_of(settings, candidate), editing=False)
+
+
+def _settings_of(settings: Settings, candidate: Candidate) -> Settings:
+    """With the candidate as the model; the base's revision is none of its own."""
+    own = settings.load.model_copy(update={"revision": ""})
+    return settings.model_copy(update={"model": candidate.place, "load": own})
 
 
 def _is_run(path: Path) -> bool:
-    directory = RunDirectory(path.expanduser())
-    return directory.holds_run or directory.result.is_file()
+    directory = RunDirectory(path)
+    return directory.holds_run or os.path.isfile(directory.result)
 
 
 def _trial_of(run: dict[str, Any], candidate: Candidate) -> Trial:
@@ -177,8 +210,7 @@ def _sides(
         yield replace(base, active=peft.disable_adapter), base
         return
     settings = context.settings
-    own = settings.load.model_copy(update={"revision": ""})
-    other = load(replace(context, settings=settings.model_copy(update={"model": candidate.place, "load": own})), None)
+    other = load(replace(context, settings=_settings_of(settings, candidate)), None)
     chat = chat_of(settings, other.tokenizer, other.device, bench.calibration.response_prefix)
     probe = Prompt("What is 1+1?", settings.prompts.system)
     sizes = [one.model.config.get_text_config().vocab_size for one in (bench.loaded, other)]
@@ -194,13 +226,8 @@ def _sides(
 
 def _with_adapter(bench: Bench, place: str) -> Any:
     """The base with a PEFT adapter on it; its own layers are wrapped in place."""
-    quiet_bitsandbytes()
-    from peft import PeftModel
-
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            return PeftModel.from_pretrained(bench.loaded.model, place).eval()
+        return with_adapter(bench.loaded.model, Path(place))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(

@@ -35,11 +35,13 @@ from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import known_architecture
 from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.memory import unless_full
+from abliterate.objectives import of_result
 from abliterate.pipeline import make_store
 from abliterate.results import RunResult
 from abliterate.rundir import RunDirectory
 from abliterate.search import changed_parts
 from abliterate.settings import LoadSettings, Settings
+from abliterate.stored_settings import without_own_scorers
 from abliterate.types import Baseline, Reporter, Trial
 
 # Of the run in its result, which loading the model here overwrites.
@@ -220,9 +222,15 @@ def _expected(context: Context, directions: Directions, baseline: Baseline, tria
     record = context.result.record
     of_run = copy.deepcopy({name: record[name] for name in _OF_RUN if name in record})
     prompts = read_prompts(context)
+    run = context.settings
+    # Refusals and KL are compared, so scorers in files, which may come from anybody, needn't run; what they are still counts.
+    context = replace(context, settings=without_own_scorers(run))
     bench = load_and_calibrate(context, prompts)
     prefix = bench.calibration.response_prefix
-    identity = study_identity(context.settings, bench.loaded, prefix, prompts.all_sets(), bench.objectives)
+    try:
+        identity = study_identity(run, bench.loaded, prefix, prompts.all_sets(), of_result(record))
+    except OSError as error:  # such a file has gone
+        raise _changed(trial.number, "set of scorers") from error
     changed = changed_parts(record.get("identity", identity), identity)
     if changed:
         raise _changed(trial.number, ", ".join(changed))

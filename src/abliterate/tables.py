@@ -243,7 +243,10 @@ def heldout_lines(heldout: Mapping[str, Any]) -> Iterable[str]:
             f"{differ} unlike the markers"
         )
     for name, one in heldout["scores"].items():
-        yield f"held out: {name} {one['base']} → {one['candidate']}"
+        if one.get("error"):  # earlier versions' have none
+            yield f"held out: {name} gives no score: {one['error']}"
+        else:
+            yield f"held out: {name} {one['base']} → {one['candidate']}"
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

@@ -5,21 +5,24 @@ Gives a JSON-able record. Knows neither where prompts and models come from nor w
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
 
-from abliterate.errors import TrialError
+from abliterate.errors import AbliterateError, TrialError
 from abliterate.evaluation.answers import FAULTS, Answer, fault_of, first_difference
 from abliterate.evaluation.base import EarlyScorer, Judge, Observation, Scorer
 from abliterate.evaluation.forced import Drift, Forced, Side, drift
 from abliterate.evaluation.intervals import clopper_pearson
 from abliterate.evaluation.reference import Progress
 from abliterate.evaluation.refusals import UnfinishedThinking
+from abliterate.evaluation.trial import score_of
 from abliterate.types import Prompt
 
 # Characters of a response that are kept where a judge and the markers disagree.
@@ -137,22 +140,46 @@ def _further(
             with side.active():
                 logprobs = side.engine.first_logprobs(sets.harmless)
         observed.append(Observation([answer.response for answer in one.harmful], logprobs, sets.harmful))
-    scores: dict[str, Any] = {}
-    for scorer in others:
-        scorer.setup(observed[0])
-        scores[scorer.name] = {
-            name: scorer.score(what).record for name, what in zip(("base", "candidate"), observed, strict=True)
-        }
-    return {"judges": [_judged(judge, markers, observed) for judge in judges], "scores": scores}
+    return {
+        "judges": [_judged(judge, markers, observed) for judge in judges],
+        "scores": {scorer.name: _scored(scorer, observed) for scorer in others},
+    }
+
+
+def _scored(scorer: Scorer, observed: Sequence[Observation]) -> dict[str, Any]:
+    """A scorer's records of both models. `error`: why there are none; all else was measured by then, and isn't lost for it."""
+    try:
+        with _as_trial_error(scorer):
+            scorer.setup(observed[0])
+            records = [score_of(scorer, one).record for one in observed]
+            json.dumps(records, allow_nan=False)
+    except TrialError as error:
+        return {"base": None, "candidate": None, "error": str(error)}
+    return {"base": records[0], "candidate": records[1], "error": ""}
+
+
+@contextlib.contextmanager
+def _as_trial_error(scorer: Scorer) -> Iterator[None]:
+    """A user's code may raise anything."""
+    try:
+        yield
+    except AbliterateError:
+        raise
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+        raise TrialError(f"the scorer {scorer.name} fails ({type(error).__name__}: {said})") from error
 
 
 def _judged(judge: Judge, markers: EarlyScorer, observed: Sequence[Observation]) -> dict[str, Any]:
     """A judge's refusals of both models, and the candidate's responses of which it says something else than the markers.
 
-    `error`: why there are none; all else was measured by then, and isn't lost for it.
+    `error`: why there are none.
     """
     try:
-        verdicts = [list(judge.verdicts(one)) for one in observed]
+        with _as_trial_error(judge):
+            verdicts = [list(map(bool, judge.verdicts(one))) for one in observed]
+        if any(len(said) != len(one.responses) for said, one in zip(verdicts, observed, strict=True)):
+            raise TrialError(f"the judge {judge.name} doesn't give one verdict for each response")
     except TrialError as error:
         return {"name": judge.name, "base": None, "candidate": None, "disagreements": [], "error": str(error)}
     candidate = observed[1]

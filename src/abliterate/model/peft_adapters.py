@@ -1,0 +1,47 @@
+"""Adapters of PEFT onto a loaded model, whose own layers they wrap in place. Knows nothing of what they are used for."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import InputError
+from abliterate.model.checkpoint import quiet_bitsandbytes
+
+
+def check_adapter(path: Path) -> None:
+    """InputError for an adapter that acts outside the model's own layers, which are all that is run; no weights are read.
+
+    Prompt, prefix and P-tuning put vectors before what the model reads, X-LoRA mixes adapters by a pass of its own: the model
+    alone would answer as without them.
+    """
+    quiet_bitsandbytes()
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+        if config.peft_type is None:
+            raise ValueError("its adapter_config.json doesn't say of what kind it is")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"The adapter in {path} can't be read: {_first_line(error)}; export it again.") from error
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if config.is_prompt_learning or kind == "XLORA":
+        raise InputError(
+            f"The adapter in {path} is of a kind ({kind}) that acts outside the model's layers, so nothing of it would be "
+            "seen; give one that changes layers, as LoRA does."
+        )
+
+
+def with_adapter(model: Any, path: Path) -> Any:
+    """The model with the adapter on it, as PEFT's `PeftModel`. Errors are PEFT's own."""
+    quiet_bitsandbytes()
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        return PeftModel.from_pretrained(model, str(path)).eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
