@@ -469,7 +469,12 @@ def test_what_fails_at_the_end_costs_nothing_else(
     found = again["heldout"]
     check("held-out", found)
     assert found["kl"] == result["heldout"]["kl"]
-    assert found["scores"]["words"] == {"base": None, "candidate": None, "error": found["scores"]["words"]["error"]}
+    assert found["scores"]["words"] == {
+        "base": None,
+        "candidate": None,
+        "values": None,
+        "error": found["scores"]["words"]["error"],
+    }
     assert "KeyError: 'oh'" in found["scores"]["words"]["error"]
     assert any(line.startswith("held out: words gives no score: ") for line in heldout_lines(found))
 

@@ -79,7 +79,10 @@ def made_heldout(trial: int, word: str) -> dict[str, Any]:
         "perplexity": {"base": 1.5, "candidate": 1.75},
         "unchanged": few | {"first_difference": 21.5},
         "judges": [judge, judge | {"error": f"unreachable {word}"}],
-        "scores": {f"own {word}": {"base": 1, "candidate": {"value": word}}},
+        "scores": {
+            f"own {word}": {"base": 1, "candidate": {"value": word}, "values": {"base": 1.25, "candidate": 1e6}, "error": ""},
+            "broken": {"base": None, "candidate": None, "values": None, "error": f"no score {word}"},
+        },
         "search": {"refusals": few, "kl": spread},
         "optimism": {"refusals": 0.02, "kl": -0.5},
     }
@@ -196,6 +199,9 @@ def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.Ca
         "100 % in the search and 97 % held out",
         "1 unlike",
         "Sorry plain",
+        "gives no verdicts: unreachable plain",
+        "1.25 1e+06",
+        "none no score plain",
     ):
         assert part in text
     show(gather(run))

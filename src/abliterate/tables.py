@@ -245,8 +245,8 @@ def heldout_lines(heldout: Mapping[str, Any]) -> Iterable[str]:
     for name, one in heldout["scores"].items():
         if one.get("error"):  # earlier versions' have none
             yield f"held out: {name} gives no score: {one['error']}"
-        else:
-            yield f"held out: {name} {one['base']} → {one['candidate']}"
+        elif one.get("values"):
+            yield f"held out: {name} {one['values']['base']:.4g} → {one['values']['candidate']:.4g}"
 
 
 def _rate(rate: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ Gives a JSON-able record. Knows neither where prompts and models come from nor w
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from abliterate.evaluation.answers import FAULTS, Answer, fault_of, first_differ
 from abliterate.evaluation.base import EarlyScorer, Judge, Observation, Scorer
 from abliterate.evaluation.forced import Drift, Forced, Side, drift
 from abliterate.evaluation.intervals import clopper_pearson
+from abliterate.evaluation.own import own_errors
 from abliterate.evaluation.reference import Progress
 from abliterate.evaluation.refusals import UnfinishedThinking
-from abliterate.evaluation.trial import score_of
+from abliterate.evaluation.trial import score_of, set_up
 from abliterate.types import Prompt
 
 # Characters of a response that are kept where a judge and the markers disagree.
@@ -147,22 +147,24 @@ def _further(
 
 
 def _scored(scorer: Scorer, observed: Sequence[Observation]) -> dict[str, Any]:
-    """A scorer's records of both models. `error`: why there are none; all else was measured by then, and isn't lost for it."""
+    """A scorer's records and values of both models. `error`: why there are none; all else was measured by then, and is kept."""
     try:
         with _as_trial_error(scorer):
-            scorer.setup(observed[0])
-            records = [score_of(scorer, one).record for one in observed]
-            json.dumps(records, allow_nan=False)
+            set_up(scorer, observed[0])
+            found = [score_of(scorer, one) for one in observed]
     except TrialError as error:
-        return {"base": None, "candidate": None, "error": str(error)}
-    return {"base": records[0], "candidate": records[1], "error": ""}
+        return {"base": None, "candidate": None, "values": None, "error": str(error)}
+    base, candidate = found
+    values = {"base": float(base.value), "candidate": float(candidate.value)}
+    return {"base": base.record, "candidate": candidate.record, "values": values, "error": ""}
 
 
 @contextlib.contextmanager
 def _as_trial_error(scorer: Scorer) -> Iterator[None]:
-    """A user's code may raise anything."""
+    """Whoever's code it is: whatever goes wrong in it costs its own figures only."""
     try:
-        yield
+        with own_errors(scorer):
+            yield
     except AbliterateError:
         raise
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from abliterate.report.markup import details, in_words, missing, pairs, paragraph, table
+from abliterate.report.markup import details, missing, pairs, paragraph, table
 from abliterate.report.material import Material
 
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
@@ -70,9 +70,16 @@ def _of(record: Mapping[str, Any], trial: str, before: Mapping[str, Any]) -> str
         _optimism(record, before),
     ]
     if record["scores"]:
-        scores = [(name, in_words(one["base"]), in_words(one["candidate"])) for name, one in record["scores"].items()]
+        scores = [(name, *_shown(one)) for name, one in record["scores"].items()]
         parts.append(table(("", "base model", trial), scores, "Other scorers", words=(0,)))
     return "".join([*parts, *(_judge(one, trial) for one in record["judges"])])
+
+
+def _shown(score: Mapping[str, Any]) -> tuple[str, str]:
+    """A scorer's values of both models, or why there are none."""
+    if score["error"]:
+        return "none", score["error"]
+    return f"{score['values']['base']:.4g}", f"{score['values']['candidate']:.4g}"
 
 
 def _drift(record: Mapping[str, Any], trial: str) -> str:
