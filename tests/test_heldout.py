@@ -243,7 +243,12 @@ def test_a_scorer_that_fails_costs_its_own_figures_only() -> None:
     record = measure(side(model), side(model), SETS, scorers, lambda done, total: None)
     plain = measure(side(model), side(model), SETS, scorers[:2], lambda done, total: None)
     assert record | {"scores": {}, "judges": []} == plain
-    assert record["scores"].pop("fine") == {"base": [2], "candidate": [2], "error": ""}
+    assert record["scores"].pop("fine") == {
+        "base": [2],
+        "candidate": [2],
+        "values": {"base": 2.0, "candidate": 2.0},
+        "error": "",
+    }
     assert set(record["scores"]) == set(wrong)
     for name, one in record["scores"].items():
         assert one["base"] is one["candidate"] is None
