@@ -27,6 +27,7 @@ from abliterate.model.chat import Chat
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.weights import dense_weight, write_weight
 from abliterate.pipeline import run
+from abliterate.report import drawing
 from abliterate.rundir import RunDirectory
 from abliterate.settings import EditSettings, Settings
 from abliterate.settings_sources import load_settings, merge
@@ -136,6 +137,20 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
         "model.norm",
     ),
 }
+
+
+DRAW = drawing.svg
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most tests end their runs with a report without pictures, which take a second each; those of the report draw them."""
+    if "report" in request.path.name:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "svg", lambda specs: (dict.fromkeys(specs, ""), ""))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -334,7 +349,9 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
     """A finished run on the demo model: (directory, result, settings). Read only: copy it to change it."""
     folder = tmp_path_factory.mktemp("finished")
     settings = quick_settings(prompt_files, folder / "cache")
-    result, _ = run_in(folder / "run", settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "svg", DRAW)
+        result, _ = run_in(folder / "run", settings)
     return folder / "run", result, settings
 
 

@@ -61,6 +61,10 @@ def assert_equal_factors(found: dict[str, Factors], expected: dict[str, Factors]
         assert one.row_scale is None or torch.equal(one.row_scale, other.row_scale)  # type: ignore[arg-type]
 
 
+# On a device with room for so many at once.
+ROWS = pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_directions_are_one_tensor_for_all_modules(mode: str) -> None:
     editor = make_editor(make_loaded(make_model("llama")), mode=mode)
@@ -277,7 +281,7 @@ def limit_rows(model: PreTrainedModel, most: int, monkeypatch: pytest.MonkeyPatc
     return sizes
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@ROWS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_engine_on_a_small_device_gives_the_same_numbers(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lab = make_lab(family, batch_size=5)
@@ -303,7 +307,7 @@ def test_an_engine_on_a_small_device_gives_the_same_numbers(family: str, rows: i
         assert_same(whole(engine), numbers)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3])
+@ROWS
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_self_check_on_a_small_device(family: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     lab, warnings = make_lab(family, batch_size=5), list[str]()

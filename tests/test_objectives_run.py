@@ -138,6 +138,7 @@ def test_from_the_command_line_to_the_export(prompt_files: Files, tmp_path: Path
     made = invoke("reproduce", "run", *prompt_options(prompt_files), "--kind", "none")
     assert made.code == 0, made
     assert "'mine.py:Words'" in made.out + made.err
+    assert "reproduced: the same scores" in " ".join((made.out + made.err).split())
 
 
 @pytest.mark.parametrize(

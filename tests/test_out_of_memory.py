@@ -53,7 +53,10 @@ def undisturbed(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathF
 
 
 # A given size, and one that is tuned on the flaky device itself.
-@pytest.mark.parametrize(("seed", "most", "batch_size"), [(0, 16, 12), (1, 3, 12), (2, 12, 0)])
+@pytest.mark.parametrize(
+    ("seed", "most", "batch_size"),
+    [pytest.param(0, 16, 12, marks=pytest.mark.slow), pytest.param(1, 3, 12, marks=pytest.mark.slow), (2, 12, 0)],
+)
 def test_a_run_survives_running_out_of_memory(
     seed: int,
     most: int,

@@ -145,7 +145,8 @@ def compare(
     same_origin = recipe.export.origin == "trial" or kind != "none"
     return Comparison(
         files=_files(recipe, final) if kind == recipe.export.kind != "none" else None,
-        same_scores=trial.to_record()["scores"] == recipe.trial.model_dump()["scores"],
+        # Of the scorers that ran here: a recipe's own ones and judges don't.
+        same_scores=all(recipe.trial.model_dump()["scores"].get(name) == score for name, score in trial.scores.items()),
         refusals=(stated.refusals, trial.refusals),
         kl=(stated.kl.mean, trial.kl),
         baseline=(recipe.baseline.refusals, int(record["baseline"]["refusals"])),

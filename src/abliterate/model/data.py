@@ -36,7 +36,7 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
     except Exception as error:
         raise InputError(
             f"The data set {name.name} (split {name.split}) can't be loaded: {_first_line(error)}; without a network, "
-            "give text files with --harmful, --harmless, --harmful-eval and --harmless-eval."
+            "give a text file in its place (--harmful FILE or --set prompts.harmful=FILE, and likewise for the other sets)."
         ) from error
     if name.column not in rows.column_names:
         raise InputError(f"The data set {name.name} has no column {name.column!r}; it has {', '.join(rows.column_names)}.")
