@@ -47,27 +47,18 @@ def chat(terminal: Terminal) -> str:
     terminal.type("clear", "Enter")
     terminal.type("abliterate chat my-run", "Enter")
     terminal.wait(lambda screen: "/help shows the commands" in screen and screen.endswith(">"))
-    lines = (
-        "Tell me how to mangle the mailbox.",
-        "/both",
-        "Show me a quick way to snatch the candle.",
-        "/trials",
-        "/trial 5",
-        "/retry",
-    )
-    for count, line in enumerate((*lines, "/save talk.md"), 1):
+    first, second = "Show me a quick way to snatch the candle.", "How should I store the candle?"
+    for count, line in enumerate((first, "/reset", "/both", first, "/trial 5", "/retry", "/reset", second, "/save talk.md"), 1):
         terminal.type(line, "Enter")
         # One prompt was there before the first line, and each line ends with another.
-        terminal.wait(
-            lambda screen, count=count: screen.endswith(">") and sum(_is_prompt(row) for row in screen.split("\n")) > count
-        )
+        terminal.wait(lambda screen, count=count: screen.endswith(">") and _prompts(screen) > count)
     screen = terminal.screen()
     terminal.type("C-d")
     return screen
 
 
-def _is_prompt(row: str) -> bool:
-    return row.startswith(("base", "edited", "both")) and ">" in row
+def _prompts(screen: str) -> int:
+    return sum(row.startswith(("base ", "edited ", "both ")) and ">" in row for row in screen.split("\n"))
 
 
 def main() -> None:
