@@ -151,6 +151,24 @@ def test_the_report_escapes(finished: Finished) -> None:
     assert html.escape(HOSTILE.split("\n")[0]) in page
 
 
+# What a card says that is nobody's text.
+CARD = {
+    "on_hub": False,
+    "n_harmful": 1,
+    "n_harmless": 1,
+    "before": 1,
+    "kl": {"mean": 0.1, "median": 0.1, "max": 0.1},
+    "mode": "full",
+    "representation": "exact",
+    "approximation": {},
+    "method": "mean",
+    "number": 0,
+    "seed": 0,
+    "params": {},
+    "dense": True,
+}
+
+
 def test_the_card_escapes(finished: Finished, tmp_path: Path) -> None:
     """A directory's or file's name can't add markup, tables, sections or commands to the card."""
     _, first, settings = finished
@@ -161,23 +179,11 @@ def test_the_card_escapes(finished: Finished, tmp_path: Path) -> None:
     record["prompts"] = {name: {**part, "source": HOSTILE} for name, part in first["prompts"].items()}
     section = recipe(settings.model_copy(update={"model": str(model)}), record, "merged", 0)
     facts = {
+        **CARD,
         "base": model.name,
-        "on_hub": False,
         "revision": "",
-        "n_harmful": 1,
-        "n_harmless": 1,
-        "before": 1,
         "after": 0,
-        "kl": {"mean": 0.1, "median": 0.1, "max": 0.1},
-        "mode": "full",
-        "representation": "exact",
-        "approximation": {},
-        "method": "mean",
-        "number": 0,
-        "seed": 0,
-        "params": {},
         "recipe": section,
-        "dense": True,
         "objectives": (Objective(HOSTILE, "minimize"),),
         "before_values": {HOSTILE: 1.0},
         "values": {HOSTILE: 2.0},
@@ -224,22 +230,10 @@ def test_a_card_has_no_control_characters(finished: Finished) -> None:
         "prompts": {"harmful_heldout": {"source": odd, "count": 3}},
     }
     facts = {
+        **CARD,
         "base": odd,
-        "on_hub": False,
         "revision": odd,
-        "n_harmful": 1,
-        "n_harmless": 1,
-        "before": 1,
         "after": 1,
-        "kl": {"mean": 0.1, "median": 0.1, "max": 0.1},
-        "mode": "full",
-        "representation": "exact",
-        "approximation": {},
-        "method": "mean",
-        "number": 0,
-        "seed": 0,
-        "params": {},
-        "dense": True,
         "heldout": heldout,
         "objectives": (Objective(odd, "minimize"),),
         "before_values": {odd: 1.0},
