@@ -24,17 +24,17 @@ from benchmark_page import command, update_page
 from rig import make_rig
 from transformers import AutoTokenizer
 
-from abliterate.evaluation.certificate import Certificate
 from abliterate.model.loader import demo_path
-from abliterate.search import open_study
-from abliterate.settings import SearchSettings
-from abliterate.settings_sources import load_settings
-from abliterate.space import Space
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.space import Space
+from abliterate.search.study import open_study
+from abliterate.settings.schema import SearchSettings
+from abliterate.settings.sources import load_settings
 from abliterate.types import Trial
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 1024
-NEVER = Certificate(((0.0, 10**9),))
+NEVER = DominancePruner(((0.0, 10**9),))
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from rig import Rig, make_rig
 
-from abliterate import tuning
-from abliterate.evaluation.certificate import Certificate
-from abliterate.search import open_study
-from abliterate.settings_sources import load_settings
+from abliterate.pipeline import batch_size
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.study import open_study
+from abliterate.settings.sources import load_settings
 from abliterate.types import BatchSizes, Trial, TrialParams
 
 
@@ -27,7 +27,7 @@ def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
     done: list[Trial] = []
     for number in range(count):
         asked = study.ask()
-        trial = rig.evaluate(number, asked.params, Certificate.of(done, rig.baseline))
+        trial = rig.evaluate(number, asked.params, DominancePruner.of(done, rig.baseline))
         study.tell(asked, trial, rig.baseline.prompts)
         done.append(trial)
     return {"trials": [trial.to_record() for trial in done]}
@@ -42,7 +42,7 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
     adapters = {"hits": 0, "misses": 0}
     trials = []
     for number in chosen:
-        certificate = Certificate.of(study[:number], rig.baseline)
+        certificate = DominancePruner.of(study[:number], rig.baseline)
         hits, misses = rig.editor.adapters.hits, rig.editor.adapters.misses
         started = time.perf_counter()
         trial = rig.evaluate(number, study[number].params, certificate)
@@ -95,7 +95,7 @@ def main() -> None:
     }
     options |= {"efficiency": dict.fromkeys(args.off, False)}
     if args.batch_sizes:
-        tuning.batch_sizes = lambda *_: BatchSizes(*args.batch_sizes)  # type: ignore[assignment]
+        batch_size.batch_sizes = lambda *_: BatchSizes(*args.batch_sizes)  # type: ignore[assignment]
     settings = load_settings("", options)
     if args.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})

@@ -22,9 +22,9 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from abliterate.inputs import DEMO_PROMPTS
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import demo_path
+from abliterate.prompts.sets import DEMO_PROMPTS
 from abliterate.types import Prompt
 
 MAX_KL, ALLOWED, MEDIAN_ALLOWED = 0.1, 30, 20
@@ -40,7 +40,7 @@ def on_topic(model_path: Path, rows: list[dict[str, str]]) -> int:
     """How many greedy answers name the verb and the object they were asked about."""
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32").eval()
-    chat = Chat(tokenizer, model.device)
+    chat = PromptEncoder(tokenizer, model.device)
     batch = chat.encode([Prompt(row["prompt"], SYSTEM) for row in rows])
     output = model.generate(**batch, max_new_tokens=100, do_sample=False)
     texts = [chat.decode(ids).lower() for ids in output[:, batch["input_ids"].shape[1] :]]

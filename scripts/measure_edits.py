@@ -16,7 +16,7 @@ import torch
 from benchmark_page import command, update_page
 from rig import Rig, make_rig, timed
 
-from abliterate.settings_sources import load_settings
+from abliterate.settings.sources import load_settings
 from abliterate.types import TrialParams
 
 ROOT = Path(__file__).parents[1]

@@ -24,13 +24,13 @@ from rig import Quiet
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from abliterate.later import export_trial
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.model.memory import PeakMeter
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings_sources import load_settings
+from abliterate.pipeline.export_trial import export_trial
+from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
 
 ROOT = Path(__file__).parents[1]

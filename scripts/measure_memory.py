@@ -19,15 +19,14 @@ import torch
 from rig import PeakMemory, Quiet, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from abliterate import stages
-from abliterate.bench import load_and_calibrate
-from abliterate.evaluation.logprobs import kl_divergence, small_forms, smallest_form
-from abliterate.inputs import Context, read_prompts
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import make_store
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings_sources import load_settings
+from abliterate.pipeline import stages
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline.workbench import load_and_calibrate
+from abliterate.scorers.kl import kl_divergence, small_forms, smallest_form
+from abliterate.settings.sources import load_settings
 
 MIB = 2**20
 SETS = ("harmful", "harmless")

@@ -21,10 +21,10 @@ import torch
 from optuna.trial import TrialState
 from rig import Rig, make_rig
 
-from abliterate.evaluation.certificate import Certificate
-from abliterate.front import hypervolume, pareto_front
-from abliterate.search import Asked, Study, open_study
-from abliterate.settings_sources import load_settings
+from abliterate.search.front import hypervolume, pareto_front
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.study import Asked, Study, open_study
+from abliterate.settings.sources import load_settings
 from abliterate.types import Trial
 
 VARIANTS = ("full", "pruned", "bound")
@@ -43,14 +43,14 @@ def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Tri
     """(hypervolume, trials stopped) of one study."""
     study = open_study("", journal, rig.space, rig.context.settings.seed)
     study.claim({})
-    nothing = Certificate(((0.0, sys.maxsize),))
+    nothing = DominancePruner(((0.0, sys.maxsize),))
     done: list[Trial] = []
     for number in range(trials):
         asked = study.ask()
         key = json.dumps(asked.params.to_record())
         if variant == "full" and key not in known:
             known[key] = rig.evaluate(number, asked.params, nothing)
-        certificate = nothing if variant == "full" else Certificate.of(done, rig.baseline)
+        certificate = nothing if variant == "full" else DominancePruner.of(done, rig.baseline)
         trial = known[key] if variant == "full" else rig.evaluate(number, asked.params, certificate)
         tell(study, asked, trial, rig.baseline.prompts, variant)
         done.append(trial)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from abliterate.front import hypervolume, pareto_front
+from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, Trial
 
 GRIDS = ((0.0, 0.0), (0.02, 0.1), (0.05, 0.25), (0.1, 0.5))

@@ -14,14 +14,14 @@ import torch
 from benchmark_page import command, update_page
 from rig import Quiet, timed
 
-from abliterate import bench, tuning
-from abliterate.inputs import DEMO_PROMPTS, Context, read_prompts
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model.footprint import Shape, row_bytes
 from abliterate.model.loader import demo_path, public_name
-from abliterate.pipeline import make_store
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings_sources import load_settings
+from abliterate.pipeline import batch_size, from_settings, workbench
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.prompts.sets import DEMO_PROMPTS
+from abliterate.settings.sources import load_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,18 +35,18 @@ def measure(model: str, folder: Path) -> list[str]:
         settings, reporter, RunResult(RunDirectory(folder), reporter), make_store(settings, reporter), lambda: None
     )
     sets = read_prompts(context)
-    loaded = bench.load(context, None)
-    engine = bench.plain_engine(context, loaded)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
     engine.generate_ids(sets.harmful_eval[:1], 2)
     shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)
-    lengths = tuning.Probes(context, loaded, engine, sets).lengths
+    lengths = batch_size.Probes(context, loaded, engine, sets).lengths
     rows = []
     for name, binary in (("estimate and binary search", True), ("doubling", False)):
         efficiency = settings.efficiency.model_copy(update={"use_binary_search_batch_tuning": binary})
         asked = Context(
             settings.model_copy(update={"efficiency": efficiency}), reporter, context.result, context.store, lambda: None
         )
-        tuned, seconds = timed(lambda asked=asked: tuning.tune(asked, loaded, engine, sets))
+        tuned, seconds = timed(lambda asked=asked: batch_size.tune(asked, loaded, engine, sets))
         probes = "+".join(str(len(one.probes)) for one in tuned if one.probes)
         tried = sum(sum(one.probes) for one in tuned)
         found = "/".join(str(one.size) for one in tuned)
@@ -56,7 +56,7 @@ def measure(model: str, folder: Path) -> list[str]:
             probe = one.probes.get(largest)
             if binary and probe is not None:
                 # A decoding probe ends after a few tokens; the estimate is for as many.
-                estimate = row_bytes(shape, one.operation, lengths[one.operation][1], tuning.PROBE_TOKENS)
+                estimate = row_bytes(shape, one.operation, lengths[one.operation][1], batch_size.PROBE_TOKENS)
                 peaks.append(f"{largest * estimate / max(1, probe.peak_bytes):.2f}")
         rows.append(
             f"| {public_name(model)} | {name} | {probes} | {tried} | {seconds:.2f} | {found} | {', '.join(peaks) or '–'} |"

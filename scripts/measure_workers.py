@@ -107,7 +107,7 @@ def search_seconds(workers: int, trials: int) -> tuple[float, str]:
         assert [trial["number"] for trial in result["trials"]] == list(range(trials))
         from fake_worker import study_of
 
-        from abliterate.search import STUDY_NAME
+        from abliterate.search.study import STUDY_NAME
 
         told: dict[str, int] = {}
         for one in study_of("", out / "study.journal", STUDY_NAME, "watcher", trials, 60)._all():

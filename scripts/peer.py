@@ -12,11 +12,11 @@ from pathlib import Path
 
 import tomli_w
 
-from abliterate.evaluation.refusals import read_markers
-from abliterate.inputs import prompt_sources
-from abliterate.model.data import load_prompts
 from abliterate.model.loader import DEMO, resolve_source
-from abliterate.settings_sources import config_path, load_settings
+from abliterate.prompts.datasets import load_prompts
+from abliterate.prompts.sets import prompt_sources
+from abliterate.scorers.refusals import read_markers
+from abliterate.settings.sources import config_path, load_settings
 
 _SETS = {
     "harmless": "good_prompts",

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from rig import Rig, make_rig
 
-from abliterate.evaluation.certificate import Certificate
-from abliterate.settings_sources import load_settings
+from abliterate.search.pruner import DominancePruner
+from abliterate.settings.sources import load_settings
 from abliterate.types import Kernel, TrialParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -56,7 +56,7 @@ def weak(rig: Rig, shift: float) -> TrialParams:
 
 def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> tuple[float, int, int, str, dict[str, float]]:
     """(seconds, passes, tokens, state, share of each group), medians over trials that differ a little."""
-    certificate = Certificate(((0.0, limit),))
+    certificate = DominancePruner(((0.0, limit),))
     shifts = [0.005 * step for step in range(16)]
     for shift in shifts[:5]:
         rig.evaluate(0, edit(rig, shift), certificate)

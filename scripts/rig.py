@@ -11,18 +11,18 @@ from typing import Any
 import psutil
 import torch
 
-from abliterate import stages
-from abliterate.bench import Bench, load_and_calibrate
-from abliterate.evaluation import Observation
-from abliterate.evaluation.certificate import Certificate
-from abliterate.evaluation.editor import Editor
-from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.model.editor import Editor
 from abliterate.model.memory import PeakMeter
-from abliterate.pipeline import make_store
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings import Settings
-from abliterate.space import Space
+from abliterate.pipeline import stages
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline.workbench import Workbench, load_and_calibrate
+from abliterate.prompts.sets import PromptSets
+from abliterate.scorers import Observation
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.space import Space
+from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Trial, TrialParams
 
 
@@ -65,7 +65,7 @@ class Rig:
     """A model ready for trials. `seconds`: what each stage of the start-up took."""
 
     context: Context
-    bench: Bench
+    bench: Workbench
     editor: Editor
     prompts: PromptSets
     baseline: Baseline
@@ -74,7 +74,7 @@ class Rig:
     memory: PeakMemory
     counters: Counters
 
-    def evaluate(self, number: int, params: TrialParams, certificate: Certificate) -> Trial:
+    def evaluate(self, number: int, params: TrialParams, certificate: DominancePruner) -> Trial:
         """One trial, as a run evaluates it."""
         return stages.evaluate(self.context, self.bench, self.editor, number, params, self.prompts, certificate)
 
@@ -82,7 +82,7 @@ class Rig:
         """A fixed list of trials, each knowing those before it."""
         done: list[Trial] = []
         for number, params in enumerate(trials):
-            done.append(self.evaluate(number, params, Certificate.of(done, self.baseline)))
+            done.append(self.evaluate(number, params, DominancePruner.of(done, self.baseline)))
         return done
 
 

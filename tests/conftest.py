@@ -18,19 +18,19 @@ from forked import finish, write_config
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.edits import SvdMemo
-from abliterate.evaluation.editor import Editor
-from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import decoder_layers, find_architecture, find_targets
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.weights import dense_weight, write_weight
-from abliterate.pipeline import run
-from abliterate.report import drawing
-from abliterate.rundir import RunDirectory
-from abliterate.settings import EditSettings, Settings
-from abliterate.settings_sources import load_settings, merge
+from abliterate.pipeline.run import run
+from abliterate.report import draw
+from abliterate.settings.schema import EditSettings, Settings
+from abliterate.settings.sources import load_settings, merge
 from abliterate.types import Kernel, ModelInfo, Prompt, Trial, TrialParams
 
 torch.set_num_threads(1)
@@ -139,7 +139,7 @@ EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-DRAW = drawing.svg
+DRAW = draw.svg
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -149,7 +149,7 @@ def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "svg", lambda specs: (dict.fromkeys(specs, ""), ""))
+        patch.setattr(draw, "svg", lambda specs: (dict.fromkeys(specs, ""), ""))
         yield
 
 
@@ -186,9 +186,9 @@ def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[st
     return LoadedModel(model, make_tokenizer(), info, architecture, find_targets(model, architecture, config.hidden_size))
 
 
-def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> Chat:
+def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> PromptEncoder:
     """A chat on the CPU."""
-    return Chat(tokenizer or make_tokenizer(), CPU)
+    return PromptEncoder(tokenizer or make_tokenizer(), CPU)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:
@@ -209,7 +209,7 @@ def make_directions(n_layers: int, d_model: int, seed: int = 0) -> Directions:
 def make_editor(loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, **settings: Any) -> Editor:
     """An editor with random directions on all targets."""
     directions = make_directions(loaded.info.n_layers, loaded.info.d_model)
-    adapters = AdapterSet(loaded.targets, incremental=incremental)
+    adapters = EditHooks(loaded.targets, incremental=incremental)
     return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size))
 
 
@@ -253,7 +253,7 @@ def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, chat: Chat | None = None, prompts: Sequence[Prompt] = PROMPTS) -> Tensor:
+def logits_of(model: nn.Module, chat: PromptEncoder | None = None, prompts: Sequence[Prompt] = PROMPTS) -> Tensor:
     """Logits of the last position of each prompt, (n, vocabulary)."""
     batch = (chat or make_chat()).encode(prompts)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
@@ -350,7 +350,7 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("finished")
     settings = quick_settings(prompt_files, folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "svg", DRAW)
+        patch.setattr(draw, "svg", DRAW)
         result, _ = run_in(folder / "run", settings)
     return folder / "run", result, settings
 

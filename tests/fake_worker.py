@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from abliterate.search import Study, open_study
-from abliterate.settings import SearchSettings
-from abliterate.space import Space
-from abliterate.storage import POLL
+from abliterate.search.space import Space
+from abliterate.search.storage import POLL
+from abliterate.search.study import Study, open_study
+from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")

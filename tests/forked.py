@@ -22,7 +22,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
         *("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2"),
-        *("abliterate.cli", "abliterate.commands", "peft", "peft.tuners.lora", "torch._dynamo", "torch._inductor"),
+        *("abliterate.cli.app", "abliterate.cli.run", "peft", "peft.tuners.lora", "torch._dynamo", "torch._inductor"),
     ]
 )
 
@@ -41,10 +41,10 @@ def _main(
     sys.argv = ["abliterate", *arguments]
     if before is not None:
         before()
-    from abliterate import cli
+    from abliterate.cli import app
 
     try:
-        cli.main()
+        app.main()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -1,6 +1,6 @@
 """Packers for the tests, element by element from each format's definition, and the checkpoints that hold them.
 
-Nothing here is shared with `abliterate.model.storages`: what unpacks there is packed here, and read back by another loop.
+Nothing here is shared with `abliterate.model.formats`: what unpacks there is packed here, and read back by another loop.
 """
 
 from __future__ import annotations

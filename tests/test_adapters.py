@@ -10,8 +10,8 @@ from conftest import dense_edit, logits_of, make_directions, make_editor, make_l
 
 from abliterate.edits import METHODS, Factors
 from abliterate.errors import TrialError
-from abliterate.model.adapters import AdapterSet
 from abliterate.model.architectures import Target
+from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.weights import dense_weight
 from abliterate.types import Kernel, TrialParams
 
@@ -96,7 +96,7 @@ def test_incremental_equals_reset(options: dict[str, object]) -> None:
 
 def test_only_changed_modules_are_written() -> None:
     loaded = make_loaded(make_model("llama"))
-    adapters = AdapterSet(loaded.targets)
+    adapters = EditHooks(loaded.targets)
     names = [target.name for target in loaded.targets]
     made: list[str] = []
 
@@ -128,7 +128,7 @@ def test_without_incremental_everything_is_written() -> None:
 def test_failing_maker_leaves_the_module_off() -> None:
     loaded = make_loaded(make_model("llama"))
     base = logits_of(loaded.model)
-    adapters, name = AdapterSet(loaded.targets), loaded.targets[0].name
+    adapters, name = EditHooks(loaded.targets), loaded.targets[0].name
 
     def fail() -> Factors:
         raise TrialError("no factors")
@@ -203,7 +203,7 @@ def test_half_precision_keeps_the_row_scale() -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(256, 256, bias=False).bfloat16().requires_grad_(False)
     scale = 1 + 0.003 * torch.randn(256)
-    adapters = AdapterSet([Target("m", 0, "mlp.down_proj", linear)])
+    adapters = EditHooks([Target("m", 0, "mlp.down_proj", linear)])
     x = torch.randn(8, 256).bfloat16()
     plain = linear(x).float()
     adapters.apply({"m": ("k", lambda: Factors(scale, torch.zeros(1, 256), torch.zeros(256, 1)))})

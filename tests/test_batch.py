@@ -15,11 +15,13 @@ from conftest import make_model as tiny_model
 from conftest import quick_options, save_model
 from test_cli import Invoke, Outcome, assert_json_lines, assert_sentence, invoke  # noqa: F401  (a fixture)
 
-from abliterate import batch, bench, pipeline, stages
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import batch
 from abliterate.errors import InputError
 from abliterate.model import hub
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline import stages, workbench
 
 
 def write_list(path: Path, runs: list[dict[str, Any]], **common: Any) -> Path:
@@ -115,7 +117,7 @@ def test_one_failing_does_not_stop_the_rest(
         {"model": "other", "out": "mine"},
     ]
     listed = write_list(tmp_path / "l.toml", runs, **common)
-    real, held, alive = bench.load, [], []
+    real, held, alive = workbench.load, [], []
 
     def load(context: Any, prompts: Any) -> Any:
         alive.append([one() is not None for one in held])
@@ -128,7 +130,7 @@ def test_one_failing_does_not_stop_the_rest(
         return loaded
 
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "load", load)
+        patch.setattr(workbench, "load", load)
         freed: list[Any] = []
         clear = batch.clear_device_cache
         patch.setattr(batch, "clear_device_cache", lambda device: freed.append(device) or clear(device))
@@ -155,9 +157,9 @@ def test_one_failing_does_not_stop_the_rest(
     write_list(listed, [runs[1], {**runs[3], "search": {"trials": 3}}], **common)
     with monkeypatch.context() as patch:
         began: list[str] = []
-        run = pipeline.run
+        run = pipeline_run.run
         patch.setattr(
-            pipeline, "run", lambda settings, *args, **more: began.append(settings.model) or run(settings, *args, **more)
+            pipeline_run, "run", lambda settings, *args, **more: began.append(settings.model) or run(settings, *args, **more)
         )
         outcome = invoke("run", "--list", listed, "--resume", "--json")
     assert outcome.code == 0, outcome

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from abliterate.cache import ArtifactStore, default_root, key_digest
+from abliterate.artifacts.cache import ArtifactStore, default_root, key_digest
 
 KEY = {"model": "m", "prompts": ["a", "b"], "dtype": "float32"}
 
@@ -293,7 +293,7 @@ def test_in_memory_reads_the_disk_once(filled: Path) -> None:
 
 
 def test_memory_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abliterate.cache._MEMORY_LIMIT", 100)
+    monkeypatch.setattr("abliterate.artifacts.cache._MEMORY_LIMIT", 100)
     store, _ = make_store(tmp_path, enabled=False, in_memory=True)
     for number in range(3):
         store.put("residuals", {"k": number}, {"t": torch.zeros(10)})

@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.calibration import (
-    BatchTuning,
-    WarmUp,
-    common_start,
-    detect_prefix,
-    double_batch_size,
-    even_sizes,
-    tune_batch_size,
-)
-from abliterate.model.markup import Markup
-from abliterate.settings import ResponseSettings
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.batch_size import BatchTuning, double_batch_size, even_sizes, tune_batch_size
+from abliterate.pipeline.calibrate import WarmUp, common_start, detect_prefix
+from abliterate.settings.schema import ResponseSettings
 
 Speed = Callable[[int], float]
 SPEEDS: dict[str, Speed] = {

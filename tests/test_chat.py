@@ -14,13 +14,12 @@ import pytest
 from conftest import CPU, make_tokenizer, quick_settings, run_in
 
 from abliterate.errors import InputError
-from abliterate.identity import model_key
 from abliterate.model import loader
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder, Template
 from abliterate.model.loader import demo_path
-from abliterate.model.template import Template
-from abliterate.settings import LoadSettings, Settings
-from abliterate.settings_sources import load_settings, parse_assignments
+from abliterate.pipeline.cache_keys import model_key
+from abliterate.settings.schema import LoadSettings, Settings
+from abliterate.settings.sources import load_settings, parse_assignments
 from abliterate.types import Prompt
 
 QUESTION = Prompt("  Why is the sky blue?\n", "Be brief.")
@@ -56,11 +55,11 @@ SWITCHED = (
 )
 
 
-def chat_with(template: Any, **options: Any) -> Chat:
+def chat_with(template: Any, **options: Any) -> PromptEncoder:
     """A chat of the demo's tokenizer with another template."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = template
-    return Chat(tokenizer, CPU, options=options)
+    return PromptEncoder(tokenizer, CPU, options=options)
 
 
 @pytest.mark.parametrize(
@@ -171,11 +170,11 @@ def test_a_template_that_only_the_processor_reads(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": PARTS}), encoding="utf-8")
     tokenizer = loader.load_tokenizer(str(folder), LoadSettings())
-    assert Chat(tokenizer, CPU).render(QUESTION) == "[system]Be brief.[/][user]  Why is the sky blue?\n[/][model]"
+    assert PromptEncoder(tokenizer, CPU).render(QUESTION) == "[system]Be brief.[/][user]  Why is the sky blue?\n[/][model]"
     for content in ("[]", "{", "{}"):
         (folder / "chat_template.json").write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match="has no chat template"):
-            Chat(loader.load_tokenizer(str(folder), LoadSettings()), CPU)
+            PromptEncoder(loader.load_tokenizer(str(folder), LoadSettings()), CPU)
 
 
 def test_options_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:

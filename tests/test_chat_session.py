@@ -24,24 +24,26 @@ from test_cli import Finished, Invoke, Outcome, assert_sentence, invoke  # noqa:
 from test_json_events import checked
 from torch import Tensor
 
-from abliterate import later, stages
-from abliterate.chat_commands import Shell
-from abliterate.chat_input import Presses, TypedLines
-from abliterate.chat_screen import JsonFace, PlainFace, TerminalFace, visible
-from abliterate.chat_session import Answer, Session, Side
-from abliterate.chat_target import Wanted, open_session
-from abliterate.chat_voice import Said, Sampling, _Reading
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.chat.display import JsonFace, PlainFace, TerminalFace, visible
+from abliterate.chat.generate import Reply, Sampling, _Reading
+from abliterate.chat.input import Presses, TypedLines
+from abliterate.chat.open import ChatTarget, open_session
+from abliterate.chat.session import Answer, Session, Side
+from abliterate.chat.shell import Shell
 from abliterate.edits import SvdMemo
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
 from abliterate.errors import InputError, Interrupted
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.responses import ResponseReader
+from abliterate.files import digest_of, write_json
 from abliterate.model import loader
-from abliterate.model.adapters import AdapterSet
-from abliterate.model.chat import Chat
-from abliterate.model.markup import Markup
-from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.settings import ExportSettings, ResponseSettings
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
+from abliterate.model.thinking import Markup
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import stages
+from abliterate.settings.schema import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 
 GREEDY = Sampling(max_new_tokens=40, temperature=0)
@@ -80,7 +82,7 @@ class Ear:
 
 @pytest.fixture(scope="module")
 def opened(finished: Finished) -> Session:
-    session, _ = open_session(str(finished[0]), Wanted(sampling=GREEDY), {}, Recorder())
+    session, _ = open_session(str(finished[0]), ChatTarget(sampling=GREEDY), {}, Recorder())
     return session
 
 
@@ -116,10 +118,10 @@ def complete(result: dict[str, Any]) -> list[Trial]:
 
 def test_answers_are_those_of_the_reference(session: Session, finished: Finished) -> None:
     path, result, settings = finished
-    loaded = loader.load_model("demo", settings.load, CPU, lambda t, d: Chat(t, d).encode([Prompt("Hi")]), print)
+    loaded = loader.load_model("demo", settings.load, CPU, lambda t, d: PromptEncoder(t, d).encode([Prompt("Hi")]), print)
     directions = stages.read_directions(RunDirectory(path).directions, result)
-    editor = Editor(loaded.targets, directions, settings.edit, AdapterSet(loaded.targets), SvdMemo(0))
-    chat = Chat(loaded.tokenizer, CPU)
+    editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
+    chat = PromptEncoder(loaded.tokenizer, CPU)
     reader = ResponseReader(loaded.tokenizer, MARKUP)
     engine = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=40, sizes=BatchSizes.same(1))
     prompts = [Prompt(text, settings.prompts.system) for text in ASKED]
@@ -134,7 +136,7 @@ def test_answers_are_those_of_the_reference(session: Session, finished: Finished
 
 
 def test_base_is_the_base_bit_for_bit_and_trials_differ(session: Session, finished: Finished) -> None:
-    model, plain = model_of(session), open_session("demo", Wanted(sampling=GREEDY), {}, Recorder())[0]
+    model, plain = model_of(session), open_session("demo", ChatTarget(sampling=GREEDY), {}, Recorder())[0]
     base = logits(plain)
     seen = []
     for trial in complete(finished[1]):
@@ -198,7 +200,7 @@ def test_both_go_on_from_their_own_answers(session: Session) -> None:
 def test_sampling_is_drawn_by_the_seed(finished: Finished) -> None:
     def drawn(seed: int | None) -> list[str]:
         sampling = Sampling(max_new_tokens=20, temperature=2.0, seed=seed)
-        session, _ = open_session("demo", Wanted(sampling=sampling), {}, Recorder())
+        session, _ = open_session("demo", ChatTarget(sampling=sampling), {}, Recorder())
         first = say(session, ASKED[2])
         session.retry(ear := Ear())
         assert not ear.notes
@@ -211,7 +213,7 @@ def test_sampling_is_drawn_by_the_seed(finished: Finished) -> None:
 
 
 def test_a_response_prefix_is_part_of_the_answer(finished: Finished) -> None:
-    wanted = Wanted(response_prefix="<think></think>Sure, the", sampling=GREEDY)
+    wanted = ChatTarget(response_prefix="<think></think>Sure, the", sampling=GREEDY)
     session, _ = open_session(str(finished[0]), wanted, {}, Recorder())
     ear = Ear()
     assert say(session, ASKED[0], ear)[0].startswith("Sure, the")
@@ -253,7 +255,7 @@ def test_interruptions_keep_what_was_said(session: Session, breaks: bool) -> Non
 def test_templates_without_a_system_role(template: str, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(template, encoding="utf-8")
     given = {"load": {"chat_template": str(tmp_path / "t.jinja")}, "prompts": {"system": "Be brief."}}
-    session, fields = open_session("demo", Wanted(sampling=Sampling(5, 0)), given, Recorder())
+    session, fields = open_session("demo", ChatTarget(sampling=Sampling(5, 0)), given, Recorder())
     assert "put before the user's text" in fields["template"]
     ear = Ear()
     for text in ("one", "two", "three"):
@@ -338,7 +340,7 @@ def test_saving(session: Session, tmp_path: Path) -> None:
 
 
 def hostile_turn(face: Any) -> None:
-    said = Said(HOSTILE, HOSTILE, "limit", 9, 0.1)
+    said = Reply(HOSTILE, HOSTILE, "limit", 9, 0.1)
     for sides in (("model",), ("base", "edited")):
         for side in sides:
             face.begin(side, 3, sides)
@@ -505,22 +507,22 @@ def test_json_lines(invoke: Invoke, finished: Finished, monkeypatch: pytest.Monk
 
 def test_exports_chat(finished: Finished, tmp_path: Path, session: Session) -> None:
     said = say(session, ASKED[1])
-    merged, fields = open_session(str(finished[0] / "model"), Wanted(sampling=GREEDY), {}, Recorder())
+    merged, fields = open_session(str(finished[0] / "model"), ChatTarget(sampling=GREEDY), {}, Recorder())
     assert fields["export"] == f"of abliterate, trial {finished[1]['selected']}"
     assert say(merged, ASKED[1]) == said
     run = copy_run(finished[0], tmp_path / "run")
     shutil.rmtree(run / "model")
     number = finished[1]["selected"]
     settings = finished[2].model_copy(update={"export": ExportSettings(kind="adapter", verify=False)})
-    later.export_trial(settings, Recorder(), RunDirectory(run), number, run / "adapter")
-    adapter, fields = open_session(str(run / "adapter"), Wanted(sampling=GREEDY), {}, Recorder())
+    pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), number, run / "adapter")
+    adapter, fields = open_session(str(run / "adapter"), ChatTarget(sampling=GREEDY), {}, Recorder())
     assert fields["export"] == f"of abliterate, trial {number}"
     adapter.switch("both")
     session.reset()
     session.switch("both")
     assert say(adapter, ASKED[1]) == say(session, ASKED[1])
     shutil.move(run / "adapter", tmp_path / "alone")  # the adapter's own config names the base
-    alone, _ = open_session(str(tmp_path / "alone"), Wanted(sampling=GREEDY), {}, Recorder())
+    alone, _ = open_session(str(tmp_path / "alone"), ChatTarget(sampling=GREEDY), {}, Recorder())
     assert say(alone, ASKED[1]) == said
     with pytest.raises(InputError, match="export of one trial"):
         alone.choose(0)

@@ -21,12 +21,15 @@ import pytest
 import torch
 from conftest import copy_run, make_model, save_model
 
-from abliterate import bench, cli, commands
-from abliterate.cache import ArtifactStore
+from abliterate.artifacts.cache import ArtifactStore
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import app
+from abliterate.cli import run as cli_run
+from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.settings_sources import config_path
+from abliterate.pipeline import workbench
+from abliterate.settings.sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Any]
 # A port where nothing listens: the network is there or not, the Hub is not.
@@ -58,7 +61,7 @@ class Invoke:
         self._patch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
         self._capture.readouterr()
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = self._capture.readouterr()
         return Outcome(int(ended.value.code or 0), out, err)
 
@@ -173,7 +176,7 @@ def test_bad_input_is_one_sentence(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(bench, "load", forbidden)  # found before a model is loaded
+        patch.setattr(workbench, "load", forbidden)  # found before a model is loaded
         assert_sentence(invoke(*arguments), 2, part)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])  # nothing is left of a run that never began
     assert not list(tmp_path.glob("runs/*"))
@@ -409,11 +412,11 @@ def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tm
     ]
     changed = {**result, "trials": trials, "front": [0, 1, 2], "selected": None}
     write_json(directory.result, changed | {"sha256": digest_of(changed)})
-    assert "--trial 1." in commands._how_to_continue(directory, settings)
+    assert "--trial 1." in cli_run._how_to_continue(directory, settings)
     rule = settings.model_copy(update={"search": settings.search.model_copy(update={"select": "kl<=0.001"})})
-    assert "--trial" not in commands._how_to_continue(directory, rule)
+    assert "--trial" not in cli_run._how_to_continue(directory, rule)
     directory.result.write_text("{", encoding="utf-8")  # damaged: how to go on is said all the same
-    assert commands._how_to_continue(directory, settings).endswith(f"--resume --out {directory.path}.")
+    assert cli_run._how_to_continue(directory, settings).endswith(f"--resume --out {directory.path}.")
 
 
 def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
@@ -543,5 +546,5 @@ def test_errors_are_said_where_no_memory_is_left(invoke: Invoke, monkeypatch: py
     def full(message: str) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("abliterate.console.show_error", full)
+    monkeypatch.setattr("abliterate.terminal.reporters.show_error", full)
     assert_sentence(invoke("run", "/no/model"), 2, "/no/model")

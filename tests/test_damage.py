@@ -15,15 +15,18 @@ import torch
 from conftest import Recorder, copy_run, outcomes, run_in
 from safetensors.torch import load, save
 
-from abliterate import cli, later, stages
-from abliterate.cache import ArtifactStore
+from abliterate.artifacts.cache import ArtifactStore
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import app
 from abliterate.errors import InputError
-from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.search import open_study
-from abliterate.settings import SearchSettings, Settings
-from abliterate.settings_sources import load_settings
-from abliterate.space import Space
-from abliterate.storage import CheckedJournal, check_journal, open_storage
+from abliterate.files import digest_of, write_json
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import stages
+from abliterate.search.space import Space
+from abliterate.search.storage import CheckedJournal, check_journal, open_storage
+from abliterate.search.study import open_study
+from abliterate.settings.schema import SearchSettings, Settings
+from abliterate.settings.sources import load_settings
 
 Finished = tuple[Path, dict[str, Any], Settings]
 Damage = tuple[str, bytes]
@@ -143,7 +146,7 @@ def invoke(arguments: list[object], capsys: pytest.CaptureFixture[str], monkeypa
     """Exit code and standard error of the command line."""
     monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     return int(ended.value.code or 0), " ".join(capsys.readouterr().err.split())
 
 
@@ -165,7 +168,7 @@ def test_a_damaged_result_is_never_shown_nor_exported(
         code, err = invoke([command[0], run, *command[1:]], capsys, monkeypatch)
         assert (code, "damaged" in err, "--resume rebuilds it" in err) == (2, True, True), err
     assert outcomes(run_in(run, settings, resume=True)[0]) == outcomes(first)  # and it does
-    later.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+    pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
 
 
 def test_results_of_other_versions_are_refused(finished: Finished, tmp_path: Path) -> None:

@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.directions import Directions
 from abliterate.edits import METHODS, Factors
-from abliterate.evaluation.editor import Editor
-from abliterate.export import EXPORTERS, ExportJob, definition
-from abliterate.export.definition import by_definition, by_factors, check_weights
-from abliterate.export.shards import INDEX, SINGLE, read_header, shard_files
-from abliterate.export.source import Matrices
+from abliterate.export import EXPORTERS, ExportJob
+from abliterate.export import check_weights as export_check_weights
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_weights import by_definition, by_factors, check_weights
+from abliterate.export.safetensors_copy import INDEX, SINGLE, read_header, shard_files
+from abliterate.model.editor import Editor
 from abliterate.types import TrialParams
 
 
@@ -73,13 +74,13 @@ def make_case(folder: Path, family: str = "llama", stored: str = "bfloat16", see
 def test_correct_exports_pass(
     family: str, stored: str, mode: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(definition, "CHUNK", 300)  # several chunks a matrix
+    monkeypatch.setattr(export_check_weights, "CHUNK", 300)  # several chunks a matrix
     ok, record = make_case(tmp_path, family, stored, mode=mode).check(kind, tmp_path / "out")
     assert ok, record
     assert record["checks"] == {"weights": True, "untouched": True}
     step = torch.finfo(torch.float32 if kind == "adapter" else getattr(torch, stored)).eps
     assert record["weight_error"]["max"] < step
-    monkeypatch.setattr(definition, "_ROUNDING", 1e-7)  # as little is enough, where no row lies along the direction
+    monkeypatch.setattr(export_check_weights, "_ROUNDING", 1e-7)  # as little is enough, where no row lies along the direction
     assert make_case(tmp_path / "again", family, stored, mode=mode).check(kind, tmp_path / "again" / "out")[0]
 
 

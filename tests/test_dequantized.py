@@ -35,16 +35,16 @@ from test_export import FLOAT32, make_job, write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from abliterate import later
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export.adapter import peft_refusal
-from abliterate.export.source import Matrices
-from abliterate.export.verify import Precision
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_behaviour import Precision
 from abliterate.model import quantized
 from abliterate.model.loader import LoadedModel, load_config, load_model
 from abliterate.model.weights import dense_weight
-from abliterate.rundir import RunDirectory
-from abliterate.settings import LoadSettings
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import Prompt
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [16, 16], "activation_scheme": "dynamic", "fmt": "e4m3"}
@@ -228,7 +228,9 @@ def test_a_run_on_fp8_and_any_trial_of_it(prompt_files: dict[str, str], tmp_path
     assert "**dequantized**" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     assert entry_of(tmp_path / "run" / "model") is None
     number = next(t["number"] for t in result["trials"] if t["state"] == "complete")
-    again = later.export_trial(settings, Recorder(), RunDirectory(tmp_path / "run"), number, tmp_path / "later", scores=True)
+    again = pipeline_export_trial.export_trial(
+        settings, Recorder(), RunDirectory(tmp_path / "run"), number, tmp_path / "later", scores=True
+    )
     assert again["export"]["verified"], again["export"]
     assert again["export"]["verification"]["checks"].keys() >= {"weights", "untouched", "kl", "refusals", "modules"}
     assert again["export"]["dequantized"] == "fp8"

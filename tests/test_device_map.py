@@ -12,7 +12,7 @@ from zoo import everywhere, make_specimen
 
 from abliterate.model import loader
 from abliterate.model.weights import dense_weight, place_of
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 
 
 def spread(folder: Path, budget: str) -> loader.LoadedModel:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterate.engine import batching
+from abliterate.engine.batching import PATIENCE, Batches
 from abliterate.errors import TrialError
-from abliterate.evaluation import batches
-from abliterate.evaluation.batches import PATIENCE, Batches
 from abliterate.model import memory
 from abliterate.model.memory import PeakMeter, affordable, free_memory, memory_errors, total_memory, unless_full, usable_memory
 
@@ -243,7 +243,7 @@ def test_batches_on_a_cpu_shrink_before_the_killer_comes(monkeypatch: pytest.Mon
 
 def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
-    monkeypatch.setattr(batches, "clear_device_cache", lambda device: cleared.append(1))
+    monkeypatch.setattr(batching, "clear_device_cache", lambda device: cleared.append(1))
 
     def work(part: list[int]) -> list[int]:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -15,8 +15,8 @@ from abliterate.directions import (
     DirectionMethod,
     Directions,
     compute_directions,
-    needed_of,
     needs_means,
+    summarize_residuals,
     winsorize,
 )
 from abliterate.errors import InputError
@@ -64,12 +64,12 @@ class DirectionContract:
 
     def compute(self, harmful: torch.Tensor, harmless: torch.Tensor, quantile: float = 1.0) -> torch.Tensor:
         """The method on what it says it needs."""
-        needed = (needed_of(part, self.method, quantile) for part in (harmful, harmless))
+        needed = (summarize_residuals(part, self.method, quantile) for part in (harmful, harmless))
         return Directions(self.method.compute(*needed)).vectors
 
     def test_is_given_what_it_needs(self) -> None:
         residuals = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(0))
-        needed = needed_of(residuals, self.method, 0.8)
+        needed = summarize_residuals(residuals, self.method, 0.8)
         expected = winsorize(residuals, 0.8)
         if needs_means(self.method):
             assert needed.dtype == torch.float64

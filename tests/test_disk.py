@@ -20,11 +20,14 @@ import torch
 from conftest import Recorder, copy_run, outcomes, quick_settings, run_in
 from safetensors.torch import load_file
 
-from abliterate import cli, pipeline
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import app
 from abliterate.errors import AbliterateError
+from abliterate.files import write_atomically
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory, write_atomically
-from abliterate.settings import Settings
+from abliterate.pipeline import context
+from abliterate.pipeline import run as pipeline_run
+from abliterate.settings.schema import Settings
 
 Files = dict[str, str]
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -139,7 +142,7 @@ def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Fini
     own = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"})
     run, recorder = disk.place / "run", Filling(disk, moment)
     with pytest.raises(AbliterateError, match=MOMENTS[moment]) as caught:
-        pipeline.run(own, recorder, RunDirectory(run))
+        pipeline_run.run(own, recorder, RunDirectory(run))
     assert recorder.filled
     assert caught.value.exit_code == 1
     assert "No space left" in str(caught.value)
@@ -149,7 +152,7 @@ def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Fini
     if moment == "load" and not RunDirectory(run).holds_run:
         shutil.rmtree(run, ignore_errors=True)
     again = Recorder()
-    result = pipeline.run(own, again, RunDirectory(run), resume=True)
+    result = pipeline_run.run(own, again, RunDirectory(run), resume=True)
     assert outcomes(result) == outcomes(first)
     assert result["export"]["verified"] is True
     told = len(recorder.trials)
@@ -164,7 +167,7 @@ def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Pat
         prompt_files, disk.place / "cache", export={"kind": "none"}, efficiency={"cache_residuals_in_memory": False}
     )
     if isinstance(disk, PretendedDisk):  # which would be full for the run directory, too
-        store = pipeline.make_store(own, recorder := Recorder())
+        store = context.make_store(own, recorder := Recorder())
         disk.fill()
         store.put("residuals", {"a": 1}, {"r": torch.ones(2)})
         disk.free()
@@ -192,7 +195,7 @@ def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], monkeyp
     """The sentence of a command that is bad usage."""
     monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     err = " ".join(capsys.readouterr().err.split())
     assert (ended.value.code, "Traceback" in err) == (2, False), err
     assert err.endswith(".")

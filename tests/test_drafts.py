@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from test_engine import HARMFUL, Lab, make_lab, trials, whole
 from transformers import DynamicCache
 
-from abliterate.evaluation import decode, drafts
-from abliterate.evaluation.decode import Decoding, join
-from abliterate.evaluation.drafts import Drafts
-from abliterate.evaluation.passes import take_columns
-from abliterate.evaluation.refusals import Refusals
-from abliterate.model.chat import Chat
+from abliterate.engine import decode, drafts
+from abliterate.engine.decode import Decoding, join
+from abliterate.engine.drafts import Drafts
+from abliterate.engine.kv_cache import take_columns
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.scorers.refusals import Refusals
 
 DRAFTING = ("llama", "qwen2", "qwen3", "phi3", "falcon", "gpt2", "gpt_neox")
 Proposed = Sequence[int]
@@ -61,7 +61,7 @@ def drafting_from(monkeypatch: pytest.MonkeyPatch, said: dict[int, list[int]], r
     always_widest(monkeypatch)
 
 
-def said_by(lab: Lab, chat: Chat) -> dict[int, list[int]]:
+def said_by(lab: Lab, chat: PromptEncoder) -> dict[int, list[int]]:
     """The reference's responses as tokens."""
     texts = whole(lab.reference)[1]
     return {row: chat.tokenizer.encode(text, add_special_tokens=False) for row, text in enumerate(texts)}

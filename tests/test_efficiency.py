@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from conftest import outcomes, quick_settings, run_in
 
-from abliterate import bench, calibration
-from abliterate.cache import ArtifactStore
-from abliterate.evaluation.refusals import AutomatonMatcher, PlainMatcher
-from abliterate.settings import EfficiencySettings, Settings
-from abliterate.settings_sources import merge
+from abliterate.artifacts.cache import ArtifactStore
+from abliterate.pipeline import calibrate, from_settings
+from abliterate.scorers.refusals import AutomatonMatcher, PlainMatcher
+from abliterate.settings.schema import EfficiencySettings, Settings
+from abliterate.settings.sources import merge
 
 # All trials random: their parameters then depend on the seed alone, so scores can be compared one by one.
 FEW = {
@@ -181,13 +181,13 @@ def test_svd_cache_hits_only_when_on(prompt_files: dict[str, str], tmp_path: Pat
 @pytest.mark.parametrize(("efficient", "matcher"), [(True, AutomatonMatcher), (False, PlainMatcher)])
 def test_refusal_detection_switch(prompt_files: dict[str, str], tmp_path: Path, efficient: bool, matcher: type) -> None:
     settings = few_settings(prompt_files, tmp_path, efficiency={"use_efficient_refusal_detection": efficient})
-    assert isinstance(bench.scorers_of(settings)[0]._matcher, matcher)  # type: ignore[attr-defined]
+    assert isinstance(from_settings.scorers_of(settings)[0]._matcher, matcher)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("once", "expected"), [(True, 1), (False, 3)])
 def test_warm_up_runs_once_or_before_each_probe(once: bool, expected: int) -> None:
     calls: list[int] = []
-    warm_up = calibration.WarmUp(lambda: calls.append(1), once=once)
+    warm_up = calibrate.WarmUp(lambda: calls.append(1), once=once)
     for _ in range(3):
         warm_up()
     assert len(calls) == warm_up.runs == expected

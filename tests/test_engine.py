@@ -15,28 +15,28 @@ import torch
 from conftest import NAMED, make_chat, make_editor, make_loaded, make_model, make_params
 from transformers import PreTrainedModel
 
-from abliterate.calibration import common_start
+from abliterate.engine import self_check
+from abliterate.engine.decode import Decoding, join
+from abliterate.engine.forward import Passes
+from abliterate.engine.prefill import KeptStates, resume_layers
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
+from abliterate.engine.self_check import EngineSetup, check, trusted_engine
+from abliterate.engine.trial_engine import TrialEngine, Unsupported
 from abliterate.errors import Interrupted, TrialError
-from abliterate.evaluation import make_scorers, selfcheck
-from abliterate.evaluation.base import EarlyScorer, Observation
-from abliterate.evaluation.certificate import Certificate
-from abliterate.evaluation.decode import Decoding, join
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.engine import TrialEngine, Unsupported
-from abliterate.evaluation.kl import kl_divergence
-from abliterate.evaluation.passes import Passes
-from abliterate.evaluation.prefill import Kept, start_layers
-from abliterate.evaluation.prefix import NoEdit, prefix_responses
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.refusals import Refusals, normalize
-from abliterate.evaluation.responses import ResponseReader
-from abliterate.evaluation.selfcheck import Setup, check, trusted_engine
 from abliterate.evaluation.trial import early_scorer, evaluate
-from abliterate.front import pareto_front
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
-from abliterate.model.markup import Markup
-from abliterate.settings import EfficiencySettings, ResponseSettings
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.calibrate import NoEdit, common_start, prefix_responses
+from abliterate.scorers import make_scorers
+from abliterate.scorers.base import EarlyScorer, Observation
+from abliterate.scorers.kl import kl_divergence
+from abliterate.scorers.refusals import Refusals, normalize
+from abliterate.search.front import pareto_front
+from abliterate.search.pruner import DominancePruner
+from abliterate.settings.schema import EfficiencySettings, ResponseSettings
 from abliterate.types import Baseline, BatchSizes, Kernel, Prompt, Trial, TrialParams
 
 BLOCKS, ANSWER_TAGS = ResponseSettings().thinking_blocks, ResponseSettings().answer_tags
@@ -73,7 +73,7 @@ Observed = tuple[torch.Tensor, list[str]]
 @pytest.fixture(autouse=True)
 def _short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Responses here are short: chunks wait for each other after four tokens."""
-    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", 4)
+    monkeypatch.setattr("abliterate.engine.trial_engine.PAUSE", 4)
 
 
 def no_progress(done: int, total: int) -> None:
@@ -91,7 +91,7 @@ class Lab:
     def engine(self, early: EarlyScorer | None = None, **switches: bool) -> TrialEngine:
         """A prepared engine with every layer as a possible start."""
         self.editor.clear()
-        setup = Setup(
+        setup = EngineSetup(
             self.reference, self.loaded.layers, self.editor.adapters, early, HARMFUL, HARMLESS, range(len(self.loaded.layers))
         )
         return setup.engine(EfficiencySettings(**switches))  # type: ignore[arg-type]
@@ -178,7 +178,7 @@ def test_flags_and_stops_are_the_references(lab: Lab) -> None:
     counts = set()
     for params, limit in itertools.product(trials(lab, 6), (1, 2, 4, 99)):
         lab.editor.apply(params)
-        certificate = Certificate(((0.0, limit),))
+        certificate = DominancePruner(((0.0, limit),))
         expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, certificate, no_progress)
         found = evaluate(engine, scorers, HARMFUL, HARMLESS, certificate, no_progress)
         count = expected.scores["refusals"].record
@@ -205,13 +205,13 @@ def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
     counts = set()
     for params in trials(lab, 4):
         lab.editor.apply(params)
-        never = Certificate(((0.0, 99),))
+        never = DominancePruner(((0.0, 99),))
         found = [evaluate(e, some, HARMFUL, HARMLESS, never, no_progress) for e, some in zip(engines, scorers, strict=True)]
         assert len({one.scores["refusals"].record for one in found}) == 1
         assert found[0].scores["kl"].value == pytest.approx(found[1].scores["kl"].value, abs=1e-5)
         counts.add(found[0].scores["refusals"].record)
         if switch == "use_certified_stop" and found[0].scores["refusals"].record:
-            limit = Certificate(((0.0, found[0].scores["refusals"].record),))
+            limit = DominancePruner(((0.0, found[0].scores["refusals"].record),))
             stopped = [
                 evaluate(e, some, HARMFUL, HARMLESS, limit, no_progress) for e, some in zip(engines, scorers, strict=True)
             ]
@@ -221,9 +221,9 @@ def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
 
 def test_joined_chunks_give_the_references_responses(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of two and three rows wait after four tokens, and go on together."""
-    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    monkeypatch.setattr("abliterate.engine.trial_engine.MARGIN", 0)
     joined: list[int] = []
-    monkeypatch.setattr("abliterate.evaluation.engine.join", lambda parts: joined.append(len(parts)) or join(parts))
+    monkeypatch.setattr("abliterate.engine.trial_engine.join", lambda parts: joined.append(len(parts)) or join(parts))
     large = dataclasses.replace(lab, reference=with_batch_size(lab.reference, batch_size=5))
     engine = large.engine(Refusals(["no such text"]))
     for params in trials(lab, 5):
@@ -428,7 +428,7 @@ def test_rows_that_do_not_fit_together_are_done_apart(monkeypatch: pytest.Monkey
     lab = make_lab("llama", batch_size=5)
     expected = whole(lab.reference)
     engine = lab.engine(Refusals(["no such text"]))
-    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    monkeypatch.setattr("abliterate.engine.trial_engine.MARGIN", 0)
     sizes = limited(lab.loaded.model, 3, monkeypatch)
     found = engine.respond(HARMFUL, limit=2)
     assert found is not None
@@ -458,10 +458,10 @@ def test_rows_that_wait_are_in_memory_too(cap: int, monkeypatch: pytest.MonkeyPa
             raise torch.OutOfMemoryError("out of memory")
         return call(self, *args, **kwargs)
 
-    monkeypatch.setattr("abliterate.evaluation.engine.Decoding", type("Decoding", (Decoding,), {"__hash__": object.__hash__}))
+    monkeypatch.setattr("abliterate.engine.trial_engine.Decoding", type("Decoding", (Decoding,), {"__hash__": object.__hash__}))
     monkeypatch.setattr(TrialEngine, "_started", counting)
     monkeypatch.setattr(Passes, "__call__", limited_pass)
-    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", 0)
+    monkeypatch.setattr("abliterate.engine.trial_engine.MARGIN", 0)
     found = engine.respond(HARMFUL, limit=1)
     assert found is not None
     assert [response.text for response in found] == expected
@@ -478,7 +478,7 @@ def test_on_a_cpu_no_pass_has_more_rows_than_memory(monkeypatch: pytest.MonkeyPa
     rows: list[int] = []
     call = Passes.__call__
     monkeypatch.setattr(Passes, "__call__", lambda self, ids, *a, **k: rows.append(len(ids)) or call(self, ids, *a, **k))
-    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", 4)
+    monkeypatch.setattr("abliterate.engine.trial_engine.PAUSE", 4)
     monkeypatch.setattr("abliterate.model.memory.free_memory", lambda device: 4000)
     engine = dataclasses.replace(lab, reference=reference).engine(Refusals(["no such text"]))
     assert_same(whole(engine), expected)
@@ -490,7 +490,7 @@ def test_pauses_change_nothing(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> N
     llama.editor.apply(make_params(1))
     expected = whole(llama.reference)[1]
     for pause in (1, 3, 4, 9, 10, 11):
-        monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", pause)
+        monkeypatch.setattr("abliterate.engine.trial_engine.PAUSE", pause)
         for limit in (1, 3, None):
             found = engine.respond(HARMFUL, limit=limit)
             assert found is not None
@@ -537,7 +537,7 @@ def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     """The prompt ends inside a block (or not), so no marker in the response counts (or any does)."""
     lab = make_lab("llama")
     prefix = "<think>\n" if opens else "\n"
-    chat = Chat(lab.reference.chat.tokenizer, lab.reference.chat.device, prefix)
+    chat = PromptEncoder(lab.reference.chat.tokenizer, lab.reference.chat.device, prefix)
     reference = ReferenceEngine(
         lab.reference.model, chat, lab.reference.reader, max_new_tokens=TOKENS, sizes=BatchSizes.same(3)
     )
@@ -556,8 +556,8 @@ def test_the_front_is_that_of_full_evaluation(
     llama: Lab, margin: int, pause: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For any order, chunk and batch size."""
-    monkeypatch.setattr("abliterate.evaluation.engine.MARGIN", margin)
-    monkeypatch.setattr("abliterate.evaluation.engine.PAUSE", pause)
+    monkeypatch.setattr("abliterate.engine.trial_engine.MARGIN", margin)
+    monkeypatch.setattr("abliterate.engine.trial_engine.PAUSE", pause)
     llama.editor.clear()
     markers = markers_of(whole(llama.reference)[1], 0.8)
     scorers = make_scorers(["refusals", "kl"], markers)
@@ -574,7 +574,7 @@ def test_the_front_is_that_of_full_evaluation(
         done: list[Trial] = []
         for number in order:
             llama.editor.apply(params[number])
-            certificate = Certificate.of(done if known else [], baseline) if known else Certificate(((0.0, 10**6),))
+            certificate = DominancePruner.of(done if known else [], baseline) if known else DominancePruner(((0.0, 10**6),))
             found = evaluate(on, scorers, HARMFUL, HARMLESS, certificate, no_progress)
             records = {name: score.record for name, score in found.scores.items()}
             done.append(Trial(number, params[number], "stopped" if found.stopped else "complete", records))
@@ -615,9 +615,9 @@ def test_prefix_responses_in_small_batches(llama: Lab) -> None:
     assert common_start(cut) == common_start(small.raw_responses(HARMFUL))
 
 
-def make_setup(lab: Lab) -> Setup:
+def make_setup(lab: Lab) -> EngineSetup:
     """What an engine of the lab is made of."""
-    return Setup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, (1, 2))
+    return EngineSetup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, (1, 2))
 
 
 def trusted(lab: Lab, warnings: list[str]) -> TrialEngine | ReferenceEngine:
@@ -638,8 +638,8 @@ def test_the_self_check_passes_what_is_right(lab: Lab) -> None:
 
 def test_the_self_check_says_that_a_models_answers_depend_on_pads(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     """As PaliGemma's do: engine and reference agree, but what they agree on depends on the batch."""
-    plain = selfcheck._plain_logits
-    monkeypatch.setattr(selfcheck, "_plain_logits", lambda *rest: plain(*rest).roll(1, dims=-1))
+    plain = self_check._plain_logits
+    monkeypatch.setattr(self_check, "_plain_logits", lambda *rest: plain(*rest).roll(1, dims=-1))
     warnings: list[str] = []
     assert isinstance(trusted(llama, warnings), TrialEngine)
     assert len(warnings) == 1
@@ -648,7 +648,7 @@ def test_the_self_check_says_that_a_models_answers_depend_on_pads(llama: Lab, mo
 
 def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pads between prefix and suffix are silently wrong with sliding windows; then nothing is shared, and it is said."""
-    monkeypatch.setattr("abliterate.evaluation.engine.sharing_of", lambda cache, config: "between")
+    monkeypatch.setattr("abliterate.engine.trial_engine.sharing_of", lambda cache, config: "between")
     lab, warnings = make_lab("mistral"), list[str]()
     engine = trusted(lab, warnings)
     assert isinstance(engine, TrialEngine)
@@ -660,9 +660,9 @@ def test_the_self_check_catches_pads_in_the_wrong_place(monkeypatch: pytest.Monk
 
 
 def test_the_self_check_catches_a_wrong_layer_skip(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    at = Kept.at
+    at = KeptStates.at
     monkeypatch.setattr(
-        Kept, "at", lambda self, start, rows=None: None if (hidden := at(self, start, rows)) is None else hidden * 1.01
+        KeptStates, "at", lambda self, start, rows=None: None if (hidden := at(self, start, rows)) is None else hidden * 1.01
     )
     warnings: list[str] = []
     engine = trusted(llama, warnings)
@@ -672,7 +672,7 @@ def test_the_self_check_catches_a_wrong_layer_skip(llama: Lab, monkeypatch: pyte
 
 
 def test_the_reference_is_used_where_rows_cannot_be_selected(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abliterate.evaluation.engine.is_supported", lambda cache: False)
+    monkeypatch.setattr("abliterate.engine.trial_engine.is_supported", lambda cache: False)
     warnings: list[str] = []
     assert trusted(llama, warnings) is llama.reference
     assert "reference" in warnings[-1]
@@ -689,10 +689,10 @@ def test_the_self_check_measures(llama: Lab) -> None:
 
 
 def test_start_layers_save_most() -> None:
-    assert start_layers([0, 0]) == ()
-    assert start_layers([3] * 5) == (3,)
+    assert resume_layers([0, 0]) == ()
+    assert resume_layers([3] * 5) == (3,)
     firsts = [random.Random(seed).randint(0, 20) for seed in range(200)]
-    chosen = start_layers(firsts)
+    chosen = resume_layers(firsts)
     assert len(chosen) == 4
 
     def skipped(starts: Sequence[int]) -> int:

@@ -14,14 +14,18 @@ from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, ge
 from test_cli import Invoke, assert_sentence, forbidden, invoke  # noqa: F401
 from test_heldout import heldout_files, measured  # noqa: F401
 
-from abliterate import chat_target, evaluate_commands, evaluating, later
-from abliterate.bench import scorers_of
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.chat import open as chat_open
+from abliterate.cli import evaluate as cli_evaluate
 from abliterate.errors import InputError
+from abliterate.files import DIGEST, read_toml
 from abliterate.model import hub
-from abliterate.rundir import DIGEST, RunDirectory
-from abliterate.settings import LoadSettings, Settings
-from abliterate.settings_sources import merge, read_toml
-from abliterate.stored_settings import distrusted, to_measure, without_own_scorers
+from abliterate.pipeline import evaluate as pipeline_evaluate
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline.from_settings import scorers_of
+from abliterate.settings.schema import LoadSettings, Settings
+from abliterate.settings.sources import merge
+from abliterate.settings.untrusted import distrusted, to_measure, without_own_scorers
 
 Finished = tuple[Path, dict[str, Any], Settings]
 EVIL = """
@@ -80,7 +84,7 @@ class Stopped:
 @pytest.fixture
 def stopped(monkeypatch: pytest.MonkeyPatch) -> Stopped:
     found = Stopped()
-    monkeypatch.setattr(evaluating, "check_model", found)
+    monkeypatch.setattr(pipeline_evaluate, "check_model", found)
     return found
 
 
@@ -137,8 +141,8 @@ def test_a_chat_and_an_export_run_no_code_of_a_run(
     def open_base(context: Any, number: int) -> None:
         load_model("", context.settings.load)
 
-    monkeypatch.setattr(chat_target.loader, "load_model", load_model)
-    monkeypatch.setattr(later, "open_base", open_base)
+    monkeypatch.setattr(chat_open.loader, "load_model", load_model)
+    monkeypatch.setattr(pipeline_export_trial, "open_base", open_base)
     export = ["export", hostile, "--trial", finished[1]["selected"], "-o", tmp_path / "export"]
     trust = "load.trust_remote_code=true"
     for command, option in ((["chat", hostile], ["--set", trust]), (export, ["--trust-remote-code"])):
@@ -155,7 +159,7 @@ def test_a_chat_and_an_export_run_no_code_of_a_run(
         raise InputError("Seen.")
 
     monkeypatch.undo()
-    monkeypatch.setattr(later, "load_and_calibrate", load_and_calibrate)
+    monkeypatch.setattr(pipeline_export_trial, "load_and_calibrate", load_and_calibrate)
     change(hostile, load={"attn_implementation": ""})
     assert_sentence(invoke(*export, "--verify"), 2, "Seen.")
     assert not (hostile / "was run").exists()
@@ -178,7 +182,7 @@ def test_the_candidate_is_looked_at_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     invoke: Invoke,  # noqa: F811
 ) -> None:
-    monkeypatch.setattr(evaluating, "load", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
     assert_sentence(invoke("evaluate", "demo", "pt"), 2, "The model pt can't be fetched from the Hub")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -203,8 +207,8 @@ def test_an_adapter_that_would_not_act_is_refused(
     adapter = get_peft_model(make_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=4, **options))
     adapter.peft_config["default"].base_model_name_or_path = str(base)
     adapter.save_pretrained(str(tmp_path / "adapter"))
-    monkeypatch.setattr(evaluating, "load", forbidden)
-    monkeypatch.setattr(chat_target.loader, "open_model", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
+    monkeypatch.setattr(chat_open.loader, "open_model", forbidden)
     for command in (("evaluate", base, tmp_path / "adapter"), ("chat", tmp_path / "adapter")):
         assert_sentence(invoke(*command), 2, "acts outside the model's layers", adapter.peft_config["default"].peft_type.value)
 
@@ -245,7 +249,7 @@ def test_what_a_server_says_controls_no_terminal(
         show(heldout)
         return {"base": "demo", "candidate": "demo", "heldout": heldout, "benchmarks": [], "error": ""}
 
-    monkeypatch.setattr(evaluate_commands, "evaluate_candidate", evaluate)
+    monkeypatch.setattr(cli_evaluate, "evaluate_candidate", evaluate)
     outcome = invoke("evaluate", "demo", "demo")
     assert outcome.code == 0
     assert "answers 400 \\x1b]0;title" in outcome.out

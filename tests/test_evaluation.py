@@ -11,17 +11,17 @@ from conftest import CPU, PROMPTS, make_chat, make_model, make_tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from abliterate.engine.batching import Batches
+from abliterate.engine.reference import ReferenceEngine, greedy_config
+from abliterate.engine.responses import ResponseReader
 from abliterate.errors import InputError, TrialError
-from abliterate.evaluation import SCORERS, Making, Observation, Response, make_scorers
-from abliterate.evaluation.batches import Batches
-from abliterate.evaluation.kl import KL, kl_divergence
-from abliterate.evaluation.reference import ReferenceEngine, greedy_config
-from abliterate.evaluation.refusals import Refusals
-from abliterate.evaluation.responses import ResponseReader
 from abliterate.model.loader import demo_path, load_weights
 from abliterate.model.loader import load_config as read_config
-from abliterate.model.markup import Markup
-from abliterate.settings import LoadSettings, ResponseSettings
+from abliterate.model.thinking import Markup
+from abliterate.scorers import SCORERS, Making, Observation, Response, make_scorers
+from abliterate.scorers.kl import KL, kl_divergence
+from abliterate.scorers.refusals import Refusals
+from abliterate.settings.schema import LoadSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt
 
 BLOCKS, ANSWER_TAGS = ResponseSettings().thinking_blocks, ResponseSettings().answer_tags

@@ -26,7 +26,7 @@ from zoo import make_specimen
 from abliterate.directions import Blend
 from abliterate.edits import METHODS, Factors, prepare
 from abliterate.errors import InputError
-from abliterate.model.experts import down_outputs, is_stack
+from abliterate.model.experts import down_outputs, is_fused
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight, stored_weight
 from abliterate.types import Kernel, TrialParams
@@ -46,7 +46,7 @@ def tiny(family: str) -> PreTrainedModel:
 
 def stacks(loaded: LoadedModel) -> list[Any]:
     """The modules that are fused experts."""
-    return [target.module for target in loaded.targets if is_stack(target.module)]
+    return [target.module for target in loaded.targets if is_fused(target.module)]
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -170,7 +170,7 @@ def test_bytes_of_a_prepared_stack_count_every_expert() -> None:
     loaded = make_loaded(make_model("qwen3_moe"))
     editor = make_editor(loaded)
     editor.prepare()
-    module = next(target for target in loaded.targets if is_stack(target.module))
+    module = next(target for target in loaded.targets if is_fused(target.module))
     count, d_model, d_in = dense_weight(module.module).shape
     prepared = editor._prepared[module.name]
     assert prepared.nbytes == count * (3 * d_in * 4 + 3 * d_model * 8 + d_model * 8)

@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS
-from abliterate.export.places import find_places
-from abliterate.export.shards import SINGLE, Unfit, shard_files
-from abliterate.export.source import Matrices
-from abliterate.export.verify import Probe, _largest_error, module_outputs, probe_inputs, storage_rounding
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_behaviour import ModuleProbe, _largest_error, module_outputs, probe_inputs, storage_rounding
+from abliterate.export.safetensors_copy import SINGLE, NotStreamable, shard_files
+from abliterate.export.tensor_index import find_places
 from abliterate.model.loader import load_config, load_weights
 from abliterate.model.weights import dense_weight
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 
 STACK = "model.layers.1.mlp.experts"
 
@@ -171,7 +171,7 @@ def test_probes_of_the_reloaded_export(family: str, spoilt: bool, tmp_path: Path
     for name, x in inputs.items():
         weight = dense_weight(model.get_submodule(name))
         rounding = storage_rounding(weight, case.job.factors[name], x, torch.float32)
-        error = _largest_error(Probe(x, base[name], edited[name], rounding), found[name], 1e-7)
+        error = _largest_error(ModuleProbe(x, base[name], edited[name], rounding), found[name], 1e-7)
         assert error < 1e-3 or (spoilt and name == STACK and error == pytest.approx(1, abs=0.01))
     assert inputs[STACK].shape[0] == 4
 
@@ -203,7 +203,7 @@ def test_files_that_hold_something_else_are_not_streamed(
         tensors["model.layers.1.mlp.experts.2.down_proj.weight"] = changed
     save_file(tensors, Path(path) / SINGLE, {"format": "pt"})
     model = make_model("qwen3_moe")
-    with pytest.raises(Unfit, match=re.escape(reason)):
+    with pytest.raises(NotStreamable, match=re.escape(reason)):
         find_places(shard_files(Path(path)), model, make_loaded(model).targets, torch.float32)
 
 
@@ -216,7 +216,7 @@ def test_what_transformers_computes_is_not_streamed(monkeypatch: pytest.MonkeyPa
     rule = WeightConverter("mlp.experts.down_proj", "mlp.experts.down_proj", operations=[Transpose(1, 2)])
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: [rule])
     model = make_model("gpt_oss")
-    with pytest.raises(Unfit, match=r"transformers converts model\.layers\.0\.mlp\.experts\.down_proj"):
+    with pytest.raises(NotStreamable, match=r"transformers converts model\.layers\.0\.mlp\.experts\.down_proj"):
         find_places(shard_files(path), model, make_loaded(model).targets, torch.float32)
 
 

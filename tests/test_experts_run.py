@@ -10,12 +10,12 @@ import torch
 from conftest import Recorder, make_tokenizer, quick_settings, run_in
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from abliterate import later
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import run
-from abliterate.rundir import RunDirectory
-from abliterate.settings import Settings
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline.run import run
+from abliterate.settings.schema import Settings
 
 EXPERTS = 4
 
@@ -86,12 +86,14 @@ def test_experts_are_edited_and_the_export_is_the_trial(
 def test_any_trial_is_exported_later(finished: tuple[Path, dict[str, Any], Settings, Recorder], tmp_path: Path) -> None:
     path, result, settings, _ = finished
     number = next(trial["number"] for trial in result["trials"] if trial["state"] == "complete")
-    record = later.export_trial(settings, Recorder(), RunDirectory(path), number, tmp_path / "out", scores=True)["export"]
+    record = pipeline_export_trial.export_trial(
+        settings, Recorder(), RunDirectory(path), number, tmp_path / "out", scores=True
+    )["export"]
     assert record["verified"], record
     assert record["verification"]["checks"].keys() >= {"weights", "untouched", "kl", "refusals", "modules"}
     adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
     with pytest.raises(AbliterateError, match=r"An adapter can't hold this trial's edits \(.* fused experts"):
-        later.export_trial(adapter, Recorder(), RunDirectory(path), number, tmp_path / "adapter")
+        pipeline_export_trial.export_trial(adapter, Recorder(), RunDirectory(path), number, tmp_path / "adapter")
 
 
 def test_that_an_adapter_holds_no_experts_is_said_before_a_run(

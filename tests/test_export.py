@@ -23,7 +23,7 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
 from abliterate.objectives import DEFAULT
-from abliterate.settings import ExportSettings, LoadSettings
+from abliterate.settings.schema import ExportSettings, LoadSettings
 from abliterate.types import Objective
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}

@@ -12,8 +12,8 @@ import torch
 from conftest import outcomes, quick_settings, run_in
 from transformers import Qwen2ForCausalLM
 
-from abliterate.evaluation.editor import Editor
-from abliterate.settings import Settings
+from abliterate.model.editor import Editor
+from abliterate.settings.schema import Settings
 
 Finished = tuple[Path, dict[str, Any], Settings]
 FAILED = 1  # the trial that fails

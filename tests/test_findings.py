@@ -7,9 +7,8 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abliterate.evaluation.refusals import normalize
-from abliterate.evaluation.spans import _with_places, marker_spans
-from abliterate.importance import ENOUGH, importances
+from abliterate.scorers.refusals import _with_places, marker_spans, normalize
+from abliterate.search.importance import ENOUGH, importances
 from abliterate.types import Kernel, Trial, TrialParams
 
 TEXTS = st.text(alphabet=st.sampled_from("aIİßΣ' ’*\n\t\u2003x😀i") | st.characters(), max_size=40)

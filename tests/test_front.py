@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.front import hypervolume, knee, pareto_front, parse_rule
+from abliterate.search.front import hypervolume, knee, pareto_front
+from abliterate.search.selection import parse_rule
 from abliterate.types import Baseline, Trial, TrialParams
 
 BASE = Baseline(refusals=95, prompts=100)

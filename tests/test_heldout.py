@@ -28,16 +28,19 @@ from test_json_events import check, checked
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from abliterate import heldout, pipeline
+from abliterate.engine.responses import Answer
 from abliterate.errors import InputError, TrialError
-from abliterate.evaluation import Response, forced, make_scorers
-from abliterate.evaluation.answers import Answer, fault_of, first_difference, repetition
-from abliterate.evaluation.forced import Forced, Side, drift
-from abliterate.evaluation.heldout import HeldoutSets, measure
-from abliterate.evaluation.intervals import clopper_pearson
+from abliterate.evaluation import teacher_forced
+from abliterate.evaluation.confidence import clopper_pearson
+from abliterate.evaluation.heldout import HeldoutSets, fault_of, first_difference, measure, repetition
+from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, drift
 from abliterate.model.loader import demo_path
-from abliterate.prompts import DatasetName, parse_source
-from abliterate.settings import Settings
+from abliterate.pipeline import heldout
+from abliterate.pipeline import run as pipeline_run
+from abliterate.prompts import sets
+from abliterate.prompts.files import DatasetName, parse_source
+from abliterate.scorers import Response, make_scorers
+from abliterate.settings.schema import Settings
 from abliterate.types import Prompt, Score
 
 Files = dict[str, str]
@@ -72,9 +75,9 @@ def measured(
     return folder / "run", result, settings
 
 
-def side(model: PreTrainedModel, batch_size: int = 2) -> Side:
+def side(model: PreTrainedModel, batch_size: int = 2) -> ModelView:
     """A model that needs nothing to be itself."""
-    return Side(make_engine(model, batch_size), contextlib.nullcontext)
+    return ModelView(make_engine(model, batch_size), contextlib.nullcontext)
 
 
 def edited_pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -86,7 +89,7 @@ def edited_pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
 
 
 @torch.no_grad()
-def dense(base: PreTrainedModel, other: PreTrainedModel, row: Forced) -> tuple[Tensor, Tensor, Tensor]:
+def dense(base: PreTrainedModel, other: PreTrainedModel, row: TeacherForced) -> tuple[Tensor, Tensor, Tensor]:
     """KL and both losses of every answer token by definition: the whole sequence alone, in float64."""
     ids = torch.tensor([[*row.prompt, *row.answer]])
     logs = [copy.deepcopy(one).double()(ids).logits[0, len(row.prompt) - 1 : -1].log_softmax(-1) for one in (base, other)]
@@ -95,10 +98,10 @@ def dense(base: PreTrainedModel, other: PreTrainedModel, row: Forced) -> tuple[T
     return kl, -logs[0].gather(1, tokens)[:, 0], -logs[1].gather(1, tokens)[:, 0]
 
 
-def rows_of(engine: Any) -> list[Forced]:
+def rows_of(engine: Any) -> list[TeacherForced]:
     """Each prompt and the model's own answer."""
     answers = engine.answers(PROMPTS)
-    return [Forced(engine.chat.token_ids(prompt), answer.ids) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    return [TeacherForced(engine.chat.token_ids(prompt), answer.ids) for prompt, answer in zip(PROMPTS, answers, strict=True)]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ def test_drift_is_the_dense_one(family: str, batch_size: int) -> None:
     base, other = edited_pair(family)
     one, two = side(base, batch_size), side(other, batch_size)
     rows = rows_of(one.engine)
-    rows[1] = Forced(rows[1].prompt, rows[1].answer[:4])  # answers of unequal length
+    rows[1] = TeacherForced(rows[1].prompt, rows[1].answer[:4])  # answers of unequal length
     counts: list[int] = []
     for found, row in zip(drift(one, two, rows, counts.append), rows, strict=True):
         kl, before, after = dense(base, other, row)
@@ -176,9 +179,11 @@ def test_logits_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     rows = rows_of(one.engine)
     whole = drift(one, two, rows, lambda done: None)
     fed: list[int] = []
-    real = forced.answer_logits
-    monkeypatch.setattr(forced, "answer_logits", lambda model, part, device: fed.append(len(part)) or real(model, part, device))
-    monkeypatch.setattr(forced, "BUDGET", 1)
+    real = teacher_forced.answer_logits
+    monkeypatch.setattr(
+        teacher_forced, "answer_logits", lambda model, part, device: fed.append(len(part)) or real(model, part, device)
+    )
+    monkeypatch.setattr(teacher_forced, "BUDGET", 1)
     small = drift(one, two, rows, lambda done: None)
     assert set(fed) == {1}
     for a, b in zip(whole, small, strict=True):
@@ -265,7 +270,7 @@ def test_measure_gives_the_reference_numbers() -> None:
     record = measure(side(base), side(other), SETS, make_scorers(["refusals", "kl"], MARKERS), lambda done, total: None)
     engine = side(base, 1).engine
     answers = engine.answers(SETS.harmless)
-    rows = [Forced(engine.chat.token_ids(p), answer.ids) for p, answer in zip(SETS.harmless, answers, strict=True)]
+    rows = [TeacherForced(engine.chat.token_ids(p), answer.ids) for p, answer in zip(SETS.harmless, answers, strict=True)]
     parts = [dense(base, other, row) for row in rows]
     everything = torch.cat([part[0] for part in parts])
     first = torch.stack([part[0][0] for part in parts])
@@ -346,7 +351,7 @@ def test_what_can_not_be_evaluated(
 def test_sets_that_are_given_must_be_there_and_default_ones_may_fail(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heldout, "heldout_sources", lambda settings: dict.fromkeys(heldout.HUB, str(tmp_path / "gone.txt")))
+    monkeypatch.setattr(sets, "heldout_sources", lambda settings: dict.fromkeys(sets.HUB_HELDOUT, str(tmp_path / "gone.txt")))
     over = {"evaluation": {"heldout": True}, "search": {"trials": 3}, "export": {"kind": "none"}}
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
     assert "heldout" not in result
@@ -379,7 +384,7 @@ def test_what_other_sets_have_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "more2.txt").write_text("Weigh a drum\n", encoding="utf-8")
     settings = Settings.model_validate({"model": "demo", "prompts": prompts})
     recorder = Recorder()
-    context = pipeline.Context(settings, recorder, pipeline.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+    context = pipeline_run.Context(settings, recorder, pipeline_run.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
     found = heldout.read_heldout(context, [[Prompt("paint the fence!")]])
     assert found is not None
     assert [prompt.text for prompt in found.sets.harmful] == ["Mend a chair", "Lift a lamp"]
@@ -390,11 +395,11 @@ def test_what_other_sets_have_is_left_out(tmp_path: Path) -> None:
 
 def test_a_data_set_may_have_a_configuration() -> None:
     expected = DatasetName("JailbreakBench/JBB-Behaviors", "harmful", "Goal", "behaviors")
-    assert parse_source(heldout.HUB["harmful_heldout"]) == expected
+    assert parse_source(sets.HUB_HELDOUT["harmful_heldout"]) == expected
     assert parse_source("a/b:train[:4]:text") == DatasetName("a/b", "train[:4]", "text")
 
 
 def test_the_demo_has_sets_of_its_own() -> None:
-    sources = heldout.heldout_sources(Settings(model="demo"))
+    sources = sets.heldout_sources(Settings(model="demo"))
     assert all(Path(source).is_file() for source in sources.values())
-    assert heldout.heldout_sources(Settings(model="other")) == heldout.HUB
+    assert sets.heldout_sources(Settings(model="other")) == sets.HUB_HELDOUT

@@ -21,18 +21,17 @@ from test_heldout import heldout_files  # noqa: F401  (a fixture)
 from test_judges import classifier  # noqa: F401  (a fixture)
 from test_objectives import OWN as WORDS
 
-from abliterate import cli, tables
-from abliterate.console import PlainReporter, RichReporter, show_error
+from abliterate.artifacts.run_directory import RunDirectory, default_path
+from abliterate.cli import app
 from abliterate.errors import InputError
-from abliterate.export.card import checked, model_card
-from abliterate.export.recipe import FILES, code, commands, plain, recipe
+from abliterate.export.card import FILES, checked, code, commands, model_card, plain, recipe
 from abliterate.model.loader import demo_path
 from abliterate.objectives import OWN
-from abliterate.report.html import render
-from abliterate.report.material import gather
-from abliterate.rundir import RunDirectory, default_path
-from abliterate.settings import Settings
-from abliterate.settings_sources import (
+from abliterate.pipeline.workers import place_of
+from abliterate.report.data import gather
+from abliterate.report.page import render
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import (
     _PROMPT_SETS,
     config_path,
     dump_settings,
@@ -40,8 +39,9 @@ from abliterate.settings_sources import (
     parse_assignments,
     without_password,
 )
+from abliterate.terminal import tables
+from abliterate.terminal.reporters import PlainReporter, RichReporter, show_error
 from abliterate.types import Kernel, Objective, Trial, TrialParams
-from abliterate.workers import place_of
 
 Finished = tuple[Path, dict[str, Any], Settings]
 NAMES = [
@@ -82,7 +82,7 @@ def test_hostile_names_on_the_command_line_are_one_sentence(
     for arguments in (["run", "--", name], ["trials", "--", name], *files):
         monkeypatch.setattr(sys, "argv", ["abliterate", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         assert ended.value.code == 2, (arguments, err)
         assert "unexpected" not in err
@@ -101,7 +101,7 @@ def test_names_that_arent_utf8_are_refused(
     for arguments in (["run", odd], ["run", "demo", "-o", odd], ["export", str(finished[0]), "--trial", "0", "-o", odd]):
         monkeypatch.setattr(sys, "argv", ["abliterate", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         err = capsys.readouterr().err
         assert (ended.value.code, "UTF-8" in err, "unexpected" in err) == (2, True, False), err
         assert err.encode("utf-8")

@@ -15,20 +15,23 @@ from conftest import _IDS, CPU, Recorder, make_chat, make_model, make_tokenizer,
 from torch import nn
 from zoo import ZOO, load_specimen, make_specimen
 
-from abliterate import cli, pipeline
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import app
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
 from abliterate.errors import AbliterateError, InputError
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.responses import ResponseReader
-from abliterate.inputs import PromptSets
-from abliterate.inspection import Workload, check_model, in_words, inspect
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
 from abliterate.model.footprint import Shape
-from abliterate.model.markup import Markup
 from abliterate.model.structure import starred
-from abliterate.rundir import RunDirectory
-from abliterate.settings import LoadSettings, Settings
+from abliterate.model.thinking import Markup
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.preflight import check_model
+from abliterate.pipeline.requirements import Workload, requirements_of
+from abliterate.prompts.sets import PromptSets
+from abliterate.settings.schema import LoadSettings, Settings
+from abliterate.terminal.quantities import in_words
 from abliterate.types import BatchSizes, Prompt
 
 ONLY_ATTENTION = {ATTENTION: "self_attn.o_proj"}
@@ -166,7 +169,7 @@ def test_experts_that_are_a_list_where_the_row_has_a_stack_are_left_out_and_said
 
 def record(name: str, **settings: Any) -> dict[str, Any]:
     """The record of a specimen with its weights, for a usual workload."""
-    return inspect(Settings(**settings), load_specimen(name), CPU, Workload.usual("a test"))
+    return requirements_of(Settings(**settings), load_specimen(name), CPU, Workload.usual("a test"))
 
 
 def test_parameters_per_token_are_those_a_token_meets() -> None:
@@ -209,14 +212,14 @@ def test_cost_is_what_the_reference_feeds() -> None:
     )
     engine.observe(harmful, harmless, lambda done, total: None)
     handle.remove()
-    cost = inspect(Settings(response={"max_new_tokens": response}), loaded, CPU, work)["cost"]
+    cost = requirements_of(Settings(response={"max_new_tokens": response}), loaded, CPU, work)["cost"]
     assert fed == cost["tokens"]["trial_at_most"] - len(harmful)  # the last token of a response isn't fed again
     assert cost["tokens"]["run_at_most"] == cost["tokens"]["residuals"] + 201 * cost["tokens"]["trial_at_most"]
 
 
 def test_seconds_are_tokens_by_speed() -> None:
     speeds = {"residuals": 100.0, "prefill": 50.0, "decode": 10.0}
-    cost = inspect(Settings(search={"trials": 9}), load_specimen("llama"), CPU, Workload.usual(""), speeds)["cost"]
+    cost = requirements_of(Settings(search={"trials": 9}), load_specimen("llama"), CPU, Workload.usual(""), speeds)["cost"]
     once = 2 * 100 * 64 / 50 + 100 * 100 / 10
     assert cost["seconds"] == {"residuals": 512.0, "trial_at_most": once, "run_at_most": 512.0 + 10 * once}
 
@@ -228,7 +231,7 @@ def test_config_alone_gives_the_same_record(name: str, tmp_path: Path) -> None:
     skeleton = loader.skeleton(str(folder), settings.load, CPU)
     loaded = loader.load_model(str(folder), settings.load, CPU, lambda tokenizer, at: make_chat().encode([Prompt("Hi")]), print)
     assert skeleton is not None
-    found, expected = (inspect(settings, one, CPU, Workload.usual("a test")) for one in (skeleton, loaded))
+    found, expected = (requirements_of(settings, one, CPU, Workload.usual("a test")) for one in (skeleton, loaded))
     for one in (found, expected):
         del one["device"]
         for operation in one["memory"]["operations"].values():
@@ -251,7 +254,7 @@ def test_exports_that_are_not_possible_are_said(tmp_path: Path) -> None:
     folder = save_model(make_specimen("falcon_h1"), tmp_path / "m")
     skeleton = loader.skeleton(str(folder), LoadSettings(), CPU)
     assert skeleton is not None
-    found = inspect(Settings(), skeleton, CPU, Workload.usual(""))["exports"]
+    found = requirements_of(Settings(), skeleton, CPU, Workload.usual(""))["exports"]
     assert found["merged"] == ""
     assert "incompatible with Mamba" in found["adapter"]
     assert "fused experts" in record("mixtral")["exports"]["adapter"]
@@ -266,10 +269,10 @@ def test_run_stops_where_less_than_half_is_edited_before_prompts_are_read(tmp_pa
     load = {"decoder_layers": "model.layers", "components": ONLY_ATTENTION}
     settings = Settings(model=str(folder), load=load, prompts={"harmful": str(tmp_path / "missing.txt")})
     with pytest.raises(InputError, match="--allow-partial"):
-        pipeline.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
+        pipeline_run.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
     check_model(settings, editing=False)
     with pytest.raises(InputError, match=r"missing\.txt"):
-        pipeline.run(
+        pipeline_run.run(
             settings.model_copy(update={"load": LoadSettings(**load, allow_partial=True)}),
             Recorder(),
             RunDirectory(tmp_path / "run"),
@@ -292,7 +295,7 @@ def test_partial_run_says_what_it_leaves_out(tmp_path: Path, prompt_files: dict[
     recorder = Recorder()
     directory = RunDirectory(tmp_path / "run")
     with contextlib.suppress(AbliterateError):  # what a random model refuses is chance: there may be no front
-        pipeline.run(settings, recorder, directory)
+        pipeline_run.run(settings, recorder, directory)
     assert any("14.3% of the parameters" in warning and "mlp.experts" in warning for warning in recorder.warnings)
     coverage = directory.read_result()["coverage"]
     assert coverage["share"] == pytest.approx(1 / 7)
@@ -304,7 +307,7 @@ def invoke(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(sys, "argv", ["abliterate", *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     out, err = capsys.readouterr()
     return int(ended.value.code or 0), out, err
 

@@ -28,24 +28,24 @@ class Slow:
         self.stage, self.seconds = stage, seconds
 
     def __call__(self) -> None:
-        from abliterate import console
+        from abliterate.terminal import reporters
 
-        announce = console.JsonReporter.stage
+        announce = reporters.JsonReporter.stage
 
-        def slow(reporter: console.JsonReporter, name: str, detail: str = "") -> None:
+        def slow(reporter: reporters.JsonReporter, name: str, detail: str = "") -> None:
             announce(reporter, name, detail)
             end = time.monotonic() + (self.seconds if name == self.stage else 0)
             while time.monotonic() < end:
                 time.sleep(0.01)
 
-        console.JsonReporter.stage = slow  # type: ignore[method-assign]
+        reporters.JsonReporter.stage = slow  # type: ignore[method-assign]
 
 
 class Stuck:
     """In the child: a pass that doesn't end, in the search."""
 
     def __call__(self) -> None:
-        from abliterate import stages
+        from abliterate.pipeline import stages
 
         def forever(*args: Any) -> Any:
             sys.stdout.write('{"event": "stuck"}\n')

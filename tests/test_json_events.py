@@ -16,9 +16,9 @@ from jsonschema import Draft202012Validator
 from test_cli import QUICK, Finished, Invoke, Outcome, filled_cache, invoke, prompt_options  # noqa: F401
 
 import abliterate
-from abliterate import events
 from abliterate.errors import TrialError
 from abliterate.evaluation import trial as evaluation
+from abliterate.terminal import json_lines
 
 ROOT = Path(__file__).parents[1]
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "json.schema.json").read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ def test_no_field_of_the_schema_is_unknown_to_the_code() -> None:
 
 def test_a_line_is_strict_json_whatever_is_in_it() -> None:
     out = io.StringIO()
-    events.emit("note", out=out, text="π\u2028\x85\ud800", fields={"a": [float("nan"), {"b": float("-inf")}, 0.1]})
+    json_lines.emit("note", out=out, text="π\u2028\x85\ud800", fields={"a": [float("nan"), {"b": float("-inf")}, 0.1]})
     (line,) = out.getvalue().splitlines()
     record = strict(line)
     assert record["text"] == "π\u2028\x85\ud800"
@@ -223,7 +223,7 @@ def test_unexpected_errors_and_interruptions_are_a_last_line(
             raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr("abliterate.trial_commands.show_trials", broken)
+            patch.setattr("abliterate.cli.trials.show_trials", broken)
             outcome = invoke("trials", run, "--json")
         last = checked(outcome, "trials", code, last="error")[-1]
         assert last["exit_code"] == code

@@ -26,18 +26,21 @@ from test_heldout import heldout_files  # noqa: F401
 from test_json_events import check, checked
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
-from abliterate import benchmarks, evaluating, later, pipeline
-from abliterate.benchmarks import Tasks, check_tasks, run_tasks
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli.evaluate import _cells
 from abliterate.errors import InputError, Interrupted, TrialError
-from abliterate.evaluate_commands import _cells
-from abliterate.evaluation import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
-from abliterate.evaluation.base import EarlyScorer, ignores_responses
-from abliterate.evaluation.forced import Side
-from abliterate.evaluation.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
-from abliterate.identity import _scorers
-from abliterate.rundir import RunDirectory
-from abliterate.settings import EvaluationSettings, Settings
-from abliterate.tables import heldout_lines
+from abliterate.evaluation import lm_eval
+from abliterate.evaluation.lm_eval import Tasks, check_tasks, run_tasks
+from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.pipeline import evaluate as pipeline_evaluate
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.cache_keys import _scorers
+from abliterate.scorers import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
+from abliterate.scorers.base import EarlyScorer, ignores_responses
+from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
+from abliterate.settings.schema import EvaluationSettings, Settings
+from abliterate.terminal.tables import heldout_lines
 from abliterate.types import Score
 
 Files = dict[str, str]
@@ -268,7 +271,7 @@ def test_an_address_that_is_none_is_said_at_once(
 ) -> None:
     monkeypatch.setenv(URL, address)
     monkeypatch.setenv(MODEL, "judge-1")
-    monkeypatch.setattr(evaluating, "check_model", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "check_model", forbidden)
     judge = ["--set", 'evaluation.heldout_scorers=["endpoint"]']
     outcome = invoke("evaluate", "demo", "demo", *judge)
     assert_sentence(outcome, 2, URL)
@@ -427,16 +430,16 @@ def test_an_own_scorer_in_a_run(
     shown = result["heldout"]["scores"]["words"]
     assert shown["base"]["words"] == shown["base"]["base"] == shown["candidate"]["base"]
     # Comparing an export with its trial runs no file, but its content still makes the run what it is.
-    monkeypatch.setattr("abliterate.evaluation.load_scorer", forbidden)
+    monkeypatch.setattr("abliterate.scorers.load_scorer", forbidden)
     adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
     export = [adapter, Recorder(), RunDirectory(tmp_path / "run"), result["trials"][0]["number"]]
-    verified = later.export_trial(*export, tmp_path / "adapter", scores=True)
+    verified = pipeline_export_trial.export_trial(*export, tmp_path / "adapter", scores=True)
     assert verified["export"]["verified"] is True
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
     with pytest.raises(InputError, match="set of scorers"):
-        later.export_trial(*export, tmp_path / "again", scores=True)
+        pipeline_export_trial.export_trial(*export, tmp_path / "again", scores=True)
     with pytest.raises(InputError, match="scorers"):
         run_in(tmp_path / "run", settings, resume=True)
 
@@ -504,7 +507,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_results_of_lm_eval_as_rows() -> None:
-    assert benchmarks.table(RESULTS, RESULTS) == [
+    assert lm_eval.table(RESULTS, RESULTS) == [
         {"task": "tiny", "metric": "acc", "higher_is_better": True, **_both(0.5, 0.25)},
         {"task": "tiny", "metric": "f1 strict", "higher_is_better": None, **_both(1.0, None)},
     ]
@@ -517,7 +520,7 @@ def _both(value: float, stderr: float | None) -> dict[str, Any]:
 def context() -> Any:
     """A context without a store."""
     recorder = Recorder()
-    return pipeline.Context(Settings(model="demo"), recorder, pipeline.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+    return pipeline_run.Context(Settings(model="demo"), recorder, pipeline_run.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
 
 
 class TaskManager:
@@ -545,10 +548,10 @@ def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     calls: dict[str, Any] = {}
     stub_lm_eval(monkeypatch, lambda **options: calls.update(options) or RESULTS)
     model = make_model("llama")
-    side = Side(make_engine(model, 3), contextlib.nullcontext)
+    side = ModelView(make_engine(model, 3), contextlib.nullcontext)
     ready = check_tasks(Tasks(("ti*", "tiny"), 5, tmp_path))
     rows = run_tasks(context(), side, side, make_tokenizer(), ready)
-    assert rows == (benchmarks.table(RESULTS, RESULTS), "")
+    assert rows == (lm_eval.table(RESULTS, RESULTS), "")
     assert (calls["tasks"], calls["limit"], calls["task_manager"].folder) == (["tiny"], 5, str(tmp_path))
     assert calls["model"]["pretrained"] is model
     assert calls["model"]["batch_size"] == 3
@@ -582,7 +585,7 @@ def test_a_tiny_task_with_the_real_lm_eval(
 
 
 def test_a_benchmark_on_the_terminal() -> None:
-    rows = benchmarks.table(RESULTS, RESULTS)
+    rows = lm_eval.table(RESULTS, RESULTS)
     assert _cells(rows[0]) == ("tiny", "acc ↑", "0.5000 ± 0.2500", "0.5000 ± 0.2500")
     assert _cells(rows[1]) == ("tiny", "f1 strict", "1.0000", "1.0000")
 
@@ -592,7 +595,7 @@ def test_a_mistyped_task_is_said_before_anything_is_loaded(
     invoke: Invoke,  # noqa: F811
 ) -> None:
     stub_lm_eval(monkeypatch, forbidden)
-    monkeypatch.setattr(evaluating, "load", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
     assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny", "--benchmark", "tinny"), 2, "no task 'tinny'")
 
     def broken(include_path: str | None) -> None:
@@ -608,7 +611,7 @@ def test_a_benchmark_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatc
         raise error
 
     stub_lm_eval(monkeypatch, fails)
-    side, at = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext), context()
+    side, at = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext), context()
     rows, reason = run_tasks(at, side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
     assert rows == []
     assert reason == f"lm-eval can't run tiny: {error}"
@@ -620,7 +623,7 @@ def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPat
         raise Interrupted
 
     stub_lm_eval(monkeypatch, stopped)
-    side = Side(make_engine(make_model("llama"), 3), contextlib.nullcontext)
+    side = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext)
     with pytest.raises(Interrupted):
         run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedModel
 from abliterate.directions import Blend
 from abliterate.edits import METHODS, Factors, SvdMemo
 from abliterate.edits.base import ROW_CHUNK
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.engine import TrialEngine
-from abliterate.evaluation.passes import layer_bytes
-from abliterate.evaluation.prefill import Kept, Prefill
-from abliterate.evaluation.selfcheck import Setup, check
-from abliterate.settings import EfficiencySettings
+from abliterate.engine.kv_cache import layer_bytes
+from abliterate.engine.prefill import KeptStates, Prefill
+from abliterate.engine.self_check import EngineSetup, check
+from abliterate.engine.trial_engine import TrialEngine
+from abliterate.model.editor import Editor
+from abliterate.settings.schema import EfficiencySettings
 
 MODES = sorted(METHODS)
 # One family for each way of sharing a prefix: between, left (twice), none (twice).
@@ -80,7 +80,7 @@ def test_edits_are_the_same_whatever_the_room(
     options: dict[str, Any], accelerator: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With an accelerator: here too everything lies in main memory, but by the way of what is parked there."""
-    monkeypatch.setattr("abliterate.evaluation.editor._has_own_memory", lambda device: accelerator)
+    monkeypatch.setattr("abliterate.model.editor._has_own_memory", lambda device: accelerator)
     plain = make_editor(make_loaded(make_model("llama")), **options)
     plain.prepare()
     whole_size = held(plain)
@@ -172,11 +172,11 @@ def engine_with(lab: Lab, room: float) -> TrialEngine:
     """An engine that may keep so many bytes, with every layer as a possible start."""
     lab.editor.clear()
     starts = range(len(lab.loaded.layers))
-    setup = Setup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, starts, room)
+    setup = EngineSetup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, starts, room)
     return setup.engine(EfficiencySettings())
 
 
-def parts_of(engine: TrialEngine) -> Iterator[Kept]:
+def parts_of(engine: TrialEngine) -> Iterator[KeptStates]:
     """Everything that is kept of the base model."""
     for prompts in engine._sets.values():
         for group in prompts.groups:
@@ -240,15 +240,15 @@ def test_the_first_chunk_tells_what_all_of_them_take() -> None:
     engine = engine_with(lab, ample._prefill.nbytes - 1)
     assert starts_of(engine)[0] == {1}
     peak = 0
-    merged = Kept.merged
+    merged = KeptStates.merged
 
-    def watched(parts: list[Kept], starts: Sequence[int]) -> Kept:
+    def watched(parts: list[KeptStates], starts: Sequence[int]) -> KeptStates:
         nonlocal peak
         peak = max(peak, sum(part.nbytes(list(part.hidden)) for part in parts))
         return merged(parts, starts)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Kept, "merged", staticmethod(watched))
+        patch.setattr(KeptStates, "merged", staticmethod(watched))
         again = engine_with(lab, ample._prefill.nbytes - 1)
     assert 0 < peak <= again._prefill.room
 
@@ -354,10 +354,10 @@ def test_a_group_that_cannot_be_kept_is_left_out(fits: int, monkeypatch: pytest.
     kept: list[int] = []
     inside: list[bool] = []
     monkeypatch.setattr(
-        "abliterate.evaluation.prefill.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
+        "abliterate.engine.prefill.clear_device_cache", lambda device: inside.append(sys.exc_info()[0] is not None)
     )
 
-    def keep_rows(self: Any, group: Any, some: Tensor, starts: Any, with_cache: bool) -> Kept:
+    def keep_rows(self: Any, group: Any, some: Tensor, starts: Any, with_cache: bool) -> KeptStates:
         if with_cache and (sum(kept) + len(some) > fits):
             raise torch.OutOfMemoryError("out of memory")
         kept.append(len(some))
@@ -370,7 +370,7 @@ def test_a_group_that_cannot_be_kept_is_left_out(fits: int, monkeypatch: pytest.
     engine = engine_with(lab, float("inf"))
     gc.collect()
     harmful, *harmless = (group for prompts in engine._sets.values() for group in prompts.groups)
-    assert (harmful.kept, harmful.prefix) == (Kept(), Kept())
+    assert (harmful.kept, harmful.prefix) == (KeptStates(), KeptStates())
     assert all(group.kept.hidden for group in harmless)
     assert f"{len(HARMFUL)} prompts" in engine.left_out["memory"]
     assert len(captured) > 0
@@ -384,11 +384,11 @@ def test_a_group_that_cannot_be_kept_is_left_out(fits: int, monkeypatch: pytest.
 
 
 def test_a_cache_that_cannot_be_merged_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def merged(parts: Any, starts: Any) -> Kept:
+    def merged(parts: Any, starts: Any) -> KeptStates:
         raise torch.OutOfMemoryError("out of memory")
 
     lab = make_lab("llama", batch_size=2)
-    monkeypatch.setattr(Kept, "merged", staticmethod(merged))
+    monkeypatch.setattr(KeptStates, "merged", staticmethod(merged))
     engine = engine_with(lab, float("inf"))
     assert engine._prefill.nbytes == 0
     assert f"{len(HARMFUL) + len(HARMLESS)} prompts" in engine.left_out["memory"]

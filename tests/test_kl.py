@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from abliterate.errors import TrialError
-from abliterate.evaluation.base import Observation
-from abliterate.evaluation.kl import KL
-from abliterate.evaluation.logprobs import (
+from abliterate.scorers.base import Observation
+from abliterate.scorers.kl import (
     CHUNK,
+    KL,
     RATIO,
     REST,
     WITHIN,
@@ -197,7 +197,7 @@ def test_rows_are_told_apart_in_every_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(together, dense(base, edited), rtol=0, atol=1e-6)
     torch.testing.assert_close(rounded_of(base).kl(edited), together, rtol=0, atol=WITHIN)
     for rows in (1, 3, 5):
-        monkeypatch.setattr("abliterate.evaluation.logprobs.CHUNK", rows * VOCABULARY)
+        monkeypatch.setattr("abliterate.scorers.kl.CHUNK", rows * VOCABULARY)
         assert torch.equal(kept.kl(edited), together)
         torch.testing.assert_close(rounded_of(base).kl(edited), together, rtol=0, atol=WITHIN)
     assert CHUNK >= 4 * VOCABULARY

@@ -36,17 +36,19 @@ from safetensors.torch import load_file, save_file
 from test_export import odd_checkpoint, renamed_checkpoint
 from transformers import AutoModelForCausalLM
 
-from abliterate import later
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import merged, reread, source
-from abliterate.export.base import MARKER
+from abliterate.export import base_weights, merged
+from abliterate.export import check_weights as export_check_weights
+from abliterate.export.folder import MARKER
+from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.settings import Settings
-from abliterate.settings_sources import load_settings
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Trial
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -125,14 +127,14 @@ def test_any_trial_is_exported_from_files_alone(
     path, first, settings = finished
     run, number = copy_run(path, tmp_path / "run"), other_trial(first)
     before = contents(run)
-    for module in (source, merged, loader):
+    for module in (base_weights, merged, loader):
         monkeypatch.setattr(module, "load_weights", forbidden)
-    monkeypatch.setattr(later, "read_prompts", forbidden)
-    monkeypatch.setattr("abliterate.exporting.choose_device", forbidden)
+    monkeypatch.setattr(pipeline_export_trial, "read_prompts", forbidden)
+    monkeypatch.setattr("abliterate.pipeline.export.choose_device", forbidden)
     final = tmp_path / "out"
     recorder = Recorder()
     for _ in range(2):  # an export replaces an earlier one
-        result = later.export_trial(with_kind(settings, kind), recorder, RunDirectory(run), number, final)
+        result = pipeline_export_trial.export_trial(with_kind(settings, kind), recorder, RunDirectory(run), number, final)
     monkeypatch.undo()
     assert contents(run) == before, "the run's own process may be writing there"
     assert (result["selected"], result["export"]["trial"], result["export"]["verified"]) == (number, number, True)
@@ -157,7 +159,9 @@ def test_scores_are_compared_if_asked_for(finished: Finished, tmp_path: Path) ->
     run, number = copy_run(path, tmp_path / "run"), other_trial(first)
     for kind in ("merged", "adapter"):
         final = tmp_path / kind
-        result = later.export_trial(with_kind(settings, kind), Recorder(), RunDirectory(run), number, final, scores=True)
+        result = pipeline_export_trial.export_trial(
+            with_kind(settings, kind), Recorder(), RunDirectory(run), number, final, scores=True
+        )
         record = result["export"]["verification"]
         assert result["export"]["verified"] is True
         assert set(record["checks"]) == {"weights", "untouched", "kl_from_trial", "kl", "refusals", "modules"}
@@ -173,7 +177,9 @@ def test_scores_of_another_question_are_not_compared(finished: Finished, tmp_pat
     path, first, settings = finished
     other = quick_settings(prompt_files, Path(settings.cache_dir), prompts={"suffix": " Now."})
     with pytest.raises(InputError, match="another set of prompts than its run's"):
-        later.export_trial(other, Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out", scores=True)
+        pipeline_export_trial.export_trial(
+            other, Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out", scores=True
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -182,11 +188,16 @@ def test_trial_of_another_model_is_not_exported(finished: Finished, tmp_path: Pa
     base = copy_run(demo_path() / "model", tmp_path / "base")
     same = settings.model_copy(update={"model": str(base)})
     number = other_trial(first)
-    assert later.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "same")["export"]["verified"] is True
+    assert (
+        pipeline_export_trial.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "same")["export"][
+            "verified"
+        ]
+        is True
+    )
     config = (base / "config.json").read_text(encoding="utf-8")
     (base / "config.json").write_text(config + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="another model than its run's"):
-        later.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "out")
+        pipeline_export_trial.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -200,7 +211,7 @@ def test_trials_that_are_not_complete_are_not_exported(state: str, finished: Fin
     record["sha256"] = digest_of(record)
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="was stopped" if state == "stopped" else "no finished trial"):
-        later.export_trial(settings, Recorder(), RunDirectory(run), number, tmp_path / "out")
+        pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), number, tmp_path / "out")
 
 
 def test_runs_of_earlier_versions_are_exported(finished: Finished, tmp_path: Path) -> None:
@@ -209,7 +220,7 @@ def test_runs_of_earlier_versions_are_exported(finished: Finished, tmp_path: Pat
     run = copy_run(path, tmp_path / "run")
     record = {name: value for name, value in first.items() if name not in ("prompts", "startup_trials", "sha256")}
     write_json(run / "result.json", record | {"exports": []})
-    later.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+    pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| harmful prompts, scores | not recorded |" in card
     assert "first token, harmless prompts" in card
@@ -220,17 +231,19 @@ def test_a_wrong_export_is_said_to_be_wrong(
     kind: str, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, first, settings = finished
-    real = later.write
+    real = pipeline_export_trial.write
 
     def write(context: Any, job: Any, *rest: Any) -> Any:
         name = next(iter(job.factors))
         job.factors[name].b.mul_(1.02)
         return real(context, job, *rest)
 
-    monkeypatch.setattr(later, "write", write)
+    monkeypatch.setattr(pipeline_export_trial, "write", write)
     recorder = Recorder()
     with pytest.raises(AbliterateError, match="not what the trial was"):
-        later.export_trial(with_kind(settings, kind), recorder, RunDirectory(path), other_trial(first), tmp_path / "out")
+        pipeline_export_trial.export_trial(
+            with_kind(settings, kind), recorder, RunDirectory(path), other_trial(first), tmp_path / "out"
+        )
     marker = json.loads((tmp_path / "out" / MARKER).read_text(encoding="utf-8"))
     assert marker["export"]["verified"] is False
     assert marker["export"]["verification"]["checks"] == {"weights": False, "untouched": True}
@@ -243,7 +256,7 @@ def test_a_wrong_export_is_said_to_be_wrong(
 def test_nothing_is_checked_where_verification_is_off(finished: Finished, tmp_path: Path) -> None:
     path, first, settings = finished
     off = with_kind(settings, "merged", verify=False)
-    result = later.export_trial(off, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
+    result = pipeline_export_trial.export_trial(off, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
     assert result["export"]["verified"] is None
     assert "Checked after" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
@@ -274,7 +287,7 @@ def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Pa
         (base / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}), encoding="utf-8")
     settings, directory = make_run(tmp_path, base)
     recorder = Recorder()
-    result = later.export_trial(with_kind(settings, kind), recorder, directory, 0, tmp_path / "out")
+    result = pipeline_export_trial.export_trial(with_kind(settings, kind), recorder, directory, 0, tmp_path / "out")
     assert result["export"]["verified"] is True, result["export"]
     assert any("loaded as a whole" in note for note in recorder.notes) is (change in ("odd", "another dtype"))
     if kind == "merged":
@@ -291,7 +304,7 @@ def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Pa
 def test_svd_is_compared_with_its_own_factors(kind: str, tmp_path: Path) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
     settings, directory = make_run(tmp_path, base, edit={"representation": "svd", "rank": 2})
-    result = later.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
+    result = pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
     assert result["export"]["verified"] is True
     lost = result["export"]["approximation_error"]
     assert 0.001 < lost["mean"] <= lost["max"] < 0.5
@@ -303,7 +316,7 @@ def test_svd_is_compared_with_its_own_factors(kind: str, tmp_path: Path) -> None
 def test_of_a_quantized_run_the_full_weights_are_edited(tmp_path: Path) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
     settings, directory = make_run(tmp_path, base, load={"quantization": "bnb_4bit"})
-    result = later.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
+    result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
     assert (result["export"]["verified"], result["export"]["streamed"]) == (True, True)
     found = reloaded_logits(settings, "merged", tmp_path / "out")
     torch.testing.assert_close(found, expected_logits(settings, directory, 0, torch.float32), **FLOAT32)
@@ -315,7 +328,7 @@ def test_of_a_quantized_run_scores_can_be_compared(tmp_path: Path, prompt_files:
         prompt_files, tmp_path / "cache", load={"quantization": "bnb_8bit"}, export={"kind": "none"}, search={"trials": 1}
     )
     result, _ = run_in(tmp_path / "run", settings)
-    record = later.export_trial(
+    record = pipeline_export_trial.export_trial(
         with_kind(settings, "merged"), Recorder(), RunDirectory(tmp_path / "run"), 0, tmp_path / "out", scores=True
     )
     assert record["export"]["verified"] is True, record["export"]
@@ -335,13 +348,15 @@ def test_directions_of_something_else_are_refused(how: str, finished: Finished, 
     }[how]
     save_file({"directions": changed}, run / "directions.safetensors")
     with pytest.raises(InputError, match="--resume"):
-        later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+        pipeline_export_trial.export_trial(
+            with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out"
+        )
     if how != "other values":  # as an earlier version left it
         record = json.loads((run / "result.json").read_text(encoding="utf-8"))
         del record["directions"], record["sha256"]
         write_json(run / "result.json", record)
         with pytest.raises(InputError, match="--resume"):
-            later.export_trial(
+            pipeline_export_trial.export_trial(
                 with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out"
             )
 
@@ -367,7 +382,9 @@ def test_a_damaged_result_is_refused(how: str, finished: Finished, tmp_path: Pat
     record["sha256"] = digest_of(record)  # past the checksum: what an earlier version, or a person, might write
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="damaged"):
-        later.export_trial(with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
+        pipeline_export_trial.export_trial(
+            with_kind(settings, "merged"), Recorder(), RunDirectory(run), first["selected"], tmp_path / "out"
+        )
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
@@ -381,7 +398,7 @@ def test_a_full_disk_is_seen_before_the_export_begins(
     settings, directory = make_run(tmp_path, base)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
     with pytest.raises(AbliterateError, match="MiB are free"):
-        later.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
+        pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -392,7 +409,7 @@ def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypa
     settings, directory = make_run(tmp_path, base)
     alive: weakref.WeakSet[Any] = weakref.WeakSet()
     most: list[int] = []
-    for module in (source, reread):
+    for module in (base_weights, export_check_weights):
         real = module.load_weights
 
         def counted(*args: Any, real: Any = real) -> Any:
@@ -402,7 +419,7 @@ def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypa
             return model
 
         monkeypatch.setattr(module, "load_weights", counted)
-    result = later.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
+    result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
     assert result["export"]["verified"] is True
     assert max(most) == 1
     assert len(most) >= 3
@@ -418,7 +435,7 @@ def test_an_export_that_memory_does_not_hold_twice_is_kept_unchecked(tmp_path: P
         raise torch.OutOfMemoryError("its weights take 9 GiB of main memory and 1 GiB are free")
 
     monkeypatch.setattr("abliterate.export.merged.RereadMerged", full)
-    result = later.export_trial(with_kind(settings, "merged"), recorder, directory, 0, tmp_path / "out")
+    result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), recorder, directory, 0, tmp_path / "out")
     assert result["export"]["verified"] is None
     assert (tmp_path / "out" / "config.json").is_file()
     assert any("not checked" in warning for warning in recorder.warnings)
@@ -433,9 +450,9 @@ from abliterate import later
 from abliterate.model import memory
 from abliterate.model.checkpoint import load_weights
 from abliterate.model.loader import load_config
-from abliterate.rundir import RunDirectory
-from abliterate.settings import LoadSettings
-from abliterate.settings_sources import load_settings
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.settings.schema import LoadSettings
+from abliterate.settings.sources import load_settings
 
 torch.set_num_threads(1)
 warm, real, kind, cap = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -163,7 +163,7 @@ def test_search_knows_no_torch_and_front_no_optuna() -> None:
 
 
 def test_command_line_imports_nothing_heavy() -> None:
-    code = f"import sys, abliterate.cli; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    code = f"import sys, abliterate.cli.app; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []
 

@@ -10,10 +10,10 @@ import torch
 from conftest import copy_run, outcomes, quick_settings, run_in
 from safetensors.torch import load_file
 
-from abliterate import stages
 from abliterate.directions import METHODS
-from abliterate.settings import Settings
-from abliterate.settings_sources import merge
+from abliterate.pipeline import stages
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import merge
 
 Finished = tuple[Path, dict[str, Any], Settings]
 Files = dict[str, str]

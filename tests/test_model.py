@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets, missing_components
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.weights import dense_weight, out_features, write_weight
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import Prompt
 
 NO_SYSTEM = (
@@ -31,7 +31,11 @@ NO_SYSTEM = (
 def load(folder: Path | str, **settings: Any) -> loader.LoadedModel:
     """`load_model` with a one-prompt probe."""
     return loader.load_model(
-        str(folder), LoadSettings(**settings), CPU, lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]), print
+        str(folder),
+        LoadSettings(**settings),
+        CPU,
+        lambda tokenizer, at: PromptEncoder(tokenizer, at).encode(PROMPTS[:1]),
+        print,
     )
 
 
@@ -177,7 +181,7 @@ def test_pads_carry_the_rows_own_first_token() -> None:
 
 
 def test_system_prompt_and_prefix_are_rendered() -> None:
-    text = Chat(make_tokenizer(), CPU, "Sure:").render(Prompt("Question?", "Be brief."))
+    text = PromptEncoder(make_tokenizer(), CPU, "Sure:").render(Prompt("Question?", "Be brief."))
     assert text.index("Be brief.") < text.index("Question?") < text.index("assistant")
     assert text.endswith("Sure:")
 
@@ -273,7 +277,7 @@ def test_dtype_that_fails_leads_to_the_next(
         str(folder),
         LoadSettings(dtypes=("float16", "float32")),
         CPU,
-        lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]),
+        lambda tokenizer, at: PromptEncoder(tokenizer, at).encode(PROMPTS[:1]),
         warnings.append,
     )
     assert loaded.info.dtype == "float32"
@@ -290,7 +294,11 @@ def test_bad_input_tries_no_other_dtype(tmp_path: Path) -> None:
     warnings: list[str] = []
     with pytest.raises(InputError, match="can't be loaded"):
         loader.load_model(
-            str(folder), LoadSettings(), CPU, lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]), warnings.append
+            str(folder),
+            LoadSettings(),
+            CPU,
+            lambda tokenizer, at: PromptEncoder(tokenizer, at).encode(PROMPTS[:1]),
+            warnings.append,
         )
     assert warnings == []
 
@@ -298,11 +306,11 @@ def test_bad_input_tries_no_other_dtype(tmp_path: Path) -> None:
 QUIET = """
 import torch, transformers
 transformers.utils.logging.disable_progress_bar()
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import Chat
 from abliterate import pipeline
 from abliterate.export import EXPORTERS
 from abliterate.model import loader
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import Prompt
 load = LoadSettings(quantization="bnb_8bit")
 loader.load_model("demo", load, torch.device("cpu"), lambda t, at: Chat(t, at).encode([Prompt("Hi")]), print)
@@ -317,6 +325,6 @@ def test_bitsandbytes_is_quiet() -> None:
 
 
 def test_pipeline_imports_neither_peft_nor_bitsandbytes() -> None:
-    code = "import sys, abliterate.pipeline; print(*[name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
+    code = "import sys, abliterate.pipeline.run; print(*[name for name in ('peft', 'bitsandbytes') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == []

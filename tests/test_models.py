@@ -13,9 +13,9 @@ from conftest import logits_of, save_model, write_dense
 from zoo import GATE, HARMFUL, HARMLESS, NORM, ZOO, Lab, everywhere, export, last_layers, make_lab, scale_of
 
 from abliterate.errors import AbliterateError
-from abliterate.evaluation.kl import kl_divergence
 from abliterate.model.architectures import ATTENTION, MLP
 from abliterate.model.structure import find_stack, writers_of
+from abliterate.scorers.kl import kl_divergence
 from abliterate.types import Kernel, TrialParams
 
 # Whose files hold their experts otherwise than stacked or one by one, so that an export loads and saves the whole.

@@ -16,7 +16,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.residuals import capture_residuals
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 
 
 def edit(model: Any, architecture: Any) -> None:

@@ -16,27 +16,27 @@ from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.evaluation import make_objectives, make_scorers
-from abliterate.evaluation.certificate import Certificate
-from abliterate.front import hypervolume, knee, no_front, pareto_front, parse_rule
-from abliterate.hypervolume import progress, volume
 from abliterate.objectives import (
     DEFAULT,
     base_vector,
     in_words,
-    lead,
-    of_result,
+    objectives_from_result,
     ordered,
     other_names,
+    primary_objective,
     public,
+    reported_values,
     split,
     to_records,
-    told,
     vector,
 )
-from abliterate.search import Study, open_study
-from abliterate.settings import EvaluationSettings, SearchSettings, Settings
-from abliterate.space import Space
+from abliterate.scorers import make_objectives, make_scorers
+from abliterate.search.front import hypervolume, knee, no_front, pareto_front, progress, volume
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.selection import parse_rule
+from abliterate.search.space import Space
+from abliterate.search.study import Study, open_study
+from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from abliterate.types import Baseline, Objective, Trial, TrialParams
 
 KL, REFUSALS = DEFAULT
@@ -126,17 +126,17 @@ def test_kl_comes_first_in_whatever_order_objectives_are_given() -> None:
     for order in itertools.permutations((KL, REFUSALS)):
         assert ordered(order) == DEFAULT
     assert ordered((WORDS, REFUSALS, KL)) == (KL, WORDS, REFUSALS)
-    assert of_result({}) == of_result({"objectives": to_records(DEFAULT)}) == DEFAULT
-    assert of_result({"objectives": to_records((KL, WORDS))}) == (KL, WORDS)
+    assert objectives_from_result({}) == objectives_from_result({"objectives": to_records(DEFAULT)}) == DEFAULT
+    assert objectives_from_result({"objectives": to_records((KL, WORDS))}) == (KL, WORDS)
     assert in_words((KL, WORDS)) == "kl (minimized), words (maximized)"
     assert other_names(["b", "kl", "a", "words", "refusals"], (KL, WORDS)) == ["words", "a", "b"]
 
 
 def test_the_lead_is_refusals_then_what_isnt_kl() -> None:
-    assert lead(DEFAULT) == lead((KL, WORDS, REFUSALS)) == REFUSALS
-    assert lead((KL, WORDS, LENGTH)) == WORDS
-    assert lead((KL,)) == lead((KL,), without="kl") == KL
-    assert lead((KL, REFUSALS, WORDS), without="refusals") == WORDS
+    assert primary_objective(DEFAULT) == primary_objective((KL, WORDS, REFUSALS)) == REFUSALS
+    assert primary_objective((KL, WORDS, LENGTH)) == WORDS
+    assert primary_objective((KL,)) == primary_objective((KL,), without="kl") == KL
+    assert primary_objective((KL, REFUSALS, WORDS), without="refusals") == WORDS
 
 
 @pytest.fixture
@@ -402,7 +402,7 @@ def test_the_front_with_stops_is_the_one_without(seed: int, objectives: tuple[Ob
     kept: list[Trial] = []
     for trial in whole:
         known = {"kl": trial.kl, **trial.values}
-        limit = Certificate.of(kept, BASE, objectives).limit(known, "refusals")
+        limit = DominancePruner.of(kept, BASE, objectives).limit(known, "refusals")
         if limit is not None and trial.refusals >= limit:
             trial = dataclasses.replace(trial, state="stopped", scores={**trial.scores, "refusals": limit})
         kept.append(trial)
@@ -415,17 +415,17 @@ def test_the_front_with_stops_is_the_one_without(seed: int, objectives: tuple[Ob
 
 def test_when_nothing_can_be_said() -> None:
     done = [make(0, 0.1, 3, 5.0)]
-    assert Certificate.of(done, BASE).limit({"kl": 0.2}, "refusals") == 3
-    assert Certificate.of(done, BASE).limit({"kl": 0.05}, "refusals") == 8
-    three = Certificate.of(done, BASE, (KL, REFUSALS, WORDS))
+    assert DominancePruner.of(done, BASE).limit({"kl": 0.2}, "refusals") == 3
+    assert DominancePruner.of(done, BASE).limit({"kl": 0.05}, "refusals") == 8
+    three = DominancePruner.of(done, BASE, (KL, REFUSALS, WORDS))
     assert three.limit({"kl": 0.2, "words": 5.0}, "refusals") == 3
     assert three.limit({"kl": 0.2, "words": 5.5}, "refusals") is None  # better than both in words
     assert three.limit({"kl": 0.2, "words": 1.5}, "refusals") == 3
     assert three.limit({"kl": 0.05, "words": 1.5}, "refusals") == 8
     assert three.limit({"kl": 0.2}, "refusals") is None  # words need whole responses
-    assert Certificate.of(done, BASE, (KL, WORDS)).limit({"kl": 0.2, "words": 1.0}, "refusals") is None
-    assert Certificate.of(done, BASE, (KL, Objective("refusals", "maximize"))).limit({"kl": 0.2}, "refusals") is None
-    assert Certificate.never().limit({"kl": 9.0}, "refusals") is None
+    assert DominancePruner.of(done, BASE, (KL, WORDS)).limit({"kl": 0.2, "words": 1.0}, "refusals") is None
+    assert DominancePruner.of(done, BASE, (KL, Objective("refusals", "maximize"))).limit({"kl": 0.2}, "refusals") is None
+    assert DominancePruner.never().limit({"kl": 9.0}, "refusals") is None
 
 
 # What Optuna is told
@@ -447,7 +447,7 @@ def test_the_sampler_is_told_the_objectives_in_their_order(
     asked = mine.ask()
     assert asked is not None
     trial = dataclasses.replace(make(0, 0.25, 6, 4.5), params=asked.params)
-    assert told(trial, objectives, 20) == values
+    assert reported_values(trial, objectives, 20) == values
     assert mine.tell(asked, trial, 20)
     kept = mine._study.trials[0]
     assert kept.values == values

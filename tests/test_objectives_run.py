@@ -16,14 +16,15 @@ from test_cli import QUICK, Invoke, assert_sentence, invoke, prompt_options  # n
 from test_objectives import OWN, brute_force
 from test_pipeline import interrupt_after
 
-from abliterate import pipeline, workers
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
-from abliterate.evaluation.base import Observation
-from abliterate.evaluation.own import load_scorer
 from abliterate.evaluation.trial import base_scores, score_of
-from abliterate.inputs import PromptSets
-from abliterate.objectives import of_result
-from abliterate.rundir import RunDirectory
+from abliterate.objectives import objectives_from_result
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline import workers
+from abliterate.prompts.sets import PromptSets
+from abliterate.scorers.base import Observation
+from abliterate.scorers.custom import load_scorer
 from abliterate.types import Baseline, Objective, Prompt, Trial
 
 Files = dict[str, str]
@@ -70,7 +71,7 @@ def written(folder: Path, code: str) -> str:
 
 def front_by_definition(result: dict[str, Any]) -> set[int]:
     trials = [Trial.from_record(one) for one in result["trials"]]
-    return brute_force(trials, Baseline.from_record(result["baseline"]), of_result(result))
+    return brute_force(trials, Baseline.from_record(result["baseline"]), objectives_from_result(result))
 
 
 def test_from_the_command_line_to_the_export(prompt_files: Files, tmp_path: Path, invoke: Invoke) -> None:  # noqa: F811
@@ -161,7 +162,7 @@ def test_mistakes_are_found_before_anything_is_loaded(
     def forbidden(*args: Any) -> None:
         raise AssertionError("too late")
 
-    monkeypatch.setattr(pipeline, "check_model", forbidden)
+    monkeypatch.setattr(pipeline_run, "check_model", forbidden)
     assert_sentence(invoke("run", "demo", *options), 2, said)
 
 
@@ -248,8 +249,8 @@ def test_a_model_that_refuses_nothing_can_be_searched_for_something_else(prompt_
 def test_a_setup_carries_the_baselines_values() -> None:
     prompts = PromptSets(*[(Prompt("a"),)] * 4)
     for values in ({"words": 2.5}, {}):
-        setup = workers.Setup("", {}, "float32", "", prompts, Baseline(3, 5, values), {"set or order of objectives": "x"})
-        assert workers.Setup.of_bytes(setup.to_bytes()) == setup
+        setup = workers.SharedSetup("", {}, "float32", "", prompts, Baseline(3, 5, values), {"set or order of objectives": "x"})
+        assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
     assert json.loads(setup.to_bytes())["baseline"] == [3, 5]  # as earlier versions wrote and read it
 
 
@@ -262,16 +263,16 @@ def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
     seen, at_work = Recorder(), Recorder()
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(Interrupted):
-        pipeline.run(settings, seen, directory, check=interrupt_after(seen, 2))
+        pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
     cache = {"cache_dir": str(tmp_path / "cache")}
-    assert pipeline.work(directory.path, "", "", cache, at_work) == 5
+    assert pipeline_run.work(directory.path, "", "", cache, at_work) == 5
     assert [trial.number for trial in at_work.trials] == [2, 3, 4]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)
     assert outcomes(result) == outcomes(alone)
     assert [one["values"] for one in result["trials"]] == [one["values"] for one in alone["trials"]]
     assert result["front"] == alone["front"]
-    assert Objective("sure", "maximize") in of_result(result)
+    assert Objective("sure", "maximize") in objectives_from_result(result)
 
 
 BAD = """

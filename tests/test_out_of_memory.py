@@ -12,7 +12,7 @@ import torch
 from conftest import quick_settings, run_in
 from transformers import Qwen2ForCausalLM
 
-from abliterate.settings import Settings
+from abliterate.settings.schema import Settings
 
 FAILURES = (
     torch.OutOfMemoryError("CUDA out of memory"),

@@ -15,17 +15,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abliterate import identity, inputs, pipeline, stages
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
-from abliterate.evaluation import TrialEngine
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.kl import KL
 from abliterate.export.merged import Merged
+from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings import Settings
-from abliterate.settings_sources import config_path
+from abliterate.pipeline import cache_keys, context, stages
+from abliterate.pipeline import run as pipeline_run
+from abliterate.scorers.kl import KL
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path
 from abliterate.types import Trial
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -188,7 +189,7 @@ def test_resumed_study_equals_uninterrupted(finished: Finished, tmp_path: Path) 
     _, uninterrupted, settings = finished
     recorder, directory = Recorder(), RunDirectory(tmp_path / "run")
     with pytest.raises(Interrupted):
-        pipeline.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
+        pipeline_run.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
     kept = read_result(directory.path)
     assert outcomes(kept) == outcomes(uninterrupted)[:2]
     resumed, _ = run_in(directory.path, settings, resume=True)
@@ -220,7 +221,7 @@ def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, 
     run, recorder = copy_run(path, tmp_path / "run"), Recorder()
     more = quick_settings(prompt_files, Path(settings.cache_dir), search={"trials": 6})
     with pytest.raises(Interrupted):
-        pipeline.run(more, recorder, RunDirectory(run), resume=True, check=interrupt_after(recorder, 1))
+        pipeline_run.run(more, recorder, RunDirectory(run), resume=True, check=interrupt_after(recorder, 1))
     kept = read_result(run)
     assert (kept["selected"], kept["export"]) == (first["selected"], first["export"])
     assert outcomes(kept)[:4] == outcomes(first)
@@ -274,7 +275,7 @@ def test_other_default_markers_are_refused_on_resume(
     content = config_path("markers.txt").read_text(encoding="utf-8")
     for text, refused in ((f"# said otherwise\n{content}", False), (f"{content}\nanother marker\n", True)):
         (tmp_path / "markers.txt").write_text(text, encoding="utf-8")
-        monkeypatch.setattr(identity, "config_path", lambda name: tmp_path / name)
+        monkeypatch.setattr(cache_keys, "config_path", lambda name: tmp_path / name)
         run = copy_run(path, tmp_path / f"run-{refused}")
         if refused:
             with pytest.raises(InputError, match="another set of scorers or markers"):
@@ -438,8 +439,8 @@ def test_second_run_measures_nothing_again(
     """Batch size, response prefix and baseline come from the cache; another question about the base model doesn't."""
     _, first, settings = finished
     cache = Path(settings.cache_dir)
-    monkeypatch.setattr("abliterate.tuning.tune", forbidden)
-    monkeypatch.setattr("abliterate.bench.response_prefix", forbidden)
+    monkeypatch.setattr("abliterate.pipeline.batch_size.tune", forbidden)
+    monkeypatch.setattr("abliterate.pipeline.calibrate.response_prefix", forbidden)
     responds = []
     respond = TrialEngine.respond
     monkeypatch.setattr(TrialEngine, "respond", lambda self, *a, **k: responds.append(k.get("limit")) or respond(self, *a, **k))
@@ -464,7 +465,7 @@ def test_unfinished_thinking_is_said_at_the_baseline(prompt_files: Files, tmp_pa
     directory = RunDirectory(tmp_path / "run")
     recorder = Recorder()
     with pytest.raises(AbliterateError):  # nothing refuses less
-        pipeline.run(settings, recorder, directory)
+        pipeline_run.run(settings, recorder, directory)
     assert any("12 of 12 responses are still inside a thinking block" in warning for warning in recorder.warnings)
 
 
@@ -486,8 +487,8 @@ def test_prompts_that_are_there_twice_are_said(prompt_files: Files, tmp_path: Pa
     both.write_text("".join([*lines[:5], lines[0], lines[1]]), encoding="utf-8")
     recorder = Recorder()
     own = quick_settings(prompt_files | {"harmful_eval": str(both)}, tmp_path / "cache")
-    store = pipeline.make_store(own, recorder)
-    inputs.read_prompts(inputs.Context(own, recorder, RunResult(None, recorder), store, lambda: None))
+    store = context.make_store(own, recorder)
+    context.read_prompts(context.Context(own, recorder, RunResult(None, recorder), store, lambda: None))
     assert any("2 of the 7 prompts in the set harmful_eval are there more than once" in one for one in recorder.warnings)
     assert any("5 of the harmful prompts are in both" in one for one in recorder.warnings)
     assert len(recorder.warnings) == 2

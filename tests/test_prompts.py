@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.prompts import DatasetName, digest, parse_source, read_prompts, wrap
+from abliterate.prompts.files import DatasetName, digest, parse_source, read_prompts, wrap
 from abliterate.types import Prompt
 
 

@@ -11,13 +11,14 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from abliterate.cache import key_digest
+from abliterate.artifacts.cache import key_digest
+from abliterate.artifacts.run_directory import default_path
 from abliterate.errors import InputError
-from abliterate.prompts import digest, read_prompts
-from abliterate.rundir import default_path, digest_of, safe_name
-from abliterate.settings import Settings
-from abliterate.settings_sources import dump_settings, load_settings, option_names, parse_assignments, without_password
-from abliterate.storage import CheckedJournal, check_journal, drop_torn_line
+from abliterate.files import digest_of, safe_name
+from abliterate.prompts.files import digest, read_prompts
+from abliterate.search.storage import CheckedJournal, check_journal, drop_torn_line
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import dump_settings, load_settings, option_names, parse_assignments, without_password
 from abliterate.types import Prompt
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,12 +12,15 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from test_cli import Invoke, assert_sentence, invoke  # noqa: F401  (a fixture)
 from test_later import forbidden, other_trial, with_kind
 
-from abliterate import bench, exporting, later, pipeline
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import push
-from abliterate.export.base import LOCK, MARKER
-from abliterate.rundir import RunDirectory
-from abliterate.settings import ExportSettings, Settings
+from abliterate.export.folder import LOCK, MARKER
+from abliterate.pipeline import export as pipeline_export
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline import workbench
+from abliterate.settings.schema import ExportSettings, Settings
 
 TOKEN = "hf_notThisOne0123456789"
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -84,14 +87,14 @@ def test_a_run_pushes_its_export(
 
 def test_nothing_is_pushed_unasked(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
     path, first, settings = finished
-    result = later.export_trial(settings, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
+    result = pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
     assert (hub.calls, result["export"]["pushed"]) == ([], None)
 
 
 def test_a_later_export_is_pushed(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
     path, first, settings = finished
     public = pushed(settings, push_private=False)
-    result = later.export_trial(public, Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out")
+    result = pipeline_export_trial.export_trial(public, Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out")
     assert result["export"]["pushed"] == "https://huggingface.co/me/model"
     assert json.loads((tmp_path / "out" / MARKER).read_text(encoding="utf-8"))["export"]["pushed"] is not None
     assert hub.calls[0][1]["private"] is False
@@ -101,15 +104,17 @@ def test_what_failed_its_verification_is_not_pushed(
     finished: Finished, tmp_path: Path, hub: type[FakeApi], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, first, settings = finished
-    real = later.write
+    real = pipeline_export_trial.write
 
     def write(context: Any, job: Any, *rest: Any) -> Any:
         next(iter(job.factors.values())).b.mul_(2)
         return real(context, job, *rest)
 
-    monkeypatch.setattr(later, "write", write)
+    monkeypatch.setattr(pipeline_export_trial, "write", write)
     with pytest.raises(AbliterateError, match="not pushed to me/model"):
-        later.export_trial(pushed(settings), Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out")
+        pipeline_export_trial.export_trial(
+            pushed(settings), Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out"
+        )
     assert hub.calls == []
 
 
@@ -154,14 +159,16 @@ def test_without_a_token_nothing_begins(
 ) -> None:
     path, first, settings = finished
     monkeypatch.setattr(push, "get_token", lambda: None)
-    monkeypatch.setattr(bench, "load", forbidden)
-    monkeypatch.setattr(exporting, "finished_folder", forbidden)
+    monkeypatch.setattr(workbench, "load", forbidden)
+    monkeypatch.setattr(pipeline_export, "finished_folder", forbidden)
     quick = quick_settings(prompt_files, tmp_path / "cache", export={"push": "me/model"})
     with pytest.raises(InputError, match="hf auth login, or set HF_TOKEN"):
-        pipeline.run(quick, Recorder(), RunDirectory(tmp_path / "run"))
+        pipeline_run.run(quick, Recorder(), RunDirectory(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(InputError, match="hf auth login, or set HF_TOKEN"):
-        later.export_trial(pushed(settings), Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
+        pipeline_export_trial.export_trial(
+            pushed(settings), Recorder(), RunDirectory(path), first["selected"], tmp_path / "out"
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ def test_bad_usage_is_one_sentence(
     arguments: list[str],
     part: str,
 ) -> None:
-    monkeypatch.setattr(bench, "load", forbidden)
+    monkeypatch.setattr(workbench, "load", forbidden)
     assert_sentence(invoke(*arguments), 2, part)
     assert not list(tmp_path.glob("runs/*"))
 

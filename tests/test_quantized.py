@@ -8,11 +8,11 @@ from conftest import CPU, dense_edit, logits_of, make_chat, make_directions, mak
 from torch import Tensor, nn
 
 from abliterate.edits import SvdMemo
-from abliterate.evaluation.editor import Editor
-from abliterate.model.adapters import AdapterSet
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, load_model
 from abliterate.model.weights import dense_weight
-from abliterate.settings import EditSettings, LoadSettings
+from abliterate.settings.schema import EditSettings, LoadSettings
 from abliterate.types import Prompt
 
 pytest.importorskip("bitsandbytes")
@@ -58,7 +58,7 @@ def test_edited_modules_multiply_by_the_edited_matrix(quantized: LoadedModel) ->
         quantized.targets,
         make_directions(info.n_layers, info.d_model),
         EditSettings(),
-        AdapterSet(quantized.targets),
+        EditHooks(quantized.targets),
         SvdMemo(0),
     )
     before = logits_of(quantized.model)

@@ -14,10 +14,10 @@ from conftest import copy_run, quick_settings
 from test_cli import Invoke, invoke  # noqa: F401  (a fixture)
 from test_shards import raw
 
-from abliterate.export import recipe
+from abliterate.export import card as export_card
 from abliterate.model.loader import demo_path
-from abliterate.settings import Settings
-from abliterate.settings_sources import config_path, load_settings, parse_assignments
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path, load_settings, parse_assignments
 
 RECORD = {
     "model": {"id": "owner/name", "revision": "", "fingerprint": "sha256:0", "dtype": "float32", "quantization": "none"},
@@ -59,7 +59,7 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
 def test_the_command_says_every_setting(options: dict[str, Any]) -> None:
     settings = load_settings("", {"model": "owner/name", "seed": 3, **options})
-    first, second = recipe.commands(settings, RECORD, "adapter", 7)
+    first, second = export_card.commands(settings, RECORD, "adapter", 7)
     command = shlex.split(first)
     assert command[:6] == ["abliterate", "run", "owner/name", "--seed", "3", "-n"]
     found = settings_of(command)
@@ -71,9 +71,9 @@ def test_the_command_says_every_setting(options: dict[str, Any]) -> None:
 
 def test_a_hub_model_is_named_with_its_commit() -> None:
     record = {**RECORD, "model": {**RECORD["model"], "revision": "abc123"}}
-    command = shlex.split(recipe.commands(load_settings("", {"model": "owner/name"}), record, "merged", 0)[0])
+    command = shlex.split(export_card.commands(load_settings("", {"model": "owner/name"}), record, "merged", 0)[0])
     assert settings_of(command).load.revision == "abc123"
-    assert "revision `abc123`" in recipe.recipe(load_settings("", {"model": "owner/name"}), record, "merged", 0)
+    assert "revision `abc123`" in export_card.recipe(load_settings("", {"model": "owner/name"}), record, "merged", 0)
 
 
 def test_what_is_of_this_machine_or_a_secret_is_not_said(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_what_is_of_this_machine_or_a_secret_is_not_said(tmp_path: Path) -> None
         "prompts": {name: str(tmp_path / "markers.txt") for name in ("harmful_heldout", "harmless_heldout", "over_refusal")},
         "load": {"chat_template": str(tmp_path / "gone.jinja")},
     }
-    text = recipe.recipe(load_settings("", options), RECORD, "merged", 0)
+    text = export_card.recipe(load_settings("", options), RECORD, "merged", 0)
     assert str(tmp_path) not in text
     assert "secret" not in text
     assert "heldout" not in text
@@ -116,14 +116,14 @@ def test_a_judge_of_trials_is_said(tmp_path: Path) -> None:
         for judge, said in ((str(tmp_path / "judge"), "judge"), ("owner/judge", "owner/judge")):
             stated = {"model": "m", **scorers}
             stated["evaluation"] = {"judge_label": "no", "judge_model": judge, **scorers.get("evaluation", {})}
-            found = settings_of(shlex.split(recipe.commands(load_settings("", stated), RECORD, "merged", 0)[0]))
+            found = settings_of(shlex.split(export_card.commands(load_settings("", stated), RECORD, "merged", 0)[0]))
             assert (found.evaluation.judge_model, found.evaluation.judge_label) == (said, "no")
 
 
 def test_random_trials_are_as_many_as_when_the_study_began() -> None:
     settings = load_settings("", {"model": "m", "search": {"trials": 100}})
-    assert "--startup-trials 30 " in recipe.commands(settings, RECORD, "merged", 0)[0]
-    assert "--startup-trials 2 " in recipe.commands(settings, {**RECORD, "startup_trials": 2}, "merged", 0)[0]
+    assert "--startup-trials 30 " in export_card.commands(settings, RECORD, "merged", 0)[0]
+    assert "--startup-trials 2 " in export_card.commands(settings, {**RECORD, "startup_trials": 2}, "merged", 0)[0]
 
 
 def test_the_recipe_rebuilds_the_export(
@@ -143,7 +143,7 @@ def test_the_recipe_rebuilds_the_export(
     monkeypatch.chdir(here)
     names = {name: f"{name}.jsonl" for name in prompt_files}
     settings = quick_settings(names, tmp_path / "cache", model="base", evaluation={"markers": "mine.txt"}, seed=1)
-    stated = [f"--set={name}={recipe._toml(value)}" for name, value in recipe.changed_settings(settings)]
+    stated = [f"--set={name}={export_card._toml(value)}" for name, value in export_card.changed_settings(settings)]
     options = [*stated, "--seed", "1", "--startup-trials", "3", "--cache-dir", tmp_path / "cache", "-o", "first"]
     assert invoke("run", "base", "-n", "2", *options, "--export", "none").code in (0, 1)
     assert invoke("run", "base", "-n", "4", *options, "--resume", "--export", "merged").code == 0

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.errors import InputError
-from abliterate.evaluation import SCORERS, Making, Observation, Response, make_scorers
-from abliterate.evaluation.refusals import AutomatonMatcher, PlainMatcher, Refusals, normalize, read_markers
-from abliterate.settings_sources import config_path
+from abliterate.scorers import SCORERS, Making, Observation, Response, make_scorers
+from abliterate.scorers.refusals import AutomatonMatcher, PlainMatcher, Refusals, normalize, read_markers
+from abliterate.settings.sources import config_path
 
 DOTTED_I = "\u0130"
 

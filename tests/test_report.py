@@ -14,15 +14,16 @@ from conftest import copy_run, quick_settings, run_in
 from test_cli import Finished, Invoke, assert_sentence, invoke  # noqa: F401
 from test_findings import made_trials
 
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.evaluation.heldout import rate
-from abliterate.front import hypervolume, pareto_front
+from abliterate.files import write_json
 from abliterate.objectives import DEFAULT
-from abliterate.report import drawing
-from abliterate.report.html import render, write_report
-from abliterate.report.material import gather
+from abliterate.report import draw
+from abliterate.report.data import gather
+from abliterate.report.page import render, write_report
 from abliterate.report.plots import all_plots
-from abliterate.rundir import RunDirectory, write_json
-from abliterate.terminal_report import show
+from abliterate.report.terminal import show
+from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline
 
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'&<!--\u2028'
@@ -227,7 +228,7 @@ def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said:
 
 
 def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:
-    from abliterate.report.material import _progress
+    from abliterate.report.data import _progress
 
     trials, base = made_trials(40), Baseline(100, 100)
     rows = _progress(trials, base, DEFAULT)
@@ -337,7 +338,7 @@ def test_without_the_library_there_are_tables(
     tmp_path: Path,
 ) -> None:
     run = made_run(tmp_path / "run")
-    monkeypatch.setattr(drawing, "unavailable", lambda: "There are no plots, because of this test: repeat.")
+    monkeypatch.setattr(draw, "unavailable", lambda: "There are no plots, because of this test: repeat.")
     page = Page(render(gather(run)))
     assert "no plots, because of this test" in page.text
     assert [tag for tag, _ in page.tags].count("script") == 0
@@ -382,7 +383,7 @@ def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch
     run.result.write_text(json.dumps(record | {"late": "\ud800"}), encoding="utf-8")
     write_report(run)
     assert set(Page(run.report.read_text(encoding="utf-8")).data["plots"]) == PLOTS
-    monkeypatch.setattr(drawing, "_PROGRAM", "import os; os.abort()")
+    monkeypatch.setattr(draw, "_PROGRAM", "import os; os.abort()")
     write_report(run)
     page = Page(run.report.read_text(encoding="utf-8"))
     assert "no plots, because vl-convert failed" in page.text

@@ -13,7 +13,7 @@ import pytest
 from browser import Browser, browser, chromium
 from test_report import HOSTILE, PLOTS, made_run
 
-from abliterate.report.html import write_report
+from abliterate.report.page import write_report
 
 pytestmark = pytest.mark.skipif(chromium() is None and "CI" not in os.environ, reason="needs Chromium")
 DRAWN = "document.documentElement.dataset.drawn !== undefined"

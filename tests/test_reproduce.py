@@ -17,21 +17,26 @@ from conftest import Recorder, copy_run, make_editor, make_loaded, make_model, m
 from test_cli import Invoke, assert_sentence, invoke, spawn  # noqa: F401  (a fixture)
 from test_later import forbidden, other_trial, with_kind
 
-from abliterate import evaluation, later, pipeline, reproduce, stages
-from abliterate.comparison import Comparison
+from abliterate import scorers
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.edits import Factors
-from abliterate.edits.sketch import largest_difference, sketch
+from abliterate.edits.fingerprint import largest_difference, sketch
 from abliterate.errors import AbliterateError, InputError
-from abliterate.evaluation import judges
-from abliterate.export.recipe_file import hashes, read_recipe
-from abliterate.identity import OBJECTIVES, SCORERS
+from abliterate.export.recipe import hashes, read_recipe
+from abliterate.files import digest_of, write_json
 from abliterate.model.loader import demo_path
 from abliterate.objectives import JUDGES
-from abliterate.recipe_settings import settings_of
-from abliterate.rundir import RunDirectory, digest_of, write_json
-from abliterate.search import Study
-from abliterate.settings import Settings
-from abliterate.settings_sources import config_path
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
+from abliterate.pipeline.reproduce.compare import Comparison
+from abliterate.pipeline.reproduce.recipe_settings import settings_of
+from abliterate.scorers import judges
+from abliterate.search.study import Study
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path
 
 Finished = tuple[Path, dict[str, Any], Settings]
 TOKEN = "hf_notThisOne0123456789"
@@ -47,7 +52,7 @@ def again(recipe: Path, files: dict[str, str], cache: Path, out: Path, **over: A
     recorder = Recorder()
     kind = over.pop("kind", "")
     own = {"model": "", "prompts": files, "cache_dir": str(cache), **over}
-    return reproduce.reproduce(recipe, own, recorder, kind=kind, out=out), recorder
+    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out), recorder
 
 
 def changed(recipe: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -61,7 +66,7 @@ def changed(recipe: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
 @pytest.fixture
 def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Study, "ask", forbidden)
-    monkeypatch.setattr(pipeline, "open_study", forbidden)
+    monkeypatch.setattr(pipeline_run, "open_study", forbidden)
 
 
 def test_a_fresh_process_with_another_cache_makes_the_same_bytes(
@@ -114,7 +119,7 @@ def test_an_export_of_another_trial_and_of_a_directory(
     record = copy.deepcopy(first)
     record["model"]["id"] = "base"
     write_json(run / "result.json", record | {"sha256": digest_of(record)})
-    later.export_trial(same, Recorder(), RunDirectory(run), other_trial(first), tmp_path / "export")
+    pipeline_export_trial.export_trial(same, Recorder(), RunDirectory(run), other_trial(first), tmp_path / "export")
     recipe = read_recipe(tmp_path / "export")
     assert (recipe.export.kind, recipe.export.origin, recipe.model.id) == (kind, "weight files", "base")
     assert (run / "recipe.json").read_bytes() == (path / "recipe.json").read_bytes()
@@ -401,7 +406,7 @@ def test_a_source_in_a_recipe_is_never_a_path(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secrets.txt").write_text("secret\n", encoding="utf-8")
     (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.setattr(reproduce, "read_prompts", forbidden)
+    monkeypatch.setattr(pipeline_reproduce_reproduce, "read_prompts", forbidden)
 
     def change(record: dict[str, Any]) -> None:
         record["prompts"]["harmful"]["source"] = source
@@ -435,7 +440,7 @@ def test_a_recipe_makes_no_judge_be_asked(
         monkeypatch.setenv(f"ABLITERATE_JUDGE_{name}", "http://127.0.0.1:9/v1")
     monkeypatch.setattr(judges.Classifier, "__init__", forbidden)
     monkeypatch.setattr(judges.Endpoint, "__init__", forbidden)
-    monkeypatch.setattr(evaluation, "load_scorer", forbidden)
+    monkeypatch.setattr(scorers, "load_scorer", forbidden)
     here = settings_of(read_recipe(recipe), {"prompts": prompt_files}, "")
     assert here.evaluation == settings.evaluation.model_copy(update={"scorers": ("refusals", "kl")})
     assert here.search.objectives == ("kl",)
@@ -461,7 +466,7 @@ def test_a_recipe_makes_no_judge_be_asked(
 def test_judges_are_all_known() -> None:
     """Every built-in scorer that asks another model is one that no recipe may name."""
     assert {one.name for one in judges._Judge.__subclasses__()} == set(JUDGES)
-    assert set(JUDGES) < set(evaluation.SCORERS)
+    assert set(JUDGES) < set(scorers.SCORERS)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
 from abliterate.errors import AbliterateError, InputError
-from abliterate.rundir import RunDirectory, default_path, latest_run, safe_name, write_atomically, write_json
+from abliterate.files import safe_name, write_atomically, write_json
 
 RESULT = {
     "format": 1,

@@ -11,9 +11,9 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.search import Asked, Study, open_study
-from abliterate.settings import SearchSettings
-from abliterate.space import Space
+from abliterate.search.space import Space
+from abliterate.search.study import Asked, Study, open_study
+from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")

@@ -11,16 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from abliterate.errors import InputError
-from abliterate.settings import EfficiencySettings, SearchSettings, Settings
-from abliterate.settings_sources import (
-    config_path,
-    dump_settings,
-    load_settings,
-    merge,
-    option_names,
-    parse_assignments,
-    read_toml,
-)
+from abliterate.files import read_toml
+from abliterate.settings.schema import EfficiencySettings, SearchSettings, Settings
+from abliterate.settings.sources import config_path, dump_settings, load_settings, merge, option_names, parse_assignments
 
 CONFIGS = sorted(config_path("default.toml").parent.glob("*.toml"))
 

@@ -20,10 +20,10 @@ from test_export import make_job, write
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import ExportJob, finished_folder, merged, source
-from abliterate.export.base import LOCK, MARKER
-from abliterate.export.shards import INDEX, SINGLE, Unfit, check_dtype, copy_edited, read_header, shard_files
-from abliterate.settings import LoadSettings
+from abliterate.export import ExportJob, base_weights, finished_folder, merged
+from abliterate.export.folder import LOCK, MARKER
+from abliterate.export.safetensors_copy import INDEX, SINGLE, NotStreamable, check_dtype, copy_edited, read_header, shard_files
+from abliterate.settings.schema import LoadSettings
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -117,9 +117,9 @@ class Hub:
     def __init__(self, folder: Path, snapshot: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.snapshot, self.asked = folder, snapshot, list[str]()
         snapshot.mkdir()
-        patch.setattr(source, "cached_file", self.fetch)
-        patch.setattr(source, "skip_retries_without_network", lambda: None)
-        patch.setattr(source, "load_config", lambda *_: AutoConfig.from_pretrained(folder))
+        patch.setattr(base_weights, "cached_file", self.fetch)
+        patch.setattr(base_weights, "skip_retries_without_network", lambda: None)
+        patch.setattr(base_weights, "load_config", lambda *_: AutoConfig.from_pretrained(folder))
 
     def fetch(self, name: str, file: str, *, revision: str, **options: bool) -> str | None:
         assert (name, revision) == ("owner/name", "abc")
@@ -149,7 +149,7 @@ def test_what_of_a_hub_model_is_not_here_is_fetched(job: ExportJob, tmp_path: Pa
 def test_a_hub_model_of_one_file_has_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(save_model(make_model("llama"), tmp_path / "base"), tmp_path / "snapshot", monkeypatch)
     load = LoadSettings(revision="abc")
-    assert source.checkpoint_folder("owner/name", load) == tmp_path / "snapshot"
+    assert base_weights.checkpoint_folder("owner/name", load) == tmp_path / "snapshot"
     assert hub.asked == ["config.json", SINGLE]
 
 
@@ -160,12 +160,12 @@ def test_a_hub_model_that_cannot_be_fetched(
     hub = Hub(Path(job.source), tmp_path / "snapshot", monkeypatch)
     if lacks == "weights":
         (hub.folder / INDEX).unlink()
-        with pytest.raises(Unfit, match="neither"):
-            source.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
+        with pytest.raises(NotStreamable, match="neither"):
+            base_weights.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
     else:
         shard_files(hub.folder)[2].unlink()
         with pytest.raises(InputError, match="check the id and the network"):
-            source.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
+            base_weights.checkpoint_folder("owner/name", LoadSettings(revision="abc"))
 
 
 def damaged(folder: Path, how: str) -> None:
@@ -190,19 +190,19 @@ def damaged(folder: Path, how: str) -> None:
 def test_what_cannot_be_streamed_is_told_before_writing(how: str, tmp_path: Path) -> None:
     save_file({"a.weight": torch.ones(3, 4)}, tmp_path / SINGLE)
     damaged(tmp_path, how)
-    with pytest.raises(Unfit):
+    with pytest.raises(NotStreamable):
         [read_header(path) for path in shard_files(tmp_path)]
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(3), torch.ones(3, 4, dtype=torch.int8), torch.ones(3, 4, dtype=torch.bfloat16)])
 def test_only_matrices_of_floats_are_edited(tensor: torch.Tensor, tmp_path: Path) -> None:
     save_file({"a.weight": tensor}, tmp_path / SINGLE)
-    with pytest.raises(Unfit, match=r"a\.weight is stored as"):
+    with pytest.raises(NotStreamable, match=r"a\.weight is stored as"):
         check_dtype("a.weight", read_header(tmp_path / SINGLE)["a.weight"], torch.float32, 2)
 
 
 def test_copies_keep_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abliterate.export.shards._PIECE", 7)
+    monkeypatch.setattr("abliterate.export.safetensors_copy._PIECE", 7)
     tensors = {"z": torch.randn(5, 3), "a": torch.arange(6, dtype=torch.int64), "m": torch.randn(2, 2).bfloat16()}
     save_file(tensors, tmp_path / "old", {"format": "pt", "note": "kept"})
     copy_edited(tmp_path / "old", tmp_path / "new", {})
@@ -219,11 +219,11 @@ def copies(monkeypatch: pytest.MonkeyPatch, killed_at: int = 99) -> list[str]:
     seen: list[str] = []
 
     def copy(source: Path, target: Path, edits: Any) -> None:
-        seen.append(source.name)
+        seen.append(base_weights.name)
         if len(seen) == killed_at:
-            target.write_bytes(source.read_bytes()[:20])
+            target.write_bytes(base_weights.read_bytes()[:20])
             os._exit(9)
-        copy_edited(source, target, edits)
+        copy_edited(base_weights, target, edits)
 
     monkeypatch.setattr(merged, "copy_edited", copy)
     return seen

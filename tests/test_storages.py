@@ -22,12 +22,12 @@ from transformers.integrations.mxfp4 import Mxfp4GptOssExperts, convert_moe_pack
 
 from abliterate.errors import InputError
 from abliterate.model.coverage import check_coverage, coverage_of
-from abliterate.model.storages import STORAGES, storage_of, storage_remedy
-from abliterate.model.storages.awq import awq
-from abliterate.model.storages.base import scaled
-from abliterate.model.storages.compressed import compressed
-from abliterate.model.storages.gptq import gptq
-from abliterate.model.storages.mxfp4 import mxfp4
+from abliterate.model.formats import STORAGES, storage_of, storage_remedy
+from abliterate.model.formats.awq import awq
+from abliterate.model.formats.base import scaled
+from abliterate.model.formats.compressed import compressed
+from abliterate.model.formats.gptq import gptq
+from abliterate.model.formats.mxfp4 import mxfp4
 from abliterate.model.weights import dense_weight, n_matrices, out_features, shape_of
 
 CLOSE = {"rtol": 1e-6, "atol": 1e-7}

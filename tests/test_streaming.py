@@ -12,11 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from abliterate.evaluation.refusals import AutomatonMatcher, GrowingText, MarkerStream, PlainMatcher, Refusals, normalize
-from abliterate.evaluation.responses import ResponseReader
-from abliterate.evaluation.text import TextStream, VisibleText, byte_ids
-from abliterate.model.markup import Markup
-from abliterate.settings import ResponseSettings
+from abliterate.engine.responses import ResponseReader, TextStream, VisibleText, byte_ids
+from abliterate.model.thinking import Markup
+from abliterate.scorers.refusals import AutomatonMatcher, GrowingText, MarkerStream, PlainMatcher, Refusals, normalize
+from abliterate.settings.schema import ResponseSettings
 
 BLOCKS = ResponseSettings().thinking_blocks
 MARKUP = Markup(BLOCKS, ResponseSettings().answer_tags)

@@ -14,24 +14,27 @@ from conftest import CPU, PROMPTS, Recorder, logits_of, make_chat, make_editor, 
 from torch import Tensor, nn
 from zoo import NORM, ZOO, load_specimen, make_specimen
 
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
-from abliterate.later import export_trial
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_architecture, find_targets, missing_components
-from abliterate.model.chat import Chat
-from abliterate.model.probe import Call, Probe
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.residuals import capture_residuals
-from abliterate.model.structure import discover, find_stack, prove, writers_of
-from abliterate.pipeline import run
-from abliterate.rundir import RunDirectory
-from abliterate.settings import LoadSettings
+from abliterate.model.structure import Call, LayerProbe, discover, find_stack, prove, writers_of
+from abliterate.pipeline.export_trial import export_trial
+from abliterate.pipeline.run import run
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import Kernel, TrialParams
 
 
 def load(folder: Path, **settings: Any) -> loader.LoadedModel:
     """`load_model` with a one-prompt probe."""
     return loader.load_model(
-        str(folder), LoadSettings(**settings), CPU, lambda tokenizer, at: Chat(tokenizer, at).encode(PROMPTS[:1]), print
+        str(folder),
+        LoadSettings(**settings),
+        CPU,
+        lambda tokenizer, at: PromptEncoder(tokenizer, at).encode(PROMPTS[:1]),
+        print,
     )
 
 
@@ -136,7 +139,7 @@ def test_several_streams_get_multiples_of_what_the_table_names(path: str, norm: 
     handle = layer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(Call(args, dict(kwargs))), with_kwargs=True)
     model(torch.arange(5, 11)[None], use_cache=False)
     handle.remove()
-    probe = Probe(layer, calls[0])
+    probe = LayerProbe(layer, calls[0])
     assert torch.equal(layer.get_submodule(norm)(probe.outputs[path][0]), probe.outputs[norm][0])
     change = (probe._play(probe._all_but(norm), {norm: probe.delta}) - probe.base).flatten(0, -2)
     v = probe.delta / probe.delta.norm()

@@ -25,24 +25,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from abliterate.calibration import detect_prefix
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
+from abliterate.engine.self_check import EngineSetup
+from abliterate.engine.stopping import StopWhenDiverged
+from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError
-from abliterate.evaluation.base import Response
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.engine import TrialEngine
-from abliterate.evaluation.prefix import prefix_responses
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.refusals import Refusals
-from abliterate.evaluation.responses import ResponseReader
-from abliterate.evaluation.selfcheck import Setup
-from abliterate.evaluation.watch import PrefixWatch
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, demo_path
-from abliterate.model.markup import Markup
-from abliterate.pipeline import run
-from abliterate.rundir import RunDirectory
-from abliterate.settings import EfficiencySettings, ResponseSettings
-from abliterate.settings_sources import load_settings
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.calibrate import detect_prefix, prefix_responses
+from abliterate.pipeline.run import run
+from abliterate.scorers.base import Response
+from abliterate.scorers.refusals import Refusals
+from abliterate.settings.schema import EfficiencySettings, ResponseSettings
+from abliterate.settings.sources import load_settings
 from abliterate.types import BatchSizes, Prompt
 
 DEFAULT = ResponseSettings()
@@ -277,7 +276,7 @@ def lab() -> tuple[LoadedModel, Editor]:
 
 def reference_of(loaded: LoadedModel, markup: Markup, prefix: str = "", tokens: int = 24) -> ReferenceEngine:
     """The reference on the random model."""
-    chat = Chat(make_chat().tokenizer, CPU, prefix)
+    chat = PromptEncoder(make_chat().tokenizer, CPU, prefix)
     reader = ResponseReader(chat.tokenizer, markup)
     return ReferenceEngine(loaded.model, chat, reader, max_new_tokens=tokens, sizes=BatchSizes.same(3))
 
@@ -289,7 +288,7 @@ def test_engine_reads_what_the_reference_reads(lab: tuple[LoadedModel, Editor], 
     editor.clear()
     reference = reference_of(loaded, LETTERS, prefix)
     scorer = Refusals(["ra", "ve", "us"])
-    setup = Setup(reference, loaded.layers, editor.adapters, scorer, QUESTIONS, QUESTIONS, range(3))
+    setup = EngineSetup(reference, loaded.layers, editor.adapters, scorer, QUESTIONS, QUESTIONS, range(3))
     engine = setup.engine(EfficiencySettings())
     assert isinstance(engine, TrialEngine)
     opened, flags, hidden = set(), set(), 0
@@ -354,7 +353,7 @@ class Letters:
     ],
 )
 def test_a_look_is_long_enough_to_see_who_thinks(texts: tuple[str, ...], enough: bool) -> None:
-    watch = PrefixWatch(Letters(), {0}, MARKUP)  # type: ignore[arg-type]
+    watch = StopWhenDiverged(Letters(), {0}, MARKUP)  # type: ignore[arg-type]
     watch.begin(range(len(texts)))
     for row, text in enumerate(texts):
         watch.look(row, [ord(character) for character in text])
@@ -375,7 +374,7 @@ def found_by(reference: ReferenceEngine, loaded: LoadedModel, switches: Efficien
 
 def after(reference: ReferenceEngine, prefix: str) -> ReferenceEngine:
     """The same engine after another response prefix."""
-    chat = Chat(reference.chat.tokenizer, CPU, prefix)
+    chat = PromptEncoder(reference.chat.tokenizer, CPU, prefix)
     return ReferenceEngine(
         reference.model, chat, reference.reader, max_new_tokens=reference.max_new_tokens, sizes=reference.sizes
     )

@@ -11,9 +11,9 @@ import pytest
 from conftest import outcomes
 from forked import Command, of_stage
 
-from abliterate.search import open_study
-from abliterate.settings import SearchSettings
-from abliterate.space import Space
+from abliterate.search.space import Space
+from abliterate.search.study import open_study
+from abliterate.settings.schema import SearchSettings
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
 
@@ -52,7 +52,7 @@ def test_two_resumes_of_one_run_at_the_same_time(whole: Whole, tmp_path: Path) -
 
 def test_the_journals_lock_of_a_killed_run_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a relative path, as by default, and in a directory that was moved: Optuna alone would wait for ever."""
-    monkeypatch.setattr("abliterate.storage._DEAD_LOCK", 3)
+    monkeypatch.setattr("abliterate.search.storage._DEAD_LOCK", 3)
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     journal = Path("run") / "study.journal"

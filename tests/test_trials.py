@@ -14,9 +14,9 @@ from conftest import copy_run
 from rich.console import Console
 from test_cli import Finished, Invoke, assert_sentence, invoke  # noqa: F401  (a fixture)
 
-from abliterate import tables
-from abliterate.rundir import digest_of, write_json
-from abliterate.trial_commands import Wanted
+from abliterate.cli.trials import TrialFilter
+from abliterate.files import digest_of, write_json
+from abliterate.terminal import tables
 from abliterate.types import Kernel, Trial, TrialParams
 
 PARAMS = TrialParams(
@@ -53,22 +53,22 @@ def run(finished: Finished, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("wanted", "numbers"),
     [
-        (Wanted(), [0, 1, 2, 3, 4]),
-        (Wanted(front=True), [1, 3]),
-        (Wanted(front=True, state="complete", sort="refusals"), [3, 1]),
-        (Wanted(state="stopped"), [0]),
-        (Wanted(state="failed"), [2]),
-        (Wanted(max_kl=0.3), [0, 1]),
-        (Wanted(max_refusals=9), [1, 3, 4]),  # what a stopped one would have refused isn't known
-        (Wanted(max_refusals=5, max_kl=0.5), [3]),
-        (Wanted(max_refusals=0), []),
-        (Wanted(sort="refusals"), [3, 4, 1, 0, 2]),  # a bound after the same number, no score last
-        (Wanted(sort="kl"), [1, 0, 3, 4, 2]),
-        (Wanted(sort="seconds", limit=2), [0, 4]),
-        (Wanted(limit=99), [0, 1, 2, 3, 4]),
+        (TrialFilter(), [0, 1, 2, 3, 4]),
+        (TrialFilter(front=True), [1, 3]),
+        (TrialFilter(front=True, state="complete", sort="refusals"), [3, 1]),
+        (TrialFilter(state="stopped"), [0]),
+        (TrialFilter(state="failed"), [2]),
+        (TrialFilter(max_kl=0.3), [0, 1]),
+        (TrialFilter(max_refusals=9), [1, 3, 4]),  # what a stopped one would have refused isn't known
+        (TrialFilter(max_refusals=5, max_kl=0.5), [3]),
+        (TrialFilter(max_refusals=0), []),
+        (TrialFilter(sort="refusals"), [3, 4, 1, 0, 2]),  # a bound after the same number, no score last
+        (TrialFilter(sort="kl"), [1, 0, 3, 4, 2]),
+        (TrialFilter(sort="seconds", limit=2), [0, 4]),
+        (TrialFilter(limit=99), [0, 1, 2, 3, 4]),
     ],
 )
-def test_filters(wanted: Wanted, numbers: list[int], run: Path, invoke: Invoke) -> None:  # noqa: F811
+def test_filters(wanted: TrialFilter, numbers: list[int], run: Path, invoke: Invoke) -> None:  # noqa: F811
     assert [trial.number for trial in wanted.of(TRIALS, FRONT)] == numbers
     options = [f"--{name.replace('_', '-')}" for name in ("front",) if getattr(wanted, name)]
     for name in ("state", "max_kl", "max_refusals", "sort", "limit"):

@@ -11,15 +11,15 @@ import torch
 from conftest import Recorder, quick_settings
 from transformers import Qwen2ForCausalLM
 
-from abliterate import bench, tuning
-from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model import memory
 from abliterate.model.footprint import row_bytes
-from abliterate.pipeline import make_store
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings import Settings
-from abliterate.tuning import Tuned
+from abliterate.pipeline import batch_size, from_settings, workbench
+from abliterate.pipeline.batch_size import Tuned
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.prompts.sets import PromptSets
+from abliterate.settings.schema import Settings
 from abliterate.types import OPERATIONS
 
 Files = dict[str, str]
@@ -55,7 +55,7 @@ def made(files: Files, folder: Path, **over: Any) -> tuple[Context, PromptSets, 
 def measured(files: Files, folder: Path, **over: Any) -> dict[str, Tuned]:
     """What `tune-batch` measures."""
     context, prompts, _ = made(files, folder, **over)
-    return {one.operation: one for one in bench.tune_only(context, prompts)}
+    return {one.operation: one for one in workbench.tune_only(context, prompts)}
 
 
 def test_every_operation_has_a_size_and_few_probes(
@@ -72,7 +72,7 @@ def test_every_operation_has_a_size_and_few_probes(
     assert found["residuals"].size <= found["prefill"].size
     passes = len(machine.rows)
     # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load.
-    assert passes <= len(found["decode"].probes) * (1 + tuning.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
+    assert passes <= len(found["decode"].probes) * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5, 7])
@@ -90,13 +90,13 @@ def test_a_cpu_is_never_asked_for_more_than_it_has(
 ) -> None:
     """No error would come: a process that takes too much is killed."""
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context, None)
-    engine = bench.plain_engine(context, loaded)
-    probes = tuning.Probes(context, loaded, engine, prompts)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
+    probes = batch_size.Probes(context, loaded, engine, prompts)
     row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * row["decode"] + probes._reserved))
     machine = Machine(monkeypatch)
-    tuned = {one.operation: one for one in tuning.tune(context, loaded, engine, prompts)}
+    tuned = {one.operation: one for one in batch_size.tune(context, loaded, engine, prompts)}
     assert 3 <= max(machine.rows) <= 3 * row["decode"] / min(row.values())
     for name, one in tuned.items():
         assert one.start == min(3 * row["decode"] // row[name], {"residuals": tuned["prefill"].size}.get(name, 12))
@@ -108,11 +108,11 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
-    loaded = bench.load(context, None)
-    engine = bench.plain_engine(context, loaded)
-    probes = tuning.Probes(context, loaded, engine, prompts)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
+    probes = batch_size.Probes(context, loaded, engine, prompts)
     per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
-    assert probes._unseen("decode") == (4000 - tuning.PROBE_TOKENS) * per_token
+    assert probes._unseen("decode") == (4000 - batch_size.PROBE_TOKENS) * per_token
     assert probes._unseen("prefill") == 0
     room = 5 * 4000 * per_token
     monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (room + probes._reserved))
@@ -124,10 +124,10 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
 def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context, None)
-    engine = bench.plain_engine(context, loaded)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
     machine = Machine(monkeypatch)
-    sizes = tuning.batch_sizes(context, loaded, engine, prompts)
+    sizes = batch_size.batch_sizes(context, loaded, engine, prompts)
     assert machine.rows == []
     assert sizes.by_name == {name: one.size for name, one in tuned.items()}
     assert sizes.row_bytes == tuple(one.row_bytes for one in tuned.values())
@@ -153,27 +153,27 @@ def test_another_question_is_measured_anew(
 ) -> None:
     measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path, **over)
-    loaded = bench.load(context, None)
+    loaded = workbench.load(context, None)
     machine = Machine(monkeypatch)
-    tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
 
 
 def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured(prompt_files, tmp_path)
-    monkeypatch.setattr("abliterate.identity.total_memory", lambda device: 1 << 30)
+    monkeypatch.setattr("abliterate.pipeline.cache_keys.total_memory", lambda device: 1 << 30)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = bench.load(context, None)
+    loaded = workbench.load(context, None)
     machine = Machine(monkeypatch)
-    tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
 
 
 def test_a_given_size_is_not_measured(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, evaluation={"batch_size": 7})
-    loaded = bench.load(context, None)
+    loaded = workbench.load(context, None)
     machine = Machine(monkeypatch)
-    sizes = tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
+    sizes = batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert set(sizes.by_name.values()) == {7}
     assert machine.rows == []
 
@@ -189,7 +189,7 @@ def test_other_prompts_of_the_same_lengths_take_the_same_sizes(
     path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
     swapped["harmful_eval"] = str(path)
     context, prompts, _ = made(swapped, tmp_path)
-    loaded = bench.load(context, None)
+    loaded = workbench.load(context, None)
     machine = Machine(monkeypatch)
-    tuning.batch_sizes(context, loaded, bench.plain_engine(context, loaded), prompts)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows == []

@@ -12,19 +12,21 @@ import torch
 from conftest import Recorder, dense_edit, quick_settings
 from transformers import AutoModelForCausalLM
 
-from abliterate import exporting, stages
-from abliterate.bench import Bench, load_and_calibrate
-from abliterate.cache import ArtifactStore
-from abliterate.evaluation.certificate import Certificate
-from abliterate.evaluation.editor import Editor
-from abliterate.export.verify import Expected, Precision, compare
-from abliterate.exporting import Picked
-from abliterate.inputs import Context, PromptSets, read_prompts
+from abliterate.artifacts.cache import ArtifactStore
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.export.check_behaviour import Expected, Precision, compare
+from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path, load_tokenizer
 from abliterate.model.weights import dense_weight
-from abliterate.results import RunResult
-from abliterate.rundir import RunDirectory
-from abliterate.settings import LoadSettings
+from abliterate.pipeline import export as pipeline_export
+from abliterate.pipeline import stages
+from abliterate.pipeline.context import Context, read_prompts
+from abliterate.pipeline.export import Picked
+from abliterate.pipeline.workbench import Workbench, load_and_calibrate
+from abliterate.prompts.sets import PromptSets
+from abliterate.search.pruner import DominancePruner
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import Kernel, Trial, TrialParams
 
 
@@ -45,7 +47,7 @@ class Case:
     """A trial on a loaded model, ready to be exported in any state."""
 
     context: Context
-    bench: Bench
+    bench: Workbench
     editor: Editor
     prompts: PromptSets
     picked: Picked
@@ -57,10 +59,10 @@ class Case:
         export = settings.export.model_copy(update={"kind": kind})
         context = replace(self.context, settings=settings.model_copy(update={"export": export}))
         picked = picked or self.picked
-        expected = exporting._expect(
+        expected = pipeline_export._expect(
             context, self.bench, self.editor, self.picked.job, self.prompts, self.picked.expected.trial
         )
-        exporting.export(context, replace(picked, expected=expected), self.prompts, folder / kind)
+        pipeline_export.export(context, replace(picked, expected=expected), self.prompts, folder / kind)
         record = context.result.record["export"]
         return record["verified"], record["verification"]
 
@@ -84,8 +86,8 @@ def make_case(folder: Path, files: dict[str, str], stored: str, **over: Any) -> 
     editor = stages.make_editor(context, bench, found)
     bench = stages.trial_engine(context, bench, editor, prompts)
     baseline = stages.baseline(context, bench, prompts)
-    trial = stages.evaluate(context, bench, editor, 0, params(), prompts, Certificate(((0.0, 1000),)))  # never stopped
-    picked = exporting.prepare(context, bench, editor, baseline, prompts, trial)
+    trial = stages.evaluate(context, bench, editor, 0, params(), prompts, DominancePruner(((0.0, 1000),)))  # never stopped
+    picked = pipeline_export.prepare(context, bench, editor, baseline, prompts, trial)
     return Case(context, bench, editor, prompts, picked, recorder)
 
 
@@ -192,7 +194,7 @@ class Counts:
 
 @pytest.mark.parametrize(("state", "found", "ok"), [("complete", 5, False), ("stopped", 5, True), ("stopped", 2, False)])
 def test_refusals_of_a_stopped_trial_are_a_lower_bound(state: Any, found: int, ok: bool) -> None:
-    from abliterate.evaluation import Observation, Response
+    from abliterate.scorers import Observation, Response
 
     logprobs = torch.zeros(2, 1)
     trial = Trial(0, params(), state, {"refusals": 3, "kl": {"mean": 0.1}})

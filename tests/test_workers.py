@@ -24,13 +24,15 @@ from fake_worker import study_of
 from postgres import Server, binaries, server
 from sqlalchemy.exc import OperationalError
 
-from abliterate import pipeline, stages, storage, workers
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.model.loader import demo_path
-from abliterate.rundir import RunDirectory
-from abliterate.search import STUDY_NAME, Asked, Study
-from abliterate.settings import Settings
-from abliterate.storage import Silence, patiently, share, shared
+from abliterate.pipeline import local_workers, stages, workers
+from abliterate.pipeline import run as pipeline_run
+from abliterate.search import storage
+from abliterate.search.storage import Silence, patiently, share, shared
+from abliterate.search.study import STUDY_NAME, Asked, Study
+from abliterate.settings.schema import Settings
 from abliterate.types import Trial
 
 HERE = Path(__file__).parent
@@ -432,9 +434,9 @@ def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
 def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     with pytest.raises(InputError, match="holds no study nobody's"):
-        pipeline.work(None, url, "nobody's", {}, Recorder())
+        pipeline_run.work(None, url, "nobody's", {}, Recorder())
     with pytest.raises(InputError, match=r"can't be opened: .*check --storage"):
-        pipeline.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
+        pipeline_run.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
 
 
 def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,13 +450,13 @@ def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monke
 
     recorder = Recorder()
     with pytest.raises(Interrupted):
-        pipeline.work(tmp_path, "", "", {}, recorder, check=check)
+        pipeline_run.work(tmp_path, "", "", {}, recorder, check=check)
     assert recorder.notes == ["waiting for the run to compute its directions and baseline"]
 
 
 def test_a_setup_of_another_version_is_refused() -> None:
     with pytest.raises(InputError, match=r"format 99, not 1.*same version"):
-        workers.Setup.of_bytes(json.dumps({"format": 99}).encode())
+        workers.SharedSetup.of_bytes(json.dumps({"format": 99}).encode())
 
 
 def test_a_setup_holds_no_path_of_this_machine_and_comes_back(
@@ -469,8 +471,8 @@ def test_a_setup_holds_no_path_of_this_machine_and_comes_back(
         "setup",
     )
     assert found is not None
-    setup = workers.Setup.of_bytes(found)
-    assert workers.Setup.of_bytes(setup.to_bytes()) == setup
+    setup = workers.SharedSetup.of_bytes(found)
+    assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
     text = found.decode()
     for private in (str(path), settings.cache_dir, str(Path(settings.prompts.harmful).parent), str(Path.home())):
         assert private not in text
@@ -488,7 +490,7 @@ def test_a_worker_with_another_model_is_refused(finished: tuple[Path, dict[str, 
     config = json.loads((other / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-5}
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match="can't join the run with another model"):
-        pipeline.work(
+        pipeline_run.work(
             copy_run(path, tmp_path / "run"), "", "", {"model": str(other), "cache_dir": str(tmp_path / "c")}, Recorder()
         )
 
@@ -497,7 +499,7 @@ def test_a_worker_at_a_finished_run_has_nothing_to_do(finished: tuple[Path, dict
     path, result, settings = finished
     recorder = Recorder()
     own = {"cache_dir": settings.cache_dir}
-    assert pipeline.work(copy_run(path, tmp_path / "run"), "", "", own, recorder) == len(result["trials"])
+    assert pipeline_run.work(copy_run(path, tmp_path / "run"), "", "", own, recorder) == len(result["trials"])
     assert recorder.trials == []
 
 
@@ -506,15 +508,15 @@ def test_a_worker_at_a_finished_run_has_nothing_to_do(finished: tuple[Path, dict
 
 def test_devices_of_a_run() -> None:
     cpu = torch.device("cpu")
-    assert [workers.devices_of(count, cpu) for count in (0, 1, 3)] == [[], [], ["cpu", "cpu"]]
+    assert [local_workers.devices_of(count, cpu) for count in (0, 1, 3)] == [[], [], ["cpu", "cpu"]]
 
 
 def test_devices_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
-    assert workers.devices_of(3, torch.device("cuda")) == ["cuda:1", "cuda:2"]
-    assert workers.devices_of(4, torch.device("cuda:2")) == ["cuda:0", "cuda:1", "cuda:3"]
+    assert local_workers.devices_of(3, torch.device("cuda")) == ["cuda:1", "cuda:2"]
+    assert local_workers.devices_of(4, torch.device("cuda:2")) == ["cuda:0", "cuda:1", "cuda:3"]
     with pytest.raises(InputError, match="has 4 devices of type cuda, not 5"):
-        workers.devices_of(5, torch.device("cuda"))
+        local_workers.devices_of(5, torch.device("cuda"))
 
 
 def test_a_run_on_two_devices_of_this_machine(
@@ -530,7 +532,7 @@ def test_a_run_on_two_devices_of_this_machine(
 
     monkeypatch.setattr(stages, "evaluate", slowly)
     recorder = Recorder()
-    result = pipeline.run(settings, recorder, RunDirectory(tmp_path / "run"), gpus=2)
+    result = pipeline_run.run(settings, recorder, RunDirectory(tmp_path / "run"), gpus=2)
     assert [trial["number"] for trial in result["trials"]] == list(range(60))
     assert sorted(trial.number for trial in recorder.trials) == list(range(60))
     study = study_of("", tmp_path / "run" / "study.journal", STUDY_NAME, "watcher", 60, 60)
@@ -541,7 +543,7 @@ def test_a_run_on_two_devices_of_this_machine(
 def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     directory = RunDirectory(tmp_path)  # no run is there
-    with workers.local_workers(directory, ["cpu"], "", said.append) as look:
+    with local_workers.local_workers(directory, ["cpu"], "", said.append) as look:
         wait_for(lambda: bool(look() or said))
     assert len(said) == 1
     assert "Worker 1 has ended (There is no run in" in said[0]
@@ -550,7 +552,7 @@ def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None
 
 def test_workers_end_with_the_run(tmp_path: Path) -> None:
     study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
-    with workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as look:
+    with local_workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as look:
         log = tmp_path / "worker-1.log"
         wait_for(lambda: "waiting for the run" in log.read_text(encoding="utf-8"))
         look()
@@ -565,7 +567,7 @@ def test_an_unreachable_database_at_the_start_is_a_sentence(tmp_path: Path, prom
         prompt_files, tmp_path / "cache", search={"storage": "postgresql+psycopg://postgres@127.0.0.1:9/x"}
     )
     with pytest.raises(InputError, match=r"storage URL given can't be opened: .*check --storage"):
-        pipeline.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
+        pipeline_run.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
 
 
 def test_a_database_that_goes_away_and_does_not_come_back(
@@ -588,12 +590,12 @@ def test_a_database_that_goes_away_and_does_not_come_back(
     monkeypatch.setattr(Study, "tell", going_away)
     try:
         with pytest.raises(AbliterateError, match=r"hasn't answered for 0 s .*continue with --resume"):
-            pipeline.run(settings, recorder, directory)
+            pipeline_run.run(settings, recorder, directory)
     finally:
         monkeypatch.setattr(Study, "tell", tell)
         postgres.start()
     assert len(recorder.trials) == 2
-    resumed = pipeline.run(settings, Recorder(), directory, resume=True)
+    resumed = pipeline_run.run(settings, Recorder(), directory, resume=True)
     whole, _ = run_in(
         tmp_path / "whole", quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5}, export={"kind": "none"})
     )

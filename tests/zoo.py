@@ -15,17 +15,17 @@ import transformers
 from conftest import _HYBRID, _IDS, _MIXED, _SIZES, make_chat, make_editor, make_tokenizer
 from transformers import PreTrainedModel
 
-from abliterate.evaluation.editor import Editor
-from abliterate.evaluation.engine import TrialEngine
-from abliterate.evaluation.reference import ReferenceEngine
-from abliterate.evaluation.responses import ResponseReader
-from abliterate.evaluation.selfcheck import Engine, Setup, trusted_engine
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
+from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
+from abliterate.engine.trial_engine import TrialEngine
 from abliterate.export import EXPORTERS, ExportJob
 from abliterate.model.architectures import find_targets
 from abliterate.model.checkpoint import auto_class
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, architecture_of
-from abliterate.model.markup import Markup
-from abliterate.settings import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
+from abliterate.model.thinking import Markup
+from abliterate.settings.schema import EfficiencySettings, ExportSettings, LoadSettings, ResponseSettings
 from abliterate.types import BatchSizes, Kernel, ModelInfo, Prompt, TrialParams
 
 NORM, GATE = "norm", "gate"
@@ -946,7 +946,7 @@ def make_lab(name: str) -> Lab:
     editor = make_editor(loaded)
     warnings: list[str] = []
     n_layers = loaded.info.n_layers
-    setup = Setup(reference, loaded.layers, editor.adapters, None, HARMFUL, HARMLESS, range(n_layers))
+    setup = EngineSetup(reference, loaded.layers, editor.adapters, None, HARMFUL, HARMLESS, range(n_layers))
     edited = last_layers(n_layers)
     engine = trusted_engine(setup, EfficiencySettings(), lambda: editor.apply(edited), editor.clear, warnings.append)
     return Lab(loaded, editor, reference, engine, tuple(warnings))

@@ -1,6 +1,6 @@
 """Every error a person may see: one sentence with the cause and the remedy, and an exit code.
 
-Knows nothing of how errors are shown; `cli.py` turns them into a line and an exit code.
+Knows nothing of how errors are shown; `cli/app.py` turns them into a line and an exit code.
 """
 
 import errno

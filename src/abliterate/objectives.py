@@ -30,7 +30,7 @@ def split(text: str) -> tuple[str, Direction | Literal[""]]:
     return (name, "minimize") if goal == "minimize" else (name, "maximize") if goal == "maximize" else (text, "")
 
 
-def is_own(name: str) -> bool:
+def is_custom(name: str) -> bool:
     """Whether a scorer's name is `path/to/file.py:ClassName`."""
     return ".py:" in name
 
@@ -47,11 +47,11 @@ def ordered(objectives: Iterable[Objective]) -> tuple[Objective, ...]:
 
 
 def to_records(objectives: Sequence[Objective]) -> list[dict[str, str]]:
-    """JSON form, the inverse of `of_result`."""
+    """JSON form, the inverse of `objectives_from_result`."""
     return [{"name": one.name, "goal": one.goal} for one in objectives]
 
 
-def of_result(result: Mapping[str, Any]) -> tuple[Objective, ...]:
+def objectives_from_result(result: Mapping[str, Any]) -> tuple[Objective, ...]:
     """The objectives of the run that a `result.json` is of; runs of earlier versions had the two."""
     return tuple(Objective(**one) for one in result.get("objectives") or ()) or DEFAULT
 
@@ -61,7 +61,7 @@ def vector(trial: Trial, objectives: Sequence[Objective]) -> Vector:
     return tuple(one.cost(trial.value(one.name)) for one in objectives)
 
 
-def told(trial: Trial, objectives: Sequence[Objective], n_prompts: int) -> list[float]:
+def reported_values(trial: Trial, objectives: Sequence[Objective], n_prompts: int) -> list[float]:
     """What the sampler is told of a trial: values as they are, of refusals their share."""
     return [trial.refusals / n_prompts if one.name == REFUSALS else trial.value(one.name) for one in objectives]
 
@@ -83,7 +83,7 @@ def no_worse(one: Vector, other: Vector) -> bool:
     return all(mine <= theirs for mine, theirs in zip(one, other, strict=True))
 
 
-def lead(objectives: Sequence[Objective], without: str = "") -> Objective:
+def primary_objective(objectives: Sequence[Objective], without: str = "") -> Objective:
     """What a selection looks at first: refusals, else the first that isn't KL, else the first; another than `without`."""
     left = [one for one in objectives if one.name != without] or list(objectives)
     return min(left, key=lambda one: (one.name != REFUSALS, one.name == KL))

@@ -220,7 +220,7 @@ class Baseline:
 
 
 class Reporter(Protocol):
-    """How a run speaks. `console.py` has one each for a terminal, a pipe and `--json`."""
+    """How a run speaks. `terminal/reporters.py` has one each for a terminal, a pipe and `--json`."""
 
     def header(self, fields: Mapping[str, str]) -> None:
         """Name, device, memory: what is about to be worked on."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from abliterate.directions.base import Blend, DirectionMethod, Directions, needs_means, winsorize
+from abliterate.directions.base import Blend, DirectionMethod, Directions, ResidualMeans, needs_means, winsorize
 from abliterate.directions.mean_difference import MeanDifference
-from abliterate.directions.means import ResidualMeans
 from abliterate.directions.projected import Projected
 from abliterate.errors import InputError
 
@@ -20,7 +19,7 @@ def direction_method(name: str) -> DirectionMethod:
     return METHODS[name]
 
 
-def needed_of(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
+def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
     """What a method's `compute` takes, of residuals (n_prompts, n_layers+1, d_model) float32 that are not winsorized yet."""
     if not needs_means(method):
         return winsorize(residuals, quantile)
@@ -36,7 +35,9 @@ def compute_directions(harmful: Tensor, harmless: Tensor, method: str, quantile:
         InputError: no such method.
     """
     chosen = direction_method(method)
-    return Directions(chosen.compute(needed_of(harmful, chosen, quantile), needed_of(harmless, chosen, quantile)))
+    return Directions(
+        chosen.compute(summarize_residuals(harmful, chosen, quantile), summarize_residuals(harmless, chosen, quantile))
+    )
 
 
 __all__ = [

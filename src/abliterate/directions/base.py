@@ -1,6 +1,7 @@
 """The `Directions` value, the only place that knows about the index offset, and the seam for direction methods.
 
-Pure tensor math. Residual index 0 is the embedding, index l+1 the output of layer l; `Directions` speaks of layers.
+Residual index 0 is the embedding, index l+1 the output of layer l; `Directions` speaks of layers. Most methods need only the
+means of residuals, which `ResidualMeans` accumulates in the memory of one prompt's residuals.
 """
 
 from __future__ import annotations
@@ -119,3 +120,35 @@ def normalize_rows(rows: Tensor) -> Tensor:
     """Rows scaled to norm 1; rows that are zero up to rounding become zero. (n, d) → (n, d)."""
     norms = rows.norm(dim=-1, keepdim=True)
     return torch.where(norms > 1e-12, rows / norms.clamp_min(1e-12), torch.zeros_like(rows))
+
+
+class ResidualMeans:
+    """A float64 running sum of residuals, each winsorized at `quantile` by prompt and layer.
+
+    Prompts are added one after the other, so the mean has the same bits however they are cut into batches.
+    """
+
+    def __init__(self, quantile: float = 1.0) -> None:
+        self.count = 0
+        self._quantile = quantile
+        self._sum: Tensor | None = None  # (n_layers+1, d_model) float64
+
+    def add(self, residuals: Tensor) -> None:
+        """Take `residuals` (n_prompts, n_layers+1, d_model); nothing of them is kept."""
+        for one in residuals:
+            if self._sum is None:
+                # Apple's GPUs have no float64.
+                device = "cpu" if one.device.type == "mps" else one.device
+                self._sum = torch.zeros(one.shape, dtype=torch.float64, device=device)
+            self._sum += winsorize(one, self._quantile).to(self._sum.device)
+        self.count += len(residuals)
+
+    def mean(self) -> Tensor:
+        """(n_layers+1, d_model) float64.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if self._sum is None:
+            raise ValueError("there is no mean of no residuals")
+        return self._sum / self.count

@@ -1,6 +1,6 @@
-"""Base and candidate on prompts that nothing was fitted to: refusals with intervals, faults, drift, what stays the same.
+"""Base and candidate on prompts that nothing was fitted to: refusals with confidence intervals, faults, drift.
 
-Gives a JSON-able record. Knows neither where prompts and models come from nor what a search found.
+The result is a record that JSON can hold.
 """
 
 from __future__ import annotations
@@ -10,20 +10,58 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from abliterate.engine.reference import Progress
+from abliterate.engine.responses import Answer
 from abliterate.errors import AbliterateError, TrialError
-from abliterate.evaluation.answers import FAULTS, Answer, fault_of, first_difference
-from abliterate.evaluation.base import EarlyScorer, Judge, Observation, Scorer
-from abliterate.evaluation.forced import Drift, Forced, Side, drift
-from abliterate.evaluation.intervals import clopper_pearson
-from abliterate.evaluation.own import own_errors
-from abliterate.evaluation.reference import Progress
-from abliterate.evaluation.refusals import UnfinishedThinking
+from abliterate.evaluation.confidence import clopper_pearson
+from abliterate.evaluation.teacher_forced import Drift, ModelView, TeacherForced, drift
 from abliterate.evaluation.trial import score_of, set_up
+from abliterate.scorers.base import EarlyScorer, Judge, Observation, Scorer
+from abliterate.scorers.custom import own_errors
+from abliterate.scorers.refusals import UnfinishedThinking, normalize
 from abliterate.types import Prompt
+
+Fault = Literal["unfinished_thinking", "empty", "repetitive", "early_end"]
+
+FAULTS: tuple[Fault, ...] = ("unfinished_thinking", "empty", "repetitive", "early_end")
+
+# Share of an answer's token 4-grams that repeat an earlier one (seq-rep-4 of Welleck et al. 2019, arXiv:1908.04319), from
+# which it is a loop; greedy text of people's and models' kind lies far below. Shorter answers can't loop.
+REPEATED, GRAM, SHORTEST_LOOP = 0.5, 4, 16
+
+# Answers that end by themselves before so many tokens say nothing.
+EARLY = 5
+
+
+def fault_of(answer: Answer) -> Fault | None:
+    """The first fault that an answer has, in the order of `FAULTS`; None: it is a whole answer (or the begin of one)."""
+    if answer.response.thinking_open:
+        return "unfinished_thinking"
+    if not normalize(answer.response.text):
+        return "empty"
+    if repetition(answer.spoken) > REPEATED:
+        return "repetitive"
+    return "early_end" if answer.ended and len(answer.spoken) < EARLY else None
+
+
+def repetition(ids: Sequence[int]) -> float:
+    """The share of 4-grams of tokens that stood before; 0 where there are too few tokens to tell."""
+    if len(ids) < SHORTEST_LOOP:
+        return 0.0
+    grams = [tuple(ids[start : start + GRAM]) for start in range(len(ids) - GRAM + 1)]
+    return 1 - len(set(grams)) / len(grams)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """The first position, in tokens from 0, at which two answers differ; None where they are the same."""
+    if tuple(one) == tuple(other):
+        return None
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
 
 # Characters of a response that are kept where a judge and the markers disagree.
 SHOWN = 400
@@ -47,7 +85,9 @@ class _Seen:
     over_refusal: Sequence[Answer]
 
 
-def measure(base: Side, candidate: Side, sets: HeldoutSets, scorers: Sequence[Scorer], progress: Progress) -> dict[str, Any]:
+def measure(
+    base: ModelView, candidate: ModelView, sets: HeldoutSets, scorers: Sequence[Scorer], progress: Progress
+) -> dict[str, Any]:
     """The record; `scorers` have seen no model yet, and `refusals` is among them.
 
     Raises:
@@ -68,7 +108,7 @@ def measure(base: Side, candidate: Side, sets: HeldoutSets, scorers: Sequence[Sc
                 done += len(part)
         seen.append(_Seen(*found))
     own = [
-        Forced(base.engine.chat.token_ids(prompt), answer.ids)
+        TeacherForced(base.engine.chat.token_ids(prompt), answer.ids)
         for prompt, answer in zip(sets.harmless, seen[0].harmless, strict=True)
     ]
     drifts = drift(base, candidate, own, lambda count: counted(count, 0))
@@ -121,8 +161,8 @@ def _unchanged(base: Sequence[Answer], candidate: Sequence[Answer]) -> dict[str,
 
 
 def _further(
-    base: Side,
-    candidate: Side,
+    base: ModelView,
+    candidate: ModelView,
     sets: HeldoutSets,
     seen: Sequence[_Seen],
     scorers: Sequence[Scorer],

@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from abliterate.engine.reference import Progress
+from abliterate.engine.self_check import Engine
 from abliterate.errors import TrialError
-from abliterate.evaluation.base import EarlyScorer, Observation, Scorer, ignores_responses
-from abliterate.evaluation.certificate import Certificate
-from abliterate.evaluation.own import own_errors
-from abliterate.evaluation.reference import Progress
-from abliterate.evaluation.selfcheck import Engine
+from abliterate.scorers.base import EarlyScorer, Observation, Scorer, ignores_responses
+from abliterate.scorers.custom import own_errors
+from abliterate.search.pruner import DominancePruner
 from abliterate.types import Prompt, Score
 
 
@@ -35,7 +35,7 @@ def evaluate(
     scorers: Sequence[Scorer],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
-    certificate: Certificate,
+    certificate: DominancePruner,
     progress: Progress,
 ) -> Evaluation:
     """Scores of the model as it is now. Stopped as soon as it is certain that the certificate's limit is reached.

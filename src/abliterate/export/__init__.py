@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abliterate.export.adapter import Adapter
-from abliterate.export.base import Exporter, ExportJob, check_output, finished_folder, leave_record
 from abliterate.export.card import checked, model_card
+from abliterate.export.folder import check_output, finished_folder, leave_record
+from abliterate.export.job import Exporter, ExportJob
 from abliterate.export.merged import Merged
 
 EXPORTERS: dict[str, Exporter] = {exporter.kind: exporter for exporter in (Merged(), Adapter())}

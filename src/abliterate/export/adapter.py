@@ -21,17 +21,17 @@ from transformers.pytorch_utils import Conv1D
 from abliterate.edits import Factors
 from abliterate.edits.base import row_norms
 from abliterate.errors import AbliterateError
-from abliterate.export.base import ExportJob, check_modules
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_weights import RereadAdapter
 from abliterate.export.companions import save_companions
-from abliterate.export.reread import Reread, RereadAdapter
-from abliterate.export.shards import check_room
-from abliterate.export.source import Matrices
+from abliterate.export.job import ExportJob, Reread, check_modules
+from abliterate.export.safetensors_copy import check_room
 from abliterate.model.architectures import Target
 from abliterate.model.checkpoint import dense_load, empty_model, quiet_bitsandbytes
-from abliterate.model.experts import is_stack
+from abliterate.model.experts import is_fused
 from abliterate.model.loader import load_config, load_weights
 from abliterate.model.quantized import method_of
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 
 # Quantized bases that PEFT's layers know how to make dense, as DoRA needs it, and those that plain LoRA leaves alone. On any
 # other PEFT takes a packed weight for a dense one, or casts the adapter to its dtype, without an error.
@@ -104,7 +104,7 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
     In families whose experts `transformers` fuses it takes every `down_proj` for them, dense layers' too, without an error; in
     some with Mamba mixers it refuses their `out_proj`.
     """
-    stack = next((target.name for target in targets if is_stack(target.module)), "")
+    stack = next((target.name for target in targets if is_fused(target.module)), "")
     if stack:
         return f"PEFT can't express edits of fused experts, as in {stack}"
     method = method_of(config)

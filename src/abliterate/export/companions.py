@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoProcessor, GenerationConfig, PreTrainedTokenizerBase
 
-from abliterate.export.base import ExportJob
-from abliterate.export.source import fetched
+from abliterate.export.base_weights import fetched
+from abliterate.export.job import ExportJob
 
 _STEMS, _ENDINGS = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY"), ("", ".txt", ".md")
 _LICENCES = tuple(f"{stem}*" for stem in _STEMS)

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from abliterate.edits import Factors
-from abliterate.export.base import ExportJob, check_modules, empty
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_weights import RereadMerged
 from abliterate.export.companions import save_companions
-from abliterate.export.reread import Reread, RereadMerged
-from abliterate.export.shards import INDEX, SINGLE, EditTensor, check_room, copy_edited, missing_bytes
-from abliterate.export.source import Matrices
+from abliterate.export.folder import empty
+from abliterate.export.job import ExportJob, Reread, check_modules
+from abliterate.export.safetensors_copy import INDEX, SINGLE, EditTensor, check_room, copy_edited, missing_bytes
 from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight

@@ -10,8 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export.base import LOCK
-from abliterate.settings import ExportSettings
+from abliterate.export.folder import LOCK
+from abliterate.settings.schema import ExportSettings
 
 
 def check_push(settings: ExportSettings) -> None:

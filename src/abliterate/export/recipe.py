@@ -1,177 +1,329 @@
-"""How an export is made again: the command lines and what they depend on, for the model card. Names no path of this machine."""
+"""`recipe.json`: what one trial of a run needs to be made again, and the hashes that tell whether it was.
+
+It is read as a stranger's file: types, ranges and names are checked, and no name in it is ever opened. Nothing in it names a
+place or a secret of the machine that wrote it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-import shlex
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from abliterate.model.loader import public_name
-from abliterate.objectives import CLASSIFIER, OWN, is_own, public
-from abliterate.prompts import public_source
-from abliterate.settings import Settings
+from abliterate import __version__
+from abliterate.edits import Factors
+from abliterate.edits.fingerprint import sketch
+from abliterate.errors import InputError
+from abliterate.export.card import FILES, UNTRIED, file_digest
+from abliterate.export.folder import LOCK, MARKER
+from abliterate.files import write_json
+from abliterate.objectives import OWN, public
+from abliterate.prompts.files import public_source
+from abliterate.settings.schema import Settings
+from abliterate.types import Trial
 
-# Said by options of their own, or of this machine only.
-_ELSEWHERE = {
-    *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "load.offload_folder"),
+# How an export's edits were computed: on the model as trials ran it, or on the stored weights (`abliterate export`).
+Origin = Literal["trial", "weight files"]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():  # it may be shown on a terminal, or stand in a model card
+        raise ValueError("characters that can't be printed")
+    return text
+
+
+def _commit(text: str) -> str:
+    """A revision becomes part of paths in the Hub's cache."""
+    if not re.fullmatch(r"[\w.-]*(/[\w.-]+)*", text) or ".." in text:
+        raise ValueError("not a commit, branch or tag")
+    return text
+
+
+def _inside(name: str) -> str:
+    """A file's name in an export; ValueError for whatever could lie elsewhere."""
+    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if not name or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+        raise ValueError("not a name inside an export")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_printable)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class ModelPart(_Part):
+    """The base. `fingerprint`: of a Hub model its commit, of a directory a hash of its files: its name means nothing."""
+
+    id: Name
+    revision: Annotated[str, AfterValidator(_commit)]
+    fingerprint: Name
+    dtype: Literal["float32", "bfloat16", "float16"]
+    quantization: Name
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether `id` is a name there."""
+        return self.fingerprint.startswith("hub:")
+
+
+class PromptsPart(_Part):
+    """One set; `source`: a data set, or a file's name without where it lay."""
+
+    source: Name
+    count: int
+    digest: Name
+
+
+class FilePart(_Part):
+    """A file of the author's that settings named."""
+
+    name: Name
+    sha256: Name
+
+
+class KernelPart(_Part):
+    """`types.Kernel`."""
+
+    max_coeff: float
+    position: float
+    min_coeff: float
+    distance: float = Field(gt=0)
+
+
+class ParamsPart(_Part):
+    """`types.TrialParams`."""
+
+    scope: Literal["global", "per layer"]
+    direction_index: float = Field(ge=0)
+    kernels: dict[Name, KernelPart] = Field(min_length=1)
+
+
+class KlPart(BaseModel):
+    """What is compared of the KL."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
+    mean: float
+
+
+class ScoresPart(BaseModel):
+    """What every trial has; other scorers may stand beside it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
+    refusals: int
+    kl: KlPart
+
+
+class TrialPart(_Part):
+    """The trial that is made again."""
+
+    number: int = Field(ge=0)
+    params: ParamsPart
+    state: Literal["complete"]
+    scores: ScoresPart
+
+
+class BaselinePart(_Part):
+    """`types.Baseline`."""
+
+    refusals: int
+    prompts: int
+
+
+class HashPart(_Part):
+    """One exported file."""
+
+    sha256: str
+    size: int
+
+
+class ExportPart(_Part):
+    """The export: `files` are all but the model card and this tool's own records. `edits`: {module: sketch}."""
+
+    kind: Literal["merged", "adapter", "none"] = "none"
+    origin: Origin = "trial"
+    versions: dict[Name, Name] = {}
+    verified: bool | None = None
+    files: dict[Annotated[Name, AfterValidator(_inside)], HashPart] = {}
+    edits: dict[Name, tuple[float, float, float]] = {}
+
+
+class BatchSizesPart(_Part):
+    """Prompts at a time, by operation."""
+
+    residuals: int = Field(ge=1)
+    prefill: int = Field(ge=1)
+    decode: int = Field(ge=1)
+
+
+class EnvironmentPart(_Part):
+    """Where the trial ran."""
+
+    versions: dict[Name, Name]
+    platform: Name
+    device: Name
+
+
+class Recipe(_Part):
+    """The file. `settings`: nested, as resolved, without what is this machine's; `rendering`: a hash of a rendered prompt."""
+
+    format: Literal[1]
+    environment: EnvironmentPart
+    model: ModelPart
+    seed: int
+    settings: dict[str, dict[str, Any]]
+    prompts: dict[Name, PromptsPart]
+    files: dict[Name, FilePart]
+    response_prefix: str | None
+    rendering: str | None
+    batch_sizes: BatchSizesPart | None
+    startup_trials: int
+    identity: dict[Name, str]
+    directions: str
+    baseline: BaselinePart
+    trial: TrialPart
+    export: ExportPart
+
+
+RECIPE = "recipe.json"
+
+FORMAT = 1
+
+# No part of the model, or written after the hashes.
+_UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
+
+# Settings that no recipe may have: of one machine, a secret, or said elsewhere in it.
+LEFT_OUT = {
+    *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
-    *("search.trials", "search.startup_trials", "search.storage", "search.select", "search.select_max_kl"),
-    *("export.kind", "export.verify", "export.push", "export.push_private"),
-}
-# No part of what a trial is: what the chosen one is measured on and by at the end. Some are paths.
-UNTRIED = {
-    *("prompts.harmful_heldout", "prompts.harmless_heldout", "prompts.over_refusal"),
-    *("evaluation.heldout_scorers", "evaluation.judge_model", "evaluation.judge_label"),
-}
-# Settings that may name a file: by its last part, and its content by a hash.
-FILES = {
-    "harmful prompts, direction": "prompts.harmful",
-    "harmless prompts, direction": "prompts.harmless",
-    "harmful prompts, scores": "prompts.harmful_eval",
-    "harmless prompts, scores": "prompts.harmless_eval",
-    "refusal markers": "evaluation.markers",
-    "chat template": "load.chat_template",
+    *("search.storage", "search.select", "search.select_max_kl"),
+    *("export.kind", "export.push", "export.push_private", *FILES.values()),
 }
 
-_SECTION = """
-## How to reproduce
+NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
 
-{fence}console
-{commands}
-{fence}
+_WRITERS = ("torch", "transformers", "safetensors", "peft")
 
-With these files, versions, kind of device and batch sizes the search is the same, trial by trial; other batch sizes move the
-last bits. Without a search, and with the hashes of files and the scores compared: `abliterate reproduce recipe.json`, with the
-file beside this one.
-
-| | |
-|---|---|
-{rows}
-"""
+_LARGEST = 64 << 20
 
 
-def recipe(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> str:
-    """The section "How to reproduce" for an export of `trial` of the run that `record` (`result.json`) is of."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(settings, record))
-    shown = "\n".join(f"$ {line}" for line in commands(settings, record, kind, trial))
-    longest = max(map(len, re.findall("`+", shown)), default=0)
-    return _SECTION.format(commands=shown, rows=rows, fence="`" * max(3, longest + 1))
-
-
-def code(text: str) -> str:
-    """Any text as code within a table of Markdown: in one line, and nothing of it means anything."""
-    text = visible(" ".join(text.split())).replace("|", "\\|")
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    return f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}" if longest else f"`{text}`"
-
-
-def plain(text: str) -> str:
-    """Any text within a line of Markdown, where it is shown as it is."""
-    return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", visible(" ".join(text.split())))
-
-
-def visible(text: str) -> str:
-    """Text with control characters, and all else that can't be seen, as they are written in Python."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
-
-
-def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> list[str]:
-    """The command lines: a run, and the export of one of its trials, which need not be on its front."""
-    model, revision = record["model"], record["model"]["revision"]
-    search = settings.search
-    name = public_name(settings.model)
-    name = f"./{name}" if name.startswith("-") else name
-    run = ["abliterate", "run", name, "--seed", str(settings.seed), "-n", str(search.trials)]
-    # As the study began: 30 % of the trials it was given then.
-    run += ["--startup-trials", str(record.get("startup_trials") or search.n_startup_trials), "--dtype", model["dtype"]]
-    if revision:
-        run += ["--set", f"load.revision={_toml(revision)}"]
-    for name, value in (*changed_settings(settings), *_judge(settings)):
-        shown = public_source(value) if name in FILES.values() else value
-        shown = [public(one) for one in value] if name in OWN else shown
-        run += ["--set", f"{name}={_toml(shown)}"]
-    export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
-    return [" ".join(map(_quoted, line)) for line in ([*run, "--export", "none", "-o", "run"], export)]
-
-
-def changed_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting that isn't the default, but for those that the command names itself."""
-    defaults = dict(_flat(Settings.model_construct()))
-    for name, value in _flat(settings):
-        if name not in _ELSEWHERE | UNTRIED and value != defaults[name]:
-            yield name, value
-
-
-def _judge(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The judge's settings where trials are scored by it; of a directory its name."""
-    if CLASSIFIER in settings.scorers:
-        yield "evaluation.judge_model", public_source(settings.evaluation.judge_model)
-        if settings.evaluation.judge_label:
-            yield "evaluation.judge_label", settings.evaluation.judge_label
-
-
-def _quoted(text: str) -> str:
-    """An argument as a shell reads it; control characters as `$'…'` has them."""
-    if text.isprintable():
-        return shlex.quote(text)
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + _escaped(escaped) + "'"
-
-
-def _escaped(text: str) -> str:
-    """What can't be printed as TOML's strings and shells take it."""
-    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
-
-
-def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section:
-        if isinstance(value, BaseModel):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The file's content, for a trial of the run whose `result.json` is given; `export` as `export_record` says."""
     model, environment = record["model"], record["environment"]
-    revision = f", revision {code(model['revision'])}" if model["revision"] else ""
-    yield "base", f"{plain(model['id'])}{revision}, fingerprint `{model['fingerprint']}`"
-    # A run of an earlier version didn't record its prompts.
-    sets = record.get("prompts", {})
-    for what, name in FILES.items():
+    files = {}
+    for name in FILES.values():
         section, option = name.split(".")
-        if section == "prompts":
-            found = sets.get(option)
-            yield what, f"{code(found['source'])}, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
-        elif path := getattr(getattr(settings, section), option):
-            yield what, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
-    for name in filter(is_own, settings.scorers):
-        yield "scorer", f"{code(public(name))}, sha256 `{file_digest(name.rpartition(':')[0])}`"
-    if sizes := record.get("batch_sizes"):
-        yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
-    versions = environment["versions"]
-    yield "versions", ", ".join(f"{name} {versions[name]}" for name in ("abliterate", "torch", "transformers", "optuna"))
-    yield "device", f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}"
+        if section != "prompts" and (path := getattr(getattr(settings, section), option)):
+            files[name] = {"name": public_source(path), "sha256": file_digest(path)}
+    return {
+        "format": FORMAT,
+        "environment": {name: environment[name] for name in ("versions", "platform", "device")},
+        "model": {name: model[name] for name in ModelPart.model_fields},
+        "seed": settings.seed,
+        "settings": _settings(settings),
+        "prompts": record.get("prompts", {}),
+        "files": files,
+        # A run of an earlier version didn't record these.
+        "response_prefix": record.get("response_prefix"),
+        "rendering": record.get("rendering"),
+        "batch_sizes": record.get("batch_sizes"),
+        "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
+        "identity": record.get("identity", {}),
+        "directions": record.get("directions", {}).get("vectors_sha256", ""),
+        "baseline": {name: value for name, value in record["baseline"].items() if name in BaselinePart.model_fields},
+        "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
+        "export": dict(export),
+    }
 
 
-def file_digest(path: str) -> str:
-    """sha256 of a file that settings name."""
+def export_record(kind: str, origin: Origin, folder: Path, factors: Mapping[str, Factors]) -> dict[str, Any]:
+    """The part of a recipe about an export that is finished but for its records."""
+    versions = {"abliterate": __version__} | {name: metadata.version(name) for name in _WRITERS}
+    sketches = {name: sketch(found) for name, found in factors.items()}
+    edits = {name: list(found) for name, found in sketches.items() if all(map(math.isfinite, found))}  # as JSON has them
+    return {"kind": kind, "origin": origin, "versions": versions, "verified": None, "files": hashes(folder), "edits": edits}
+
+
+def hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: sha256 and size} of an export's files, but for the model card and this tool's own records."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if name not in _UNHASHED:
+            with path.open("rb") as file:
+                found[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    return found
+
+
+def mark_verified(folder: Path, verified: bool) -> None:
+    """Put the verdict on an export into its recipe."""
+    record = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    record["export"]["verified"] = verified
+    write_json(folder / RECIPE, record)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file, or in a run directory or export.
+
+    Raises:
+        InputError: there is none, it is of another version, damaged, or not what this tool writes.
+    """
+    path = path / RECIPE if path.is_dir() else path
     try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError:  # moved since the run; the run's identity holds its content
-        return "not at hand"
+        if path.stat().st_size > _LARGEST:
+            raise InputError(f"The file {path} is too large for a recipe; give the recipe.json of a run or an export.")
+        record = json.loads(path.read_text(encoding="utf-8-sig"), parse_constant=_no_number)
+    except FileNotFoundError as error:
+        raise InputError(f"There is no recipe {path}; give the recipe.json of a run or an export.") from error
+    except OSError as error:
+        raise InputError(f"The recipe {path} can't be read: {error.strerror}; give another copy.") from error
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
+        raise InputError(f"The recipe {path} is damaged or no recipe ({reason}); get another copy.") from error
+    found = record.get("format") if isinstance(record, dict) else None
+    if found is None:
+        raise InputError(f"The file {path} is no recipe: it has no format; give the recipe.json of a run or an export.")
+    if found != FORMAT or isinstance(found, bool):
+        raise InputError(
+            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of "
+            "abliterate that its environment names."
+        )
+    try:
+        return Recipe.model_validate_json(json.dumps(record))  # strict, by JSON's rules: a list may be a tuple
+    except (ValidationError, ValueError) as error:
+        raise InputError(f"The recipe {path} can't be used: {_first(error)}; get another copy.") from error
 
 
-def _toml(value: Any) -> str:
-    """A value as `--set` reads it: TOML on one line, whose strings are JSON's."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{_toml(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    # Not escaped beyond ASCII: JSON's pairs of surrogates are no TOML.
-    return _escaped(json.dumps(value, ensure_ascii=False))
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _first(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return repr(str(error).splitlines()[0])
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return f"{place!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
+
+
+def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
+    """{section: options} of everything that isn't left out."""
+    dumped = settings.model_dump(mode="json")
+    return {
+        section: {
+            name: list(map(public, value)) if f"{section}.{name}" in OWN else value
+            for name, value in options.items()
+            if f"{section}.{name}" not in LEFT_OUT | UNTRIED
+        }
+        for section, options in dumped.items()
+        if isinstance(options, dict)
+    }

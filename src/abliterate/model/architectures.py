@@ -14,7 +14,7 @@ from typing import Literal
 from torch import nn
 
 from abliterate.errors import InputError
-from abliterate.model.storages import storage_remedy
+from abliterate.model.formats import storage_remedy
 from abliterate.model.weights import out_features
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"

@@ -19,9 +19,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from abliterate.errors import InputError
 from abliterate.model import offload, quantized
+from abliterate.model.formats import FILES
 from abliterate.model.memory import free_memory
-from abliterate.model.storages import FILES
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 
 # Of free main memory, what weights may take.
 _WEIGHTS_SHARE = 0.9

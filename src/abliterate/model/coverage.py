@@ -22,7 +22,7 @@ ENOUGH = 0.5
 
 
 @dataclass(frozen=True)
-class Group:
+class ComponentGroup:
     """Modules of one path and shape: `matrices` (d_out, d_in) in `layers` layers. `left_out`: why they aren't edited, or ""."""
 
     component: str
@@ -51,7 +51,7 @@ class Group:
 class Coverage:
     """What is edited and what isn't. `untold`: why it can't be told what else writes to the stream, or ""."""
 
-    groups: tuple[Group, ...]
+    groups: tuple[ComponentGroup, ...]
     untold: str = ""
 
     @property
@@ -65,7 +65,7 @@ class Coverage:
         return sum(group.parameters for group in self.groups if not group.left_out)
 
     @property
-    def left_out(self) -> tuple[Group, ...]:
+    def left_out(self) -> tuple[ComponentGroup, ...]:
         """What isn't edited."""
         return tuple(group for group in self.groups if group.left_out)
 
@@ -113,7 +113,7 @@ def coverage_of(model: Any, architecture: Architecture, targets: Iterable[Target
     groups = []
     for (component, path, shape, why), parts in tallies.items():
         layers, counts, sizes = zip(*parts, strict=True)
-        groups.append(Group(component, path, len(set(layers)), sum(counts), shape, sum(sizes), why))
+        groups.append(ComponentGroup(component, path, len(set(layers)), sum(counts), shape, sum(sizes), why))
     return Coverage(tuple(groups), untold)
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import moe
 
+from abliterate.model.formats import is_plain
 from abliterate.model.offload import held, home_of
-from abliterate.model.storages import is_plain
 
 # Under this name our function is in transformers' registry, and on an edited module is what carries out the edit.
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
@@ -38,7 +38,7 @@ class StackEdit(Protocol):
     def b(self) -> Tensor: ...
 
 
-def is_stack(module: nn.Module) -> bool:
+def is_fused(module: nn.Module) -> bool:
     """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
     down = module._parameters.get("down_proj")
     known = type(module).__name__ in _REPLACED or all(hasattr(module, name) for name in _DECORATED)
@@ -50,7 +50,7 @@ def is_transposed(module: Any) -> bool:
     return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
-def stack_of(module: nn.Module) -> Tensor:
+def fused_weight(module: nn.Module) -> Tensor:
     """W (E, d_model, d_ff) of fused experts: a view, whichever way round they are stored."""
     down = held(module, "down_proj")
     return down.detach().transpose(1, 2) if is_transposed(module) else down.detach()

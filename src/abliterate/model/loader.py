@@ -24,7 +24,7 @@ from abliterate.model.checkpoint import empty_model, load_error, load_weights, r
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.structure import discover
-from abliterate.settings import LoadSettings
+from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
 
 DEMO = "demo"

@@ -1,6 +1,6 @@
 """Checkpoints that are quantized themselves: what they are called, what loading them needs, and their weights made dense.
 
-Dense weights come from the files by our own arithmetic where the format is one of `storages.FILES`: neither kernels nor the
+Dense weights come from the files by our own arithmetic where the format is one of `formats.FILES`: neither kernels nor the
 format's package are needed. Others are loaded as they are, and their layers replaced. Knows nothing of edits.
 """
 
@@ -21,8 +21,8 @@ from transformers.utils import cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from abliterate.errors import InputError
-from abliterate.model.storages import FILES, InFiles, is_plain, storage_of
-from abliterate.settings import LoadSettings
+from abliterate.model.formats import FILES, InFiles, is_plain, storage_of
+from abliterate.settings.schema import LoadSettings
 
 DEQUANTIZED = " (dequantized)"
 # What transformers needs for a quantization: the packages by the names they are imported under, and whether a GPU.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.model.chat import Chat
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.memory import clear_device_cache, unless_full
 from abliterate.types import Prompt
 
@@ -69,7 +69,7 @@ def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, An
 
 
 def capture_residuals(
-    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], **options: Any
+    model: PreTrainedModel, layers: nn.ModuleList, chat: PromptEncoder, prompts: Sequence[Prompt], **options: Any
 ) -> Tensor:
     """Residuals (n_prompts, n_layers+1, d_model) float32; options and errors as in `stream_residuals`."""
     batches: list[Tensor] = []
@@ -81,7 +81,7 @@ def capture_residuals(
 def stream_residuals(
     model: PreTrainedModel,
     layers: nn.ModuleList,
-    chat: Chat,
+    chat: PromptEncoder,
     prompts: Sequence[Prompt],
     take: Callable[[Tensor], None],
     *,
@@ -144,7 +144,13 @@ def _one_stream(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
 
 @torch.no_grad()
 def capture_batch(
-    model: PreTrainedModel, layers: nn.ModuleList, chat: Chat, prompts: Sequence[Prompt], *, amp: bool, home: torch.device
+    model: PreTrainedModel,
+    layers: nn.ModuleList,
+    chat: PromptEncoder,
+    prompts: Sequence[Prompt],
+    *,
+    amp: bool,
+    home: torch.device,
 ) -> Tensor:
     """One pass: (batch, n_layers+1, d_model) float32 on `home`."""
     states: list[Tensor | None] = [None] * (len(layers) + 1)

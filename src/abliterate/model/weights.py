@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from abliterate.errors import InputError
-from abliterate.model.experts import is_stack, stack_of
+from abliterate.model.experts import fused_weight, is_fused
+from abliterate.model.formats import device_of, is_plain, storage_of
 from abliterate.model.offload import held, home_of
-from abliterate.model.storages import device_of, is_plain, storage_of
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...] | None:
     """(d_out, d_in), or (E, d_out, d_in), of a module that multiplies by a matrix, else None."""
-    if is_stack(module):
-        return tuple(stack_of(module).shape)
+    if is_fused(module):
+        return tuple(fused_weight(module).shape)
     storage = storage_of(module)
     if storage is not None:
         return storage.shape(module)
@@ -48,12 +48,12 @@ def n_matrices(module: nn.Module) -> int:
 
 def stored_weight(module: nn.Module) -> Tensor:
     """The parameter that holds W of a module that isn't quantized, as it is stored."""
-    return module.down_proj if is_stack(module) else module.weight  # type: ignore[return-value]
+    return module.down_proj if is_fused(module) else module.weight  # type: ignore[return-value]
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """Where W is, and the dtype that a dense one multiplies in; None: quantized storage says nothing of that."""
-    if is_stack(module) or storage_of(module) is None:
+    if is_fused(module) or storage_of(module) is None:
         weight = stored_weight(module)
         return home_of(module, weight), weight.dtype if is_plain(weight) else None
     return device_of(module), None
@@ -65,8 +65,8 @@ def dense_weight(module: nn.Module) -> Tensor:
     Raises:
         InputError: a storage we can't read.
     """
-    if is_stack(module):
-        return stack_of(module)
+    if is_fused(module):
+        return fused_weight(module)
     storage = storage_of(module)
     if storage is not None:
         return storage.dense(module)

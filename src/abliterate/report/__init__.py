@@ -1,1 +1,1 @@
-"""What a person looks at after a run."""
+"""The report of a run, as a page and in a terminal."""

@@ -1,85 +1,107 @@
-"""`report.html`: one self-contained page made of a run directory. Loads nothing and knows no model.
+"""Pieces of HTML: tables, texts, answers with their markers. Where text becomes HTML, it is escaped.
 
-The page's policy forbids every request. With JavaScript plots are alive; without, and before, they are still pictures.
+Knows no run; what a run's records mean is `sections.py`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from importlib import resources
+import html
+import json
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from abliterate.report import drawing
-from abliterate.report.markup import data, escape, missing
-from abliterate.report.material import Material, gather
-from abliterate.report.plots import Plot, all_plots
-from abliterate.report.sections import layer_text, sections, summary
-from abliterate.rundir import RunDirectory, write_atomically
-
-# Inline only; Vega compiles its expressions.
-_POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
+escape = html.escape
 
 
-def write_report(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> None:
-    """Write the page of a run; `result`: the content of `result.json`, where it is at hand.
-
-    Raises:
-        InputError: there is no run, or its `result.json` is damaged.
-    """
-    write_atomically(directory.report, render(gather(directory, result)))
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text."""
+    return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
-def render(material: Material) -> str:
-    """The page as text. Everything that came from outside is escaped where it becomes HTML, JSON or a picture."""
-    plots = {plot.name: plot for plot in all_plots(material)}
-    stills: dict[str, str] = {}
-    library = why = ""
-    try:
-        if plots:
-            stills, library = drawing.svg({name: plot.spec for name, plot in plots.items()})
-    except drawing.Undrawable as error:
-        plots, why = {}, str(error)
-    parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
-    title = escape(f"abliterate: {material.result['model'].get('id', '')}")
-    links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)
-    content = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>' for name, heading, body in parts)
-    head = missing(why) if why else ""
-    scripts = _scripts(material, plots, library)
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{title}</title><link rel="icon" href="data:,"><style>{_asset("page.css")}</style></head>\n'
-        f"<body><header><h1>{title}</h1>{summary(material)}{head}</header>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>{content}</main>\n{scripts}</body></html>\n'
-    )
-    # Half of a pair of code units is no character; a prompt file may hold one.
-    return page.encode("utf-8", "replace").decode("utf-8")
+def missing(text: str) -> str:
+    """A sentence that says what isn't there."""
+    return paragraph(text, "missing")
 
 
-def _figure(plot: Plot, still: str) -> str:
-    """`role="img"`: the description is read, not every mark; the numbers are in the tables."""
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    caption: str,
+    *,
+    marked: Container[int] = (),
+    words: Container[int] = (),
+    texts: Container[int] = (),
+) -> str:
+    """A table that scrolls by itself; `marked` rows are the selected ones. `words` stand at the left, `texts` wrap, too."""
+
+    def kind(place: int) -> str:
+        return ' class="text"' if place in texts else ' class="word"' if place in words else ""
+
+    cells = "".join(f'<th scope="col"{kind(place)}>{escape(cell)}</th>' for place, cell in enumerate(head))
+    lines = [
+        ('<tr class="selected">' if index in marked else "<tr>")
+        + "".join(f"<td{kind(place)}>{escape(str(cell))}</td>" for place, cell in enumerate(row))
+        + "</tr>"
+        for index, row in enumerate(rows)
+    ]
+    # Focusable, so that it can be scrolled by keys.
+    title = escape(caption)
     return (
-        f"<figure><figcaption>{escape(plot.title)}</figcaption>"
-        f'<div class="plot" id="plot-{plot.name}" role="img" aria-label="{escape(plot.description)}">'
-        f'<div class="still">{still}</div></div></figure>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
+        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _scripts(material: Material, plots: Mapping[str, Plot], library: str) -> str:
-    if not plots:
-        return ""
-    parts = [data("plots", {name: plot.spec for name, plot in plots.items()})]
-    if "projection" in plots:
-        assert material.geometry is not None
-        layers = [
-            {"harmful": one["harmful"], "harmless": one["harmless"], "text": layer_text(material, index)}
-            for index, one in enumerate(material.geometry["projection"])
-        ]
-        parts.append(data("layers", {"layers": layers, "prompts": material.geometry["prompts"]}))
-    scripts = (library, drawing.in_script(_asset("page.js")))
-    return "\n".join([*parts, *(f"<script>{script}</script>" for script in scripts)])
+def pairs(values: Mapping[str, Any], caption: str) -> str:
+    """Names and values; nested ones by dotted names."""
+    return table(("name", "value"), [(name, in_words(value)) for name, value in flat(values)], caption, texts=(1,))
 
 
-def _asset(name: str) -> str:
-    return resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+def flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested mappings."""
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else [(f"{before}{name}", value)]
+    return found
+
+
+def in_words(value: Any) -> str:
+    """A value as a person reads it."""
+    if value is None or value in ("", {}, []):
+        return "—"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def details(summary: str, content: str, *, is_open: bool = False) -> str:
+    """Something that is unfolded when it is wanted."""
+    return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def numbers(facts: Mapping[str, str]) -> str:
+    """A few facts, large."""
+    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    return f'<dl class="numbers">{rows}</dl>'
+
+
+def answer(title: str, record: Mapping[str, Any]) -> str:
+    """One answer with its markers highlighted."""
+    says = "still thinking at the limit" if record.get("thinking_open") else "refusal" if record.get("refusal") else ""
+    text, place, parts = record["text"], 0, []
+    for start, end in record["markers"]:
+        start, end = max(start, place), max(end, place)
+        parts += [escape(text[place:start]), f"<mark>{escape(text[start:end])}</mark>"]
+        place = end
+    parts.append(escape(text[place:]))
+    said = "".join(parts) if text.strip() else '<span class="quiet">(empty)</span>'
+    heading = f"{title} · {says}" if says else title
+    return f'<div><h5>{escape(heading)}</h5><div class="answer">{said}</div></div>'
+
+
+def data(name: str, value: Any) -> str:
+    """JSON for the page's script; no text in it can end the element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'

@@ -1,29 +1,274 @@
-"""The report's plots as Vega-Lite specifications, from the material. Knows neither HTML nor how a specification is drawn.
+"""The report's plots as Vega-Lite specifications.
 
-Foreign text (prompts, reasons, names of components) is data here, never an expression or a field's name.
+Foreign text (prompts, reasons, names of scorers and components) is data here, never an expression or a field's name. Colours
+keep their contrast on white and on black and are told apart without colour vision; texts take the page's colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from abliterate.report.front_plot import front
-from abliterate.report.marks import (
-    BLUE,
-    COLOURS,
-    INK,
-    ORANGE,
-    Plot,
-    bars,
-    by_place,
-    lines,
-    look,
-    quantity,
-    spec_of,
-    tooltip,
-)
-from abliterate.report.material import Material
+from abliterate.objectives import DEFAULT, KL, REFUSALS
+from abliterate.report.data import Material
+from abliterate.report.draw import WIDTH
+from abliterate.types import Baseline, Kernel, Objective, Trial
+
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f86c9", "#d55e00", "#009e73", "#b5679f", "#8a8a8a"
+
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [4, 4])
+
+INK = "currentColor"
+
+_QUIET = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+
+_CONFIG = {
+    "background": None,
+    "font": "Helvetica, Arial, Liberation Sans, sans-serif",
+    "view": {"stroke": GREY, "strokeOpacity": 0.35},
+    "axis": {**_QUIET, "domainColor": GREY, "tickColor": GREY, "gridColor": GREY, "gridOpacity": 0.25, "labelLimit": 240},
+    "legend": {
+        **_QUIET,
+        "orient": "top",
+        "title": None,
+        "columns": 3,
+        "columnPadding": 20,
+        "labelLimit": 220,
+        "symbolSize": 90,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot. `name`: of its file and its element; `description`: what is to be seen, for who doesn't see it."""
+
+    name: str
+    title: str
+    description: str
+    spec: Mapping[str, Any]
+
+
+def bars(name: str, heading: str, unit: str, rows: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> Plot | None:
+    if not rows:
+        return None
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    rows = [{**row, "place": stages.index(row["stage"])} for row in rows]
+    encoding: dict[str, Any] = {
+        "y": {"field": "stage", "type": "nominal", "sort": by_place(), "title": None},
+        "x": quantity(unit, unit),
+        "tooltip": tooltip({"stage": "stage", unit: unit}),
+    }
+    mark: dict[str, Any] = {"type": "bar", "color": BLUE}
+    if len(groups) > 1:
+        encoding |= {"yOffset": {"field": "where", "sort": list(groups)}, "color": look("where", groups, COLOURS)}
+    largest = max(rows, key=lambda row: row[unit])
+    text = f"Bars by stage; the largest is {largest['stage']} with {largest[unit]:g} {unit}."
+    return Plot(name, heading, text, spec_of(20 * len(stages), values=rows, mark=mark, encoding=encoding))
+
+
+def lines(
+    rows: Sequence[Mapping[str, Any]],
+    field: str,
+    title: str,
+    group: str,
+    names: Sequence[str],
+    *,
+    log: bool = False,
+) -> dict[str, Any]:
+    """Lines over layers with a point at each; layer −1 is the embedding."""
+    last = max(int(row["layer"]) for row in rows)
+    first = min(int(row["layer"]) for row in rows)
+    y = quantity(field, title)
+    if log:
+        y |= {"scale": {"type": "log"}, "axis": {"format": "~g", "tickCount": 4}}
+    x = {
+        **quantity("layer", "layer"),
+        "scale": {"domain": [first, max(last, first + 1)], "nice": False},
+        "axis": {"tickMinStep": 1, "labelExpr": "datum.value < 0 ? 'emb.' : datum.label"},
+    }
+    stroke = {"legend": {"symbolType": "stroke", "symbolSize": 400, "symbolStrokeWidth": 2}}
+    colours, dashes = (tuple(part[place % len(part)] for place in range(len(names))) for part in (COLOURS, DASHES))
+    return {
+        "data": {"values": list(rows)},
+        "mark": {"type": "line", "point": {"size": 28}, "interpolate": "linear"},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": look(group, names, colours) | stroke,
+            "strokeDash": look(group, names, dashes) | stroke,
+            "tooltip": tooltip({group: group, "layer": "layer", field: title}),
+        },
+    }
+
+
+def spec_of(height: Any, *, values: Sequence[Mapping[str, Any]] | None = None, **parts: Any) -> dict[str, Any]:
+    data = {} if values is None else {"data": {"values": list(values)}}
+    size = {"width": WIDTH, "height": height, "autosize": {"type": "fit-x", "contains": "padding"}}
+    return {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "config": _CONFIG, **size, **data, **parts}
+
+
+def quantity(field: str, title: str) -> dict[str, Any]:
+    return {"field": field, "type": "quantitative", "title": title}
+
+
+def by_place() -> dict[str, str]:
+    """In the order of the field `place`: a list of foreign names would become part of an expression."""
+    return {"field": "place", "op": "min", "order": "ascending"}
+
+
+def look(field: str, domain: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
+    """A look for each name."""
+    return {
+        "field": field,
+        "type": "nominal",
+        "scale": {"domain": list(domain), "range": list(values)[: len(domain)]},
+    }
+
+
+def tooltip(columns: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"field": field, "title": title} for field, title in columns.items()]
+
+
+_KL_AXIS = {
+    **quantity("kl", "mean KL of the first token, nats"),
+    "scale": {"type": "symlog", "constant": 0.01},
+    "axis": {"values": [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~g", "labelOverlap": True},
+}
+
+
+def front(material: Material) -> Plot | None:
+    """Every scored trial: refusals against KL, or the second objective against the first, or a single one by trial."""
+    if not material.scored:
+        return None
+    if material.objectives != DEFAULT:
+        return _of_objectives(material)
+    rows = [_point(material, trial) for trial in material.scored]
+    base = {"kind": "base model", "kl": 0, "refusals": material.result["baseline"]["refusals"], "told": "as it is"}
+    steps = [base, *(row for row in rows if row["order"] > 1)]
+    steps.sort(key=lambda row: (row["kl"], -row["refusals"]))
+    y = quantity("refusals", f"refusals of {material.prompts} harmful prompts")
+    line = {
+        "data": {"values": steps},
+        "mark": {"type": "line", "interpolate": "step-after", "color": BLUE, "opacity": 0.6, "strokeWidth": 1.5},
+        "encoding": {"x": _KL_AXIS, "y": y, "order": {"field": "kl", "type": "quantitative"}},
+    }
+    points = _points([*rows, base], _KL_AXIS, y, _columns(material))
+    count = len(material.result["front"])
+    text = f"{len(rows)} scored trials as points, refusals against KL; {count} of them are on the front."
+    return Plot("front", "Refusals against KL", text, spec_of(340, layer=[line, points]))
+
+
+def _of_objectives(material: Material) -> Plot | None:
+    """Without a line: with more than two objectives the front is none."""
+    first, *rest = material.objectives
+    base = Baseline.from_record(material.result["baseline"])
+    scored = [
+        trial for trial in material.scored if all(one.name in (*trial.values, "kl", "refusals") for one in material.objectives)
+    ]
+    if not scored:  # a damaged record: no trial has all its values
+        return None
+    rows = [
+        {
+            **_point(material, trial),
+            "first": trial.value(first.name),
+            "second": trial.value(rest[0].name) if rest else trial.number,
+        }
+        for trial in scored
+    ]
+    shown: list[dict[str, Any]] = [*rows]
+    if rest:
+        of_base = {"first": base.value(first.name), "second": base.value(rest[0].name)}
+        shown.append({"kind": "base model", "told": "as it is", **of_base})
+    titles = [_title(material, one) for one in material.objectives]
+    axis = _KL_AXIS if first.name == KL else quantity("first", titles[0])
+    x = {**axis, "field": "first"}
+    y = quantity("second", titles[1]) if rest else {**quantity("second", "trial"), "axis": {"tickMinStep": 1}}
+    points = _points(shown, x if rest else y, y if rest else x, _columns(material))
+    what = f"{rest[0].name} against {first.name}" if rest else f"{first.name} by trial"
+    count = len(material.result["front"])
+    text = f"{len(rows)} scored trials as points, {what}; {count} of them are on the front."
+    return Plot("front", what[0].upper() + what[1:], text, spec_of(340, layer=[points]))
+
+
+def _title(material: Material, objective: Objective) -> str:
+    known = {KL: "mean KL of the first token, nats", REFUSALS: f"refusals of {material.prompts} harmful prompts"}
+    return f"{known.get(objective.name, objective.name)} ({objective.goal}d)"
+
+
+def _points(
+    rows: list[dict[str, Any]], x: Mapping[str, Any], y: Mapping[str, Any], columns: Mapping[str, str]
+) -> dict[str, Any]:
+    """A layer of the rows as points, which gives each its size."""
+    kinds = {
+        "selected": (ORANGE, "diamond", 300),
+        "on the front": (BLUE, "circle", 80),
+        "complete": (GREEN, "square", 40),
+        "stopped: at least so many": (GREY, "triangle-up", 40),
+        "base model": (PURPLE, "cross", 120),
+    }
+    met = {row["kind"] for row in rows}
+    shown = {kind: look for kind, look in kinds.items() if kind in met}
+    names, (colours, shapes, sizes) = list(shown), zip(*shown.values(), strict=True)
+    for row in rows:
+        row["size"] = sizes[names.index(row["kind"])]
+    return {
+        "data": {"values": rows},
+        "mark": {"type": "point", "filled": True, "opacity": 0.85},
+        "encoding": {
+            "x": x,
+            "y": y,
+            "color": look("kind", names, colours),
+            "shape": look("kind", names, shapes),
+            "size": {"field": "size", "type": "quantitative", "scale": None, "legend": None},
+            "order": {"field": "order", "type": "quantitative"},
+            "tooltip": tooltip(columns),
+        },
+    }
+
+
+def _point(material: Material, trial: Trial) -> dict[str, Any]:
+    kl, is_front = trial.scores["kl"], material.is_front(trial)
+    kind = "on the front" if is_front else "stopped: at least so many" if trial.state == "stopped" else "complete"
+    chosen = trial.number == material.result["selected"]
+    bound = "≥ " if trial.state == "stopped" else ""
+    return {
+        "kind": "selected" if chosen else kind,
+        "order": 3 if chosen else 2 if is_front else 1,
+        "kl": kl["mean"],
+        "refusals": trial.refusals,
+        "number": str(trial.number),
+        "told": f"{bound}{trial.refusals} of {material.prompts}",
+        "kls": f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['max']:.4f}",
+        "scope": trial.params.scope,
+        "direction": f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else "each layer's own",
+        **{f"kernel{place}": f"{name}: {kernel_text(one)}" for place, (name, one) in enumerate(trial.params.kernels.items())},
+        "seconds": f"{trial.seconds:.1f}",
+        # Named by place: a scorer's name is foreign text.
+        **{f"other{place}": _other(trial, name) for place, name in enumerate(material.others)},
+    }
+
+
+def kernel_text(kernel: Kernel) -> str:
+    """A kernel in a few words."""
+    if not kernel.max_coeff:
+        return "off"
+    return f"{kernel.max_coeff:.2f} at layer {kernel.position:.1f}, {kernel.min_coeff:.2f} at ± {kernel.distance:.1f}"
+
+
+def _columns(material: Material) -> dict[str, str]:
+    count = max((len(trial.params.kernels) for trial in material.trials), default=0)
+    kernels = {f"kernel{place}": f"kernel {place + 1}" for place in range(count)}
+    start = {"number": "trial", "kind": "what", "told": "refusals", "kls": "KL mean / median / max"}
+    start |= {f"other{place}": f"scorer {place + 1}" for place in range(len(material.others))}
+    return start | {"scope": "scope", "direction": "direction"} | kernels | {"seconds": "seconds"}
+
+
+def _other(trial: Trial, name: str) -> str:
+    return f"{name}: {trial.values[name]:.4g}" if name in trial.values else ""
 
 
 def all_plots(material: Material) -> list[Plot]:

@@ -1,0 +1,222 @@
+"""The run directory: the names of its files, and who works there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from abliterate.errors import NO_ROOM, AbliterateError, InputError
+from abliterate.files import DIGEST, FORMAT, digest_of, drop_lock, read_toml, safe_name, take_lock, write_atomically
+from abliterate.types import Trial
+
+# In a run directory while a run works there; the kernel releases it at any end of the process.
+LOCK = ".lock"
+
+_TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
+
+_STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
+
+
+class OtherVersion(InputError):
+    """A file of a format that this version doesn't read: refused, where a damaged one would be built anew."""
+
+
+class RunDirectory:
+    """One study and its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings = path / "settings.toml"
+        self.journal = path / "study.journal"
+        self.study = path / "study.name"
+        self.directions = path / "directions.safetensors"
+        self.geometry = path / "geometry.json"
+        self.answers = path / "answers.json"
+        self.result = path / "result.json"
+        self.report = path / "report.html"
+        self.recipe = path / "recipe.json"
+        self.export = path / "model"
+        # What `prepare` did, for `remove_if_empty` to undo.
+        self._made = False
+        self._moved: Path | None = None
+        # The lock that is held, if any; `locked` owns it.
+        self._locking = False
+        self._lock: IO[bytes] | None = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """While active no other run works here: from now on if there is a run to work at, else from `prepare` on.
+
+        Raises:
+            InputError: another one does.
+        """
+        self._locking = True
+        try:
+            if self.holds_run:
+                self._take_lock()
+            yield
+        finally:
+            self._locking = False
+            self._drop_lock(self.path)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run has left its study here. Other files don't count: their names are everybody's."""
+        return os.path.exists(self.journal) or os.path.exists(self.study)  # a name that is too long is none
+
+    def check(self, *, resume: bool, restart: bool) -> None:
+        """Raise InputError where `prepare` would; changes nothing.
+
+        Raises:
+            InputError: it holds another run and neither `resume` nor `restart` was said, or something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"The path {self.path} is a file; choose another --out.")
+        if self.holds_run and not (resume or restart):
+            raise InputError(
+                f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
+                "(the old one is kept under another name), or choose another --out."
+            )
+        if not self.holds_run and self.path.is_dir() and any(not _is_ours(path) for path in self.path.iterdir()):
+            raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
+
+    def prepare(self, *, resume: bool, restart: bool) -> None:
+        """Make the directory ready: new, continued, or with the old run moved to another name beside it.
+
+        Raises:
+            InputError: as `check` says, or it can't be moved or made.
+        """
+        self.check(resume=resume, restart=restart)
+        try:
+            if restart and self.holds_run:
+                self._moved = _free_name(self.path.absolute())
+                self.path.rename(self._moved)
+                self._drop_lock(self._moved)
+            self._made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _refused(f"The directory {self.path} can't be made or moved", error) from error
+        if self._locking and self._lock is None:
+            self._take_lock()
+
+    def _take_lock(self) -> None:
+        """Hold the lock file, and remove what a killed run had only half written."""
+        try:
+            self._lock = take_lock(self.path / LOCK)
+            for path in self.path.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+        except BlockingIOError as error:
+            raise InputError(
+                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out (abliterate worker "
+                f"{self.path} would help it)."
+            ) from error
+        except OSError as error:
+            raise _refused(f"The directory {self.path} can't be written to", error) from error
+
+    def _drop_lock(self, path: Path) -> None:
+        """Release the lock, if it is held; its file is in `path`."""
+        if self._lock is not None:
+            drop_lock(self._lock, path / LOCK)
+            self._lock = None
+
+    def remove_if_empty(self) -> None:
+        """A run that failed before its first artifact leaves no directory of its own, and the old run where it was."""
+        with contextlib.suppress(OSError):
+            if self._made and not any(self.path.iterdir()):
+                self.path.rmdir()
+                if self._moved:
+                    self._moved.rename(self.path)
+
+    def study_name(self) -> str:
+        """The name of the run's study in a database: made up once, so that no two runs ever share a study by accident."""
+        if not self.study.exists():
+            name = safe_name(str(self.path.absolute()))
+            write_atomically(self.study, f"abliterate-{name}-{uuid.uuid4().hex[:12]}\n")
+        try:
+            found = self.study.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The file {self.study} can't be read ({error}); put it back, or begin anew with --restart."
+            ) from error
+        if not _STUDY_NAME.fullmatch(found):
+            raise InputError(f"The file {self.study} holds no study's name; put it back, or begin anew with --restart.")
+        return found
+
+    def read_result(self) -> dict[str, Any]:
+        """The content of `result.json`; InputError where there is none or it doesn't parse."""
+        try:
+            record = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"The file {self.result} can't be read: {error}; abliterate run --resume rebuilds it.") from error
+        found = record.get("format") if isinstance(record, dict) else None
+        if isinstance(found, int) and found != FORMAT:
+            raise OtherVersion(
+                f"The file {self.result} has format {found}, this version reads format {FORMAT}; use the version of abliterate "
+                "that wrote it."
+            )
+        if found != FORMAT or record.pop(DIGEST, None) not in (None, digest_of(record)) or not _is_sound(record):
+            raise InputError(f"The file {self.result} is damaged; abliterate run --resume rebuilds it.")
+        return record
+
+
+def default_path(model: str) -> Path:
+    """`runs/<model>-<time>`, with nothing of the model's name that could leave that folder."""
+    return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def latest_run(model: str) -> Path | None:
+    """The newest run directory of exactly that model under `runs/` with a default name, if any."""
+    name = re.compile(re.escape(safe_name(model)) + r"-\d{8}-\d{6}")
+    found = [path for path in Path("runs").glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _model_of(path: Path) -> str | None:
+    """The model of the run in a directory; None where there is no run."""
+    directory = RunDirectory(path)
+    if not directory.holds_run:
+        return None
+    with contextlib.suppress(InputError):
+        return str(read_toml(directory.settings).get("model"))
+    return None
+
+
+def _is_sound(record: Mapping[str, Any]) -> bool:
+    """Whether a result has the parts that every reader relies on."""
+    try:
+        trials = {trial.number: trial for trial in map(Trial.from_record, record["trials"])}
+        scored = [trial.refusals >= 0 <= trial.kl for trial in trials.values() if trial.state != "failed"]
+        parts = [isinstance(record[name], dict) for name in ("model", "baseline", "export", "timings", "environment")]
+        counts = [int(record["baseline"][name]) >= 0 for name in ("refusals", "prompts")]
+        return all([*scored, *parts, *counts, {*record["front"], record["selected"]} <= {*trials, None}])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
+def _refused(what: str, error: OSError) -> AbliterateError:
+    if error.errno in NO_ROOM:
+        return AbliterateError(f"{what}: {error.strerror}; free some space and repeat the command.")
+    return InputError(f"{what}: {error.strerror}; mend that, or choose another --out.")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is what a run that was killed at its very beginning leaves."""
+    return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
+
+
+def _free_name(path: Path) -> Path:
+    for number in range(1, 10_000):
+        candidate = path.with_name(f"{path.name}.old-{number}")
+        if not candidate.exists():
+            return candidate
+    raise InputError(f"There are too many old runs beside {path}; delete some.")

@@ -1,0 +1,1 @@
+"""A conversation with a base model, a trial or an export."""

@@ -1,0 +1,219 @@
+"""What a chat shows: on a terminal, in a pipe, as JSON lines. With `console` and `tables`, all of Rich.
+
+Nothing that a model or a file says reaches a terminal as a control character. Knows no session.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from abliterate.chat.session import Answer, Side, label
+from abliterate.terminal import json_lines
+from abliterate.terminal.reporters import summary_lines
+from abliterate.terminal.tables import front_table
+
+# C0 but for tab and line feed, delete, C1; and what turns the direction of text or hides in it.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_ENDED = {"limit": "cut here: it has as many tokens as it may (--max-new-tokens)", "interrupted": "interrupted"}
+_WITHIN = "it ended while still thinking"
+_NARROW = 60  # columns below which two answers stand below each other
+
+
+def visible(text: str) -> str:
+    """`text` with control characters written out, as in `\\x1b[2J`: a terminal must not obey a model."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Display(Protocol):
+    """How a chat looks: a `Listener` without `stop`, and what commands say."""
+
+    def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None: ...
+    def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None: ...
+    def end(self, turn: int, prompt: str, answer: Answer) -> None: ...
+    def close(self) -> None:
+        """The answers of a turn have ended, in whatever way."""
+
+    def note(self, text: str) -> None: ...
+    def problem(self, text: str) -> None:
+        """A line that couldn't be carried out, and why."""
+
+    def front(self, result: Mapping[str, Any], current: int | None) -> None:
+        """The trials on the front, and which one answers."""
+
+
+class PlainFace:
+    """Answers alone on `out`; all else on `err`. Thinking isn't shown."""
+
+    def __init__(self, out: TextIO, err: TextIO) -> None:
+        self._out, self._err = out, err
+
+    def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
+        if len(sides) > 1:
+            print(f"[{label(side, trial)}]", file=self._out)
+
+    def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
+        if not thinking:
+            print(visible(text), end="", file=self._out, flush=True)
+
+    def end(self, turn: int, prompt: str, answer: Answer) -> None:
+        print(file=self._out, flush=True)
+        for text in _remarks(answer):
+            self.note(text)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def note(self, text: str) -> None:
+        print(visible(text), file=self._err, flush=True)
+
+    def problem(self, text: str) -> None:
+        print(f"error: {visible(text)}", file=self._err, flush=True)
+
+    def front(self, result: Mapping[str, Any], current: int | None) -> None:
+        for line in summary_lines({**result, "selected": None}, ""):
+            self.note(line)
+        self.note(f"trial {current} answers")
+
+
+class JsonFace:
+    """JSON lines."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+
+    def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
+        """The pieces say it."""
+
+    def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
+        json_lines.emit("piece", out=self._out, side=side, trial=trial, thinking=thinking, text=text)
+
+    def end(self, turn: int, prompt: str, answer: Answer) -> None:
+        json_lines.emit("answer", out=self._out, turn=turn, prompt=prompt, **answer.to_record())
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def note(self, text: str) -> None:
+        json_lines.emit("note", out=self._out, text=text, fields={})
+
+    def problem(self, text: str) -> None:
+        json_lines.emit("warning", out=self._out, text=text)
+
+    def front(self, result: Mapping[str, Any], current: int | None) -> None:
+        trials = [one for one in result["trials"] if one["number"] in result["front"]]
+        json_lines.emit("front", out=self._out, trials=trials, selected=result["selected"], current=current)
+
+
+class TerminalFace:
+    """Answers as they come, thinking dimmed; two side by side where there is room."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._columns: dict[Side, tuple[str, Text]] = {}
+        self._live: Live | None = None
+        self._mark = ""  # what kind of text the line is of
+
+    def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
+        self._mark = ""
+        if len(sides) == 1:
+            return
+        if self._console.width < _NARROW:
+            self._console.print(Text(label(side, trial), style="bold cyan"))
+            return
+        self._columns[side] = (label(side, trial), Text())
+        if self._live is None:
+            self._live = Live(console=self._console, transient=True, refresh_per_second=8, vertical_overflow="crop")
+            self._live.start()
+        self._live.update(_Last(self._table()))
+
+    def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
+        style = "dim italic" if thinking else ""
+        mark = "thinking" if thinking else "answer"
+        gap = "\n\n" if self._mark == "thinking" and not thinking else ""
+        self._mark = mark
+        if side in self._columns:
+            self._columns[side][1].append(gap + visible(text), style=style)
+            return
+        # Soft wrap: lines break where the terminal ends, and a copied answer is what the model said.
+        self._console.print(Text(gap + visible(text), style=style), end="", soft_wrap=True, highlight=False)
+
+    def end(self, turn: int, prompt: str, answer: Answer) -> None:
+        remarks = _remarks(answer)
+        if answer.side in self._columns:
+            shown = self._columns[answer.side][1]
+            shown.append("".join(f"\n({remark})" for remark in remarks), style="yellow")
+            return
+        self._console.print()
+        for remark in remarks:
+            self._console.print(Text(f"({remark})", style="yellow"))
+
+    def close(self) -> None:
+        """What was live is printed for good."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            self._console.print(self._table())
+        self._columns = {}
+
+    def note(self, text: str) -> None:
+        self._say(text, "dim")
+
+    def problem(self, text: str) -> None:
+        self._say(text, "red")
+
+    def front(self, result: Mapping[str, Any], current: int | None) -> None:
+        self._console.print(front_table(result, marked=current))
+
+    def _say(self, text: str, style: str) -> None:
+        console = self._live.console if self._live else self._console
+        console.print(Text(visible(text), style=style), highlight=False)
+
+    def _table(self) -> Table:
+        table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
+        for heading, _ in self._columns.values():
+            table.add_column(Text(heading, style="bold cyan"), ratio=1, overflow="fold")
+        if len(self._columns) == 1:  # the other one's place, until it begins
+            table.add_column("", ratio=1)
+        table.add_row(*(text for _, text in self._columns.values()))
+        return table
+
+
+class _Last:
+    """The end of something higher than the terminal, where the newest words are."""
+
+    def __init__(self, content: Table) -> None:
+        self._content = content
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._content, options.update(height=None), pad=False)
+        room = max(console.height - 2, 3)
+        kept: Sequence[list[Segment]] = lines if len(lines) <= room else [lines[0], *lines[len(lines) - room + 1 :]]
+        for line in kept:
+            yield from line
+            yield Segment.line()
+
+
+def _remarks(answer: Answer) -> list[str]:
+    """What a person should know of how it ended."""
+    remarks = [_ENDED[answer.said.ended]] if answer.said.ended in _ENDED else []
+    if answer.said.within_thinking:
+        remarks.append(_WITHIN)
+    elif not answer.said.text.strip() and answer.said.ended == "end":
+        remarks.append("an empty answer")
+    return remarks
+
+
+def make_face(*, as_json: bool, interactive: bool) -> Display:
+    """The one that suits where output goes."""
+    if as_json:
+        return JsonFace(sys.stdout)
+    return TerminalFace(Console()) if interactive else PlainFace(sys.stdout, sys.stderr)

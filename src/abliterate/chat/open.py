@@ -1,0 +1,220 @@
+"""From what a person names to a `Session`: a run with its trials, an exported adapter, or any model that generates.
+
+Loads only what a chat needs: no prompts, no calibration; edits are prepared when they are first used. Knows no terminal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.chat.edits import AdapterEdits, RunEdits, checked, complete_trial, damaged, first_trial
+from abliterate.chat.generate import Generator, Sampling
+from abliterate.chat.session import Edits, Session
+from abliterate.edits import SvdMemo
+from abliterate.engine.responses import ResponseReader
+from abliterate.errors import InputError
+from abliterate.export.folder import MARKER
+from abliterate.files import read_toml
+from abliterate.model import loader
+from abliterate.model.devices import choose_device
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
+from abliterate.model.loader import DEMO
+from abliterate.model.peft import check_adapter, with_adapter
+from abliterate.objectives import other_scores
+from abliterate.pipeline import stages
+from abliterate.pipeline.export import pinned
+from abliterate.pipeline.from_settings import chat_of, markup_of
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings, merge
+from abliterate.settings.untrusted import code_note, distrusted
+from abliterate.types import Prompt, Reporter
+
+_ADAPTER = "adapter_config.json"
+# Settings that make no other trial of a trial: `prompts` is here for its system prompt.
+_FREE = ("cache_dir", "device", "load", "prompts", "response", "seed")
+
+
+@dataclass(frozen=True)
+class ChatTarget:
+    """What the options say beside settings. `trial` None: what the run picked; `response_prefix`: begins every answer."""
+
+    trial: int | None = None
+    response_prefix: str = ""
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+def open_session(
+    target: str, wanted: ChatTarget, given: Mapping[str, Any], reporter: Reporter
+) -> tuple[Session, dict[str, str]]:
+    """The session, and what a person is told of it: fields of a header. `given`: settings from the command line.
+
+    Raises:
+        InputError: `target` is neither, or has no such trial. AbliterateError: the model can't be loaded.
+    """
+    path = Path(target).expanduser()
+    if is_run(target):
+        return _open_run(RunDirectory(path), wanted, given, reporter)
+    if wanted.trial is not None:
+        raise InputError(f"The option --trial needs a run, and {target} is none; name a run directory, or leave it out.")
+    if target != DEMO and path.is_dir() and not (path / "config.json").is_file():
+        if (path / _ADAPTER).is_file():
+            return _open_adapter(path, wanted, given, reporter)
+        raise InputError(f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another.")
+    return _open_model(load_settings("", {**given, "model": target}), wanted, reporter)
+
+
+def is_run(target: str) -> bool:
+    """Whether `target` is a run directory; `demo` is the demo, whatever lies here."""
+    path = Path(target).expanduser()
+    files = (RunDirectory(path).settings, RunDirectory(path).result)
+    return target != DEMO and not (path / "config.json").is_file() and any(file.is_file() for file in files)
+
+
+def _open_run(
+    directory: RunDirectory, wanted: ChatTarget, given: Mapping[str, Any], reporter: Reporter
+) -> tuple[Session, dict[str, str]]:
+    settings = _run_settings(directory, given, reporter)
+    if not directory.result.exists() and directory.holds_run:
+        raise InputError(
+            f"The run in {directory.path} has nothing to chat with, because no trial of it has finished yet; wait for one, or "
+            "chat with its model."
+        )
+    result = directory.read_result()
+    try:
+        number, run = wanted.trial, result["model"]
+        path = directory.path
+        trial = first_trial(result, settings, path) if number is None else complete_trial(result, number, path)
+        revision, fingerprint, total = run["revision"], run["fingerprint"], result["baseline"]["prompts"]
+        before = result["baseline"]["refusals"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(directory, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    directions = stages.read_directions(directory.directions, result)
+    source = loader.resolve_source(settings.model)
+    load = pinned(settings.load, source, revision)
+    reporter.stage("load", loader.public_name(settings.model))
+    device = choose_device(settings.device)
+    loaded = loader.load_model(settings.model, load, device, _probe(settings), reporter.warn)
+    if loaded.info.fingerprint != fingerprint:
+        raise InputError(
+            f"The model in {settings.model} isn't what it was when the run was made, so its trials mean nothing to it; put "
+            "back what was changed, or make a new run."
+        )
+    # Off is free here whatever the run said: an edited module's place is the base's own then, bit for bit.
+    editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
+    components = frozenset(target.component for target in loaded.targets)
+    edits = RunEdits(directory, editor, components, checked(trial, components, directory))
+    others = "".join(f", {text}" for text in other_scores(trial, result["baseline"].get("values", {})))
+    fields = {
+        "model": f"{loaded.info.id} ({loaded.info.family}, {loaded.info.dtype}, {loaded.info.device})",
+        "trial": f"{trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}",
+    }
+    return _session(settings, wanted, loaded.model, loaded.tokenizer, edits, str(directory.path), fields)
+
+
+def _open_model(settings: Settings, wanted: ChatTarget, reporter: Reporter) -> tuple[Session, dict[str, str]]:
+    """Any model that generates, whether or not it can be edited."""
+    source = loader.resolve_source(settings.model)
+    model, tokenizer, fields = _load(settings, source, reporter)
+    return _session(settings, wanted, model, tokenizer, None, None, fields | _export_field(Path(source)))
+
+
+def _open_adapter(
+    path: Path, wanted: ChatTarget, given: Mapping[str, Any], reporter: Reporter
+) -> tuple[Session, dict[str, str]]:
+    """A base model with the adapter in `path`, which is a run's where it lies in one."""
+    check_adapter(path)
+    # A run's own settings know where the base is; an adapter has only its name.
+    run = RunDirectory(path.resolve().parent)
+    if is_run(str(run.path)):
+        settings = _run_settings(run, given, reporter)
+    else:
+        try:
+            base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"The adapter in {path} can't be read: {error}; export it again.") from error
+        settings = load_settings("", {**given, "model": str(base)})
+    model, _, fields = _load(settings, loader.resolve_source(settings.model), reporter)
+    tokenizer = loader.load_tokenizer(str(path), settings.load.model_copy(update={"revision": ""}))
+    tuned = with_adapter(model, path)
+    found = _export_field(path)
+    edits = AdapterEdits(tuned.base_model, _trial_in(path))
+    return _session(settings, wanted, tuned.get_base_model(), tokenizer, edits, None, fields | found)
+
+
+def _load(settings: Settings, source: str, reporter: Reporter) -> tuple[Any, PreTrainedTokenizerBase, dict[str, str]]:
+    reporter.stage("load", loader.public_name(settings.model))
+    device = choose_device(settings.device)
+    _, tokenizer, model, dtype = loader.open_model(source, settings.load, device, _probe(settings), reporter.warn)
+    name = f"{loader.public_name(settings.model)} ({str(dtype).removeprefix('torch.')}, {device})"
+    return model, tokenizer, {"model": name}
+
+
+def _session(
+    settings: Settings,
+    wanted: ChatTarget,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    edits: Edits | None,
+    run: str | None,
+    fields: dict[str, str],
+) -> tuple[Session, dict[str, str]]:
+    device = model.get_input_embeddings().weight.device
+    chat = chat_of(settings, tokenizer, device, wanted.response_prefix)
+    voice = Generator(model, chat, ResponseReader(tokenizer, markup_of(settings)), wanted.sampling)
+    system = settings.prompts.system
+    shown = {**fields, "system prompt": system or "none"}
+    if note := voice.form_note(system):
+        shown["template"] = note
+    name = loader.public_name(settings.model)
+    return Session(voice, edits, system, name, Path(run).resolve().name if run else None), shown
+
+
+def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: Reporter) -> Settings:
+    """The run's own, whatever the environment says, with what is given for this chat."""
+    foreign = sorted(set(given) - set(_FREE))
+    if foreign:
+        raise InputError(
+            f"The settings {', '.join(foreign)} belong to the run, and with others its trials would be other ones; only "
+            "load, prompts.system and response can be set for a chat with it."
+        )
+    stored = read_toml(directory.settings)
+    own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
+    settings = load_settings(str(directory.settings), merge(distrusted(own), given))
+    if note := code_note(stored, settings):
+        reporter.warn(note)
+    return settings
+
+
+def _probe(settings: Settings) -> Any:
+    """What the test generation of the loader is made with."""
+    probe = Prompt("What is 1+1?", settings.prompts.system)
+
+    def inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
+        return chat_of(settings, tokenizer, at).encode([probe])
+
+    return inputs
+
+
+def _trial_in(path: Path) -> int | None:
+    """The trial that an export is of, if it is one of ours and says so."""
+    try:
+        trial = json.loads((path / MARKER).read_text(encoding="utf-8")).get("trial")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return trial if isinstance(trial, int) else None
+
+
+def _export_field(path: Path) -> dict[str, str]:
+    trial = _trial_in(path)
+    if not (path / MARKER).is_file():
+        return {}
+    return {"export": "of abliterate" + (f", trial {trial}" if trial is not None else "")}

@@ -1,0 +1,1 @@
+"""What `abliterate X` does on the command line is `cli/X.py`."""

@@ -1,0 +1,66 @@
+"""What `abliterate evaluate` does once its options are read: settings, and the result as tables or as a JSON line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import exit
+from abliterate.cli import run as cli_run
+from abliterate.errors import AbliterateError
+from abliterate.evaluation.lm_eval import Tasks
+from abliterate.files import read_toml
+from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
+from abliterate.pipeline.evaluate import parse_candidate
+from abliterate.settings.sources import load_settings, merge
+from abliterate.settings.untrusted import code_note, scorers_note, to_measure
+from abliterate.terminal import json_lines
+from abliterate.terminal.reporters import make_reporter
+from abliterate.terminal.tables import heldout_lines, print_table, printable
+
+
+def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
+    """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's own settings, unless others are given."""
+    candidate = parse_candidate(text)
+    options, stored = cli_run.options_of(given, assignments), {}
+    skipped: list[str] = []
+    if candidate.kind == "trial":
+        directory = RunDirectory(Path(candidate.place))
+        directory.read_result()  # "no run there" comes first
+        stored = read_toml(directory.settings)
+        own, skipped = to_measure(stored)
+        options = merge(own, options)
+    settings = load_settings(config, options)
+    exit.quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    for note in (scorers_note(skipped, settings), code_note(stored, settings)):
+        if note:
+            reporter.warn(note)
+
+    def show(heldout: Mapping[str, Any]) -> None:
+        if not as_json:
+            reporter.close()
+            for line in heldout_lines(heldout):
+                print(printable(line), flush=True)
+
+    with exit.ending_at_once(reporter, "interrupted; nothing was changed."):
+        found = evaluate_candidate(settings, reporter, candidate, tasks, show=show)
+    if as_json:
+        json_lines.emit("result", **found)
+    elif found["benchmarks"]:
+        rows = [_cells(row) for row in found["benchmarks"]]
+        print_table(("task", "metric", "base", "candidate"), rows, "lm-eval", ("base", "candidate"))
+    if found["error"]:
+        raise AbliterateError(f"There are no benchmarks ({found['error']}); the held-out figures stand.")
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    arrow = {True: " ↑", False: " ↓", None: ""}[row["higher_is_better"]]
+    return row["task"], row["metric"] + arrow, *(_number(row[name]) for name in ("base", "candidate"))
+
+
+def _number(value: Mapping[str, Any]) -> str:
+    error = "" if value["stderr"] is None else f" ± {value['stderr']:.4f}"
+    return f"{value['value']:.4f}{error}"

@@ -1,0 +1,123 @@
+"""How a command ends: every error becomes one sentence and an exit code, and with `--json` a last line on standard output.
+
+Imports nothing heavy at the top, and nothing that could itself fail where no memory is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from abliterate.errors import BAD_INPUT, FAILED, INTERRUPTED, AbliterateError, Interrupted
+from abliterate.terminal import json_lines
+from abliterate.terminal.interrupts import Interrupts
+from abliterate.types import Reporter
+
+# Not every command is a run, so these sentences must be true of all.
+_KEPT = "a run keeps its finished trials and continues with --resume"
+
+
+def run_to_its_end(command: Callable[[], object]) -> None:
+    """Run `command`; whatever goes wrong in it ends the process with a sentence and an exit code."""
+    try:
+        command()
+    except SystemExit as ended:  # Typer's: help, usage errors that it has shown itself, Ctrl+C
+        if ended.code == INTERRUPTED:
+            _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
+        if ended.code:
+            told = getattr(ended.__context__, "format_message", None)
+            _say_as_json(told() if told else "bad usage; standard error says more.", BAD_INPUT)
+        raise
+    except KeyboardInterrupt:
+        _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`); nothing is left to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if not isinstance(error, Interrupted):
+            show_traceback()
+        _fail(*explain(error))
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The sentence that a person sees of an error, and the exit code."""
+    if isinstance(error, AbliterateError):
+        return str(error), error.exit_code
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED
+    reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+    if _is_out_of_memory(error):
+        reason = reason or "out of memory"
+        return f"there is too little memory ({reason}); free some and repeat the command: {_KEPT}.", FAILED
+    return f"unexpected {type(error).__name__}: {reason}; run with abliterate --debug … and report it.", FAILED
+
+
+def show_traceback() -> None:
+    """Of the error being handled, if --debug was given."""
+    if os.environ.get("ABLITERATE_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # then it isn't torch's, which is heavy to load
+        return isinstance(error, MemoryError)
+    from abliterate.model.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    try:
+        from abliterate.terminal.reporters import show_error
+
+        show_error(message)
+    except MemoryError:  # where there is none left, not even Rich can be loaded
+        sys.stderr.write(f"error: {message}\n")
+    _say_as_json(message, exit_code)
+    sys.exit(exit_code)
+
+
+def _say_as_json(message: str, exit_code: int) -> None:
+    # Asked of the arguments themselves: options that can't be parsed are an error too.
+    if "--json" in sys.argv[1:]:
+        with contextlib.suppress(OSError, MemoryError):  # standard output may be what has failed
+            json_lines.emit("error", message=message, exit_code=exit_code)
+
+
+@contextlib.contextmanager
+def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
+    """The first Ctrl+C or SIGTERM ends what is inside, with `message`: there is nothing to finish first."""
+    interrupts = Interrupts()
+    try:
+        with interrupts.listening(), interrupts.at_once():
+            yield
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, message) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=message) from error
+    finally:
+        reporter.close()
+
+
+def quiet_libraries() -> None:
+    """Their progress bars and advice would tear ours; their errors still raise."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        import datasets
+
+        datasets.disable_progress_bars()
+    except ImportError:
+        pass

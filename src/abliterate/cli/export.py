@@ -1,0 +1,44 @@
+"""`abliterate export`: export any complete trial of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli.exit import ending_at_once, quiet_libraries
+from abliterate.errors import InputError
+from abliterate.files import read_toml
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.settings.sources import load_settings
+from abliterate.settings.untrusted import code_note, distrusted
+from abliterate.terminal.reporters import make_reporter
+
+
+def export_trial(
+    path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, trust: bool = False, as_json: bool
+) -> None:
+    """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
+    directory = RunDirectory(path)
+    directory.read_result()  # "no run there" comes first
+    # What trials mean is the run's: here not even the environment may change it. And where its own export was pushed to is
+    # no place for this one.
+    stored = read_toml(directory.settings)
+    own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
+    own = own if trust else distrusted(own)
+    settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
+    if settings.export.kind == "none":
+        raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    if out is not None and not str(out).strip("."):
+        raise InputError("The current directory can't be an export; name a folder with --out.")
+    final = out or path / f"model-trial-{number}"
+    if final.resolve() == directory.export.resolve():
+        raise InputError(
+            f"The folder {final} is the run's own export; choose another --out, or change the run's choice with "
+            f"abliterate run --resume --out {path} --select trial:{number}."
+        )
+    quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    if note := code_note(stored, settings, "--trust-remote-code"):
+        reporter.warn(note)
+    with ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
+        pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)

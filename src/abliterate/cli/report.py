@@ -1,0 +1,46 @@
+"""`abliterate report`: the page again, the plots as images, and the same on the terminal. Loads no model."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import AbliterateError, InputError
+from abliterate.files import write_atomically
+from abliterate.report import draw
+from abliterate.report.data import Material, gather
+from abliterate.report.page import render
+from abliterate.report.plots import all_plots
+from abliterate.report.terminal import show
+from abliterate.terminal.tables import printable
+
+
+def report(path: Path, png: Path | None, terminal: bool) -> None:
+    """Write `report.html` and say where; `png`: a folder for the plots; `terminal`: show it here, too."""
+    directory = RunDirectory(path)
+    material = gather(directory)
+    # Else a page that says less than the one before would take its place unseen.
+    for name in ("settings", "geometry", "answers"):
+        if name in material.missing:
+            print(f"warning: {printable(material.missing[name])}", file=sys.stderr)
+    pictures = {} if png is None else _pictures(material, png)
+    write_atomically(directory.report, render(material))
+    if terminal:
+        show(material)
+    print(printable(str(directory.report)))
+    for picture, content in pictures.items():
+        write_atomically(picture, content)
+        print(printable(str(picture)))
+
+
+def _pictures(material: Material, folder: Path) -> dict[Path, bytes]:
+    """What is to be written into the folder, which is made; before anything else, since it is what can go wrong."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = draw.png({plot.name: plot.spec for plot in all_plots(material)})
+    except draw.Undrawable as error:
+        raise AbliterateError(str(error)) from error
+    except OSError as error:
+        raise InputError(f"The folder {folder} can't be made: {error.strerror}; choose another --png.") from error
+    return {folder / f"{name}.png": content for name, content in drawn.items()}

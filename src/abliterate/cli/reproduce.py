@@ -1,0 +1,26 @@
+"""`abliterate reproduce`: make a trial again from its recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.cli.exit import ending_at_once, quiet_libraries
+from abliterate.cli.run import given_options
+from abliterate.errors import InputError
+from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
+from abliterate.terminal.reporters import make_reporter
+
+
+def reproduce_recipe(path: Path, model: str, given: Mapping[str, Any], kind: str, out: Path | None, *, as_json: bool) -> None:
+    """`abliterate reproduce RECIPE`."""
+    if kind not in ("", "merged", "adapter", "none"):
+        raise InputError(f"There is no export of kind {kind!r}; choose merged, adapter or none.")
+    if out is not None and not str(out).strip("."):
+        raise InputError("The current directory can't be an export; name a folder with --out.")
+    quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    with ending_at_once(reporter, "interrupted; nothing was exported, repeat the command."):
+        # Not the model of the environment: it is said by the recipe, or here.
+        pipeline_reproduce_reproduce.reproduce(path, {**given_options(given), "model": model}, reporter, kind=kind, out=out)

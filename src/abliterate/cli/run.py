@@ -1,0 +1,130 @@
+"""`abliterate run`: from options to settings, a run directory and the pipeline."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
+from abliterate.cli.exit import quiet_libraries
+from abliterate.errors import InputError, Interrupted
+from abliterate.objectives import objectives_from_result
+from abliterate.pipeline import run as pipeline_run
+from abliterate.search.selection import parse_rule
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
+from abliterate.terminal.interrupts import Interrupts
+from abliterate.terminal.reporters import ask_for_trial, make_reporter
+from abliterate.types import Baseline, Trial
+
+
+@dataclass(frozen=True)
+class RunFlags:
+    """What `abliterate run` is told beside settings."""
+
+    gpus: int = 1
+    resume: bool = False
+    restart: bool = False
+    as_json: bool = False
+    reference: bool = False
+
+
+def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: RunFlags) -> None:
+    """`abliterate run MODEL`."""
+    options = options_of(given, assignments)
+    settings, directory = resolve(options, config, flags)
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.as_json
+    carry_out(settings, directory, flags, Interrupts(), ask=at_terminal and "select" not in options.get("search", {}))
+
+
+def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """What the command line says, --set included."""
+    return merge(given_options(given), parse_assignments(assignments))
+
+
+def resolve(
+    options: Mapping[str, Any], config: str, flags: RunFlags, entry: Mapping[str, Any] | None = None
+) -> tuple[Settings, RunDirectory]:
+    """The settings of a run, new or continued, and where it is; `entry`: what a list of runs says of it."""
+    settings = load_settings(config, options, entry=entry)
+    directory = _existing(settings) if flags.resume else None
+    if directory:
+        # A continued run starts from its own settings; what is given now, in any way, wins over them.
+        settings = load_settings(config, options, stored=directory.settings, entry=entry)
+    if flags.reference:
+        settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
+    check_storage(settings.search.storage)
+    return settings, directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
+
+
+def carry_out(
+    settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool
+) -> dict[str, Any]:
+    """One run to its end; `ask`: a person chooses the trial. Returns the content of `result.json`."""
+    quiet_libraries()
+    reporter = make_reporter(as_json=flags.as_json)
+
+    def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
+        with interrupts.at_once():
+            return ask_for_trial(front, default, baseline, reporter)
+
+    try:
+        with interrupts.listening():
+            return pipeline_run.run(
+                settings,
+                interrupts.watched(reporter),
+                directory,
+                resume=flags.resume,
+                restart=flags.restart,
+                gpus=flags.gpus,
+                choose=choose if ask else None,
+                check=interrupts.check,
+            )
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, _how_to_continue(directory, settings)) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=_how_to_continue(directory, settings)) from error
+    finally:
+        reporter.close()
+        directory.remove_if_empty()
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given; the others (None) leave room for lower sources."""
+    kept: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = given_options(value) if isinstance(value, Mapping) else value
+        if inner is not None and inner != {}:
+            kept[name] = inner
+    return kept
+
+
+def _existing(settings: Settings) -> RunDirectory | None:
+    """The run that --resume means: in `out`, else the newest of this model; None where there is none yet."""
+    path = Path(settings.out) if settings.out else latest_run(settings.model)
+    if path is None:
+        return None
+    directory = RunDirectory(path)
+    return directory if directory.settings.exists() else None
+
+
+def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
+    where = directory.path
+    if not directory.holds_run:
+        return "interrupted before anything was found; start the run again."
+    text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
+    best = _best_so_far(directory, settings)
+    return text + (f", or export one now with abliterate export {where} --trial {best.number}." if best else ".")
+
+
+def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
+    """What the selection rule would pick now, if there is something to pick."""
+    try:
+        result = directory.read_result()
+    except InputError:  # none yet, or damaged
+        return None
+    front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
+    return parse_rule(settings.search.select, settings.search.select_max_kl, objectives_from_result(result)).preview(front)

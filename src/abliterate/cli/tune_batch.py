@@ -1,0 +1,35 @@
+"""`abliterate tune-batch`: measure batch sizes and print them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from abliterate.cli.exit import ending_at_once, quiet_libraries
+from abliterate.cli.run import options_of
+from abliterate.pipeline import run as pipeline_run
+from abliterate.settings.sources import load_settings
+from abliterate.terminal import json_lines
+from abliterate.terminal.quantities import bytes_text
+from abliterate.terminal.reporters import make_reporter
+from abliterate.terminal.tables import print_table
+
+
+def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *, as_json: bool) -> None:
+    """`abliterate tune-batch`."""
+    settings = load_settings(config, options_of(given, assignments))
+    quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    with ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
+        tuning = pipeline_run.tune(settings, reporter)
+    if as_json:
+        json_lines.emit("result", operations={one.operation: one.to_record() for one in tuning})
+        return
+    rows = []
+    for one in tuning:
+        for size, probe in sorted(one.probes.items()):
+            found = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", bytes_text(probe.peak_bytes))
+            rows.append((one.operation, str(size), *found, "← chosen" if size == one.size else ""))
+        if one.size not in one.probes:  # made even afterwards, or taken over from another operation
+            rows.append((one.operation, str(one.size), "", "", "← chosen"))
+    print_table(("operation", "prompts at a time", "tokens/s", "memory", ""), rows, "Short passes over the longest prompts")

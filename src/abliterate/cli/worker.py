@@ -1,0 +1,38 @@
+"""`abliterate worker`: join a run that is in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.cli.exit import quiet_libraries
+from abliterate.cli.run import given_options
+from abliterate.errors import Interrupted
+from abliterate.pipeline import run as pipeline_run
+from abliterate.terminal import json_lines
+from abliterate.terminal.interrupts import Interrupts
+from abliterate.terminal.reporters import make_reporter
+
+
+def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool) -> None:
+    """`abliterate worker`."""
+    quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    interrupts = Interrupts()
+    left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
+    try:
+        with interrupts.listening():
+            trials = pipeline_run.work(
+                run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
+            )
+        if as_json:
+            json_lines.emit("result", trials=trials)
+        else:
+            reporter.note(f"the run has its {trials} trials")
+    except Interrupted as error:
+        raise Interrupted(error.exit_code, left) from error
+    except KeyboardInterrupt as error:
+        raise Interrupted(message=left) from error
+    finally:
+        reporter.close()

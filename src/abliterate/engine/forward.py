@@ -1,0 +1,131 @@
+"""One forward pass of any decoder, from any layer on, with any cache.
+
+It uses only the forward and cache interfaces of `transformers`, so skipping layers needs no per-architecture code
+(docs/design.md §5.1, §5.2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from abliterate.engine.layout import positions
+from abliterate.model.memory import memory_errors
+
+
+class Passes:
+    """Forward passes of `model`, whose decoder stack is `layers`."""
+
+    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        self._model: Any = model
+        self.layers = layers
+        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self.takes_positions = "position_ids" in self._accepted
+        self._arity: dict[nn.Module, int] = {}
+        self.last_start = last_start(model.config.get_text_config(), len(layers))
+
+    def __call__(
+        self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
+    ) -> tuple[Tensor, Cache | None]:
+        """Feed `ids` (n, S) after `cache`; `mask` (n, P+S). Logits (n, last, vocabulary) of the last positions, and the cache.
+
+        Without a cache given, the model makes one of its own class.
+        """
+        kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if self.takes_positions:
+            kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+        if "logits_to_keep" in self._accepted:
+            kwargs["logits_to_keep"] = last
+        with memory_errors():
+            output = self._model(**kwargs)
+        return output.logits[:, -last:], getattr(output, "past_key_values", None)
+
+    @contextlib.contextmanager
+    def keeping(self, starts: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
+        """While active, a pass leaves in `hidden` what enters each layer of `starts`, (n, S, d_model)."""
+
+        def hook(start: int) -> Callable[..., None]:
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entering: Tensor = args[0] if args else kwargs["hidden_states"]
+                hidden[start] = entering.detach().movedim(-3, 0).clone()  # rows first: Gemma 3n's are (streams, n, S, d_model)
+
+            return keep
+
+        handles = [self.layers[start].register_forward_pre_hook(hook(start), with_kwargs=True) for start in starts]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def starting_at(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        """While active, layers below `start` do nothing and `hidden` (n, S, d_model) enters layer `start`."""
+        if hidden is None or start == 0:
+            yield
+            return
+        hidden = hidden.movedim(0, -3)
+
+        def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, kwargs | {"hidden_states": hidden}
+
+        skipped = list(self.layers[:start])
+        # accelerate's dispatch leaves a `forward` of its own on the instance; it must come back.
+        own = [layer.__dict__.get("forward") for layer in skipped]
+        handle = self.layers[start].register_forward_pre_hook(replace, with_kwargs=True)
+        try:
+            for layer in skipped:
+                layer.forward = self._identity(layer)
+            yield
+        finally:
+            handle.remove()
+            for layer, forward in zip(skipped, own, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """While active, a pass notes whether layers return a tensor or a tuple: the identity must return the same."""
+
+        def note(module: nn.Module, args: Any, output: Any) -> None:
+            self._arity[module] = len(output) if isinstance(output, tuple) else 0
+
+        handles = [layer.register_forward_hook(note) for layer in self.layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _identity(self, layer: nn.Module) -> Callable[..., Any]:
+        arity = self._arity[layer]
+
+        def same(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, *([None] * (arity - 1))) if arity else hidden
+
+        return same
+
+
+def last_start(config: object, n_layers: int) -> int:
+    """The highest layer that a pass may begin at: later layers may use the keys and values that a lower one computes.
+
+    Gemma 3n and 4: the last layers use those of the last layer of their kind that isn't one of them.
+    """
+    own = n_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    if own >= n_layers:
+        return n_layers - 1
+    kinds: list[str] = list(getattr(config, "layer_types", None) or ["full_attention"] * n_layers)
+    return min(max((index for index in range(own) if kinds[index] == kind), default=0) for kind in set(kinds[own:]))

@@ -1,0 +1,177 @@
+"""The slow, plain way to observe a model: one `model.generate` per batch and prompt set.
+
+Every faster way must give the same numbers as this one (DESIGN §5).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from abliterate.engine.batching import batches_of_trials
+from abliterate.engine.responses import Answer, ResponseReader
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.scorers.base import Observation, Response
+from abliterate.types import BatchSizes, Prompt
+
+Progress = Callable[[int, int], None]
+
+
+class ReferenceEngine:
+    """Observes a model on fixed prompt sets. `check` is called between passes and may raise `Interrupted`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chat: PromptEncoder,
+        reader: ResponseReader,
+        *,
+        max_new_tokens: int,
+        sizes: BatchSizes,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.model: Any = model
+        self.chat = chat
+        self.reader = reader
+        self.max_new_tokens = max_new_tokens
+        self.sizes = sizes
+        self._prefills, self._decodes = batches_of_trials(sizes, chat.device)
+        self.check = check
+
+    def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
+        """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
+
+        `progress(done, total)` counts prompts of both sets.
+        """
+        total = len(harmful) + len(harmless)
+        logprobs = self.first_logprobs(harmless, lambda done, _: progress(done, total))
+        responses = self.respond(harmful, lambda done, _: progress(len(harmless) + done, total))
+        assert responses is not None
+        return Observation(responses, logprobs, harmful)
+
+    @torch.inference_mode()
+    def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
+        """Log-softmax of the raw logits of the first response token, (n_prompts, vocabulary) float32 on the device."""
+        counted = _Counter(len(prompts), progress, self.check)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Tensor]:
+            output = self._generate(part, 1, output_logits=True, return_dict_in_generate=True)
+            rows = output.logits[0].float().log_softmax(dim=-1)
+            counted.add(len(part))
+            return rows.unbind()
+
+        return torch.stack(self._prefills.run(prompts, work))
+
+    @torch.inference_mode()
+    def respond(
+        self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
+    ) -> list[Response] | None:
+        """The greedy responses. Never None: it knows no `limit` at which a trial could stop."""
+        counted = _Counter(len(prompts), progress, self.check)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Response]:
+            ids = self.generate_ids(part, self.max_new_tokens)
+            counted.add(len(part))
+            opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in part]
+            return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
+
+        return self._decodes.run(prompts, work)
+
+    @torch.inference_mode()
+    def generate_ids(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, after_token: Callable[[], None] | None = None
+    ) -> list[list[int]]:
+        """Generated ids of one batch, the prompt's not included; padded after each row's end.
+
+        `after_token` is called after every token of the batch.
+        """
+        batch = self.chat.encode(prompts)
+        config = greedy_config(self.model, max_new_tokens)
+        stops = {"stopping_criteria": StoppingCriteriaList([_Never(after_token)])} if after_token else {}
+        output = self.model.generate(**batch, generation_config=config, **stops)
+        return output[:, batch["input_ids"].shape[1] :].tolist()  # type: ignore[index,union-attr,return-value]
+
+    @torch.inference_mode()
+    def raw_logits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
+        """Generated ids (n, T) of one batch, padded after each row's end, and their raw logits (n, T, vocabulary)."""
+        output = self._generate(prompts, max_new_tokens, output_logits=True, return_dict_in_generate=True)
+        logits = torch.stack(output.logits, dim=1)
+        return output.sequences[:, -logits.shape[1] :], logits
+
+    def answers(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Answer]:
+        """The greedy answers with their ids, each whole: up to its end token or the length limit."""
+        counted, ends = _Counter(len(prompts), progress, self.check), end_ids(self.model)
+
+        def work(part: Sequence[Prompt]) -> Sequence[Answer]:
+            found = []
+            for prompt, row in zip(part, self.generate_ids(part, self.max_new_tokens), strict=True):
+                length = next((at + 1 for at, token in enumerate(row) if token in ends), 0)
+                ids = tuple(row[:length] if length else row)
+                is_open = self.reader.starts_open(self.chat.tail(prompt))
+                found.append(Answer(ids, bool(length), self.reader.read(ids, starts_open=is_open)))
+            counted.add(len(part))
+            return found
+
+        return self._decodes.run(prompts, work)
+
+    def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Responses with their special tokens, up to the end of the turn: what a response prefix is found in."""
+        ends = end_ids(self.model)
+
+        def work(part: Sequence[Prompt]) -> Sequence[str]:
+            rows = self.generate_ids(part, self.max_new_tokens)
+            kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
+            return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
+
+        return self._decodes.run(prompts, work)
+
+    def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
+        config = greedy_config(self.model, max_new_tokens)
+        config.update(**options)  # options beside a config are deprecated in transformers 5
+        return self.model.generate(**self.chat.encode(prompts), generation_config=config)
+
+
+def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
+    """The model's own generation config (processors, all end-of-turn ids) with sampling off and a length limit."""
+    config = copy.deepcopy(model.generation_config)
+    assert config is not None
+    config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None, min_new_tokens=None)
+    config.max_new_tokens = max_new_tokens
+    if config.pad_token_id is None:
+        ends = config.eos_token_id
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    return config
+
+
+def end_ids(model: PreTrainedModel) -> set[int]:
+    """Tokens that end a response."""
+    config = model.generation_config
+    ends = config.eos_token_id if config is not None else None
+    return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
+
+
+class _Never(StoppingCriteria):
+    """Stops nothing, and tells that a token has come."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        self._tell()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress, check: Callable[[], None]) -> None:
+        self._done, self._total, self._progress, self._check = 0, total, progress, check
+
+    def add(self, count: int) -> None:
+        self._done += count
+        self._progress(self._done, self._total)
+        self._check()

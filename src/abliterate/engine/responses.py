@@ -1,0 +1,193 @@
+"""From generated ids to a `Response`: special tokens and thinking blocks, at once or as a response grows.
+
+A growing response is decoded piece by piece, and only text that later tokens can't change is released. Each piece is decoded
+after the one before it, so that decoders which look at their neighbours (leading spaces, bytes of one character in several
+tokens) give what they give for the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from functools import lru_cache
+
+from transformers import PreTrainedTokenizerBase
+
+from abliterate.model.chat_template import decode_ids
+from abliterate.model.thinking import Markup, overlap
+from abliterate.scorers.base import Response, ResponseStream
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer: `ids` up to the length limit or its end token, which is the last one where it `ended`."""
+
+    ids: tuple[int, ...]
+    ended: bool
+    response: Response
+
+    @property
+    def spoken(self) -> tuple[int, ...]:
+        """The ids without the end token."""
+        return self.ids[:-1] if self.ended else self.ids
+
+
+_UNFINISHED = "\ufffd"
+
+
+class TextStream:
+    """One row's text. Special tokens are kept: thinking blocks may be made of them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, byte_ids: Set[int] = frozenset()) -> None:
+        self._tokenizer = tokenizer
+        self._byte_ids = byte_ids
+        self._ids: list[int] = []
+        self._before = 0  # where the context begins, and where what is not given out yet begins
+        self._given = 0
+        self._context = ""
+
+    def feed(self, ids: Sequence[int]) -> str:
+        """The text that `ids` add; empty while they end within a character."""
+        self._ids.extend(ids)
+        # A run of byte tokens is decoded as one: a bad byte turns the good ones before it into replacement characters.
+        if not self._ids or self._ids[-1] in self._byte_ids:
+            return ""
+        text = self._decode(self._before)
+        if text.endswith(_UNFINISHED) or len(text) <= len(self._context):
+            return ""
+        piece = text[len(self._context) :]
+        self._before, self._given = self._given, len(self._ids)
+        self._context = self._decode(self._before)
+        return piece
+
+    def rest(self) -> str:
+        """What wasn't given out yet, finished or not: nothing comes after it."""
+        return self._decode(self._before)[len(self._context) :]
+
+    def _decode(self, start: int) -> str:
+        return decode_ids(self._tokenizer, self._ids[start:], skip_special_tokens=False)
+
+
+def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of byte-fallback tokens (`<0x00>` …); none for byte-level vocabularies."""
+    names = [f"<0x{byte:02X}>" for byte in range(256)]
+    found = tokenizer.convert_tokens_to_ids(names)
+    assert isinstance(found, list)
+    return frozenset(token for token in found if token is not None and token != tokenizer.unk_token_id)
+
+
+class VisibleText:
+    """What lies outside thinking blocks, without the tags around an answer, piece by piece.
+
+    `is_open`: it begins within a block.
+    """
+
+    def __init__(self, markup: Markup, *, is_open: bool = False) -> None:
+        self._markup = markup
+        # Within a block only its own closing counts; one that the prompt opened is closed by any.
+        self._closings = tuple(block.closing for block in markup.blocks) if is_open else ()
+        self._held = ""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the text so far ends within a thinking block."""
+        return bool(self._closings)
+
+    def feed(self, piece: str, *, last: bool = False) -> str:
+        """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
+        return "".join(text for thinking, text in self.parts(piece, last=last) if not thinking)
+
+    def parts(self, piece: str, *, last: bool = False) -> list[tuple[bool, str]]:
+        """(whether it lies in a thinking block, text) of what is certain now, in order, tags left out."""
+        text = self._held + piece
+        shown: list[tuple[bool, str]] = []
+        # Nearly every piece, so first: nothing in it can begin a tag.
+        if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
+            self._held = ""
+            return [(self.is_open, text)]
+        while True:
+            wanted = self._closings or self._markup.tags
+            place, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
+            if place < 0:
+                break
+            shown.append((self.is_open, text[:place]))
+            if not self._closings:
+                # None of an answer's own tags: those only vanish.
+                self._closings = tuple(block.closing for block in self._markup.blocks if block.opening == tag)
+            else:
+                self._closings = ()
+            text = text[place + len(tag) :]
+        held = 0 if last else overlap(text, wanted)
+        self._held = text[len(text) - held :]
+        shown.append((self.is_open, text[: len(text) - held]))
+        return shown
+
+
+@lru_cache(maxsize=64)
+def _first_letters(tags: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(tag[0] for tag in tags)
+
+
+def _has_one_of(text: str, letters: frozenset[str]) -> bool:
+    return not letters.isdisjoint(text)
+
+
+class ResponseReader:
+    """Decodes generated ids, with the markup that the settings name.
+
+    A response is what lies outside thinking blocks, without the tags around an answer. It only grows with more tokens:
+    what was visible stays visible, so a marker that was seen is a marker of the whole response.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, markup: Markup) -> None:
+        self.markup = markup
+        self._tokenizer = tokenizer
+        # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
+        self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._byte_ids = byte_ids(tokenizer)
+        # Those that `skip_special_tokens` skips: more than the ones with a role.
+        added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
+
+    def starts_open(self, tail: str) -> bool:
+        """Whether a rendered prompt ends inside a thinking block. `tail`: what stands after the user's text."""
+        return self.markup.open_block(tail) is not None
+
+    def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
+        """The response of one row of generated ids (padding after the end is special and vanishes)."""
+        raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
+        if not starts_open and not any(tag in raw for tag in self.markup.tags):
+            return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
+        visible = VisibleText(self.markup, is_open=starts_open)
+        text = visible.feed(raw, last=True)
+        return Response(self.without_special(text), thinking_open=visible.is_open)
+
+    def without_special(self, text: str) -> str:
+        """Text without the tokenizer's special tokens."""
+        return self._special.sub("", text)
+
+    def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
+        """A growing response whose visible text goes to `stream`."""
+        text = None if self.tidies else TextStream(self._tokenizer, self._byte_ids)
+        return GrowingResponse(text, VisibleText(self.markup, is_open=starts_open), self.without_special, stream)
+
+
+class GrowingResponse:
+    """Ids in, as they are generated; says when the stream is settled. `text` None: only wholes can be read."""
+
+    def __init__(
+        self, text: TextStream | None, visible: VisibleText, cleaned: Callable[[str], str], stream: ResponseStream
+    ) -> None:
+        self._text = text
+        self._visible = visible
+        self._cleaned = cleaned
+        self._stream = stream
+
+    def feed(self, ids: Sequence[int]) -> bool:
+        """Whether the stream is settled by what is certain of the response now."""
+        if self._text is None:
+            return False
+        piece = self._visible.feed(self._text.feed(ids))
+        return bool(piece) and self._stream.feed(self._cleaned(piece))

@@ -1,0 +1,204 @@
+"""The engine checks itself: on a few prompts, under an edit, against `generate` and against the plain full sequence.
+
+Compared teacher-forced: two correct ways may choose another token where two are nearly equal, and then differ in all that
+follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from abliterate.engine.prefill import EditState
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.trial_engine import TrialEngine, Unsupported
+from abliterate.errors import TrialError
+from abliterate.model.memory import clear_device_cache, memory_errors
+from abliterate.scorers.base import EarlyScorer
+from abliterate.settings.schema import EfficiencySettings
+from abliterate.types import Prompt
+
+Engine = TrialEngine | ReferenceEngine
+TOKENS = 8
+ROWS = 4
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is made of and prepared with; `room`: bytes it may keep of the base model."""
+
+    reference: ReferenceEngine
+    layers: torch.nn.ModuleList
+    edits: EditState
+    early: EarlyScorer | None
+    harmful: Sequence[Prompt]
+    harmless: Sequence[Prompt]
+    starts: Sequence[int]
+    room: float = inf
+
+    def engine(self, switches: EfficiencySettings) -> TrialEngine:
+        """A prepared engine; the model must carry no edit."""
+        engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early)
+        engine.prepare(self.harmful, self.harmless, self.starts, self.room)
+        return engine
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Largest expected difference of log-probabilities: of the engine from the reference, and what is allowed.
+
+    `noise`: of the reference with pads from that without; `doubtful`: it is more than rounding explains.
+    """
+
+    difference: float
+    allowed: float
+    noise: float
+    doubtful: bool
+
+    @property
+    def ok(self) -> bool:
+        """Whether the engine gives the reference's numbers."""
+        return self.difference <= self.allowed
+
+
+def trusted_engine(
+    setup: EngineSetup,
+    switches: EfficiencySettings,
+    edited: Callable[[], None],
+    clear: Callable[[], None],
+    warn: Callable[[str], None],
+) -> Engine:
+    """The fastest engine that agrees with the reference under the edit that `edited` makes and `clear` undoes.
+
+    Mechanisms that could give other numbers are left out one after the other, with a warning each; in the end the
+    reference itself is used.
+    """
+    if not switches.use_trial_engine:
+        return setup.reference
+    for attempt, without in _attempts(switches):
+        clear()
+        engine: TrialEngine | None = None
+        try:
+            engine = setup.engine(attempt)
+            edited()
+            verdict = check(engine, setup)
+            found = (
+                ""
+                if verdict.ok
+                else f"differs from the reference by {verdict.difference:.1e} ({verdict.allowed:.1e} is allowed)"
+            )
+        except Unsupported as error:  # whatever is left out
+            warn(f"The trial engine can't be used: {error}.")
+            break
+        # An unknown model's code may fail in any way on a path of ours; the reference then still works.
+        except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+            found = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+        finally:
+            clear()
+        if engine is not None and not found:
+            if verdict.doubtful:
+                warn(
+                    f"The model's own answers depend on how prompts are padded (by {verdict.noise:.1e}), so scores depend on "
+                    "the batch size; give prompts of like lengths, or --batch-size 1."
+                )
+            return engine
+        engine = None
+        clear_device_cache(setup.reference.chat.device)  # what was kept may be what doesn't fit
+        warn(f"The trial engine{without} {found}; a slower way is tried.")
+    warn("Trials are evaluated by the reference, which is slower and gives the same numbers.")
+    return setup.reference
+
+
+# What may give other numbers, by what a person calls it; in the order in which it is left out. Drafts and a shared prefix both
+# need columns of the cache that may be masked anywhere.
+_DOUBTFUL = {"use_drafts": "drafts", "use_shared_prefix": "the shared prefix", "use_layer_skip": "layer skip"}
+_LEFT_OUT = (("use_drafts",), ("use_drafts", "use_shared_prefix"), ("use_layer_skip",), tuple(_DOUBTFUL))
+
+
+def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings, str]]:
+    tried = {frozenset[str]()}
+    yield switches, ""
+    for names in _LEFT_OUT:
+        off = frozenset(name for name in names if getattr(switches, name))
+        if off not in tried:
+            tried.add(off)
+            without = " and ".join(_DOUBTFUL[name] for name in names if name in off)
+            yield switches.model_copy(update=dict.fromkeys(off, False)), f" without {without}"
+
+
+@torch.inference_mode()
+def check(engine: TrialEngine, setup: EngineSetup) -> Verdict:
+    """Compare on a few prompts of each set, short and long ones; fewer at a time where they don't fit together."""
+    chat = setup.reference.chat
+    harmful, harmless = (_spread([len(chat.token_ids(prompt)) for prompt in part]) for part in (setup.harmful, setup.harmless))
+    dtype, difference, noise = _apart(chat.device, lambda rows: _compare_responses(engine, setup, rows), harmful)
+    _, first, _ = _apart(chat.device, lambda rows: _compare_first(engine, setup, rows), harmless)
+    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
+    # reference that contradicts itself would let anything pass.
+    floor, ceiling = (1e-4, 1e-3) if dtype == torch.float32 else (8 * torch.finfo(dtype).eps, 0.3)
+    return Verdict(max(difference, first), min(max(3 * noise, floor), ceiling), noise, 3 * noise > ceiling)
+
+
+# The dtype of the logits, the engine's difference from the reference, and the reference's own between two ways.
+Compared = tuple[torch.dtype, float, float]
+
+
+def _apart(device: torch.device, compare: Callable[[list[int]], Compared], rows: list[int]) -> Compared:
+    """The worst of `compare` on all rows at once, or where memory doesn't allow that on each half of them."""
+    found: Compared | None = None
+    try:
+        with memory_errors():
+            found = compare(rows)
+    except torch.OutOfMemoryError:
+        if len(rows) == 1:
+            raise
+    # Outside the `except` block: inside it the traceback keeps the rows' tensors alive.
+    if found is not None:
+        return found
+    clear_device_cache(device)
+    half = len(rows) // 2
+    dtypes, differences, noises = zip(*(_apart(device, compare, part) for part in (rows[:half], rows[half:])), strict=True)
+    return dtypes[0], max(differences), max(noises)
+
+
+def _compare_responses(engine: TrialEngine, setup: EngineSetup, rows: list[int]) -> Compared:
+    reference = setup.reference
+    prompts = [setup.harmful[row] for row in rows]
+    tokens, expected = reference.raw_logits(prompts, TOKENS)
+    plain = torch.stack([_plain_logits(reference, prompt, row) for prompt, row in zip(prompts, tokens, strict=True)])
+    cut = tokens.shape[1] // 2
+    apart, together = engine.forced_logits(setup.harmful, rows, tokens)
+    difference = max(distance(expected[:, :cut], apart), distance(expected[-len(together) :, cut:], together))
+    return apart.dtype, difference, distance(expected, plain)
+
+
+def _compare_first(engine: TrialEngine, setup: EngineSetup, rows: list[int]) -> Compared:
+    expected = setup.reference.first_logprobs([setup.harmless[row] for row in rows])
+    return expected.dtype, distance(expected, engine.some_first_logprobs(setup.harmless, rows)), 0.0
+
+
+def distance(expected: Tensor, found: Tensor) -> float:
+    """Largest Σ p |log p − log q| over rows (…, vocabulary) of logits: the expected difference of log-probabilities."""
+    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, found))
+    terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q).abs())
+    worst = terms.sum(dim=-1).max()
+    return float(worst) if torch.isfinite(worst) else float("inf")
+
+
+def _plain_logits(reference: ReferenceEngine, prompt: Prompt, tokens: Tensor) -> Tensor:
+    """Logits (T, vocabulary) of one row as a whole sequence: no pads, no cache."""
+    ids = torch.tensor([reference.chat.token_ids(prompt)], device=tokens.device)
+    whole = torch.cat([ids, tokens[None, :-1]], dim=1)
+    logits: Tensor = reference.model(input_ids=whole, use_cache=False).logits
+    return logits[0, -len(tokens) :]
+
+
+def _spread(lengths: Sequence[int]) -> list[int]:
+    """Rows from the shortest to the longest prompt, in even steps."""
+    rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    count = min(ROWS, len(rows))
+    return [rows[round(step * (len(rows) - 1) / max(1, count - 1))] for step in range(count)]

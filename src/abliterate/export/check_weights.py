@@ -1,0 +1,222 @@
+"""Check an export by the definition of its edit: every matrix is read back and compared; no prompt and no model is needed.
+
+The definition is `EditMethod.dense`, in float64 on the base's own matrix, in other words than the factors that were written.
+Memory is two stored matrices and some rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from abliterate.export.base_weights import Matrices, digests
+from abliterate.export.safetensors_copy import INDEX, SINGLE, read_header
+from abliterate.model.architectures import Target
+from abliterate.model.checkpoint import load_weights
+
+if TYPE_CHECKING:
+    from abliterate.export.job import ExportJob
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from abliterate.edits import EditMethod, Factors
+from abliterate.export.check_behaviour import Verification
+from abliterate.export.job import Reread, Rows
+
+_PIECE = 1 << 20  # bytes compared at a time
+
+
+class RereadMerged:
+    """A model directory: its own weight files, compared with the base's byte by byte where they were streamed."""
+
+    def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
+        self._folder, self._base, self._edited = folder, base, base.tensors(job.factors)
+        if base.whole is not None:  # never two models
+            base.let_go()
+        self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
+        self.dtype = self._out.dtype
+
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
+        """See `Reread.rows`."""
+        matrix = self._out.matrix(self._out.targets[target.name], index)
+        return lambda rows: matrix[rows].double()
+
+    def untouched(self) -> bool:
+        """See `Reread.untouched`."""
+        base = self._base.digests
+        if base:
+            found = digests(
+                self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
+            )
+            return found.keys() == base.keys() and all(found[name] == base[name] for name in base if name not in self._edited)
+        files = self._base.files
+        plain = ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]
+        return all(_same_bytes(path, self._folder / path.name, self._edited) for path in files) and all(
+            (files[0].parent / name).read_bytes() == (self._folder / name).read_bytes() for name in plain
+        )
+
+
+class RereadAdapter:
+    """An adapter directory: what PEFT makes of it, m ∘ rownormalize(W + BA), or W + BA where it isn't DoRA."""
+
+    dtype = torch.float32
+
+    def __init__(self, folder: Path, base: Matrices) -> None:
+        self._tensors = load_file(folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        self._scaling, self._dora = config["lora_alpha"] / config["r"], bool(config["use_dora"])
+        self._modules = set(config["target_modules"])
+
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
+        """See `Reread.rows`; what has an adapter has one matrix."""
+        if target.name not in self._modules:
+            return lambda rows: weight[rows].double()
+        parts = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())
+        a, b, *magnitude = (self._tensors[f"base_model.model.{target.name}.{part}"].double() for part in parts)
+
+        def edited(rows: slice) -> Tensor:
+            direction = weight[rows].double() + self._scaling * b[rows] @ a
+            if not self._dora:
+                return direction
+            return magnitude[0][rows, None] * direction / direction.norm(dim=1, keepdim=True)
+
+        return edited
+
+    def untouched(self) -> bool:
+        """See `Reread.untouched`: it has tensors for the modules that it names, and no others."""
+        parts = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())
+        return set(self._tensors) == {f"base_model.model.{name}.{part}" for name in self._modules for part in parts}
+
+
+def _same_bytes(base: Path, export: Path, edited: set[str]) -> bool:
+    """Whether two safetensors files are equal but for the bytes of the `edited` tensors."""
+    if export.stat().st_size != base.stat().st_size:
+        return False
+    with base.open("rb") as old, export.open("rb") as new:
+        for name, stored in read_header(base).items():
+            if name in edited:
+                if not _equal(old, new, stored.start - old.tell()):
+                    return False
+                old.seek(stored.end)
+                new.seek(stored.end)
+        return _equal(old, new, base.stat().st_size - old.tell())
+
+
+def _equal(old: BinaryIO, new: BinaryIO, count: int) -> bool:
+    while count > 0:
+        piece = old.read(min(count, _PIECE))
+        if not piece or piece != new.read(len(piece)):
+            return False
+        count -= len(piece)
+    return True
+
+
+# Rows compared at a time, by their entries: several copies of them are in memory in float64.
+CHUNK = 1 << 16
+
+# What float32 factors and sums explain in an entry, of its row's norm: twice the largest seen, 5e-7 in rows that lie nearly
+# along the direction (their closed form divides by little); elsewhere it is 3e-8 (tests/test_definition.py).
+_ROUNDING = 1e-6
+
+# W (d_out, d_in) → W' as a function of the rows wanted.
+Definition = Callable[[Tensor], Rows]
+
+
+def by_definition(method: EditMethod, v: Tensor, coeff: float) -> Definition:
+    """W' as the edit method says, for the unit direction `v` (d_out) float64: rows along v are sensitive to its last bits."""
+
+    def define(weight: Tensor) -> Rows:
+        a = torch.zeros(weight.shape[1], dtype=torch.float64)
+        for rows in chunks(weight):
+            a += method.along(weight[rows].double(), v[rows])
+        return lambda rows: method.dense_rows(weight[rows].double(), v[rows], a, coeff)
+
+    return define
+
+
+def by_factors(factors: Factors) -> Definition:
+    """W' as factors say that aren't the edit itself but near it: the svd representation."""
+
+    def define(weight: Tensor) -> Rows:
+        scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
+        a, b = factors.a.double(), factors.b.double()
+        return lambda rows: scale[rows, None].double() * weight[rows].double() + b[rows] @ a
+
+    return define
+
+
+def check_weights(
+    base: Matrices, reread: Reread, definitions: Mapping[str, Definition], progress: Callable[[int, int], None]
+) -> Verification:
+    """Compare every target's matrix with its definition; targets without one must be the base's, like all other tensors."""
+    found: dict[str, _Compared] = {}
+    for index, (name, target) in enumerate(base.targets.items()):
+        count = base.count(target) if name in definitions else 0
+        for one in range(count):
+            weight = base.matrix(target, one)
+            rows = reread.rows(target, one, weight)
+            label = name if count == 1 else f"{name}[{one}]"  # experts
+            found[label] = _compare(weight, definitions[name](weight), rows, reread.dtype)
+        progress(index + 1, len(base.targets))
+    off = sorted(name for name, one in found.items() if not one.ok)
+    checks = {"weights": not off, "untouched": reread.untouched()}
+    worst = max(found, key=lambda name: found[name].relative_error, default="")
+    error = found[worst].relative_error if worst else 0.0
+    record = {
+        "ok": all(checks.values()),
+        "checks": checks,
+        # JSON knows no infinity.
+        "weight_error": {"max": error if math.isfinite(error) else None, "module": worst, "off": off},
+        "lost_to_storage": max((one.lost for one in found.values()), default=0.0) + 0.0,  # no −0.0
+    }
+    return Verification(all(checks.values()), record)
+
+
+def chunks(weight: Tensor) -> Iterator[slice]:
+    """Slices of some rows each."""
+    step = max(1, CHUNK // weight.shape[1])
+    return (slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step))
+
+
+@dataclass
+class _Compared:
+    """Sums over the rows of one matrix: squares of the error, of W', of W' − W; and the error along W' − W."""
+
+    ok: bool = True
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("error", "whole", "change", "along"), 0.0))
+
+    @property
+    def relative_error(self) -> float:
+        """‖export − W'‖ / ‖W'‖; not a number is infinitely wrong."""
+        error, whole = self.sums["error"], self.sums["whole"]
+        if not math.isfinite(error):
+            return math.inf
+        return math.sqrt(error / whole) if whole > 0 else float(error > 0)
+
+    @property
+    def lost(self) -> float:
+        """The share of the change that isn't there: rounding W' to a coarse dtype loses some of a weak edit."""
+        change = self.sums["change"]
+        return -self.sums["along"] / change if change > 0 and math.isfinite(self.sums["along"]) else 0.0
+
+
+def _compare(weight: Tensor, wanted: Rows, exported: Rows, dtype: torch.dtype) -> _Compared:
+    """Each entry may be off by half a step of the storage, and each row by what float32 rounding of its factors explains."""
+    found, info = _Compared(), torch.finfo(dtype)
+    for rows in chunks(weight):
+        old, new = weight[rows].double(), wanted(rows)
+        error = exported(rows) - new
+        norms = torch.maximum(old.norm(dim=1), new.norm(dim=1))[:, None]
+        bound = info.eps / 2 * new.abs() + info.smallest_normal * info.eps + _ROUNDING * norms
+        found.ok &= bool((error.abs() <= bound).all())  # false where it is not a number
+        parts = {"error": error.square(), "whole": new.square(), "change": (new - old).square(), "along": error * (new - old)}
+        for name, part in parts.items():
+            found.sums[name] += float(part.sum())
+    return found

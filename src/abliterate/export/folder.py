@@ -1,0 +1,163 @@
+"""The folder of an export: only a finished export carries the final name, and a killed one is continued or removed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from abliterate import __version__
+from abliterate.errors import AbliterateError, InputError
+from abliterate.files import write_json
+
+try:
+    import fcntl
+except ImportError:  # Windows: what a killed export left isn't taken up
+    fcntl = None  # type: ignore[assignment]
+
+# In every finished export: what holds it may be replaced by a later one, what doesn't is somebody else's.
+MARKER = "abliterate.json"
+
+# In a folder that isn't finished: whoever holds its lock writes there.
+LOCK = ".exporting"
+
+_MARK = {"format": 1, "abliterate": __version__}
+
+
+def leave_record(final: Path, record: Mapping[str, Any]) -> None:
+    """Put what `result.json` says of an export into the export, where it stays with it wherever the run goes."""
+    write_json(final / MARKER, {**_MARK, "trial": record["trial"], "export": record})
+
+
+def check_output(final: Path) -> None:
+    """InputError where an export to `final` would replace what no export of ours has left there; changes nothing."""
+    if not final.exists() or (final / MARKER).is_file() or (final.is_dir() and not any(final.iterdir())):
+        return
+    raise InputError(
+        f"The path {final} exists and is no export of abliterate, so it is left alone; choose another --out, or move it away."
+    )
+
+
+@contextlib.contextmanager
+def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
+    """A folder beside `final` that takes its name on success and vanishes on failure; an old export stays until then.
+
+    After a kill it stays, hidden; the next export to `final` gets it, with what is finished in it if that has the same
+    `key`: what the export consists of.
+
+    Raises:
+        InputError: `final` is there and not ours. AbliterateError: the disk is full or refuses.
+    """
+    check_output(final)
+    final = final.resolve()  # "." and ".." have no name to put anything beside
+    try:
+        with _claimed(final, key) as partial:
+            yield partial
+            (partial / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
+            _rename(partial, final)
+            # After the rename: a kill between the two leaves a finished export with a lock file in it, which is nobody's
+            # concern; the other way round it left a hidden folder that was nobody's either.
+            with contextlib.suppress(OSError):
+                (final / LOCK).unlink(missing_ok=True)
+    except OSError as error:
+        raise AbliterateError(_disk_sentence(final, error)) from error
+    except BaseException as error:
+        # safetensors reports a full disk as an error of its own, with the operating system's text in it.
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise AbliterateError(_disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
+        raise
+
+
+@contextlib.contextmanager
+def _claimed(final: Path, key: str) -> Iterator[Path]:
+    """A hidden folder beside `final` that nobody else writes to; empty, or what a killed export of the same `key` left."""
+    partial = final.with_name(f".{final.name}.partial")
+    if fcntl is not None and _is_ours(partial):
+        partial.mkdir(parents=True, exist_ok=True)
+        with (partial / LOCK).open("a+", encoding="utf-8") as lock:
+            if _locked(lock):
+                lock.seek(0)
+                if lock.read() != key:
+                    empty(partial)
+                    lock.truncate(0)
+                    lock.write(key)
+                    lock.flush()
+                with _vanishing(partial):  # while it is locked: another export may be waiting for the name
+                    yield partial
+                return
+    # A new name of our own: nobody else's folder is ever written to or removed.
+    partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    with _vanishing(partial):
+        yield partial
+
+
+def _is_ours(partial: Path) -> bool:
+    """Whether a hidden folder of that name is one that an export may take: it is new, empty, or an export left it."""
+    if not partial.is_dir():
+        return not partial.exists()
+    return (partial / LOCK).is_file() or (partial / MARKER).is_file() or not any(partial.iterdir())
+
+
+@contextlib.contextmanager
+def _vanishing(partial: Path) -> Iterator[None]:
+    """On failure the folder goes, its lock last; unless it has its final name by then, and another one has this name."""
+    made = os.stat(partial)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if os.path.samestat(made, os.stat(partial)):
+                empty(partial)
+                (partial / LOCK).unlink(missing_ok=True)
+                partial.rmdir()
+        raise
+
+
+def _locked(file: IO[str]) -> bool:
+    """Whether the lock is ours, and still the one that has the name."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except OSError:  # another export is at work there, it has just finished, or the file system has no locks
+        return False
+
+
+def empty(partial: Path) -> None:
+    """Remove what is in an unfinished folder, but for its lock."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _rename(partial: Path, final: Path) -> None:
+    """Give `partial` the name `final`; an old export goes only once the new one has its name."""
+    check_output(final)  # again: the export took its time
+    if not final.exists():
+        partial.rename(final)
+        return
+    # Not hidden: after a kill between the two renames this is the last whole export, and a person must find it.
+    old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
+    final.rename(old)
+    try:
+        partial.rename(final)
+    except BaseException:
+        if not final.exists():
+            old.rename(final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _disk_sentence(final: Path, error: OSError) -> str:
+    return (
+        f"The export to {final.name} could not be written ({error.strerror or error}); nothing half-written is left there: "
+        "free some space and repeat the command (a run continues with --resume), or choose another --out."
+    )

@@ -1,0 +1,150 @@
+"""Which bytes of which files are the matrices to edit: by their own names, and those of fused experts by transformers' names.
+
+Most checkpoints hold an expert's matrix as a tensor of its own, which transformers stacks as it loads them, by rules that it
+applies to names. They are asked here, tensor by tensor; whatever they do beside renaming and stacking isn't followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from abliterate.export.safetensors_copy import NotStreamable, Stored, check_dtype, read_header
+from abliterate.model.architectures import Target
+from abliterate.model.experts import is_fused, is_transposed
+from abliterate.model.weights import n_matrices, stored_weight
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """One matrix: its bytes in a file, and whether it is (d_in, d_out) there; the tensor that it is, or is `in_stack`."""
+
+    path: Path
+    tensor: str
+    stored: Stored
+    transposed: bool
+    in_stack: bool = False
+
+
+def parameter_name(target: Target) -> str:
+    """What the model calls the parameter of a target."""
+    return f"{target.name}.{'down_proj' if is_fused(target.module) else 'weight'}"
+
+
+def find_places(
+    files: list[Path], model: PreTrainedModel, targets: Iterable[Target], dtype: torch.dtype
+) -> dict[str, tuple[TensorLocation, ...]]:
+    """{target: its matrix, or its experts' in their order}.
+
+    Raises:
+        Unfit: some are not in the files, not stored in `dtype`, or not what the model says.
+    """
+    wanted = {parameter_name(target): target for target in targets}
+    tensors = {tensor: (path, stored) for path in files for tensor, stored in read_header(path).items()}
+    found: dict[str, list[TensorLocation]] = {target.name: [] for target in wanted.values()}
+    for tensor, parameter, merged in _loaded_into(tensors, wanted, model):
+        target, (path, stored) = wanted[parameter], tensors[tensor]
+        found[target.name] += _places(target, path, tensor, stored, dtype, merged=merged)
+    for name, target in wanted.items():
+        expected = n_matrices(target.module)
+        if len(found[target.name]) != expected:
+            held = f"{len(found[target.name])} of the {expected} experts in" if is_fused(target.module) else "no"
+            raise NotStreamable(f"the files hold {held} {target.name if is_fused(target.module) else name}")
+    return {name: tuple(places) for name, places in found.items()}
+
+
+def _loaded_into(
+    tensors: Mapping[str, Any], wanted: Mapping[str, Target], model: PreTrainedModel
+) -> Iterator[tuple[str, str, bool]]:
+    """(tensor, the wanted parameter that it is loaded into, whether it is one matrix of the stack there).
+
+    In the order in which transformers stacks them, which is that of their names. It isn't asked where all are there by name.
+    """
+    if wanted.keys() <= tensors.keys() and not any(is_fused(target.module) for target in wanted.values()):
+        yield from ((name, name, False) for name in wanted)
+        return
+    rules = _Rules(model, wanted)
+    for tensor in rules.in_order(tensors):
+        by_name = tensor in wanted and not is_fused(wanted[tensor].module)
+        parameter, merged = (tensor, False) if by_name else rules.follow(tensor)
+        if parameter in wanted:
+            yield tensor, parameter, merged
+
+
+def _places(
+    target: Target, path: Path, tensor: str, stored: Stored, dtype: torch.dtype, *, merged: bool
+) -> Iterator[TensorLocation]:
+    """The matrices of a target that a tensor holds: one, or all of a stack."""
+    weight = stored_weight(target.module)
+    if not is_fused(target.module):
+        check_dtype(tensor, stored, dtype, 2)
+        _check_shape(tensor, stored, weight)
+        yield TensorLocation(path, tensor, stored, isinstance(target.module, Conv1D))
+        return
+    check_dtype(tensor, stored, dtype)
+    transposed = is_transposed(target.module)
+    _check_shape(tensor, stored, weight[0] if merged else weight)
+    if merged:
+        yield TensorLocation(path, tensor, stored, transposed)
+    else:
+        yield from (TensorLocation(path, tensor, one, transposed, in_stack=True) for one in _slices(stored))
+
+
+class _Rules:
+    """transformers' own rules for names in a checkpoint of a model."""
+
+    def __init__(self, model: PreTrainedModel, wanted: Collection[str]) -> None:
+        self._wanted = wanted
+        try:
+            from transformers import core_model_loading as loading
+            from transformers.conversion_mapping import get_model_conversion_mapping
+        except ImportError as error:
+            raise NotStreamable("this version of transformers doesn't tell how it loads tensors") from error
+        self._loading, self._model = loading, model
+        rules = get_model_conversion_mapping(model)
+        self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
+        self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
+        self._parameters = model.state_dict()
+
+    def in_order(self, tensors: Mapping[str, Any]) -> list[str]:
+        """As transformers goes through them."""
+        return sorted(tensors, key=self._loading.dot_natural_key)
+
+    def follow(self, tensor: str) -> tuple[str, bool]:
+        """(the parameter that a tensor is loaded into, whether it is one matrix of the stack there).
+
+        Raises:
+            Unfit: it is computed from the tensor, for one of our parameters as far as its name tells.
+        """
+        prefix = self._model.base_model_prefix
+        renamed, pattern = self._loading.rename_source_key(tensor, self._renamings, self._converters, prefix, self._parameters)
+        if pattern is None:
+            return renamed, False
+        rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
+        plain = len(rule.source_patterns) == len(rule.target_patterns) == len(rule.operations) == 1
+        merges = plain and isinstance(rule.operations[0], self._loading.MergeModulelist) and rule.operations[0].dim == 0
+        if not merges and (renamed in self._wanted or renamed.endswith(".down_proj")):
+            raise NotStreamable(f"transformers converts {tensor} as it loads it")
+        return renamed, merges
+
+
+def _slices(stored: Stored) -> list[Stored]:
+    """The matrices of a stack: they lie one after the other."""
+    count, *shape = stored.shape
+    size = (stored.end - stored.start) // count
+    return [
+        replace(stored, shape=tuple(shape), start=stored.start + index * size, end=stored.start + (index + 1) * size)
+        for index in range(count)
+    ]
+
+
+def _check_shape(tensor: str, stored: Stored, weight: torch.Tensor | nn.Parameter) -> None:
+    if stored.shape != tuple(weight.shape):
+        raise NotStreamable(f"{tensor} has the shape {stored.shape}, not {tuple(weight.shape)}")

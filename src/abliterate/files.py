@@ -1,0 +1,109 @@
+"""Files that survive a crash: atomic writes, lock files, hashes of JSON, and names that are safe on every system.
+
+The kernel releases a lock when its process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from abliterate.errors import NO_ROOM, AbliterateError, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
+
+
+def take_lock(path: Path) -> IO[bytes]:
+    """The lock file, made, opened and locked; hand it to `drop_lock`. On a file system without locks, just opened.
+
+    Raises:
+        BlockingIOError: another process holds it. OSError: the file can't be made.
+    """
+    while True:
+        file = path.open("ab")
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+            file.close()  # whoever held it has just removed it: the next one has the name
+        except BlockingIOError:
+            file.close()
+            raise
+        except OSError:
+            return file
+
+
+def drop_lock(file: IO[bytes], path: Path) -> None:
+    """Remove the file and release the lock."""
+    with contextlib.suppress(OSError):  # Windows removes no open file
+        path.unlink(missing_ok=True)
+    file.close()
+
+
+# Of `result.json`: its format, and the hash of everything else in it; written by hand or by an earlier version it has none.
+FORMAT, DIGEST = 1, "sha256"
+
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+
+
+def safe_name(text: str) -> str:
+    """A file name made of a model id or path: its last part, letters, digits, dots, dashes and underscores."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", text.rstrip("/\\"))[-1]).strip(".-")[:80].strip(".-")
+    # Windows opens a device by such a name, whatever ending follows.
+    return f"model-{name}" if _RESERVED.match(name) else name or "model"
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write under a temporary name and rename, so that a reader sees the old content or the new.
+
+    Raises:
+        AbliterateError: the disk refuses.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a disk that is read-only, too
+            temporary.unlink(missing_ok=True)
+        remedy = "free some space" if error.errno in NO_ROOM else "mend that"
+        raise AbliterateError(
+            f"The file {path} can't be written: {error.strerror}; {remedy} and repeat the command (a run continues with "
+            "--resume)."
+        ) from error
+
+
+def digest_of(record: Mapping[str, Any]) -> str:
+    """A hash of what a JSON file says, in whatever order and layout."""
+    content = json.loads(json.dumps({name: value for name, value in record.items() if name != DIGEST}))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """`record` as strict JSON (no NaN), atomically."""
+    write_atomically(path, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file; InputError with the position where it doesn't parse."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"The configuration file {path} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"The configuration file {path} is not valid TOML: {error}.") from error

@@ -1,0 +1,45 @@
+"""MXFP4, the storage of GPT-OSS's experts: blocks of 32 E2M1 numbers, each with a power of two."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from abliterate.model.formats.base import InFiles, Tensors, fp4_values, powers_of_two
+
+
+class Mxfp4Experts:
+    """transformers' `Mxfp4GptOssExperts`: read, not edited, since a fused kernel runs them from router to output."""
+
+    name = "MXFP4 experts"
+    editable = False
+
+    def holds(self, module: nn.Module) -> bool:
+        """See `Storage.holds`."""
+        return type(module).__name__ == "Mxfp4GptOssExperts"
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        """See `Storage.shape`."""
+        return module.num_experts, module.hidden_size, module.intermediate_size
+
+    def dense(self, module: Any) -> Tensor:
+        """See `Storage.dense`. The kernel's layout of blocks and scales is undone by its own functions."""
+        weight, scales = module.down_proj.storage, module.down_proj_precision_config.weight_scale.storage
+        blocks = weight.layout.unswizzle_data(weight.data).transpose(-1, -2)
+        exponents = scales.layout.unswizzle_data(scales.data).transpose(-1, -2)
+        return mxfp4(blocks.reshape(*exponents.shape, -1), exponents)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """`blocks` (E, d_out, G, 16) and `scales` (E, d_out, G), bytes, as (E, d_out, 32 G) float32."""
+    return (fp4_values(blocks) * powers_of_two(scales)[..., None]).flatten(-2)
+
+
+def _from_files(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
+    """(E, d_in, d_out), as GPT-OSS has its experts."""
+    return mxfp4(*tensors.values()).transpose(1, 2)
+
+
+MXFP4_FILES = (InFiles("_blocks", "", ("_scales",), _from_files),)

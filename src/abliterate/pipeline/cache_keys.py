@@ -1,0 +1,171 @@
+"""What results depend on: the keys of cached artifacts, and the identity of a study. Missing a part here is a wrong value.
+
+Knows no cache and no study; gives them JSON-able keys without paths of this machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from abliterate import __version__
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.devices import device_name
+from abliterate.model.loader import LoadedModel
+from abliterate.model.memory import total_memory
+from abliterate.objectives import DEFAULT, is_custom
+from abliterate.prompts.files import digest
+from abliterate.scorers.refusals import read_markers
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path
+from abliterate.types import Objective, Prompt
+
+PromptLists = Sequence[Sequence[Prompt]]
+
+FORMAT = 1
+# The names of two parts of a study's identity.
+OBJECTIVES, SCORERS = "set or order of objectives", "set of scorers or markers"
+
+
+def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything residuals depend on (DESIGN §6). Batch size is left out: it moves only the last bits."""
+    return model_key(settings, loaded) | {
+        "amp": settings.efficiency.use_amp_for_residuals,
+        "response_prefix": prefix,
+        "prompts": digest(prompts),  # covers system prompts, prefix and suffix
+    }
+
+
+def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """What the means of residuals depend on: they are winsorized before they are added up."""
+    statistics = {"statistics": "means", "winsorize_quantile": settings.directions.winsorize_quantile}
+    return residuals_key(settings, loaded, prefix, prompts) | statistics
+
+
+def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
+    efficiency, device = settings.efficiency, loaded.device
+    return model_key(settings, loaded) | {
+        "lengths": {name: list(part) for name, part in lengths.items()},
+        "limits": [settings.evaluation.max_batch_size, efficiency.max_kept_mb],
+        "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
+        "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
+    }
+
+
+def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
+    """What the response prefix depends on."""
+    return model_key(settings, loaded) | {
+        "prompts": [digest(part) for part in sets],
+        "response": settings.response.model_dump(),
+    }
+
+
+def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:
+    """What the base model's observation depends on; responses may end at the first marker, so markers are among it."""
+    generation = loaded.model.generation_config
+    return model_key(settings, loaded) | {
+        "prompts": [digest(part) for part in sets],
+        "response": settings.response.model_dump(),
+        "response_prefix": prefix,
+        "generation": generation.to_diff_dict() if generation is not None else None,
+        "scorers": _scorers(settings),
+    }
+
+
+def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
+    """A loaded model and the code that runs it."""
+    info, tokenizer = loaded.info, loaded.tokenizer
+    return {
+        "format": FORMAT,
+        "model": info.id,
+        "revision": info.revision,
+        "fingerprint": info.fingerprint,
+        "dtype": info.dtype,
+        "quantization": info.quantization,
+        "attention": str(loaded.model.config._attn_implementation),
+        "decoder_layers": loaded.architecture.layers,
+        "device": loaded.device.type,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "chat_template": [_digest(tokenizer.chat_template), dict(settings.load.template_options)],
+        "rendering": rendering(settings, loaded),
+        "versions": {"abliterate": __version__} | {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
+def study_identity(
+    settings: Settings,
+    loaded: LoadedModel,
+    prefix: str,
+    sets: PromptLists,
+    objectives: Sequence[Objective] = DEFAULT,
+) -> dict[str, str]:
+    """What a trial's meaning depends on, by the name a person would look for; compared on resume. `sets`: all four."""
+    search = settings.search
+    space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
+    info = loaded.info
+    parts: dict[str, Any] = {
+        "model": [info.fingerprint, info.dtype, info.quantization],
+        "set of prompts": [digest(part) for part in sets],
+        "tokenizer": [tokenizer_digest(loaded.tokenizer), loaded.tokenizer.chat_template],
+        "attention implementation": str(loaded.model.config._attn_implementation),
+        "set of template options": settings.load.template_options,
+        "set of edited modules": [
+            loaded.architecture.layers,
+            [(target.name, target.component) for target in loaded.targets],
+        ],
+        "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
+        "response length or prefix": [settings.response.max_new_tokens, prefix],
+        "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
+        "direction method": settings.directions.model_dump(),
+        "edit mode": settings.edit.model_dump(),
+        "search space": [space, search.ei_candidates],
+        "seed": settings.seed,
+        SCORERS: _scorers(settings),
+    }
+    if tuple(objectives) != DEFAULT:  # studies of earlier versions had no others, and say nothing of them
+        parts[OBJECTIVES] = [[one.name, one.goal] for one in objectives]
+    return {name: _digest(part) for name, part in parts.items()}
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides how text becomes ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
+    if isinstance(content, dict):
+        # Of the last call, not of the tokenizer.
+        content |= {"padding": None, "truncation": None}
+    return _digest([content, tokenizer.special_tokens_map])
+
+
+def rendering(settings: Settings, loaded: LoadedModel) -> str:
+    """What becomes of a prompt: a template may write today's date, and this package decides where a system prompt goes."""
+    chat = PromptEncoder(loaded.tokenizer, loaded.device, options=settings.load.template_options)
+    return _digest(chat.render(Prompt("Hello", settings.prompts.system)))
+
+
+def _scorers(settings: Settings) -> list[Any]:
+    """What scores depend on: names and markers, of a scorer in a file its content, of a classifier which one."""
+    evaluation, names = settings.evaluation, []
+    for name in settings.scorers:
+        path, _, wanted = name.rpartition(":")
+        content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_custom(name) else ""
+        names.append(f"{wanted} {content}" if content else name)
+    judge = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
+    return [names, sorted(_markers(settings)), *judge]
+
+
+def _markers(settings: Settings) -> tuple[str, ...]:
+    """The markers themselves: the default file may be another in another version."""
+    return read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,154 @@
+"""Calibrate a loaded model once per run: warm it up, and find the prefix that all of its responses share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+from abliterate.artifacts.cache import from_bytes, to_bytes
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.trial_engine import TrialEngine, Unsupported
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.loader import LoadedModel
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.cache_keys import prefix_key
+from abliterate.pipeline.context import Context
+from abliterate.pipeline.from_settings import chat_of, make_engine, markup_of
+from abliterate.prompts.sets import PromptSets
+from abliterate.settings.schema import EfficiencySettings
+from abliterate.types import BatchSizes, Prompt
+
+
+def detect_prefix(
+    respond: Callable[[str], Sequence[str]], markup: Markup, tails: Sequence[str] = (), *, skip: bool = True
+) -> tuple[str, list[str]]:
+    """What all responses begin with, so that the first *response* token comes after it, and notes on what was found.
+
+    `respond(prefix)` gives raw responses of prompts from both sets, continued after `prefix`; `tails` are what the chat
+    template puts after each of them. Unless `skip` is off, a thinking block that a template or a response opens is closed
+    for all, and what follows is looked at again: some put white space or a tag there.
+    """
+    closed, notes = _closed_by_prompts(markup, tails, skip=skip)
+    texts = respond(closed)
+    start = _shared_start(texts, markup)
+    if closed == "":
+        inside = markup.open_block(start)
+        begin = [block for text in texts if (block := markup.begins_with(text[len(start) :]))]
+        if inside is not None or begin:
+            place, block = inside or (len(start), begin[0])
+            who = "all" if inside else f"{len(begin)} of {len(texts)}"
+            notes.append(f"{who} responses open a thinking block {block.opening}, which is {_what_happens(skip)}")
+            if skip:
+                closed = start[:place] + block.closed
+                start = _shared_start(respond(closed), markup)
+    if skip and (again := markup.open_block(start)) is not None:
+        notes.append("the model begins to think again after the thinking block was closed; responses are read from after it")
+        start = start[: again[0]].rstrip(" ")
+    return closed + start, notes
+
+
+def _closed_by_prompts(markup: Markup, tails: Sequence[str], *, skip: bool) -> tuple[str, list[str]]:
+    """What closes the thinking block in which the chat template leaves the prompts."""
+    opened = [markup.open_block(tail) for tail in tails]
+    blocks = {found[1] for found in opened if found is not None}
+    if not blocks:
+        return "", []
+    block = sorted(blocks, key=lambda block: block.opening)[0]
+    if len(blocks) > 1 or None in opened:  # one prefix can't be right for all
+        return "", ["the chat template opens a thinking block for some prompts; their responses are read from after it"]
+    notes = [f"the chat template opens a thinking block {block.opening}, which is {_what_happens(skip)}"]
+    # After a line break: an empty block, as models are trained on it, has two.
+    return ("\n" * tails[0].endswith("\n") + block.closing) if skip else "", notes
+
+
+def _what_happens(skip: bool) -> str:
+    return "skipped: closed at once" if skip else "kept: a response is what follows it, within response.max_new_tokens"
+
+
+def _shared_start(texts: Sequence[str], markup: Markup) -> str:
+    """The common start; none where it is a whole response, which would leave nothing to score, and no part of a tag."""
+    start = common_start(texts)
+    return "" if any(text.rstrip() == start.rstrip() for text in texts) else markup.without_partial(start).rstrip(" ")
+
+
+def common_start(texts: Sequence[str]) -> str:
+    """The longest common start without trailing spaces: a space would change how the next word is tokenized."""
+    return os.path.commonprefix(list(texts)).rstrip(" ")
+
+
+class WarmUp:
+    """Runs a throw-away pass once per process, so that no measurement pays for lazy initialization.
+
+    With `once` off it runs at every call, as peers do before each probe.
+    """
+
+    def __init__(self, work: Callable[[], object], *, once: bool = True) -> None:
+        self._work = work
+        self._once = once
+        self.runs = 0
+
+    def __call__(self) -> None:
+        if self.runs == 0 or not self._once:
+            self._work()
+            self.runs += 1
+
+
+class NoEdit:
+    """The base model's `EditState`."""
+
+    version = 0
+    first_layer = None
+
+
+def prefix_responses(
+    reference: ReferenceEngine, layers: torch.nn.ModuleList, switches: EfficiencySettings, prompts: Sequence[Prompt]
+) -> list[str]:
+    """Raw responses of the base model, only as long as it takes to see what they share, if the switches say so."""
+    if switches.use_trial_engine and switches.use_early_prefix_detection:
+        # Plain prefills: nothing has been checked yet.
+        plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
+        with contextlib.suppress(Unsupported):
+            return TrialEngine(reference, layers, NoEdit(), plain, None).raw_responses(prompts)
+    return reference.raw_responses(prompts)
+
+
+def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
+    """The response prefix, from the cache where known; says what it is."""
+    key = prefix_key(context.settings, loaded, prompts.all_sets())
+    known = context.store.get("response-prefix", key)
+    prefix = response_prefix(context, loaded, sizes, prompts) if known is None else from_bytes(known["prefix"])
+    if known is None:
+        context.store.put("response-prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")
+    if prefix:
+        how = "" if known is None else " (from the cache)"
+        context.reporter.note(f"response prefix: {prefix!r}{how}", response_prefix=prefix)
+    return prefix
+
+
+def response_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
+    """As given, else what the responses to some prompts of both sets have in common."""
+    response = context.settings.response
+    if not response.detect_prefix:
+        return response.prefix
+    count = response.prefix_prompts
+    some = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])
+
+    def chat(prefix: str = "") -> PromptEncoder:
+        return chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
+
+    def respond(prefix: str) -> list[str]:
+        engine = make_engine(context, loaded.model, chat(prefix), sizes)
+        return prefix_responses(engine, loaded.layers, context.settings.efficiency, some)
+
+    plain = chat()
+    tails = [plain.tail(prompt) for prompt in some]
+    skip = response.thinking == "skip"
+    found, notes = detect_prefix(respond, markup_of(context.settings), tails, skip=skip)
+    if notes and (switches := [name for name in plain.template.options if "think" in name or "reason" in name]):
+        notes.append(f"the chat template itself has {', '.join(switches)} (load.template_options)")
+    for note in notes:
+        context.reporter.note(note)
+    return found

@@ -1,0 +1,237 @@
+"""`abliterate evaluate`: any candidate against its base on held-out prompts, and on tasks of lm-eval if asked for.
+
+A candidate is a model of its own, an adapter on the base, or a trial of a run; the two latter share the base's weights, so only
+a model of its own needs memory for both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import AbliterateError, InputError, TrialError
+from abliterate.evaluation.lm_eval import Tasks, check_tasks, run_tasks
+from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.model import loader
+from abliterate.model.devices import choose_device
+from abliterate.model.peft import check_adapter, with_adapter
+from abliterate.pipeline import batch_size, stages
+from abliterate.pipeline.calibrate import known_prefix
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline.export import pinned
+from abliterate.pipeline.from_settings import chat_of, make_engine, plain_engine, scorers_of
+from abliterate.pipeline.heldout import against_search, edited_sides, measured, read_heldout
+from abliterate.pipeline.preflight import check_model
+from abliterate.pipeline.workbench import Calibration, Workbench, load
+from abliterate.prompts.sets import Heldout, PromptSets, prompt_sources
+from abliterate.settings.schema import Settings
+from abliterate.types import Baseline, Prompt, Reporter, Trial
+
+Kind = Literal["model", "adapter", "trial"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured: a directory or Hub id, or a run's directory and the number of its trial (None: the selected one)."""
+
+    kind: Kind
+    place: str
+    number: int | None = None
+
+    @property
+    def name(self) -> str:
+        """As it may appear in results."""
+        name = loader.public_name(self.place) if self.kind != "trial" else Path(self.place).resolve().name
+        return name if self.number is None else f"{name}:{self.number}"
+
+
+def parse_candidate(text: str) -> Candidate:
+    """A model directory or id, an adapter directory, RUN or RUN:N.
+
+    Raises:
+        InputError: nothing of these is there.
+    """
+    path = Path(os.path.expanduser(text))  # unlike Path's own, no error where there is no such home
+    head, _, tail = text.rpartition(":")
+    if head and tail.isdecimal() and not os.path.exists(path):  # a name that is too long is none
+        run = Path(os.path.expanduser(head))
+        if not _is_run(run):
+            raise InputError(f"There is no run in {head}, so {text} names no trial of one; give the directory of a run.")
+        return Candidate("trial", str(run), int(tail))
+    if _is_run(path):
+        return Candidate("trial", str(path))
+    if os.path.isfile(path / "adapter_config.json"):
+        return Candidate("adapter", str(path))
+    loader.resolve_source(text)  # its sentences say what a path may be
+    return Candidate("model", text)
+
+
+def evaluate(
+    settings: Settings,
+    reporter: Reporter,
+    candidate: Candidate,
+    tasks: Tasks,
+    *,
+    check: Callable[[], None] = lambda: None,
+    show: Callable[[Mapping[str, Any]], None] = lambda heldout: None,
+) -> dict[str, Any]:
+    """{base, candidate, heldout, benchmarks, error}: `heldout` as in a run's `result.json`, `error` of the benchmarks.
+
+    `show` is given `heldout` before the benchmarks begin, which may take hours.
+
+    Raises:
+        InputError: prompts, models or the run don't fit together. AbliterateError: the candidate's numbers are not finite.
+    """
+    scorers_of(settings, heldout=True)
+    choose_device(settings.device)
+    run = RunDirectory(Path(candidate.place)).read_result() if candidate.kind == "trial" else {}
+    trial = _trial_of(run, candidate) if run else None
+    if run:
+        settings = _at_revision(settings, run)
+    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
+    check_model(settings, editing=False)
+    _check_candidate(settings, candidate)
+    ready = check_tasks(tasks)
+    prompts = _search_prompts(context, required=trial is not None)
+    held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
+    assert held is not None
+    bench = _bench(context, prompts or _stand_in(held))
+    try:
+        with _sides(context, bench, candidate, run, trial) as (base, edited):
+            with context.result.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
+                found = measured(context, base, edited, held)
+            heldout: dict[str, Any] = {"trial": None, **found, "search": None, "optimism": None}
+            if trial is not None:
+                baseline = Baseline.from_record(run["baseline"])
+                heldout |= {"trial": trial.number, **against_search(found, trial, baseline)}
+            show(heldout)
+            benchmarks, failure = run_tasks(context, base, edited, bench.loaded.tokenizer, ready)
+    except (TrialError, torch.OutOfMemoryError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise AbliterateError(f"The candidate can't be measured ({reason}); try a smaller --batch-size or --dtype.") from error
+    names = {"base": bench.loaded.info.id, "candidate": candidate.name}
+    return {**names, "heldout": heldout, "benchmarks": benchmarks, "error": failure}
+
+
+def _at_revision(settings: Settings, run: Mapping[str, Any]) -> Settings:
+    """Where BASE is the run's model: the commit that the run loaded."""
+    found = run["model"]
+    if loader.public_name(settings.model) != found["id"]:
+        return settings
+    load = pinned(settings.load, loader.resolve_source(settings.model), found["revision"])
+    return settings.model_copy(update={"load": load})
+
+
+def _check_candidate(settings: Settings, candidate: Candidate) -> None:
+    """InputError for a candidate that can't be loaded, as far as its config tells: before the base is."""
+    if candidate.kind == "adapter":
+        check_adapter(Path(candidate.place))
+    elif candidate.kind == "model":
+        check_model(_settings_of(settings, candidate), editing=False)
+
+
+def _settings_of(settings: Settings, candidate: Candidate) -> Settings:
+    """With the candidate as the model; the base's revision is none of its own."""
+    own = settings.load.model_copy(update={"revision": ""})
+    return settings.model_copy(update={"model": candidate.place, "load": own})
+
+
+def _is_run(path: Path) -> bool:
+    directory = RunDirectory(path)
+    return directory.holds_run or os.path.isfile(directory.result)
+
+
+def _trial_of(run: dict[str, Any], candidate: Candidate) -> Trial:
+    number = run["selected"] if candidate.number is None else candidate.number
+    if number is None:
+        raise InputError(f"The run in {candidate.place} has chosen no trial yet; name one as {candidate.place}:N.")
+    found = next((Trial.from_record(one) for one in run["trials"] if one["number"] == number), None)
+    if found is None or found.state != "complete":
+        raise InputError(
+            f"The run in {candidate.place} has no complete trial {number}; see abliterate trials {candidate.place}."
+        )
+    return found
+
+
+def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
+    """The sets that directions and search use. Of default ones it is enough to say that they can't be compared with."""
+    given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
+    try:
+        return read_prompts(context)
+    except InputError as error:
+        if required or given:
+            raise
+        context.reporter.warn(
+            f"The held-out prompts aren't compared with those that directions and search use by default, which can't be "
+            f"loaded: {error}"
+        )
+        return None
+
+
+def _stand_in(held: Heldout) -> PromptSets:
+    """What batch sizes and the response prefix are found with where there is nothing else."""
+    return PromptSets(*(2 * (held.sets.harmful, held.sets.harmless)))
+
+
+def _bench(context: Context, prompts: PromptSets) -> Workbench:
+    """The base model, calibrated as for a run; nothing of it is edited for good, so what could be edited isn't looked at."""
+    loaded = load(context, None)
+    with context.result.stage("calibrate"):
+        sizes = batch_size.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
+        prefix = known_prefix(context, loaded, sizes, prompts)
+    chat = chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
+    return Workbench(loaded, chat, make_engine(context, loaded.model, chat, sizes), (), Calibration(sizes, prefix))
+
+
+@contextlib.contextmanager
+def _sides(
+    context: Context, bench: Workbench, candidate: Candidate, run: dict[str, Any], trial: Trial | None
+) -> Iterator[tuple[ModelView, ModelView]]:
+    """Base and candidate, ready to be measured."""
+    base = ModelView(make_engine(context, bench.loaded.model, bench.chat, bench.calibration.sizes), contextlib.nullcontext)
+    if trial is not None:
+        if bench.loaded.info.fingerprint != run["model"]["fingerprint"]:
+            raise InputError(f"The run in {candidate.place} is of another model ({run['model']['id']}); give that one as BASE.")
+        found = stages.read_directions(RunDirectory(Path(candidate.place)).directions, run)
+        editor = stages.make_editor(context, bench, found)
+        yield edited_sides(context, bench, editor, trial)
+        editor.clear()
+        return
+    if candidate.kind == "adapter":
+        with context.result.stage("load the adapter", candidate.name):
+            peft = _with_adapter(bench, candidate.place)
+        yield replace(base, active=peft.disable_adapter), base
+        return
+    settings = context.settings
+    other = load(replace(context, settings=_settings_of(settings, candidate)), None)
+    chat = chat_of(settings, other.tokenizer, other.device, bench.calibration.response_prefix)
+    probe = Prompt("What is 1+1?", settings.prompts.system)
+    sizes = [one.model.config.get_text_config().vocab_size for one in (bench.loaded, other)]
+    if sizes[0] != sizes[1] or chat.token_ids(probe) != bench.chat.token_ids(probe):
+        raise InputError(
+            f"The model {candidate.name} reads prompts as other tokens than the base, so the two can't be compared token by "
+            "token; give the base that it was made from."
+        )
+    yield base, ModelView(make_engine(context, other.model, chat, bench.calibration.sizes), contextlib.nullcontext)
+    del other
+    gc.collect()
+
+
+def _with_adapter(bench: Workbench, place: str) -> Any:
+    """The base with a PEFT adapter on it; its own layers are wrapped in place."""
+    try:
+        return with_adapter(bench.loaded.model, Path(place))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise InputError(
+            f"The adapter in {place} doesn't fit the base: {first}; give the base that it was made from."
+        ) from error

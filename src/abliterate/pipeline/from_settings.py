@@ -1,0 +1,58 @@
+"""Build what the settings alone decide: scorers, objectives, the prompt encoder, and engines for a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.loader import LoadedModel
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.context import Context
+from abliterate.scorers import Scorer, make_objectives, make_scorers
+from abliterate.scorers.refusals import read_markers
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path
+from abliterate.types import BatchSizes, Objective
+
+
+def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ...]:
+    """The scorers that the settings name, with their markers; `heldout`: those for held-out prompts only, too."""
+    markers = read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
+    efficient = settings.efficiency.use_efficient_refusal_detection
+    names = settings.scorers + (settings.evaluation.heldout_scorers if heldout else ())
+    return make_scorers(names, markers, efficient=efficient, settings=settings.evaluation)
+
+
+def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
+    """What the settings search for; `scorers`: as `scorers_of` gives them."""
+    return make_objectives(settings.search.objectives, settings.scorers, scorers)
+
+
+def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> PromptEncoder:
+    """A chat with the template options of the settings."""
+    return PromptEncoder(tokenizer, device, prefix, settings.load.template_options)
+
+
+def markup_of(settings: Settings) -> Markup:
+    """The markup in responses that the settings name."""
+    return Markup(settings.response.thinking_blocks, settings.response.answer_tags)
+
+
+def make_engine(context: Context, model: Any, chat: PromptEncoder, sizes: BatchSizes) -> ReferenceEngine:
+    """An engine for `model`, reading responses as the settings say."""
+    response = context.settings.response
+    reader = ResponseReader(chat.tokenizer, markup_of(context.settings))
+    return ReferenceEngine(model, chat, reader, max_new_tokens=response.max_new_tokens, sizes=sizes, check=context.check)
+
+
+def plain_engine(context: Context, loaded: LoadedModel) -> ReferenceEngine:
+    """An engine for what is measured before a response prefix is known."""
+    chat = chat_of(context.settings, loaded.tokenizer, loaded.device)
+    return make_engine(context, loaded.model, chat, BatchSizes.same(1))

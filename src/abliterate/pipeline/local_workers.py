@@ -1,0 +1,89 @@
+"""The workers of a run on further devices of this machine: started, watched and ended with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import InputError
+
+
+class LocalWorkers:
+    """Workers of a run on further devices of this machine: started, watched and ended with it."""
+
+    def __init__(self, directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._logs = [directory.path / f"worker-{index + 1}.log" for index in range(len(devices))]
+        self._running: dict[int, subprocess.Popen[bytes]] = {}
+        command = [sys.executable, "-m", "abliterate", "worker", str(directory.path)]
+        # The run's settings.toml has no password.
+        environment = os.environ | ({"ABLITERATE_SEARCH__STORAGE": url} if url else {})
+        for index, device in enumerate(devices):
+            with self._logs[index].open("wb") as log:
+                self._running[index] = subprocess.Popen(
+                    [*command, "--device", device],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+
+    def look(self) -> None:
+        """Say which of them have failed since the last look: the run goes on without them."""
+        for index, process in list(self._running.items()):
+            code = process.poll()
+            if code is None:
+                continue
+            del self._running[index]
+            if code != 0:
+                log = self._logs[index]
+                last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+                self._warn(f"Worker {index + 1} has ended ({last.removeprefix('error: ').rstrip('.')}); see {log.name}.")
+
+    def end(self) -> None:
+        """Ask those still there to stop, which they do after the current pass, and wait for them."""
+        for process in self._running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self._running.values():
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._running.clear()
+
+
+@contextlib.contextmanager
+def local_workers(
+    directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
+    """`LocalWorkers` on the devices while active; gives what says which of them have failed. `url`: of the study's database."""
+    started = LocalWorkers(directory, devices, url, warn)
+    try:
+        yield started.look
+    finally:
+        started.end()
+
+
+def devices_of(gpus: int, device: torch.device) -> list[str]:
+    """Devices of the further workers of a run that itself works on `device`: `gpus` − 1 of them.
+
+    Raises:
+        InputError: the machine has fewer.
+    """
+    if gpus <= 1:
+        return []
+    if device.type == "cpu":  # its cores are shared
+        return ["cpu"] * (gpus - 1)
+    count = torch.accelerator.device_count()
+    if gpus > count:
+        raise InputError(f"This machine has {count} devices of type {device.type}, not {gpus}; give a smaller --gpus.")
+    own = device.index or 0
+    return [f"{device.type}:{index}" for index in range(count) if index != own][: gpus - 1]

@@ -1,0 +1,86 @@
+"""Everything that can be wrong before an hour is spent: names in the settings, the model's files, its coverage, the export.
+
+A wrong name that is noticed later would already be part of the run directory, and no corrected one could continue it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+
+import torch
+from transformers import PretrainedConfig
+
+from abliterate.directions import direction_method
+from abliterate.edits import edit_method
+from abliterate.errors import InputError
+from abliterate.export.adapter import peft_refusal
+from abliterate.export.push import check_push
+from abliterate.model import loader
+from abliterate.model.architectures import ARCHITECTURES, Target
+from abliterate.model.coverage import check_coverage, coverage_of
+from abliterate.model.devices import choose_device
+from abliterate.model.loader import LoadedModel
+from abliterate.pipeline.context import Context
+from abliterate.pipeline.from_settings import objectives_of, scorers_of
+from abliterate.search.selection import SelectionRule, parse_rule
+from abliterate.settings.schema import Settings
+
+
+def check_model(settings: Settings, *, editing: bool = True) -> None:
+    """Raise InputError if the model can't be found, or can't be edited or exported as far as its config tells.
+
+    Without `editing`, only what keeps it from being loaded is an error.
+    """
+    known = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
+    if editing and known is not None:
+        check_export(settings, known.model.config, known.targets)
+        check_coverage(coverage_of(known.model, known.architecture, known.targets), allow_partial=settings.load.allow_partial)
+
+
+def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
+    """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
+    reason = adapter_refusal(settings, config, targets) if settings.export.kind == "adapter" else ""
+    if reason:
+        raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
+
+
+def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
+    dora = settings.edit.mode == "full" and settings.edit.representation == "exact"
+    return peft_refusal(config, settings.load, targets, dora=dora)
+
+
+def check_loaded(context: Context, loaded: LoadedModel) -> None:
+    """What `check_model` could not tell without weights, and a warning of what is left out."""
+    settings = context.settings
+    if loaded.architecture.found_by == "structure":
+        check_export(settings, loaded.model.config, loaded.targets)
+    found = coverage_of(loaded.model, loaded.architecture, loaded.targets)
+    check_coverage(found, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
+
+
+def check_names(settings: Settings) -> SelectionRule:
+    """InputError for the first name that stands for nothing; returns the rule that `search.select` stands for."""
+    direction_method(settings.directions.method)
+    edit_method(settings.edit.mode)
+    scorers_of(settings, heldout=True)
+    scorers = scorers_of(settings)
+    rule = parse_rule(settings.search.select, settings.search.select_max_kl, objectives_of(settings, scorers))
+    names = [scorer.name for scorer in scorers]
+    if rule.scorer and rule.scorer not in names:
+        raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
+    choose_device(settings.device)
+    check_push(settings.export)
+    check_components(settings)
+    return rule
+
+
+def check_components(settings: Settings) -> None:
+    """InputError where `search.max_coeff` has a range for a component that can't exist: it would be left unused."""
+    built_in = {name for row in ARCHITECTURES for name in row.components}
+    known = sorted({"default", *built_in, *settings.load.components})
+    for name in settings.search.max_coeff:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+            remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}."
+            raise InputError(f"The setting search.max_coeff names {name!r}, which is no component; {remedy}")

@@ -1,0 +1,1 @@
+"""Make a trial again from its recipe, and compare the two."""

@@ -1,0 +1,192 @@
+"""What was made again beside what its recipe says: files by hash, scores, edits, and whether rounding explains the rest.
+
+Owns the verdict. Knows nothing of how either was made; measures nothing but the files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from abliterate.edits import Factors
+from abliterate.edits.fingerprint import Sketch, largest_difference, sketch
+from abliterate.export.check_behaviour import Precision
+from abliterate.export.recipe import Recipe, hashes
+from abliterate.pipeline.export import Picked, stored_dtype_of
+
+# Share by which one matrix's edit may be off where the same residuals were rounded otherwise. Measured on the demo with other
+# batch sizes: 2e-7, 4e-4, 3e-3; other machines round more. A coeff 1 % off is 1 %.
+EDIT = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
+_EDIT_QUANTIZED = 5e-2
+_WEIGHTS = (".safetensors", ".bin")
+
+Outcome = Literal["identical", "equivalent", "different"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`files`: {name: "equal", "other", "missing" or "new"}, None where there is nothing to compare.
+
+    Pairs are (the recipe's, here). `edits`: the largest difference of one matrix's edit, as a share, and where; None where
+    the recipe has none. `environment`: what differs of versions and device.
+    """
+
+    files: Mapping[str, str] | None
+    same_scores: bool
+    refusals: tuple[int, int]
+    kl: tuple[float, float]
+    baseline: tuple[int, int]
+    tolerance: Mapping[str, float]
+    edits: tuple[float, str] | None
+    same_directions: bool
+    environment: Mapping[str, tuple[str, str]]
+    verified: bool | None
+
+    @property
+    def differing(self) -> list[str]:
+        """Files that aren't byte for byte the recipe's."""
+        return sorted(name for name, state in (self.files or {}).items() if state != "equal")
+
+    @property
+    def causes(self) -> list[str]:
+        """Why the outcome is `different`; empty where it isn't."""
+        found = []
+        if abs(self.refusals[1] - self.refusals[0]) > self.tolerance["refusals"]:
+            found.append(f"{self.refusals[1]} refusals instead of {self.refusals[0]}")
+        if abs(self.baseline[1] - self.baseline[0]) > self.tolerance["refusals"]:
+            found.append(f"the unedited model refuses {self.baseline[1]} instead of {self.baseline[0]}")
+        if not abs(self.kl[1] - self.kl[0]) <= self.tolerance["kl"]:
+            found.append(f"KL {self.kl[1]:.6f} instead of {self.kl[0]:.6f}")
+        if self.edits is not None and not self.edits[0] <= self.tolerance["edits"]:
+            found.append(f"the edit of {self.edits[1]} is {self.edits[0]:.2%} off")
+        if any(name.endswith(_WEIGHTS) for name in self.differing) and not self._explained:
+            found.append(f"other bytes in {_some(self.differing)}, though edits, versions and device are the same")
+        if self.verified is False:
+            found.append("the export failed its check")
+        return found
+
+    @property
+    def _explained(self) -> bool:
+        """Whether anything could have rounded otherwise."""
+        return bool(self.environment) or not self.same_directions or self.edits is None or self.edits[0] > 0
+
+    @property
+    def outcome(self) -> Outcome:
+        """`identical`: every byte and every score; `equivalent`: the same within rounding."""
+        if self.causes:
+            return "different"
+        return "identical" if self.same_scores and not self.differing else "equivalent"
+
+    def lines(self) -> Iterator[str]:
+        """What was compared, for a person."""
+        if self.files is not None:
+            yield f"{len(self.files) - len(self.differing)} of {len(self.files)} files are the recipe's, byte for byte"
+        same = "equal to" if self.same_scores else "the recipe's:"
+        theirs = "the recipe's" if self.same_scores else f"{self.refusals[0]}, {self.kl[0]:.6f}"
+        yield f"refusals {self.refusals[1]}, KL {self.kl[1]:.6f}; {same} {theirs}"
+        if self.edits is not None and self.edits[0] > 0:
+            yield f"largest difference of one matrix's edit: {self.edits[0]:.1e} of it ({self.edits[1]})"
+        for name, (theirs, ours) in self.environment.items():
+            yield f"another {name}: {ours}, the recipe's {theirs!r}"
+
+    def sentence(self) -> str:
+        """The verdict."""
+        if self.outcome == "identical":
+            return "reproduced: the same scores" + ("" if self.files is None else " and the same files, byte for byte")
+        if self.outcome == "equivalent":
+            what = [f"other bytes in {_some(self.differing)}"] if self.differing else []
+            what += [] if self.same_scores else ["scores that differ within rounding"]
+            why = f"; here are {_some([f'another {name}' for name in self.environment])}" if self.environment else ""
+            return f"Reproduced but for rounding: {' and '.join(what)}{why}."
+        return (
+            f"This isn't the recipe's model: {'; '.join(self.causes)}; the versions and the kind of device that the recipe "
+            "names may give it, or the recipe was changed."
+        )
+
+    def to_record(self) -> dict[str, Any]:
+        """JSON form."""
+        largest = None
+        if self.edits is not None:  # JSON has no infinity
+            largest = {"difference": self.edits[0] if math.isfinite(self.edits[0]) else None, "module": self.edits[1]}
+        pairs = {"refusals": self.refusals, "kl": self.kl, "baseline": self.baseline}
+        return {
+            "outcome": self.outcome,
+            "causes": self.causes,
+            "files": None if self.files is None else dict(self.files),
+            "scores": {"equal": self.same_scores} | {name: {"recipe": a, "here": b} for name, (a, b) in pairs.items()},
+            "edits": largest,
+            "directions_equal": self.same_directions,
+            "environment": {name: {"recipe": a, "here": b} for name, (a, b) in self.environment.items()},
+            "tolerance": dict(self.tolerance),
+        }
+
+
+def compare(
+    recipe: Recipe, record: Mapping[str, Any], picked: Picked, factors: Mapping[str, Factors], final: Path
+) -> Comparison:
+    """The recipe beside what was made: `record` as `result.json`, the trial `picked`, its edits, and the export in `final`."""
+    trial, stated = picked.expected.trial, recipe.trial.scores
+    model = record["model"]
+    kind = record["export"]["kind"]
+    stored = stored_dtype_of(kind, picked.job)
+    precision = Precision(getattr(torch, model["dtype"]), stored, model["quantization"])
+    environment = _environment(recipe, record)
+    same_directions = recipe.directions == record["directions"]["vectors_sha256"]
+    # Another machine may break a near-tie otherwise even where nothing is rounded coarsely.
+    refusals = max(precision.refusals(recipe.baseline.prompts), 1.0 if environment else 0.0)
+    made: dict[str, Sketch] = {name: sketch(found) for name, found in factors.items()}
+    # Without an export, edits were computed on the loaded model only.
+    same_origin = recipe.export.origin == "trial" or kind != "none"
+    return Comparison(
+        files=_files(recipe, final) if kind == recipe.export.kind != "none" else None,
+        # Of the scorers that ran here: a recipe's own ones and judges don't.
+        same_scores=all(recipe.trial.model_dump()["scores"].get(name) == score for name, score in trial.scores.items()),
+        refusals=(stated.refusals, trial.refusals),
+        kl=(stated.kl.mean, trial.kl),
+        baseline=(recipe.baseline.refusals, int(record["baseline"]["refusals"])),
+        tolerance={
+            "refusals": refusals,
+            "kl": precision.kl(stated.kl.mean, picked.expected.noise),
+            "edits": _edit_tolerance(model, same_directions=same_directions),
+        },
+        edits=largest_difference(recipe.export.edits, made) if recipe.export.edits and same_origin else None,
+        same_directions=same_directions,
+        environment=environment,
+        verified=record["export"]["verified"],
+    )
+
+
+def _edit_tolerance(model: Mapping[str, Any], *, same_directions: bool) -> float:
+    """Of equal directions, edits are computed in float64 whatever the model's dtype."""
+    if same_directions:
+        return EDIT["float32"]
+    return max(EDIT[model["dtype"]], 0.0 if model["quantization"] == "none" else _EDIT_QUANTIZED)
+
+
+def _files(recipe: Recipe, final: Path) -> dict[str, str]:
+    stated, found = {name: one.model_dump() for name, one in recipe.export.files.items()}, hashes(final)
+    states = {name: "equal" if stated[name] == found[name] else "other" for name in stated.keys() & found.keys()}
+    states |= dict.fromkeys(stated.keys() - found.keys(), "missing") | dict.fromkeys(found.keys() - stated.keys(), "new")
+    return dict(sorted(states.items()))
+
+
+def _environment(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{name: (the recipe's, here)} of what differs; for the export's versions where these are others than the run's."""
+    here, stated = record["environment"], recipe.environment
+    theirs = stated.versions | {"platform": stated.platform, "device": stated.device}
+    ours = here["versions"] | {"platform": here["platform"], "device": here["device"]}
+    found = {name: (theirs.get(name, "unknown"), value) for name, value in ours.items() if theirs.get(name) != value}
+    for name, value in ours.items():
+        version = recipe.export.versions.get(name, value)
+        if name not in found and version != value:
+            found[name] = (version, value)
+    return found
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

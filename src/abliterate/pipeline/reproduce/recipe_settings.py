@@ -1,0 +1,184 @@
+"""The settings that a recipe stands for on this machine.
+
+Owns what a recipe, a stranger's file, may ask: no place to read or write, no name taken for a path, no code unless the person
+allows it, no model or server to ask. Where things lie is said by the person's own options. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from pydantic import ValidationError
+
+from abliterate.errors import InputError
+from abliterate.export.card import FILES, UNTRIED
+from abliterate.export.recipe import LEFT_OUT, Recipe
+from abliterate.model.loader import DEMO
+from abliterate.objectives import JUDGES, KL, OWN, is_custom, split
+from abliterate.prompts.files import dataset_name
+from abliterate.prompts.sets import DEMO_PROMPTS
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings
+
+_OPTIONS = {"evaluation.markers": "--markers", "load.chat_template": "--chat-template"}
+
+
+def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
+    """The recipe's settings on this machine: where things lie, and whether foreign code may run, is said by `own` only.
+
+    Raises:
+        InputError: something of the author's machine isn't given, or a setting isn't one of this version's.
+    """
+    base = load_settings("", own)
+    # Recipes of earlier versions have what no trial depends on.
+    stated = {
+        section: {option: value for option, value in options.items() if f"{section}.{option}" not in UNTRIED}
+        for section, options in recipe.settings.items()
+    }
+    for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
+        if name in LEFT_OUT:  # a place on this machine, or one to send things to
+            raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
+    _leave_scorers(stated)
+    load, machine = stated.setdefault("load", {}), base.load
+    _check_code(load, allowed=machine.trust_remote_code)
+    model = _model(recipe, base.model)
+    here: dict[str, dict[str, Any]] = {
+        "load": {
+            "revision": recipe.model.revision if model == recipe.model.id and recipe.model.on_hub else "",
+            "dtypes": [recipe.model.dtype],
+            "device_map": machine.device_map,
+            "max_memory": machine.max_memory,
+            "trust_remote_code": machine.trust_remote_code and bool(load.get("trust_remote_code")),
+        },
+        "prompts": _sources(recipe, base, model),
+        "efficiency": {"residual_cache_dir": base.efficiency.residual_cache_dir},
+        "export": {"kind": kind or recipe.export.kind},
+    }
+    for name, value in _files(recipe, base).items():
+        section, option = name.split(".")
+        here.setdefault(section, {})[option] = value
+    sections: dict[str, Any] = {}
+    for name in stated.keys() | here.keys():
+        default = getattr(base, name, None)
+        if default is None or isinstance(default, str | int):
+            raise InputError(f"The recipe has settings {name!r} that this version doesn't know; install its version.")
+        try:
+            sections[name] = type(default).model_validate(stated.get(name, {}) | here.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            option = ".".join(map(str, (name, *first["loc"])))
+            raise InputError(
+                f"The recipe's setting {option!r} can't be used by this version: {first['msg'].removeprefix('Value error, ')}; "
+                f"install abliterate {recipe.environment.versions.get('abliterate', '')!r}, which made it."
+            ) from error
+    return base.model_copy(update={**sections, "model": model, "seed": recipe.seed, "out": ""})
+
+
+def left_scorers(recipe: Recipe) -> list[str]:
+    """The scorers that aren't run here: those in files of the author's, by file and class, and judges."""
+    lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
+    names = [name for found in lists if isinstance(found, list) for name in found]
+    return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and _is_left(name)))
+
+
+def _is_left(name: str) -> bool:
+    return is_custom(name) or split(name)[0] in JUDGES
+
+
+def _leave_scorers(stated: dict[str, dict[str, Any]]) -> None:
+    """No name in a recipe runs a file's code, loads another model or asks a server.
+
+    A trial needs no objectives; KL stands for those that are gone.
+    """
+    for section, option in map(_parts, OWN):
+        found = stated.get(section, {}).get(option)
+        if isinstance(found, list):
+            kept = [name for name in found if not (isinstance(name, str) and _is_left(name))]
+            stated[section][option] = kept or ([KL] if option == "objectives" else [])
+
+
+def _parts(name: str) -> tuple[str, str]:
+    section, _, option = name.partition(".")
+    return section, option
+
+
+def _check_code(load: Mapping[str, Any], *, allowed: bool) -> None:
+    # An attention implementation with a slash is a repository of kernels, which transformers would run.
+    wanted = load.get("trust_remote_code") or "/" in str(load.get("attn_implementation", ""))
+    if wanted and not allowed:
+        raise InputError(
+            "The recipe's model runs code of its own from the Hub; read that code, and if you trust it repeat the command with "
+            "--trust-remote-code."
+        )
+
+
+def _model(recipe: Recipe, given: str) -> str:
+    """MODEL as a run is given it. A name in a recipe is never taken for a directory."""
+    name = recipe.model.id
+    if given:
+        return given
+    if not recipe.model.on_hub:
+        if name == DEMO:
+            return DEMO
+        raise InputError(f"The recipe's model {name!r} was a directory of its author; give yours with --model PATH.")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise InputError(f"The recipe's model {name!r} is no name on the Hub; give the model with --model.") from error
+    if Path(name).exists():
+        raise InputError(
+            f"There is a path {name} here, but the recipe means the Hub's; give it with --model, or change directory."
+        )
+    return name
+
+
+def _sources(recipe: Recipe, base: Settings, model: str) -> dict[str, str]:
+    """{set: source}: as given here, else the recipe's if it is a data set or the demo's own file."""
+    found, missing = dict[str, str](), list[str]()
+    for name, demo_file in DEMO_PROMPTS.items():
+        given, stated = getattr(base.prompts, name), recipe.prompts.get(name)
+        if stated is None:
+            raise InputError(f"The recipe doesn't say what its {name} prompts were; it can't be used.")
+        if given:
+            found[name] = given
+        elif model == DEMO and stated.source == demo_file:
+            found[name] = ""
+        elif _is_dataset(stated.source):
+            found[name] = stated.source
+        else:
+            missing.append(f"--{name.replace('_', '-')} FILE ({stated.source!r}, {stated.count} prompts)")
+    if missing:
+        raise InputError(f"The recipe was made with prompt files of its author; give them with {', '.join(missing)}.")
+    return found
+
+
+def _is_dataset(source: str) -> bool:
+    """Whether it can only mean a data set on the Hub: a stranger's recipe must not make us read what lies here."""
+    parsed = dataset_name(source)
+    try:
+        validate_repo_id(parsed.name if parsed else "")
+    except HFValidationError:
+        return False
+    assert parsed is not None
+    return not Path(parsed.name).exists() and not Path(source).exists()
+
+
+def _files(recipe: Recipe, base: Settings) -> dict[str, str]:
+    """{setting: path} of the other files that settings name: as given here; the recipe says which must be."""
+    found = {}
+    for name in FILES.values():
+        section, option = name.split(".")
+        if section == "prompts":
+            continue
+        found[name] = getattr(getattr(base, section), option)
+        stated = recipe.files.get(name)
+        if stated is not None and not found[name]:
+            raise InputError(
+                f"The recipe was made with a file of its author, {stated.name!r} (sha256 {stated.sha256:.12}…); give it with "
+                f"{_OPTIONS[name]} FILE."
+            )
+    return found

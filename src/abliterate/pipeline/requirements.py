@@ -1,0 +1,193 @@
+"""What there is to edit in a model, and what a run on it needs and costs.
+
+Works on a loaded model, or from its config alone (a skeleton).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abliterate.export.base_weights import whole_because
+from abliterate.model.architectures import decoder_layers, missing_components
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.coverage import coverage_of
+from abliterate.model.devices import device_name, memory_text
+from abliterate.model.experts import is_fused
+from abliterate.model.footprint import Shape, row_bytes, visited_experts
+from abliterate.model.loader import LoadedModel, Skeleton
+from abliterate.model.memory import usable_memory
+from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
+from abliterate.model.weights import in_features, n_matrices, out_features
+from abliterate.pipeline.batch_size import reserved_bytes
+from abliterate.pipeline.context import Context
+from abliterate.pipeline.preflight import adapter_refusal
+from abliterate.prompts.sets import PromptSets
+from abliterate.settings.schema import Settings
+from abliterate.terminal.quantities import USUAL_TOKENS, in_words
+from abliterate.types import OPERATIONS
+
+# What is assumed of prompts that can't be read: the field's sets, as long as their prompts usually are.
+_USUAL = {"harmful": 400, "harmless": 400, "harmful_eval": 100, "harmless_eval": 100}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The prompts of a run, {set: (number, tokens of the longest, tokens of all)}; `assumed`: why they are guessed, or ""."""
+
+    sets: Mapping[str, tuple[int, int, int]]
+    assumed: str = ""
+
+    @staticmethod
+    def of(prompts: PromptSets, chat: PromptEncoder) -> Workload:
+        """Counted."""
+        lengths = {name: [len(chat.token_ids(prompt)) for prompt in getattr(prompts, name)] for name in _USUAL}
+        return Workload({name: (len(some), max(some), sum(some)) for name, some in lengths.items()})
+
+    @staticmethod
+    def usual(why: str) -> Workload:
+        """Guessed."""
+        return Workload({name: (count, USUAL_TOKENS, count * USUAL_TOKENS) for name, count in _USUAL.items()}, why)
+
+
+def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> None:
+    """Put the model into the result and before the person's eyes; say what is left out, and stop where that is too much."""
+    settings = context.settings
+    context.result.describe(loaded.info, device_name(device))
+    found = requirements_of(settings, loaded, device, Workload.of(prompts, PromptEncoder(loaded.tokenizer, loaded.device)))
+    context.result.record["coverage"] = found["coverage"]
+    context.reporter.header(in_words(found))
+    if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
+        stored = checkpoint_quantization(loaded.info.quantization)
+        context.reporter.note(
+            f"the checkpoint is quantized ({stored}), which can't run here as it is; its weights were made dense"
+        )
+    if loaded.architecture.found_by == "structure":
+        named = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
+        context.reporter.note(
+            f"the family isn't in the table; by what its layers do, these write to the residual stream: {named}"
+        )
+    for component, count in found["coverage"]["layers_without"].items():
+        context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")
+
+
+def requirements_of(
+    settings: Settings,
+    loaded: LoadedModel | Skeleton,
+    device: torch.device,
+    work: Workload,
+    speeds: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The record. `speeds`: tokens a second by operation, where they were measured."""
+    info, coverage = loaded.info, coverage_of(loaded.model, loaded.architecture, loaded.targets)
+    config = loaded.model.config.get_text_config()
+    kinds = Counter(getattr(config, "layer_types", None) or ())
+    without = missing_components(loaded.targets, loaded.architecture, info.n_layers)
+    return {
+        "model": {
+            "id": info.id,
+            "class": type(loaded.model).__name__,
+            "family": info.family,
+            "found_by": loaded.architecture.found_by,
+            "layers_at": loaded.architecture.layers,
+            "n_layers": info.n_layers,
+            "d_model": info.d_model,
+            "layer_kinds": dict(kinds),
+            "n_parameters": info.n_parameters,
+            "dtype": info.dtype,
+            "quantization": info.quantization,
+        },
+        "device": {"name": device_name(device), "memory": memory_text(device)},
+        "edit": {"mode": settings.edit.mode, "representation": settings.edit.representation},
+        "coverage": coverage.to_record() | {"layers_without": without},
+        "exports": {
+            "merged": whole_because(info.source, settings.load, loaded.architecture),
+            "adapter": adapter_refusal(settings, loaded.model.config, loaded.targets),
+        },
+        "memory": _memory(settings, loaded, device, work),
+        "cost": _cost(settings, loaded, work, speeds),
+    }
+
+
+def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.device, work: Workload) -> dict[str, Any]:
+    """Bytes: of the weights, of one prompt in each operation, of what stays between trials."""
+    model, dtype = loaded.model, getattr(torch, loaded.info.dtype)
+    shape = Shape.of(model.config.get_text_config(), dtype)
+    weights = _weights_bytes(loaded, dtype)
+    longest = {
+        "residuals": max(work.sets["harmful"][1], work.sets["harmless"][1]),
+        "prefill": work.sets["harmless_eval"][1],
+        "decode": work.sets["harmful_eval"][1],
+    }
+    reserved = reserved_bytes(
+        settings, shape, loaded, work.sets["harmful_eval"][0], work.sets["harmless_eval"][0], max(longest.values())
+    )
+    empty = any(parameter.is_meta for parameter in model.parameters())
+    left = max(0, usable_memory(device) - reserved - (weights if empty else 0))
+    operations = {}
+    for name in OPERATIONS:
+        one = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
+        operations[name] = {"bytes_per_prompt": one, "prompts_that_fit": left // one}
+    return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
+
+
+def _weights_bytes(loaded: LoadedModel | Skeleton, dtype: torch.dtype) -> int:
+    """As they are stored; of a skeleton as they would be in `dtype`, or as quantized as their files are."""
+    parameters, info = list(loaded.model.parameters()), loaded.info
+    if not any(parameter.is_meta for parameter in parameters):
+        return sum(parameter.nbytes for parameter in parameters)
+    if checkpoint_quantization(info.quantization) == info.quantization and Path(info.source).is_dir():
+        return sum(path.stat().st_size for path in Path(info.source).glob("*.safetensors"))
+    return sum(parameter.numel() for parameter in parameters) * dtype.itemsize
+
+
+def _cost(
+    settings: Settings, loaded: LoadedModel | Skeleton, work: Workload, speeds: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """Tokens that go through the model, and what these take: at most, if every trial were evaluated in full."""
+    response, trials = settings.response.max_new_tokens, settings.search.trials
+    harmful, _, harmful_tokens = work.sets["harmful_eval"]
+    harmless, _, harmless_tokens = work.sets["harmless_eval"]
+    directions = sum(work.sets[name][2] for name in ("harmful", "harmless"))
+    prompts, decoded = harmful_tokens + harmless_tokens, harmful * response
+    layers, head = _multiplied(loaded)
+    trial = 2 * (layers * (prompts + decoded) + head * (harmless + decoded))
+    tokens = {"residuals": directions, "trial_at_most": prompts + decoded, "run_at_most": 0}
+    flop = {"residuals": 2 * layers * directions, "trial_at_most": trial, "run_at_most": 0}
+    seconds = None
+    if speeds:
+        once = prompts / speeds["prefill"] + decoded / speeds["decode"]
+        seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once, "run_at_most": 0.0}
+    for part in filter(None, (tokens, flop, seconds)):
+        part["run_at_most"] = part["residuals"] + (trials + 1) * part["trial_at_most"]  # type: ignore[index] # and the baseline
+    return {
+        "trials": trials,
+        "response_tokens": response,
+        "prompts": {
+            name: {"count": count, "longest_tokens": longest, "tokens": total}
+            for name, (count, longest, total) in work.sets.items()
+        },
+        "assumed": work.assumed,
+        "parameters_per_token": layers + head,
+        "tokens": tokens,
+        "flop": flop,
+        "seconds": seconds,
+    }
+
+
+def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:
+    """Parameters that a token is multiplied with: (in the layers, in the head); of routed experts those that it visits."""
+    visited, total = visited_experts(loaded.model.config.get_text_config()), 0
+    for module in decoder_layers(loaded.model, loaded.architecture).modules():
+        if is_fused(module):
+            own = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            total += own * min(visited, n_matrices(module)) // n_matrices(module)
+        elif out_features(module) is not None:  # not what quantized storage holds
+            total += (out_features(module) or 0) * in_features(module)
+    head = loaded.model.get_output_embeddings()
+    return total, 0 if head is None else sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)

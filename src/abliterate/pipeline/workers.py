@@ -1,0 +1,218 @@
+"""Several processes and machines at one study: what a run shares with its workers, and how a worker joins.
+
+A worker loads the model and searches; it has directions, prompts, response prefix and baseline from the study's storage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from safetensors.torch import load
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.directions import Directions
+from abliterate.errors import InputError
+from abliterate.model.editor import Editor
+from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import study_identity
+from abliterate.pipeline.context import Context
+from abliterate.pipeline.workbench import Workbench, load_and_calibrate
+from abliterate.prompts.sets import PromptSets
+from abliterate.search.storage import first_line, open_storage, shared
+from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
+from abliterate.types import Baseline, Prompt, Reporter
+
+FORMAT = 1
+
+# What a run shares, by name; the setup comes last.
+_SETUP, _DIRECTIONS = "setup", "directions"
+
+# Settings that name files of the run's machine: their content is shared.
+_FILES = ("evaluation.markers", "load.chat_template")
+
+_LOOK_AGAIN = 2.0
+
+
+@dataclass(frozen=True)
+class SharedSetup:
+    """Everything that trials of a run depend on, as one worker gives it to others."""
+
+    settings: str
+    files: Mapping[str, str]
+    dtype: str
+    prefix: str
+    prompts: PromptSets
+    baseline: Baseline
+    identity: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        """JSON, the inverse of `of_bytes`."""
+        sets = {name: [(one.text, one.system) for one in part] for name, part in vars(self.prompts).items()}
+        base = self.baseline
+        scores = [base.refusals, base.prompts, *([dict(base.values)] if base.values else [])]  # as earlier versions read it
+        record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": scores}
+        return json.dumps({**record, "files": dict(self.files), "identity": dict(self.identity)}).encode()
+
+    @staticmethod
+    def of_bytes(content: bytes) -> SharedSetup:
+        """Inverse of `to_bytes`; InputError where another version of abliterate wrote it."""
+        record = json.loads(content)
+        found = record.pop("format", None)
+        if found != FORMAT:
+            raise InputError(
+                f"The study was set up by another version of abliterate (format {found}, not {FORMAT}); install the same "
+                "version on all machines."
+            )
+        sets = {name: tuple(Prompt(*one) for one in part) for name, part in record.pop("prompts").items()}
+        return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline(*record.pop("baseline")), **record)
+
+
+def publish(
+    context: Context, bench: Workbench, study: Study, baseline: Baseline, prompts: PromptSets, directions: Path
+) -> None:
+    """Leave what workers need in the study's storage. No path of this machine, no place of the storage."""
+    settings = context.settings
+    plain = settings.model_copy(
+        update={
+            "out": "",
+            "cache_dir": "",
+            "device": "auto",
+            "load": settings.load.model_copy(update={"device_map": "", "max_memory": {}, "offload_folder": ""}),
+            "search": settings.search.model_copy(update={"storage": ""}),
+            "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
+            "prompts": type(settings.prompts)(),
+            "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),
+            "export": type(settings.export)(),
+        }
+    )
+    files = {name: path.read_text(encoding="utf-8") for name in _FILES if (path := _file(settings, name)) is not None}
+    setup = SharedSetup(
+        settings=dump_settings(plain),
+        files=files,
+        dtype=bench.loaded.info.dtype,
+        prefix=bench.calibration.response_prefix,
+        prompts=prompts,
+        baseline=baseline,
+        identity=context.result.record["identity"],
+    )
+    study.share(_DIRECTIONS, directions.read_bytes())
+    study.share(_SETUP, setup.to_bytes())
+
+
+def _file(settings: Settings, name: str) -> Path | None:
+    section, option = name.split(".")
+    given = getattr(getattr(settings, section), option)
+    if name == "evaluation.markers" and not given:  # the default file may be another in another version
+        return config_path("markers.txt")
+    return Path(given).expanduser() if given else None
+
+
+def place_of(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
+    """(database or "", journal, name of the study) that a worker is told: by a run's directory, or by both options.
+
+    Raises:
+        InputError: neither or both, or there is no run.
+    """
+    if (run is None) == (not url):
+        raise InputError("A worker needs a run's directory, or --storage URL and --study NAME; give one of them.")
+    if run is None:
+        if not name:
+            raise InputError("A worker at a database needs the study's name; the run says it, and keeps it in study.name.")
+        return url, Path(), name
+    directory = RunDirectory(run)
+    if not directory.holds_run:
+        raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
+    stored = load_settings(str(directory.settings)).search.storage if directory.settings.exists() else ""
+    study = directory.study_name() if directory.study.exists() else STUDY_NAME
+    check_storage(stored, f"--storage URL --study {study} instead of the directory")
+    return stored, directory.journal, study
+
+
+def wait_for_setup(
+    url: str, journal: Path, name: str, reporter: Reporter, check: Callable[[], None]
+) -> tuple[SharedSetup, Directions]:
+    """What the run has left in the storage, as soon as it is there.
+
+    Raises:
+        InputError: no such storage or study.
+    """
+    try:
+        study = optuna.load_study(study_name=name, storage=open_storage(url, journal))
+    except KeyError as error:
+        raise InputError(f"The storage holds no study {name}; begin the run first, or check --study.") from error
+    except Exception as error:
+        raise InputError(
+            f"The study can't be opened: {first_line(error)}; check --storage and that the database runs."
+        ) from error
+    said = False
+    while True:
+        directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
+        if directions is not None and setup is not None:
+            return SharedSetup.of_bytes(setup), Directions(load(directions)["directions"])
+        if not said:
+            reporter.note("waiting for the run to compute its directions and baseline")
+            said = True
+        check()
+        time.sleep(_LOOK_AGAIN)
+
+
+@contextlib.contextmanager
+def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings]:
+    """The run's settings on this machine; `own` options (device, model, …) win. Files are there while active."""
+    with tempfile.TemporaryDirectory(prefix="abliterate-worker-") as name:
+        folder = Path(name)
+        (folder / "settings.toml").write_text(setup.settings, encoding="utf-8")
+        over: dict[str, Any] = {"load": {"dtypes": [setup.dtype]}}
+        for option, content in setup.files.items():
+            section, leaf = option.split(".")
+            path = folder / leaf
+            path.write_text(content, encoding="utf-8")
+            over = merge(over, {section: {leaf: str(path)}})
+        yield load_settings(str(folder / "settings.toml"), merge(over, own))
+
+
+def join(
+    place: tuple[str, Path, str], setup: SharedSetup, directions: Directions, context: Context
+) -> tuple[Workbench, Editor, Study]:
+    """The model ready for trials, and the study to find them in.
+
+    Raises:
+        InputError: its trials would mean something else than the run's.
+    """
+    settings, (url, journal, name) = context.settings, place
+    bench = load_and_calibrate(context, setup.prompts, setup.prefix)
+    identity = study_identity(settings, bench.loaded, setup.prefix, setup.prompts.all_sets(), bench.objectives)
+    changed = changed_parts(setup.identity, identity)
+    if changed:
+        raise InputError(
+            f"This worker can't join the run with another {', '.join(changed)}: its trials would mean something else; give "
+            "the same model, and the same versions."
+        )
+    study = open_study(url, journal, stages.search_space(settings, bench), settings.seed, name, worker=uuid.uuid4().hex)
+    editor = stages.make_editor(context, bench, directions)
+    bench = stages.trial_engine(context, bench, editor, setup.prompts)
+    own = stages.baseline(context, bench, setup.prompts)
+    if own.refusals != setup.baseline.refusals:
+        context.reporter.warn(
+            f"On this machine the model refuses {own.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
+            "be off by as much."
+        )
+    for name, value in setup.baseline.values.items():
+        if not math.isclose(own.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
+            context.reporter.warn(
+                f"On this machine the scorer {name} gives the model {own.value(name):.6g}, in the run {value:.6g}; its trials "
+                "may be off by as much."
+            )
+    return bench, editor, study

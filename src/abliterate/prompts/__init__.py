@@ -1,0 +1,1 @@
+"""Prompt sets: read from files, Hub data sets or the demo."""

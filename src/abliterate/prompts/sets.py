@@ -1,0 +1,70 @@
+"""The prompt sets of a run: two for the directions, two for the scores, and those that are held out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from abliterate.evaluation.heldout import HeldoutSets
+from abliterate.model import loader
+from abliterate.model.loader import DEMO
+from abliterate.settings.schema import Settings
+from abliterate.types import Prompt
+
+HUB_PROMPTS = {
+    "harmful": "mlabonne/harmful_behaviors:train[:400]:text",
+    "harmless": "mlabonne/harmless_alpaca:train[:400]:text",
+    "harmful_eval": "mlabonne/harmful_behaviors:test[:100]:text",
+    "harmless_eval": "mlabonne/harmless_alpaca:test[:100]:text",
+}
+
+DEMO_PROMPTS = {
+    "harmful": "harmful_train.jsonl",
+    "harmless": "harmless_train.jsonl",
+    "harmful_eval": "harmful_eval.jsonl",
+    "harmless_eval": "harmless_eval.jsonl",
+}
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """The two sets for directions and the two for scores."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    harmful_eval: tuple[Prompt, ...]
+    harmless_eval: tuple[Prompt, ...]
+
+    def all_sets(self) -> tuple[tuple[Prompt, ...], ...]:
+        """The four sets in a fixed order."""
+        return self.harmful, self.harmless, self.harmful_eval, self.harmless_eval
+
+
+def prompt_sources(settings: Settings) -> dict[str, str]:
+    """{set: source}: as given, else the demo's own, else the field's public sets."""
+    folder = loader.demo_path() / "prompts"
+    demo = {name: str(folder / file) for name, file in DEMO_PROMPTS.items()}
+    defaults = demo if settings.model == DEMO else HUB_PROMPTS
+    return {name: getattr(settings.prompts, name) or default for name, default in defaults.items()}
+
+
+HUB_HELDOUT = {
+    "harmful_heldout": "JailbreakBench/JBB-Behaviors@behaviors:harmful:Goal",
+    "harmless_heldout": "mlabonne/harmless_alpaca:test[100:200]:text",
+    "over_refusal": "JailbreakBench/JBB-Behaviors@behaviors:benign:Goal",
+}
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """The sets, and what `result.json` says of them."""
+
+    sets: HeldoutSets
+    record: dict[str, dict[str, Any]]
+
+
+def heldout_sources(settings: Settings) -> dict[str, str]:
+    """{set: source}: as given, else the demo's own, else public sets that overlap least with the default ones."""
+    folder = loader.demo_path() / "prompts"
+    defaults = {name: str(folder / f"{name}.jsonl") for name in HUB_HELDOUT} if settings.model == DEMO else HUB_HELDOUT
+    return {name: getattr(settings.prompts, name) or default for name, default in defaults.items()}

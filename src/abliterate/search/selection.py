@@ -1,0 +1,94 @@
+"""The rules that select one trial of the front: `auto`, `knee`, `trial:N`, `kl<=X` and the like."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.objectives import DEFAULT, KL, REFUSALS, Vector, primary_objective, vector
+from abliterate.search.front import knee
+from abliterate.types import Objective, Trial
+
+_RULES = "auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X"
+
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """A parsed `--select`; call it with a front (not empty). `scorer`: the one that it names, if it isn't always there."""
+
+    text: str
+    pick: Callable[[Sequence[Trial]], Trial]
+    scorer: str = ""
+
+    def __call__(self, front: Sequence[Trial]) -> Trial:
+        return self.pick(front)
+
+    def preview(self, front: Sequence[Trial]) -> Trial | None:
+        """What the rule would pick now; None where nothing satisfies it yet."""
+        try:
+            return self.pick(front) if front else None
+        except AbliterateError:
+            return None
+
+
+def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objective] = DEFAULT) -> SelectionRule:
+    """`auto` | `knee` | `trial:N` | `kl<=X` (best in the lead objective) | `refusals<=N` (least KL) | `NAME<=X` | `NAME>=X`.
+
+    `auto`: the best in the lead objective among front points with KL ≤ `auto_max_kl`, else the knee. NAME is any other scorer:
+    the best in the lead objective beside it.
+
+    Raises:
+        InputError: none of these.
+    """
+    lower = text.replace(" ", "").lower()
+    first = _best_in(primary_objective(objectives), objectives)
+    if lower == "auto":
+        return SelectionRule(text, lambda front: _auto(front, auto_max_kl, objectives))
+    if lower == "knee":
+        return SelectionRule(text, lambda front: knee(front, objectives))
+    if match := re.fullmatch(r"trial:(\d+)", lower):
+        number = int(match[1])
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.number == number, first, text))
+    if match := re.fullmatch(f"kl<=({_NUMBER})", lower):
+        limit = float(match[1])
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.kl <= limit, first, text))
+    if match := re.fullmatch(r"refusals<=(\d+)", lower):
+        count, least = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, least, text))
+    # A scorer's name may have spaces in it.
+    match = re.fullmatch(rf"\s*(.+?)\s*([<>]=)\s*([+-]?{_NUMBER})\s*", text, re.IGNORECASE)
+    if match and match[1].lower() not in (KL, REFUSALS):
+        name, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
+        beside = _best_in(primary_objective(objectives, without=name), objectives)
+
+        def satisfied(trial: Trial) -> bool:
+            return name in trial.values and sign * trial.values[name] <= sign * bound
+
+        return SelectionRule(text, lambda front: _best(front, satisfied, beside, text), name)
+    raise InputError(f"The selection {text!r} is not a rule; use {_RULES}.")
+
+
+def _best_in(objective: Objective, objectives: Sequence[Objective]) -> Callable[[Trial], tuple[float | Vector, ...]]:
+    """Sorts the best in one objective first; of equal ones the best in KL, then in the others."""
+    return lambda trial: (objective.cost(trial.value(objective.name)), trial.kl, vector(trial, objectives), trial.number)
+
+
+def _auto(front: Sequence[Trial], max_kl: float, objectives: Sequence[Objective]) -> Trial:
+    near = [trial for trial in front if trial.kl <= max_kl]
+    return min(near, key=_best_in(primary_objective(objectives), objectives)) if near else knee(front, objectives)
+
+
+def _best(
+    front: Sequence[Trial], wanted: Callable[[Trial], bool], key: Callable[[Trial], tuple[float | Vector, ...]], text: str
+) -> Trial:
+    satisfying = [trial for trial in front if wanted(trial)]
+    if satisfying:
+        return min(satisfying, key=key)
+    raise AbliterateError(
+        f"No trial on the front satisfies {text!r}; the trials are kept: look at them with abliterate trials RUN, then "
+        "abliterate export RUN --trial N."
+    )

@@ -1,0 +1,57 @@
+"""The search space as data: which parameters a trial has, and within which ranges. Knows no model and no storage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import optuna
+
+from abliterate.objectives import DEFAULT
+from abliterate.settings.schema import SearchSettings
+from abliterate.types import Direction, Kernel, Objective, TrialParams
+
+
+@dataclass(frozen=True)
+class Space:
+    """The search space of one model: `n_layers` and its components, with the ranges of the settings; and what is searched."""
+
+    settings: SearchSettings
+    n_layers: int
+    components: tuple[str, ...]
+    objectives: tuple[Objective, ...] = DEFAULT
+
+    @property
+    def goals(self) -> list[Direction]:
+        """As Optuna names them."""
+        return [one.goal for one in self.objectives]
+
+    def suggest(self, trial: optuna.Trial) -> TrialParams:
+        """Ask for every parameter, used or not: multivariate TPE needs a fixed space."""
+        last, ranges = float(self.n_layers - 1), self.settings
+        scope = trial.suggest_categorical("scope", ["global", "per layer"])
+        low, high = ranges.direction_index
+        index = trial.suggest_float("direction_index", low * last, high * last)
+        kernels = {component: self._kernel(trial, component, last) for component in self.components}
+        return TrialParams(scope, index, kernels)  # type: ignore[arg-type]
+
+    def samples(self, count: int, seed: int) -> list[TrialParams]:
+        """Random points of the space, as the startup trials are drawn."""
+        study = optuna.create_study(directions=self.goals, sampler=optuna.samplers.RandomSampler(seed=seed))
+        return [self.suggest(study.ask()) for _ in range(count)]
+
+    def upper_half(self) -> TrialParams:
+        """An edit that surely does something and leaves the lower layers alone."""
+        last = self.n_layers - 1
+        kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
+        return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel))
+
+    def _kernel(self, trial: optuna.Trial, component: str, last: float) -> Kernel:
+        ranges = self.settings
+        coeff_range = ranges.max_coeff.get(component, ranges.max_coeff["default"])
+        # Values below 0 mean "off": clamping gives that a real probability.
+        max_coeff = max(0.0, trial.suggest_float(f"{component}.max_coeff", *coeff_range))
+        low, high = ranges.position
+        position = trial.suggest_float(f"{component}.position", low * last, high * last)
+        fraction = trial.suggest_float(f"{component}.min_fraction", *ranges.min_fraction)
+        distance = trial.suggest_float(f"{component}.distance", 1.0, max(1.0, ranges.distance * last))
+        return Kernel(max_coeff, position, fraction * max_coeff, distance)

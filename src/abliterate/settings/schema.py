@@ -1,0 +1,246 @@
+"""Every option of a run, as one frozen value; parsed once by `settings/sources.py` and passed explicitly.
+
+Knows names, types, ranges and defaults. `configs/default.toml` shows the same to a person; a test keeps them equal.
+An empty string means "not given" and 0 means "choose for me": TOML has no null.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from abliterate.objectives import split
+
+Interval = tuple[float, float]
+Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class LoadSettings(_Section):
+    """How weights are loaded."""
+
+    revision: str = ""
+    dtypes: tuple[Literal["auto", "float32", "bfloat16", "float16"], ...] = Field(("auto", "bfloat16", "float32"), min_length=1)
+    device_map: str = ""
+    max_memory: dict[str, str] = {}
+    offload_folder: str = ""
+    quantization: Quantization = "none"
+    dequantize: bool = False
+    attn_implementation: str = ""
+    trust_remote_code: bool = False
+    chat_template: str = ""
+    template_options: dict[str, str | bool | int | float] = {}
+    decoder_layers: str = ""
+    components: dict[str, str] = {}
+    allow_partial: bool = False
+
+    @field_validator("template_options", mode="before")
+    @classmethod
+    def _read_booleans(cls, options: Any) -> Any:
+        """An environment variable is a string, and "false" would be true to a template."""
+        if not isinstance(options, dict):
+            return options
+        words = {"true": True, "false": False}
+        return {name: words.get(value.lower(), value) if isinstance(value, str) else value for name, value in options.items()}
+
+
+class PromptSettings(_Section):
+    """Where the prompt sets come from, and what is put around each prompt."""
+
+    harmful: str = ""
+    harmless: str = ""
+    harmful_eval: str = ""
+    harmless_eval: str = ""
+    harmful_heldout: str = ""
+    harmless_heldout: str = ""
+    over_refusal: str = ""
+    system: str = "You are a helpful assistant."
+    prefix: str = ""
+    suffix: str = ""
+
+
+class ResponseSettings(_Section):
+    """How responses are generated, and the response prefix all of them share."""
+
+    max_new_tokens: int = Field(100, ge=1)
+    detect_prefix: bool = True
+    prefix: str = ""
+    prefix_prompts: int = Field(20, ge=1)
+    thinking: Literal["skip", "keep"] = "skip"
+    # (opens a thinking block, what to put instead so that the block is closed at once)
+    thinking_blocks: tuple[tuple[str, str], ...] = (
+        ("<think>", "<think></think>"),
+        ("<thinking>", "<thinking></thinking>"),
+        ("<thought>", "<thought></thought>"),
+        ("<reasoning>", "<reasoning></reasoning>"),
+        ("<seed:think>", "<seed:think></seed:think>"),
+        ("[THINK]", "[THINK][/THINK]"),
+        ("◁think▷", "◁think▷◁/think▷"),
+        ("<|START_THINKING|>", "<|START_THINKING|><|END_THINKING|>"),
+        ("<|begin_of_thought|>", "<|begin_of_thought|><|end_of_thought|>"),
+        ("<|inner_prefix|>", "<|inner_prefix|><|inner_suffix|>"),
+        ("<|channel>thought\n", "<|channel>thought\n<channel|>"),
+        *(
+            (f"<|channel|>{channel}", f"<|channel|>{channel}<|end|><|start|>assistant<|channel|>final<|message|>")
+            for channel in ("analysis<|message|>", "commentary<|message|>", "commentary to=")
+        ),
+    )
+    # Around an answer, and no part of it.
+    answer_tags: tuple[str, ...] = (
+        *("<answer>", "</answer>", "<response>", "</response>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+        *("<|begin_of_solution|>", "<|end_of_solution|>", "<|channel|>final<|message|>", "<|start|>assistant"),
+    )
+
+    @model_validator(mode="after")
+    def _check_markup(self) -> ResponseSettings:
+        for opening, closed in self.thinking_blocks:
+            if not opening or not closed.startswith(opening) or closed == opening:
+                raise ValueError(f"thinking_blocks needs [opening, opening and closing], not [{opening!r}, {closed!r}]")
+        if "" in self.answer_tags:
+            raise ValueError("answer_tags must not hold an empty text")
+        return self
+
+
+class DirectionSettings(_Section):
+    """How directions are computed from residuals."""
+
+    method: str = "projected"
+    winsorize_quantile: float = Field(1.0, gt=0, le=1)
+
+
+class EditSettings(_Section):
+    """What a trial does to a matrix."""
+
+    mode: str = "full"
+    representation: Literal["exact", "svd"] = "exact"
+    rank: int = Field(3, ge=1)
+    coeff_grid: float = Field(0.0, ge=0)
+    direction_grid: float = Field(0.0, ge=0)
+
+
+class SearchSettings(_Section):
+    """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
+
+    objectives: tuple[str, ...] = Field(("refusals", "kl"), min_length=1)
+    trials: int = Field(200, ge=1)
+    startup_trials: int = Field(0, ge=0)
+    ei_candidates: int = Field(128, ge=1)
+    direction_index: Interval = (0.4, 0.9)
+    max_coeff: dict[str, Interval] = {"default": (0.8, 1.5), "mlp.down_proj": (-0.25, 1.5)}
+    position: Interval = (0.6, 1.0)
+    min_fraction: Interval = (0.0, 1.0)
+    distance: float = Field(0.6, gt=0)
+    storage: str = ""
+    select: str = "auto"
+    select_max_kl: float = Field(0.1, gt=0)
+    max_consecutive_failures: int = Field(10, ge=1)
+    grace_seconds: float = Field(60.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check_intervals(self) -> SearchSettings:
+        intervals = {"direction_index": self.direction_index, "position": self.position}
+        intervals |= {"min_fraction": self.min_fraction}
+        for name, (low, high) in (intervals | {f"max_coeff.{k}": v for k, v in self.max_coeff.items()}).items():
+            if not low <= high:
+                raise ValueError(f"{name} must be [low, high] with low ≤ high, not [{low}, {high}]")
+            if name in intervals and not (low >= 0 and high <= 1):
+                raise ValueError(f"{name} must lie within [0, 1], not [{low}, {high}]")
+        if "default" not in self.max_coeff:
+            raise ValueError("max_coeff needs an entry named default")
+        return self
+
+    @property
+    def n_startup_trials(self) -> int:
+        """Random trials before TPE begins: as given, else 30 % of the trials."""
+        return self.startup_trials or round(0.3 * self.trials)
+
+
+class EvaluationSettings(_Section):
+    """What is measured in each trial, and how many prompts go through the model at a time."""
+
+    scorers: tuple[str, ...] = ("refusals", "kl")
+    heldout: bool = True
+    heldout_scorers: tuple[str, ...] = ()
+    judge_model: str = ""
+    judge_label: str = ""
+    markers: str = ""
+    batch_size: int = Field(0, ge=0)
+    max_batch_size: int = Field(128, ge=1)
+
+
+class EfficiencySettings(_Section):
+    """One switch per optimization; `--reference` turns them off. None of them may change a result."""
+
+    enable_residual_cache: bool = True
+    residual_cache_dir: str = ""
+    cache_residuals_in_memory: bool = True
+    use_amp_for_residuals: bool = False
+    offload_residuals_to_cpu: bool = True
+    cache_clear_frequency: int = Field(0, ge=0)
+    max_residuals_mb: int = Field(1024, ge=0)
+    max_kept_mb: int = Field(2048, ge=0)
+    use_binary_search_batch_tuning: bool = True
+    enable_svd_cache: bool = True
+    max_svd_cache_size: int = Field(4096, ge=1)
+    use_efficient_refusal_detection: bool = True
+    use_incremental_adapter_updates: bool = True
+    use_global_warmup: bool = True
+    use_trial_engine: bool = True
+    use_shared_prefix: bool = True
+    use_layer_skip: bool = True
+    use_certified_stop: bool = True
+    use_settled_rows: bool = True
+    use_drafts: bool = True
+    use_cacheless_prefill: bool = True
+    use_early_prefix_detection: bool = True
+    use_memory_recovery: bool = True
+    use_free_adapters: bool = True
+
+    def reference(self) -> EfficiencySettings:
+        """Every efficiency off but two: a single warm-up and lost-memory recovery are what an honest peer has (DESIGN §5)."""
+        switches = {name: False for name, value in self if isinstance(value, bool)}
+        return self.model_copy(update=switches | {"use_global_warmup": True, "use_memory_recovery": True})
+
+
+class ExportSettings(_Section):
+    """What is written at the end."""
+
+    kind: Literal["merged", "adapter", "none"] = "merged"
+    verify: bool = True
+    max_shard_size: str = "5GB"
+    push: str = ""
+    push_private: bool = True
+
+
+class Settings(BaseSettings):
+    """All options. Precedence: command line, environment (`ABLITERATE_…`), TOML file, these defaults."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix="ABLITERATE_", env_nested_delimiter="__", validate_default=True
+    )
+
+    model: str = ""
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    out: str = ""
+    cache_dir: str = ""
+    load: LoadSettings = LoadSettings()
+    prompts: PromptSettings = PromptSettings()
+    response: ResponseSettings = ResponseSettings()
+    directions: DirectionSettings = DirectionSettings()
+    edit: EditSettings = EditSettings()
+    search: SearchSettings = SearchSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    efficiency: EfficiencySettings = EfficiencySettings()
+    export: ExportSettings = ExportSettings()
+
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """What each trial is measured by: the scorers named, those that are objectives, and what every record has."""
+        objectives = (split(text)[0] for text in self.search.objectives)
+        return tuple(dict.fromkeys((*self.evaluation.scorers, *objectives, "refusals", "kl")))
