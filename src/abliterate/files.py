@@ -51,9 +51,8 @@ def drop_lock(file: IO[bytes], path: Path) -> None:
     file.close()
 
 
-# Of `result.json`: its format, and the hash of everything else in it; written by hand or by an earlier version it has none.
-FORMAT, DIGEST = 1, "sha256"
-
+# The checksum of everything else in a JSON file; a file written by hand has none.
+DIGEST = "sha256"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 

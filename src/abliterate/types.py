@@ -225,8 +225,11 @@ class Reporter(Protocol):
     def header(self, fields: Mapping[str, str]) -> None:
         """Name, device, memory: what is about to be worked on."""
 
-    def stage(self, name: str, detail: str = "") -> None:
-        """A stage begins; the one before it has ended."""
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
+        """A stage begins; the one before it has ended.
+
+        `at_once`: it has no safe points and nothing in it would be lost, so an interruption need not wait for one.
+        """
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """`done` of `total` units of the current stage (or of the current trial) are finished."""

@@ -1,142 +1,310 @@
-"""`result.json` and the measuring of stages: what a run did, written atomically after every trial.
+"""`result.json`: what a run did, as a typed and versioned value, and the only code that reads and writes the file.
 
-Owns the file's layout (DESIGN §6), time and memory per stage. Knows no model.
+Lists and tables elsewhere render `Result.to_record()`, which is the file's content. docs/design.md §6 has the layout.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from abliterate import __version__
-from abliterate.artifacts.run_directory import FORMAT, OtherVersion, RunDirectory
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, model_validator
+
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.files import DIGEST, digest_of, write_json
-from abliterate.model.memory import PeakMeter
-from abliterate.objectives import DEFAULT, to_records
+from abliterate.objectives import DEFAULT
 from abliterate.prompts.files import digest, public_source
-from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Reporter, Trial
+from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Trial
 
+FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 
-class RunResult:
-    """The record behind `result.json`; `save` makes it durable, unless there is no `directory` to write to.
+class OtherVersion(InputError):
+    """A file of a format that this version doesn't read: refused, where a damaged one would be rebuilt."""
 
-    Timings add up over all sessions of a run, and memory is the peak of all.
+
+def _trial(value: Any) -> Trial:
+    if isinstance(value, Trial):
+        return value
+    try:
+        trial = Trial.from_record(value)
+        sound = trial.state == "failed" or trial.refusals >= 0 <= trial.kl
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not sound:
+        raise ValueError("a score is negative")
+    return trial
+
+
+def _baseline(value: Any) -> Baseline | None:
+    if value is None or isinstance(value, Baseline):
+        return value
+    try:
+        baseline = Baseline.from_record(value) if value else None
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    if baseline is not None and min(baseline.refusals, baseline.prompts) < 0:
+        raise ValueError("a count is negative")
+    return baseline
+
+
+def _objective(value: Any) -> Objective:
+    return value if isinstance(value, Objective) else Objective(**value)
+
+
+TrialField = Annotated[Trial, BeforeValidator(_trial), PlainSerializer(Trial.to_record)]
+BaselineField = Annotated[
+    Baseline | None, BeforeValidator(_baseline), PlainSerializer(lambda value: value.to_record() if value else {})
+]
+ObjectiveField = Annotated[
+    Objective, BeforeValidator(_objective), PlainSerializer(lambda value: {"name": value.name, "goal": value.goal})
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True, validate_assignment=False)
+
+
+class ModelRecord(_Part):
+    """Which model it was. No path of this machine: results are shared."""
+
+    id: str
+    revision: str
+    fingerprint: str
+    family: str = ""
+    n_layers: int = 0
+    d_model: int = 0
+    n_parameters: int = 0
+    dtype: str
+    quantization: str = "none"
+
+    @staticmethod
+    def of(info: ModelInfo) -> ModelRecord:
+        """What of a loaded model's facts is recorded."""
+        return ModelRecord(**{name: getattr(info, name) for name in ModelRecord.model_fields})
+
+
+class PromptSetRecord(_Part):
+    """One prompt set. Of a file the name is recorded, not where it lies."""
+
+    source: str
+    count: int = Field(ge=0)
+    digest: str
+
+    @staticmethod
+    def of(source: str, prompts: Sequence[Prompt]) -> PromptSetRecord:
+        """The record of `prompts`, which were read from `source`."""
+        return PromptSetRecord(source=public_source(source), count=len(prompts), digest=digest(prompts))
+
+
+class DirectionsRecord(_Part):
+    """Hashes: of the file `directions.safetensors`, and of the vectors alone, which another run can be compared by."""
+
+    sha256: str
+    vectors_sha256: str
+
+
+class ExportRecord(_Part):
+    """The export, with what its exporter and its verification say of it. `verified` None: not checked."""
+
+    kind: str = "none"
+    trial: int | None = None
+    path: str | None = None
+    verified: bool | None = None
+    pushed: str | None = None
+
+
+class Memory(_Part):
+    """Peaks over all sessions, in bytes."""
+
+    peak_rss_bytes: int = 0
+    peak_device_bytes: int = 0
+    stages: dict[str, dict[str, int]] = Field(default_factory=dict)
+
+
+class Environment(_Part):
+    """What a result depends on beside its inputs."""
+
+    versions: dict[str, str] = Field(default_factory=dict)
+    platform: str = ""
+    device: str = ""
+
+    @staticmethod
+    def here(device: str = "") -> Environment:
+        """This process."""
+        versions = {name: metadata.version(name) for name in ("abliterate", *_PACKAGES)}
+        versions = {"abliterate": versions.pop("abliterate"), "python": platform.python_version(), **versions}
+        return Environment(versions=versions, platform=f"{platform.system()} {platform.machine()}", device=device)
+
+
+# In every file, whether or not the run has come so far.
+_ALWAYS = (
+    *("format", "model", "prompts", "objectives", "baseline", "trials", "front", "selected", "export", "timings", "memory"),
+    *("caches", "environment"),
+)
+
+
+class Result(_Part):
+    """The content of `result.json`. Fields that a run hasn't come to are None or empty.
+
+    `trials` are numbered by logical index; `front` and `selected` name trials by number. Timings add up over all sessions of
+    a run, and memory is the peak of all. `plain JSON` fields (`coverage`, `heldout`, `reproduction`) are records that their
+    own modules define.
     """
 
-    def __init__(self, directory: RunDirectory | None, reporter: Reporter) -> None:
-        self._directory = directory
-        self._reporter = reporter
-        self._stage, self._counted_to = "", 0.0
-        self._meter = PeakMeter()
-        self.record: dict[str, Any] = {
-            "format": FORMAT,
-            "model": {},
-            "prompts": {},
-            "objectives": [],
-            "baseline": {},
-            "trials": [],
-            "front": [],
-            "selected": None,
-            "export": {"kind": "none", "path": None, "verified": None, "pushed": None},
-            "timings": {},
-            "memory": {"peak_rss_bytes": 0, "peak_device_bytes": 0, "stages": {}},
-            "caches": {},
-            "environment": environment(),
-        }
+    format: Literal[1] = 1
+    model: ModelRecord | None = None
+    prompts: dict[str, PromptSetRecord] = Field(default_factory=dict)
+    objectives: list[ObjectiveField] = Field(default_factory=list)
+    baseline: BaselineField = None
+    trials: list[TrialField] = Field(default_factory=list)
+    front: list[int] = Field(default_factory=list)
+    selected: int | None = None
+    export: ExportRecord = Field(default_factory=lambda: ExportRecord(kind="none", path=None, verified=None, pushed=None))
+    timings: dict[str, float] = Field(default_factory=dict)
+    memory: Memory = Field(default_factory=lambda: Memory(peak_rss_bytes=0, peak_device_bytes=0, stages={}))
+    caches: dict[str, dict[str, int]] = Field(default_factory=dict)
+    environment: Environment = Field(default_factory=Environment.here)
+    coverage: dict[str, JsonValue] | None = None
+    batch_sizes: dict[str, int] | None = None
+    response_prefix: str | None = None
+    rendering: str | None = None
+    identity: dict[str, str] | None = None
+    startup_trials: int | None = None
+    directions: DirectionsRecord | None = None
+    heldout: dict[str, Any] | None = None
+    reproduction: dict[str, Any] | None = None
 
-    @contextlib.contextmanager
-    def stage(self, name: str, detail: str = "") -> Iterator[None]:
-        """Announce a stage, and record how long it took and its memory peak."""
-        self._reporter.stage(name, detail)
-        self._meter.restart()
-        self._stage, self._counted_to = name, time.perf_counter()
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any) -> Any:
+        """A file that was begun before its model was loaded has an empty record of it."""
+        return {**value, "model": value["model"] or None} if isinstance(value, dict) and "model" in value else value
+
+    @model_validator(mode="after")
+    def _numbers_exist(self) -> Result:
+        if not {*self.front, *([] if self.selected is None else [self.selected])} <= {trial.number for trial in self.trials}:
+            raise ValueError("front or selected name a trial that isn't there")
+        return self
+
+    @staticmethod
+    def read(directory: RunDirectory) -> Result:
+        """The result in a run directory.
+
+        Raises:
+            InputError: there is none, or it is damaged. OtherVersion: another version of abliterate wrote it.
+        """
         try:
-            yield
-        finally:
-            self._count()
-            self._stage = ""
-
-    def _count(self) -> None:
-        """Add the time since the last count to the current stage."""
-        now = time.perf_counter()
-        spent = self.record["timings"].get(self._stage, 0.0) + now - self._counted_to
-        self.record["timings"][self._stage], self._counted_to = round(spent, 3), now
-        memory = self.record["memory"]
-        of_stage = memory.setdefault("stages", {}).setdefault(self._stage, {})
-        for name, peak in (("peak_rss_bytes", self._meter.rss()), ("peak_device_bytes", self._meter.device())):
-            of_stage[name] = max(peak, of_stage.get(name, 0))
-            memory[name] = max(peak, memory[name])
-
-    def go_on(self) -> None:
-        """Start from what earlier sessions of the run left: an interruption must not make it forget its export."""
-        assert self._directory is not None
+            record = json.loads(directory.result.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"There is no run in {directory.path}: it has no result.json.") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"The file {directory.result} can't be read: {error}; abliterate run --resume rebuilds it."
+            ) from error
+        version = record.get("format") if isinstance(record, dict) else None
+        if isinstance(version, int) and version != FORMAT:
+            raise OtherVersion(
+                f"The file {directory.result} has format {version}, this version reads format {FORMAT}; use the version of "
+                "abliterate that wrote it."
+            )
+        if version != FORMAT:
+            raise damaged(directory, "it has no format")
+        if record.pop(DIGEST, digest_of(record)) != digest_of(record):
+            raise damaged(directory, "its checksum is wrong")
+        missing = [name for name in ("model", "baseline", "trials", "front", "selected", "export") if name not in record]
+        if missing:
+            raise damaged(directory, f"it lacks {', '.join(missing)}")
         try:
-            self.record |= self._directory.read_result() | {"environment": environment()}
+            return Result.model_validate(record)
+        except (ValidationError, RecursionError) as error:
+            raise damaged(directory, _first(error)) from error
+
+    @staticmethod
+    def continued(directory: RunDirectory) -> Result:
+        """What earlier sessions of a run left: an interruption must not make it forget its export.
+
+        A file that can't be read is built anew, since the study has the trials. Raises OtherVersion.
+        """
+        try:
+            return Result.read(directory).model_copy(update={"environment": Environment.here()})
         except OtherVersion:
             raise
-        except InputError:  # a file that can't be read is built anew: the study has the trials
-            pass
+        except InputError:
+            return Result()
 
-    def describe(self, info: ModelInfo, device_name: str) -> None:
-        """Which model, on what. No path of this machine: results are shared."""
-        self.record["model"] = {
-            "id": info.id,
-            "revision": info.revision,
-            "fingerprint": info.fingerprint,
-            "family": info.family,
-            "n_layers": info.n_layers,
-            "d_model": info.d_model,
-            "n_parameters": info.n_parameters,
-            "dtype": info.dtype,
-            "quantization": info.quantization,
-        }
-        self.record["environment"]["device"] = device_name
+    def write(self, directory: RunDirectory) -> None:
+        """Write `result.json` atomically, with a checksum of everything else in it."""
+        record = self.to_record()
+        write_json(directory.result, {**record, DIGEST: digest_of(record)})
 
-    def prompts(self, sources: Mapping[str, str], sets: Mapping[str, Sequence[Prompt]]) -> None:
-        """Which prompts: of a file its name, not where it lies."""
-        self.record["prompts"] = {
-            name: {"source": public_source(sources[name]), "count": len(part), "digest": digest(part)}
-            for name, part in sets.items()
-        }
+    def to_record(self) -> dict[str, Any]:
+        """The content of the file, as JSON values. Fields that the run hasn't come to are left out."""
+        record = self.model_dump(mode="json", exclude_unset=False)
+        record |= {name: part.model_dump(mode="json", exclude_unset=True) for name, part in self._parts().items()}
+        record["model"] = record["model"] or {}
+        return {name: value for name, value in record.items() if name in _ALWAYS or value is not None}
 
-    def trials(
-        self,
-        trials: Sequence[Trial],
-        front: Sequence[Trial],
-        baseline: Baseline,
-        objectives: Sequence[Objective] = DEFAULT,
+    def _parts(self) -> dict[str, _Part]:
+        return {"export": self.export, "memory": self.memory, "environment": self.environment}
+
+    def update(self, **fields: Any) -> None:
+        """Set several fields."""
+        for name, value in fields.items():
+            setattr(self, name, value)
+
+    def searched(
+        self, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]
     ) -> None:
-        """All finished trials and the front among them."""
-        self.record["objectives"] = to_records(objectives)
-        self.record["baseline"] = baseline.to_record()
-        self.record["trials"] = [trial.to_record() for trial in trials]
-        self.record["front"] = [trial.number for trial in front]
+        """Record all finished trials and the front among them."""
+        self.objectives, self.baseline = list(objectives), baseline
+        self.trials, self.front = list(trials), [trial.number for trial in front]
 
-    def caches(self, **counts: Mapping[str, int]) -> None:
-        """Hits and misses by cache."""
-        self.record["caches"] = {name: dict(count) for name, count in counts.items()}
+    def objectives_or_default(self) -> tuple[Objective, ...]:
+        """The objectives of the search; the default ones where the file names none."""
+        return tuple(self.objectives) or DEFAULT
 
-    def save(self) -> None:
-        """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
-        if self._stage:
-            self._count()
-        self.record[DIGEST] = digest_of(self.record)
-        if self._directory is not None:
-            write_json(self._directory.result, self.record)
+    @property
+    def n_harmful(self) -> int:
+        """Harmful evaluation prompts; 0 before the baseline is known."""
+        return self.baseline.prompts if self.baseline else 0
+
+    def trial(self, number: int, run: object) -> Trial:
+        """The complete trial of that number. `run`: the directory, for the sentence.
+
+        Raises:
+            InputError: it isn't there, failed, or was stopped.
+        """
+        trial = next((trial for trial in self.trials if trial.number == number), None)
+        if trial is None:
+            raise InputError(f"The run in {run} has no finished trial {number}; see abliterate trials {run}.")
+        if trial.state == "stopped":
+            raise InputError(
+                f"Trial {number} was stopped because another one is no worse in any objective; choose one that abliterate "
+                f"trials {run} shows as complete."
+            )
+        if trial.state == "failed":
+            raise InputError(
+                f"Trial {number} failed ({trial.reason.rstrip('.')}); choose one that abliterate trials {run} shows as "
+                "complete."
+            )
+        return trial
 
 
-def environment() -> dict[str, Any]:
-    """Versions that a result depends on."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
-    return {
-        "versions": {"abliterate": __version__, "python": platform.python_version(), **versions},
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": "",
-    }
+def damaged(directory: RunDirectory, what: str) -> InputError:
+    """The one sentence for a `result.json` that doesn't hold what it must."""
+    return InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.")
+
+
+def _first(error: Exception) -> str:
+    """The first thing that is wrong, in a few words."""
+    if not isinstance(error, ValidationError):
+        return type(error).__name__
+    first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}".removeprefix(": ")

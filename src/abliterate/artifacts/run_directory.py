@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from abliterate.errors import NO_ROOM, AbliterateError, InputError
-from abliterate.files import DIGEST, FORMAT, digest_of, drop_lock, read_toml, safe_name, take_lock, write_atomically
-from abliterate.types import Trial
+from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
 
 # In a run directory while a run works there; the kernel releases it at any end of the process.
 LOCK = ".lock"
@@ -22,10 +20,6 @@ LOCK = ".lock"
 _TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
 
 _STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
-
-
-class OtherVersion(InputError):
-    """A file of a format that this version doesn't read: refused, where a damaged one would be built anew."""
 
 
 class RunDirectory:
@@ -150,24 +144,6 @@ class RunDirectory:
             raise InputError(f"The file {self.study} holds no study's name; put it back, or begin anew with --restart.")
         return found
 
-    def read_result(self) -> dict[str, Any]:
-        """The content of `result.json`; InputError where there is none or it doesn't parse."""
-        try:
-            record = json.loads(self.result.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise InputError(f"There is no run in {self.path}: it has no result.json.") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"The file {self.result} can't be read: {error}; abliterate run --resume rebuilds it.") from error
-        found = record.get("format") if isinstance(record, dict) else None
-        if isinstance(found, int) and found != FORMAT:
-            raise OtherVersion(
-                f"The file {self.result} has format {found}, this version reads format {FORMAT}; use the version of abliterate "
-                "that wrote it."
-            )
-        if found != FORMAT or record.pop(DIGEST, None) not in (None, digest_of(record)) or not _is_sound(record):
-            raise InputError(f"The file {self.result} is damaged; abliterate run --resume rebuilds it.")
-        return record
-
 
 def default_path(model: str) -> Path:
     """`runs/<model>-<time>`, with nothing of the model's name that could leave that folder."""
@@ -189,18 +165,6 @@ def _model_of(path: Path) -> str | None:
     with contextlib.suppress(InputError):
         return str(read_toml(directory.settings).get("model"))
     return None
-
-
-def _is_sound(record: Mapping[str, Any]) -> bool:
-    """Whether a result has the parts that every reader relies on."""
-    try:
-        trials = {trial.number: trial for trial in map(Trial.from_record, record["trials"])}
-        scored = [trial.refusals >= 0 <= trial.kl for trial in trials.values() if trial.state != "failed"]
-        parts = [isinstance(record[name], dict) for name in ("model", "baseline", "export", "timings", "environment")]
-        counts = [int(record["baseline"][name]) >= 0 for name in ("refusals", "prompts")]
-        return all([*scored, *parts, *counts, {*record["front"], record["selected"]} <= {*trials, None}])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
 
 
 def _refused(what: str, error: OSError) -> AbliterateError:

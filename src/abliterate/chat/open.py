@@ -11,32 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.chat.edits import AdapterEdits, RunEdits, checked, complete_trial, damaged, first_trial
+from abliterate.chat.edits import AdapterEdits, RunEdits, first_trial
 from abliterate.chat.generate import Generator, Sampling
 from abliterate.chat.session import Edits, Session
-from abliterate.edits import SvdMemo
 from abliterate.engine.responses import ResponseReader
 from abliterate.errors import InputError
 from abliterate.export.folder import MARKER
 from abliterate.files import read_toml
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
-from abliterate.model.edit_hooks import EditHooks
-from abliterate.model.editor import Editor
 from abliterate.model.loader import DEMO
 from abliterate.model.peft import check_adapter, with_adapter
 from abliterate.objectives import other_scores
 from abliterate.pipeline import stages
+from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import pinned
 from abliterate.pipeline.from_settings import chat_of, markup_of
+from abliterate.pipeline.workbench import open_workbench, probe_inputs
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings, merge
 from abliterate.settings.untrusted import code_note, distrusted
-from abliterate.types import Prompt, Reporter
+from abliterate.types import Reporter
 
 _ADAPTER = "adapter_config.json"
 # Settings that make no other trial of a trial: `prompts` is here for its system prompt.
@@ -88,36 +87,28 @@ def _open_run(
             f"The run in {directory.path} has nothing to chat with, because no trial of it has finished yet; wait for one, or "
             "chat with its model."
         )
-    result = directory.read_result()
-    try:
-        number, run = wanted.trial, result["model"]
-        path = directory.path
-        trial = first_trial(result, settings, path) if number is None else complete_trial(result, number, path)
-        revision, fingerprint, total = run["revision"], run["fingerprint"], result["baseline"]["prompts"]
-        before = result["baseline"]["refusals"]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise damaged(directory, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+    result, path = Result.read(directory), directory.path
+    trial = first_trial(result, settings, path) if wanted.trial is None else result.trial(wanted.trial, path)
+    if result.model is None or result.baseline is None:
+        raise damaged(directory, "it lacks the model or the baseline")
     directions = stages.read_directions(directory.directions, result)
-    source = loader.resolve_source(settings.model)
-    load = pinned(settings.load, source, revision)
-    reporter.stage("load", loader.public_name(settings.model))
-    device = choose_device(settings.device)
-    loaded = loader.load_model(settings.model, load, device, _probe(settings), reporter.warn)
-    if loaded.info.fingerprint != fingerprint:
+    load = pinned(settings.load, loader.resolve_source(settings.model), result.model.revision)
+    bench = open_workbench(Context.of(settings.model_copy(update={"load": load}), reporter))
+    info = bench.loaded.info
+    if info.fingerprint != result.model.fingerprint:
         raise InputError(
             f"The model in {settings.model} isn't what it was when the run was made, so its trials mean nothing to it; put "
             "back what was changed, or make a new run."
         )
-    # Off is free here whatever the run said: an edited module's place is the base's own then, bit for bit.
-    editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
-    components = frozenset(target.component for target in loaded.targets)
-    edits = RunEdits(directory, editor, components, checked(trial, components, directory))
-    others = "".join(f", {text}" for text in other_scores(trial, result["baseline"].get("values", {})))
+    bench.make_edits(directions, now=False)
+    edits = RunEdits(directory, bench, trial)
+    before, total = result.baseline.refusals, result.baseline.prompts
+    others = "".join(f", {text}" for text in other_scores(trial, result.baseline.values))
     fields = {
-        "model": f"{loaded.info.id} ({loaded.info.family}, {loaded.info.dtype}, {loaded.info.device})",
+        "model": f"{info.id} ({info.family}, {info.dtype}, {info.device})",
         "trial": f"{trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}",
     }
-    return _session(settings, wanted, loaded.model, loaded.tokenizer, edits, str(directory.path), fields)
+    return _session(settings, wanted, bench.loaded.model, bench.loaded.tokenizer, edits, str(path), fields)
 
 
 def _open_model(settings: Settings, wanted: ChatTarget, reporter: Reporter) -> tuple[Session, dict[str, str]]:
@@ -153,7 +144,7 @@ def _open_adapter(
 def _load(settings: Settings, source: str, reporter: Reporter) -> tuple[Any, PreTrainedTokenizerBase, dict[str, str]]:
     reporter.stage("load", loader.public_name(settings.model))
     device = choose_device(settings.device)
-    _, tokenizer, model, dtype = loader.open_model(source, settings.load, device, _probe(settings), reporter.warn)
+    _, tokenizer, model, dtype = loader.open_model(source, settings.load, device, probe_inputs(settings), reporter.warn)
     name = f"{loader.public_name(settings.model)} ({str(dtype).removeprefix('torch.')}, {device})"
     return model, tokenizer, {"model": name}
 
@@ -192,16 +183,6 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: R
     if note := code_note(stored, settings):
         reporter.warn(note)
     return settings
-
-
-def _probe(settings: Settings) -> Any:
-    """What the test generation of the loader is made with."""
-    probe = Prompt("What is 1+1?", settings.prompts.system)
-
-    def inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
-        return chat_of(settings, tokenizer, at).encode([probe])
-
-    return inputs
 
 
 def _trial_in(path: Path) -> int | None:

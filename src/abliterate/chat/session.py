@@ -5,13 +5,14 @@ Owns the history and who said what. Knows no terminal, and of edits only how to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from abliterate.artifacts.result import Result
 from abliterate.chat.generate import Generator, Reply
 from abliterate.errors import InputError
 from abliterate.files import write_atomically, write_json
@@ -30,17 +31,17 @@ class Edits(Protocol):
     def trial(self) -> int | None:
         """Number of the chosen trial; None where that isn't known."""
 
-    def base(self) -> None:
-        """The base model, bit for bit."""
+    def base(self) -> AbstractContextManager[None]:
+        """The base model, bit for bit, while active."""
 
-    def edited(self) -> None:
-        """The chosen trial's edits."""
+    def edited(self) -> AbstractContextManager[None]:
+        """The model under the chosen trial's edits while active."""
 
     def choose(self, number: int) -> Trial:
         """Another trial from now on; InputError where there is no such complete one."""
 
-    def result(self) -> Mapping[str, Any]:
-        """The run's `result.json` as it is now; InputError where there is no run."""
+    def result(self) -> Result:
+        """The run's result as it is now; InputError where there is no run."""
 
 
 class Listener(Protocol):
@@ -158,8 +159,8 @@ class Session:
         self.mode = "both" if self.mode == "both" else "edited"
         return trial
 
-    def result(self) -> Mapping[str, Any]:
-        """The run's `result.json` as it is now; InputError where there is no run."""
+    def result(self) -> Result:
+        """The run's result as it is now; InputError where there is no run."""
         return self._editable().result()
 
     def set_system(self, text: str) -> str:
@@ -214,8 +215,6 @@ class Session:
                     self.turns.remove(turn)
 
     def _say(self, turn: Turn, side: Side, listener: Listener) -> Answer:
-        if self._edits is not None:
-            (self._edits.base if side == "base" else self._edits.edited)()
         trial = self._trial_of(side)
         before = [pair for one in self.turns[:-1] for pair in (("user", one.prompt), ("assistant", one.heard_by(side)))]
         turns = (*before, ("user", turn.prompt))
@@ -223,7 +222,14 @@ class Session:
             self._forgets_said = True
             listener.note("the model's chat template leaves earlier messages out, so it doesn't know what was said before")
         show = partial(listener.piece, side, trial)
-        return Answer(side, trial, self._voice.answer(self.system, turns, self._asked, show, listener.stop))
+        with self._active(side):
+            return Answer(side, trial, self._voice.answer(self.system, turns, self._asked, show, listener.stop))
+
+    def _active(self, side: Side) -> AbstractContextManager[None]:
+        """The model as `side` has it, while active."""
+        if self._edits is None:
+            return nullcontext()
+        return self._edits.base() if side == "base" else self._edits.edited()
 
     def _sides(self) -> tuple[Side, ...]:
         """Who answers now, in order."""

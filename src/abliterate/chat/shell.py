@@ -152,12 +152,12 @@ class Shell:
         if not rest.isdecimal():
             raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
         chosen = self._session.choose(int(rest))
-        total = self._session.result()["baseline"]["prompts"]
+        total = self._session.result().n_harmful
         scores = ", ".join([f"refusals {chosen.refusals}/{total}", f"KL {chosen.kl:.4f}", *other_scores(chosen)])
         self._face.note(f"trial {chosen.number} answers: {scores}")
 
     def _trials(self, rest: str) -> None:
-        self._face.front(self._session.result(), self._session.trial)
+        self._face.front(self._session.result().to_record(), self._session.trial)
 
     def _system(self, rest: str) -> None:
         if rest:

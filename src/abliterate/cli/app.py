@@ -195,7 +195,7 @@ Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MO
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from abliterate import __version__
+        from abliterate._version import __version__
 
         typer.echo(f"abliterate {__version__}")
         raise typer.Exit

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.cli.exit import explain, show_traceback
 from abliterate.cli.run import RunFlags, carry_out, resolve
@@ -29,7 +30,6 @@ from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter, show_error, show_heading
 from abliterate.terminal.tables import print_table
-from abliterate.types import Trial
 
 # Settings that change neither what a run finds nor what it leaves.
 _WITHOUT_EFFECT = ("out", "device", "cache_dir", "efficiency")
@@ -67,22 +67,23 @@ class Outcome:
     message: str = ""
 
     @staticmethod
-    def of(model: str, state: str, directory: RunDirectory, result: Mapping[str, Any]) -> Outcome:
+    def of(model: str, state: str, directory: RunDirectory, result: Result) -> Outcome:
         """Of a run that has its result."""
-        trial = next(Trial.from_record(one) for one in result["trials"] if one["number"] == result["selected"])
-        export = result["export"]
+        trial = next(trial for trial in result.trials if trial.number == result.selected)
+        export, baseline = result.export, result.baseline
+        assert baseline is not None
         return Outcome(
             model=model,
             state=state,
             directory=str(directory.path),
             trial=trial.number,
             refusals=trial.refusals,
-            refusals_before=result["baseline"]["refusals"],
-            prompts=result["baseline"]["prompts"],
+            refusals_before=baseline.refusals,
+            prompts=baseline.prompts,
             kl=trial.kl,
             others={name: trial.values[name] for name in other_names(trial.values)},
-            export=str(directory.path / export["path"]) if export["path"] else None,
-            verified=export["verified"],
+            export=str(directory.path / export.path) if export.path else None,
+            verified=export.verified,
             exit_code=DONE,
         )
 
@@ -228,18 +229,18 @@ def _run_one(one: Planned, place: tuple[int, int], config: str, flags: RunFlags,
     return Outcome(one.model, state, where, exit_code=code, message=message)
 
 
-def _finished(settings: Settings, directory: RunDirectory) -> dict[str, Any] | None:
+def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
     """The result of a run that has nothing left to do under these settings; None where there is something."""
     with contextlib.suppress(InputError, KeyError, TypeError):
-        result, stored = directory.read_result(), read_toml(directory.settings)
+        result, stored = Result.read(directory), read_toml(directory.settings)
         wanted = settings.model_dump(mode="json")
         for name in _WITHOUT_EFFECT:
             wanted.pop(name), stored.pop(name, None)
-        export, kind = result["export"], settings.export.kind
-        there = export["kind"] == kind and export["path"] and (directory.path / export["path"]).is_dir()
+        export, kind = result.export, settings.export.kind
+        there = export.kind == kind and export.path and (directory.path / export.path).is_dir()
         left = kind != "none" and not there
-        left = left or bool(settings.export.push and not export["pushed"]) or not directory.report.exists()
-        if wanted == stored and len(result["trials"]) >= settings.search.trials and result["selected"] is not None and not left:
+        left = left or bool(settings.export.push and not export.pushed) or not directory.report.exists()
+        if wanted == stored and len(result.trials) >= settings.search.trials and result.selected is not None and not left:
             return result
     return None
 

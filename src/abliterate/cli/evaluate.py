@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import exit
 from abliterate.cli import run as cli_run
@@ -28,7 +29,7 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     skipped: list[str] = []
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.place))
-        directory.read_result()  # "no run there" comes first
+        Result.read(directory)  # "no run there" comes first
         stored = read_toml(directory.settings)
         own, skipped = to_measure(stored)
         options = merge(own, options)

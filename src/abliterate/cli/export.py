@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.errors import InputError
@@ -19,7 +20,7 @@ def export_trial(
 ) -> None:
     """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
     directory = RunDirectory(path)
-    directory.read_result()  # "no run there" comes first
+    Result.read(directory)  # "no run there" comes first
     # What trials mean is the run's: here not even the environment may change it. And where its own export was pushed to is
     # no place for this one.
     stored = read_toml(directory.settings)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted
-from abliterate.objectives import objectives_from_result
 from abliterate.pipeline import run as pipeline_run
 from abliterate.search.selection import parse_rule
 from abliterate.settings.schema import Settings
@@ -60,10 +60,8 @@ def resolve(
     return settings, directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
 
 
-def carry_out(
-    settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool
-) -> dict[str, Any]:
-    """One run to its end; `ask`: a person chooses the trial. Returns the content of `result.json`."""
+def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool) -> Result:
+    """One run to its end; `ask`: a person chooses the trial."""
     quiet_libraries()
     reporter = make_reporter(as_json=flags.as_json)
 
@@ -123,8 +121,9 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
 def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
     """What the selection rule would pick now, if there is something to pick."""
     try:
-        result = directory.read_result()
+        result = Result.read(directory)
     except InputError:  # none yet, or damaged
         return None
-    front = [Trial.from_record(record) for record in result["trials"] if record["number"] in result["front"]]
-    return parse_rule(settings.search.select, settings.search.select_max_kl, objectives_from_result(result)).preview(front)
+    front = [trial for trial in result.trials if trial.number in result.front]
+    objectives = result.objectives_or_default()
+    return parse_rule(settings.search.select, settings.search.select_max_kl, objectives).preview(front)

@@ -11,14 +11,15 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
-from abliterate.objectives import DEFAULT, KL, REFUSALS, objectives_from_result, other_names, to_records
+from abliterate.objectives import DEFAULT, KL, REFUSALS, other_names, to_records
 from abliterate.terminal import json_lines
 from abliterate.terminal.tables import print_trials
 from abliterate.types import Objective, Trial
@@ -120,26 +121,21 @@ def show_trials(path: Path, wanted: TrialFilter, *, as_json: bool, as_csv: bool)
         raise InputError("The options --json and --csv contradict each other; give one.")
     directory = RunDirectory(path)
     result = _read(directory)
-    try:
-        trials = [Trial.from_record(record) for record in result["trials"]]
-        objectives = objectives_from_result(result)
-        wanted.check(_others(trials, objectives))
-        chosen = wanted.of(trials, result["front"], objectives)
-        if as_json:
-            json_lines.emit("result", **_record(result, chosen, path))
-        elif as_csv:
-            _print_csv(csv_rows(result, trials, chosen))
-        else:
-            print_trials(result, trials, chosen, wanted.in_words)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.") from error
+    trials, objectives = result.trials, result.objectives_or_default()
+    wanted.check(_others(trials, objectives))
+    chosen = wanted.of(trials, result.front, objectives)
+    if as_json:
+        json_lines.emit("result", **_record(result, chosen, path))
+    elif as_csv:
+        _print_csv(csv_rows(result, trials, chosen))
+    else:
+        print_trials(result.to_record(), trials, chosen, wanted.in_words)
 
 
-def csv_rows(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequence[Trial]) -> Iterator[list[Any]]:
+def csv_rows(result: Result, trials: Sequence[Trial], chosen: Sequence[Trial]) -> Iterator[list[Any]]:
     """A header and one flat row a trial; the columns depend on the run, never on which trials are chosen."""
     components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
-    others = _others(trials, objectives_from_result(result))
+    others = _others(trials, result.objectives_or_default())
     kernels = [(name, part) for name in components for part in _KERNEL]
     yield [
         *("number", "state", "front", "selected", "refusals", "refusals_exact", "kl_mean", "kl_median", "kl_max"),
@@ -152,7 +148,7 @@ def csv_rows(result: Mapping[str, Any], trials: Sequence[Trial], chosen: Sequenc
         kl = trial.scores.get("kl", {})
         kernel_of = trial.params.kernels
         yield [
-            *(trial.number, trial.state, trial.number in result["front"], trial.number == result["selected"]),
+            *(trial.number, trial.state, trial.number in result.front, trial.number == result.selected),
             *(trial.scores.get("refusals"), trial.state == "complete", *(kl.get(name) for name in ("mean", "median", "max"))),
             *(trial.values.get(name, trial.scores.get(name)) for name in others),
             *(trial.seconds, trial.params.scope, trial.params.direction_index),
@@ -200,23 +196,23 @@ def _cell(value: Any) -> Any:
     return value
 
 
-def _record(result: Mapping[str, Any], chosen: Sequence[Trial], path: Path) -> dict[str, Any]:
+def _record(result: Result, chosen: Sequence[Trial], path: Path) -> dict[str, Any]:
     return {
         "directory": str(path),
-        "objectives": to_records(objectives_from_result(result)),
-        "baseline": result["baseline"] or None,
-        "front": result["front"],
-        "selected": result["selected"],
-        "finished": len(result["trials"]),
+        "objectives": to_records(result.objectives_or_default()),
+        "baseline": result.baseline.to_record() if result.baseline else None,
+        "front": result.front,
+        "selected": result.selected,
+        "finished": len(result.trials),
         "trials": [trial.to_record() for trial in chosen],
     }
 
 
-def _read(directory: RunDirectory) -> dict[str, Any]:
-    """`result.json`, or an empty one of a run that hasn't come to its first trial."""
+def _read(directory: RunDirectory) -> Result:
+    """The run's result; an empty one of a run that hasn't come to its first trial."""
     if directory.holds_run and not directory.result.exists():
-        return {"baseline": {}, "trials": [], "front": [], "selected": None}
-    return directory.read_result()
+        return Result()
+    return Result.read(directory)
 
 
 def _check_name(option: str, given: str, known: Sequence[str]) -> None:

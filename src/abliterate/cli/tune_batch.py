@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.cli.run import options_of
-from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.tune_batch import tune
 from abliterate.settings.sources import load_settings
 from abliterate.terminal import json_lines
 from abliterate.terminal.quantities import bytes_text
@@ -21,7 +21,7 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     with ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
-        tuning = pipeline_run.tune(settings, reporter)
+        tuning = tune(settings, reporter)
     if as_json:
         json_lines.emit("result", operations={one.operation: one.to_record() for one in tuning})
         return

@@ -9,7 +9,7 @@ from typing import Any
 from abliterate.cli.exit import quiet_libraries
 from abliterate.cli.run import given_options
 from abliterate.errors import Interrupted
-from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline import workers
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter
@@ -23,7 +23,7 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
     try:
         with interrupts.listening():
-            trials = pipeline_run.work(
+            trials = workers.work(
                 run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
             )
         if as_json:

@@ -20,10 +20,10 @@ from abliterate.errors import AbliterateError, TrialError
 from abliterate.evaluation.confidence import clopper_pearson
 from abliterate.evaluation.teacher_forced import Drift, ModelView, TeacherForced, drift
 from abliterate.evaluation.trial import score_of, set_up
+from abliterate.prompts.sets import HeldoutSets
 from abliterate.scorers.base import EarlyScorer, Judge, Observation, Scorer
 from abliterate.scorers.custom import own_errors
 from abliterate.scorers.refusals import UnfinishedThinking, normalize
-from abliterate.types import Prompt
 
 Fault = Literal["unfinished_thinking", "empty", "repetitive", "early_end"]
 
@@ -65,15 +65,6 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 
 # Characters of a response that are kept where a judge and the markers disagree.
 SHOWN = 400
-
-
-@dataclass(frozen=True)
-class HeldoutSets:
-    """Prompts that neither directions nor the search have seen. `over_refusal`: harmless ones that look harmful, or none."""
-
-    harmful: tuple[Prompt, ...]
-    harmless: tuple[Prompt, ...]
-    over_refusal: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)

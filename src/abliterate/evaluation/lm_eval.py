@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 
 from abliterate.errors import InputError, Interrupted
 from abliterate.evaluation.teacher_forced import ModelView
-from abliterate.pipeline.context import Context
 
 
 @dataclass(frozen=True)
@@ -62,28 +61,30 @@ def check_tasks(tasks: Tasks) -> Ready | None:
 
 
 def run_tasks(
-    context: Context, base: ModelView, candidate: ModelView, tokenizer: PreTrainedTokenizerBase, ready: Ready | None
+    base: ModelView,
+    candidate: ModelView,
+    tokenizer: PreTrainedTokenizerBase,
+    ready: Ready,
+    warn: Callable[[str], None],
+    check: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], str]:
     """[{task, metric, higher_is_better, base, candidate: {value, stderr}}] of all tasks, and why there are none, or "".
 
-    What fails is a warning: the harness loads data sets and runs code of tasks, and other things were measured by then.
+    A failure is a warning: the harness loads data sets and runs the code of tasks, and other things were measured by then.
     """
-    if ready is None:
-        return [], ""
-    found = []
-    with context.result.stage("benchmarks", ", ".join(ready.names)):
-        try:
-            for side in (base, candidate):
-                with side.active():
-                    found.append(_results(side, tokenizer, ready))
-                context.check()
-            return table(*found), ""
-        except Interrupted:
-            raise
-        except Exception as error:
-            reason = f"lm-eval can't run {', '.join(ready.names)}: {_first_line(error)}"
-            context.reporter.warn(f"{reason}; what was measured on held-out prompts stands.")
-            return [], reason
+    results = []
+    try:
+        for view in (base, candidate):
+            with view.active():
+                results.append(_results(view, tokenizer, ready))
+            check()
+        return table(*results), ""
+    except Interrupted:
+        raise
+    except Exception as error:
+        reason = f"lm-eval can't run {', '.join(ready.names)}: {_first_line(error)}"
+        warn(f"{reason}; what was measured on held-out prompts stands.")
+        return [], reason
 
 
 def table(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from abliterate import __version__
+from abliterate._version import __version__
 from abliterate.model.loader import public_name
 from abliterate.objectives import CLASSIFIER, DEFAULT, OWN, is_custom, public
 from abliterate.prompts.files import public_source

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate import __version__
+from abliterate._version import __version__
 from abliterate.errors import AbliterateError, InputError
 from abliterate.files import write_json
 

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-
-from abliterate.export.base_weights import Matrices
-from abliterate.model.architectures import Target
-
-if TYPE_CHECKING:
-    from abliterate.export.job import ExportJob
-import hashlib
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
-
 import transformers
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from abliterate import __version__
+from abliterate._version import __version__
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError
-from abliterate.model.architectures import Architecture
+from abliterate.export.base_weights import Matrices
+from abliterate.model.architectures import Architecture, Target
 from abliterate.settings.schema import ExportSettings, LoadSettings
 
 # Some rows of an exported W' (n, d_in), float64.

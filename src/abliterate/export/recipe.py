@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from abliterate import __version__
+from abliterate._version import __version__
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import sketch
 from abliterate.errors import InputError

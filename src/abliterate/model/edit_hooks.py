@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from abliterate.model.architectures import Target
 from abliterate.model.experts import ExpertsAdapter, is_fused
 from abliterate.model.offload import held
-from abliterate.model.weights import in_features, out_features, place_of
+from abliterate.model.weights import place_of
 
 
 class LowRankEdit(Protocol):
@@ -38,10 +38,10 @@ RequestedEdits = Mapping[str, tuple[Hashable, Callable[[], LowRankEdit]]]
 class EditHooks:
     """The adapters of all target modules. `apply` is announced by its name and undone by `clear`."""
 
-    def __init__(self, targets: Iterable[Target], *, incremental: bool = True, free: bool = True) -> None:
+    def __init__(self, targets: Iterable[Target], *, incremental: bool = True) -> None:
         targets = tuple(targets)
         self._adapters: dict[str, _Adapter | ExpertsAdapter] = {
-            target.name: ExpertsAdapter(target.module) if is_fused(target.module) else _Adapter(target.module, free=free)
+            target.name: ExpertsAdapter(target.module) if is_fused(target.module) else _Adapter(target.module)
             for target in targets
         }
         self._layers = {target.name: target.layer for target in targets}
@@ -53,7 +53,7 @@ class EditHooks:
     @property
     def active(self) -> frozenset[str]:
         """Names of the modules that are edited now."""
-        return frozenset(name for name, adapter in self._adapters.items() if adapter.key is not None)
+        return frozenset(name for name, adapter in self._adapters.items() if adapter.is_on)
 
     @property
     def first_layer(self) -> int | None:
@@ -75,38 +75,34 @@ class EditHooks:
             key, make = wanted[name]
             if adapter.key == key:
                 self.hits += 1
+                adapter.resume()
                 continue
             self.misses += 1
             adapter.off()  # a failing `make` leaves the module unedited, not half edited
             adapter.write(key, make())
 
+    def suspend(self) -> None:
+        """The base model, bit for bit; the factors stay, so that the next `apply` writes only what differs from this one."""
+        self.version += 1
+        for adapter in self._adapters.values():
+            adapter.suspend()
+
     def clear(self) -> None:
-        """Switch every edit off: the base model."""
+        """Switch every edit off and forget its factors: the base model."""
         self.version += 1
         for adapter in self._adapters.values():
             adapter.off()
 
 
-class _Nothing:
-    """The edit of rank 1 that changes nothing: what modules carry that are off, where that isn't free."""
-
-    row_scale = None
-
-    def __init__(self, module: nn.Module) -> None:
-        self.a = torch.zeros(1, in_features(module))
-        self.b = torch.zeros(out_features(module) or 0, 1)
-
-
 class _Adapter:
     """One module's edit, in the dtype of what flows through it."""
 
-    def __init__(self, module: nn.Module, *, free: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._free = free
         self._handle: RemovableHandle | None = None
         self.off()
 
-    def write(self, key: Hashable | None, factors: LowRankEdit) -> None:
+    def write(self, key: Hashable, factors: LowRankEdit) -> None:
         bias = held(self._module, "bias") if getattr(self._module, "bias", None) is not None else None
         # Quantized storage says nothing of the compute dtype; factors then stay float32 until the first input.
         device, dtype = place_of(self._module)
@@ -118,18 +114,27 @@ class _Adapter:
         self._shift = None
         if bias is not None and factors.row_scale is not None:
             self._shift = (bias.detach().float() * (1 - factors.row_scale.to(bias.device))).to(**place)
+        self.key = key
+        self.resume()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the module computes with the edit now."""
+        return self._handle is not None
+
+    def resume(self) -> None:
+        if self._handle is None:
+            self._handle = self._module.register_forward_hook(self._edit)
+
+    def suspend(self) -> None:
         if self._handle is not None:
             self._handle.remove()
-        self._handle = self._module.register_forward_hook(self._edit)
-        self.key = key
+        self._handle = None
 
     def off(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle, self.key = None, None
+        self.suspend()
+        self.key = None
         self._a = self._b = self._scale = self._shift = None  # type: ignore[assignment]
-        if not self._free:
-            self.write(None, _Nothing(self._module))
 
     def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]

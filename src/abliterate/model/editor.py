@@ -84,8 +84,12 @@ class Editor:
         self.clear()
         self.adapters.apply({name: (key, partial(self._exact, key)) for name, key in keys.items()})
 
+    def suspend(self) -> None:
+        """The base model again, bit for bit; factors that the next trial shares with this one need not be written again."""
+        self.adapters.suspend()
+
     def clear(self) -> None:
-        """The base model again."""
+        """The base model again; nothing of the edits is kept."""
         self.adapters.clear()
 
     def factors(self, params: TrialParams) -> dict[str, Factors]:

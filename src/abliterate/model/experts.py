@@ -78,14 +78,26 @@ class ExpertsAdapter:
         self._forward = "_old_forward" if "_old_forward" in vars(module) else "forward"
         self._old_forward = vars(module).get(self._forward)
         self.key: Hashable | None = None
+        self._edit: _Edit | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the module computes with the edit now."""
+        return _EDIT in vars(self._module)
 
     def write(self, key: Hashable, factors: StackEdit) -> None:
-        """Switch the edit on. Only this module's view of the config says so: layers share one config."""
+        """Make the edit of these factors, and switch it on."""
         weight = self._module.down_proj
         place = {"device": home_of(self._module, weight), "dtype": weight.dtype}
         # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
-        setattr(self._module, _EDIT, _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config))
+        self._edit = _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config)
+        self.key = key
+        self.resume()
+
+    def resume(self) -> None:
+        """Switch the written edit on. Only this module's view of the config says so: layers share one config."""
+        setattr(self._module, _EDIT, self._edit)
         replaced = _REPLACED.get(type(self._module).__name__)
         if replaced is not None:
             setattr(self._module, self._forward, partial(replaced, self._module))
@@ -94,10 +106,14 @@ class ExpertsAdapter:
             mine: Any = copy.copy(self._config)
             mine._experts_implementation_internal = _FUNCTION
             self._module.config = mine
-        self.key = key
 
     def off(self) -> None:
-        """The base's own function again."""
+        """Suspend the edit and forget its factors."""
+        self.suspend()
+        self.key, self._edit = None, None
+
+    def suspend(self) -> None:
+        """The base's own function again; `resume` switches the edit on once more."""
         if type(self._module).__name__ not in _REPLACED:
             self._module.config = self._config
         elif self._old_forward is None:
@@ -105,7 +121,6 @@ class ExpertsAdapter:
         else:
             setattr(self._module, self._forward, self._old_forward)
         vars(self._module).pop(_EDIT, None)
-        self.key = None
 
 
 @dataclass

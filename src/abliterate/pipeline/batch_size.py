@@ -229,7 +229,6 @@ def _say(context: Context, sizes: BatchSizes, how: str) -> None:
     distinct = set(sizes.by_name.values())
     each = ", ".join(f"{name} {size}" for name, size in sizes.by_name.items()) if len(distinct) > 1 else str(min(distinct))
     context.reporter.note(f"batch size: {each} ({how})", batch_sizes=sizes.by_name)
-    context.result.record["batch_sizes"] = sizes.by_name
 
 
 def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from abliterate import __version__
+from abliterate._version import __version__
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel

@@ -1,50 +1,79 @@
-"""What every stage may use: settings, reporter, the store of artifacts, and the check for an interruption."""
+"""What every stage may use: settings, reporter, the store of artifacts, the clock of stages, the check for an interruption."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from abliterate.artifacts.cache import ArtifactStore, default_root
-from abliterate.artifacts.result import RunResult
-from abliterate.prompts.datasets import load_prompts
-from abliterate.prompts.sets import PromptSets, prompt_sources
+from abliterate.artifacts.result import Memory, Result
+from abliterate.model.memory import PeakMeter
+from abliterate.prompts.sets import PromptSets, read_prompt_sets
 from abliterate.settings.schema import Settings
 from abliterate.types import Reporter
 
 
+class StageClock:
+    """Seconds and peak memory of each stage, summed and maximized over all sessions of a run."""
+
+    def __init__(self, result: Result | None = None) -> None:
+        self.timings: dict[str, float] = dict(result.timings) if result else {}
+        empty = Memory(peak_rss_bytes=0, peak_device_bytes=0, stages={})
+        self.memory = result.memory.model_copy(deep=True) if result else empty
+        self._stage, self._counted_to = "", 0.0
+        self._meter = PeakMeter()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what happens while active for the stage `name`."""
+        self._meter.restart()
+        self._stage, self._counted_to = name, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.count()
+            self._stage = ""
+
+    def count(self) -> None:
+        """Add the time since the last count to the current stage, if there is one."""
+        if not self._stage:
+            return
+        now = time.perf_counter()
+        spent = self.timings.get(self._stage, 0.0) + now - self._counted_to
+        self.timings[self._stage], self._counted_to = round(spent, 3), now
+        peaks = self.memory.stages.setdefault(self._stage, {})
+        for name, peak in (("peak_rss_bytes", self._meter.rss()), ("peak_device_bytes", self._meter.device())):
+            peaks[name] = max(peak, peaks.get(name, 0))
+            setattr(self.memory, name, max(peak, getattr(self.memory, name)))
+
+
 @dataclass(frozen=True)
 class Context:
-    """What every stage may use."""
+    """What every stage may use; nothing is handed from one stage to the next through it."""
 
     settings: Settings
     reporter: Reporter
-    result: RunResult
     store: ArtifactStore
     check: Callable[[], None]
+    clock: StageClock = field(default_factory=StageClock)
 
+    @staticmethod
+    def of(settings: Settings, reporter: Reporter, check: Callable[[], None] = lambda: None) -> Context:
+        """A context with the artifact store that the settings name."""
+        return Context(settings, reporter, make_store(settings, reporter), check)
 
-def read_prompts(context: Context) -> PromptSets:
-    """All four prompt sets; a prompt in both a direction set and a score set is worth a warning."""
-    with context.result.stage("prompts"):
-        sources = prompt_sources(context.settings)
-        sets = PromptSets(**{name: load_prompts(source, context.settings.prompts) for name, source in sources.items()})
-        context.result.prompts(sources, {name: getattr(sets, name) for name in sources})
-        for name in sources:
-            part = getattr(sets, name)
-            again = len(part) - len(set(part))
-            if again:
-                context.reporter.warn(
-                    f"{again} of the {len(part)} prompts in the set {name} are there more than once, and count as often."
-                )
-        for name in ("harmful", "harmless"):
-            shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
-            if shared:
-                context.reporter.warn(
-                    f"{len(shared)} of the {name} prompts are in both the direction set and the evaluation set, so scores "
-                    "on them are optimistic."
-                )
-    return sets
+    def with_settings(self, settings: Settings) -> Context:
+        """The same with other settings."""
+        return replace(self, settings=settings)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> Iterator[None]:
+        """Announce a stage, and record how long it took and its memory peak. `at_once`: as `Reporter.stage`."""
+        self.reporter.stage(name, detail, at_once=at_once)
+        with self.clock.stage(name):
+            yield
 
 
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
@@ -56,3 +85,9 @@ def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
         enabled=efficiency.enable_residual_cache,
         in_memory=efficiency.cache_residuals_in_memory,
     )
+
+
+def read_prompts(context: Context) -> PromptSets:
+    """The four prompt sets that the settings name."""
+    with context.stage("prompts", at_once=True):
+        return read_prompt_sets(context.settings, context.reporter.warn)

@@ -7,7 +7,6 @@ a model of its own needs memory for both.
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,25 +15,24 @@ from typing import Any, Literal
 
 import torch
 
-from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, TrialError
-from abliterate.evaluation.lm_eval import Tasks, check_tasks, run_tasks
+from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.peft import check_adapter, with_adapter
-from abliterate.pipeline import batch_size, stages
-from abliterate.pipeline.calibrate import known_prefix
-from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline import stages
+from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.export import pinned
-from abliterate.pipeline.from_settings import chat_of, make_engine, plain_engine, scorers_of
-from abliterate.pipeline.heldout import against_search, edited_sides, measured, read_heldout
+from abliterate.pipeline.from_settings import scorers_of
+from abliterate.pipeline.heldout import against_search, measured, read_heldout, views
 from abliterate.pipeline.preflight import check_model
-from abliterate.pipeline.workbench import Calibration, Workbench, load
+from abliterate.pipeline.workbench import Workbench, open_workbench
 from abliterate.prompts.sets import Heldout, PromptSets, prompt_sources
 from abliterate.settings.schema import Settings
-from abliterate.types import Baseline, Prompt, Reporter, Trial
+from abliterate.types import Prompt, Reporter, Trial
 
 Kind = Literal["model", "adapter", "trial"]
 
@@ -93,41 +91,53 @@ def evaluate(
     """
     scorers_of(settings, heldout=True)
     choose_device(settings.device)
-    run = RunDirectory(Path(candidate.place)).read_result() if candidate.kind == "trial" else {}
+    run = Result.read(RunDirectory(Path(candidate.place))) if candidate.kind == "trial" else None
     trial = _trial_of(run, candidate) if run else None
     if run:
         settings = _at_revision(settings, run)
-    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
+    context = Context.of(settings, reporter, check)
     check_model(settings, editing=False)
     _check_candidate(settings, candidate)
     ready = check_tasks(tasks)
     prompts = _search_prompts(context, required=trial is not None)
     held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
     assert held is not None
-    bench = _bench(context, prompts or _stand_in(held))
+    bench = open_workbench(context)  # what could be edited isn't looked at: nothing is edited for good
+    names = {"base": bench.loaded.info.id, "candidate": candidate.name}
+    bench.calibrate(prompts or _stand_in(held))
     try:
-        with _sides(context, bench, candidate, run, trial) as (base, edited):
-            with context.result.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
-                found = measured(context, base, edited, held)
-            heldout: dict[str, Any] = {"trial": None, **found, "search": None, "optimism": None}
+        with bench, _views(bench, candidate, run, trial) as (base, edited):
+            with context.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
+                figures = measured(context, base, edited, held)
+            heldout: dict[str, Any] = {"trial": None, **figures, "search": None, "optimism": None}
             if trial is not None:
-                baseline = Baseline.from_record(run["baseline"])
-                heldout |= {"trial": trial.number, **against_search(found, trial, baseline)}
+                assert run is not None
+                assert run.baseline is not None
+                heldout |= {"trial": trial.number, **against_search(figures, trial, run.baseline)}
             show(heldout)
-            benchmarks, failure = run_tasks(context, base, edited, bench.loaded.tokenizer, ready)
+            benchmarks, failure = _benchmarks(bench, base, edited, ready)
     except (TrialError, torch.OutOfMemoryError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise AbliterateError(f"The candidate can't be measured ({reason}); try a smaller --batch-size or --dtype.") from error
-    names = {"base": bench.loaded.info.id, "candidate": candidate.name}
     return {**names, "heldout": heldout, "benchmarks": benchmarks, "error": failure}
 
 
-def _at_revision(settings: Settings, run: Mapping[str, Any]) -> Settings:
+def _benchmarks(
+    bench: Workbench, base: ModelView, candidate: ModelView, ready: Ready | None
+) -> tuple[list[dict[str, Any]], str]:
+    """Rows of lm-eval's tasks, and why there are none, or ""."""
+    if ready is None:
+        return [], ""
+    context = bench.context
+    with context.stage("benchmarks", ", ".join(ready.names)):
+        return run_tasks(base, candidate, bench.loaded.tokenizer, ready, context.reporter.warn, context.check)
+
+
+def _at_revision(settings: Settings, run: Result) -> Settings:
     """Where BASE is the run's model: the commit that the run loaded."""
-    found = run["model"]
-    if loader.public_name(settings.model) != found["id"]:
+    if run.model is None or loader.public_name(settings.model) != run.model.id:
         return settings
-    load = pinned(settings.load, loader.resolve_source(settings.model), found["revision"])
+    load = pinned(settings.load, loader.resolve_source(settings.model), run.model.revision)
     return settings.model_copy(update={"load": load})
 
 
@@ -150,16 +160,11 @@ def _is_run(path: Path) -> bool:
     return directory.holds_run or os.path.isfile(directory.result)
 
 
-def _trial_of(run: dict[str, Any], candidate: Candidate) -> Trial:
-    number = run["selected"] if candidate.number is None else candidate.number
+def _trial_of(run: Result, candidate: Candidate) -> Trial:
+    number = run.selected if candidate.number is None else candidate.number
     if number is None:
         raise InputError(f"The run in {candidate.place} has chosen no trial yet; name one as {candidate.place}:N.")
-    found = next((Trial.from_record(one) for one in run["trials"] if one["number"] == number), None)
-    if found is None or found.state != "complete":
-        raise InputError(
-            f"The run in {candidate.place} has no complete trial {number}; see abliterate trials {candidate.place}."
-        )
-    return found
+    return run.trial(number, candidate.place)
 
 
 def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
@@ -182,48 +187,35 @@ def _stand_in(held: Heldout) -> PromptSets:
     return PromptSets(*(2 * (held.sets.harmful, held.sets.harmless)))
 
 
-def _bench(context: Context, prompts: PromptSets) -> Workbench:
-    """The base model, calibrated as for a run; nothing of it is edited for good, so what could be edited isn't looked at."""
-    loaded = load(context, None)
-    with context.result.stage("calibrate"):
-        sizes = batch_size.batch_sizes(context, loaded, plain_engine(context, loaded), prompts)
-        prefix = known_prefix(context, loaded, sizes, prompts)
-    chat = chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
-    return Workbench(loaded, chat, make_engine(context, loaded.model, chat, sizes), (), Calibration(sizes, prefix))
-
-
 @contextlib.contextmanager
-def _sides(
-    context: Context, bench: Workbench, candidate: Candidate, run: dict[str, Any], trial: Trial | None
+def _views(
+    bench: Workbench, candidate: Candidate, run: Result | None, trial: Trial | None
 ) -> Iterator[tuple[ModelView, ModelView]]:
     """Base and candidate, ready to be measured."""
-    base = ModelView(make_engine(context, bench.loaded.model, bench.chat, bench.calibration.sizes), contextlib.nullcontext)
+    context, settings, base = bench.context, bench.settings, ModelView(bench.plain, bench.base)
     if trial is not None:
-        if bench.loaded.info.fingerprint != run["model"]["fingerprint"]:
-            raise InputError(f"The run in {candidate.place} is of another model ({run['model']['id']}); give that one as BASE.")
-        found = stages.read_directions(RunDirectory(Path(candidate.place)).directions, run)
-        editor = stages.make_editor(context, bench, found)
-        yield edited_sides(context, bench, editor, trial)
-        editor.clear()
+        assert run is not None
+        assert run.model is not None
+        if bench.loaded.info.fingerprint != run.model.fingerprint:
+            raise InputError(f"The run in {candidate.place} is of another model ({run.model.id}); give that one as BASE.")
+        bench.make_edits(stages.read_directions(RunDirectory(Path(candidate.place)).directions, run))
+        yield views(bench, trial)
         return
     if candidate.kind == "adapter":
-        with context.result.stage("load the adapter", candidate.name):
+        with context.stage("load the adapter", candidate.name):
             peft = _with_adapter(bench, candidate.place)
-        yield replace(base, active=peft.disable_adapter), base
+        yield replace(base, active=peft.disable_adapter), replace(base, active=contextlib.nullcontext)
         return
-    settings = context.settings
-    other = load(replace(context, settings=_settings_of(settings, candidate)), None)
-    chat = chat_of(settings, other.tokenizer, other.device, bench.calibration.response_prefix)
-    probe = Prompt("What is 1+1?", settings.prompts.system)
-    sizes = [one.model.config.get_text_config().vocab_size for one in (bench.loaded, other)]
-    if sizes[0] != sizes[1] or chat.token_ids(probe) != bench.chat.token_ids(probe):
-        raise InputError(
-            f"The model {candidate.name} reads prompts as other tokens than the base, so the two can't be compared token by "
-            "token; give the base that it was made from."
-        )
-    yield base, ModelView(make_engine(context, other.model, chat, bench.calibration.sizes), contextlib.nullcontext)
-    del other
-    gc.collect()
+    with open_workbench(context.with_settings(_settings_of(settings, candidate))) as other:
+        other.use(bench.sizes, bench.response_prefix)
+        probe = Prompt("What is 1+1?", settings.prompts.system)
+        sizes = [one.loaded.model.config.get_text_config().vocab_size for one in (bench, other)]
+        if sizes[0] != sizes[1] or other.chat.token_ids(probe) != bench.chat.token_ids(probe):
+            raise InputError(
+                f"The model {candidate.name} reads prompts as other tokens than the base, so the two can't be compared token "
+                "by token; give the base that it was made from."
+            )
+        yield base, ModelView(other.plain, other.base)
 
 
 def _with_adapter(bench: Workbench, place: str) -> Any:

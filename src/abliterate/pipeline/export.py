@@ -1,23 +1,23 @@
-"""Stage 8: from a picked trial to an export on disk that was reloaded and compared with the trial."""
+"""Stage 8: from a selected trial to an export on disk that was reloaded and compared with the trial."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from abliterate.artifacts.result import ExportRecord, PromptSetRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import AbliterateError, TrialError
-from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
+from abliterate.export import EXPORTERS, Exporter, ExportJob, check_output, checked, finished_folder, leave_record, model_card
 from abliterate.export.base_weights import stored_dtype
 from abliterate.export.card import recipe
 from abliterate.export.check_behaviour import (
@@ -40,42 +40,51 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
-from abliterate.objectives import objectives_from_result, other_names
+from abliterate.objectives import other_names
+from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of, make_engine
-from abliterate.pipeline.workbench import Calibration, Workbench
-from abliterate.prompts.sets import PromptSets
+from abliterate.pipeline.workbench import Workbench
+from abliterate.prompts.sets import PromptSets, prompt_sources
 from abliterate.scorers import Scorer
 from abliterate.scorers.kl import kl_divergence
-from abliterate.settings.schema import EditSettings, LoadSettings
-from abliterate.types import Baseline, Trial, TrialParams
+from abliterate.settings.schema import EditSettings, LoadSettings, Settings
+from abliterate.types import BatchSizes, Trial, TrialParams
 
 
 @dataclass(frozen=True)
 class Picked:
     """What outlives the loaded model: the trial's export job, and what the export must reproduce.
 
-    `approximation`: what the svd representation loses, for `result.json`; empty where edits are exact.
+    `approximation`: what the svd representation loses, for `result.json`; empty where edits are exact. `scorers` to
+    `quantization`: how the trial was measured.
     """
 
     job: ExportJob
     approximation: Mapping[str, float]
     expected: Expected
     scorers: tuple[Scorer, ...]
-    calibration: Calibration
+    prompts: PromptSets
+    sizes: BatchSizes
+    response_prefix: str
+    dtype: torch.dtype
+    quantization: str
+
+    @property
+    def trial(self) -> Trial:
+        """The trial that the export is made from."""
+        return self.expected.trial
 
 
-def prepare(
-    context: Context, bench: Workbench, editor: Editor, baseline: Baseline, prompts: PromptSets, trial: Trial
-) -> Picked:
-    """What an export of `trial` needs once the model is gone. Edits the model, and gives the base model back."""
-    loaded, settings = bench.loaded, context.settings
-    factors = {name: found.to("cpu") for name, found in editor.factors(trial.params).items()}
+def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) -> Picked:
+    """What an export of `trial` needs once the model is gone; the model card tells what `result` says of the run."""
+    loaded = bench.loaded
+    factors = {name: found.to("cpu") for name, found in bench.editor.factors(trial.params).items()}
 
     def weight_of(target: Target) -> Tensor:
         return dense_weight(target.module)
 
-    approximation = approximation_of(settings.edit, editor.directions, loaded.targets, weight_of, trial.params, factors)
+    approximation = approximation_of(settings.edit, bench.editor.directions, loaded.targets, weight_of, trial.params, factors)
     job = ExportJob(
         source=loaded.info.source,
         fingerprint=loaded.info.fingerprint,
@@ -85,10 +94,11 @@ def prepare(
         tokenizer=loaded.tokenizer,
         factors=factors,
         base_model=loaded.info.id,
-        card=card(context, loaded.info.source, baseline, trial, approximation),
+        card=card(settings, result, loaded.info.source, trial, approximation),
     )
-    expected = _expect(context, bench, editor, job, prompts, trial)
-    return Picked(job, approximation, expected, bench.scorers, bench.calibration)
+    expected = _expect(bench, settings.export.kind, job, trial)
+    measured = (bench.scorers, bench.prompts, bench.sizes, bench.response_prefix)
+    return Picked(job, approximation, expected, *measured, getattr(torch, loaded.info.dtype), loaded.info.quantization)
 
 
 def pinned(load: LoadSettings, source: str, revision: str) -> LoadSettings:
@@ -118,22 +128,25 @@ def approximation_of(
     return {"mean": sum(errors) / len(errors), "max": max(errors)}
 
 
-def card(context: Context, source: str, baseline: Baseline, trial: Trial, approximation: Mapping[str, float]) -> str:
-    """The model card, of what `context.result` says of the run; nothing is measured for it."""
-    settings, record = context.settings, context.result.record
-    heldout = record.get("heldout")
+def card(settings: Settings, result: Result, source: str, trial: Trial, approximation: Mapping[str, float]) -> str:
+    """The model card, of what `result` says of the run; nothing is measured for it."""
+    record, baseline, model = result.to_record(), result.baseline, result.model
+    assert baseline is not None
+    assert model is not None
+    heldout = result.heldout
+    harmless = result.prompts.get("harmless_eval")
     facts = {
-        "base": record["model"]["id"],
+        "base": model.id,
         "on_hub": not Path(source).is_dir(),
-        "quantized": checkpoint_quantization(record["model"].get("quantization", "none")),
+        "quantized": checkpoint_quantization(model.quantization),
         "dense": settings.export.kind == "merged",
-        "revision": record["model"]["revision"],
+        "revision": model.revision,
         "n_harmful": baseline.prompts,
-        "n_harmless": record.get("prompts", {}).get("harmless_eval", {}).get("count"),
+        "n_harmless": harmless.count if harmless else None,
         "before": baseline.refusals,
         "after": trial.refusals,
         "kl": trial.scores["kl"],
-        "objectives": objectives_from_result(record),
+        "objectives": result.objectives_or_default(),
         "before_values": baseline.values,
         "values": {name: trial.values[name] for name in other_names(trial.values)},
         "mode": settings.edit.mode,
@@ -149,19 +162,20 @@ def card(context: Context, source: str, baseline: Baseline, trial: Trial, approx
     return model_card(facts)
 
 
-def _expect(context: Context, bench: Workbench, editor: Editor, job: ExportJob, prompts: PromptSets, trial: Trial) -> Expected:
-    """What the export of `job`, made from `trial`, must reproduce. Edits the model, and gives the base model back."""
-    model, sizes, dtype = bench.loaded.model, bench.calibration.sizes, getattr(torch, bench.loaded.info.dtype)
+def _expect(bench: Workbench, kind: str, job: ExportJob, trial: Trial) -> Expected:
+    """What the export of `job`, made from `trial`, must reproduce."""
+    model, dtype = bench.loaded.model, getattr(torch, bench.loaded.info.dtype)
     # The plain engine here and on the export: the verdict must not depend on how trials are made fast.
-    engine, other = (make_engine(context, model, bench.chat, some) for some in (sizes, sizes.halved()))
+    engine, other = bench.plain, make_engine(bench.context, model, bench.chat, bench.sizes.halved())
     inputs = probe_inputs(job.factors)
-    editor.apply(trial.params)
-    harmless, harmful = (engine.first_logprobs(part).cpu() for part in (prompts.harmless_eval, prompts.harmful_eval))
-    noise = float(kl_divergence(harmless, other.first_logprobs(prompts.harmless_eval).cpu()).mean())
-    edited = module_outputs(model, inputs, dtype)
-    editor.clear()
-    base = module_outputs(model, inputs, dtype)
-    stored = stored_dtype_of(context.settings.export.kind, job)
+    with bench.edited(trial.params):
+        sets = (bench.prompts.harmless_eval, bench.prompts.harmful_eval)
+        harmless, harmful = (engine.first_logprobs(part).cpu() for part in sets)
+        noise = float(kl_divergence(harmless, other.first_logprobs(bench.prompts.harmless_eval).cpu()).mean())
+        edited = module_outputs(model, inputs, dtype)
+    with bench.base():
+        base = module_outputs(model, inputs, dtype)
+    stored = stored_dtype_of(kind, job)
     weights = {target.name: target.module for target in bench.loaded.targets}
     rounding = partial(storage_rounding, is_base=bool(checkpoint_quantization(bench.loaded.info.quantization)))
     probes = {
@@ -171,55 +185,49 @@ def _expect(context: Context, bench: Workbench, editor: Editor, job: ExportJob, 
     return Expected(trial, harmless, harmful, noise, probes)
 
 
-def export(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> None:
-    """Write the export and, unless switched off, verify it from disk; `result.json` and the card say what came of it."""
-    trial = picked.expected.trial
-    write(context, picked.job, final, trial, picked.approximation)
-    if context.settings.export.verify:
-        conclude(context, final, trial, len(prompts.harmful_eval), verify(context, picked, prompts, final))
-
-
 def write(
     context: Context,
     job: ExportJob,
+    result: Result,
     final: Path,
     trial: Trial,
     approximation: Mapping[str, float],
     origin: Origin = "trial",
-) -> dict[str, Any]:
-    """The export under its final name, with its recipe, and what `result.json` says of it; returns the latter.
+) -> ExportRecord:
+    """Write the export under its final name, with the recipe of the run that `result` tells of; returns its record.
 
     `origin`: how the job's factors were computed.
     """
     exporter = EXPORTERS[context.settings.export.kind]
-    with context.result.stage("export", exporter.kind), finished_folder(final, job.key(exporter.kind)) as folder:
+    with (
+        context.stage("export", exporter.kind, at_once=True),
+        finished_folder(final, job.key(exporter.kind)) as folder,
+    ):
         facts = dict(exporter.write(job, folder))
         made = export_record(exporter.kind, origin, folder, job.factors)
-        write_json(folder / RECIPE, recipe_record(context.settings, context.result.record, trial, made))
-    record = {"kind": exporter.kind, "trial": trial.number, "path": final.name, "verified": None, "pushed": None, **facts}
+        write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, made))
     if approximation:
-        record["approximation_error"] = dict(approximation)
-    context.result.record["export"] = record
-    context.result.save()
-    leave_record(final, record)
+        facts["approximation_error"] = dict(approximation)
+    record = ExportRecord(kind=exporter.kind, trial=trial.number, path=final.name, verified=None, pushed=None, **facts)
+    leave_record(final, record.model_dump(exclude_unset=True))
     return record
 
 
-def verify(context: Context, picked: Picked, prompts: PromptSets, final: Path) -> Verification:
+def verify(context: Context, picked: Picked, final: Path) -> Verification:
     """Reload the export and compare what it does with what the trial did."""
-    with context.result.stage("verify"):
+    with context.stage("verify"):
         try:
-            return _verify(context, EXPORTERS[context.settings.export.kind], picked, prompts, final)
+            return _verify(context, EXPORTERS[context.settings.export.kind], picked, final)
         except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
             return Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
 
 
-def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdict: Verification) -> None:
-    """Say what verification found: in `result.json`, in the export's card and record, and to the person if it failed."""
-    record = context.result.record["export"]
-    record |= {"verified": verdict.ok, "verification": verdict.record}
-    context.result.save()
-    leave_record(final, record)
+def conclude(
+    context: Context, record: ExportRecord, final: Path, trial: Trial, n_harmful: int, verdict: Verification
+) -> ExportRecord:
+    """Put the verdict into the record that is returned, and into the export's card, recipe and own record; warn of a failure."""
+    concluded = record.model_copy(update={"verified": verdict.ok, "verification": verdict.record})
+    leave_record(final, concluded.model_dump(exclude_unset=True))
     readme = final / "README.md"
     write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
     mark_verified(final, verdict.ok)
@@ -229,47 +237,92 @@ def conclude(context: Context, final: Path, trial: Trial, n_harmful: int, verdic
             f"The export reloaded from disk differs from the trial by more than rounding explains "
             f"({', '.join(failed) or verdict.record['reason']}); see {final.name}/README.md before using it."
         )
+    return concluded
 
 
-def keep_recipe(context: Context, directory: RunDirectory, *, exported: bool) -> None:
-    """`recipe.json` in the run directory: that of the run's export, or else of the trial that it picked."""
+def export_and_verify(context: Context, picked: Picked, result: Result, final: Path) -> Iterator[ExportRecord]:
+    """Write the export and, unless switched off, verify it from disk; gives its record after each of the two steps."""
+    trial = picked.trial
+    record = write(context, picked.job, result, final, trial, picked.approximation)
+    yield record
+    if context.settings.export.verify:
+        verdict = verify(context, picked, final)
+        yield conclude(context, record, final, trial, len(picked.prompts.harmful_eval), verdict)
+
+
+def export(bench: Workbench, trial: Trial, out: str | Path, kind: str = "") -> ExportRecord:
+    """Export a trial of the workbench's model to the folder `out`, and compare the reloaded export with the trial.
+
+    `kind`: `merged` or `adapter`; by default that of the settings. The workbench keeps its model, so memory must hold the
+    export beside it where it is verified.
+
+    Raises:
+        InputError: `out` holds something that is no export of this tool.
+    """
+    final = Path(out)
+    check_output(final)
+    settings = bench.settings
+    kind = kind or (settings.export.kind if settings.export.kind != "none" else "merged")
+    settings = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": kind})})
+    assert bench.directions is not None
+    baseline = bench.baseline or stages.baseline(bench)
+    result = Result(
+        **bench.record(),
+        prompts=prompt_records(settings, bench.prompts),
+        identity=bench.identity(),
+        startup_trials=settings.search.n_startup_trials,
+        directions=stages.directions_record(bench.directions),
+    )
+    result.searched([trial], [trial], baseline, bench.objectives)
+    result.selected = trial.number
+    picked = prepare(bench, settings, result, trial)
+    *_, record = export_and_verify(bench.context.with_settings(settings), picked, result, final)
+    return record
+
+
+def prompt_records(settings: Settings, prompts: PromptSets) -> dict[str, PromptSetRecord]:
+    """{set: source, count and digest} of the four prompt sets, for `result.json`."""
+    return {name: PromptSetRecord.of(source, getattr(prompts, name)) for name, source in prompt_sources(settings).items()}
+
+
+def write_recipe(settings: Settings, result: Result, directory: RunDirectory, *, exported: bool) -> None:
+    """`recipe.json` in the run directory: that of the run's export, or else of the trial that it selected."""
     if exported:
         write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
-    else:
-        record = context.result.record
-        picked = next(Trial.from_record(one) for one in record["trials"] if one["number"] == record["selected"])
-        write_json(directory.recipe, recipe_record(context.settings, record, picked, NO_EXPORT))
+        return
+    selected = next(trial for trial in result.trials if trial.number == result.selected)
+    write_json(directory.recipe, recipe_record(settings, result.to_record(), selected, NO_EXPORT))
 
 
-def push_export(context: Context, final: Path) -> None:
-    """Upload the export if the settings name a repository and its verification didn't fail.
+def push_export(context: Context, record: ExportRecord, final: Path) -> ExportRecord:
+    """Upload the export if the settings name a repository and its verification didn't fail; returns the export's record.
 
     Raises:
         AbliterateError: the upload failed; everything else is done by then, and kept.
     """
-    settings, record = context.settings.export, context.result.record["export"]
+    settings = context.settings.export
     if not settings.push:
-        return
-    if record["verified"] is False:
+        return record
+    if record.verified is False:
         raise AbliterateError(
             f"The export was not pushed to {settings.push}, because its verification failed; if you want it there all the "
             f"same: hf upload {settings.push} {shlex.quote(str(final))}."
         )
-    with context.result.stage("push", settings.push):
-        record["pushed"] = push(final, settings)
-    context.result.save()
-    leave_record(final, record)
+    with context.stage("push", settings.push, at_once=True):
+        pushed = record.model_copy(update={"pushed": push(final, settings)})
+    leave_record(final, pushed.model_dump(exclude_unset=True))
+    return pushed
 
 
-def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: PromptSets, final: Path) -> Verification:
-    settings = context.settings
+def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path) -> Verification:
+    settings, prompts = context.settings, picked.prompts
     device = choose_device(settings.device)
-    run_dtype = getattr(torch, context.result.record["model"]["dtype"])
+    run_dtype = picked.dtype
     # The export's own tokenizer and template: they belong to what a user would load.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
-    chat = chat_of(settings, tokenizer, device, picked.calibration.response_prefix)
-    engine = make_engine(context, model, chat, picked.calibration.sizes)
+    chat = chat_of(settings, tokenizer, device, picked.response_prefix)
+    engine = make_engine(context, model, chat, picked.sizes)
     total = len(prompts.harmless_eval) + 2 * len(prompts.harmful_eval)
 
     def progress(done: int, before: int) -> None:
@@ -279,8 +332,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
     before = len(prompts.harmful_eval)
     observed = engine.observe(prompts.harmful_eval, prompts.harmless_eval, lambda done, _: progress(done, before))
     outputs = module_outputs(model, {name: probe.x for name, probe in picked.expected.probes.items()}, run_dtype)
-    quantization = context.result.record["model"]["quantization"]
-    precision = Precision(run_dtype, stored_dtype_of(exporter.kind, picked.job), quantization)
+    precision = Precision(run_dtype, stored_dtype_of(exporter.kind, picked.job), picked.quantization)
     return compare(picked.expected, observed, harmful, outputs, picked.scorers, precision)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +12,8 @@ import torch
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.evaluation.heldout import HeldoutSets, measure, rate
 from abliterate.evaluation.teacher_forced import ModelView
-from abliterate.model.editor import Editor
 from abliterate.pipeline.context import Context
-from abliterate.pipeline.from_settings import make_engine, scorers_of
+from abliterate.pipeline.from_settings import scorers_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.datasets import load_prompts
 from abliterate.prompts.files import digest, public_source
@@ -38,7 +37,7 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
     seen = {normalize(prompt.text) for part in known for prompt in part}
     found: dict[str, tuple[Prompt, ...]] = {}
     record: dict[str, dict[str, Any]] = {}
-    with context.result.stage("held-out prompts"):
+    with context.stage("held-out prompts"):
         for name, source in heldout_sources(settings).items():
             try:
                 found[name], record[name] = _one_set(source, settings, seen)
@@ -75,19 +74,16 @@ def _one_set(source: str, settings: Settings, seen: set[str]) -> tuple[tuple[Pro
     return tuple(kept), {"source": public_source(source), **counts, "digest": digest(kept)}
 
 
-def evaluate_trial(
-    context: Context, bench: Workbench, editor: Editor, baseline: Baseline, trial: Trial, held: Heldout | None
-) -> None:
-    """The trial on held-out prompts, into `result.json`; what goes wrong is a warning: the search is done."""
-    context.result.record.pop("heldout", None)
+def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Heldout | None) -> dict[str, Any] | None:
+    """The trial on held-out prompts, as `result.json` records it; a failure is a warning and None, since the search is done."""
     if held is None:
-        return
+        return None
+    context = bench.context
     sizes = f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"
-    with context.result.stage("held-out", sizes):
-        sides = edited_sides(context, bench, editor, trial)
+    with context.stage("held-out", sizes):
         try:
-            found = measured(context, *sides, held)
-            json.dumps(found, allow_nan=False)  # a user's scorer may give anything
+            figures = measured(context, *views(bench, trial), held)
+            json.dumps(figures, allow_nan=False)  # a user's scorer may give anything
         except Interrupted:
             raise
         except Exception as error:  # scorers of users and judges among what may fail: no reason to lose hours of search
@@ -95,11 +91,8 @@ def evaluate_trial(
             said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             reason = said if known else f"{type(error).__name__}: {said}"
             context.reporter.warn(f"The trial could not be measured on held-out prompts ({reason}); its search scores stand.")
-            return
-        finally:
-            editor.clear()
-        context.result.record["heldout"] = {"trial": trial.number, **found, **against_search(found, trial, baseline)}
-    context.result.save()
+            return None
+    return {"trial": trial.number, **figures, **against_search(figures, trial, baseline)}
 
 
 def measured(context: Context, base: ModelView, candidate: ModelView, held: Heldout) -> dict[str, Any]:
@@ -112,21 +105,9 @@ def measured(context: Context, base: ModelView, candidate: ModelView, held: Held
     return {"prompts": held.record, **measure(base, candidate, held.sets, scorers, progress)}
 
 
-def edited_sides(context: Context, bench: Workbench, editor: Editor, trial: Trial) -> tuple[ModelView, ModelView]:
-    """One loaded model as base and under the trial's edit. With the plain engine: whole answers, and no fast path to trust."""
-    engine = make_engine(context, bench.loaded.model, bench.chat, bench.calibration.sizes)
-
-    @contextlib.contextmanager
-    def base() -> Iterator[None]:
-        editor.clear()
-        yield
-
-    @contextlib.contextmanager
-    def edited() -> Iterator[None]:
-        editor.apply(trial.params)
-        yield
-
-    return ModelView(engine, base), ModelView(engine, edited)
+def views(bench: Workbench, trial: Trial) -> tuple[ModelView, ModelView]:
+    """One loaded model as base and under the trial's edits. With the plain engine: whole answers, and no fast path to trust."""
+    return ModelView(bench.plain, bench.base), ModelView(bench.plain, partial(bench.edited, trial.params))
 
 
 def against_search(found: dict[str, Any], trial: Trial, baseline: Baseline) -> dict[str, Any]:

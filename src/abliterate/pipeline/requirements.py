@@ -55,12 +55,10 @@ class Workload:
         return Workload({name: (count, USUAL_TOKENS, count * USUAL_TOKENS) for name, count in _USUAL.items()}, why)
 
 
-def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> None:
-    """Put the model into the result and before the person's eyes; say what is left out, and stop where that is too much."""
+def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> dict[str, Any]:
+    """Show what was loaded and what can't be edited in it; returns the record of its coverage."""
     settings = context.settings
-    context.result.describe(loaded.info, device_name(device))
     found = requirements_of(settings, loaded, device, Workload.of(prompts, PromptEncoder(loaded.tokenizer, loaded.device)))
-    context.result.record["coverage"] = found["coverage"]
     context.reporter.header(in_words(found))
     if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
         stored = checkpoint_quantization(loaded.info.quantization)
@@ -74,6 +72,7 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device, prompt
         )
     for component, count in found["coverage"]["layers_without"].items():
         context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")
+    return dict(found["coverage"])
 
 
 def requirements_of(

@@ -1,264 +1,177 @@
 """A whole run, in the paper's order: load, calibrate, residuals, directions, baseline, search, pick, export.
 
-Each stage takes and returns values and leaves a named artifact in the run directory.
+Each stage takes and returns values and leaves a named artifact in the run directory; only `Run.save` writes `result.json`.
 """
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import AbliterateError
+from abliterate.artifacts.result import Result
+from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.export import check_output
 from abliterate.files import write_atomically
 from abliterate.model.devices import choose_device
-from abliterate.model.editor import Editor
-from abliterate.pipeline import local_workers, report_data, stages, workers
-from abliterate.pipeline.batch_size import Tuned
-from abliterate.pipeline.cache_keys import study_identity
-from abliterate.pipeline.context import Context, make_store, read_prompts
-from abliterate.pipeline.export import Picked, export, keep_recipe, prepare, push_export
+from abliterate.pipeline import report_data, stages
+from abliterate.pipeline.context import Context, StageClock, make_store, read_prompts
+from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records, push_export, write_recipe
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
+from abliterate.pipeline.local_workers import devices_of, local_workers
 from abliterate.pipeline.preflight import check_model, check_names
-from abliterate.pipeline.workbench import Workbench, load_and_calibrate, tune_only
-from abliterate.prompts.sets import Heldout, PromptSets
+from abliterate.pipeline.search import Search
+from abliterate.pipeline.workbench import Workbench, load_calibrated
+from abliterate.pipeline.workers import publish
+from abliterate.prompts.sets import Heldout
 from abliterate.report.page import write_report
-from abliterate.search.front import no_front, pareto_front
-from abliterate.search.pruner import DominancePruner
-from abliterate.search.selection import SelectionRule, parse_rule
-from abliterate.search.storage import POLL
+from abliterate.search.selection import SelectionRule
 from abliterate.search.study import STUDY_NAME, Study, open_study
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import dump_settings
+from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, Reporter, Trial
 
+# A person's choice among the front: given the front, the rule's proposal and the baseline.
 Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
 
 
 def run(
     settings: Settings,
-    reporter: Reporter,
-    directory: RunDirectory,
+    reporter: Reporter | None = None,
+    directory: RunDirectory | None = None,
     *,
     resume: bool = False,
     restart: bool = False,
     gpus: int = 1,
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """A whole run, new, continued (`resume`) or begun anew (`restart`); returns the content of `result.json`.
+) -> Result:
+    """A whole run, new, continued (`resume`) or begun anew (`restart`); returns what is in its `result.json`.
 
-    `gpus`: devices of this machine to search on at once, each in a process of its own.
+    `directory`: by default the one that the settings name, or `runs/<model>-<time>`. `gpus`: devices of this machine to search
+    on at once, each in a process of its own. `check` is called at safe points and may raise `Interrupted`.
 
     Raises:
         InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
     """
+    directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
     with directory.locked():
-        return _run(settings, reporter, directory, resume, restart, gpus, choose, check)
+        rule = check_names(settings)
+        devices = devices_of(gpus, choose_device(settings.device))
+        directory.check(resume=resume, restart=restart)
+        if settings.export.kind != "none" and not restart:
+            check_output(directory.export)
+        result = Result.continued(directory) if resume else Result()
+        reporter = reporter or default_reporter()
+        context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
+        return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
 
 
-def _run(
-    settings: Settings,
-    reporter: Reporter,
-    directory: RunDirectory,
-    resume: bool,
-    restart: bool,
-    gpus: int,
-    choose: Choose | None,
-    check: Callable[[], None],
-) -> dict[str, Any]:
-    rule = check_names(settings)
-    devices = local_workers.devices_of(gpus, choose_device(settings.device))
-    directory.check(resume=resume, restart=restart)
-    if settings.export.kind != "none" and not restart:
-        check_output(directory.export)
-    result = RunResult(directory, reporter)
-    if resume:
-        result.go_on()
-    context = Context(settings, reporter, result, make_store(settings, reporter), check)
-    check_model(settings)  # before prompts are fetched: the likeliest mistake is the model's name
-    prompts = read_prompts(context)
-    held = read_heldout(context, prompts.all_sets())
-    directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
-    bench = load_and_calibrate(context, prompts)
-    study = claim_study(context, bench, prompts, directory)  # before anything of an older run is overwritten
-    write_atomically(directory.settings, dump_settings(settings))
+@dataclass
+class _Run:
+    """A run at work in its directory. `result` is what is known so far."""
 
-    kept = report_data.samples(prompts)
-    harmful, harmless = stages.residuals(context, bench, prompts, kept)
-    directions = stages.directions(context, harmful, harmless, directory.directions)
-    report_data.geometry(context, prompts, kept, (harmful, harmless), directions, directory.geometry)
-    del harmful, harmless, kept
-    editor = stages.make_editor(context, bench, directions)
-    bench = stages.trial_engine(context, bench, editor, prompts)
-    baseline = stages.baseline(context, bench, prompts)
+    context: Context
+    directory: RunDirectory
+    result: Result
+    rule: SelectionRule
 
-    workers.publish(context, bench, study, baseline, prompts, directory.directions)
-    with local_workers.local_workers(directory, devices, settings.search.storage, reporter.warn) as look:
-        search(context, bench, editor, study, baseline, prompts, rule, look)
-    selected, picked = pick(context, bench, editor, baseline, prompts, rule, choose, held)
-    report_data.answers(context, bench, editor, prompts, selected.params, directory.answers)
-    # One model at a time: the export reads the weights anew.
-    del bench, editor
-    gc.collect()
-    if picked:
-        export(context, picked, prompts, directory.export)
-    keep_recipe(context, directory, exported=picked is not None)
-    with result.stage("report"):
-        write_report(directory, result.record)
-    result.save()
-    if picked and settings.export.push:  # last: a failed upload costs nothing else
-        push_export(context, directory.export)
-        write_report(directory, result.record)
-    reporter.finish(result.record, str(directory.path))
-    return result.record
+    def go(self, devices: Sequence[str], choose: Choose | None, *, resume: bool, restart: bool) -> Result:
+        """The stages in their order."""
+        context, directory, result = self.context, self.directory, self.result
+        check_model(context.settings)  # before prompts are fetched: the likeliest mistake is the model's name
+        prompts = read_prompts(context)
+        held = read_heldout(context, prompts.all_sets())
+        directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
 
+        with load_calibrated(context, prompts) as bench:
+            study = self._claim_study(bench)  # before anything of an older run is overwritten
+            write_atomically(directory.settings, dump_settings(context.settings))
 
-def claim_study(context: Context, bench: Workbench, prompts: PromptSets, directory: RunDirectory) -> Study:
-    """The run's study, new or continued; refused where the options given would change what its trials mean."""
-    settings = context.settings
-    space = stages.search_space(settings, bench)
-    url = settings.search.storage
-    name = directory.study_name() if url else STUDY_NAME
-    study = open_study(url, directory.journal, space, settings.seed, name)
-    identity = study_identity(settings, bench.loaded, bench.calibration.response_prefix, prompts.all_sets(), bench.objectives)
-    known = len(context.result.record["trials"])
-    study.claim(identity, begun=known > 0)
-    lost = known - len(study.trials())
-    if lost > 0:
-        context.reporter.warn(f"The study lacks {lost} of the {known} trials that result.json lists; they are made again.")
-    context.result.record |= {"identity": identity, "startup_trials": study.n_startup}
-    study.fail_interrupted()
-    return study
+            residuals = stages.residuals(bench)
+            directions = stages.directions(context, residuals)
+            write_atomically(directory.directions, stages.directions_file(directions))
+            result.directions = stages.directions_record(directions)
+            report_data.write_record(directory.geometry, report_data.geometry(context, prompts, residuals, directions))
+            del residuals
+            bench.prepare(directions)
+            baseline = stages.baseline(bench)
 
+            publish(bench, study, baseline, directions, result.identity or {})
+            search = Search(bench, study, baseline, context.settings.search.trials, self.rule)
+            with local_workers(directory, devices, context.settings.search.storage, context.reporter.warn) as watch:
+                for _ in search.rounds(watch):
+                    self._save_search(search)
+            selected, picked = self._pick(search, choose, held)
+            if (answers := report_data.answers(bench, selected)) is not None:
+                report_data.write_record(directory.answers, answers)
 
-def search(
-    context: Context,
-    bench: Workbench,
-    editor: Editor,
-    study: Study,
-    baseline: Baseline,
-    prompts: PromptSets,
-    rule: SelectionRule,
-    look: Callable[[], None] = lambda: None,
-) -> None:
-    """Ask → apply edit → evaluate → tell, until the budget of trials is used; resumes where a study was left.
+        # One model at a time: the export reads the weights anew.
+        if picked:
+            for record in export_and_verify(context, picked, result, directory.export):
+                result.export = record
+                self.save()
+        write_recipe(context.settings, result, directory, exported=picked is not None)
+        return self._end(exported=picked is not None)
 
-    Other workers may be at the same study: what they finish counts, and what they leave is done again. `look`: after those
-    that the run itself started.
-    """
-    settings, result = context.settings, context.result
-    with result.stage("search", f"{settings.search.trials} trials"):
-        kept = {trial.number for trial in study.trials()}
-        if kept:
-            context.reporter.note(f"{len(kept)} trials are kept from before", resumed=len(kept))
-        seen: set[int] | None = None
-        while True:
-            trials = study.trials()
-            front = pareto_front(trials, baseline, bench.objectives)
-            if {trial.number for trial in trials} != seen:
-                for trial in trials:
-                    if trial.number not in (kept if seen is None else seen):
-                        context.reporter.trial(trial, settings.search.trials, trial in front, rule.preview(front))
-                seen = {trial.number for trial in trials}
-                record_search(context, bench, editor, trials, front, baseline)
-            # Not those kept from before: what made them fail may have been mended.
-            new = [trial for trial in trials if trial.number not in kept]
-            stages.check_failures(new, settings.search.max_consecutive_failures)
-            if len(trials) >= settings.search.trials:
-                return
-            context.check()
-            look()
-            study.fail_silent()
-            asked = study.ask(settings.search.trials)
-            if asked is None:  # others are at the last ones
-                time.sleep(POLL)
-                continue
-            try:
-                certificate = DominancePruner.of(trials, baseline, bench.objectives)
-                with study.at_work(asked):
-                    trial = stages.evaluate(context, bench, editor, asked.number, asked.params, prompts, certificate)
-            except BaseException:
-                study.give_up(asked)
-                raise
-            if not study.tell(asked, trial, baseline.prompts):
-                context.reporter.warn(f"Trial {asked.number} gave no sign of life for so long that another worker has it.")
+    def save(self) -> None:
+        """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
+        self.context.clock.count()
+        self.result.update(timings=self.context.clock.timings, memory=self.context.clock.memory)
+        self.result.write(self.directory)
 
+    def _claim_study(self, bench: Workbench) -> Study:
+        """The run's study, new or continued; refused where the options given would change what its trials mean."""
+        settings, directory, result = self.context.settings, self.directory, self.result
+        url = settings.search.storage
+        name = directory.study_name() if url else STUDY_NAME
+        study = open_study(url, directory.journal, bench.space, settings.seed, name)
+        identity = bench.identity()
+        known = len(result.trials)
+        study.claim(identity, begun=known > 0)
+        lost = known - len(study.trials())
+        if lost > 0:
+            self.context.reporter.warn(
+                f"The study lacks {lost} of the {known} trials that result.json lists; they are made again."
+            )
+        result.update(**bench.record(), prompts=prompt_records(settings, bench.prompts))
+        result.update(identity=identity, startup_trials=study.n_startup)
+        study.fail_interrupted()
+        return study
 
-def record_search(
-    context: Context, bench: Workbench, editor: Editor, trials: Sequence[Trial], front: Sequence[Trial], baseline: Baseline
-) -> None:
-    """Trials, front and caches so far, in `result.json`."""
-    result = context.result
-    result.trials(trials, front, baseline, bench.objectives)
-    result.caches(
-        residuals=context.store.counts("residuals"),
-        svd={"hits": editor.memo.hits, "misses": editor.memo.misses},
-        adapters={"hits": editor.adapters.hits, "misses": editor.adapters.misses},
-    )
-    result.save()
+    def _save_search(self, search: Search) -> None:
+        """Trials, front and caches so far, in `result.json`."""
+        self.result.searched(search.trials, search.front_so_far, search.baseline, search.bench.objectives)
+        self.result.caches = search.bench.caches()
+        self.save()
 
+    def _pick(self, search: Search, choose: Choose | None, held: Heldout | None) -> tuple[Trial, Picked | None]:
+        """The selected trial, and what its export needs, where there is to be one.
 
-def pick(
-    context: Context,
-    bench: Workbench,
-    editor: Editor,
-    baseline: Baseline,
-    prompts: PromptSets,
-    rule: SelectionRule,
-    choose: Choose | None,
-    held: Heldout | None,
-) -> tuple[Trial, Picked | None]:
-    """One trial from the front, by the rule or by a person offered the rule's choice; None beside it: nothing is exported.
+        It is measured on held-out prompts first: the export's card says what came of it.
+        """
+        result, bench, settings = self.result, search.bench, self.context.settings
+        selected = search.pick(self.rule, (lambda front, trial: choose(front, trial, search.baseline)) if choose else None)
+        result.update(selected=selected.number, heldout=None)
+        self.save()
+        result.heldout = evaluate_trial(bench, search.baseline, selected, held)
+        if result.heldout is not None:
+            self.save()
+        if settings.export.kind == "none":
+            return selected, None
+        with self.context.stage("pick", f"trial {selected.number}"):
+            return selected, prepare(bench, settings, result, selected)
 
-    It is measured on held-out prompts first: the export's card says what came of it.
-    """
-    result = context.result
-    trials = [Trial.from_record(record) for record in result.record["trials"]]
-    front = pareto_front(trials, baseline, bench.objectives)
-    if not front:
-        raise AbliterateError(no_front(baseline, bench.objectives))
-    selected = choose(front, rule(front), baseline) if choose else rule(front)
-    result.record["selected"] = selected.number
-    result.save()
-    evaluate_trial(context, bench, editor, baseline, selected, held)
-    if context.settings.export.kind == "none":
-        return selected, None
-    with result.stage("pick", f"trial {selected.number}"):
-        return selected, prepare(context, bench, editor, baseline, prompts, selected)
-
-
-def tune(settings: Settings, reporter: Reporter) -> tuple[Tuned, ...]:
-    """Measure batch sizes for the settings' model and prompts, without a run."""
-    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), lambda: None)
-    check_model(settings, editing=False)
-    prompts = read_prompts(context)
-    return tune_only(context, prompts)
-
-
-def work(
-    run_directory: Path | None,
-    url: str,
-    name: str,
-    own: Mapping[str, Any],
-    reporter: Reporter,
-    *,
-    check: Callable[[], None] = lambda: None,
-) -> int:
-    """Work at a run's study, told by its directory or by storage and name, until its budget is used; returns its trials.
-
-    `own`: this worker's options (device, model, cache), which win over the run's.
-    """
-    place = workers.place_of(run_directory, url, name)
-    setup, directions = workers.wait_for_setup(*place, reporter, check)
-    with workers.settings_of(setup, own) as settings:
-        context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
-        bench, editor, study = workers.join(place, setup, directions, context)
-        rule = parse_rule(settings.search.select, settings.search.select_max_kl, bench.objectives)
-        search(context, bench, editor, study, setup.baseline, setup.prompts, rule)
-        return len(study.trials())
+    def _end(self, *, exported: bool) -> Result:
+        """The report; then the upload, because a failed upload costs nothing else."""
+        context, directory, result = self.context, self.directory, self.result
+        with context.stage("report"):
+            write_report(directory, result)
+        self.save()
+        if exported and context.settings.export.push:
+            result.export = push_export(context, result.export, directory.export)
+            self.save()
+            write_report(directory, result)
+        context.reporter.finish(result.to_record(), str(directory.path))
+        return result

@@ -1,93 +1,322 @@
-"""The workbench: a loaded model with its prompts, engines and scorers, ready to be measured under edits."""
+"""The workbench: a loaded model with its prompts, engines and scorers, ready to be measured under edits.
+
+    with load(settings) as bench:
+        directions = find_directions(bench)
+        with bench.edited(params):
+            bench.respond(["Show me …"])
+
+The model is the base model at every moment outside `edited`, bit for bit, and whatever measures the base does so inside `base`,
+which fails loudly if an edit is on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
-from abliterate.engine.self_check import Engine
+from abliterate.artifacts.result import Environment, ModelRecord
+from abliterate.directions import Directions
+from abliterate.edits import SvdMemo
+from abliterate.engine.prefill import resume_layers
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
+from abliterate.engine.trial_engine import TrialEngine
+from abliterate.evaluation.trial import early_scorer
 from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
-from abliterate.model.devices import choose_device
+from abliterate.model.devices import choose_device, device_name
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import batch_size
-from abliterate.pipeline.cache_keys import rendering
+from abliterate.pipeline.cache_keys import rendering, study_identity
 from abliterate.pipeline.calibrate import known_prefix
-from abliterate.pipeline.context import Context
+from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import chat_of, make_engine, objectives_of, plain_engine, scorers_of
-from abliterate.pipeline.preflight import check_loaded
+from abliterate.pipeline.preflight import check_loaded, check_model, check_names
 from abliterate.pipeline.requirements import describe
 from abliterate.prompts.sets import PromptSets
 from abliterate.scorers import Scorer
-from abliterate.types import BatchSizes, Objective, Prompt
+from abliterate.search.space import Space
+from abliterate.settings.schema import Settings
+from abliterate.terminal.progress_bar import default_reporter
+from abliterate.types import Baseline, BatchSizes, Objective, Prompt, Reporter, TrialParams
+
+_SAMPLES = 256  # random trials from which the layers to resume at are chosen
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Found once per run, and used again for the export's verification."""
-
-    sizes: BatchSizes
-    response_prefix: str
-
-
-@dataclass(frozen=True)
 class Workbench:
-    """A loaded model with everything that observes and scores it."""
+    """A loaded model; then calibrated on prompts (`calibrate`); then ready for edits along directions (`prepare`).
 
-    loaded: LoadedModel
-    chat: PromptEncoder
-    engine: Engine
-    scorers: tuple[Scorer, ...]
-    calibration: Calibration
-    objectives: tuple[Objective, ...] = DEFAULT
-
-
-def load_and_calibrate(
-    context: Context, prompts: PromptSets, prefix: str | None = None, sizes_by_name: Mapping[str, int] | None = None
-) -> Workbench:
-    """Model and tokenizer; then the one warm-up, batch sizes and response prefix, unless they are known from before.
-
-    `prefix`: the response prefix that a run has told its workers, or a recipe tells; `sizes_by_name`: its batch sizes.
+    `plain` gives whole responses by `generate`; `engine` is what trials are measured by: the fast engine once `prepare` has
+    checked it against `plain`, and `plain` before. `baseline` is the base model's scores, once something has measured them.
     """
+
+    def __init__(self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None) -> None:
+        self.context = context
+        self.loaded = loaded
+        self.coverage = coverage
+        self.scorers: tuple[Scorer, ...] = ()
+        self.objectives: tuple[Objective, ...] = DEFAULT
+        self.use(BatchSizes.same(1), "")
+        self._prompts: PromptSets | None = None
+        self._editor: Editor | None = None
+        self._measured = ""
+        self.baseline: Baseline | None = None
+
+    def use(self, sizes: BatchSizes, prefix: str) -> None:
+        """Measure with these batch sizes, every response beginning with `prefix`."""
+        self.sizes, self.response_prefix = sizes, prefix
+        self.chat: PromptEncoder = chat_of(self.settings, self.loaded.tokenizer, self.loaded.device, prefix)
+        self.plain: ReferenceEngine = make_engine(self.context, self.loaded.model, self.chat, sizes)
+        self.engine: Engine = self.plain
+
+    @property
+    def settings(self) -> Settings:
+        """The settings it was made with."""
+        return self.context.settings
+
+    @property
+    def prompts(self) -> PromptSets:
+        """The prompt sets it is calibrated on."""
+        assert self._prompts is not None, "calibrate the workbench first"
+        return self._prompts
+
+    @property
+    def editor(self) -> Editor:
+        """What turns a trial's parameters into edits on the model."""
+        assert self._editor is not None, "give the workbench directions first (find_directions)"
+        return self._editor
+
+    @property
+    def directions(self) -> Directions | None:
+        """The directions that it is prepared for."""
+        return None if self._editor is None else self._editor.directions
+
+    @property
+    def space(self) -> Space:
+        """The search space over the components that the model has."""
+        components = tuple(dict.fromkeys(target.component for target in self.loaded.targets))
+        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives)
+
+    def calibrate(self, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None) -> None:
+        """The one warm-up, batch sizes and response prefix, unless these are known from before.
+
+        `prefix`, `sizes` {operation: batch size}: those of a run for its workers, or of a recipe.
+        """
+        self._prompts = prompts
+        with self.context.stage("calibrate"), self.base():
+            found = batch_size.batch_sizes(self.context, self.loaded, plain_engine(self.context, self.loaded), prompts, sizes)
+            if prefix is None:
+                prefix = known_prefix(self.context, self.loaded, found, prompts)
+        self.use(found, prefix)
+
+    def note_forms(self) -> None:
+        """Say what the chat template does to the prompts, where it can't keep their form."""
+        for note in dict.fromkeys(self.chat.form(prompt).note for part in self.prompts.all_sets() for prompt in part):
+            if note:
+                self.context.reporter.note(note)
+
+    def make_edits(self, directions: Directions, *, now: bool = True) -> None:
+        """Put hooks on every target, and prepare all modules for edits along `directions`, or each when it is first used."""
+        efficiency = self.settings.efficiency
+        hooks = EditHooks(self.loaded.targets, incremental=efficiency.use_incremental_adapter_updates)
+        memo = SvdMemo(efficiency.max_svd_cache_size if efficiency.enable_svd_cache else 0)
+        budget = efficiency.max_kept_mb * 2**20
+        editor = Editor(self.loaded.targets, directions, self.settings.edit, hooks, memo, budget)
+        reporter = self.context.reporter
+        self._editor = editor
+        if not now:
+            return
+        with self.context.stage("prepare edits", self.settings.edit.mode):
+            editor.prepare(lambda done, total: reporter.progress(done, total, "modules"))
+            for names, what in ((editor.parked, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+                if names:
+                    reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
+
+    def prepare(self, directions: Directions) -> None:
+        """Make edits along `directions` possible, and choose the fastest engine for trials that agrees with `plain`."""
+        if self.directions is directions:
+            return
+        self.make_edits(directions)
+        editor, space, context = self.editor, self.space, self.context
+        setup = EngineSetup(
+            self.plain,
+            self.loaded.layers,
+            editor.adapters,
+            early_scorer(self.scorers),
+            self.prompts.harmful_eval,
+            self.prompts.harmless_eval,
+            # Where trials are likely to begin; also an edit for the self-check that leaves lower layers alone.
+            resume_layers(editor.first_layers(space.samples(_SAMPLES, seed=0))),
+            editor.room,  # prepared edits come first
+        )
+        with context.stage("trial engine"), self._measuring("the self-check's model"):
+            edit = partial(editor.apply_exactly, space.upper_half())  # it skips lower layers
+            switches = self.settings.efficiency
+            self.engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
+            for note in _left_out(self.engine, setup, self.settings):
+                context.reporter.note(note)
+
+    @contextlib.contextmanager
+    def edited(self, params: TrialParams) -> Iterator[None]:
+        """The model under a trial's edits while active; afterwards it is the base model again, always."""
+        with self._measuring("edited"):
+            try:
+                self.editor.apply(params)
+                yield
+            finally:
+                self.editor.suspend()
+
+    @contextlib.contextmanager
+    def base(self) -> Iterator[None]:
+        """The base model while active. Whatever measures the base does so in here.
+
+        Raises:
+            RuntimeError: an edit is on the model: a fault of the caller, which would make the figures wrong in silence.
+        """
+        with self._measuring("base"):
+            if self._editor is not None and self._editor.adapters.active:
+                raise RuntimeError("an edit is on the model that is to be measured as the base")
+            yield
+
+    @contextlib.contextmanager
+    def _measuring(self, what: str) -> Iterator[None]:
+        if self._measured:
+            raise RuntimeError(f"the model can't be measured as {what} while it is measured as {self._measured}")
+        self._measured = what
+        try:
+            yield
+        finally:
+            self._measured = ""
+
+    def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:
+        """Whole responses of the model as it is now: the base, or inside `edited` the edited model.
+
+        Raises:
+            TrialError: the device is too small for one prompt, or the model's logits are not numbers.
+        """
+        system = self.settings.prompts.system
+        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt, system) for prompt in prompts]
+        with contextlib.nullcontext() if self._measured else self.base():
+            responses = self.plain.respond(asked)
+        assert responses is not None  # only a limit can stop it
+        return [response.text for response in responses]
+
+    def identity(self, settings: Settings | None = None, objectives: Sequence[Objective] | None = None) -> dict[str, str]:
+        """Hashes of everything that the meaning of a trial depends on, by part; by default with its own settings."""
+        sets = self.prompts.all_sets()
+        return study_identity(settings or self.settings, self.loaded, self.response_prefix, sets, objectives or self.objectives)
+
+    def record(self) -> dict[str, Any]:
+        """What `result.json` says of the model and its calibration: fields of `Result`."""
+        return {
+            "model": ModelRecord.of(self.loaded.info),
+            "environment": Environment.here(device_name(choose_device(self.settings.device))),
+            "coverage": self.coverage,
+            "batch_sizes": self.sizes.by_name,
+            "response_prefix": self.response_prefix,
+            "rendering": rendering(self.settings, self.loaded),
+        }
+
+    def caches(self) -> dict[str, dict[str, int]]:
+        """{cache: hits and misses} so far."""
+        editor = self.editor
+        return {
+            "residuals": dict(self.context.store.counts("residuals")),
+            "svd": {"hits": editor.memo.hits, "misses": editor.memo.misses},
+            "adapters": {"hits": editor.adapters.hits, "misses": editor.adapters.misses},
+        }
+
+    def close(self) -> None:
+        """Take all edits off and let go of the model, so that its memory is free; the workbench is of no use afterwards."""
+        if self._editor is not None:
+            self._editor.clear()
+        for name in ("loaded", "chat", "plain", "engine", "scorers", "_editor"):
+            self.__dict__.pop(name, None)
+        self._editor = None
+        gc.collect()
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def load(settings: Settings, reporter: Reporter | None = None, *, check: Callable[[], None] = lambda: None) -> Workbench:
+    """The model, tokenizer and prompts that the settings name, checked and calibrated; to be used in a `with` statement.
+
+    `reporter`: where progress goes; by default one line at a time on standard error.
+
+    Raises:
+        InputError: a name in the settings stands for nothing, the model or a prompt set can't be loaded, or too little of the
+            model can be edited. AbliterateError: the model can't be used.
+    """
+    check_names(settings)
+    context = Context.of(settings, reporter or default_reporter(), check)
+    check_model(settings)
+    return load_calibrated(context, read_prompts(context))
+
+
+def load_calibrated(
+    context: Context, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None
+) -> Workbench:
+    """A workbench that is calibrated on `prompts`; `prefix` and `sizes` as `Workbench.calibrate` takes them."""
     scorers = scorers_of(context.settings)
     objectives = objectives_of(context.settings, scorers)
-    loaded = load(context, prompts)
-    check_loaded(context, loaded)
-    with context.result.stage("calibrate"):
-        sizes = batch_size.batch_sizes(context, loaded, plain_engine(context, loaded), prompts, sizes_by_name)
-        if prefix is None:
-            prefix = known_prefix(context, loaded, sizes, prompts)
-        context.result.record |= {"response_prefix": prefix, "rendering": rendering(context.settings, loaded)}
-    chat = chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
-    for note in dict.fromkeys(chat.form(prompt).note for part in prompts.all_sets() for prompt in part):
-        if note:
-            context.reporter.note(note)
-    engine = make_engine(context, loaded.model, chat, sizes)
-    return Workbench(loaded, chat, engine, scorers, Calibration(sizes, prefix), objectives)
+    bench = open_workbench(context, prompts)
+    check_loaded(context, bench.loaded)
+    bench.scorers, bench.objectives = scorers, objectives
+    bench.calibrate(prompts, prefix, sizes)
+    bench.note_forms()
+    return bench
 
 
-def tune_only(context: Context, prompts: PromptSets) -> tuple[batch_size.Tuned, ...]:
-    """Load the model and measure batch sizes, whatever is known from before."""
-    loaded = load(context, prompts)
-    with context.result.stage("measure batch sizes"):
-        return batch_size.tune(context, loaded, plain_engine(context, loaded), prompts)
-
-
-def load(context: Context, prompts: PromptSets | None) -> LoadedModel:
-    """The model the settings name; described as what works through `prompts`, where these are known."""
+def open_workbench(context: Context, prompts: PromptSets | None = None) -> Workbench:
+    """A workbench whose model is loaded and nothing more; what a run of `prompts` needs is shown, where these are given."""
     settings = context.settings
     device = choose_device(settings.device)
+    coverage: Mapping[str, Any] | None = None
+    with context.stage("load", loader.public_name(settings.model), at_once=True):
+        loaded = loader.load_model(settings.model, settings.load, device, probe_inputs(settings), context.reporter.warn)
+        if prompts is not None:
+            coverage = describe(context, loaded, device, prompts)
+    return Workbench(context, loaded, coverage)
+
+
+def probe_inputs(settings: Settings) -> Callable[[PreTrainedTokenizerBase, torch.device], BatchEncoding]:
+    """What the loader's test generation is made with."""
     probe = Prompt("What is 1+1?", settings.prompts.system)
 
-    def probe_inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
-        return chat_of(settings, tokenizer, at).encode([probe])
+    def inputs(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> BatchEncoding:
+        return chat_of(settings, tokenizer, device).encode([probe])
 
-    with context.result.stage("load", loader.public_name(settings.model)):
-        loaded = loader.load_model(settings.model, settings.load, device, probe_inputs, context.reporter.warn)
-        if prompts is not None:
-            describe(context, loaded, device, prompts)
-    return loaded
+    return inputs
+
+
+def named_as(bench: Workbench, model: str, revision: str) -> None:
+    """Call the model by another name in everything that is recorded of it: a directory has another name on each machine."""
+    bench.loaded = replace(bench.loaded, info=replace(bench.loaded.info, id=model, revision=revision))
+
+
+def _left_out(engine: Engine, setup: EngineSetup, settings: Settings) -> Iterator[str]:
+    """What this model or these scorers don't allow the engine."""
+    if not isinstance(engine, TrialEngine):
+        return
+    if settings.efficiency.use_shared_prefix and engine.sharing == "none":
+        yield "the model's states can't be cut, so prompts share no prefix"
+    if settings.efficiency.use_drafts and not engine.drafting:
+        yield "this model allows no holes in its cache, so responses aren't drafted"
+    if setup.early is None:
+        yield "a scorer needs whole responses, so no response and no trial ends early"
+    yield from engine.left_out.values()

@@ -22,11 +22,10 @@ from safetensors.torch import load
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.errors import InputError
-from abliterate.model.editor import Editor
 from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import study_identity
 from abliterate.pipeline.context import Context
-from abliterate.pipeline.workbench import Workbench, load_and_calibrate
+from abliterate.pipeline.search import Search
+from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
 from abliterate.search.storage import first_line, open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
@@ -79,11 +78,9 @@ class SharedSetup:
         return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline(*record.pop("baseline")), **record)
 
 
-def publish(
-    context: Context, bench: Workbench, study: Study, baseline: Baseline, prompts: PromptSets, directions: Path
-) -> None:
+def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Directions, identity: Mapping[str, str]) -> None:
     """Leave what workers need in the study's storage. No path of this machine, no place of the storage."""
-    settings = context.settings
+    settings = bench.settings
     plain = settings.model_copy(
         update={
             "out": "",
@@ -102,12 +99,12 @@ def publish(
         settings=dump_settings(plain),
         files=files,
         dtype=bench.loaded.info.dtype,
-        prefix=bench.calibration.response_prefix,
-        prompts=prompts,
+        prefix=bench.response_prefix,
+        prompts=bench.prompts,
         baseline=baseline,
-        identity=context.result.record["identity"],
+        identity=identity,
     )
-    study.share(_DIRECTIONS, directions.read_bytes())
+    study.share(_DIRECTIONS, stages.directions_file(directions))
     study.share(_SETUP, setup.to_bytes())
 
 
@@ -183,27 +180,46 @@ def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings
         yield load_settings(str(folder / "settings.toml"), merge(over, own))
 
 
-def join(
-    place: tuple[str, Path, str], setup: SharedSetup, directions: Directions, context: Context
-) -> tuple[Workbench, Editor, Study]:
-    """The model ready for trials, and the study to find them in.
+def work(
+    run_directory: Path | None,
+    url: str,
+    name: str,
+    own: Mapping[str, Any],
+    reporter: Reporter,
+    *,
+    check: Callable[[], None] = lambda: None,
+) -> int:
+    """Work at a run's study, named by its directory or by storage and name, until its budget is used; returns its trials.
+
+    `own`: this worker's options (device, model, cache), which win over the run's.
+    """
+    place = place_of(run_directory, url, name)
+    setup, directions = wait_for_setup(*place, reporter, check)
+    with settings_of(setup, own) as settings:
+        context = Context.of(settings, reporter, check)
+        with load_calibrated(context, setup.prompts, setup.prefix) as bench:
+            study = join(bench, place, setup, directions)
+            search = Search(bench, study, setup.baseline, settings.search.trials)
+            search.finish()
+            return len(search.trials)
+
+
+def join(bench: Workbench, place: tuple[str, Path, str], setup: SharedSetup, directions: Directions) -> Study:
+    """Make the workbench ready for the run's trials; returns the study to find them in.
 
     Raises:
         InputError: its trials would mean something else than the run's.
     """
-    settings, (url, journal, name) = context.settings, place
-    bench = load_and_calibrate(context, setup.prompts, setup.prefix)
-    identity = study_identity(settings, bench.loaded, setup.prefix, setup.prompts.all_sets(), bench.objectives)
-    changed = changed_parts(setup.identity, identity)
+    context, (url, journal, name) = bench.context, place
+    changed = changed_parts(setup.identity, bench.identity())
     if changed:
         raise InputError(
             f"This worker can't join the run with another {', '.join(changed)}: its trials would mean something else; give "
             "the same model, and the same versions."
         )
-    study = open_study(url, journal, stages.search_space(settings, bench), settings.seed, name, worker=uuid.uuid4().hex)
-    editor = stages.make_editor(context, bench, directions)
-    bench = stages.trial_engine(context, bench, editor, setup.prompts)
-    own = stages.baseline(context, bench, setup.prompts)
+    study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
+    bench.prepare(directions)
+    own = stages.baseline(bench)
     if own.refusals != setup.baseline.refusals:
         context.reporter.warn(
             f"On this machine the model refuses {own.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
@@ -215,4 +231,4 @@ def join(
                 f"On this machine the scorer {name} gives the model {own.value(name):.6g}, in the run {value:.6g}; its trials "
                 "may be off by as much."
             )
-    return bench, editor, study
+    return study

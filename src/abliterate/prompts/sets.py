@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.evaluation.heldout import HeldoutSets
 from abliterate.model import loader
 from abliterate.model.loader import DEMO
+from abliterate.prompts.datasets import load_prompts
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
 
@@ -48,11 +49,39 @@ def prompt_sources(settings: Settings) -> dict[str, str]:
     return {name: getattr(settings.prompts, name) or default for name, default in defaults.items()}
 
 
+def read_prompt_sets(settings: Settings, warn: Callable[[str], None]) -> PromptSets:
+    """All four prompt sets; a prompt in both a direction set and a score set is worth a warning."""
+    sources = prompt_sources(settings)
+    sets = PromptSets(**{name: load_prompts(source, settings.prompts) for name, source in sources.items()})
+    for name in sources:
+        prompts = getattr(sets, name)
+        repeated = len(prompts) - len(set(prompts))
+        if repeated:
+            warn(f"{repeated} of the {len(prompts)} prompts in the set {name} are there more than once, and count as often.")
+    for name in ("harmful", "harmless"):
+        shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
+        if shared:
+            warn(
+                f"{len(shared)} of the {name} prompts are in both the direction set and the evaluation set, so scores on them "
+                "are optimistic."
+            )
+    return sets
+
+
 HUB_HELDOUT = {
     "harmful_heldout": "JailbreakBench/JBB-Behaviors@behaviors:harmful:Goal",
     "harmless_heldout": "mlabonne/harmless_alpaca:test[100:200]:text",
     "over_refusal": "JailbreakBench/JBB-Behaviors@behaviors:benign:Goal",
 }
+
+
+@dataclass(frozen=True)
+class HeldoutSets:
+    """Prompts that neither directions nor the search have seen. `over_refusal`: harmless prompts that look harmful; may be empty."""
+
+    harmful: tuple[Prompt, ...]
+    harmless: tuple[Prompt, ...]
+    over_refusal: tuple[Prompt, ...] = ()
 
 
 @dataclass(frozen=True)

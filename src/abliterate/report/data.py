@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.files import read_toml
@@ -78,13 +79,13 @@ class Material:
         return trial.number in self.result["front"]
 
 
-def gather(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> Material:
-    """Read a run directory; `result`: the content of `result.json`, where it is at hand.
+def gather(directory: RunDirectory, run: Result | None = None) -> Material:
+    """Read a run directory; `run`: its result, where it is at hand.
 
     Raises:
         InputError: there is no run, or its `result.json` is damaged.
     """
-    result = directory.read_result() if result is None else result
+    result = (run or Result.read(directory)).to_record()
     missing: dict[str, str] = {}
     geometry = _read(directory.geometry, _check_geometry, "geometry", missing)
     if geometry is not None and geometry["directions"] != result.get("directions", {}).get("sha256", geometry["directions"]):

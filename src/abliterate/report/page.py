@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.files import write_atomically
 from abliterate.report import draw
@@ -21,8 +21,8 @@ from abliterate.report.sections import layer_text, sections, summary
 _POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_report(directory: RunDirectory, result: Mapping[str, Any] | None = None) -> None:
-    """Write the page of a run; `result`: the content of `result.json`, where it is at hand.
+def write_report(directory: RunDirectory, result: Result | None = None) -> None:
+    """Write the page of a run; `result`: its result, where it is at hand.
 
     Raises:
         InputError: there is no run, or its `result.json` is damaged.

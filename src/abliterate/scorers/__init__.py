@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import InputError
 from abliterate.objectives import is_custom, ordered, public, split
 from abliterate.scorers.base import Judge, Observation, Response, Scorer
@@ -86,4 +85,4 @@ def make_objectives(texts: Sequence[str], names: Sequence[str], scorers: Sequenc
     return ordered(found.values())
 
 
-__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "TrialEngine", "make_objectives", "make_scorers"]
+__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "make_objectives", "make_scorers"]

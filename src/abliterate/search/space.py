@@ -10,6 +10,8 @@ from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Direction, Kernel, Objective, TrialParams
 
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
 
 @dataclass(frozen=True)
 class Space:

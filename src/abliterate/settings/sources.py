@@ -20,7 +20,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from abliterate.errors import InputError
 from abliterate.files import read_toml
 from abliterate.objectives import split
-from abliterate.settings.schema import Settings
+from abliterate.settings import schema
 
 ENV_PREFIX = "ABLITERATE_"
 
@@ -45,11 +45,29 @@ _PROMPT_SETS = (
 
 def config_path(name: str) -> Path:
     """A file of `configs/`: inside the installed package, or at the top of the source tree (editable installs)."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / name).is_file():
             return folder / name
     raise InputError(f"The file configs/{name} is missing from this installation; reinstall abliterate.")
+
+
+class _Loading(type(schema.Settings)):  # type: ignore[misc]
+    """Gives the class `Settings` its `load`. An instance's `load` is the section of that name, as in `--set load.dtypes`."""
+
+    def load(cls, config: str = "", **options: Any) -> Settings:
+        """Settings from a preset (`quick`, `thorough`) or TOML file, the environment, and keywords, which win.
+
+            Settings.load("quick", model="Qwen/Qwen3-0.6B", search={"trials": 50})
+
+        Raises:
+            InputError: an unknown setting (the nearest name is given), a wrong type, or a value out of range.
+        """
+        return load_settings(config, options)
+
+
+class Settings(schema.Settings, metaclass=_Loading):
+    """All options (`schema.Settings`), with the way in which everybody loads them: `Settings.load`."""
 
 
 def load_settings(
@@ -73,7 +91,7 @@ def load_settings(
     _check_environment()
     overrides = dict(overrides or {})
 
-    class FromSources(Settings):
+    class FromSources(schema.Settings):
         @classmethod
         def settings_customise_sources(
             cls,
@@ -124,7 +142,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def dump_settings(settings: Settings) -> str:
+def dump_settings(settings: schema.Settings) -> str:
     """The settings as TOML, such that loading it gives them back; but a password in the storage's URL is never written."""
     record = settings.model_dump(mode="json")
     record["search"]["storage"] = without_password(settings.search.storage)

@@ -15,9 +15,6 @@ from typing import Any, cast
 from abliterate.errors import INTERRUPTED, TERMINATED, Interrupted
 from abliterate.types import Reporter
 
-# Minutes with a large model. What is half read or half written then is given up; trials are kept.
-_AT_ONCE = ("prompts", "load", "export", "push")
-
 
 class Interrupts:
     """`check` is called at safe points and raises `Interrupted` once a signal has come."""
@@ -68,10 +65,10 @@ class _Watched:
         self._interrupts = interrupts
         self._reporter = reporter
 
-    def stage(self, name: str, detail: str = "") -> None:
-        self._interrupts._asking = name in _AT_ONCE
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
+        self._interrupts._asking = at_once
         self._interrupts.check()
-        self._reporter.stage(name, detail)
+        self._reporter.stage(name, detail, at_once=at_once)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._interrupts.check()

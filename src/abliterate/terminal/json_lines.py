@@ -48,7 +48,7 @@ class JsonReporter:
     def header(self, fields: Mapping[str, str]) -> None:
         self._emit("header", fields=dict(fields))
 
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self._emit("stage", name=name, detail=detail)
 
     def progress(self, done: int, total: int, unit: str) -> None:

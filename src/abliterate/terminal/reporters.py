@@ -51,7 +51,7 @@ class PlainReporter:
             for line in more:  # indented: it can't pass for another line of ours
                 self._line(f"  {line}")
 
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self._line(f"== {name}" + (f": {detail}" if detail else ""))
 
     def progress(self, done: int, total: int, unit: str) -> None:
@@ -85,7 +85,6 @@ class RichReporter:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress: Progress | None = None
-        self._stage = ""
         self._best = ""
         self._trials: int | None = None
         self._task: Any = None
@@ -97,9 +96,9 @@ class RichReporter:
             grid.add_row(f"[dim]{escape(name)}[/dim]", escape(printable(value, "\n")))
         self._show(Panel(grid, title="abliterate", border_style="cyan", expand=False))
 
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.close()
-        self._stage, self._trials = name, None
+        self._trials = None
         self._console.print(f"[bold cyan]▸ {escape(printable(name))}[/] [dim]{escape(printable(detail))}[/]")
         self._progress = Progress(
             TextColumn("  {task.description}"),
@@ -120,8 +119,6 @@ class RichReporter:
         # Inside the search the bar counts trials, not the prompts of one of them.
         if self._trials is not None or self._progress is None:
             return
-        if self._stage == "search":
-            unit = f"first trial, {unit}"
         self._advance(done, total, unit)
 
     def note(self, text: str, **fields: Any) -> None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from abliterate.artifacts.result import Result
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import Sketch, largest_difference, sketch
 from abliterate.export.check_behaviour import Precision
@@ -126,17 +125,16 @@ class Comparison:
         }
 
 
-def compare(
-    recipe: Recipe, record: Mapping[str, Any], picked: Picked, factors: Mapping[str, Factors], final: Path
-) -> Comparison:
-    """The recipe beside what was made: `record` as `result.json`, the trial `picked`, its edits, and the export in `final`."""
+def compare(recipe: Recipe, result: Result, picked: Picked, factors: Mapping[str, Factors], final: Path) -> Comparison:
+    """The recipe beside what was made: the result of a run of the one trial, its edits, and the export in `final`."""
     trial, stated = picked.expected.trial, recipe.trial.scores
-    model = record["model"]
-    kind = record["export"]["kind"]
+    kind = result.export.kind
+    assert result.directions is not None
+    assert result.baseline is not None
     stored = stored_dtype_of(kind, picked.job)
-    precision = Precision(getattr(torch, model["dtype"]), stored, model["quantization"])
-    environment = _environment(recipe, record)
-    same_directions = recipe.directions == record["directions"]["vectors_sha256"]
+    precision = Precision(picked.dtype, stored, picked.quantization)
+    environment = _environment(recipe, result)
+    same_directions = recipe.directions == result.directions.vectors_sha256
     # Another machine may break a near-tie otherwise even where nothing is rounded coarsely.
     refusals = max(precision.refusals(recipe.baseline.prompts), 1.0 if environment else 0.0)
     made: dict[str, Sketch] = {name: sketch(found) for name, found in factors.items()}
@@ -148,24 +146,24 @@ def compare(
         same_scores=all(recipe.trial.model_dump()["scores"].get(name) == score for name, score in trial.scores.items()),
         refusals=(stated.refusals, trial.refusals),
         kl=(stated.kl.mean, trial.kl),
-        baseline=(recipe.baseline.refusals, int(record["baseline"]["refusals"])),
+        baseline=(recipe.baseline.refusals, result.baseline.refusals),
         tolerance={
             "refusals": refusals,
             "kl": precision.kl(stated.kl.mean, picked.expected.noise),
-            "edits": _edit_tolerance(model, same_directions=same_directions),
+            "edits": _edit_tolerance(picked, same_directions=same_directions),
         },
         edits=largest_difference(recipe.export.edits, made) if recipe.export.edits and same_origin else None,
         same_directions=same_directions,
         environment=environment,
-        verified=record["export"]["verified"],
+        verified=result.export.verified,
     )
 
 
-def _edit_tolerance(model: Mapping[str, Any], *, same_directions: bool) -> float:
+def _edit_tolerance(picked: Picked, *, same_directions: bool) -> float:
     """Of equal directions, edits are computed in float64 whatever the model's dtype."""
     if same_directions:
         return EDIT["float32"]
-    return max(EDIT[model["dtype"]], 0.0 if model["quantization"] == "none" else _EDIT_QUANTIZED)
+    return max(EDIT[str(picked.dtype).removeprefix("torch.")], 0.0 if picked.quantization == "none" else _EDIT_QUANTIZED)
 
 
 def _files(recipe: Recipe, final: Path) -> dict[str, str]:
@@ -175,11 +173,11 @@ def _files(recipe: Recipe, final: Path) -> dict[str, str]:
     return dict(sorted(states.items()))
 
 
-def _environment(recipe: Recipe, record: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def _environment(recipe: Recipe, result: Result) -> dict[str, tuple[str, str]]:
     """{name: (the recipe's, here)} of what differs; for the export's versions where these are others than the run's."""
-    here, stated = record["environment"], recipe.environment
+    here, stated = result.environment, recipe.environment
     theirs = stated.versions | {"platform": stated.platform, "device": stated.device}
-    ours = here["versions"] | {"platform": here["platform"], "device": here["device"]}
+    ours = here.versions | {"platform": here.platform, "device": here.device}
     found = {name: (theirs.get(name, "unknown"), value) for name, value in ours.items() if theirs.get(name) != value}
     for name, value in ours.items():
         version = recipe.export.versions.get(name, value)

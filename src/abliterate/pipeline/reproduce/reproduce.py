@@ -6,32 +6,28 @@ of this machine is `pipeline/reproduce/recipe_settings.py`'s, the verdict `pipel
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.result import Result
 from abliterate.directions import Directions
 from abliterate.edits import Factors
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import check_output
 from abliterate.export.recipe import RECIPE, Recipe, read_recipe
 from abliterate.files import safe_name
-from abliterate.pipeline import export_trial as pipeline_export_trial
-from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS, study_identity
-from abliterate.pipeline.context import Context, make_store, read_prompts
-from abliterate.pipeline.export import Picked, export, prepare
+from abliterate.pipeline import export_trial, stages
+from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.context import Context, read_prompts
+from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records
 from abliterate.pipeline.preflight import check_model, check_names
 from abliterate.pipeline.reproduce.compare import Comparison, compare
 from abliterate.pipeline.reproduce.recipe_settings import left_scorers, settings_of
-from abliterate.pipeline.workbench import Workbench, load_and_calibrate
-from abliterate.prompts.sets import PromptSets
+from abliterate.pipeline.workbench import Workbench, load_calibrated, named_as
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
-from abliterate.types import Baseline, Objective, Reporter, Trial, TrialParams
+from abliterate.types import Reporter, TrialParams
 
 # Parts of an identity that may differ by machine or version: what they change, scores and hashes tell.
 _LOOSE = {"model", "attention implementation"}
@@ -45,8 +41,8 @@ def reproduce(
     kind: str = "",
     out: Path | None = None,
     check: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Make a recipe's trial again and compare; returns `result.json` as of a run of that trial, and `reproduction`.
+) -> Result:
+    """Make a recipe's trial again and compare; returns the result as of a run of that trial, with `reproduction`.
 
     `own`: options of this machine (model, device, cache, prompt files, consent to the model's code). `kind`: another export
     than the recipe's, whose files then can't be compared. `out`: where the export goes.
@@ -60,31 +56,30 @@ def reproduce(
     final = out or Path(f"{safe_name(recipe.model.id)}-reproduced")
     if settings.export.kind != "none":
         _check_place(final, path)
-    context = Context(settings, reporter, RunResult(None, reporter), make_store(settings, reporter), check)
+    context = Context.of(settings, reporter, check)
     check_model(settings)
     prompts = read_prompts(context)
-    _check_prompts(recipe, context)
+    result = Result(prompts=prompt_records(settings, prompts))
+    _check_prompts(recipe, result)
     sizes = recipe.batch_sizes.model_dump() if recipe.batch_sizes else None
-    bench = _checked(recipe, context, load_and_calibrate(context, prompts, recipe.response_prefix, sizes), prompts)
-
-    directions = stages.directions(context, *stages.residuals(context, bench, prompts), None)
-    editor = stages.make_editor(context, bench, directions)
-    bench = stages.trial_engine(context, bench, editor, prompts)
-    baseline = stages.baseline(context, bench, prompts)
-    with context.result.stage("trial", str(recipe.trial.number)):
-        never = DominancePruner.never()  # its scores are wanted, whatever they are
-        trial = stages.evaluate(context, bench, editor, recipe.trial.number, params_of(recipe), prompts, never)
-    if trial.state == "failed":
-        raise AbliterateError(f"The recipe's trial failed here ({trial.reason}); try another --device.")
-    _record(context, baseline, bench.objectives, trial)
-    picked = prepare(context, bench, editor, baseline, prompts, trial)
-    del bench, editor
-    gc.collect()
+    with load_calibrated(context, prompts, recipe.response_prefix, sizes) as bench:
+        _check_bench(recipe, bench, result)
+        directions = stages.find_directions(bench)
+        baseline = stages.baseline(bench)
+        with context.stage("trial", str(recipe.trial.number)):
+            never = DominancePruner.never()  # its scores are wanted, whatever they are
+            trial = stages.evaluate(bench, recipe.trial.number, params_of(recipe), never)
+        if trial.state == "failed":
+            raise AbliterateError(f"The recipe's trial failed here ({trial.reason}); try another --device.")
+        # The trial as the one trial of a run, for the card, the new recipe and the summary.
+        result.searched([trial], [trial], baseline, bench.objectives)
+        result.update(selected=trial.number, directions=stages.directions_record(directions))
+        picked = prepare(bench, settings, result, trial)
     factors = picked.job.factors
     if settings.export.kind != "none":
-        factors = _export(recipe, context, directions, baseline, picked, prompts, final)
-    found = compare(recipe, context.result.record, picked, factors, final)
-    return _conclude(context, found, final)
+        factors = _export(recipe, context, result, directions, picked, final)
+    comparison = compare(recipe, result, picked, factors, final)
+    return _conclude(context, result, comparison, final)
 
 
 def params_of(recipe: Recipe) -> TrialParams:
@@ -100,13 +95,13 @@ def _check_place(final: Path, path: Path) -> None:
     check_output(final)
 
 
-def _check_prompts(recipe: Recipe, context: Context) -> None:
+def _check_prompts(recipe: Recipe, result: Result) -> None:
     """InputError naming every set that isn't the recipe's."""
-    found = context.result.record["prompts"]
+    found = result.prompts
     wrong = [
-        f"{name} ({found[name]['count']} in {found[name]['source']!r}, the recipe's were {stated.count} in {stated.source!r})"
+        f"{name} ({found[name].count} in {found[name].source!r}, the recipe's were {stated.count} in {stated.source!r})"
         for name, stated in recipe.prompts.items()
-        if name in found and found[name]["digest"] != stated.digest
+        if name in found and found[name].digest != stated.digest
     ]
     if wrong:
         options = " and ".join(f"--{one.split()[0].replace('_', '-')}" for one in wrong)
@@ -115,9 +110,9 @@ def _check_prompts(recipe: Recipe, context: Context) -> None:
         )
 
 
-def _checked(recipe: Recipe, context: Context, bench: Workbench, prompts: PromptSets) -> Workbench:
-    """The bench, named as in the recipe; InputError where its trials would mean something else than the recipe's."""
-    info, stated = bench.loaded.info, recipe.model
+def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
+    """Call the model as the recipe does; InputError where its trials would mean something else than the recipe's."""
+    info, stated, context = bench.loaded.info, recipe.model, bench.context
     if info.fingerprint != stated.fingerprint:
         if info.fingerprint.startswith("hub:") == stated.on_hub:
             raise InputError(
@@ -130,13 +125,12 @@ def _checked(recipe: Recipe, context: Context, bench: Workbench, prompts: Prompt
         )
     if info.quantization != stated.quantization:
         context.reporter.warn(f"The weights are {info.quantization} here, in the recipe {stated.quantization!r}.")
-    if recipe.rendering not in (None, context.result.record["rendering"]):
+    if recipe.rendering not in (None, bench.record()["rendering"]):
         context.reporter.warn(
             "The chat template writes prompts otherwise than for the recipe, today's date for example; scores and bytes may "
             "differ because of that."
         )
-    prefix = bench.calibration.response_prefix
-    identity = study_identity(context.settings, bench.loaded, prefix, prompts.all_sets(), bench.objectives)
+    identity = bench.identity()
     changed = changed_parts(recipe.identity, identity) if recipe.identity else []
     if set(changed) & _LOOSE - {"model"}:
         context.reporter.warn("The attention implementation is another one than the recipe's.")
@@ -156,51 +150,36 @@ def _checked(recipe: Recipe, context: Context, bench: Workbench, prompts: Prompt
     lacking = {target.component for target in bench.loaded.targets} - set(recipe.trial.params.kernels)
     if lacking:
         raise InputError(f"The recipe has no parameters for {', '.join(sorted(lacking))}; it is of another model or damaged.")
-    # As the recipe names it: a directory has another name on each machine, and adapters say what they are for.
-    context.result.record |= {"identity": identity, "startup_trials": recipe.startup_trials}
-    context.result.record["model"] |= {"id": stated.id, "revision": stated.revision}
-    named = replace(info, id=stated.id, revision=stated.revision)
-    return replace(bench, loaded=replace(bench.loaded, info=named))
-
-
-def _record(context: Context, baseline: Baseline, objectives: Sequence[Objective], trial: Trial) -> None:
-    """The trial as the one trial of a run, for the card, the new recipe and the summary."""
-    context.result.trials([trial], [trial], baseline, objectives)
-    context.result.record["selected"] = trial.number
+    # Adapters say what they are for, so the name of a directory on this machine is no use to anybody.
+    named_as(bench, stated.id, stated.revision)
+    result.update(**bench.record(), identity=identity, startup_trials=recipe.startup_trials)
 
 
 def _export(
-    recipe: Recipe,
-    context: Context,
-    directions: Directions,
-    baseline: Baseline,
-    picked: Picked,
-    prompts: PromptSets,
-    final: Path,
+    recipe: Recipe, context: Context, result: Result, directions: Directions, picked: Picked, final: Path
 ) -> Mapping[str, Factors]:
-    """The way the recipe's export was made: by factors of the loaded model, or of the stored weights. Returns these."""
+    """Export the way the recipe's export was made: by factors of the loaded model, or of the stored weights; returns these."""
     if recipe.export.origin == "trial":
-        export(context, picked, prompts, final)
+        *_, result.export = export_and_verify(context, picked, result, final)
         return picked.job.factors
-    trial = picked.expected.trial
-    source, base = pipeline_export_trial.open_base(context, trial.number)
-    edits = pipeline_export_trial.edits_of(context, base, directions, trial)
-    job = pipeline_export_trial.job_of(context, source, base, edits, baseline, trial)
-    pipeline_export_trial.write_and_check(context, job, base, edits, trial, baseline.prompts, final, (prompts, picked))
+    source, base = export_trial.open_base(context, result, picked.trial.number)
+    edits = export_trial.edits_of(context, base, directions, picked.trial)
+    job = export_trial.job_of(context.settings, result, source, base, edits, picked.trial)
+    export_trial.write_and_check(context, result, job, base, edits, picked.trial, final, picked)
     return edits.factors
 
 
-def _conclude(context: Context, found: Comparison, final: Path) -> dict[str, Any]:
+def _conclude(context: Context, result: Result, comparison: Comparison, final: Path) -> Result:
     """Say what came of it; AbliterateError where it isn't the recipe's model."""
-    reporter, record = context.reporter, context.result.record
-    record["reproduction"] = found.to_record()
-    for line in found.lines():
+    reporter = context.reporter
+    result.update(reproduction=comparison.to_record(), timings=context.clock.timings, memory=context.clock.memory)
+    for line in comparison.lines():
         reporter.note(line)
-    if found.outcome == "equivalent":
-        reporter.warn(found.sentence())
-    elif found.outcome == "identical":
-        reporter.note(found.sentence())
-    reporter.finish(record, str(final.parent))
-    if found.outcome == "different":
-        raise AbliterateError(found.sentence())
-    return record
+    if comparison.outcome == "equivalent":
+        reporter.warn(comparison.sentence())
+    elif comparison.outcome == "identical":
+        reporter.note(comparison.sentence())
+    reporter.finish(result.to_record(), str(final.parent))
+    if comparison.outcome == "different":
+        raise AbliterateError(comparison.sentence())
+    return result

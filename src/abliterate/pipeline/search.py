@@ -1,0 +1,142 @@
+"""The search: ask for parameters → apply the edit → evaluate → tell the sampler, until the budget of trials is used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+from optuna.storages import InMemoryStorage
+
+from abliterate.directions import Directions
+from abliterate.errors import AbliterateError
+from abliterate.pipeline import stages
+from abliterate.pipeline.workbench import Workbench
+from abliterate.search.front import no_front, pareto_front
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.selection import SelectionRule, parse_rule
+from abliterate.search.storage import POLL
+from abliterate.search.study import STUDY_NAME, Study
+from abliterate.types import Baseline, Trial
+
+
+class Search:
+    """The trials of a study on a workbench. Iterating runs those that are left and gives each finished trial once.
+
+    `front` and `pick` first run what is left; `trials` and `front_so_far` are what is finished. Other workers may be at the
+    same study: what they finish counts, and what they leave is done again.
+    """
+
+    def __init__(
+        self, bench: Workbench, study: Study, baseline: Baseline, budget: int, rule: SelectionRule | None = None
+    ) -> None:
+        self.bench = bench
+        self.study = study
+        self.baseline = baseline
+        self.budget = budget
+        self.trials: tuple[Trial, ...] = study.trials()
+        search = bench.settings.search
+        self._rule = rule or parse_rule(search.select, search.select_max_kl, bench.objectives)
+
+    def __iter__(self) -> Iterator[Trial]:
+        for new in self.rounds():
+            yield from new
+
+    @property
+    def front_so_far(self) -> Sequence[Trial]:
+        """The Pareto-optimal ones of the trials that are finished."""
+        return pareto_front(self.trials, self.baseline, self.bench.objectives)
+
+    @property
+    def front(self) -> Sequence[Trial]:
+        """The Pareto-optimal trials of the whole search."""
+        self.finish()
+        return self.front_so_far
+
+    def finish(self) -> None:
+        """Run the trials that are left."""
+        for _ in self.rounds():
+            pass
+
+    def pick(self, rule: str | SelectionRule = "", choose: Callable[[Sequence[Trial], Trial], Trial] | None = None) -> Trial:
+        """The trial of the front that a rule selects (docs/settings.md, `--select`), or a person to whom that is offered.
+
+        Raises:
+            InputError: the rule can't be read or no trial meets it. AbliterateError: no trial beats the base model.
+        """
+        front = self.front
+        if not front:
+            raise AbliterateError(no_front(self.baseline, self.bench.objectives))
+        if isinstance(rule, str):
+            rule = parse_rule(rule, objectives=self.bench.objectives) if rule else self._rule
+        return choose(front, rule(front)) if choose else rule(front)
+
+    def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:
+        """Run the trials that are left; gives those that have finished since the last round, and at first those from before.
+
+        A round is over before the next trial begins, so a caller can make it durable. `watch` is called before each trial.
+        """
+        context, study, limit = self.bench.context, self.study, self.bench.settings.search.max_consecutive_failures
+        with context.stage("search", f"{self.budget} trials"):
+            before = {trial.number for trial in study.trials()}
+            if before:
+                context.reporter.note(f"{len(before)} trials are kept from before", resumed=len(before))
+            seen: set[int] | None = None
+            while True:
+                self.trials = study.trials()
+                numbers = {trial.number for trial in self.trials}
+                if numbers != seen:
+                    yield self._report(before if seen is None else seen)
+                    seen = numbers
+                # Trials from before don't count here: what made them fail may have been mended.
+                stages.check_failures([trial for trial in self.trials if trial.number not in before], limit)
+                if len(self.trials) >= self.budget:
+                    return
+                context.check()
+                watch()
+                study.fail_silent()
+                self._one_trial()
+
+    def _report(self, known: set[int]) -> Sequence[Trial]:
+        """Show the finished trials that are not `known`, and return them."""
+        front, reporter = self.front_so_far, self.bench.context.reporter
+        new = [trial for trial in self.trials if trial.number not in known]
+        for trial in new:
+            reporter.trial(trial, self.budget, trial in front, self._rule.preview(front))
+        return new
+
+    def _one_trial(self) -> None:
+        """Ask, evaluate, tell; or wait a moment where other workers are at the last trials."""
+        asked = self.study.ask(self.budget)
+        if asked is None:
+            time.sleep(POLL)
+            return
+        try:
+            pruner = DominancePruner.of(self.trials, self.baseline, self.bench.objectives)
+            with self.study.at_work(asked):
+                trial = stages.evaluate(self.bench, asked.number, asked.params, pruner)
+        except BaseException:
+            self.study.give_up(asked)
+            raise
+        if not self.study.tell(asked, trial, self.baseline.prompts):
+            self.bench.context.reporter.warn(
+                f"Trial {asked.number} gave no sign of life for so long that another worker has it."
+            )
+
+
+def search(bench: Workbench, directions: Directions, trials: int | None = None) -> Search:
+    """A new search in memory for the best edits along `directions`; it runs as it is iterated over.
+
+    `trials`: the budget; by default that of the settings. A search that must survive a crash is a run (`abliterate.run`).
+
+    Raises:
+        AbliterateError: the model refuses none of the prompts, so there is nothing to search for.
+    """
+    bench.prepare(directions)
+    space = bench.space
+    if trials is not None:
+        space = replace(space, settings=space.settings.model_copy(update={"trials": trials}))
+    study = Study(InMemoryStorage(), STUDY_NAME, space, bench.settings.seed)
+    baseline = bench.baseline or stages.baseline(bench)
+    bench.baseline = baseline
+    return Search(bench, study, baseline, space.settings.trials)

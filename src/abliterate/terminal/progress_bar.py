@@ -1,0 +1,58 @@
+"""The reporter of library calls: a plain progress bar on standard error, in a notebook as in a terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from abliterate.types import Reporter, Trial
+
+
+class ProgressBarReporter:
+    """One bar for each stage that reports progress; warnings stand on lines of their own."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self._out = out or sys.stderr
+        self._bar: Any = None
+        self._stage = ""
+        self._warnings: set[str] = set()
+
+    def header(self, fields: Mapping[str, str]) -> None:
+        """Show nothing: whoever calls a function knows what it is called with."""
+
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
+        self.close()
+        self._stage = name
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        if self._bar is None or self._bar.total != total or done < self._bar.n:
+            self.close()
+            self._bar = tqdm(total=total, desc=self._stage, unit=f" {unit}", file=self._out, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def note(self, text: str, **fields: Any) -> None:
+        """Show nothing: the same facts are attributes of what a call returns."""
+
+    def warn(self, text: str) -> None:
+        if text not in self._warnings:
+            self._warnings.add(text)
+            tqdm.write(f"warning: {text}", file=self._out)
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        """Trials are what the caller iterates over."""
+
+    def finish(self, result: Mapping[str, Any], where: str) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def default_reporter() -> Reporter:
+    """What library calls report to where no other reporter is given."""
+    return ProgressBarReporter()
