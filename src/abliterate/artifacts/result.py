@@ -18,6 +18,7 @@ from abliterate.errors import InputError
 from abliterate.files import DIGEST, digest_of, write_json
 from abliterate.model.memory import PeakMeter
 from abliterate.objectives import DEFAULT, to_records
+from abliterate.plugins import installed
 from abliterate.prompts.files import digest, public_source
 from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Reporter, Trial
 
@@ -133,8 +134,8 @@ class RunResult:
 
 
 def environment() -> dict[str, Any]:
-    """Versions that a result depends on."""
-    versions = {name: metadata.version(name) for name in _PACKAGES}
+    """Versions that a result depends on, with those of the packages that have plugins."""
+    versions = {name: metadata.version(name) for name in _PACKAGES} | {one.package: one.version for one in installed()}
     return {
         "versions": {"abliterate": __version__, "python": platform.python_version(), **versions},
         "platform": f"{platform.system()} {platform.machine()}",

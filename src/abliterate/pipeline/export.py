@@ -17,7 +17,7 @@ from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import AbliterateError, TrialError
-from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card
+from abliterate.export import EXPORTERS, Exporter, ExportJob, checked, finished_folder, leave_record, model_card, stores_weights
 from abliterate.export.base_weights import stored_dtype
 from abliterate.export.card import recipe
 from abliterate.export.check_behaviour import (
@@ -126,7 +126,7 @@ def card(context: Context, source: str, baseline: Baseline, trial: Trial, approx
         "base": record["model"]["id"],
         "on_hub": not Path(source).is_dir(),
         "quantized": checkpoint_quantization(record["model"].get("quantization", "none")),
-        "dense": settings.export.kind == "merged",
+        "dense": stores_weights(settings.export.kind),
         "revision": record["model"]["revision"],
         "n_harmful": baseline.prompts,
         "n_harmless": record.get("prompts", {}).get("harmless_eval", {}).get("count"),
@@ -286,4 +286,4 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, prompts: Promp
 
 def stored_dtype_of(kind: str, job: ExportJob) -> torch.dtype:
     """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
-    return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32
+    return stored_dtype(loader.load_config(job.source, job.load)) if stores_weights(kind) else torch.float32
