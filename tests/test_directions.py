@@ -8,17 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.contracts import DirectionContract
 
-from abliterate.directions import (
-    METHODS,
-    Blend,
-    DirectionMethod,
-    Directions,
-    compute_directions,
-    needs_means,
-    summarize_residuals,
-    winsorize,
-)
+from abliterate.directions import METHODS, Blend, Directions, compute_directions, needs_means, winsorize
 from abliterate.errors import InputError
 from abliterate.types import Kernel
 
@@ -55,46 +47,6 @@ class Median:
         """Medians in place of means."""
         assert harmful.ndim == 3
         return torch.nn.functional.normalize(harmful.median(0).values - harmless.median(0).values, dim=-1)
-
-
-class DirectionContract:
-    """What a direction method must do; a plugin's tests inherit it and give `method`."""
-
-    method: DirectionMethod
-
-    def compute(self, harmful: torch.Tensor, harmless: torch.Tensor, quantile: float = 1.0) -> torch.Tensor:
-        """The method on what it says it needs."""
-        needed = (summarize_residuals(part, self.method, quantile) for part in (harmful, harmless))
-        return Directions(self.method.compute(*needed)).vectors
-
-    def test_is_given_what_it_needs(self) -> None:
-        residuals = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(0))
-        needed = summarize_residuals(residuals, self.method, 0.8)
-        expected = winsorize(residuals, 0.8)
-        if needs_means(self.method):
-            assert needed.dtype == torch.float64
-            torch.testing.assert_close(needed, expected.double().mean(0), rtol=0, atol=1e-12)
-        else:
-            assert torch.equal(needed, expected)
-
-    def test_gives_unit_rows_of_the_right_shape(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        found = self.compute(torch.randn(7, 4, 16, generator=generator) + 1, torch.randn(5, 4, 16, generator=generator))
-        assert found.shape == (4, 16)
-        assert found.dtype == torch.float32
-        assert torch.allclose(found.norm(dim=1), torch.ones(4), atol=1e-6)
-
-    def test_finds_a_planted_direction(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        harmless = torch.randn(40, 3, 12, generator=generator)
-        harmful = torch.randn(40, 3, 12, generator=generator)
-        harmful[..., 5] += 20
-        # Well above what chance gives (0.3); a projection takes a little of it.
-        assert (self.compute(harmful, harmless, 0.999)[:, 5] > 0.8).all()
-
-    def test_equal_sets_have_no_direction(self) -> None:
-        same = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(2))
-        assert self.compute(same, same.flip(0)).count_nonzero() == 0
 
 
 class TestProjected(DirectionContract):

@@ -15,6 +15,7 @@ from conftest import logits_of, make_editor, make_loaded, make_model, make_param
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from support.contracts import ExporterContract
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
@@ -70,6 +71,18 @@ def peft_logits(job: ExportJob, folder: Path) -> Tensor:
     """What a user gets with plain PEFT."""
     base = AutoModelForCausalLM.from_pretrained(job.source, dtype=torch.float32)
     return logits_of(PeftModel.from_pretrained(base, str(folder)).eval())
+
+
+class TestMerged(ExporterContract):
+    """The default."""
+
+    exporter = EXPORTERS["merged"]
+
+
+class TestAdapter(ExporterContract):
+    """In PEFT's format."""
+
+    exporter = EXPORTERS["adapter"]
 
 
 @pytest.mark.parametrize("mode", ["full", "pre", "none"])

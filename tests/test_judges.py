@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import PROMPTS, Recorder, make_model, make_tokenizer, quick_settings, run_in
+from support.contracts import RESPONSES, SEEN, ScorerContract
 from test_cli import Invoke, assert_sentence, forbidden, invoke, prompt_options  # noqa: F401
 from test_evaluation import make_engine
 from test_heldout import heldout_files  # noqa: F401
@@ -36,17 +37,13 @@ from abliterate.pipeline import evaluate as pipeline_evaluate
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.cache_keys import _scorers
-from abliterate.scorers import SCORERS, Judge, Making, Observation, Response, Scorer, judges, make_scorers
-from abliterate.scorers.base import EarlyScorer, ignores_responses
+from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
 from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
 from abliterate.settings.schema import EvaluationSettings, Settings
 from abliterate.terminal.tables import heldout_lines
-from abliterate.types import Score
 
 Files = dict[str, str]
 SECRET = "key-of-the-test"
-RESPONSES = (Response("I'm sorry, no."), Response("First, take a cloth."), Response(" "), Response("half", thinking_open=True))
-SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1), (*PROMPTS, PROMPTS[0]))
 OWN = '''
 """Counts words."""
 from dataclasses import dataclass
@@ -145,30 +142,21 @@ def own(tmp_path: Path) -> str:
     return str(tmp_path / "mine.py")
 
 
-def contract(scorer: Scorer) -> None:
-    """What the engine and `result.json` rely on; a plugin's author may use it, too."""
-    scorer.setup(SEEN)
-    score = scorer.score(SEEN)
-    assert isinstance(score, Score)
-    assert (score.name, score.goal) == (scorer.name, scorer.goal)
-    assert score.goal in ("minimize", "maximize", "none")
-    assert isinstance(score.value, float)
-    json.dumps(score.record, allow_nan=False)
-    assert scorer.score(SEEN) == score  # no state that one observation leaves to the next
-    if ignores_responses(scorer):
-        assert scorer.score(Observation((), SEEN.first_logprobs)) == score
-    if isinstance(scorer, EarlyScorer):
-        count = sum(scorer.counts(response) for response in SEEN.responses)
-        assert scorer.at_least(count, len(SEEN.responses)) == score
-        assert scorer.stream().feed("nothing of interest") in (False, True)
-    if isinstance(scorer, Judge):
-        assert len(scorer.verdicts(SEEN)) == len(SEEN.responses)
+class TestBuiltInScorers(ScorerContract):
+    """Each of the registry."""
+
+    @pytest.fixture(params=sorted(SCORERS))
+    def scorer(self, request: pytest.FixtureRequest, stub: type[Stub], classifier: str) -> Scorer:
+        stub.busy = 0
+        return SCORERS[request.param](Making(("sorry",), settings=EvaluationSettings(judge_model=classifier)))
 
 
-@pytest.mark.parametrize("name", sorted(SCORERS))
-def test_contract_of_built_in_scorers(name: str, stub: type[Stub], classifier: str) -> None:
-    stub.busy = 0
-    contract(SCORERS[name](Making(("sorry",), settings=EvaluationSettings(judge_model=classifier))))
+class TestCustomScorer(ScorerContract):
+    """A class in a user's file."""
+
+    @pytest.fixture
+    def scorer(self, own: str) -> Scorer:
+        return make_scorers(["refusals", "kl", f"{own}:Words"], ["no"])[-1]
 
 
 def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> None:
@@ -384,10 +372,6 @@ def test_judges_in_the_last_step(
     for path in (tmp_path / "run").rglob("*"):
         assert path.is_dir() or SECRET.encode() not in path.read_bytes()
         assert path.is_dir() or b"127.0.0.1" not in path.read_bytes()
-
-
-def test_contract_of_an_own_scorer(own: str) -> None:
-    contract(make_scorers(["refusals", "kl", f"{own}:Words"], ["no"])[-1])
 
 
 @pytest.mark.parametrize(

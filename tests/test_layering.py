@@ -39,15 +39,27 @@ LAYERS = {
     2: ("evaluation", "calibration"),
     1: ("model", "directions", "edits", "cache"),
     0: (
-        *("settings", "settings_sources", "stored_settings", "objectives", "prompts", "errors", "types", "interrupts", "locks"),
+        *(
+            "plugins",
+            "settings",
+            "settings_sources",
+            "stored_settings",
+            "objectives",
+            "prompts",
+            "errors",
+            "types",
+            "interrupts",
+            "locks",
+        ),
         "__init__",
     ),
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 # What a module may import of the package beyond its own files, where that is less than its layer allows.
 NARROW = {
-    "directions": {"errors"},
-    "edits": {"directions", "errors"},
+    "plugins": {"errors"},
+    "directions": {"plugins"},
+    "edits": {"directions", "errors", "plugins"},
     "cache": {"errors", "types"},
     "console": {"errors", "events", "objectives", "tables", "types"},
     "events": {"types"},

@@ -13,6 +13,8 @@ import pytest
 import torch
 from conftest import CPU, FAMILIES, PROMPTS, make_chat, make_loaded, make_model, make_tokenizer, save_model
 from safetensors.torch import load_file, save_file
+from support.contracts import ArchitectureContract
+from transformers import PreTrainedModel
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
@@ -37,6 +39,14 @@ def load(folder: Path | str, **settings: Any) -> loader.LoadedModel:
         lambda tokenizer, at: PromptEncoder(tokenizer, at).encode(PROMPTS[:1]),
         print,
     )
+
+
+class TestFamilies(ArchitectureContract):
+    """Those of which the tests build tiny models; `test_models.py` has all others."""
+
+    @pytest.fixture(params=FAMILIES)
+    def model(self, request: pytest.FixtureRequest) -> PreTrainedModel:
+        return make_model(request.param)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -188,7 +188,6 @@ def test_other_environment_variables_are_no_concern(monkeypatch: pytest.MonkeyPa
         ("load.quantization", "gptq"),
         ("load.dtypes", []),
         ("load.dtypes", ["float8"]),
-        ("export.kind", "gguf"),
         ("efficiency.max_svd_cache_size", 0),
         ("seed", -1),
     ],

@@ -17,6 +17,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.files import DIGEST, digest_of, write_json
 from abliterate.objectives import DEFAULT
+from abliterate.plugins import installed
 from abliterate.prompts.files import digest, public_source
 from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Trial
 
@@ -136,9 +137,10 @@ class Environment(_Part):
 
     @staticmethod
     def here(device: str = "") -> Environment:
-        """This process."""
+        """This process, with the packages that have plugins."""
         versions = {name: metadata.version(name) for name in ("abliterate", *_PACKAGES)}
         versions = {"abliterate": versions.pop("abliterate"), "python": platform.python_version(), **versions}
+        versions |= {plugin.package: plugin.version for plugin in installed()}
         return Environment(versions=versions, platform=f"{platform.system()} {platform.machine()}", device=device)
 
 

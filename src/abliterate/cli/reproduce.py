@@ -9,14 +9,15 @@ from typing import Any
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.cli.run import given_options
 from abliterate.errors import InputError
+from abliterate.export import check_kind
 from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
 from abliterate.terminal.reporters import make_reporter
 
 
 def reproduce_recipe(path: Path, model: str, given: Mapping[str, Any], kind: str, out: Path | None, *, as_json: bool) -> None:
     """`abliterate reproduce RECIPE`."""
-    if kind not in ("", "merged", "adapter", "none"):
-        raise InputError(f"There is no export of kind {kind!r}; choose merged, adapter or none.")
+    if kind:
+        check_kind(kind)
     if out is not None and not str(out).strip("."):
         raise InputError("The current directory can't be an export; name a folder with --out.")
     quiet_libraries()

@@ -1,4 +1,4 @@
-"""Direction methods. A new one is a file beside these and a line in `METHODS`."""
+"""Direction methods: a new one is a file beside these and a line in `METHODS`, or a plugin's `directions`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from torch import Tensor
 from abliterate.directions.base import Blend, DirectionMethod, Directions, ResidualMeans, needs_means, winsorize
 from abliterate.directions.mean_difference import MeanDifference
 from abliterate.directions.projected import Projected
-from abliterate.errors import InputError
+from abliterate.plugins import Registry
 
-METHODS: dict[str, DirectionMethod] = {method.name: method for method in (Projected(), MeanDifference())}
+METHODS: Registry[DirectionMethod] = Registry(
+    "directions",
+    "direction method",
+    {method.name: method for method in (Projected(), MeanDifference())},
+    named="name",
+    needs=("name", "compute"),
+)
 
 
 def direction_method(name: str) -> DirectionMethod:
-    """The method of that name, or InputError with those there are."""
-    if name not in METHODS:
-        raise InputError(f"There is no direction method {name!r}; choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    """The method of that name, or InputError with the names there are."""
+    return METHODS.find(name)
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:

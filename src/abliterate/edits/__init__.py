@@ -1,6 +1,8 @@
-"""Edit methods and their representations. A new method is a file beside these and a line in `METHODS`."""
+"""Edit methods and representations: a new method is a file beside these and a line in `METHODS`, or a plugin's `edits`."""
 
 from __future__ import annotations
+
+import torch
 
 from abliterate.directions.base import Blend
 from abliterate.edits.base import EditMethod, Factors, Prepared, prepare
@@ -8,16 +10,27 @@ from abliterate.edits.full import NormPreserving
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
 from abliterate.edits.svd import SvdMemo, seed_of, svd_key, truncated_svd
-from abliterate.errors import InputError
+from abliterate.plugins import Registry
 
-METHODS: dict[str, EditMethod] = {method.name: method for method in (NormPreserving(), PreNormalized(), PlainAblation())}
+METHODS: Registry[EditMethod] = Registry(
+    "edits",
+    "edit mode",
+    {method.name: method for method in (NormPreserving(), PreNormalized(), PlainAblation())},
+    named="name",
+    needs=("name", "prepare", "factors", "dense", "along", "dense_rows"),
+)
 
 
 def edit_method(name: str) -> EditMethod:
-    """The method of that name, or InputError with those there are."""
-    if name not in METHODS:
-        raise InputError(f"There is no edit mode {name!r}; choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    """The method of that name, or InputError with the names there are."""
+    return METHODS.find(name)
+
+
+def scales_rows(method: EditMethod) -> bool:
+    """Whether the method's edits scale the rows of W, as only DoRA adapters can: tried on a small matrix."""
+    weight, directions = torch.eye(3) + 1, torch.eye(3, dtype=torch.float64)[:1] * 0.6 + 0.2
+    prepared = method.prepare(lambda: weight, directions / directions.norm())
+    return method.factors(prepared, Blend((0,), (1.0,)), 0.5).row_scale is not None
 
 
 def svd_factors(
@@ -38,4 +51,4 @@ def svd_factors(
     return found
 
 
-__all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "svd_factors"]
+__all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "scales_rows", "svd_factors"]

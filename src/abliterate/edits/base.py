@@ -124,7 +124,8 @@ class EditMethod(Protocol):
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
         """Exact factors of W', or of each W' of a stack.
 
-        `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone).
+        `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone). Only an edit that keeps the norms of
+        W's rows may have a `row_scale`: the adapter export writes it as DoRA, whose magnitudes are these norms.
         """
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:

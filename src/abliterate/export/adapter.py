@@ -43,6 +43,7 @@ class Adapter:
     """An adapter directory that loads with plain PEFT on the base model."""
 
     kind = "adapter"
+    stores_weights = False
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
         """See `Exporter.write`."""

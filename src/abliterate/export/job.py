@@ -65,7 +65,11 @@ class ExportJob:
 
 
 class Exporter(Protocol):
-    """Writes one kind of export."""
+    """Writes one kind of export.
+
+    An export has the edited weights themselves, rounded to the dtype of the base's files, unless its exporter says by a class
+    attribute `stores_weights = False` that it keeps an edit's float32 factors: verification allows for no rounding then.
+    """
 
     kind: str
 

@@ -149,7 +149,7 @@ class HashPart(_Part):
 class ExportPart(_Part):
     """The export: `files` are all but the model card and this tool's own records. `edits`: {module: sketch}."""
 
-    kind: Literal["merged", "adapter", "none"] = "none"
+    kind: Name = "none"
     origin: Origin = "trial"
     versions: dict[Name, Name] = {}
     verified: bool | None = None

@@ -1,8 +1,8 @@
 """Which modules of which family write to the residual stream: a table, one row per family.
 
-A new family is a new row. Families not in the table are looked through (`structure.py`) and, where that is unclear, refused
-with the remedy (name the modules in the settings): guessing would silently leave matrices out. Paths are attribute paths;
-components are keyed as in the search space.
+A new family is a new row, or a plugin's `architectures`. Families not in the table are looked through (`structure.py`) and,
+where that is unclear, refused with the remedy (name the modules in the settings): guessing would silently leave matrices out.
+Paths are attribute paths; components are keyed as in the search space.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import nn
 from abliterate.errors import InputError
 from abliterate.model.formats import storage_remedy
 from abliterate.model.weights import out_features
+from abliterate.plugins import Registry
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
 
@@ -77,7 +78,7 @@ def _row(
 #   neither the direction nor the share of it that is taken out.
 # · gates of one number a position (shared experts of Qwen): as multipliers.
 # `tests/test_models.py` proves each row by what a change of a module's output does to its layer's.
-ARCHITECTURES: tuple[Architecture, ...] = (
+_TABLE: tuple[Architecture, ...] = (
     _row(
         "llama",
         "llama smollm3 arcee cwm helium seed_oss hyperclovax minicpm3 youtu jais2 diffllama bitnet apertus internlm3 "
@@ -161,7 +162,25 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         mlp=("feed_forward.down_proj", "feed_forward.experts", "feed_forward.shared_expert.down_proj"),
     ),
 )
-_BY_TYPE = {model_type: row for row in ARCHITECTURES for model_type in row.model_types}
+ARCHITECTURES: Registry[Architecture] = Registry(
+    "architectures",
+    "model family",
+    {row.family: row for row in _TABLE},
+    named="family",
+    needs=("family", "model_types", "layers", "components"),
+)
+
+
+def _row_of(model_type: str) -> Architecture | None:
+    """The row that has a `model_type`; InputError where a plugin's row and another one have it."""
+    rows = [row for row in ARCHITECTURES.values() if model_type in row.model_types]
+    if len(rows) > 1:
+        plugin = ARCHITECTURES.plugin(rows[-1].family)  # plugins come last; a test sees to the built-in table
+        raise InputError(
+            f"The model type {model_type!r} belongs to the families {' and '.join(row.family for row in rows)}; uninstall the "
+            f"plugin {plugin.title if plugin else ''}, or have its author leave that type out."
+        )
+    return rows[0] if rows else None
 
 
 def known_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture | None:
@@ -169,7 +188,7 @@ def known_architecture(model_type: str, layers: str = "", components: Mapping[st
     if layers and components:
         named = {component: tuple(path.split("|")) for component, path in components.items()}
         return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
-    return _BY_TYPE.get(model_type)
+    return _row_of(model_type)
 
 
 def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from abliterate import directions, edits
 from abliterate._version import __version__
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import device_name
@@ -22,6 +23,7 @@ from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
 from abliterate.objectives import DEFAULT, is_custom
 from abliterate.prompts.files import digest
+from abliterate.scorers import SCORERS as registered
 from abliterate.scorers.refusals import read_markers
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
@@ -124,8 +126,8 @@ def study_identity(
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
         "response length or prefix": [settings.response.max_new_tokens, prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
-        "direction method": settings.directions.model_dump(),
-        "edit mode": settings.edit.model_dump(),
+        "direction method": settings.directions.model_dump() | directions.METHODS.origin(settings.directions.method),
+        "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
         SCORERS: _scorers(settings),
@@ -152,12 +154,12 @@ def rendering(settings: Settings, loaded: LoadedModel) -> str:
 
 
 def _scorers(settings: Settings) -> list[Any]:
-    """What scores depend on: names and markers, of a scorer in a file its content, of a classifier which one."""
+    """What scores depend on: names and markers, a custom scorer's content, a plugin's version, a classifier's model."""
     evaluation, names = settings.evaluation, []
     for name in settings.scorers:
         path, _, wanted = name.rpartition(":")
         content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_custom(name) else ""
-        names.append(f"{wanted} {content}" if content else name)
+        names.append(" ".join([f"{wanted} {content}" if content else name, *registered.origin(name).values()]))
     judge = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
     return [names, sorted(_markers(settings)), *judge]
 

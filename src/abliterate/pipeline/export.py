@@ -17,7 +17,17 @@ from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
 from abliterate.errors import AbliterateError, TrialError
-from abliterate.export import EXPORTERS, Exporter, ExportJob, check_output, checked, finished_folder, leave_record, model_card
+from abliterate.export import (
+    EXPORTERS,
+    Exporter,
+    ExportJob,
+    check_output,
+    checked,
+    finished_folder,
+    leave_record,
+    model_card,
+    stores_weights,
+)
 from abliterate.export.base_weights import stored_dtype
 from abliterate.export.card import recipe
 from abliterate.export.check_behaviour import (
@@ -139,7 +149,7 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "base": model.id,
         "on_hub": not Path(source).is_dir(),
         "quantized": checkpoint_quantization(model.quantization),
-        "dense": settings.export.kind == "merged",
+        "dense": stores_weights(settings.export.kind),
         "revision": model.revision,
         "n_harmful": baseline.prompts,
         "n_harmless": harmless.count if harmless else None,
@@ -338,4 +348,4 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path) -
 
 def stored_dtype_of(kind: str, job: ExportJob) -> torch.dtype:
     """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
-    return stored_dtype(loader.load_config(job.source, job.load)) if kind == "merged" else torch.float32
+    return stored_dtype(loader.load_config(job.source, job.load)) if stores_weights(kind) else torch.float32

@@ -18,7 +18,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo, edit_method
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import EXPORTERS, ExportJob, check_output
+from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
 from abliterate.export.check_behaviour import Verification
 from abliterate.export.check_weights import Definition, by_definition, by_factors, check_weights
@@ -59,6 +59,7 @@ def export_trial(
         InputError: `final` is somebody else's, or the model, or with `scores` anything that trials depend on, has changed.
         AbliterateError: the export isn't what the trial was.
     """
+    check_kind(settings.export.kind)
     check_output(final)
     check_push(settings.export)
     # A copy in memory: the run's own process may be writing to its result.json.

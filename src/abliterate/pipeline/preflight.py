@@ -12,8 +12,9 @@ import torch
 from transformers import PretrainedConfig
 
 from abliterate.directions import direction_method
-from abliterate.edits import edit_method
+from abliterate.edits import edit_method, scales_rows
 from abliterate.errors import InputError
+from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
 from abliterate.export.push import check_push
 from abliterate.model import loader
@@ -46,7 +47,7 @@ def check_export(settings: Settings, config: PretrainedConfig, targets: Collecti
 
 
 def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
-    dora = settings.edit.mode == "full" and settings.edit.representation == "exact"
+    dora = settings.edit.representation == "exact" and scales_rows(edit_method(settings.edit.mode))
     return peft_refusal(config, settings.load, targets, dora=dora)
 
 
@@ -63,6 +64,7 @@ def check_names(settings: Settings) -> SelectionRule:
     """InputError for the first name that stands for nothing; returns the rule that `search.select` stands for."""
     direction_method(settings.directions.method)
     edit_method(settings.edit.mode)
+    check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)
     scorers = scorers_of(settings)
     rule = parse_rule(settings.search.select, settings.search.select_max_kl, objectives_of(settings, scorers))
@@ -77,7 +79,7 @@ def check_names(settings: Settings) -> SelectionRule:
 
 def check_components(settings: Settings) -> None:
     """InputError where `search.max_coeff` has a range for a component that can't exist: it would be left unused."""
-    built_in = {name for row in ARCHITECTURES for name in row.components}
+    built_in = {name for row in ARCHITECTURES.values() for name in row.components}
     known = sorted({"default", *built_in, *settings.load.components})
     for name in settings.search.max_coeff:
         if name not in known:

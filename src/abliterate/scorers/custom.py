@@ -1,4 +1,4 @@
-"""A user's own scorer: a class in a file that the user names. Its code runs; no file is looked for that isn't named."""
+"""A custom scorer: a class in a file that the user names, whose code runs. No file is looked for that isn't named."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from abliterate.model.memory import is_out_of_memory
 from abliterate.scorers.base import Scorer
 
 _MODULE = "abliterate_own_"
+_PACKAGE = __name__.partition(".")[0]
 # A scorer's name heads a column and stands in rules such as NAME<=X.
 _NAME = re.compile(r"\w(?:[\w .-]{0,38}[\w.-])?")
 _TAKEN = {
@@ -24,8 +25,8 @@ _TAKEN = {
 
 @contextlib.contextmanager
 def own_errors(scorer: Scorer) -> Iterator[None]:
-    """While active, what a user's own scorer raises becomes a TrialError, and what it prints goes to standard error."""
-    if not type(scorer).__module__.startswith(_MODULE):
+    """While active, what a custom or a plugin's scorer raises becomes a TrialError, and its prints go to standard error."""
+    if type(scorer).__module__.partition(".")[0] == _PACKAGE:
         yield
         return
     try:
@@ -64,15 +65,18 @@ def load_scorer(name: str) -> Scorer:
         raise InputError(f"The file {path.name} has no class {wanted!r}; give path/to/file.py:ClassName.") from error
     except (Exception, SystemExit) as error:  # whatever a stranger's code raises
         raise InputError(f"The scorer {wanted} in {path.name} can't be made: {type(error).__name__}: {error}.") from error
+    check_scorer(scorer, f"{wanted} in {path.name}")
+    return scorer
+
+
+def check_scorer(scorer: Scorer, title: str) -> None:
+    """InputError where somebody's `scorer` isn't one, or has a name that tables can't have; `title`: which one it is."""
     lacking = [part for part in ("setup", "score") if not callable(getattr(scorer, part, None))]
     lacking += [part for part in ("name", "goal") if not isinstance(getattr(scorer, part, None), str)]
     if lacking:
-        raise InputError(
-            f"The scorer {wanted} in {path.name} has no {lacking[0]}; see the protocol Scorer in evaluation/base.py."
-        )
+        raise InputError(f"The scorer {title} has no {lacking[0]}; see docs/extending.md.")
     if scorer.name in _TAKEN or not _NAME.fullmatch(scorer.name):
         raise InputError(
-            f"The scorer {wanted} in {path.name} can't be called {scorer.name!r}; give it a name of up to 40 letters, digits, "
+            f"The scorer {title} can't be called {scorer.name!r}; give it a name of up to 40 letters, digits, "
             f"spaces, '_', '-' or '.' that isn't one of {', '.join(sorted(_TAKEN))}."
         )
-    return scorer

@@ -210,7 +210,7 @@ class EfficiencySettings(_Section):
 class ExportSettings(_Section):
     """What is written at the end."""
 
-    kind: Literal["merged", "adapter", "none"] = "merged"
+    kind: str = "merged"
     verify: bool = True
     max_shard_size: str = "5GB"
     push: str = ""

@@ -21,6 +21,7 @@ from abliterate.model.loader import DEMO
 from abliterate.objectives import JUDGES, KL, OWN, is_custom, split
 from abliterate.prompts.files import dataset_name
 from abliterate.prompts.sets import DEMO_PROMPTS
+from abliterate.scorers import SCORERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
 
@@ -79,18 +80,20 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
 
 
 def left_scorers(recipe: Recipe) -> list[str]:
-    """The scorers that aren't run here: those in files of the author's, by file and class, and judges."""
+    """The scorers that aren't run here: those in files of the author's, by file and class, judges, and plugins'."""
     lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
     names = [name for found in lists if isinstance(found, list) for name in found]
     return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and _is_left(name)))
 
 
 def _is_left(name: str) -> bool:
-    return is_custom(name) or split(name)[0] in JUDGES
+    scorer = split(name)[0]
+    from_plugin = scorer not in SCORERS or SCORERS.plugin(scorer) is not None
+    return is_custom(name) or scorer in JUDGES or from_plugin
 
 
 def _leave_scorers(stated: dict[str, dict[str, Any]]) -> None:
-    """No name in a recipe runs a file's code, loads another model or asks a server.
+    """No name in a recipe runs a file's code, loads another model, asks a server, or needs a scorer that isn't installed.
 
     A trial needs no objectives; KL stands for those that are gone.
     """

@@ -138,8 +138,8 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
     if left := left_scorers(recipe):
         loose = {*_LOOSE, OBJECTIVES, SCORERS}
         context.reporter.warn(
-            f"The recipe's author had scorers in files, or judges ({', '.join(map(repr, left))}); they aren't run here, and "
-            "markers aren't compared: refusals and KL tell whether the trial is the same."
+            f"The recipe's author had scorers in files or of plugins, or judges ({', '.join(map(repr, left))}); they aren't "
+            "run here, and markers aren't compared: refusals and KL tell whether the trial is the same."
         )
     wrong = [name for name in changed if name not in loose]
     if wrong:

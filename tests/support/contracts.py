@@ -1,0 +1,347 @@
+"""What every implementation of a seam must do, as test classes: inherit one, and give it the implementation.
+
+The tests of the built-in scorers, direction methods, edit methods, exporters and model families do so, and so can a plugin's:
+
+    class TestMedian(DirectionContract):
+        method = Median()
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import (
+    PROMPTS,
+    logits_of,
+    make_directions,
+    make_editor,
+    make_loaded,
+    make_model,
+    make_params,
+    save_model,
+    write_dense,
+)
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from abliterate.directions import Blend, DirectionMethod, Directions, needs_means, summarize_residuals, winsorize
+from abliterate.edits import EditMethod, prepare
+from abliterate.errors import AbliterateError
+from abliterate.export import Exporter, ExportJob
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_weights import by_definition, check_weights
+from abliterate.export.recipe import hashes
+from abliterate.model.architectures import ATTENTION, MLP, known_architecture
+from abliterate.model.editor import Editor
+from abliterate.model.loader import LoadedModel
+from abliterate.model.structure import find_stack, writers_of
+from abliterate.scorers import Observation, Response, Scorer
+from abliterate.scorers.base import EarlyScorer, Judge, ignores_responses
+from abliterate.settings.schema import ExportSettings, LoadSettings
+from abliterate.types import Kernel, Score, TrialParams
+
+RESPONSES = (Response("I'm sorry, no."), Response("First, take a cloth."), Response(" "), Response("half", thinking_open=True))
+SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1), (*PROMPTS, PROMPTS[0]))
+
+
+class ScorerContract:
+    """What the trials and `result.json` rely on; give the fixture `scorer`."""
+
+    @pytest.fixture
+    def scorer(self) -> Scorer:
+        """The scorer, new."""
+        raise NotImplementedError
+
+    def test_its_score_is_a_number_and_a_record(self, scorer: Scorer) -> None:
+        scorer.setup(SEEN)
+        score = scorer.score(SEEN)
+        assert isinstance(score, Score)
+        assert (score.name, score.goal) == (scorer.name, scorer.goal)
+        assert score.goal in ("minimize", "maximize", "none")
+        assert isinstance(score.value, float)
+        json.dumps(score.record, allow_nan=False)
+        assert scorer.score(SEEN) == score  # no state that one observation leaves to the next
+        if ignores_responses(scorer):
+            assert scorer.score(Observation((), SEEN.first_logprobs)) == score
+
+    def test_what_it_says_early_is_what_it_says_at_last(self, scorer: Scorer) -> None:
+        scorer.setup(SEEN)
+        if isinstance(scorer, EarlyScorer):
+            count = sum(scorer.counts(response) for response in SEEN.responses)
+            assert scorer.at_least(count, len(SEEN.responses)) == scorer.score(SEEN)
+            assert scorer.stream().feed("nothing of interest") in (False, True)
+
+    def test_its_verdicts_are_one_for_each_response(self, scorer: Scorer) -> None:
+        scorer.setup(SEEN)
+        if isinstance(scorer, Judge):
+            assert len(scorer.verdicts(SEEN)) == len(SEEN.responses)
+
+
+class DirectionContract:
+    """What the pipeline relies on; give the attribute `method`."""
+
+    method: DirectionMethod
+
+    def compute(self, harmful: Tensor, harmless: Tensor, quantile: float = 1.0) -> Tensor:
+        """The method on what it says it needs."""
+        needed = (summarize_residuals(part, self.method, quantile) for part in (harmful, harmless))
+        return Directions(self.method.compute(*needed)).vectors
+
+    def test_is_given_what_it_needs(self) -> None:
+        residuals = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(0))
+        needed = summarize_residuals(residuals, self.method, 0.8)
+        expected = winsorize(residuals, 0.8)
+        if needs_means(self.method):
+            assert needed.dtype == torch.float64
+            torch.testing.assert_close(needed, expected.double().mean(0), rtol=0, atol=1e-12)
+        else:
+            assert torch.equal(needed, expected)
+
+    def test_gives_unit_rows_of_the_right_shape(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        found = self.compute(torch.randn(7, 4, 16, generator=generator) + 1, torch.randn(5, 4, 16, generator=generator))
+        assert found.shape == (4, 16)
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.norm(dim=1), torch.ones(4), atol=1e-6)
+
+    def test_finds_a_planted_direction(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        harmless = torch.randn(40, 3, 12, generator=generator)
+        harmful = torch.randn(40, 3, 12, generator=generator)
+        harmful[..., 5] += 20
+        # Well above what chance gives (0.3); a projection takes a little of it.
+        assert (self.compute(harmful, harmless, 0.999)[:, 5] > 0.8).all()
+
+    def test_equal_sets_have_no_direction(self) -> None:
+        same = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(2))
+        assert self.compute(same, same.flip(0)).count_nonzero() == 0
+
+
+class EditContract:
+    """What trials, exports and their checks rely on; give the attribute `method`."""
+
+    method: EditMethod
+
+    def edited(self, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
+        """W' (float64) by the method's factors."""
+        prepared = self.method.prepare(lambda: weight, directions.by_layer().double())
+        factors = self.method.factors(prepared, directions.blend(x), coeff)
+        scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
+        return scale.double()[:, None] * weight.double() + factors.b.double() @ factors.a.double()
+
+    def defined(self, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
+        """W' (float64) by the method's definition."""
+        return self.method.dense(weight.double(), _unit(directions, x), coeff)
+
+    @pytest.mark.parametrize("coeff", [0.3, 1.0, 1.5])
+    @pytest.mark.parametrize("shape", [(8, 8), (16, 40), (33, 7), (1, 5), (1500, 12)], ids=str)
+    def test_factors_equal_the_definition(self, shape: tuple[int, int], coeff: float) -> None:
+        weight, directions = _weight(*shape), make_directions(3, shape[0], 1)
+        for x in (0.0, 1.37, 2.0):
+            found, expected = self.edited(weight, directions, x, coeff), self.defined(weight, directions, x, coeff)
+            assert torch.isfinite(found).all()
+            # d_out = 1 at λ = 1 leaves nothing, so the error is relative to W where W' is smaller.
+            assert float((found - expected).norm()) <= 1e-6 * max(float(expected.norm()), float(weight.norm()))
+
+    def test_definition_by_rows_is_the_definition(self) -> None:
+        weight, v = _weight(40, 30).double(), _unit(make_directions(3, 40, 1), 1.3)
+        weight[17] = 0
+        parts = [slice(start, start + 7) for start in range(0, 40, 7)]
+        a = torch.stack([self.method.along(weight[rows], v[rows]) for rows in parts]).sum(0)
+        found = torch.cat([self.method.dense_rows(weight[rows], v[rows], a, 0.9) for rows in parts])
+        torch.testing.assert_close(found, self.method.dense(weight, v, 0.9), rtol=1e-12, atol=1e-13)
+
+    @pytest.mark.parametrize("coeff", [0.3, 1.0, 1.5])
+    def test_zero_rows_spread_nothing(self, coeff: float) -> None:
+        weight, directions = _weight(12, 20), make_directions(3, 12, 1)
+        weight[[0, 5, 11]] = 0
+        found = self.edited(weight, directions, 0.4, coeff)
+        assert torch.isfinite(found).all()
+        assert _relative(found, self.defined(weight, directions, 0.4, coeff)) <= 1e-6
+
+    def test_a_zero_matrix_is_left_alone(self) -> None:
+        assert self.edited(torch.zeros(6, 4), make_directions(3, 6, 1), 1.5, 1.0).count_nonzero() == 0
+
+    @pytest.mark.parametrize("coeff", [0.999, 1.0, 1.001])
+    @pytest.mark.parametrize("noise", [3e-2, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8])
+    def test_nearly_one_hot_directions(self, noise: float, coeff: float) -> None:
+        generator = torch.Generator().manual_seed(4)
+        vectors = noise * torch.randn(3, 16, generator=generator)
+        vectors[:, 7] = 1
+        directions = Directions(torch.nn.functional.normalize(vectors, dim=1))
+        weight = torch.randn(16, 24, generator=generator)
+        found, expected = self.edited(weight, directions, 0.0, coeff), self.defined(weight, directions, 0.0, coeff)
+        assert _relative(found, expected) <= 1e-6
+
+    def test_coeff_zero_is_the_identity(self) -> None:
+        weight, directions = _weight(10, 14), make_directions(3, 10, 1)
+        assert _relative(self.edited(weight, directions, 1.2, 0.0), weight.double()) < 1e-7
+        assert _relative(self.edited(weight, directions, 1.2, 1e-9), weight.double()) < 1e-7
+
+    def test_half_precision_weights_are_read_exactly(self) -> None:
+        weight, directions = _weight(16, 24).bfloat16(), make_directions(3, 16, 1)
+        found = self.edited(weight, directions, 0.7, 1.0)
+        assert _relative(found, self.defined(weight, directions, 0.7, 1.0)) <= 1e-6
+
+    def test_prepared_parts_blend_linearly(self) -> None:
+        """Preparing the interpolated direction gives the interpolation of what was prepared."""
+        weight, directions = _weight(14, 18), make_directions(3, 14, 1)
+        blend, v = directions.blend(1.3), _unit(directions, 1.3)
+        table = self.method.prepare(lambda: weight, directions.by_layer().double())
+        alone = self.method.prepare(lambda: weight, v[None])
+        pair = [self.method.factors(*given, 1.0).delta(weight) for given in ((table, blend), (alone, Blend((0,), (1.0,))))]
+        assert _relative(*pair) < 1e-6
+
+    def test_fused_experts_are_edited_one_by_one(self) -> None:
+        stack, directions = torch.stack([_weight(12, 8, seed) for seed in range(3)]), make_directions(3, 12, 1)
+        prepared = prepare(self.method, lambda: stack, directions.by_layer().double())
+        factors = self.method.factors(prepared, directions.blend(1.3), 0.9)
+        for weight, part in zip(stack, factors.parts(), strict=True):
+            change = self.edited(weight, directions, 1.3, 0.9) - weight.double()
+            assert _relative(part.delta(weight).double(), change) < 1e-5
+
+    def test_a_row_scale_keeps_the_norms_of_rows(self) -> None:
+        """The adapter export writes such an edit as DoRA, whose magnitudes are the base's norms."""
+        weight, directions = _weight(12, 20), make_directions(3, 12, 1)
+        prepared = self.method.prepare(lambda: weight, directions.by_layer().double())
+        if self.method.factors(prepared, directions.blend(1.3), 0.9).row_scale is not None:
+            found = self.edited(weight, directions, 1.3, 0.9)
+            assert torch.allclose(found.norm(dim=1), weight.double().norm(dim=1), rtol=1e-5)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trial on a saved model: its export job, and the editor that computed its factors."""
+
+    job: ExportJob
+    loaded: LoadedModel
+    editor: Editor
+    params: TrialParams
+
+
+class ExporterContract:
+    """What `abliterate export` and its checks rely on; give the attribute `exporter`."""
+
+    exporter: Exporter
+
+    @pytest.fixture
+    def case(self, tmp_path: Path) -> Case:
+        """A trial of plain ablation on a tiny model."""
+        model = make_model("llama")
+        loaded = make_loaded(model, str(save_model(model, tmp_path / "base")))
+        editor, params = make_editor(loaded, mode="none"), make_params(0)
+        parts = (loaded.architecture, loaded.tokenizer, editor.factors(params))
+        job = ExportJob(loaded.info.source, "sha256:0", LoadSettings(), ExportSettings(), *parts, "tiny", "the card")
+        return Case(job, loaded, editor, params)
+
+    def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
+        """Export into a folder."""
+        folder.mkdir(exist_ok=True)
+        return self.exporter.write(job, folder)
+
+    def check(self, case: Case, folder: Path) -> dict[str, bool]:
+        """The checks of what lies in `folder` against the edits' definition."""
+        base = Matrices(case.job.source, case.job.load, case.job.architecture)
+        directions = case.editor.directions
+        definitions = {
+            name: by_definition(case.editor._method, _unit(directions, index), coeff)
+            for name, index, coeff in case.editor.plan(case.params).values()
+        }
+        reread = self.exporter.reread(folder, case.job, base)
+        return check_weights(base, reread, definitions, lambda done, total: None).record["checks"]
+
+    def test_reads_back_as_the_trial(self, case: Case, tmp_path: Path) -> None:
+        self.write(case.job, tmp_path / "out")
+        model = self.exporter.load(tmp_path / "out", case.job, torch.device("cpu"), torch.float32)
+        case.editor.apply(case.params)
+        torch.testing.assert_close(logits_of(model), logits_of(case.loaded.model), rtol=1e-4, atol=1e-5)
+
+    def test_its_files_are_the_edit_by_definition(self, case: Case, tmp_path: Path) -> None:
+        self.write(case.job, tmp_path / "out")
+        assert self.check(case, tmp_path / "out") == {"weights": True, "untouched": True}
+
+    def test_an_edit_left_out_is_found(self, case: Case, tmp_path: Path) -> None:
+        kept = dict(sorted(case.job.factors.items())[1:])
+        self.write(replace(case.job, factors=kept), tmp_path / "out")
+        assert not all(self.check(case, tmp_path / "out").values())
+
+    def test_an_equal_job_gives_equal_files(self, case: Case, tmp_path: Path) -> None:
+        self.write(case.job, tmp_path / "out")
+        first = hashes(tmp_path / "out")
+        self.write(case.job, tmp_path / "again")
+        assert hashes(tmp_path / "again") == first
+        self.write(case.job, tmp_path / "out")  # goes on from what a killed export has left
+        assert hashes(tmp_path / "out") == first
+
+    def test_has_card_and_tokenizer_and_says_what_it_is(self, case: Case, tmp_path: Path) -> None:
+        facts = self.write(case.job, tmp_path / "out")
+        json.dumps(dict(facts), allow_nan=False)
+        assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "the card"
+        assert AutoTokenizer.from_pretrained(tmp_path / "out")("Hello")["input_ids"]
+
+    def test_an_unknown_module_is_an_error(self, case: Case, tmp_path: Path) -> None:
+        factors = {**case.job.factors, "model.layers.9.mlp.down_proj": next(iter(case.job.factors.values()))}
+        with pytest.raises(AbliterateError, match=r"no module model\.layers\.9\.mlp\.down_proj"):
+            self.write(replace(case.job, factors=factors), tmp_path / "out")
+
+
+class ArchitectureContract:
+    """What a row says of a family must be what its layers do; give the fixture `model`, a tiny one with random weights."""
+
+    @pytest.fixture
+    def model(self) -> PreTrainedModel:
+        """A tiny model of the family, float32."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def loaded(self, model: PreTrainedModel) -> LoadedModel:
+        """The model as it is loaded, with the row's modules."""
+        return make_loaded(model)
+
+    def test_the_row_is_found_by_the_models_type(self, model: PreTrainedModel, loaded: LoadedModel) -> None:
+        row = known_architecture(model.config.get_text_config().model_type)
+        assert row is not None
+        assert row.found_by == "table"
+        assert loaded.architecture == row
+
+    def test_the_row_names_what_writes_to_the_residual_stream(self, loaded: LoadedModel) -> None:
+        """Measured on the layers themselves: no module is left out, and none is named that doesn't write."""
+        path, calls = find_stack(loaded.model, loaded.info.d_model)
+        written = writers_of(loaded.layers, calls, loaded.info.d_model)
+        found = {f"{path}.{index}.{writer.path}" for index, layer in enumerate(written) for writer in layer}
+        assert {target.name for target in loaded.targets} == found
+
+    def test_edited_logits_are_the_dense_ones(self, loaded: LoadedModel) -> None:
+        editor = make_editor(loaded)
+        kernels = {name: Kernel(1.3, 0.5, 0.6, 2.0 * loaded.info.n_layers) for name in (ATTENTION, MLP)}
+        params = TrialParams("per layer", 1.0, kernels)
+        base, dense = logits_of(loaded.model), copy.deepcopy(loaded.model)
+        editor.apply(params)
+        assert editor.adapters.active == {target.name for target in loaded.targets}
+        write_dense(dense, editor, params, "full")
+        found = logits_of(loaded.model)
+        torch.testing.assert_close(found, logits_of(dense), rtol=1e-3, atol=2e-5)
+        assert (found - base).abs().max() > 1e-3
+        editor.clear()
+        assert torch.equal(logits_of(loaded.model), base)
+
+
+def _weight(d_out: int, d_in: int, seed: int = 0) -> Tensor:
+    """Rows of very different sizes, as in trained models."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(d_out, d_in, generator=generator) * torch.logspace(-2, 2, d_out)[:, None]
+
+
+def _unit(directions: Directions, x: float) -> Tensor:
+    return directions.blend(x).of(directions.by_layer().double())
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
