@@ -1,4 +1,4 @@
-"""Direction methods. A new one is a file beside these and a line in `METHODS`."""
+"""Direction methods: how a direction is computed from residuals. A new method is a file here and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ METHODS: dict[str, DirectionMethod] = {method.name: method for method in (Projec
 
 
 def direction_method(name: str) -> DirectionMethod:
-    """The method of that name, or InputError with those there are."""
+    """The method of that name. InputError, which lists the known methods, if there is none."""
     if name not in METHODS:
         raise InputError(f"There is no direction method {name!r}; choose one of {', '.join(METHODS)}.")
     return METHODS[name]
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
-    """What a method's `compute` takes, of residuals (n_prompts, n_layers+1, d_model) float32 that are not winsorized yet."""
+    """The argument of a method's `compute`, from residuals (n_prompts, n_layers+1, d_model) float32 not yet winsorized."""
     if not needs_means(method):
         return winsorize(residuals, quantile)
     means = ResidualMeans(quantile)
@@ -32,7 +32,7 @@ def compute_directions(harmful: Tensor, harmless: Tensor, method: str, quantile:
     """Directions from residuals (n_prompts, n_layers+1, d_model) float32.
 
     Raises:
-        InputError: no such method.
+        InputError: the method is unknown.
     """
     chosen = direction_method(method)
     return Directions(

@@ -1,4 +1,4 @@
-"""Edit methods and their representations. A new method is a file beside these and a line in `METHODS`."""
+"""Edit methods: how a matrix is changed along a direction. A new method is a file here and a line in `METHODS`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METHODS: dict[str, EditMethod] = {method.name: method for method in (NormPreserv
 
 
 def edit_method(name: str) -> EditMethod:
-    """The method of that name, or InputError with those there are."""
+    """The method of that name. InputError, which lists the known methods, if there is none."""
     if name not in METHODS:
         raise InputError(f"There is no edit mode {name!r}; choose one of {', '.join(METHODS)}.")
     return METHODS[name]
@@ -23,19 +23,19 @@ def edit_method(name: str) -> EditMethod:
 def svd_factors(
     method: EditMethod, prepared: Prepared, blend: Blend, coeff: float, module: str, rank: int, memo: SvdMemo
 ) -> Factors:
-    """Rank-`rank` factors of the method's ΔW, from the memo where these exact inputs were seen before.
+    """Rank-`rank` factors of the method's ΔW, from the memo if these exact inputs were seen before.
 
-    An edit that is rank 1 already is returned as it is: there is nothing to approximate.
+    An edit that already has rank 1 is returned as it is: there is nothing to approximate.
     """
     if prepared.p.numel() == 0:
         return method.factors(prepared, blend, coeff)
     key = svd_key(module, method.name, blend.of(prepared.directions), coeff, rank)
-    found = memo.get(key)
-    if found is None:
+    factors = memo.get(key)
+    if factors is None:
         delta = method.factors(prepared, blend, coeff).delta(prepared.read_weight())
-        found = truncated_svd(delta, rank, seed_of(key))
-        memo.put(key, found)
-    return found
+        factors = truncated_svd(delta, rank, seed_of(key))
+        memo.put(key, factors)
+    return factors
 
 
 __all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "svd_factors"]
