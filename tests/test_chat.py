@@ -116,7 +116,7 @@ def test_a_moved_system_prompt_is_said(template: str, said: str) -> None:
 
 @pytest.mark.parametrize("template", [LOSES_THE_USER, "always the same", "{{ raise_exception('never') }}"])
 def test_a_lost_question_is_an_error(template: str) -> None:
-    with pytest.raises(InputError, match=r"the user's text isn't in what it gives.*load\.chat_template") as caught:
+    with pytest.raises(InputError, match=r"the user's text isn't in its output.*load\.chat_template") as caught:
         chat_with(template).render(QUESTION)
     assert ("(never)" in str(caught.value)) == ("never" in template)
 
@@ -235,5 +235,5 @@ def test_a_run_says_where_the_system_prompt_went(prompt_files: dict[str, str], t
     load, none = {"chat_template": str(path)}, {"kind": "none"}
     settings = quick_settings(prompt_files, tmp_path / "cache", load=load, export=none)
     _, recorder = run_in(tmp_path / "run", settings)
-    said = [note for note in recorder.notes if "it is put before the user's text" in note]
+    said = [note for note in recorder.notes if "the system prompt is put before the user's text" in note]
     assert len(said) == 1

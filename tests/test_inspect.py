@@ -134,7 +134,7 @@ def test_what_cannot_be_told_is_said(tmp_path: Path) -> None:
     coverage = coverage_of(model, architecture, find_targets(model, architecture, 32))
     said: list[str] = []
     check_coverage(coverage, allow_partial=False, warn=said.append)
-    assert "can't be told" in said[0]
+    assert "the size of the rest is unknown" in said[0]
     assert "structure is unclear" in said[0]
 
 

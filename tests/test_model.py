@@ -244,7 +244,7 @@ def test_missing_weights_are_bad_input(quantization: str, tmp_path: Path) -> Non
 def test_weights_of_another_shape_are_bad_input(tmp_path: Path) -> None:
     folder = save_model(make_model("llama"), tmp_path / "m")
     change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(31)}))
-    with pytest.raises(InputError, match=r"lack model\.norm\.weight, or hold them in another shape"):
+    with pytest.raises(InputError, match=r"lack model\.norm\.weight, or store them in another shape"):
         load(folder)
 
 

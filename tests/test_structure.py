@@ -113,7 +113,7 @@ def test_output_that_is_no_copy_is_unclear() -> None:
 def test_layer_that_writes_nothing_is_unclear() -> None:
     model = make_model("llama")
     model.model.layers[2] = Nothing()
-    with pytest.raises(InputError, match="nothing in layer 2"):
+    with pytest.raises(InputError, match="no module in layer 2"):
         discover(model, "x")
 
 

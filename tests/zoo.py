@@ -855,13 +855,13 @@ NOT_EDITABLE: dict[str, Specimen] = {
         | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}}
         | {"ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32}},
         (),
-        refused=r"Only \d+% of .*ffn.experts.mlp in 2 layers \(DbrxExpertGLU, a kind that can't be edited\)",
+        refused=r"Only \d+% of .*ffn.experts.mlp in 2 layers \(DbrxExpertGLU, a class that can't be edited\)",
     ),
     "jetmoe": Specimen(
         "JetMoeConfig",
         _TWO | {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
         (),
-        refused=r"self_attention.experts.output_linear, is JetMoeParallelExperts\.",
+        refused=r"self_attention.experts.output_linear, which .* are of the class JetMoeParallelExperts\.",
     ),
 }
 

@@ -19,15 +19,15 @@ from abliterate.errors import NO_ROOM, AbliterateError, InputError
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody is kept out
+except ImportError:  # on Windows, locks keep nobody out
     fcntl = None  # type: ignore[assignment]
 
 
 def take_lock(path: Path) -> IO[bytes]:
-    """The lock file, made, opened and locked; hand it to `drop_lock`. On a file system without locks, just opened.
+    """Create, open and lock the lock file; release it with `drop_lock`. On a file system without locks it is only opened.
 
     Raises:
-        BlockingIOError: another process holds it. OSError: the file can't be made.
+        BlockingIOError: another process holds the lock. OSError: the file can't be created.
     """
     while True:
         file = path.open("ab")
@@ -36,7 +36,7 @@ def take_lock(path: Path) -> IO[bytes]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 return file
-            file.close()  # whoever held it has just removed it: the next one has the name
+            file.close()  # its holder has just removed it, so another file has the name now
         except BlockingIOError:
             file.close()
             raise
@@ -46,7 +46,7 @@ def take_lock(path: Path) -> IO[bytes]:
 
 def drop_lock(file: IO[bytes], path: Path) -> None:
     """Remove the file and release the lock."""
-    with contextlib.suppress(OSError):  # Windows removes no open file
+    with contextlib.suppress(OSError):  # Windows can't remove an open file
         path.unlink(missing_ok=True)
     file.close()
 

@@ -1,6 +1,6 @@
-"""What a search is for: objectives, and trials as vectors of them in which less is better. Pure; knows no scorers.
+"""The objectives of a search, and trials as vectors of costs, in which less is better.
 
-KL comes first wherever it is an objective, the others follow as they were given: so studies have always been told.
+If KL is an objective it comes first; the others follow in the given order, which is the order of the values in a study.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from abliterate.types import Baseline, Direction, Objective, Trial
 
 Vector = tuple[float, ...]
 KL, REFUSALS = "kl", "refusals"
-# Settings that name what trials are scored by; any may be in a file.
+# Settings that name scorers; each scorer may be a class in a file.
 OWN = ("evaluation.scorers", "search.objectives")
-# Scorers that ask another model: one from a path or the Hub, or a server.
+# Scorers that consult another model, from a path, the Hub, or a server.
 CLASSIFIER = "classifier"
 JUDGES = (CLASSIFIER, "endpoint")
 DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
 
 
 def split(text: str) -> tuple[str, Direction | Literal[""]]:
-    """(scorer, goal) of `NAME`, `NAME:minimize` or `NAME:maximize`; the goal is "" where none is said."""
+    """(scorer, goal) of `NAME`, `NAME:minimize` or `NAME:maximize`; the goal is "" if none is named."""
     name, _, goal = text.rpartition(":")
-    if not name or name.endswith(".py"):  # a class in a file may be called by such a word
+    if not name or name.endswith(".py"):  # a class in a file may have such a name
         return text, ""
     return (name, "minimize") if goal == "minimize" else (name, "maximize") if goal == "maximize" else (text, "")
 
@@ -36,73 +36,75 @@ def is_custom(name: str) -> bool:
 
 
 def public(text: str) -> str:
-    """A scorer or objective as it may be shown: of a class in a file the file's name, not where it lies."""
-    place, mark, wanted = text.partition(".py:")
-    return f"{PurePath(place).name}{mark}{wanted}" if mark else text
+    """A scorer or objective as it may be published: for a class in a file, the file's name without its folder."""
+    path, mark, class_name = text.partition(".py:")
+    return f"{PurePath(path).name}{mark}{class_name}" if mark else text
 
 
 def ordered(objectives: Iterable[Objective]) -> tuple[Objective, ...]:
-    """As they are told to the sampler."""
-    return tuple(sorted(objectives, key=lambda one: one.name != KL))
+    """The objectives in the order in which their values are reported to the sampler."""
+    return tuple(sorted(objectives, key=lambda objective: objective.name != KL))
 
 
 def to_records(objectives: Sequence[Objective]) -> list[dict[str, str]]:
-    """JSON form, the inverse of `objectives_from_result`."""
-    return [{"name": one.name, "goal": one.goal} for one in objectives]
+    """The JSON form; the inverse of `objectives_from_result`."""
+    return [{"name": objective.name, "goal": objective.goal} for objective in objectives]
 
 
 def objectives_from_result(result: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """The objectives of the run that a `result.json` is of; runs of earlier versions had the two."""
-    return tuple(Objective(**one) for one in result.get("objectives") or ()) or DEFAULT
+    """The objectives of the run in a `result.json`; runs of earlier versions had the default two."""
+    return tuple(Objective(**objective) for objective in result.get("objectives") or ()) or DEFAULT
 
 
 def vector(trial: Trial, objectives: Sequence[Objective]) -> Vector:
-    """A trial's costs: what is to be maximized is negated."""
-    return tuple(one.cost(trial.value(one.name)) for one in objectives)
+    """A trial's costs; values to be maximized are negated."""
+    return tuple(objective.cost(trial.value(objective.name)) for objective in objectives)
 
 
 def reported_values(trial: Trial, objectives: Sequence[Objective], n_prompts: int) -> list[float]:
-    """What the sampler is told of a trial: values as they are, of refusals their share."""
-    return [trial.refusals / n_prompts if one.name == REFUSALS else trial.value(one.name) for one in objectives]
+    """A trial's values as they are reported to the sampler; refusals are reported as a share."""
+    return [
+        trial.refusals / n_prompts if objective.name == REFUSALS else trial.value(objective.name) for objective in objectives
+    ]
 
 
 def base_vector(baseline: Baseline, objectives: Sequence[Objective]) -> Vector:
-    """The unedited model's costs."""
-    return tuple(one.cost(baseline.value(one.name)) for one in objectives)
+    """The costs of the unedited model."""
+    return tuple(objective.cost(baseline.value(objective.name)) for objective in objectives)
 
 
 def least_vector(baseline: Baseline, objectives: Sequence[Objective]) -> Vector:
-    """The same, to compare with: no KL is smaller than the base's, whatever rounding says."""
-    least = Objective(KL, "minimize")
+    """The costs of the unedited model for comparisons: no KL is below the base's, even after rounding."""
+    kl = Objective(KL, "minimize")
     costs = base_vector(baseline, objectives)
-    return tuple(-math.inf if one == least else cost for one, cost in zip(objectives, costs, strict=True))
+    return tuple(-math.inf if objective == kl else cost for objective, cost in zip(objectives, costs, strict=True))
 
 
-def no_worse(one: Vector, other: Vector) -> bool:
-    """Whether `one` weakly dominates `other`."""
-    return all(mine <= theirs for mine, theirs in zip(one, other, strict=True))
+def no_worse(first: Vector, second: Vector) -> bool:
+    """Whether `first` weakly dominates `second`."""
+    return all(mine <= theirs for mine, theirs in zip(first, second, strict=True))
 
 
 def primary_objective(objectives: Sequence[Objective], without: str = "") -> Objective:
-    """What a selection looks at first: refusals, else the first that isn't KL, else the first; another than `without`."""
-    left = [one for one in objectives if one.name != without] or list(objectives)
-    return min(left, key=lambda one: (one.name != REFUSALS, one.name == KL))
+    """The primary objective: refusals, else the first that isn't KL, else the first; other than `without` if possible."""
+    others = [objective for objective in objectives if objective.name != without] or list(objectives)
+    return min(others, key=lambda objective: (objective.name != REFUSALS, objective.name == KL))
 
 
 def in_words(objectives: Sequence[Objective]) -> str:
-    """`kl (minimized), words (maximized)`."""
-    return ", ".join(f"{one.name} ({one.goal}d)" for one in objectives)
+    """The objectives in words: `kl (minimized), words (maximized)`."""
+    return ", ".join(f"{objective.name} ({objective.goal}d)" for objective in objectives)
 
 
 def other_names(values: Iterable[str], objectives: Sequence[Objective] = ()) -> list[str]:
-    """Of scorers' names those that tables have no columns of their own for, objectives first."""
-    known = [one.name for one in objectives]
+    """The names of scorers other than refusals and KL, which have their own columns in tables; objectives come first."""
+    known = [objective.name for objective in objectives]
     rest = sorted(set(values) - {*known, KL, REFUSALS})
     return [name for name in (*known, *rest) if name not in (KL, REFUSALS)]
 
 
 def other_scores(trial: Trial, before: Mapping[str, float] | None = None) -> list[str]:
-    """What scorers beside refusals and KL say of a trial, `NAME VALUE` each; `before`: what they say of the base."""
+    """`NAME VALUE` for each scorer beside refusals and KL; `before`: the values of the base model."""
     return [
         f"{name} " + (f"{before[name]:.4g} → " if before and name in before else "") + f"{trial.values[name]:.4g}"
         for name in other_names(trial.values)

@@ -1,6 +1,6 @@
-"""The frozen values that stages hand to each other, and the `Reporter` they speak through.
+"""The frozen values that stages pass to each other, and the `Reporter` protocol through which they report.
 
-Knows nothing of torch, files or terminals. Shapes: `n_layers` decoder layers, numbered from 0.
+It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ TrialState = Literal["complete", "stopped", "failed"]
 Direction = Literal["minimize", "maximize"]
 Goal = Literal[Direction, "none"]
 Operation = Literal["residuals", "prefill", "decode"]
-# Of a chat template, by name: `enable_thinking` and the like.
+# Options of a chat template by name, such as `enable_thinking`.
 TemplateOptions = Mapping[str, str | bool | int | float]
 OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One user message and the system prompt it is asked under (empty: none)."""
+    """One user message and its system prompt (empty: none)."""
 
     text: str
     system: str = ""
@@ -29,9 +29,9 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Coeff as a function of layer, for one component (DESIGN §4).
+    """The coeff of one component as a function of the layer (docs/design.md §4).
 
-    `max_coeff` at `position`, falling linearly to `min_coeff` at `distance` layers from it, 0 beyond.
+    It is `max_coeff` at `position`, falls linearly to `min_coeff` at `distance` layers from there, and is 0 beyond.
     """
 
     max_coeff: float
@@ -40,7 +40,7 @@ class Kernel:
     distance: float
 
     def coeff(self, layer: int) -> float:
-        """λ of the module in `layer`."""
+        """The coeff λ of the module in `layer`."""
         away = abs(layer - self.position)
         if away > self.distance:
             return 0.0
@@ -49,14 +49,14 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class TrialParams:
-    """One parameter set. `direction_index` is in layers, and used only where `scope` is "global"."""
+    """One parameter set. `direction_index` is a layer position, used only if `scope` is "global"."""
 
     scope: Scope
     direction_index: float
     kernels: Mapping[str, Kernel]
 
     def to_record(self) -> dict[str, Any]:
-        """JSON form, the inverse of `from_record`."""
+        """The JSON form; the inverse of `from_record`."""
         return {
             "scope": self.scope,
             "direction_index": self.direction_index,
@@ -65,14 +65,14 @@ class TrialParams:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> TrialParams:
-        """Inverse of `to_record`; KeyError or TypeError where a field is missing."""
+        """The inverse of `to_record`; KeyError or TypeError if a field is missing."""
         kernels = {name: Kernel(**kernel) for name, kernel in record["kernels"].items()}
         return TrialParams(record["scope"], float(record["direction_index"]), kernels)
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one scorer says of one model: the number the search sees, and its JSON record for `result.json`."""
+    """One scorer's result for one model: the number that the search sees, and its JSON record for `result.json`."""
 
     name: str
     value: float
@@ -82,21 +82,21 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A scorer that a search is for, by the scorer's own name."""
+    """A scorer, by its name, that a search minimizes or maximizes."""
 
     name: str
     goal: Direction
 
     def cost(self, value: float) -> float:
-        """Less is better."""
+        """`value` as a cost, of which less is better."""
         return -value if self.goal == "maximize" else value
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One finished trial. `number` is the logical index: trials told before it, interrupted ones not counted.
+    """One finished trial. `number` is its logical index: the number of trials before it, without interrupted ones.
 
-    `scores`: each scorer's record; `values`: its number, of refusals the share. Earlier versions wrote no values.
+    `scores`: each scorer's record; `values`: each scorer's number, for refusals the share. Earlier versions wrote no values.
     """
 
     number: int
@@ -109,7 +109,7 @@ class Trial:
 
     @property
     def refusals(self) -> int:
-        """Refused harmful prompts; a lower bound where the trial was stopped."""
+        """The number of refused harmful prompts; a lower bound if the trial was pruned."""
         return int(self.scores["refusals"])
 
     @property
@@ -118,13 +118,13 @@ class Trial:
         return float(self.scores["kl"]["mean"])
 
     def value(self, name: str) -> float:
-        """What a scorer says of it: of refusals their number. KeyError where it says nothing."""
+        """A scorer's value, for refusals their number. KeyError if the scorer has no value."""
         if name == "refusals":
             return float(self.refusals)
         return self.kl if name == "kl" else float(self.values[name])
 
     def to_record(self) -> dict[str, Any]:
-        """JSON form, the inverse of `from_record`."""
+        """The JSON form; the inverse of `from_record`."""
         return {
             "number": self.number,
             "params": self.params.to_record(),
@@ -137,7 +137,7 @@ class Trial:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Trial:
-        """Inverse of `to_record`."""
+        """The inverse of `to_record`."""
         return Trial(
             number=int(record["number"]),
             params=TrialParams.from_record(record["params"]),
@@ -151,7 +151,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What was loaded. `fingerprint` changes whenever a weight or the config may have changed."""
+    """A description of the loaded model. `fingerprint` changes whenever a weight or the config may have changed."""
 
     id: str
     source: str
@@ -168,10 +168,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class BatchSizes:
-    """Prompts at a time, by operation.
+    """The number of prompts in a batch, by operation.
 
-    `residuals`: a pass that keeps last positions only. `prefill`: the logits of the first response token. `decode`: whole
-    responses. `row_bytes`: the memory one prompt takes in each of them, 0 where it isn't known.
+    `residuals`: a pass that keeps only last positions. `prefill`: the logits of the first response token. `decode`: whole
+    responses. `row_bytes`: the memory that one prompt takes in each operation; 0 if unknown.
     """
 
     residuals: int
@@ -181,7 +181,7 @@ class BatchSizes:
 
     @staticmethod
     def same(size: int) -> BatchSizes:
-        """One size for all."""
+        """The same size for all operations."""
         return BatchSizes(size, size, size)
 
     @property
@@ -190,40 +190,40 @@ class BatchSizes:
         return dict(zip(OPERATIONS, (self.residuals, self.prefill, self.decode), strict=True))
 
     def halved(self) -> BatchSizes:
-        """Half as many prompts, at least one."""
+        """Half of each size, at least 1."""
         residuals, prefill, decode = (max(1, size // 2) for size in self.by_name.values())
         return BatchSizes(residuals, prefill, decode, self.row_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The unedited model on the evaluation prompts: `refusals` of `prompts` harmful ones; `values` of other scorers."""
+    """The unedited model's scores: `refusals` of `prompts` harmful evaluation prompts, and the `values` of other scorers."""
 
     refusals: int
     prompts: int
     values: Mapping[str, float] = field(default_factory=dict)
 
     def value(self, name: str) -> float:
-        """What a scorer says of it: of refusals their number; its KL is 0 by definition. KeyError as `Trial.value`."""
+        """A scorer's value, for refusals their number; KL is 0 by definition. KeyError as in `Trial.value`."""
         if name == "refusals":
             return float(self.refusals)
         return 0.0 if name == "kl" else float(self.values[name])
 
     def to_record(self) -> dict[str, Any]:
-        """JSON form, the inverse of `from_record`."""
+        """The JSON form; the inverse of `from_record`."""
         return {"refusals": self.refusals, "prompts": self.prompts, "values": dict(self.values)}
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Baseline:
-        """Inverse of `to_record`; earlier versions wrote no values."""
+        """The inverse of `to_record`; earlier versions wrote no values."""
         return Baseline(int(record["refusals"]), int(record["prompts"]), record.get("values", {}))
 
 
 class Reporter(Protocol):
-    """How a run speaks. `terminal/reporters.py` has one each for a terminal, a pipe and `--json`."""
+    """How a run reports. There are implementations for a terminal, a pipe and `--json`."""
 
     def header(self, fields: Mapping[str, str]) -> None:
-        """Name, device, memory: what is about to be worked on."""
+        """The run begins; `fields` name its model, device and memory."""
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         """A stage begins; the one before it has ended.
@@ -235,16 +235,16 @@ class Reporter(Protocol):
         """`done` of `total` units of the current stage (or of the current trial) are finished."""
 
     def note(self, text: str, **fields: Any) -> None:
-        """A plain fact worth a line; `fields` are its machine-readable form."""
+        """A fact worth a line; `fields` are its machine-readable form."""
 
     def warn(self, text: str) -> None:
-        """Something a person should look at; the run goes on."""
+        """A problem that the user should look at; the run continues."""
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        """One trial has ended; `best` is what the selection rule would pick now."""
+        """A trial has ended; `best` is the trial that the selection rule would pick now."""
 
     def finish(self, result: Mapping[str, Any], where: str) -> None:
         """The run in directory `where` has ended; `result` is the content of `result.json`."""
 
     def close(self) -> None:
-        """Leave the terminal as it was; safe to call again."""
+        """Restore the terminal; repeated calls are safe."""

@@ -1,9 +1,9 @@
-"""A store of tensors on disk, keyed by everything they depend on.
+"""The cache on disk: tensors, keyed by everything they depend on.
 
 An entry is `<root>/<kind>/<sha256 of its key>.safetensors` with a sidecar `.json` (format, key, checksum, size, time).
-The sidecar is written last, so an entry without one was never finished. Both are written under a temporary name and
+The sidecar is written last, so an entry without a sidecar was never finished. Both are written under a temporary name and
 renamed; two processes may share a store. Entries that are corrupt or not ours are reported and recomputed, never
-trusted; `clear` deletes only what a sidecar of ours, our mark in the data or our own temporary name claims. Knows no models.
+trusted; `clear` deletes only files that a sidecar of ours, our mark in the data or our temporary name identifies.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor
 FORMAT = 1
 _ENTRY = re.compile(r"^[0-9a-f]{64}\.json$")
 _TEMPORARY = re.compile(r"^[0-9a-f]{64}\.[0-9a-f]{32}\.abliterate-tmp$")
-# How our data files begin, after the length of their header: an entry whose sidecar is lost or damaged is known by it.
+# Our data files begin with this mark, after the length of their header; it identifies them if the sidecar is lost or damaged.
 _MARK = b'{"__metadata__":{"abliterate":'
-# A writer that died leaves its temporary file; one that is alive renames it long before this.
+# A temporary file that is older than this was left by a writer that died: a living one renames it much earlier.
 _STALE_SECONDS = 24 * 3600.0
 
 
 def default_root(cache_dir: str = "") -> Path:
-    """The directory given, else the user's cache directory."""
+    """`cache_dir` if it is given, else the user's cache directory."""
     return Path(cache_dir).expanduser() if cache_dir else Path(platformdirs.user_cache_dir("abliterate"))
 
 
@@ -62,7 +62,7 @@ _MEMORY_LIMIT = 2**30
 class ArtifactStore:
     """Reads and writes entries; counts hits and misses per kind.
 
-    `in_memory` also keeps what was read or written, so that further runs in this process read no disk (1 GiB at most).
+    `in_memory` also keeps tensors that are read or written (1 GiB at most), so that later runs of this process skip the disk.
     """
 
     def __init__(self, root: Path, *, warn: Callable[[str], None], enabled: bool = True, in_memory: bool = False) -> None:
@@ -74,31 +74,31 @@ class ArtifactStore:
         self.misses: dict[str, int] = {}
 
     def has(self, kind: str, key: Mapping[str, Any]) -> bool:
-        """Whether there is an entry under `key`; it may still turn out to be corrupt. Counts as neither hit nor miss."""
+        """Whether there is an entry under `key`, which may still be corrupt. The query counts as neither hit nor miss."""
         digest = key_digest(key)
         return (kind, digest) in (self._memory or {}) or (self._enabled and (self.root / kind / f"{digest}.json").exists())
 
     def get(self, kind: str, key: Mapping[str, Any], *, remember: bool = True) -> dict[str, Tensor] | None:
-        """The tensors stored under `key`, or None (absent, disabled, or corrupt: then with a warning).
+        """The tensors stored under `key`, or None if they are absent, disabled, or corrupt (which is a warning).
 
-        `remember` off: what is read from disk isn't kept in memory, whatever the store does else.
+        `remember` off: tensors read from disk aren't kept in memory, even by a store with `in_memory`.
         """
         digest = key_digest(key)
-        found = (self._memory or {}).get((kind, digest))
-        if found is None and self._enabled:
-            found = self._read(kind, digest)
-        counts = self.misses if found is None else self.hits
+        tensors = (self._memory or {}).get((kind, digest))
+        if tensors is None and self._enabled:
+            tensors = self._read(kind, digest)
+        counts = self.misses if tensors is None else self.hits
         counts[kind] = counts.get(kind, 0) + 1
-        if found is not None and remember:
-            self._remember(kind, digest, found)
-        return found
+        if tensors is not None and remember:
+            self._remember(kind, digest, tensors)
+        return tensors
 
     def put(
         self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "", *, remember: bool = True
     ) -> None:
-        """Store `tensors` under `key`; a disk that refuses is a warning, the caller's work goes on.
+        """Store `tensors` under `key`; if the disk can't be written, warn and return.
 
-        `label` says what the entry is of, for `cache ls`; `remember` as in `get`.
+        `label` describes the entry in `cache ls`; `remember` is as in `get`.
         """
         digest = key_digest(key)
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -121,7 +121,7 @@ class ArtifactStore:
             _write(folder, digest, ".safetensors", payload)
             _write(folder, digest, ".json", json.dumps(sidecar, indent=1, sort_keys=True).encode())
         except OSError as error:
-            self._warn(f"The cache at {self.root} can't be written ({error.strerror}); results are kept in memory only.")
+            self._warn(f"The cache at {self.root} can't be written ({error.strerror}); results stay in memory only.")
 
     def _remember(self, kind: str, digest: str, tensors: dict[str, Tensor]) -> None:
         if self._memory is None:
@@ -131,16 +131,16 @@ class ArtifactStore:
             del self._memory[next(iter(self._memory))]  # the oldest
 
     def counts(self, kind: str) -> dict[str, int]:
-        """Hits and misses of one kind so far."""
+        """Hits and misses of one kind until now."""
         return {"hits": self.hits.get(kind, 0), "misses": self.misses.get(kind, 0)}
 
     def entries(self) -> Iterator[Entry]:
         """Every finished entry with a readable sidecar of our format, newest first."""
-        found = [_read_entry(path) for path in self.root.glob("*/*.json") if _ENTRY.match(path.name)]
-        yield from sorted((entry for entry in found if entry), key=lambda entry: -entry.created)
+        entries = [_read_entry(path) for path in self.root.glob("*/*.json") if _ENTRY.match(path.name)]
+        yield from sorted((entry for entry in entries if entry), key=lambda entry: -entry.created)
 
     def verify(self) -> Iterator[tuple[Path, str]]:
-        """(file, what is wrong) for every entry that would not be trusted."""
+        """(file, fault) for every entry that would not be trusted."""
         for path in sorted(self.root.glob("*/*.json")):
             if not _ENTRY.match(path.name):
                 continue
@@ -154,7 +154,7 @@ class ArtifactStore:
                 yield entry.data, str(error)
 
     def clear(self, wanted: Callable[[Entry], bool] | None = None) -> tuple[int, int]:
-        """Delete the wanted entries, by default everything of ours: (entries, bytes) deleted. Nothing else is touched."""
+        """Delete the `wanted` entries, by default all files of ours; returns the number of (entries, bytes) deleted."""
         count = freed = 0
         for entry in list(self.entries()):
             if wanted and not wanted(entry):
@@ -169,18 +169,18 @@ class ArtifactStore:
         return count, freed
 
     def leftovers(self) -> list[Path]:
-        """Files of ours that belong to no usable entry: stale temporary files, entries damaged or of another version."""
-        found = []
+        """Files of ours without a usable entry: stale temporary files, and entries that are damaged or of another version."""
+        files = []
         for path in sorted(self.root.glob("*/*")):
             if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                found.append(path)
+                files.append(path)
             sidecar, data = path.with_suffix(".json"), path.with_suffix(".safetensors")
             if path not in (sidecar, data) or not _ENTRY.match(sidecar.name) or _read_entry(sidecar):
                 continue
-            # Either file of the pair may be missing or damaged; the other one tells whose it is.
+            # One file of the pair may be missing or damaged; the other file shows that it is ours.
             if _has_mark(data) or _has_our_fields(sidecar):
-                found.append(path)
-        return found
+                files.append(path)
+        return files
 
     def _read(self, kind: str, digest: str) -> dict[str, Tensor] | None:
         path = self.root / kind / f"{digest}.json"
@@ -258,10 +258,10 @@ def _write(folder: Path, digest: str, suffix: str, content: bytes) -> None:
 
 
 def to_bytes(text: str) -> Tensor:
-    """Text as a tensor that an entry can hold; the inverse of `from_bytes`."""
+    """`text` as a tensor that an entry can store; the inverse of `from_bytes`."""
     return torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8)
 
 
 def from_bytes(tensor: Tensor) -> str:
-    """Inverse of `to_bytes`."""
+    """The inverse of `to_bytes`."""
     return bytes(tensor.tolist()).decode("utf-8")

@@ -1,4 +1,7 @@
-"""Direction methods: a new one is a file beside these and a line in `METHODS`, or a plugin's `directions`."""
+"""Direction methods: how a direction is computed from residuals.
+
+A new method is a file beside these and a line in `METHODS`, or a plugin's `directions`.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ METHODS: Registry[DirectionMethod] = Registry(
 
 
 def direction_method(name: str) -> DirectionMethod:
-    """The method of that name, or InputError with the names there are."""
+    """The method of that name. InputError, which lists the known methods, if there is none."""
     return METHODS.find(name)
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
-    """What a method's `compute` takes, of residuals (n_prompts, n_layers+1, d_model) float32 that are not winsorized yet."""
+    """The argument of a method's `compute`, from residuals (n_prompts, n_layers+1, d_model) float32 not yet winsorized."""
     if not needs_means(method):
         return winsorize(residuals, quantile)
     means = ResidualMeans(quantile)
@@ -36,7 +39,7 @@ def compute_directions(harmful: Tensor, harmless: Tensor, method: str, quantile:
     """Directions from residuals (n_prompts, n_layers+1, d_model) float32.
 
     Raises:
-        InputError: no such method.
+        InputError: the method is unknown.
     """
     chosen = direction_method(method)
     return Directions(

@@ -17,21 +17,21 @@ from torch import Tensor
 class DirectionMethod(Protocol):
     """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals.
 
-    A method is given all residuals, unless it says by a class attribute `needs = "means"` that their means will do: then
-    large sets are never held in memory.
+    A method receives all residuals. If it declares the class attribute `needs = "means"`, it receives only their means, and
+    large prompt sets are never held in memory.
     """
 
     name: str
 
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
-        """(n_layers+1, d_model) float32, from two sets of (winsorized) residuals (n_prompts, n_layers+1, d_model) float32.
+        """Directions (n_layers+1, d_model) float32 from winsorized residuals, each (n_prompts, n_layers+1, d_model) float32.
 
-        Where the method needs "means": from their means, each (n_layers+1, d_model) float64.
+        A method that needs "means" receives the two means instead, each (n_layers+1, d_model) float64.
         """
 
 
 def needs_means(method: DirectionMethod) -> bool:
-    """Whether the residuals' means are all that a method wants to see."""
+    """Whether a method needs only the residuals' means."""
     return getattr(method, "needs", "residuals") == "means"
 
 
@@ -39,7 +39,7 @@ def needs_means(method: DirectionMethod) -> bool:
 class Blend:
     """A unit direction as a linear combination of prepared layers' directions: v = Σ weights[k] · d[layers[k]].
 
-    Empty where the direction is zero. Whatever is linear in v can be blended with the same weights.
+    A zero direction has no layers. Any quantity that is linear in v can be blended with the same weights.
     """
 
     layers: tuple[int, ...]
@@ -47,7 +47,7 @@ class Blend:
 
     @property
     def is_zero(self) -> bool:
-        """No direction: no edit."""
+        """Whether the direction is zero, so that there is no edit."""
         return not self.layers
 
     def of(self, table: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class Blend:
 
 @dataclass(frozen=True)
 class Directions:
-    """Unit vectors (or zeros) `vectors` (n_layers+1, d_model) float32, by residual index."""
+    """`vectors` (n_layers+1, d_model) float32: a unit vector, or zero, for each residual index."""
 
     vectors: Tensor
 
@@ -69,7 +69,7 @@ class Directions:
 
     @property
     def n_layers(self) -> int:
-        """Decoder layers; one less than the rows of `vectors`."""
+        """Number of decoder layers: one less than `vectors` has rows."""
         return self.vectors.shape[0] - 1
 
     def by_layer(self) -> Tensor:
@@ -79,7 +79,7 @@ class Directions:
     def blend(self, x: float) -> Blend:
         """The direction at layer position `x` ∈ [0, n_layers−1], between two neighbours, renormalized.
 
-        Source: DESIGN §4; linear interpolation as in heretic, norm taken in float64.
+        Source: docs/design.md §4; linear interpolation as in heretic, with the norm taken in float64.
         """
         if not 0 <= x <= self.n_layers - 1:
             raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")
@@ -95,7 +95,7 @@ class Directions:
         return Blend(tuple(layer for layer, _ in pairs), tuple(weight / norm for _, weight in pairs))
 
     def at(self, x: float) -> Tensor:
-        """The unit vector (or zero) `blend(x)` stands for, (d_model) float32."""
+        """`blend(x)` as a vector (d_model) float32, of norm 1 or zero."""
         blend = self.blend(x)
         if blend.is_zero:
             return torch.zeros_like(self.vectors[0])
@@ -105,11 +105,11 @@ class Directions:
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:
     """Clamp each prompt's and layer's vector to ± its `quantile` of |x|; (…, d_model) → same shape.
 
-    Tames the few massive activations that would dominate a mean. `quantile` 1 changes nothing.
+    This tames the few massive activations that would dominate a mean. `quantile` 1 changes nothing.
     """
     if quantile >= 1.0:
         return residuals
-    # Along the last axis only: torch.quantile has an input size limit (2^24 elements), kthvalue has none.
+    # kthvalue and not torch.quantile, whose input is limited to 2^24 elements.
     d_model = residuals.shape[-1]
     k = max(1, math.ceil(quantile * d_model))
     limit = residuals.abs().kthvalue(k, dim=-1, keepdim=True).values
@@ -123,9 +123,9 @@ def normalize_rows(rows: Tensor) -> Tensor:
 
 
 class ResidualMeans:
-    """A float64 running sum of residuals, each winsorized at `quantile` by prompt and layer.
+    """A running float64 sum of residuals, each prompt's and layer's vector winsorized at `quantile`.
 
-    Prompts are added one after the other, so the mean has the same bits however they are cut into batches.
+    Prompts are added one by one, so the mean has the same bits however they are split into batches.
     """
 
     def __init__(self, quantile: float = 1.0) -> None:
@@ -134,20 +134,20 @@ class ResidualMeans:
         self._sum: Tensor | None = None  # (n_layers+1, d_model) float64
 
     def add(self, residuals: Tensor) -> None:
-        """Take `residuals` (n_prompts, n_layers+1, d_model); nothing of them is kept."""
-        for one in residuals:
+        """Add `residuals` (n_prompts, n_layers+1, d_model) to the sum without keeping them."""
+        for prompt in residuals:
             if self._sum is None:
                 # Apple's GPUs have no float64.
-                device = "cpu" if one.device.type == "mps" else one.device
-                self._sum = torch.zeros(one.shape, dtype=torch.float64, device=device)
-            self._sum += winsorize(one, self._quantile).to(self._sum.device)
+                device = "cpu" if prompt.device.type == "mps" else prompt.device
+                self._sum = torch.zeros(prompt.shape, dtype=torch.float64, device=device)
+            self._sum += winsorize(prompt, self._quantile).to(self._sum.device)
         self.count += len(residuals)
 
     def mean(self) -> Tensor:
-        """(n_layers+1, d_model) float64.
+        """The mean (n_layers+1, d_model) float64.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: no residuals were added.
         """
         if self._sum is None:
             raise ValueError("there is no mean of no residuals")

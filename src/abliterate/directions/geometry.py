@@ -1,7 +1,7 @@
-"""How two sets of residuals lie to each other, layer by layer: norms, cosines, separation, and a projection to look at.
+"""How far apart harmful and harmless residuals are, layer by layer: norms, cosines, separation and a projection for plots.
 
-Pure tensor math in float64; knows neither models nor files. Everything but norms and cosines follows from the centred Gram
-matrix of one layer's points, so the width of the model hardly counts.
+All of it is tensor math in float64. Separation and projection follow from the centred Gram matrix of one layer's points, so
+the width of the model hardly affects the cost.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Spread at the level of float32 rounding is none: where prompts end alike, all points of index 0 are the same.
+# Spread at the level of float32 rounding counts as no spread: where prompts end alike, all points of index 0 are the same.
 _ROUNDING = 1e-6
-# Of the ridge, as a share of the mean eigenvalue: enough for fewer prompts than features, too little to blur a class.
+# The ridge penalty as a share of the mean eigenvalue: it suffices for fewer prompts than features and blurs no class.
 _RIDGE = 0.1
 
 
 @dataclass(frozen=True)
 class Separation:
-    """How far one layer's two sets are apart. None where its points don't differ.
+    """How far apart the two sets are in one layer. Both numbers are None where its points don't differ.
 
-    `silhouette`: mean over all points, in [−1, 1]. `probe`: share that a linear probe, fitted without the point, tells right.
+    `silhouette`: mean over all points, in [−1, 1]. `probe`: share of points that a linear probe fitted without them gets right.
     """
 
     silhouette: float | None
@@ -32,7 +32,7 @@ class Separation:
 
 @dataclass(frozen=True)
 class Projection:
-    """One layer's points on their two principal axes, (n_harmful, 2) and (n_harmless, 2) float64; the variance they explain."""
+    """One layer's points on two principal axes, (n_harmful, 2) and (n_harmless, 2) float64, and the variance they explain."""
 
     harmful: Tensor
     harmless: Tensor
@@ -40,41 +40,41 @@ class Projection:
 
 
 class Sample:
-    """At most `most` residuals of one set, evenly spaced over its `total` prompts (`places`), copied as they pass."""
+    """At most `most` residuals of one set, copied as they pass, from prompts (`places`) evenly spaced over all `total`."""
 
     def __init__(self, total: int, most: int) -> None:
         count = min(total, most)
         self.places = [index * total // count for index in range(count)]
-        self._wanted = set(self.places)
+        self._sampled = set(self.places)
         self._seen = 0
         self._kept: list[Tensor] = []
 
     def add(self, residuals: Tensor) -> Tensor:
-        """Take of `residuals` (n_prompts, n_layers+1, d_model), the next ones, those that are wanted; returns them all."""
+        """Copy the sampled prompts among the next `residuals` (n_prompts, n_layers+1, d_model), and return `residuals`."""
         for row in range(len(residuals)):
-            if self._seen in self._wanted:
+            if self._seen in self._sampled:
                 self._kept.append(residuals[row].detach().to("cpu", torch.float32, copy=True))
             self._seen += 1
         return residuals
 
     def residuals(self) -> Tensor | None:
-        """(n_kept, n_layers+1, d_model) float32; None where nothing came."""
+        """The sample (n_kept, n_layers+1, d_model) float32; None if no residuals were added."""
         return torch.stack(self._kept) if self._kept else None
 
 
-Kept = Mapping[str, Sample]  # by set
+Kept = Mapping[str, Sample]  # by the name of the prompt set
 
 
 def cosines(left: Tensor, right: Tensor) -> list[float | None]:
-    """Row by row of two (n, d); None where a row is zero."""
+    """Cosines between the rows of two matrices (n, d); None where a row is zero."""
     left, right = left.double(), right.double()
     lengths = left.norm(dim=-1) * right.norm(dim=-1)
-    found = ((left * right).sum(dim=-1) / lengths.clamp_min(1e-30)).clamp(-1, 1).tolist()
-    return [value if length > 1e-12 else None for value, length in zip(found, lengths.tolist(), strict=True)]
+    values = ((left * right).sum(dim=-1) / lengths.clamp_min(1e-30)).clamp(-1, 1).tolist()
+    return [value if length > 1e-12 else None for value, length in zip(values, lengths.tolist(), strict=True)]
 
 
 def mean_geometry(harmful: Tensor, harmless: Tensor, directions: Tensor) -> list[dict[str, float | None]]:
-    """By residual index, what two sets' means tell; all arguments (n_layers+1, d_model)."""
+    """Norms and cosines of two sets' means by residual index; all arguments are (n_layers+1, d_model)."""
     harmful, harmless = harmful.double().cpu(), harmless.double().cpu()
     columns: dict[str, list[float | None]] = {
         "norm_harmful": harmful.norm(dim=-1).tolist(),
@@ -88,7 +88,7 @@ def mean_geometry(harmful: Tensor, harmless: Tensor, directions: Tensor) -> list
 
 
 def layer_geometry(harmful: Tensor, harmless: Tensor) -> tuple[Separation, Projection]:
-    """Of one residual index, (n_harmful, d_model) and (n_harmless, d_model)."""
+    """Separation and projection at one residual index, from points (n_harmful, d_model) and (n_harmless, d_model)."""
     points = torch.cat([harmful, harmless]).double().cpu()
     is_harmful = torch.arange(len(points)) < len(harmful)
     size = float(points.square().sum(dim=-1).mean())
@@ -105,7 +105,7 @@ def silhouette(gram: Tensor, is_first: Tensor) -> float:
     """Mean silhouette (Rousseeuw 1987) of two clusters, from their centred Gram matrix (n, n)."""
     squares = gram.diagonal()
     distances = (squares[:, None] + squares[None, :] - 2 * gram).clamp_min(0).sqrt()
-    # A point's distance to itself is 0 by definition; from a Gram matrix it is a rounding error's root.
+    # A point's distance to itself is 0 by definition; computed from a Gram matrix it is the root of a rounding error.
     distances.fill_diagonal_(0)
     first, second = distances[:, is_first].sum(dim=1), distances[:, ~is_first].sum(dim=1)
     n_first, n_second = int(is_first.sum()), int((~is_first).sum())
@@ -116,34 +116,34 @@ def silhouette(gram: Tensor, is_first: Tensor) -> float:
 
 
 def probe_accuracy(gram: Tensor, is_first: Tensor, ridge: float = _RIDGE) -> float:
-    """Leave-one-out accuracy of a ridge regression with intercept on labels ±1, each class weighing the same in the result.
+    """Leave-one-out accuracy of a ridge regression with intercept on labels ±1; both classes weigh the same in the result.
 
-    Closed form: with the smoother's matrix H, what the fit without point i says of it is (ŷᵢ − hᵢᵢ yᵢ) / (1 − hᵢᵢ).
+    Closed form: with the smoother's matrix H, the fit without point i predicts (ŷᵢ − hᵢᵢ yᵢ) / (1 − hᵢᵢ) for it.
     """
     n = len(gram)
     labels = torch.where(is_first, 1.0, -1.0).double()
     penalty = ridge * gram.trace() / n
     # The intercept isn't penalized: on centred points it is the mean of the labels.
     smoother = torch.linalg.solve(gram + penalty * torch.eye(n, dtype=gram.dtype), gram) + 1 / n
-    own = smoother.diagonal()
-    told = (smoother @ labels - own * labels) / (1 - own).clamp_min(1e-12)
-    right = (told * labels > 0).double()
+    leverage = smoother.diagonal()
+    predicted = (smoother @ labels - leverage * labels) / (1 - leverage).clamp_min(1e-12)
+    right = (predicted * labels > 0).double()
     return float((right[is_first].mean() + right[~is_first].mean()) / 2)
 
 
 def principal(gram: Tensor, is_first: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """Coordinates (n, 2) on the two principal axes, from the centred Gram matrix, and the shares of variance.
 
-    Signs are fixed: the first set's mean lies at the right and, as far as the second axis tells, above.
+    Signs are fixed: the first set's mean lies to the right and, where the second axis separates the means, above.
     """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values[-2:].flip(0).clamp_min(0), vectors[:, -2:].flip(1)
     coordinates = vectors * values.sqrt()
     offset = coordinates[is_first].mean(dim=0) - coordinates[~is_first].mean(dim=0)
     largest = coordinates.gather(0, coordinates.abs().argmax(dim=0, keepdim=True))[0]
-    # Means that are equal but for rounding give no sign; the farthest point does.
-    tells = offset.abs() > 1e-9 * largest.abs()
-    signs = torch.where(tells, offset, largest).sign()
+    # Means that are equal up to rounding give no sign; the farthest point does.
+    separates = offset.abs() > 1e-9 * largest.abs()
+    signs = torch.where(separates, offset, largest).sign()
     explained = (values / gram.trace()).tolist()
     return coordinates * signs, (explained[0], explained[1])
 
@@ -151,16 +151,16 @@ def principal(gram: Tensor, is_first: Tensor) -> tuple[Tensor, tuple[float, floa
 def all_layers(
     harmful: Tensor, harmless: Tensor, check: Callable[[], None] = lambda: None
 ) -> list[tuple[Separation, Projection]]:
-    """`layer_geometry` of every residual index of two sets (n_prompts, n_layers+1, d_model); `check` is called between them."""
-    found = []
+    """`layer_geometry` at every residual index of two sets (n_prompts, n_layers+1, d_model); `check` is called before each."""
+    layers = []
     for index in range(harmful.shape[1]):
         check()
-        found.append(layer_geometry(harmful[:, index], harmless[:, index]))
-    return found
+        layers.append(layer_geometry(harmful[:, index], harmless[:, index]))
+    return layers
 
 
 def rounded(value: float | None, digits: int = 5) -> float | None:
-    """To so many significant digits; None stays, and so does what is no number."""
+    """`value` to `digits` significant digits; None if it is None or not finite."""
     if value is None or not math.isfinite(value):
         return None
     return float(f"{value:.{digits}g}")

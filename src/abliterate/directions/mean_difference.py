@@ -11,7 +11,7 @@ def difference(harmful: Tensor, harmless: Tensor) -> Tensor:
     """The unit difference of two means (n_layers+1, d_model) float64.
 
     A difference at rounding level counts as zero: where prompts end alike (index 0) both means are equal up to
-    float32 rounding, and normalizing that noise would make a random direction of it.
+    float32 rounding, and normalizing that noise would turn it into a random direction.
     """
     raw = harmful - harmless
     scale = harmful.norm(dim=-1, keepdim=True) + harmless.norm(dim=-1, keepdim=True)
@@ -25,5 +25,4 @@ class MeanDifference:
     needs = "means"
 
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
-        """See `DirectionMethod.compute`."""
         return difference(harmful, harmless).float()

@@ -1,6 +1,6 @@
 """The mean difference without its component along the harmless mean (the default).
 
-What harmless prompts share is left alone, so the edit disturbs harmless answers less (projected abliteration,
+The edit leaves what harmless prompts have in common alone, so it disturbs harmless answers less (projected abliteration,
 grimjim 2025: huggingface.co/blog/grimjim/projected-abliteration).
 """
 
@@ -19,9 +19,8 @@ class Projected:
     needs = "means"
 
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
-        """See `DirectionMethod.compute`."""
         unit, h = difference(harmful, harmless), normalize_rows(harmless)
         rest = unit - (unit * h).sum(dim=-1, keepdim=True) * h
-        # A difference wholly along h leaves only rounding noise: no direction rather than a random one.
+        # A difference wholly along h leaves only rounding noise, which must become no direction rather than a random one.
         rest = rest.where(rest.norm(dim=-1, keepdim=True) > 1e-6, rest.new_zeros(()))
         return normalize_rows(rest).float()

@@ -1,4 +1,7 @@
-"""Edit methods and representations: a new method is a file beside these and a line in `METHODS`, or a plugin's `edits`."""
+"""Edit methods: how a matrix is changed along a direction.
+
+A new method is a file beside these and a line in `METHODS`, or a plugin's `edits`.
+"""
 
 from __future__ import annotations
 
@@ -36,19 +39,19 @@ def scales_rows(method: EditMethod) -> bool:
 def svd_factors(
     method: EditMethod, prepared: Prepared, blend: Blend, coeff: float, module: str, rank: int, memo: SvdMemo
 ) -> Factors:
-    """Rank-`rank` factors of the method's ΔW, from the memo where these exact inputs were seen before.
+    """Rank-`rank` factors of the method's ΔW, from the memo if these exact inputs were seen before.
 
-    An edit that is rank 1 already is returned as it is: there is nothing to approximate.
+    An edit that already has rank 1 is returned as it is: there is nothing to approximate.
     """
     if prepared.p.numel() == 0:
         return method.factors(prepared, blend, coeff)
     key = svd_key(module, method.name, blend.of(prepared.directions), coeff, rank)
-    found = memo.get(key)
-    if found is None:
+    factors = memo.get(key)
+    if factors is None:
         delta = method.factors(prepared, blend, coeff).delta(prepared.read_weight())
-        found = truncated_svd(delta, rank, seed_of(key))
-        memo.put(key, found)
-    return found
+        factors = truncated_svd(delta, rank, seed_of(key))
+        memo.put(key, factors)
+    return factors
 
 
 __all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "scales_rows", "svd_factors"]

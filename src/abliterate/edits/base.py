@@ -1,7 +1,7 @@
-"""What an edit is: factors of W' = diag(row_scale) W + B A, and the seam for edit methods.
+"""An edit is the factors of W' = diag(row_scale) W + B A; `EditMethod` is the protocol of the methods that compute them.
 
-Pure tensor math: W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries. A stack of
-matrices W (E, d_out, d_in), the experts of a layer, is edited matrix by matrix, with factors that have a leading dimension.
+W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries. Fused experts, W (E, d_out, d_in)
+for the E experts of a layer, are edited matrix by matrix, with factors that have a leading dimension E.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 
 from abliterate.directions.base import Blend
 
-# Rows in float64 at a time: 15 MB of a matrix with 14,336 columns.
+# Rows converted to float64 at a time: 15 MB for a matrix with 14,336 columns.
 ROW_CHUNK = 128
 
 
@@ -25,7 +25,7 @@ ROW_CHUNK = 128
 class Factors:
     """W' = diag(row_scale) W + b a; `row_scale` (d_out) or None (all ones), `a` (r, d_in), `b` (d_out, r), float32.
 
-    Of a stack: `row_scale` (E, d_out), `a` (E, r, d_in), `b` (E, d_out, r).
+    For fused experts: `row_scale` (E, d_out), `a` (E, r, d_in), `b` (E, d_out, r).
     """
 
     row_scale: Tensor | None
@@ -33,26 +33,26 @@ class Factors:
     b: Tensor
 
     def delta(self, weight: Tensor) -> Tensor:
-        """ΔW, of the shape of W, in float32, for exports and tests."""
+        """ΔW (d_out, d_in), or (E, d_out, d_in), in float32, for exports and tests."""
         if self.a.ndim == 3:
-            return torch.stack([part.delta(one) for part, one in zip(self.parts(), weight, strict=True)])
+            return torch.stack([part.delta(matrix) for part, matrix in zip(self.parts(), weight, strict=True)])
         delta = self.b @ self.a
         if self.row_scale is not None:
-            for start in range(0, len(delta), ROW_CHUNK):  # no second float32 matrix
-                part = slice(start, start + ROW_CHUNK)
-                delta[part] += (self.row_scale[part] - 1)[:, None] * weight[part].float()
+            for start in range(0, len(delta), ROW_CHUNK):  # in chunks: no second float32 matrix of W's size
+                rows = slice(start, start + ROW_CHUNK)
+                delta[rows] += (self.row_scale[rows] - 1)[:, None] * weight[rows].float()
         return delta
 
     def parts(self) -> list[Factors]:
-        """The factors of each matrix of a stack; of a single matrix, its own."""
+        """The factors of each expert's matrix; a single matrix has one part, itself."""
         if self.a.ndim == 2:
             return [self]
         scales = [None] * len(self.a) if self.row_scale is None else list(self.row_scale)
-        return [Factors(*one) for one in zip(scales, self.a, self.b, strict=True)]
+        return [Factors(*matrix) for matrix in zip(scales, self.a, self.b, strict=True)]
 
     @staticmethod
     def stacked(parts: Sequence[Factors]) -> Factors:
-        """The inverse of `parts`; where ranks differ, zeros fill up."""
+        """The inverse of `parts`; zeros fill up smaller ranks."""
         rank = max(len(part.a) for part in parts)
         a = [pad(part.a, (0, 0, 0, rank - len(part.a))) for part in parts]
         b = [pad(part.b, (0, rank - len(part.a))) for part in parts]
@@ -67,12 +67,12 @@ class Factors:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a trial needs of one module, for all layers' directions at once, so that no trial reads W.
+    """One module's products with all layers' directions, computed once so that no trial reads W.
 
     `directions` (n_layers, d_out) float64, one tensor for all modules; `a` (n_layers, d_in) float32 = DŴ or DW; `p`
     (n_layers, d_out) float64 = DŴŴᵀ (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight`
-    gives W (d_out, d_in) again, for rows that the closed form can't express and for dense representations.
-    Of a stack: `a` (n_layers, E, d_in), `p` (n_layers, E, d_out), `norms` (E, d_out), W (E, d_out, d_in).
+    returns W (d_out, d_in) again, for rows that the closed form can't express and for dense representations.
+    For fused experts: `a` (n_layers, E, d_in), `p` (n_layers, E, d_out), `norms` (E, d_out), W (E, d_out, d_in).
     """
 
     directions: Tensor
@@ -83,11 +83,11 @@ class Prepared:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that this module alone takes: without the directions."""
+        """Bytes of this module's own tensors, without the directions that all modules share."""
         return self.a.nbytes + self.p.nbytes + self.norms.nbytes
 
     def parts(self) -> Iterator[Prepared]:
-        """What was prepared of each matrix of a stack; W is read once."""
+        """The prepared products of each expert's matrix; W is read once."""
         weight, p, norms = self.read_weight(), self.p, self.norms
         for index in range(self.a.shape[1]):
             yield Prepared(
@@ -99,67 +99,71 @@ class Prepared:
             )
 
     def parked(self) -> Prepared:
-        """The same in main memory, for `fetched`; the directions stay where they are."""
+        """A copy offloaded to main memory, for `fetched`; the directions stay on their device."""
         return replace(self, a=self.a.cpu(), p=self.p.cpu(), norms=self.norms.cpu())
 
     def fetched(self, blend: Blend) -> tuple[Prepared, Blend]:
-        """What a blend needs of something parked, on the directions' device, and the blend that picks it there.
+        """The offloaded rows that a blend needs, on the directions' device, and the blend that selects them there.
 
-        The same values are multiplied in the same place, so factors have the same bits as if nothing had been parked.
+        The same values are multiplied on the same device, so factors have the same bits as without offloading.
         """
         layers, device = list(blend.layers), self.directions.device
         p = self.p[layers].to(device) if self.p.numel() else self.p.to(device)
-        few = replace(self, directions=self.directions[layers], a=self.a[layers].to(device), p=p, norms=self.norms.to(device))
-        return few, Blend(tuple(range(len(layers))), blend.weights)
+        selected = replace(
+            self, directions=self.directions[layers], a=self.a[layers].to(device), p=p, norms=self.norms.to(device)
+        )
+        return selected, Blend(tuple(range(len(layers))), blend.weights)
 
 
 class EditMethod(Protocol):
-    """One way to change W, given a direction and a coeff."""
+    """One way to change W, given a direction and a coeff. Methods inherit from this class for its default of `dense`."""
 
     name: str
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
-        """Everything that is linear in v, once per matrix; `directions` (n_layers, d_out) float64, kept as they are."""
+        """Every product that is linear in v, once per matrix; `directions` (n_layers, d_out) float64 are stored as given."""
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
-        """Exact factors of W', or of each W' of a stack.
+        """Exact factors of W', or of every expert's W'.
 
         `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone). Only an edit that keeps the norms of
         W's rows may have a `row_scale`: the adapter export writes it as DoRA, whose magnitudes are these norms.
         """
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
-        """W' (d_out, d_in) by definition, in the dtype given: the slow reference the factors are tested against.
+        """W' (d_out, d_in) by definition, in the dtype given: the slow reference that the factors are tested against.
 
-        The two below are its parts for matrices that aren't in memory as a whole, in its own words, not the factors'.
+        `along` and `dense_rows` are its two steps, for matrices that aren't in memory as a whole. They are written
+        independently of `factors`.
         """
+        return self.dense_rows(weight, v, self.along(weight, v), coeff)
 
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
-        """What `rows` (n, d_in), where the direction is `v` (n), add to a (d_in): summed over W, what is removed."""
+        """The share of `rows` (n, d_in) in a (d_in), the row vector that the edit removes; `v` (n) is the direction there."""
 
     def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
-        """`dense` of some rows (n, d_in), given a (d_in) of the whole W."""
+        """The rows (n, d_in) of W' that `rows` of W become, given a (d_in) of the whole W."""
 
 
 def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
-    """`method.prepare` of a matrix, or of each matrix of a stack."""
+    """`method.prepare` for a matrix, or for each matrix of fused experts."""
     weight = read_weight()
     if weight.ndim == 2:
         return replace(method.prepare(lambda: weight, directions), read_weight=read_weight)
-    parts = [method.prepare(partial(weight.__getitem__, index), directions) for index in range(len(weight))]
-    p, norms = parts[0].p, parts[0].norms
+    experts = [method.prepare(partial(weight.__getitem__, index), directions) for index in range(len(weight))]
+    p, norms = experts[0].p, experts[0].norms
     return Prepared(
-        parts[0].directions,
-        torch.stack([part.a for part in parts], dim=1),
-        torch.stack([part.p for part in parts], dim=1) if p.numel() else p,
-        torch.stack([part.norms for part in parts]) if norms.numel() else norms,
+        experts[0].directions,
+        torch.stack([expert.a for expert in experts], dim=1),
+        torch.stack([expert.p for expert in experts], dim=1) if p.numel() else p,
+        torch.stack([expert.norms for expert in experts]) if norms.numel() else norms,
         read_weight,
     )
 
 
 def row_norms(weight: Tensor) -> Tensor:
     """Norms of W's rows, (d_out) float64, without a float64 copy of W."""
-    chunks = [part.double().norm(dim=1) for part in weight.split(ROW_CHUNK)]
+    chunks = [rows.double().norm(dim=1) for rows in weight.split(ROW_CHUNK)]
     return torch.cat(chunks)
 
 
@@ -172,10 +176,10 @@ def project(directions: Tensor, weight: Tensor, scale: Tensor | None = None) -> 
     """D diag(scale) W: (n_layers, d_out) × (d_out, d_in) → (n_layers, d_in) float64, a chunk of rows at a time."""
     total = weight.new_zeros((directions.shape[0], weight.shape[1]), dtype=torch.float64)
     for start in range(0, weight.shape[0], ROW_CHUNK):
-        part = weight[start : start + ROW_CHUNK].double()
+        rows = weight[start : start + ROW_CHUNK].double()
         if scale is not None:
-            part = part * scale[start : start + ROW_CHUNK, None]
-        total += directions[:, start : start + ROW_CHUNK].double() @ part
+            rows = rows * scale[start : start + ROW_CHUNK, None]
+        total += directions[:, start : start + ROW_CHUNK].double() @ rows
     return total
 
 
@@ -183,6 +187,6 @@ def project_back(a: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """A (diag(scale) W)ᵀ: (n_layers, d_in) × (d_in, d_out) → (n_layers, d_out) float64, a chunk of rows at a time."""
     columns = []
     for start in range(0, weight.shape[0], ROW_CHUNK):
-        part = weight[start : start + ROW_CHUNK].double() * scale[start : start + ROW_CHUNK, None]
-        columns.append(a @ part.T)
+        rows = weight[start : start + ROW_CHUNK].double() * scale[start : start + ROW_CHUNK, None]
+        columns.append(a @ rows.T)
     return torch.cat(columns, dim=1)

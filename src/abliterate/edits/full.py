@@ -1,6 +1,7 @@
 """`full` (default): W' = n ∘ rownormalize(Ŵ − λ v aᵀ), a = Ŵᵀv: ablation that keeps every row's norm.
 
-Closed form (DESIGN §4): with p = Ŵa, q = a·a, s = √(1 − 2λ v∘p + λ² q v∘v),
+Norm-preserving abliteration, grimjim 2025: huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration.
+Closed form (docs/design.md §4): with p = Ŵa, q = a·a, s = √(1 − 2λ v∘p + λ² q v∘v),
 ΔW = diag(1/s − 1) W − (n λ v / s) aᵀ, a row scale plus rank 1. So a trial costs O(d), not O(d·d_in).
 """
 
@@ -12,20 +13,20 @@ import torch
 from torch import Tensor
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import Factors, Prepared, project, project_back, row_norms, safe_inverse
+from abliterate.edits.base import EditMethod, Factors, Prepared, project, project_back, row_norms, safe_inverse
 
 # Norm of Ŵᵢ − λ vᵢ a (1 before the edit) below which the closed form is not used: it divides the float32 rounding of its
-# factors by s, so a row's relative error is 1e-7 / s. At λ = 1 about vᵢ > 0.995, so one row at most in practice.
+# factors by s, so a row's relative error is 1e-7 / s. At λ = 1 this means about vᵢ > 0.995, so one row at most in practice.
 DEGENERATE = 0.1
 
 
-class NormPreserving:
-    """Row norms kept; rows of norm 0 stay 0."""
+class NormPreserving(EditMethod):
+    """Every row keeps its norm; rows of norm 0 stay 0."""
 
     name = "full"
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
-        """See `EditMethod.prepare`; `a` = DŴ, `p` = DŴŴᵀ. p stays float64: s is a difference of near-equal terms."""
+        """`a` = DŴ, `p` = DŴŴᵀ. p stays float64: s is a difference of nearly equal terms."""
         weight = read_weight()
         norms = row_norms(weight)
         inverse = safe_inverse(norms)
@@ -34,7 +35,7 @@ class NormPreserving:
         return Prepared(directions.double(), a.float(), p, norms, read_weight)
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
-        """See `EditMethod.factors`; the few degenerate rows (nearly one-hot v) are added as dense rows of `a`."""
+        """The few degenerate rows (nearly one-hot v) are added as dense rows of `a`."""
         v, a, p = blend.of(prepared.directions), blend.of(prepared.a), blend.of(prepared.p)
         q = (p @ v)[..., None]
         s = (1 - 2 * coeff * v * p + coeff**2 * q * v * v).clamp_min(0).sqrt()
@@ -46,19 +47,13 @@ class NormPreserving:
         if not degenerate.any():
             return Factors(scale.float(), a[..., None, :], b.float()[..., None])
         if a.ndim == 2:
-            return Factors.stacked([self.factors(part, blend, coeff) for part in prepared.parts()])
+            return Factors.stacked([self.factors(matrix, blend, coeff) for matrix in prepared.parts()])
         return _with_dense_rows(prepared, scale, a, b, v, coeff, degenerate.nonzero().flatten())
 
-    def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
-        """See `EditMethod.dense`."""
-        return self.dense_rows(weight, v, self.along(weight, v), coeff)
-
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
-        """See `EditMethod.along`."""
         return v @ (rows * safe_inverse(rows.norm(dim=1))[:, None])
 
     def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
-        """See `EditMethod.dense_rows`."""
         norms = rows.norm(dim=1)
         edited = rows * safe_inverse(norms)[:, None] - coeff * torch.outer(v, a)
         return norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
@@ -67,7 +62,7 @@ class NormPreserving:
 def _with_dense_rows(prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeff: float, rows: Tensor) -> Factors:
     """Factors of rank 1 + len(rows): each degenerate row i is written whole, through b[i, k] = 1 and a[k] = W'ᵢ.
 
-    a is computed again in float64: here Ŵᵢ − λ vᵢ a is what its float32 rounding would drown.
+    a is recomputed in float64: its float32 rounding would drown Ŵᵢ − λ vᵢ a, which is small here.
     """
     norms = prepared.norms[rows]
     weight = prepared.read_weight()

@@ -1,7 +1,7 @@
 """The svd representation: ΔW as a LoRA of rank r by truncated randomized SVD, memoized.
 
-As in heretic and the project's first proposal; it loses 3–10 % of ‖ΔW‖ where the edit scales rows. Kept for
-comparison and for plain-LoRA exports. The memo is keyed by exact inputs, its randomness is isolated, and a failed
+heretic and this project's first proposal do the same; it loses 3–10 % of ‖ΔW‖ where the edit scales rows. We keep it for
+comparison and for plain-LoRA exports. The memo is keyed by exact inputs, the randomness is isolated, and a failed
 decomposition falls back to the slow exact one.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from abliterate.edits.base import Factors
 from abliterate.errors import TrialError
 
-# svd_lowrank needs a little more than the wanted rank, and a few power iterations, to find the leading subspace.
+# svd_lowrank needs a slightly larger rank and a few power iterations to find the leading subspace.
 OVERSAMPLE, ITERATIONS = 6, 6
 
 
@@ -25,7 +25,7 @@ def truncated_svd(delta: Tensor, rank: int, seed: int) -> Factors:
     """The best (up to randomization) rank-`rank` factors of `delta` (d_out, d_in); deterministic in `seed`.
 
     Raises:
-        TrialError: not finite, or no algorithm converged.
+        TrialError: `delta` isn't finite, or no algorithm converged.
     """
     if not torch.isfinite(delta).all():
         raise TrialError("the edit of a matrix is not finite")
@@ -36,7 +36,7 @@ def truncated_svd(delta: Tensor, rank: int, seed: int) -> Factors:
 
 
 def relative_error(delta: Tensor, factors: Factors) -> float:
-    """‖ΔW − BA‖ / ‖ΔW‖, 0 for a zero ΔW."""
+    """‖ΔW − BA‖ / ‖ΔW‖; 0 for a zero ΔW."""
     norm = float(delta.norm())
     return float((delta - factors.b @ factors.a).norm()) / norm if norm > 0 else 0.0
 
@@ -44,11 +44,11 @@ def relative_error(delta: Tensor, factors: Factors) -> float:
 def _decompose(delta: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     devices = [delta.device] if delta.device.type == "cuda" else []
     try:
-        # svd_lowrank draws from the global generator; fork it so that nothing else's randomness moves.
+        # svd_lowrank draws from the global generator; the fork leaves everybody else's random numbers unchanged.
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             u, s, v = torch.svd_lowrank(delta, q=min(rank + OVERSAMPLE, *delta.shape), niter=ITERATIONS)
-        if all(torch.isfinite(part).all() for part in (u, s, v)):
+        if all(torch.isfinite(factor).all() for factor in (u, s, v)):
             return u[:, :rank], s[:rank], v[:, :rank]
     except torch.linalg.LinAlgError:
         pass
@@ -57,11 +57,11 @@ def _decompose(delta: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Ten
     except torch.linalg.LinAlgError as error:
         raise TrialError(f"no singular value decomposition converged: {error}") from error
     exact = (u[:, :rank], s[:rank], vh[:rank].T)
-    return tuple(part.to(delta) for part in exact)  # type: ignore[return-value]
+    return tuple(factor.to(delta) for factor in exact)  # type: ignore[return-value]
 
 
 class SvdMemo:
-    """A bounded least-recently-used memo of factors, counting hits and misses. Size 0 remembers nothing."""
+    """A bounded memo of factors that drops the least recently used and counts hits and misses. Size 0 stores nothing."""
 
     def __init__(self, max_size: int) -> None:
         self._max_size = max_size
@@ -74,16 +74,16 @@ class SvdMemo:
 
     def get(self, key: Hashable) -> Factors | None:
         """The factors stored under `key`, or None."""
-        found = self._entries.get(key)
-        if found is None:
+        factors = self._entries.get(key)
+        if factors is None:
             self.misses += 1
             return None
         self._entries.move_to_end(key)
         self.hits += 1
-        return found
+        return factors
 
     def put(self, key: Hashable, factors: Factors) -> None:
-        """Remember `factors`, forgetting the least recently used beyond the bound."""
+        """Store `factors`, and forget the least recently used entries beyond the bound."""
         if self._max_size <= 0:
             return
         self._entries[key] = factors
@@ -93,7 +93,7 @@ class SvdMemo:
 
 
 def svd_key(module: str, mode: str, v: Tensor, coeff: float, rank: int) -> tuple[Hashable, ...]:
-    """The exact inputs of one decomposition; the direction by all its bytes, not by samples of them."""
+    """The exact inputs of one decomposition; the direction is identified by all its bytes, not by a sample of them."""
     raw = v.detach().cpu().contiguous().numpy().tobytes()
     return (module, mode, hashlib.blake2b(raw, digest_size=16).hexdigest(), coeff.hex(), rank)
 

@@ -1,1 +1,1 @@
-"""Models, tokenizers and what is done to them: loading, chat rendering, residual capture, adapters."""
+"""Models and tokenizers: loading them, rendering chat prompts, capturing residuals, and editing weights while they are used."""

@@ -1,8 +1,9 @@
-"""Which modules of which family write to the residual stream: a table, one row per family.
+"""The table of model families: which modules of a layer write to the residual stream.
 
-A new family is a new row, or a plugin's `architectures`. Families not in the table are looked through (`structure.py`) and,
-where that is unclear, refused with the remedy (name the modules in the settings): guessing would silently leave matrices out.
-Paths are attribute paths; components are keyed as in the search space.
+A new family is a new row, or a plugin's `architectures`. For a family without a row, the modules are found by the structure
+of its layers (`structure.py`); if the structure is unclear, the model is refused and the error says how to name the modules in
+the settings: guessing would silently leave matrices out. Paths are attribute paths; components have the same keys as in the
+search space.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the decoder layers are, and per component the module paths within a layer (those present are taken).
+    """The path of the decoder layers, and per component the module paths within a layer, as far as a layer has them.
 
-    A * in a module path stands for all members of a module list; of paths with | between them the first that is there is meant,
-    in `layers` too. `found_by`: table, structure, or settings.
+    A * in a module path stands for all members of a module list. Of alternatives separated by |, the first that exists is used,
+    also in `layers`. `found_by`: table, structure, or settings.
     """
 
     family: str
@@ -38,7 +39,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Target:
-    """One module to edit: W (d_model, d_in), or its transpose in a Conv1D; fused experts are a stack of E matrices."""
+    """One module to edit, with W (d_model, d_in), its transpose in a Conv1D, or the E matrices of fused experts."""
 
     name: str
     layer: int
@@ -48,7 +49,7 @@ class Target:
 
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
 _LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
-# Of a vision-language model the text tower alone: `Architecture.layers` never leads into a vision part.
+# In a vision-language model, only the text tower: `Architecture.layers` never leads into a vision part.
 _TEXT = "model.layers|model.language_model.layers|language_model.model.layers|model.text_model.layers"
 _MOE = ("mlp.down_proj", "mlp.experts")
 _GRANITE = ("block_sparse_moe.experts", "shared_mlp.output_linear")
@@ -70,29 +71,29 @@ def _row(
     )
 
 
-# An edit takes v out of what a module writes. What that means for the stream, where the layer isn't x + W…:
-# · post-norm (Gemma 2, 3 and 4, OLMo 2 and 3, GLM-4, EXAONE 4): w∘y/rms(y) joins the stream. With v out of y, the direction
-#   v/w is out of what is added, and v itself as far as the norm's weights w are alike.
-#   MiniMax normalizes the stream itself after attention: the same, for the sum.
+# An edit removes v from a module's output y. The effect on the stream, if the layer doesn't just add y:
+# · post-norm (Gemma 2, 3 and 4, OLMo 2 and 3, GLM-4, EXAONE 4): w∘y/rms(y) joins the stream. Without v in y, the direction v/w
+#   is missing from what joins it, and v itself is missing as far as the norm's weights w are equal.
+#   MiniMax normalizes the stream itself after attention; the same holds for that sum.
 # · multipliers (Granite's residual_multiplier, Falcon-H1's, MiniCPM3's): c·y joins the stream, and c changes
-#   neither the direction nor the share of it that is taken out.
-# · gates of one number a position (shared experts of Qwen): as multipliers.
-# `tests/test_models.py` proves each row by what a change of a module's output does to its layer's.
+#   neither the direction nor the share of it that is removed.
+# · gates of one number per position (shared experts of Qwen) act as multipliers.
+# `tests/families/test_models.py` proves each row: it changes a module's output and looks at the change of the layer's output.
 _TABLE: tuple[Architecture, ...] = (
     _row(
         "llama",
         "llama smollm3 arcee cwm helium seed_oss hyperclovax minicpm3 youtu jais2 diffllama bitnet apertus internlm3 "
         "iquestcoder chameleon molmo2_text",
     ),
-    # Its cross-attention layers are passed over while there is no image; they write to the stream when there is one.
+    # Without an image its cross-attention layers are skipped; with an image they write to the stream.
     _row("mllama", "mllama_text_model", ("self_attn.o_proj", "cross_attn.o_proj")),
     _row("mistral", "mistral ministral ministral3"),
     _row("qwen", "qwen2 qwen3 qwen2_vl_text qwen2_5_vl_text qwen2_5_omni_text qwen3_vl_text"),
     _row("qwen3_5", "qwen3_5_text", _LINEAR),
     _row("gemma", "gemma gemma2 gemma3_text vaultgemma gemma4_unified_text"),
-    # Its per-layer embeddings join the stream through a matrix too; the experts are beside the dense block.
+    # Its per-layer embeddings join the stream through another matrix; the experts stand beside the dense block.
     _row("gemma4", "gemma4_text", mlp=("mlp.down_proj", "experts", "per_layer_projection")),
-    # Several streams: the attention and MLP blocks write to one and, in the layer's correction, to the others in proportion.
+    # It has several streams: attention and MLP blocks write to one and, in the layer's correction, to the others in proportion.
     _row("gemma3n", "gemma3n_text", mlp=("mlp.down_proj", "laurel.linear_right", "per_layer_projection")),
     _row("phi3", "phi3 phi4_multimodal"),
     _row("olmo", "olmo olmo2 olmo3"),
@@ -116,23 +117,23 @@ _TABLE: tuple[Architecture, ...] = (
     _row("falcon", "falcon bloom", ("self_attention.dense",), ("mlp.dense_4h_to_h",), layers="transformer.h"),
     _row("mpt", "mpt", ("attn.out_proj",), ("ffn.down_proj",), layers="transformer.blocks"),
     _row("opt", "opt", ("self_attn.out_proj",), ("fc2",), layers="model.decoder.layers"),
-    # Hybrids: each layer has some of a component's modules, Falcon-H1's have attention and a mixer side by side.
+    # Hybrids: the modules of a component differ per layer; Falcon-H1's layers have attention and a mixer side by side.
     _row("falcon_h1", "falcon_h1", _MAMBA, ("feed_forward.down_proj",)),
     _row("bamba", "bamba", _MAMBA, ("feed_forward.down_proj",)),
     _row("griffin", "recurrent_gemma", ("temporal_block.o_proj", "temporal_block.linear_out"), ("mlp_block.down_proj",)),
     _row("lfm2", "lfm2 lfm3", _CONV, ("feed_forward.w2",)),
     _row("mamba", "mamba mamba2 falcon_mamba", ("mixer.out_proj",), (), layers="backbone.layers"),
-    # What their shared transformer blocks give enters the mixers, and never the stream.
+    # The output of their shared transformer blocks enters the mixers, never the stream.
     _row("zamba", "zamba zamba2", ("mamba.out_proj", "mamba_decoder.mamba.out_proj"), ()),
-    # One block a layer. Where experts work in a space of their own, what leads back from there writes to the stream.
+    # One block per layer. If experts work in a latent space, the projection out of it writes to the stream.
     _row(
         "nemotron_h",
         "nemotron_h",
         ("mixer.o_proj", "mixer.out_proj"),
         ("mixer.down_proj", "mixer.fc2_latent_proj|mixer.experts", "mixer.shared_experts.down_proj"),
     ),
-    # Mixtures of experts: all of a layer's routed experts are one module; some layers are dense, and some have experts that
-    # every token visits beside the routed ones.
+    # Mixtures of experts: all routed experts of a layer are one module; some layers are dense, and some also have shared
+    # experts, which every token visits.
     _row(
         "mixtral",
         "mixtral phimoe minimax_m2 olmoe flex_olmo gpt_oss qwen3_moe qwen3_vl_moe_text qwen3_omni_moe_text mellum",
@@ -149,7 +150,7 @@ _TABLE: tuple[Architecture, ...] = (
         mlp=(*_MOE, "mlp.shared_experts.down_proj"),
     ),
     _row("longcat", "longcat_flash", ("self_attn.*.o_proj",), ("mlps.*.down_proj", "mlp.experts")),
-    # Its other experts, for images only, are of the vision part.
+    # Its other experts serve images only and belong to the vision part.
     _row("ernie4_5_vl", "ernie4_5_vl_moe_text", mlp=("mlp.down_proj", "mlp.text_moe.experts", "mlp.shared_experts.down_proj")),
     _row("hunyuan_moe", "hunyuan_v1_moe", mlp=(*_MOE, "mlp.shared_mlp.down_proj")),
     _row("jamba", "jamba", _MAMBA, ("feed_forward.down_proj", "feed_forward.experts")),
@@ -184,7 +185,7 @@ def _row_of(model_type: str) -> Architecture | None:
 
 
 def known_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture | None:
-    """The row of a `model_type`, or one made of the settings `load.decoder_layers` and `load.components`; None: neither."""
+    """The row of `model_type`, or one made from the settings `load.decoder_layers` and `load.components`; None without both."""
     if layers and components:
         named = {component: tuple(path.split("|")) for component, path in components.items()}
         return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
@@ -192,28 +193,28 @@ def known_architecture(model_type: str, layers: str = "", components: Mapping[st
 
 
 def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:
-    """`known_architecture`; InputError where there is none."""
-    found = known_architecture(model_type, layers, components)
-    if found is None:
+    """`known_architecture`, but InputError if there is none."""
+    architecture = known_architecture(model_type, layers, components)
+    if architecture is None:
         raise unknown_family(model_type)
-    return found
+    return architecture
 
 
 def unknown_family(model_type: str, reason: str = "") -> InputError:
-    """What a person is told of a family that isn't in the table; `reason`: what its structure doesn't tell."""
+    """The error for a family that isn't in the table; `reason`: why its structure is unclear."""
     return InputError(
-        f"The model family {model_type!r} is not known{f', and its structure is unclear ({reason})' if reason else ''}; say "
-        "where its decoder layers and the modules that write to the residual stream are: "
+        f"The model family {model_type!r} is not known{f', and its structure is unclear ({reason})' if reason else ''}; name "
+        "its decoder layers and the modules that write to the residual stream: "
         "--set load.decoder_layers=model.layers "
         '--set \'load.components={"attn.o_proj" = "self_attn.o_proj", "mlp.down_proj" = "mlp.down_proj"}\'.'
     )
 
 
 def decoder_path(model: nn.Module, architecture: Architecture) -> str:
-    """The path of the decoder stack; InputError where the row's paths lead elsewhere."""
+    """The path of the decoder layers; InputError if none of the row's paths leads to a module list."""
     for path in architecture.layers.split("|"):
-        found = _submodule(model, path)
-        if isinstance(found, nn.ModuleList) and len(found):
+        layers = _submodule(model, path)
+        if isinstance(layers, nn.ModuleList) and len(layers):
             return path
     raise InputError(
         f"The model has no decoder layers at {architecture.layers!r}; name them with --set load.decoder_layers=PATH."
@@ -221,27 +222,29 @@ def decoder_path(model: nn.Module, architecture: Architecture) -> str:
 
 
 def decoder_layers(model: nn.Module, architecture: Architecture) -> nn.ModuleList:
-    """The decoder stack; InputError where the row's paths lead elsewhere."""
-    found = model.get_submodule(decoder_path(model, architecture))
-    assert isinstance(found, nn.ModuleList)
-    return found
+    """The decoder layers; InputError as in `decoder_path`."""
+    layers = model.get_submodule(decoder_path(model, architecture))
+    assert isinstance(layers, nn.ModuleList)
+    return layers
 
 
 def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> tuple[Target, ...]:
     """Every module to edit, in layer order.
 
     Raises:
-        InputError: there is none, or one doesn't write `d_model` features or belongs to several layers. What is there but of
-            a kind that can't be edited is left out; `coverage.py` says what.
+        InputError: there is no such module, or a module doesn't write `d_model` features or belongs to several layers. Modules
+            that can't be edited are left out; `coverage.py` counts them.
     """
-    there = [target for target, _ in members(model, architecture)]
-    targets = tuple(target for target in there if not obstacle(target.module))
-    packed = next((target for target in there if storage_remedy(target.module)), None)
-    if not targets and packed is not None:
-        raise InputError(f"The weights in {packed.name} can't be edited: {storage_remedy(packed.module)}.")
-    if there and not targets:
-        kinds = " and ".join(sorted({type(target.module).__name__ for target in there}))
-        raise InputError(f"The model can't be edited: what writes to its residual stream, {_paths(architecture)}, is {kinds}.")
+    named = [target for target, _ in members(model, architecture)]
+    targets = tuple(target for target in named if not obstacle(target.module))
+    quantized = next((target for target in named if storage_remedy(target.module)), None)
+    if not targets and quantized is not None:
+        raise InputError(f"The weights in {quantized.name} can't be edited: {storage_remedy(quantized.module)}.")
+    if named and not targets:
+        kinds = " and ".join(sorted({type(target.module).__name__ for target in named}))
+        raise InputError(
+            f"The model can't be edited: {_paths(architecture)}, which write to its residual stream, are of the class {kinds}."
+        )
     if not targets:
         raise InputError(
             f"The model has no matrix to edit: none of its layers has {_paths(architecture)}; name the modules that "
@@ -250,19 +253,19 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
     for target in targets:
         if out_features(target.module) != d_model:
             raise InputError(
-                f"The module {target.name} writes {out_features(target.module)} features, the residual stream has "
+                f"The module {target.name} writes {out_features(target.module)} features, but the residual stream has "
                 f"{d_model}; name other modules with --set load.components."
             )
     if len({id(target.module) for target in targets}) < len(targets):
         raise InputError(
-            f"The layers share modules ({targets[-1].name}), which can't be edited for one of them; name those that they don't "
-            "share with --set load.components."
+            f"The layers share modules ({targets[-1].name}), which can't be edited for one layer alone; name modules that "
+            "aren't shared with --set load.components."
         )
     return targets
 
 
 def missing_components(targets: tuple[Target, ...], architecture: Architecture, n_layers: int) -> dict[str, int]:
-    """Per component the number of layers that have no module of it (only those above 0)."""
+    """Per component, the number of layers without a module of it; components that every layer has are left out."""
     seen = {(target.component, target.layer) for target in targets}
     counts = {
         component: sum((component, layer) not in seen for layer in range(n_layers))
@@ -273,31 +276,31 @@ def missing_components(targets: tuple[Target, ...], architecture: Architecture, 
 
 
 def obstacle(module: nn.Module) -> str:
-    """Why a module that writes to the residual stream can't be edited, or ""."""
+    """Why a module that writes to the residual stream can't be edited; "" if it can."""
     return storage_remedy(module) or (
-        f"{type(module).__name__}, a kind that can't be edited" if out_features(module) is None else ""
+        f"{type(module).__name__}, a class that can't be edited" if out_features(module) is None else ""
     )
 
 
 def members(model: nn.Module, architecture: Architecture) -> Iterator[tuple[Target, str]]:
-    """Every module of every layer that the row names, and its path there, in layer order; editable or not."""
-    stack = decoder_path(model, architecture)
+    """Every module that the row names in any layer, editable or not, with its path in the row, in layer order."""
+    layers_path = decoder_path(model, architecture)
     for index, layer in enumerate(decoder_layers(model, architecture)):
         for component, paths in architecture.components.items():
-            for path, named in _all_expanded(layer, paths):
-                yield Target(f"{stack}.{index}.{path}", index, component, layer.get_submodule(path)), named
+            for path, pattern in _all_expanded(layer, paths):
+                yield Target(f"{layers_path}.{index}.{path}", index, component, layer.get_submodule(path)), pattern
 
 
 def _all_expanded(layer: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, str]]:
-    for choice in paths:
-        for named in choice.split("|"):
-            if found := [(path, named) for path in _expanded(layer, named) if _submodule(layer, path) is not None]:
-                yield from found
+    for alternatives in paths:
+        for pattern in alternatives.split("|"):
+            if present := [(path, pattern) for path in _expanded(layer, pattern) if _submodule(layer, path) is not None]:
+                yield from present
                 break
 
 
 def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
-    """A path for each member of the module list that a * stands for."""
+    """One path per member of the module list that the * in `path` stands for."""
     head, star, tail = path.partition(".*.")
     members = _submodule(layer, head) if star else None
     if isinstance(members, nn.ModuleList):
@@ -307,12 +310,12 @@ def _expanded(layer: nn.Module, path: str) -> Iterator[str]:
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
-    """The module at a path; None where there is none, or only a stand-in for one that a config leaves out."""
+    """The module at a path; None if there is none, or only the stand-in for a module that the config leaves out."""
     try:
-        found = root.get_submodule(path)
+        module = root.get_submodule(path)
     except AttributeError:
         return None
-    return None if isinstance(found, nn.Identity) else found
+    return None if isinstance(module, nn.Identity) else module
 
 
 def _paths(architecture: Architecture) -> str:

@@ -22,22 +22,22 @@ from abliterate.types import Prompt, TemplateOptions
 
 Messages = list[dict[str, Any]]
 
-# (role, text) of user and assistant in turn.
+# (role, text) of the user and the assistant in turn.
 Turns = Sequence[tuple[str, str]]
 
-# What a template's own code raises on messages of a form it isn't written for: `+` of a string and a list is a TypeError.
+# Exceptions of a template given messages in a form that it isn't written for: `+` of a string and a list is a TypeError.
 FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
 
-# What `transformers` gives every template beside the special tokens; not for a person to set.
+# Names that `transformers` passes to every template beside the special tokens; users don't set them.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict"}
 
-# Words that no template has or changes.
+# Words that no template contains or changes.
 _PROBE = Prompt("one question to abliterate", "one instruction to abliterate")
 
 
 @dataclass(frozen=True)
 class Form:
-    """How a prompt becomes messages. `tail`: what the template puts after the user's text. `note`: what a person is told."""
+    """How a prompt becomes messages. `tail`: the template's text after the user's text. `note`: a note to the user, or ""."""
 
     merged: bool
     parts: bool
@@ -45,25 +45,25 @@ class Form:
     note: str = ""
 
     def messages(self, prompt: Prompt) -> Messages:
-        """`merged`: the system prompt before the user's text; `parts`: content as vision-language templates want it."""
+        """`merged`: the system prompt stands before the user's text; `parts`: content in vision-language form."""
         return self.conversation(prompt.system, (("user", prompt.text),))
 
     def conversation(self, system: str, turns: Turns) -> Messages:
-        """The same of several (role, text) in turn, the user's first."""
-        said = [("system", system)] if system and not self.merged else []
-        before = f"{system}\n\n" if system and self.merged else ""
+        """The messages of several turns; the first is the user's."""
+        system_messages = [("system", system)] if system and not self.merged else []
+        prefix = f"{system}\n\n" if system and self.merged else ""
         (role, first), *rest = turns
         return [
             {"role": role, "content": [{"type": "text", "text": text}] if self.parts else text}
-            for role, text in (*said, (role, before + first), *rest)
+            for role, text in (*system_messages, (role, prefix + first), *rest)
         ]
 
 
 class Template:
-    """What a tokenizer makes of messages, with the options of the settings.
+    """A tokenizer's chat template, with the options of the settings.
 
     Raises:
-        InputError: there is none, or no single one, or it has no such options.
+        InputError: the tokenizer has no template, or several without a default, or the template lacks one of the options.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions) -> None:
@@ -75,16 +75,16 @@ class Template:
             if name not in known:
                 has = f"it has {', '.join(known)}" if known else "it has none"
                 raise InputError(
-                    f"The model's chat template has no option {name} (load.template_options); {has}, or leave the setting out."
+                    f"The model's chat template has no option {name} (load.template_options); {has}; correct the setting."
                 )
 
     @property
     def options(self) -> tuple[str, ...]:
-        """Names that the template reads and nobody else sets, sorted: `enable_thinking` and the like."""
+        """Sorted names that the template reads and only the user can set, such as `enable_thinking`."""
         return tuple(sorted(_variables(self._source) - _GIVEN - set(self._tokenizer.special_tokens_map)))
 
     def render(self, messages: Messages) -> str:
-        """The text that a model continues. Raises one of `FAILURES` where the template does."""
+        """The text that the model continues. An exception of the template is one of `FAILURES`."""
         rendered = self._tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
         )
@@ -92,10 +92,10 @@ class Template:
         return rendered
 
     def form(self, *, system: bool) -> Form:
-        """The first form in which nothing gets lost: as it is, as parts; else the system prompt before the user's text.
+        """The first form in which no text is lost: plain, in parts, and then both with the system prompt in the user's text.
 
         Raises:
-            InputError: the user's text is lost in all of them.
+            InputError: the user's text is lost in every form.
         """
         probe = _PROBE if system else Prompt(_PROBE.text)
         reasons: list[str] = []
@@ -108,25 +108,25 @@ class Template:
                     reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
                     continue
                 lost = [text for text in (probe.text, probe.system) if text not in rendered]
-                # A template that writes down any value shows a list as Python does.
+                # A template that prints any value would print a list of parts as Python does.
                 if not lost and "'text':" not in rendered:
                     note = _system_note(reasons[0]) if merged else ""
                     return Form(merged, parts, rendered.rpartition(probe.text)[2], note)
                 reasons.append("" if lost != [probe.system] else "system")
-        told = next((f" ({reason})" for reason in reasons if reason not in ("", "system")), "")
+        reported = next((f" ({reason})" for reason in reasons if reason not in ("", "system")), "")
         raise InputError(
-            f"The model's chat template can't render a prompt: the user's text isn't in what it gives{told}; give another with "
-            "--set load.chat_template=FILE."
+            f"The model's chat template can't render a prompt: the user's text isn't in its output{reported}; give another "
+            "template with --set load.chat_template=FILE."
         )
 
 
 def _system_note(reason: str) -> str:
     why = "leaves the system prompt out" if reason in ("", "system") else f"takes no system prompt ({reason})"
-    return f"the chat template {why}; it is put before the user's text"
+    return f"the chat template {why}; the system prompt is put before the user's text"
 
 
 def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The one template for a plain chat, of possibly several."""
+    """The template for a plain chat, if there are several."""
     if not tokenizer.chat_template:
         raise InputError(
             "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
@@ -135,15 +135,15 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         named = tokenizer.chat_template
         if "default" not in named:
             raise InputError(
-                f"The model's tokenizer has several chat templates ({', '.join(sorted(named))}) and no default; give one with "
-                "--set load.chat_template=FILE."
+                f"The model's tokenizer has several chat templates ({', '.join(sorted(named))}) and no default; give a "
+                "template with --set load.chat_template=FILE."
             )
         return str(named["default"])
     return tokenizer.chat_template
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}` marks what a model has said, for training; here it only has to parse."""
+    """`{% generation %}` marks the model's answers for training; here it only has to parse."""
 
     tags = {"generation"}  # noqa: RUF012 - as in jinja's own
 
@@ -156,16 +156,16 @@ class _Generation(ext.Extension):
 def _variables(source: str) -> frozenset[str]:
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, ext.loopcontrols])
     try:
-        found = meta.find_undeclared_variables(environment.parse(source))
+        names = meta.find_undeclared_variables(environment.parse(source))
     except TemplateError as error:
         raise InputError(
-            f"The model's chat template can't be read ({error}); give another with --set load.chat_template=FILE."
+            f"The model's chat template can't be read ({error}); give another template with --set load.chat_template=FILE."
         ) from error
-    return frozenset(found) - set(environment.globals)
+    return frozenset(names) - set(environment.globals)
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`; `options` are the template's."""
+    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`. `options` are passed to the template."""
 
     def __init__(
         self,
@@ -179,29 +179,29 @@ class PromptEncoder:
         self.response_prefix = response_prefix
         self.template = Template(tokenizer, options or {})
         self._forms: dict[bool, Form] = {}
-        # Kept: a template that writes today's date would change a run that goes on after midnight.
+        # Rendered prompts are kept: a template that writes today's date would change a run that lasts beyond midnight.
         self._rendered: dict[Prompt, str] = {}
 
     def form(self, prompt: Prompt) -> Form:
-        """How this kind of prompt (with a system prompt or without) becomes messages."""
+        """The form of messages for this prompt; it depends on whether there is a system prompt."""
         return self.form_of(system=bool(prompt.system))
 
     def form_of(self, *, system: bool) -> Form:
-        """The same, by whether there is a system prompt."""
+        """The form of messages with or without a system prompt."""
         if system not in self._forms:
             self._forms[system] = self.template.form(system=system)
         return self._forms[system]
 
     def render(self, prompt: Prompt) -> str:
-        """The text the model continues. A template that has no system role gets it before the user's text."""
+        """The text that the model continues. Without a system role, the system prompt stands before the user's text."""
         if prompt not in self._rendered:
             self._rendered[prompt] = self._conversation(prompt.system, (("user", prompt.text),))
         return self._rendered[prompt] + self.response_prefix
 
     def render_turns(self, system: str, turns: Turns) -> tuple[str, str]:
-        """The text the model continues after `turns`, the last one the user's, and what stands after that one's text.
+        """(text that the model continues, its tail after the last user's text); the last of `turns` is the user's.
 
-        The response prefix is in both.
+        Both end with the response prefix.
         """
         rendered = self._conversation(system, turns)
         tail = self._tail(rendered, self.form_of(system=bool(system)).tail, turns[-1][1])
@@ -212,16 +212,17 @@ class PromptEncoder:
             return self.template.render(self.form_of(system=bool(system)).conversation(system, turns))
         except FAILURES as error:
             raise InputError(
-                f"The model's chat template can't render a prompt ({error}); give another with --set load.chat_template=FILE."
+                f"The model's chat template can't render a prompt ({error}); give another template with "
+                "--set load.chat_template=FILE."
             ) from error
 
     def tail(self, prompt: Prompt) -> str:
-        """What stands after the user's text: a tag in it is the template's (or the response prefix's), not the prompt's."""
+        """The rendered text after the user's text; its tags come from the template or the response prefix, not the prompt."""
         return self._tail(self.render(prompt), self.form(prompt).tail + self.response_prefix, prompt.text)
 
     @staticmethod
     def _tail(rendered: str, usual: str, text: str) -> str:
-        # Of a template whose end depends on what was asked, all after the text is taken, where that can be found.
+        # If the template's end depends on the question, everything after the user's text is taken, if that text can be found.
         if rendered.endswith(usual):
             return usual
         return rendered.rpartition(text.strip())[2] if text.strip() and text.strip() in rendered else rendered
@@ -229,9 +230,9 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[Prompt]) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each (n_prompts, longest) int64, padded on the left.
 
-        No special tokens are added: the template has rendered them (a second BOS would be a silent error). Pads carry
-        the row's own first token: masked from the model, they are seen by a repetition penalty, and where the pad token
-        is the end token it would make a response depend on its neighbours' lengths.
+        No special tokens are added: the template has rendered them, and a second BOS would be a silent error. Pads repeat
+        the row's own first token: the model's mask hides them, but a repetition penalty sees them, and if the pad token is
+        the end token, a response would depend on the lengths of the other rows.
         """
         texts = [self.render(prompt) for prompt in prompts]
         batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -240,17 +241,17 @@ class PromptEncoder:
         return batch.to(self.device)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The ids of one prompt, as in `encode`, without pads."""
+        """The token ids of one prompt, as in `encode` but without pads."""
         return list(self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
-        """Text of generated ids; special tokens are kept only to look for thinking blocks."""
+        """The text of generated ids. Only the search for thinking blocks keeps special tokens."""
         return decode_ids(self.tokenizer, ids, skip_special_tokens=skip_special_tokens)
 
 
 def decode_ids(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool) -> str:
-    """Text of one row of ids."""
+    """The text of one row of ids."""
     row = ids.tolist() if isinstance(ids, Tensor) else list(ids)
     text = tokenizer.decode(row, skip_special_tokens=skip_special_tokens)
-    assert isinstance(text, str)  # lists come back only for lists of rows
+    assert isinstance(text, str)  # the tokenizer returns a list only for a list of rows
     return text

@@ -1,6 +1,6 @@
-"""The one place that reads weights: complete, in the dtype asked for, quantized or made dense if asked for.
+"""Loads a model's weights, completely and in the requested dtype, quantized or made dense on request.
 
-Owns the sentences for what can't be loaded. Knows nothing of dtype choice or edits.
+No other module loads weights; the error sentences for weights that can't be loaded are here.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from abliterate.model.formats import FILES
 from abliterate.model.memory import free_memory
 from abliterate.settings.schema import LoadSettings
 
-# Of free main memory, what weights may take.
+# The share of free main memory that weights may take.
 _WEIGHTS_SHARE = 0.9
 
 
 def load_weights(
     source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
 ) -> PreTrainedModel:
-    """Weights of `source` in `dtype`, the one call of `from_pretrained` for weights. `device` None: as stored, on CPU.
+    """The model with the weights of `source` in `dtype`. `device` None: as stored, on the CPU.
 
     Raises:
-        InputError: no such weights, some missing, or a quantization whose package or GPU is missing. torch.OutOfMemoryError:
-            they don't fit, as far as that is known.
+        InputError: the weights don't exist or are incomplete, or a quantization's package or GPU is missing.
+            torch.OutOfMemoryError: they don't fit, as far as that is known beforehand.
     """
     quiet_bitsandbytes()
     quantized.check(config, load, device)
@@ -55,14 +55,14 @@ def load_weights(
     if device is not None:
         kwargs["device_map"] = load.device_map or {"": str(device)}
         if load.device_map:
-            # Used only for what its files don't hold as the model does, above all stacked experts.
+            # Used only for weights that the files store in another layout than the model, above all fused experts.
             kwargs["offload_folder"] = load.offload_folder or offload.temporary_folder()
         if load.max_memory:
             kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
         kwargs |= _quantization(load, dtype)
-    elif dense:  # some packages would choose an accelerator
+    elif dense:  # otherwise some packages would choose an accelerator
         kwargs["device_map"] = {"": "cpu"}
-    # Mismatched sizes are not ignored: reported like missing ones, they get a sentence instead of a table on stderr.
+    # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         if dense and quantized.method_of(config) in FILES:
@@ -72,10 +72,10 @@ def load_weights(
     except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
         raise load_error(source, error) from error
     except RuntimeError as error:
-        if "conversion of the weights" not in str(error):  # not out of memory
+        if "conversion of the weights" not in str(error):  # out of memory and the like
             raise
         raise InputError(
-            f"The model in {source} is incomplete: tensors that its loader joins, such as experts, don't fit together; "
+            f"The model in {source} is incomplete: tensors that the loader joins, such as experts, don't fit together; "
             "download it again, or check that weights and config belong together."
         ) from error
     _check_complete(source, loading, quantized.method_of(config))
@@ -85,25 +85,25 @@ def load_weights(
 
 
 def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
-    """The model without weights (meta device): its modules and their names."""
+    """The model without weights (on the meta device), for its modules and their names."""
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     return model
 
 
 def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
-    """The model with random weights in float32, on the CPU. torch.OutOfMemoryError where main memory doesn't hold them."""
+    """The model with random weights in float32, on the CPU. torch.OutOfMemoryError if main memory is too small."""
     _check_memory(config, load, torch.float32)
     model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     model = model.float().eval().requires_grad_(False)
     for parameter in model.parameters():
-        if parameter.dim() == 1:  # else what is scaled channel by channel looks like a copy of itself: scales begin at 1
+        if parameter.dim() == 1:  # scales begin at 1: a channel-wise scaled output would look like a copy
             parameter.add_(0.2 * torch.rand_like(parameter))
     return model
 
 
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
-    """The class that gives the whole model: with its vision part where it has one, or an export would lose that."""
+    """The auto class that loads the whole model, including a vision part, which an export would lose otherwise."""
     if load.trust_remote_code:
         return transformers.AutoModelForCausalLM
     composite = config.get_text_config() is not config
@@ -113,7 +113,7 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
         return transformers.AutoModelForImageTextToText
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
-    # With a part for sound. Those that speak have no forward pass as a whole.
+    # Models with an audio part. Models that speak have no forward pass of the whole model.
     if type(config) in getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ()) and not hasattr(config, "talker_config"):
         return transformers.AutoModelForMultimodalLM
     raise _no_decoder(config)
@@ -121,25 +121,25 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
 
 def _no_decoder(config: PretrainedConfig) -> InputError:
     return InputError(
-        f"transformers has no class for {config.model_type!r} that reads a prompt and writes on; encoders and encoder-decoders "
-        "can't be edited, and of models that speak (Qwen-Omni) only the thinker, saved as a model of its own."
+        f"transformers has no class for {config.model_type!r} that continues a prompt; encoders and encoder-decoders can't be "
+        "edited, and of models that speak (Qwen-Omni) only the thinker can be, saved as a model of its own."
     )
 
 
 def dense_load(load: LoadSettings) -> LoadSettings:
-    """The same, but dense weights, whatever the checkpoint holds and the settings say."""
+    """These settings, but with dense weights, whatever the checkpoint stores and the settings request."""
     return load.model_copy(update={"quantization": "none", "dequantize": True})
 
 
 def _from_files(
     source: str, load: LoadSettings, config: PretrainedConfig, kwargs: dict[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A quantized checkpoint with dense weights: `from_pretrained` of its class, given tensors instead of files."""
+    """A quantized checkpoint with dense weights: `from_pretrained` of its class is given tensors instead of files."""
     state = quantized.dense_state(source, config, load)
     plain = copy.deepcopy(config)
-    for one in (plain, plain.get_text_config()):
-        if hasattr(one, "quantization_config"):
-            del one.quantization_config
+    for holder in (plain, plain.get_text_config()):
+        if hasattr(holder, "quantization_config"):
+            del holder.quantization_config
     options = {
         name: value for name, value in kwargs.items() if name not in ("revision", "use_safetensors", "trust_remote_code")
     }
@@ -151,7 +151,7 @@ def _from_files(
 
 
 def _check_memory(config: PretrainedConfig, load: LoadSettings, dtype: torch.dtype) -> None:
-    """torch.OutOfMemoryError where main memory doesn't hold the weights: else a killed process would be the only message."""
+    """torch.OutOfMemoryError if main memory can't hold the weights; without it, the system would kill the process silently."""
     needed = dtype.itemsize * sum(parameter.numel() for parameter in empty_model(config, load).parameters())
     free = free_memory(torch.device("cpu"))
     if needed > _WEIGHTS_SHARE * free:
@@ -161,7 +161,7 @@ def _check_memory(config: PretrainedConfig, load: LoadSettings, dtype: torch.dty
 
 
 def load_error(source: str, error: Exception) -> InputError:
-    """What a person is told when `source` can't be loaded."""
+    """The error when `source` can't be loaded."""
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     if Path(source).is_dir():
         return InputError(f"The model in {source} can't be loaded: {first}.")
@@ -172,12 +172,12 @@ def load_error(source: str, error: Exception) -> InputError:
 
 
 def _check_complete(source: str, loading: dict[str, Any], method: str) -> None:
-    """transformers fills what a checkpoint lacks with random numbers and warns at most."""
+    """InputError if tensors are missing: transformers fills them with random numbers and at most warns."""
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
     if wrong:
         named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(
-            f"The model in {source} is incomplete: its weight files lack {named}, or hold them in another shape than "
+            f"The model in {source} is incomplete: its weight files lack {named}, or store them in another shape than "
             "config.json says; download it again, or check that weights and config belong together"
             + (f" (it is quantized as {method}; --set load.dequantize=true reads it without its kernels)." if method else ".")
         )
@@ -199,6 +199,6 @@ def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def quiet_bitsandbytes() -> None:
-    """Its advice on an optional kernel (at import) and on input dtypes (one line per module); its errors still show."""
+    """Hide its advice on an optional kernel (at import) and on input dtypes (a line per module); its errors still show."""
     for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Devices: which one is meant, what a person calls it, and how much memory it has."""
+"""Chooses the device that the settings name, and describes it: its common name and its free memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from abliterate.errors import InputError
 
 
 def choose_device(device: str) -> torch.device:
-    """The device named, or the best there is for `auto`. InputError where it doesn't exist."""
+    """The device of that name, or the best available one for `auto`. InputError if it can't be used."""
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return accelerator or torch.device("cpu")
@@ -22,14 +22,14 @@ def choose_device(device: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What a person calls the device."""
+    """The device's common name, such as the model of a GPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 def memory_text(device: torch.device) -> str:
-    """Free and total memory where the model will work."""
+    """Free and total memory of the device, in words."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
     else:

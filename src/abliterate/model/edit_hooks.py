@@ -1,8 +1,8 @@
-"""The edits of the current trial, on the model: a row scale plus low rank per module, by forward hooks.
+"""Forward hooks apply the current trial's edits to the model: a row scale plus a low-rank update per module.
 
-A module whose edit is off has no hook and costs nothing; base weights are never written, so taking all edits off
-gives the base model back bit for bit. PEFT is the exchange format (`export/adapter.py`), not the trial path: its
-LoRA layers cost 10–27 % of a decode step on a small model (DESIGN §5.8).
+An unedited module has no hook and costs nothing. Base weights are never written, so clearing all edits restores the base model
+bit for bit. PEFT is the exchange format (`export/adapter.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
+decode step on a small model (docs/design.md §5.8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from abliterate.model.weights import place_of
 
 
 class LowRankEdit(Protocol):
-    """W' = diag(row_scale) W + b a; shapes as in `edits.Factors`, those of a stack for fused experts."""
+    """W' = diag(row_scale) W + b a, with the shapes of `edits.Factors`."""
 
     @property
     def row_scale(self) -> Tensor | None: ...
@@ -31,12 +31,12 @@ class LowRankEdit(Protocol):
     def b(self) -> Tensor: ...
 
 
-# What makes an edit: equal keys mean equal factors, so an unchanged module need not be written again.
+# {module: (key, function that makes the factors)}. Equal keys mean equal factors, so an unchanged module isn't written again.
 RequestedEdits = Mapping[str, tuple[Hashable, Callable[[], LowRankEdit]]]
 
 
 class EditHooks:
-    """The adapters of all target modules. `apply` is announced by its name and undone by `clear`."""
+    """The hooks of all target modules. `apply` switches edits on, `clear` is its inverse."""
 
     def __init__(self, targets: Iterable[Target], *, incremental: bool = True) -> None:
         targets = tuple(targets)
@@ -57,13 +57,13 @@ class EditHooks:
 
     @property
     def first_layer(self) -> int | None:
-        """The lowest layer with an edited module; None where there is none."""
+        """The lowest layer with an edited module; None if no module is edited."""
         return min((self._layers[name] for name in self.active), default=None)
 
     def apply(self, wanted: RequestedEdits) -> None:
-        """Make exactly the `wanted` edits, {module: (key, factors maker)}.
+        """Make exactly the edits in `wanted`.
 
-        Incrementally: only modules whose key changed are written, those no longer wanted are switched off.
+        Incremental: only modules whose key has changed are written, and modules that aren't in `wanted` are switched off.
         """
         self.version += 1
         if not self._incremental:
@@ -72,14 +72,14 @@ class EditHooks:
             if name not in wanted:
                 adapter.off()
                 continue
-            key, make = wanted[name]
+            key, make_factors = wanted[name]
             if adapter.key == key:
                 self.hits += 1
                 adapter.resume()
                 continue
             self.misses += 1
-            adapter.off()  # a failing `make` leaves the module unedited, not half edited
-            adapter.write(key, make())
+            adapter.off()  # if `make` fails, the module is unedited, not half edited
+            adapter.write(key, make_factors())
 
     def suspend(self) -> None:
         """The base model, bit for bit; the factors stay, so that the next `apply` writes only what differs from this one."""
@@ -95,7 +95,7 @@ class EditHooks:
 
 
 class _Adapter:
-    """One module's edit, in the dtype of what flows through it."""
+    """One module's edit, in the dtype of the module's input."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -104,16 +104,16 @@ class _Adapter:
 
     def write(self, key: Hashable, factors: LowRankEdit) -> None:
         bias = held(self._module, "bias") if getattr(self._module, "bias", None) is not None else None
-        # Quantized storage says nothing of the compute dtype; factors then stay float32 until the first input.
+        # A quantized weight doesn't show the compute dtype; the factors then stay float32 until the first input.
         device, dtype = place_of(self._module)
-        place: Any = {"device": device, "dtype": dtype or torch.float32}
-        self._a, self._b = factors.a.to(**place), factors.b.to(**place)
-        # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
-        self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
-        # y = s∘(Wx) + BAx + bias, written over the module's own output Wx + bias: biases are never edited.
+        options: Any = {"device": device, "dtype": dtype or torch.float32}
+        self._a, self._b = factors.a.to(**options), factors.b.to(**options)
+        # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
+        self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**options)
+        # y = s∘(Wx) + BAx + bias, computed from the module's own output Wx + bias: biases are never edited.
         self._shift = None
         if bias is not None and factors.row_scale is not None:
-            self._shift = (bias.detach().float() * (1 - factors.row_scale.to(bias.device))).to(**place)
+            self._shift = (bias.detach().float() * (1 - factors.row_scale.to(bias.device))).to(**options)
         self.key = key
         self.resume()
 

@@ -1,9 +1,9 @@
-"""Fused experts: all experts' matrices of a layer in one parameter, read as a stack and edited while it is used.
+"""Fused experts hold all expert matrices of a layer in one parameter; this module reads them and edits them during the pass.
 
-Of a token's routed experts each writes r (W_e h + bias_e); edited r (s_e∘(W_e h) + b_e (a_e·h) + bias_e). That is computed for
-the (token, expert) pairs that a pass has, O(d_ff + d_model) each, by an entry of ours in transformers' registry of experts
-functions: no edited matrix is ever in memory (PEFT's parameter targeting makes all of them in every pass). Modules whose edit
-is off run transformers' own function. Knows no edit methods.
+Each routed expert of a token writes r (W_e h + bias_e), and edited r (s_e∘(W_e h) + b_e (a_e·h) + bias_e). Our function in
+transformers' registry of experts functions computes this for the (token, expert) pairs of a pass, O(d_ff + d_model) each, so
+no edited matrix is ever in memory (PEFT's parameter targeting makes all of them in every pass). Unedited modules run
+transformers' own function.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers.integrations import moe
 from abliterate.model.formats import is_plain
 from abliterate.model.offload import held, home_of
 
-# Under this name our function is in transformers' registry, and on an edited module is what carries out the edit.
+# The name of our function in transformers' registry, and the attribute of an edited module that holds its edit.
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
-# What the function needs to know of a module; transformers' decorator for experts classes sets it.
+# The attributes that our function needs; transformers' decorator for experts classes sets them.
 _DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
 
 
 class StackEdit(Protocol):
-    """W'_e = diag(row_scale_e) W_e + b_e a_e; every tensor as in `edits.Factors`, with a leading dimension of experts."""
+    """W'_e = diag(row_scale_e) W_e + b_e a_e; tensors as in `edits.Factors`, with a leading dimension of experts."""
 
     @property
     def row_scale(self) -> Tensor | None: ...
@@ -39,42 +39,42 @@ class StackEdit(Protocol):
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether a module is the fused experts of a layer, of a kind whose forward pass we know."""
+    """Whether a module holds the fused experts of a layer and belongs to a class whose forward pass we know."""
     down = module._parameters.get("down_proj")
     known = type(module).__name__ in _REPLACED or all(hasattr(module, name) for name in _DECORATED)
     return known and down is not None and down.ndim == 3 and is_plain(down)
 
 
 def is_transposed(module: Any) -> bool:
-    """Whether fused experts are stored as (E, d_ff, d_model)."""
+    """Whether these fused experts are stored as (E, d_ff, d_model)."""
     return bool(getattr(module, "is_transposed", type(module).__name__ == "Llama4TextExperts"))
 
 
 def fused_weight(module: nn.Module) -> Tensor:
-    """W (E, d_model, d_ff) of fused experts: a view, whichever way round they are stored."""
+    """W (E, d_model, d_ff) of fused experts, a view in either layout."""
     down = held(module, "down_proj")
     return down.detach().transpose(1, 2) if is_transposed(module) else down.detach()
 
 
 def down_outputs(module: nn.Module, x: Tensor) -> Tensor:
-    """What every expert makes of its own row of `x` (E, d_ff): (E, d_model), biases and the edit, if there is one, included."""
+    """Every expert's output for its own row of `x` (E, d_ff): (E, d_model), with biases and the edit if it is on."""
     experts = torch.arange(len(x), device=x.device)
     return _down(module, x.contiguous(), experts, (experts + 1).int())
 
 
 class ExpertsAdapter:
-    """The edit of one layer's fused experts, in the dtype of what flows through them; off, the module is as it was.
+    """The edit of one layer's fused experts, in the dtype of their input. `off` restores the module.
 
     Raises:
-        ValueError: another adapter's edit is on.
+        ValueError: another adapter edits the module.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
-        if _EDIT in vars(module):  # else `off` would put the edit back
+        if _EDIT in vars(module):  # otherwise `off` would restore that edit
             raise ValueError("these experts are being edited by another adapter")
         self._config: Any = getattr(module, "config", None)
-        # Where accelerate has its own hooks around a module, they call this instead.
+        # If accelerate has hooks around a module, they call `_old_forward` instead of `forward`.
         self._forward = "_old_forward" if "_old_forward" in vars(module) else "forward"
         self._old_forward = vars(module).get(self._forward)
         self.key: Hashable | None = None
@@ -89,7 +89,7 @@ class ExpertsAdapter:
         """Make the edit of these factors, and switch it on."""
         weight = self._module.down_proj
         place = {"device": home_of(self._module, weight), "dtype": weight.dtype}
-        # s − 1, not s: half precision has no numbers between 0.996 and 1, and most rows' scales are there.
+        # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
         self._edit = _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config)
         self.key = key
@@ -102,10 +102,10 @@ class ExpertsAdapter:
         if replaced is not None:
             setattr(self._module, self._forward, partial(replaced, self._module))
         else:
-            # Not by the config's property, which would change the configs it is made of, too.
-            mine: Any = copy.copy(self._config)
-            mine._experts_implementation_internal = _FUNCTION
-            self._module.config = mine
+            # Not through the config's property, which would also change its sub-configs.
+            edited_config: Any = copy.copy(self._config)
+            edited_config._experts_implementation_internal = _FUNCTION
+            self._module.config = edited_config
 
     def off(self) -> None:
         """Suspend the edit and forget its factors."""
@@ -125,7 +125,7 @@ class ExpertsAdapter:
 
 @dataclass
 class _Edit:
-    """`a` (E, r, d_ff), `b` (E, d_model, r), `scale` (E, d_model) = s − 1; `config`: the one that the layers share."""
+    """`a` (E, r, d_ff), `b` (E, d_model, r), `scale` (E, d_model) = s − 1; `config`: the config that the layers share."""
 
     a: Tensor
     b: Tensor
@@ -133,14 +133,14 @@ class _Edit:
     config: Any
 
     def __call__(self, written: Tensor, x: Tensor, experts: Tensor) -> Tensor:
-        """W'_e x of each pair, (S, d_model), from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
+        """W'_e x (S, d_model) of each (token, expert) pair, from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
         self._recast(x.dtype)
         low = torch.bmm(self.a[experts], x[:, :, None])  # (S, r, 1)
         edited = torch.baddbmm(written[:, :, None], self.b[experts], low)[:, :, 0]
         return edited if self.scale is None else edited.addcmul_(written, self.scale[experts])
 
     def of_all(self, written: Tensor, x: Tensor) -> Tensor:
-        """The same where every expert has as many rows: `written` (E, n, d_model), `x` (E, n, d_ff)."""
+        """W'_e x (E, n, d_model) if every expert has n rows: `written` (E, n, d_model), `x` (E, n, d_ff)."""
         self._recast(x.dtype)
         edited = torch.baddbmm(written, torch.bmm(x, self.a.transpose(1, 2)), self.b.transpose(1, 2))
         return edited if self.scale is None else edited.addcmul_(written, self.scale[:, None])
@@ -152,7 +152,7 @@ class _Edit:
 
 
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """transformers' `grouped_mm_experts_forward`, with the module's edit between W and its bias; (tokens, d_model)."""
+    """transformers' `grouped_mm_experts_forward`, with the edit between W and its bias; returns (tokens, d_model)."""
     tokens, top_k = hidden_states.shape[0], top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1))  # (S), S = tokens × top_k
     offsets = torch.searchsorted(experts, torch.arange(1, len(self.down_proj) + 1, device=experts.device)).int()
@@ -172,7 +172,7 @@ def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_
 
 
 def _gate(module: Any, x: Tensor) -> Tensor:
-    """What goes down of what came up, (S, 2 d_ff): the module's own way where it has one."""
+    """The gated activation (S, d_ff) of `x` (S, 2 d_ff), by the module's own method if it has one."""
     if hasattr(module, "_apply_gate"):
         return module._apply_gate(x)  # type: ignore[no-any-return]
     gate, up = x.chunk(2, dim=-1)
@@ -180,8 +180,10 @@ def _gate(module: Any, x: Tensor) -> Tensor:
 
 
 def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    """`Llama4TextExperts.forward`, edited; `hidden_states` (E × tokens, d_model) and the result are sorted by expert: every
-    expert sees every token, those that aren't chosen with a share of 0."""
+    """`Llama4TextExperts.forward` with the edit; `hidden_states` (E × tokens, d_model) and the result are sorted by expert.
+
+    Every expert sees every token; an expert that the token isn't routed to has weight 0.
+    """
     x = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
     x = up * self.act_fn(gate)
@@ -189,10 +191,10 @@ def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
 
 
 def _idle_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Experts numbered beyond the last matrix give back what they are given: `LongcatFlashExperts.forward`, edited."""
-    works = top_k_index < len(self.down_proj)
-    worked = _experts_forward(self, hidden_states, top_k_index.where(works, 0), top_k_weights * works)
-    return worked + (hidden_states * (top_k_weights * ~works).sum(dim=-1, keepdim=True)).to(worked.dtype)
+    """`LongcatFlashExperts.forward` with the edit; experts numbered beyond the last matrix return their input."""
+    active = top_k_index < len(self.down_proj)
+    output = _experts_forward(self, hidden_states, top_k_index.where(active, 0), top_k_weights * active)
+    return output + (hidden_states * (top_k_weights * ~active).sum(dim=-1, keepdim=True)).to(output.dtype)
 
 
 def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
@@ -204,18 +206,18 @@ def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _linear(module: Any, name: str, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-    """W_e x of pairs sorted by expert, without biases: by what the base multiplies with, as far as we know it."""
-    weight = getattr(module, name)[: len(module.down_proj)]  # LongCat stores rows for its idle experts, too
+    """W_e x of pairs sorted by expert, without biases, by the same kernel as the base model as far as we know it."""
+    weight = getattr(module, name)[: len(module.down_proj)]  # LongCat also stores rows for its idle experts
     weight = weight if is_transposed(module) else weight.transpose(1, 2)  # (E, in, out)
     edit: _Edit | None = vars(module).get(_EDIT)
-    # `generate` switches the shared config to this while it decodes on an accelerator: few pairs, no sorting.
+    # While it decodes on an accelerator, `generate` switches the shared config to this: few pairs, no sorting.
     if edit is not None and getattr(edit.config, "_experts_implementation", "") == "batched_mm":
         return torch.bmm(x[:, None], weight[experts])[:, 0]
-    return moe._grouped_mm(x, weight, offs=offsets)  # one product for each expert that is hit
+    return moe._grouped_mm(x, weight, offs=offsets)  # one product for each expert with tokens
 
 
 moe.ALL_EXPERTS_FUNCTIONS.register(_FUNCTION, _experts_forward)
-# Classes that aren't in the registry, and what takes the place of their `forward` while an edit is on.
+# Classes outside the registry, and the function that replaces their `forward` while an edit is on.
 _REPLACED: dict[str, Callable[..., Tensor]] = {
     "Llama4TextExperts": _unrouted_forward,
     "Step3p7Experts": _experts_forward,

@@ -1,6 +1,6 @@
-"""How many bytes one row takes in each operation, from a model's config alone. Knows no weights and no device.
+"""Estimates how many bytes one row takes in each operation, from a model's config alone.
 
-An estimate, and an upper bound for plain transformers: what the largest layer holds while it runs, the cache, the logits.
+The estimate adds the largest layer's activations, the cache and the logits. For plain transformers it is an upper bound.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 FLOAT32 = 4
-# What families hold beyond the plain transformer that is counted here, measured on those in tests/test_footprint.py.
+# The factor by which families exceed the plain transformer counted here, measured on the families in tests/test_footprint.py.
 _MARGIN = 1.3
-# What families call the number of experts that a token visits.
+# The names that families give to the number of experts that a token visits.
 _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
-# Without their kernels' packages, linear attention and convolutions run as plain PyTorch, which keeps many float32 copies.
+# Without their kernel packages, linear attention and convolutions run in plain PyTorch, which keeps many float32 copies.
 _RECURRENT_MARGIN = 5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on.
+    """The sizes of a model that determine its memory use.
 
-    `widest`: entries a token has at most in a layer's hidden products, all experts it visits. `recurrent`: whether some layers
-    keep states instead of a cache. `cached`: per layer, the most tokens its cache keeps (0: all). `scores`: bytes an attention
-    score takes, all heads together; 0 where attention never holds scores.
+    `widest`: the most hidden entries of a token in any MLP, over all experts it visits. `recurrent`: whether some layers
+    keep states instead of a cache. `cached`: per layer, the most tokens that its cache keeps (0: all). `scores`: bytes of an
+    attention score over all heads; 0 if attention never stores scores.
     """
 
     n_layers: int
@@ -43,17 +43,17 @@ class Shape:
 
     @staticmethod
     def of(config: Any, dtype: torch.dtype) -> Shape:
-        """Of a (text) config, for passes in `dtype`; names that a family lacks are replaced by what they usually are."""
+        """The shape in a (text) config, for passes in `dtype`; fields that a family lacks get their usual values."""
         d_model = config.hidden_size
         heads = getattr(config, "num_attention_heads", None) or max(1, d_model // 64)
-        hidden = max(_one(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
-        experts = visited_experts(config) * (_one(getattr(config, "moe_intermediate_size", None)) or hidden)
+        hidden = max(_largest(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
+        experts = visited_experts(config) * (_largest(getattr(config, "moe_intermediate_size", None)) or hidden)
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return Shape(
             n_layers=config.num_hidden_layers,
             d_model=d_model,
             heads=heads,
-            kv_heads=_one(getattr(config, "num_key_value_heads", None)) or heads,
+            kv_heads=_largest(getattr(config, "num_key_value_heads", None)) or heads,
             head_dim=getattr(config, "head_dim", None) or d_model // heads,
             widest=max(hidden, experts),
             vocabulary=config.vocab_size,
@@ -65,26 +65,26 @@ class Shape:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Of one layer: keys and values."""
+        """Bytes of one token's keys and values in one layer."""
         return 2 * self.kv_heads * self.head_dim * self.itemsize
 
     def cache_bytes(self, tokens: int) -> int:
-        """Keys and values of a row of so many tokens, in all layers."""
+        """Bytes of the keys and values of a row of `tokens` tokens in all layers."""
         kept = sum(min(tokens, most) if most else tokens for most in self.cached)
         return kept * self.cache_bytes_per_token
 
     def pass_bytes(self, tokens: int) -> int:
-        """What a pass of so many tokens holds at most beside weights, cache and logits."""
+        """The most bytes that a pass over `tokens` tokens takes beside weights, cache and logits."""
         attention = (2 * self.heads + 2 * self.kv_heads) * self.head_dim
-        # The residual stream, its normed copy and what is added to it; of the MLP: gate, up and their product.
+        # The residual stream, its normed copy and the layer's addition to it; in the MLP: gate, up and their product.
         entries = 3 * self.d_model + max(3 * self.widest, attention + self.d_model)
-        mask = self.itemsize * tokens  # float, one row of it for each token
-        norm = 2 * FLOAT32 * self.d_model  # norms compute in float32
+        mask = self.itemsize * tokens  # in floats, one row for each token
+        norm = 2 * FLOAT32 * self.d_model  # norms are computed in float32
         margin = _RECURRENT_MARGIN if self.recurrent else _MARGIN
         return int(margin * tokens * (entries * self.itemsize + norm + mask + self.scores * tokens))
 
     def logits_bytes(self) -> int:
-        """Logits of one position: as they come, as float32, and their log-softmax."""
+        """Bytes of one position's logits: in the model's dtype, in float32, and their log-softmax."""
         return self.vocabulary * (self.itemsize + 2 * FLOAT32)
 
 
@@ -95,14 +95,14 @@ def row_bytes(shape: Shape, operation: str, prompt: int, response: int) -> int:
         return passed + (shape.n_layers + 1) * shape.d_model * (shape.itemsize + FLOAT32)
     if operation == "prefill":
         return passed + shape.cache_bytes(prompt)
-    # Growing a layer's cache copies it.
+    # A layer's cache is copied when it grows.
     growing = (prompt + response) * shape.cache_bytes_per_token
     return passed + shape.cache_bytes(prompt + response) + growing
 
 
-def kept_bytes(shape: Shape, starts: int, harmful: int, harmless: int, prompt: int) -> int:
-    """Bytes the trial engine keeps of the base model at most: hidden states at `starts` layers, the harmful prompts' cache."""
-    hidden = starts * (harmful + harmless) * prompt * shape.d_model * shape.itemsize
+def kept_bytes(shape: Shape, resume_layers: int, harmful: int, harmless: int, prompt: int) -> int:
+    """The most bytes that the trial engine keeps: hidden states at `resume_layers` layers, and the harmful prompts' cache."""
+    hidden = resume_layers * (harmful + harmless) * prompt * shape.d_model * shape.itemsize
     return hidden + harmful * shape.cache_bytes(prompt)
 
 
@@ -112,8 +112,8 @@ def prepared_bytes(n_layers: int, sizes: Iterable[tuple[int, int]]) -> int:
 
 
 def visited_experts(config: Any) -> int:
-    """Routed experts that a token visits; 0 where there are none."""
-    return next((_one(getattr(config, name)) for name in _VISITED if getattr(config, name, None)), 0)
+    """Number of routed experts that a token visits; 0 if there are none."""
+    return next((_largest(getattr(config, name)) for name in _VISITED if getattr(config, name, None)), 0)
 
 
 def _cached_tokens(config: Any) -> list[int]:
@@ -122,9 +122,9 @@ def _cached_tokens(config: Any) -> list[int]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
-    # Linear attention and convolutions keep states of a fixed size: that of a few tokens.
+    # Linear attention and convolutions keep states of a fixed size, about that of a few tokens.
     return [0 if "full" in kind else window if "sliding" in kind else 64 for kind in kinds]
 
 
-def _one(value: Any) -> int:
+def _largest(value: Any) -> int:
     return max(value) if isinstance(value, Sequence) else value or 0

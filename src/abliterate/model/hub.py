@@ -1,6 +1,6 @@
-"""Whether the Hub can be reached. Knows neither models nor data sets.
+"""Finds out whether the Hub can be reached, and switches its libraries to offline mode if it can't.
 
-Without a network, the Hub's libraries retry for half a minute before they look into their own cache.
+Without a network they would retry for half a minute before they look into their own cache.
 """
 
 from __future__ import annotations
@@ -14,34 +14,34 @@ import urllib.request
 from huggingface_hub import constants
 
 TIMEOUT_SECONDS = 10.0
-# As the environment says.
+# The mode that the environment requests.
 _OFFLINE = constants.HF_HUB_OFFLINE
 
 
 @functools.cache
 def skip_retries_without_network() -> None:
-    """Ask the Hub once; where there is no network, switch its libraries to their offline mode, until `ask_again`.
+    """Contact the Hub once; without a network, switch its libraries to offline mode until `ask_again`.
 
-    What was downloaded before still loads then; the rest fails at once.
+    In this mode, downloaded files still load and everything else fails at once.
     """
     if not _reachable(constants.ENDPOINT):
         _switch(offline=True)
 
 
 def ask_again() -> None:
-    """Undo `skip_retries_without_network`: by the next run of this process, the network may be back."""
+    """Undo `skip_retries_without_network`: by the next run in this process, the network may be back."""
     skip_retries_without_network.cache_clear()
     _switch(offline=_OFFLINE)
 
 
 def _switch(*, offline: bool) -> None:
     constants.HF_HUB_OFFLINE = offline
-    if "datasets" in sys.modules:  # copies the constant when it is imported
+    if "datasets" in sys.modules:  # it copied the constant when it was imported
         sys.modules["datasets"].config.HF_HUB_OFFLINE = offline
 
 
 def _reachable(endpoint: str) -> bool:
-    """False only where no connection came about: any answer, and a certificate we doubt, are the libraries' to judge."""
+    """False only without a connection: any answer, and an invalid certificate, are left to the libraries."""
     try:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:

@@ -1,6 +1,6 @@
-"""Models and tokenizers from the Hub, a directory, or the package's demo.
+"""Loads a model and its tokenizer from the Hub, a directory, or the package's demo.
 
-Owns dtype choice and the fingerprint; `checkpoint.py` reads the weights. Knows nothing of edits.
+It chooses the dtype, finds the modules to edit and takes the model's fingerprint; `checkpoint.py` loads the weights.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
 
 DEMO = "demo"
-# What decides a local model's numbers; .py for code loaded with trust_remote_code.
+# Endings of the files that determine a local model's results; .py for code loaded with trust_remote_code.
 _CONTENT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", "config.json", ".index.json", ".py")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready for work: evaluation mode, gradients off, targets found."""
+    """A model ready for work, in evaluation mode, with gradients off and the modules to edit found."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -44,18 +44,18 @@ class LoadedModel:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder stack."""
+        """The decoder layers."""
         return architectures.decoder_layers(self.model, self.architecture)
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go (with a device map: where the embedding is)."""
+        """The device for inputs (with a device map, the embedding's device)."""
         return self.model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model without weights: what its config tells. `info` has no fingerprint."""
+    """A model without weights, as its config describes it. `info` has no fingerprint."""
 
     model: PreTrainedModel
     info: ModelInfo
@@ -64,15 +64,15 @@ class Skeleton:
 
 
 def demo_path() -> Path:
-    """The demo model and prompts shipped in the package."""
+    """The directory of the demo model and prompts that ship in the package."""
     return Path(__file__).parents[1] / "demo"
 
 
 def resolve_source(model: str) -> str:
-    """What `from_pretrained` is given for MODEL: `demo`, a local directory, or a Hub id.
+    """The argument of `from_pretrained` for MODEL: `demo`, a local directory, or a Hub id.
 
     Raises:
-        InputError: nothing given, or a path that doesn't exist or holds no model.
+        InputError: no model is named, or the path doesn't exist or holds no model.
     """
     if not model:
         raise InputError("No model was given; name a Hub id, a local directory, or demo: abliterate run demo.")
@@ -81,7 +81,7 @@ def resolve_source(model: str) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputError(f"The directory {model} holds no model: it has no config.json.")
+            raise InputError(f"The directory {model} holds no model: it has no config.json; name another directory.")
         return str(path)
     if path.exists():
         raise InputError(f"The path {model} is a file; give the directory that holds config.json and the weights.")
@@ -95,7 +95,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the model, trying `load.dtypes` in turn until one generates a token with finite logits.
 
-    `probe_inputs(tokenizer, device)` gives the inputs of that test generation.
+    `probe_inputs(tokenizer, device)` returns the inputs of that test generation.
     """
     source = resolve_source(name)
     config, tokenizer, model, dtype = open_model(source, load, device, probe_inputs, warn)
@@ -121,7 +121,7 @@ def load_model(
 def open_model(
     source: str, load: LoadSettings, device: torch.device, probe_inputs: Callable[..., Any], warn: Callable[[str], None]
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, PreTrainedModel, torch.dtype]:
-    """What `load_model` loads, of any model that generates: nothing is looked for to edit, and no file is hashed."""
+    """Load any model that generates, as `load_model` does, but without modules to edit and without hashes of files."""
     config = _from_hub(AutoConfig, source, load)
     tokenizer = load_tokenizer(source, load)
     model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
@@ -129,12 +129,12 @@ def open_model(
 
 
 def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bool = False) -> Skeleton | None:
-    """What a model's config tells, no weights read; None for a family that isn't in the table.
+    """The model that a config describes, without reading weights; None for a family that isn't in the table.
 
-    `measure`: then look at what its layers do with random weights, which is as good where memory holds them.
+    `measure`: for such a family, examine its layers with random weights, which shows the same structure, if memory suffices.
 
     Raises:
-        InputError: no such model, or it can't be edited. torch.OutOfMemoryError: no memory to measure in.
+        InputError: there is no such model, or it can't be edited. torch.OutOfMemoryError: memory is too small to measure.
     """
     source = resolve_source(name)
     config = load_config(source, load)
@@ -161,10 +161,10 @@ def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bo
 
 
 def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
-    """By the settings, the table, or what the model's layers do.
+    """The architecture by the settings, the table, or else the structure of the model's layers.
 
     Raises:
-        InputError: its structure is unclear.
+        InputError: the structure is unclear.
     """
     model_type = model.config.get_text_config().model_type
     return architectures.known_architecture(model_type, load.decoder_layers, load.components) or discover(model, model_type)
@@ -186,11 +186,11 @@ def _first_that_generates(
             reason = "" if _generates(model, probe) else "its logits are not finite"
         except ImportError as error:
             raise _without_kernels(config, error) from error
-        except RuntimeError as error:  # out of memory too; what is wrong with the input is an InputError, and passes
+        except RuntimeError as error:  # also out of memory; an InputError, for wrong input, isn't caught
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if model is not None and not reason:
             return model, dtype
-        # Outside the `except` block: inside it the traceback keeps the model alive.
+        # Outside the `except` block: inside it, the traceback keeps the model alive.
         del model
         clear_device_cache(device)
         warn(f"The model doesn't work in {str(dtype).removeprefix('torch.')} ({reason}); the next dtype is tried.")
@@ -201,21 +201,21 @@ def _first_that_generates(
 
 
 def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError:
-    """Kernels of a quantization are looked for at the first pass."""
+    """The error for missing kernels of a quantization, which are imported in the first pass."""
     first = str(error).strip().splitlines()[0].rstrip(".")
     return InputError(
-        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install what is missing "
-        "(for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
+        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install the missing "
+        "package (for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
     )
 
 
 def load_config(source: str, load: LoadSettings) -> PretrainedConfig:
-    """The model's config, with the sentences of this module where there is none."""
+    """The model's config; InputError, in this module's words, if there is none."""
     return _from_hub(AutoConfig, source, load)
 
 
 def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
-    """The tokenizer, padding on the left, with a pad token and the chat template of the settings if given."""
+    """The tokenizer with left padding, a pad token, and the chat template of the settings if they name one."""
     tokenizer = _from_hub(AutoTokenizer, source, load)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -231,7 +231,7 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
 
 
 def _processor_template(source: str, load: LoadSettings) -> str | None:
-    """The chat template of an older vision-language model: in a file that only its processor reads."""
+    """The chat template of an older vision-language model, whose file only the processor reads."""
     try:
         path = cached_file(source, "chat_template.json", revision=load.revision or None)
         content = json.loads(Path(path or "").read_text(encoding="utf-8"))
@@ -242,7 +242,7 @@ def _processor_template(source: str, load: LoadSettings) -> str | None:
 
 
 def fingerprint(source: str, config: PretrainedConfig) -> str:
-    """The Hub commit, or a hash of the content of every weight, config and code file of a local directory."""
+    """The Hub commit, or for a local directory a hash of every weight, config and code file."""
     commit = getattr(config, "_commit_hash", None)
     folder = Path(source)
     if not folder.is_dir():
@@ -255,7 +255,7 @@ def fingerprint(source: str, config: PretrainedConfig) -> str:
 
 
 def public_name(name: str) -> str:
-    """The model's name as it may appear in results: a local path is cut to its last part (no private paths)."""
+    """The model's name for results: only the last part of a local path, so that no private path is published."""
     return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
 
 
@@ -272,7 +272,7 @@ def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
 def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:
     if label != "auto":
         return getattr(torch, label)
-    # Half precision on a CPU is slower than float32 on most, and its results depend on the batch size.
+    # On most CPUs half precision is slower than float32, and its results depend on the batch size.
     if device.type == "cpu":
         return torch.float32
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)

@@ -1,7 +1,4 @@
-"""Memory of the machine: what is free, what a piece of work took at most, and which errors mean that it ran out.
-
-Knows devices, no models.
-"""
+"""Measures the memory of the machine and its devices: free memory, peak use, and the errors that mean it ran out."""
 
 from __future__ import annotations
 
@@ -21,18 +18,18 @@ import torch
 
 Result = TypeVar("Result")
 
-# How out-of-memory errors are worded where they have no class of their own: the CPU's allocator, MPS, XPU, cuBLAS.
+# Phrases of out-of-memory errors without a class of their own: the CPU's allocator, MPS, XPU, cuBLAS.
 _PHRASES = (
     *("out of memory", "can't allocate memory", "not enough memory", "invalid buffer size", "status_alloc_failed"),
     *("out_of_device_memory", "out_of_host_memory", "out_of_resources", "can't start new thread"),
 )
-# What may be used of what is free. An accelerator says no by an error; who uses the machine's memory meets its killer.
+# The share of free memory that we use. A full accelerator raises an error; a machine without memory kills the process.
 SHARE = {"cpu": 0.5, "mps": 0.5}
 _OTHER_SHARE = 0.9
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is some device's way to say that it has no memory left."""
+    """Whether an error means that a device has no memory left, in any device's words."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _PHRASES)
@@ -40,7 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Every device's way to say that it has no memory left becomes `torch.OutOfMemoryError`."""
+    """Turn every device's out-of-memory error into `torch.OutOfMemoryError`."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -54,25 +51,25 @@ def memory_errors() -> Iterator[None]:
 
 
 def unless_full(work: Callable[[], Result], device: torch.device) -> Result | None:
-    """The result of `work`, which is never None; None if memory ran out, which is then freed as far as possible."""
+    """The result of `work`, which is never None; None if memory ran out, after freeing as much as possible."""
     try:
         with memory_errors():
             return work()
     except torch.OutOfMemoryError:
         pass
-    # Outside the `except` block: inside it the traceback keeps the tensors alive.
+    # Outside the `except` block: inside it, the traceback keeps the tensors alive.
     clear_device_cache(device)
     return None
 
 
 def clear_device_cache(device: torch.device) -> None:
-    """Collect garbage, and return freed memory to the device or the system."""
+    """Collect garbage, then return freed memory to the device or the system."""
     gc.collect()
     return_freed(device)
 
 
 def return_freed(device: torch.device) -> None:
-    """Return memory that was freed to the device or the system, which take it back only when told to."""
+    """Return freed memory from the allocator's cache to the device or the system."""
     if device.type == "cpu":
         _trim_heap()
         return
@@ -82,46 +79,50 @@ def return_freed(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated: on the device, or of what this process may have of the machine's memory."""
+    """Bytes that can still be allocated on the device, or on a CPU within this process's limits."""
     backend = _backend(device)
     own = min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())])
-    if device.type == "mps":  # its memory is the machine's
+    if device.type == "mps":  # it shares the machine's memory
         return min(own, int(backend.recommended_max_memory() - backend.driver_allocated_memory()))
-    found = _mem_get_info(device)
-    if found is None:
+    device_memory = _mem_get_info(device)
+    if device_memory is None:
         return own
-    # What the caching allocator holds and doesn't use is free for us.
-    return int(found[0] + backend.memory_reserved(device) - backend.memory_allocated(device))
+    # Memory that the caching allocator has reserved and doesn't use is free for us.
+    return int(device_memory[0] + backend.memory_reserved(device) - backend.memory_allocated(device))
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes the device has, or this process may have of the machine's memory."""
+    """Bytes of memory of the device, or on a CPU within this process's limits."""
     backend = _backend(device)
     if device.type == "mps":
         return int(backend.recommended_max_memory())
-    found = _mem_get_info(device)
-    return found[1] if found is not None else min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
+    device_memory = _mem_get_info(device)
+    return (
+        device_memory[1]
+        if device_memory is not None
+        else min([psutil.virtual_memory().total, *(limit for limit, _ in _cgroups())])
+    )
 
 
 def _mem_get_info(device: torch.device) -> tuple[int, int] | None:
-    """(free, total) bytes of an accelerator with memory of its own; None where it has none, or doesn't tell."""
-    asked = getattr(_backend(device), "mem_get_info", None)
-    if device.type == "cpu" or asked is None:
+    """(free, total) bytes of an accelerator's own memory; None if it has none or doesn't report it."""
+    mem_get_info = getattr(_backend(device), "mem_get_info", None)
+    if device.type == "cpu" or mem_get_info is None:
         return None
     try:
-        free, total = asked(device)
-    except RuntimeError:  # Intel's integrated GPUs, whose memory is the machine's
+        free, total = mem_get_info(device)
+    except RuntimeError:  # Intel's integrated GPUs share the machine's memory
         return None
     return int(free), int(total)
 
 
 def usable_memory(device: torch.device) -> int:
-    """The part of `free_memory` that work may be planned with."""
+    """The part of `free_memory` that plans may count on."""
     return int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device)))
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type in ("cuda", "xpu"):
         _backend(device).synchronize(device)
     elif device.type != "cpu":
@@ -129,9 +130,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def affordable(size: int, row_bytes: int, device: torch.device) -> int:
-    """As many of `size` rows as memory allows, at least one.
+    """The number of rows, of `size`, that memory allows; at least 1.
 
-    An accelerator with memory of its own may be asked for all: it refuses by an error.
+    An accelerator with its own memory may always try all rows: if memory is short, it raises an error.
     """
     if device.type not in SHARE or row_bytes == 0 or size == 1:
         return size
@@ -139,10 +140,10 @@ def affordable(size: int, row_bytes: int, device: torch.device) -> int:
 
 
 class PeakMeter:
-    """The most memory in use since it was made or told to `restart`, however often others restart theirs meanwhile.
+    """The peak memory use since the meter was made or restarted, independent of other meters' restarts.
 
-    The system knows one peak of a process and one of a device; they are reset here only. Where it can't forget (the resident
-    set, other than on Linux), the peak is that since the process began.
+    The system keeps one peak per process and one per device; only this class resets them. Except on Linux, the peak resident
+    set can't be reset, so it counts from the start of the process.
     """
 
     _all: ClassVar[weakref.WeakSet[PeakMeter]] = weakref.WeakSet()
@@ -153,19 +154,19 @@ class PeakMeter:
         PeakMeter._all.add(self)
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Forget the peak up to now."""
         for meter in PeakMeter._all:
             meter._note()
         _forget_peaks()
         self._rss = self._device = 0
 
     def rss(self) -> int:
-        """Peak resident set of the process, in bytes."""
+        """Peak resident set of the process in bytes."""
         self._note()
         return self._rss
 
     def device(self) -> int:
-        """Peak memory allocated on all devices of an accelerator, in bytes; 0 on a CPU."""
+        """Peak bytes allocated on all devices of an accelerator; 0 on a CPU."""
         self._note()
         return self._device
 
@@ -174,7 +175,7 @@ class PeakMeter:
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes in use now, of what `PeakMeter` measures the peak of."""
+    """Bytes in use now; `PeakMeter` measures the peak of the same quantity."""
     if device.type == "cpu":
         return int(psutil.Process().memory_info().rss)
     return _of_all_devices("memory_allocated")
@@ -185,7 +186,7 @@ def _backend(device: torch.device) -> Any:
 
 
 def _accelerator() -> Any:
-    """The backend of the accelerator in use; None where there is none. Asking must not initialize it, on a CPU run too."""
+    """The backend of the accelerator in use, or None. The query must not initialize an accelerator in a CPU run."""
     for name in ("cuda", "xpu"):
         backend = getattr(torch, name, None)
         if backend is not None and backend.is_initialized():
@@ -195,7 +196,7 @@ def _accelerator() -> Any:
 
 @functools.cache
 def _trim_function() -> Callable[[int], int] | None:
-    """glibc keeps freed memory for itself until told otherwise; other systems' libraries have no such call."""
+    """glibc's malloc_trim, without which it keeps freed memory; None on other systems, which have no such call."""
     try:
         return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
     except (OSError, AttributeError, TypeError):
@@ -210,7 +211,7 @@ def _trim_heap() -> None:
 
 def _forget_peaks() -> None:
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # resets the peak resident set
+        file.write("5")  # this value resets the peak resident set
     accelerator = _accelerator()
     if accelerator is not None:
         for index in range(accelerator.device_count()):
@@ -220,7 +221,7 @@ def _forget_peaks() -> None:
 def _peak_rss() -> int:
     if os.name == "nt":
         return int(psutil.Process().memory_info().peak_wset)
-    # Linux' getrusage also knows what the process was before it became this program, and never forgets.
+    # On Linux, getrusage includes the process before it became this program, and its peak can't be reset.
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     import resource
@@ -233,19 +234,19 @@ def _peak_device() -> int:
     return _of_all_devices("max_memory_allocated")
 
 
-def _of_all_devices(what: str) -> int:
-    """The sum over all devices of the accelerator in use: a model may lie on several of them."""
+def _of_all_devices(statistic: str) -> int:
+    """The sum over all devices of the accelerator in use, since a model may lie on several of them."""
     accelerator = _accelerator()
-    return sum(getattr(accelerator, what)(index) for index in range(accelerator.device_count())) if accelerator else 0
+    return sum(getattr(accelerator, statistic)(index) for index in range(accelerator.device_count())) if accelerator else 0
 
 
 def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
-    """(limit, used) bytes of every control group with a memory limit that this process is in; containers have one."""
+    """(limit, used) bytes of every control group of this process with a memory limit; containers have one."""
     try:
         lines = own.read_text(encoding="ascii").splitlines()
     except OSError:
         return []
-    found = []
+    groups = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
@@ -254,17 +255,17 @@ def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/c
             names, top = ("memory.max", "memory.current"), root
         else:
             continue
-        # In a container the group's own path is the root that is mounted; limits of the groups above count too.
+        # In a container, the group's own path is the mounted root; limits of the groups above it count too.
         inner = top / path.lstrip("/")
-        for folder in {top, *(part for part in (inner, *inner.parents) if part.is_relative_to(top))}:
+        for folder in {top, *(parent for parent in (inner, *inner.parents) if parent.is_relative_to(top))}:
             with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
                 limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
-                found.append((limit, used - _reclaimable(folder)))
-    return found
+                groups.append((limit, used - _reclaimable(folder)))
+    return groups
 
 
 def _reclaimable(group: Path) -> int:
-    """Bytes of files in a control group's cache that nobody has touched for a while: they give way."""
+    """Bytes of inactive files in a control group's cache, which the kernel reclaims when memory is needed."""
     counts = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
-    # Version 1 counts the groups below apart.
+    # Version 1 counts the groups below separately.
     return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))

@@ -1,4 +1,4 @@
-"""Adapters of PEFT onto a loaded model, whose own layers they wrap in place. Knows nothing of what they are used for."""
+"""Loads a PEFT adapter onto a model; PEFT wraps the model's own layers in place."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from abliterate.model.checkpoint import quiet_bitsandbytes
 
 
 def check_adapter(path: Path) -> None:
-    """InputError for an adapter that acts outside the model's own layers, which are all that is run; no weights are read.
+    """InputError for an adapter that acts outside the model's own layers, since only these are run; no weights are read.
 
-    Prompt, prefix and P-tuning put vectors before what the model reads, X-LoRA mixes adapters by a pass of its own: the model
-    alone would answer as without them.
+    Prompt, prefix and P-tuning put vectors before the model's input, and X-LoRA mixes adapters in a pass of its own: the
+    model alone would answer as it does without them.
     """
     quiet_bitsandbytes()
     from peft import PeftConfig
@@ -22,19 +22,19 @@ def check_adapter(path: Path) -> None:
     try:
         config = PeftConfig.from_pretrained(str(path))
         if config.peft_type is None:
-            raise ValueError("its adapter_config.json doesn't say of what kind it is")
+            raise ValueError("its adapter_config.json doesn't name its kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"The adapter in {path} can't be read: {_first_line(error)}; export it again.") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "XLORA":
         raise InputError(
-            f"The adapter in {path} is of a kind ({kind}) that acts outside the model's layers, so nothing of it would be "
-            "seen; give one that changes layers, as LoRA does."
+            f"The adapter in {path} is of a kind ({kind}) that acts outside the model's layers, so it would have no "
+            "effect; give an adapter that changes layers, as LoRA does."
         )
 
 
 def with_adapter(model: Any, path: Path) -> Any:
-    """The model with the adapter on it, as PEFT's `PeftModel`. Errors are PEFT's own."""
+    """The model with the adapter, as PEFT's `PeftModel`. Errors are PEFT's own."""
     quiet_bitsandbytes()
     from peft import PeftModel
 

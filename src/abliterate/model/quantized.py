@@ -1,7 +1,7 @@
-"""Checkpoints that are quantized themselves: what they are called, what loading them needs, and their weights made dense.
+"""Loads quantized checkpoints: names their format, checks that its package and GPU are there, and makes their weights dense.
 
-Dense weights come from the files by our own arithmetic where the format is one of `formats.FILES`: neither kernels nor the
-format's package are needed. Others are loaded as they are, and their layers replaced. Knows nothing of edits.
+For the formats in `formats.FILES`, our own arithmetic computes dense weights from the files, without kernels or the format's
+package. Other checkpoints are loaded as they are, and their layers are then replaced.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from abliterate.model.formats import FILES, InFiles, is_plain, storage_of
 from abliterate.settings.schema import LoadSettings
 
 DEQUANTIZED = " (dequantized)"
-# What transformers needs for a quantization: the packages by the names they are imported under, and whether a GPU.
+# The requirements of transformers for a quantization: packages, by their import names, and whether it needs a GPU.
 _NEEDS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "gptq": (("optimum", "gptqmodel"), False),
     "awq": (("gptqmodel",), False),
@@ -49,14 +49,14 @@ _PIP = {
     "quark": "amd-quark",
     "spqr_quant": "spqr-quant[gpu]",
 }
-# These need kernels for a GPU; elsewhere transformers makes them dense by itself, and so do we.
+# These need GPU kernels; on other devices transformers makes them dense itself, and so do we.
 _DENSE_WITHOUT_GPU = ("fp8", "mxfp8", "mxfp4")
-# Storages in safetensors that hold no plain numbers.
+# Dtypes in safetensors that don't store plain numbers.
 _OPAQUE = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8", "I32")
 
 
 def method_of(config: PretrainedConfig) -> str:
-    """How a checkpoint is quantized, as transformers calls it (fp8, gptq, bitsandbytes_4bit …), or ""."""
+    """The quantization of a checkpoint in transformers' terms (fp8, gptq, bitsandbytes_4bit …); "" if it isn't quantized."""
     entry = config_entry(config)
     method = str(getattr(entry.get("quant_method"), "value", entry.get("quant_method") or ""))
     if method == "bitsandbytes" or entry.get("load_in_4bit") or entry.get("load_in_8bit"):
@@ -65,31 +65,31 @@ def method_of(config: PretrainedConfig) -> str:
 
 
 def config_entry(config: PretrainedConfig) -> dict[str, Any]:
-    """What config.json says of the quantization; empty where it says nothing."""
-    found = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None) or {}
-    return dict(found) if isinstance(found, dict) else dict(found.to_dict())
+    """The quantization entry of config.json; empty if there is none."""
+    entry = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None) or {}
+    return dict(entry) if isinstance(entry, dict) else dict(entry.to_dict())
 
 
 def is_made_dense(config: PretrainedConfig, load: LoadSettings, device: torch.device | None) -> bool:
-    """Whether a quantized checkpoint is loaded with dense weights: wanted, or the only way on this device."""
+    """Whether a quantized checkpoint is loaded with dense weights, by request or as the only way on this device."""
     method = method_of(config)
     on_gpu = device is not None and device.type in ("cuda", "xpu")
     return bool(method) and (load.dequantize or (method in _DENSE_WITHOUT_GPU and not on_gpu))
 
 
 def check(config: PretrainedConfig, load: LoadSettings, device: torch.device | None) -> None:
-    """InputError where a quantized checkpoint can't be loaded here: said in one sentence, before transformers says more."""
+    """InputError if a quantized checkpoint can't be loaded here: one sentence, before transformers' longer message."""
     method = method_of(config)
     if not method:
         return
     if load.quantization != "none":
         raise InputError(
             f"The model is quantized already ({method}), so it can't be loaded with load.quantization={load.quantization}; "
-            "leave that out, or name the model that it was made from."
+            "drop that setting, or name the model that it was made from."
         )
     if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise InputError(
-            f"The model is quantized as {method!r}, which transformers doesn't know; use the one that it was made from."
+            f"The model is quantized as {method!r}, which transformers doesn't know; use the model that it was made from."
         )
     if is_made_dense(config, load, device) and method in FILES:
         return
@@ -98,13 +98,15 @@ def check(config: PretrainedConfig, load: LoadSettings, device: torch.device | N
     instead = ", or load its weights dense with --set load.dequantize=true" if method in FILES else ""
     if missing:
         names = " ".join(_PIP.get(name, name.replace("_", "-")) for name in missing)
-        raise InputError(f"The model is quantized ({method}), which needs more packages here; pip install {names}{instead}.")
+        raise InputError(
+            f"The model is quantized ({method}), which needs more packages here; run pip install {names}{instead}."
+        )
     if needs_gpu and (device is None or device.type == "cpu"):
         raise InputError(f"The model is quantized ({method}), which needs a GPU; run it on one{instead}.")
 
 
 def label(model: PreTrainedModel, config: PretrainedConfig, load: LoadSettings) -> str:
-    """`ModelInfo.quantization`: how the weights in memory are quantized, or were in the checkpoint."""
+    """`ModelInfo.quantization`: the quantization of the weights in memory, or their former one in the checkpoint."""
     method = method_of(config)
     if not method:
         return load.quantization
@@ -112,19 +114,19 @@ def label(model: PreTrainedModel, config: PretrainedConfig, load: LoadSettings) 
 
 
 def expected_label(config: PretrainedConfig, load: LoadSettings, device: torch.device) -> str:
-    """`label` of a model that isn't loaded yet, as far as is known."""
+    """`label` of a model that isn't loaded yet, as far as its config shows."""
     method = method_of(config)
     return method + DEQUANTIZED * is_made_dense(config, load, device) if method else load.quantization
 
 
 def checkpoint_quantization(label: str) -> str:
-    """The quantization of a checkpoint from `ModelInfo.quantization`; "" where the checkpoint wasn't quantized."""
+    """The checkpoint's quantization from `ModelInfo.quantization`; "" if the checkpoint wasn't quantized."""
     method = label.removesuffix(DEQUANTIZED)
     return "" if method in ("none", "bnb_4bit", "bnb_8bit") else method
 
 
 class Made:
-    """A dense tensor that is made when it is read: what the loader takes for a tensor of a file."""
+    """A dense tensor that is computed when it is read; the loader treats it like a tensor in a file."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
@@ -134,56 +136,56 @@ class Made:
 
 
 def dense_state(source: str, config: PretrainedConfig, load: LoadSettings) -> dict[str, Made]:
-    """{name in a model without quantization: its tensor, read when it is wanted} of all weight files.
+    """{name in a model without quantization: its tensor, read on demand}, from all weight files.
 
     Raises:
-        InputError: no safetensors, or a tensor that isn't dense and whose scales or format we don't know.
+        InputError: there are no safetensors, or a tensor isn't dense and we don't know its scales or format.
     """
     method, entry = method_of(config), config_entry(config)
-    place: dict[str, str] = {}
-    kinds: dict[str, str] = {}
+    file_of: dict[str, str] = {}
+    stored_dtype: dict[str, str] = {}
     for path in weight_files(source, load):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 # not a mapping
-                place[name], kinds[name] = path, file.get_slice(name).get_dtype()
+                file_of[name], stored_dtype[name] = path, file.get_slice(name).get_dtype()
 
     def read(name: str) -> Tensor:
-        with safe_open(place[name], "pt") as file:
+        with safe_open(file_of[name], "pt") as file:
             return file.get_tensor(name)
 
     state: dict[str, Made] = {}
     used: set[str] = set()
     for rule in FILES[method]:
-        for name in place:
+        for name in file_of:
             parts = (
-                parts_of(rule, name, place)
-                if name not in used and (rule.ending != ".weight" or kinds[name] in _OPAQUE)
+                parts_of(rule, name, file_of)
+                if name not in used and (rule.ending != ".weight" or stored_dtype[name] in _OPAQUE)
                 else None
             )
             if parts is not None:
                 state[name.removesuffix(rule.ending) + rule.dense] = Made(lambda r=rule, p=parts: _make(r, p, read, entry))  # type: ignore[misc]
                 used |= set(parts.values())
-    for name in place:
+    for name in file_of:
         if name in used:
             continue
-        if kinds[name] in _OPAQUE and name.endswith(("weight", "proj", "_packed", "_blocks", "qweight")):
+        if stored_dtype[name] in _OPAQUE and name.endswith(("weight", "proj", "_packed", "_blocks", "qweight")):
             raise InputError(
-                f"The tensor {name} is stored as {kinds[name]} without scales that are known for {method}, so it can't be made "
-                "dense; load the model without load.dequantize, on a GPU, or use the one that it was made from."
+                f"The tensor {name} is stored as {stored_dtype[name]} without scales that are known for {method}, so it can't "
+                "be made dense; load the model without load.dequantize, on a GPU, or use the model that it was made from."
             )
         state[name] = Made(lambda n=name: read(n))  # type: ignore[misc]
     return state
 
 
 def parts_of(rule: InFiles, name: str, names: Mapping[str, Any]) -> dict[str, str] | None:
-    """{ending: the tensor of that name} where `name` stands for a matrix by this rule, else None."""
+    """{ending: name of the tensor} if by this rule `name` and its parts store a matrix, else None."""
     if not name.endswith(rule.ending):
         return None
     stem = name.removesuffix(rule.ending)
     if any(stem + ending not in names for ending in rule.parts):
         return None
-    more = tuple(ending for ending in rule.optional if stem + ending in names)
-    return {ending: stem + ending for ending in (rule.ending, *rule.parts, *more)}
+    optional = tuple(ending for ending in rule.optional if stem + ending in names)
+    return {ending: stem + ending for ending in (rule.ending, *rule.parts, *optional)}
 
 
 def _make(rule: InFiles, parts: Mapping[str, str], read: Callable[[str], Tensor], entry: Mapping[str, Any]) -> Tensor:
@@ -191,7 +193,7 @@ def _make(rule: InFiles, parts: Mapping[str, str], read: Callable[[str], Tensor]
 
 
 def weight_files(source: str, load: LoadSettings) -> list[str]:
-    """The safetensors files of a directory or a Hub model, fetched where they weren't on this disk."""
+    """The safetensors files of a directory or a Hub model, downloaded if they aren't on this disk."""
     options: dict[str, Any] = {"revision": load.revision} if load.revision else {}
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     index = cached_file(source, "model.safetensors.index.json", **options, **lenient)
@@ -202,16 +204,18 @@ def weight_files(source: str, load: LoadSettings) -> list[str]:
         return list(get_checkpoint_shard_files(source, index, **options)[0])
     single = cached_file(source, "model.safetensors", **options, **lenient)
     if single is None:
-        raise InputError(f"The model in {source} has no safetensors weights, so they can't be made dense; use one that has.")
+        raise InputError(
+            f"The model in {source} has no safetensors weights, so they can't be made dense; use a model that has them."
+        )
     return [single]
 
 
 @torch.no_grad()
 def make_layers_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Put a plain linear layer of `dtype` in the place of every quantized one, and forget the quantization.
+    """Replace every quantized layer by a plain linear layer of `dtype`, and remove the quantization from the model.
 
     Raises:
-        InputError: a layer's storage can't be replaced.
+        InputError: a layer's format can't be made dense.
     """
     for name, module in list(model.named_modules()):
         storage = storage_of(module)
@@ -229,27 +233,27 @@ def make_layers_dense(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if bias is not None:
             plain.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
         model.set_submodule(name, plain.eval())
-    left = next((name for name, one in model.named_parameters() if not is_plain(one)), "")
+    left = next((name for name, parameter in model.named_parameters() if not is_plain(parameter)), "")
     if left:
         raise InputError(
             f"The weights in {left} are quantized in a way that can't be made dense; use the model in full precision."
         )
-    for one in model.parameters():  # of quantized checkpoints transformers leaves some as they are stored
-        if one.dtype in (torch.float16, torch.bfloat16):
-            one.data = one.data.to(dtype)
+    for parameter in model.parameters():  # transformers leaves some parameters of quantized checkpoints in their stored dtype
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.to(dtype)
     forget(model)
 
 
 def forget(model: Any) -> None:
-    """Take every trace of a quantization off a model whose weights are dense."""
+    """Remove every trace of a quantization from a model whose weights are dense."""
     for holder in (model.config, model.config.get_text_config()):
         if getattr(holder, "quantization_config", None) is not None:
             del holder.quantization_config
         vars(holder).pop("_is_quantized", None)
-    # Saving would undo what loading did to names and tensors; what was done for the quantization isn't undone.
-    done = getattr(model, "_weight_conversions", None) or []
-    kept = [one for one in done if not any(hasattr(step, "hf_quantizer") for step in getattr(one, "operations", ()))]
-    if done:
+    # Saving reverts the loader's conversions of names and tensors; those made for the quantization mustn't be reverted.
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [conversion for conversion in conversions if not _is_of_quantizer(conversion)]
+    if conversions:
         model._weight_conversions = kept
     for name in ("hf_quantizer", "quantization_method"):
         if hasattr(model, name):
@@ -257,8 +261,12 @@ def forget(model: Any) -> None:
     model.is_quantized = model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
 
 
+def _is_of_quantizer(conversion: Any) -> bool:
+    return any(hasattr(step, "hf_quantizer") for step in getattr(conversion, "operations", ()))
+
+
 def _is_there(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that a submodule is in
+    except ModuleNotFoundError:  # the parent package of a submodule is missing
         return False

@@ -1,7 +1,7 @@
-"""Residuals: each layer's raw output at the last position, captured by hooks that keep nothing else.
+"""Captures residuals, each layer's raw output at the last position, by hooks that keep nothing else.
 
-Index 0 is what enters layer 0 (the embedding, scaled as the family does), index l+1 what layer l returns; index
-n_layers is before the final norm (`output_hidden_states` gives it after). Knows nothing of caches or directions.
+Index 0 is the input of layer 0 (the embedding, scaled as the family does), index l+1 the output of layer l; index n_layers is
+taken before the final norm (`output_hidden_states` has it after the norm).
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from abliterate.types import Prompt
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden state in a layer's output: the output itself, or a tuple's first part."""
+    """The hidden state in a layer's output: the output itself, or the first item of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def stream_of(hidden: Tensor) -> Tensor:
-    """Hidden states (batch, T, d_model); of layers that pass on several streams (Gemma 3n) the one that blocks work on."""
+    """Hidden states (batch, T, d_model); if layers pass on several streams (Gemma 3n), the stream that blocks work on."""
     return hidden[0] if hidden.dim() == 4 else hidden
 
 
 @contextlib.contextmanager
 def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[None]:
-    """While active, a forward pass fills `out` (n_layers+1 places) with (batch, d_model) last-position states."""
+    """While active, a forward pass fills `out` (n_layers+1 items) with last-position states (batch, d_model)."""
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Clones, here and below: a view of the last position would keep every position alive, and would see whatever the
-        # model writes over it later.
+        # Clones, here and below: a view of the last position would keep every position alive, and would change when the
+        # model overwrites it later.
         out[0] = stream_of(args[0] if args else kwargs["hidden_states"])[:, -1].detach().clone()
 
     def leave(index: int) -> Callable[..., None]:
@@ -57,7 +57,7 @@ def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[No
 
 
 def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, Any]:
-    """Arguments of one forward pass over left-padded prompts: positions from the mask, logits of the last only."""
+    """Arguments of one forward pass over left-padded prompts, with positions from the mask and logits of the last position."""
     accepted = inspect.signature(model.forward).parameters
     mask = batch["attention_mask"]
     kwargs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
@@ -93,31 +93,31 @@ def stream_residuals(
 ) -> None:
     """Hand each batch's residuals (batch, n_layers+1, d_model) float32 to `take`, in the prompts' order, and keep none.
 
-    They are on the CPU if `offload`, else where the model is. `amp` runs the passes in bfloat16 autocast (faster, rounds
+    They are on the CPU if `offload`, else on the model's device. `amp` runs the passes in bfloat16 autocast (faster, rounds
     to 8 bits); `clear_every` batches free the device's memory cache (0: never). The batch size is halved when the device
     runs out of memory.
 
     Raises:
-        AbliterateError: a residual is not finite (float16 overflow), or one prompt alone doesn't fit.
+        AbliterateError: a residual is not finite (float16 overflow), or a single prompt doesn't fit.
     """
-    # Layers may lie on several devices; residuals are gathered on one.
+    # Layers may lie on several devices; residuals are gathered on one device.
     home = torch.device("cpu") if offload else chat.device
     done = count = 0
     while done < len(prompts):
-        part = prompts[done : done + batch_size]
-        captured = unless_full(partial(capture_batch, model, layers, chat, part, amp=amp, home=home), chat.device)
+        batch = prompts[done : done + batch_size]
+        captured = unless_full(partial(capture_batch, model, layers, chat, batch, amp=amp, home=home), chat.device)
         if captured is None:
-            if len(part) == 1:
+            if len(batch) == 1:
                 raise AbliterateError(
                     "The device is out of memory even for a single prompt; try --set load.quantization=bnb_4bit, shorter "
                     "prompts, or --device cpu."
                 )
-            batch_size = len(part) // 2
+            batch_size = len(batch) // 2
             continue
         if not torch.isfinite(captured).all():
             raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
         take(captured)
-        done, count = done + len(part), count + 1
+        done, count = done + len(batch), count + 1
         if clear_every and count % clear_every == 0:
             clear_device_cache(chat.device)
         progress(done, len(prompts))
@@ -125,14 +125,14 @@ def stream_residuals(
 
 @contextlib.contextmanager
 def _one_stream(layer: nn.Module, shape: tuple[int, ...]) -> Iterator[None]:
-    """InputError where `layer` is given other hidden states than (batch, T, d_model), or several of those in a row."""
+    """InputError if the input of `layer` is neither (batch, T, d_model) nor several such streams stacked."""
 
     def check(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = tuple((args[0] if args else kwargs["hidden_states"]).shape)
-        if shape not in (found, found[1:]):
+        seen = tuple((args[0] if args else kwargs["hidden_states"]).shape)
+        if shape not in (seen, seen[1:]):
             raise InputError(
-                f"The model's layers pass on hidden states {found} for {shape[0]} prompts of {shape[1]} tokens, which is not a "
-                f"residual stream of {shape[2]} features; models with several streams joined in one can't be edited."
+                f"The model's layers pass on hidden states {seen} for {shape[0]} prompts of {shape[1]} tokens, which is not a "
+                f"residual stream of {shape[2]} features; models that join several streams into one tensor can't be edited."
             )
 
     handle = layer.register_forward_pre_hook(check, with_kwargs=True)
@@ -152,13 +152,13 @@ def capture_batch(
     amp: bool,
     home: torch.device,
 ) -> Tensor:
-    """One pass: (batch, n_layers+1, d_model) float32 on `home`."""
+    """The residuals (batch, n_layers+1, d_model) float32 of one pass, on `home`."""
     states: list[Tensor | None] = [None] * (len(layers) + 1)
     batch = chat.encode(prompts)
     stream = _one_stream(layers[0], (*batch["input_ids"].shape, model.config.get_text_config().hidden_size))
     with stream, capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
         model(**prefill_kwargs(model, batch))
     for index, state in enumerate(states):
-        if state is None:  # a layer that the model passes over (Mllama's cross-attention, without an image) adds nothing
+        if state is None:  # a layer that the model skips (Mllama's cross-attention without an image) adds nothing
             states[index] = states[index - 1]
     return torch.stack([state.to(home, torch.float32) for state in states if state is not None], dim=1)

@@ -22,25 +22,25 @@ from abliterate.model.experts import is_fused
 from abliterate.model.residuals import first_tensor
 from abliterate.model.weights import out_features
 
-# Of the size of the change that is made: below it nothing arrives, and a scaled copy may be off by as much.
+# As shares of the size of the change: an effect below NOTHING is none, and a scaled copy may be off by TOLERANCE.
 NOTHING, TOLERANCE = 1e-4, 1e-2
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer: what entered and the other arguments."""
+    """The arguments of one call of a layer."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @property
     def hidden(self) -> Tensor:
-        """What entered, (1, T, d_model)."""
-        found: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
-        return found
+        """The hidden states that entered, (1, T, d_model)."""
+        entered: Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return entered
 
     def on(self, layer: nn.Module, hidden: Tensor | None = None) -> Tensor:
-        """The layer's output (1, T, d_model), for another `hidden` if given."""
+        """The layer's output (1, T, d_model), with `hidden` as its input if given."""
         args, kwargs = self.args, dict(self.kwargs)
         if hidden is not None:
             args, kwargs = ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
@@ -48,7 +48,7 @@ class Call:
 
 
 class LayerProbe:
-    """One layer and one call of it: the outputs of all its modules that multiply, played back but for what is changed."""
+    """One call of one layer; it replays the recorded outputs of the modules that multiply, except those that are changed."""
 
     def __init__(self, layer: nn.Module, call: Call) -> None:
         self.layer, self.call = layer, call
@@ -69,39 +69,41 @@ class LayerProbe:
             self.base = call.on(layer)
         generator = torch.Generator().manual_seed(1)
         v = torch.randn(self.base.shape[-1], generator=generator).to(self.base)
-        self.delta = v / v.norm() * self.base.norm(dim=-1).mean()  # δ·v, as large as the stream: no rounding hides it
+        self.delta = v / v.norm() * self.base.norm(dim=-1).mean()  # δ·v, as large as the stream, so that rounding can't hide it
 
     def writes(self, path: str, d_model: int) -> bool:
-        """Whether a module was called, and gave states of the stream's width."""
+        """Whether a module was called and returned states of the stream's width."""
         return bool(self.outputs[path]) and first_tensor(self.outputs[path][0]).shape[-1] == d_model
 
     def change(self, path: str) -> float | None:
-        """c where Δ = c·δ·v, 0 where it is no positive multiple of δ·v, None where nothing arrives."""
+        """c if Δ, the change of the layer's output, is c·δ·v; 0 if it isn't a positive multiple of δ·v; None if it is zero."""
         return self._share(self._play(self._all_but(path), {path: self.delta}) - self.base)
 
     def change_by_norm(self, path: str) -> tuple[float | None, str]:
-        """`change` of a norm that the module's output goes into, and the norm; 0 where there is none."""
+        """`change` of a norm that the module's output enters, and the norm's path; 0 if there is none."""
         entered: dict[str, Tensor] = {}
 
-        def see(norm: str) -> Callable[..., Any]:
+        def recorder(norm: str) -> Callable[..., Any]:
             return lambda module, args, output: entered.update({norm: args[0].detach().clone()})
 
-        with self._hooked({norm: self.modules[norm] for norm in self.norms if self._inputs[norm]}, see):
+        with self._hooked({norm: self.modules[norm] for norm in self.norms if self._inputs[norm]}, recorder):
             self._play(self._all_but(path), {path: self.delta})
         for norm, after in entered.items():
             before = self._inputs[norm][-1]
             if before.shape == after.shape and before.shape[-1] == len(self.delta) and self._share(after - before):
-                scale = self.change(norm) or self.change_by_norm(norm)[0]  # Gemma 4's experts: one norm after another
+                scale = (
+                    self.change(norm) or self.change_by_norm(norm)[0]
+                )  # Gemma 4's experts pass through one norm after another
                 if scale:
                     return scale, norm
         return 0.0, ""
 
     def _all_but(self, path: str) -> set[str]:
-        """What multiplies, other than a module and what it is in."""
+        """The modules that multiply, except the module at `path` and the modules that contain it."""
         return {other for other in self.multipliers if other != path and not path.startswith(f"{other}.")}
 
     def _share(self, difference: Tensor) -> float | None:
-        """c where a change (…, d_model) is c·δ·v, 0 where it isn't, None where it is nothing."""
+        """c if `difference` (…, d_model) is c·δ·v with c > 0, 0 if it is another change, None if it is none."""
         difference = difference.flatten(0, -2)
         size = difference.norm(dim=-1)
         reached = size > NOTHING * self.delta.norm()
@@ -113,32 +115,32 @@ class LayerProbe:
         return float(scale.mean()) if (off <= TOLERANCE * size).all() and (scale > 0).all() else 0.0
 
     def mixes(self, path: str, writers: Mapping[str, object]) -> bool:
-        """Whether a change of the layer's input at the first position changes what is written at later ones."""
+        """Whether a change of the layer's input at the first position changes the module's output at later positions."""
         hidden = self.call.hidden.clone()
         hidden[:, 0] = hidden[:, 0].roll(1, dims=-1) + hidden[:, 0].std()
         seen: list[Tensor] = []
 
-        def see(path: str) -> Callable[..., Any]:
+        def recorder(path: str) -> Callable[..., Any]:
             return lambda module, args, output: seen.append(first_tensor(output).clone())
 
         others = {other for other in writers if other != path}
-        with self._hooked({path: self.modules[path]}, see):
+        with self._hooked({path: self.modules[path]}, recorder):
             self._play(others, {}, hidden)
         before, after = first_tensor(self.outputs[path][0]), seen[0]
         if before.shape != after.shape:
-            return False  # experts are given the positions that are routed to them
+            return False  # experts receive only the positions that are routed to them
         before, after = before.flatten(0, -2)[1:], after.flatten(0, -2)[1:]
         return bool((after - before).norm() > NOTHING * before.norm())
 
     def _play(self, fixed: set[str], changed: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor:
-        """The layer's output with the outputs of `fixed` as recorded, and those of `changed` as recorded plus a change."""
+        """The layer's output, with the recorded outputs of `fixed` and with those of `changed` plus their change."""
 
         def hook(path: str) -> Callable[..., Any]:
             recorded = iter(self.outputs[path])
 
             def replace(module: nn.Module, args: Any, output: Any) -> Any:
                 played = next(recorded, output)
-                if first_tensor(played).shape == first_tensor(output).shape:  # else experts to which others were routed
+                if first_tensor(played).shape == first_tensor(output).shape:  # otherwise experts that received other positions
                     output = copied(played)
                 if path not in changed:
                     return output
@@ -152,7 +154,7 @@ class LayerProbe:
 
     def _record(self, path: str) -> Callable[..., Any]:
         def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.outputs[path].append(copied(output))  # blocks may add the stream in place
+            self.outputs[path].append(copied(output))  # a clone: blocks may add the stream in place
             if path in self._inputs and args:
                 self._inputs[path].append(args[0].clone())
 
@@ -169,14 +171,14 @@ class LayerProbe:
 
 
 def in_float32(layer: nn.Module, call: Call) -> tuple[nn.Module, Call]:
-    """The layer and the call in float32; as they are where the storage is quantized."""
+    """The layer and the call in float32; InputError if the weights are quantized."""
     parameters = list(layer.parameters())
     if all(parameter.dtype == torch.float32 for parameter in parameters):
         return layer, call
     if any(not parameter.is_floating_point() or parameter.element_size() < 2 for parameter in parameters):
         raise InputError(
-            "A quantized model of an unknown family can't be looked through; load it without load.quantization once, or a "
-            "checkpoint that is quantized itself with --set load.dequantize=true."
+            "The structure of a quantized model of an unknown family can't be measured; load it without load.quantization "
+            "once, or a quantized checkpoint with --set load.dequantize=true."
         )
     return copy.deepcopy(layer).float(), Call(_cast(call.args), _cast(dict(call.kwargs)))
 
@@ -186,11 +188,12 @@ def _cast(value: Any) -> Any:
 
 
 def copied(value: Any) -> Any:
+    """A copy in which every tensor is cloned."""
     return _mapped(value, Tensor.clone)
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same nest of tuples, lists and dicts around changed tensors; anything else is kept as it is."""
+    """`value`, with every tensor in its nested tuples, lists and dicts changed; other values are kept."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -205,8 +208,8 @@ TOKENS = 6
 class Writer:
     """A module that writes to the residual stream of its layer.
 
-    `scale`: c, the mean over positions that it reaches. `norm`: the path of the norm in between, or "". `mixes`: whether
-    what it writes at a position depends on other positions.
+    `scale`: c, the mean over the positions that it reaches. `norm`: the path of the norm in between, or "". `mixes`: whether
+    its output at a position depends on other positions.
     """
 
     path: str
@@ -219,19 +222,23 @@ def discover(model: Any, model_type: str) -> Architecture:
     """The row that the table lacks, proven on the loaded model.
 
     Raises:
-        InputError: there is no one decoder stack, or a layer in which nothing is proven to write; names the remedy.
+        InputError: there isn't exactly one list of decoder layers, or no module of a layer is proven to write.
     """
     d_model = model.config.get_text_config().hidden_size
     try:
         path, calls = find_stack(model, d_model)
-        stack = model.get_submodule(path)
-        found = writers_of(stack, calls, d_model)
+        layers = model.get_submodule(path)
+        writers = writers_of(layers, calls, d_model)
     except (Unclear, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        # An unknown model's code may fail in any way; what it needs is then said by the person.
+        # An unknown model's code may fail in any way; the user then names the modules.
         raise unknown_family(model_type, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
-    pairs = [(starred(layer, writer.path), writer) for layer, some in zip(stack, found, strict=True) for writer in some]
+    pairs = [
+        (starred(layer, writer.path), writer)
+        for layer, layer_writers in zip(layers, writers, strict=True)
+        for writer in layer_writers
+    ]
     matrices = dict.fromkeys(name for name, _ in pairs)
-    # In any layer: one that borrows another layer's keys and values looks at no position by itself.
+    # Mixing in any layer counts: a layer that borrows another layer's keys and values doesn't mix positions by itself.
     mixing = {name for name, writer in pairs if writer.mixes}
     named = {
         component: paths
@@ -245,15 +252,15 @@ def discover(model: Any, model_type: str) -> Architecture:
 
 
 class Unclear(Exception):
-    """What the structure doesn't tell."""
+    """The structure leaves a question open; the message says which."""
 
 
 @torch.no_grad()
 def find_stack(model: Any, d_model: int) -> tuple[str, list[Call]]:
-    """Path of the decoder stack, and how a short text calls each of its layers.
+    """Path of the decoder layers, and each layer's call in a pass over a short text.
 
     Raises:
-        Unclear: none or several module lists whose members all see hidden states once.
+        Unclear: no module list, or several, whose members all receive hidden states exactly once.
     """
     n_layers = model.config.get_text_config().num_hidden_layers
     lists = {
@@ -262,7 +269,7 @@ def find_stack(model: Any, d_model: int) -> tuple[str, list[Call]]:
     seen: dict[nn.Module, list[Call]] = {}
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.setdefault(module, []).append(Call(copied(args), copied(kwargs)))  # layers may write over what they are given
+        seen.setdefault(module, []).append(Call(copied(args), copied(kwargs)))  # copies: layers may overwrite their input
 
     handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layers in lists.values() for layer in layers]
     embedding = model.get_input_embeddings().weight
@@ -273,12 +280,12 @@ def find_stack(model: Any, d_model: int) -> tuple[str, list[Call]]:
     finally:
         for handle in handles:
             handle.remove()
-    found = [name for name, layers in lists.items() if all(_sees_stream(seen.get(layer), d_model) for layer in layers)]
-    if len(found) != 1:
-        other = {tuple(calls[0].hidden.shape) for calls in seen.values() if _has_hidden(calls)} if not found else ()
+    fitting = [name for name, layers in lists.items() if all(_sees_stream(seen.get(layer), d_model) for layer in layers)]
+    if len(fitting) != 1:
+        other = {tuple(calls[0].hidden.shape) for calls in seen.values() if _has_hidden(calls)} if not fitting else ()
         instead = f", some see {max(other, key=len)}" if other else ""
-        raise Unclear(f"{len(found)} lists of {n_layers} modules see hidden states of {d_model} features{instead}")
-    return found[0], [seen[layer][0] for layer in lists[found[0]]]
+        raise Unclear(f"{len(fitting)} lists of {n_layers} modules see hidden states of {d_model} features{instead}")
+    return fitting[0], [seen[layer][0] for layer in lists[fitting[0]]]
 
 
 def _sees_stream(calls: Sequence[Call] | None, d_model: int) -> bool:
@@ -290,21 +297,21 @@ def _has_hidden(calls: Sequence[Call]) -> bool:
 
 
 def writers_of(layers: Any, calls: Sequence[Call], d_model: int) -> list[tuple[Writer, ...]]:
-    """Per layer what writes to the stream; layers of one make are proven once.
+    """Per layer, the modules that write to the stream; layers of the same make are proven once.
 
     Raises:
-        Unclear: a layer in which nothing writes.
+        Unclear: no module of a layer writes to the stream.
     """
     known: dict[object, tuple[Writer, ...]] = {}
-    found = []
+    writers = []
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        make = (type(layer), tuple((path, type(part), out_features(part)) for path, part in layer.named_modules()))
+        make = (type(layer), tuple((path, type(module), out_features(module)) for path, module in layer.named_modules()))
         if make not in known:
             known[make] = prove(layer, call, d_model)
         if not known[make]:
-            raise Unclear(f"nothing in layer {index} is seen to write to the residual stream")
-        found.append(known[make])
-    return found
+            raise Unclear(f"no module in layer {index} is seen to write to the residual stream")
+        writers.append(known[make])
+    return writers
 
 
 @torch.no_grad()
@@ -312,7 +319,7 @@ def prove(layer: nn.Module, call: Call, d_model: int) -> tuple[Writer, ...]:
     """The writers of one layer, in its modules' order, by passes of that layer alone in float32.
 
     Raises:
-        Unclear: a module's output reaches the stream otherwise than as a scaled copy.
+        Unclear: a module's output reaches the stream, but not as a scaled copy.
     """
     layer, call = in_float32(layer, call)
     probe = LayerProbe(layer, call)
@@ -329,19 +336,19 @@ def prove(layer: nn.Module, call: Call, d_model: int) -> tuple[Writer, ...]:
         if scale:
             effects[path] = (scale, norm)
     named = {starred(layer, path): effect for path, effect in effects.items()}
-    for path in probe.multipliers:  # experts that no position was routed to are like the others
+    for path in probe.multipliers:  # experts without any position behave as the others do
         if not probe.outputs[path] and starred(layer, path) in named:
             effects[path] = named[starred(layer, path)]
-    for path in list(effects):  # a block with parameters of its own around the matrix that writes
+    for path in list(effects):  # drop blocks with own parameters around the matrix that writes
         if out_features(probe.multipliers[path]) is None and any(other.startswith(f"{path}.") for other in effects):
             del effects[path]
-    matrices = {path for path in effects if not is_fused(probe.modules[path])}  # experts see each position by itself
+    matrices = {path for path in effects if not is_fused(probe.modules[path])}  # experts process each position by itself
     mixing = {path for path in matrices if probe.outputs[path] and probe.mixes(path, effects)}
     return tuple(Writer(path, scale, norm, path in mixing) for path, (scale, norm) in effects.items())
 
 
 def starred(layer: nn.Module, path: str) -> str:
-    """A path with a * for the place in a module list: what its members have in common."""
+    """A path with a * for the index in a module list, the same for all members of the list."""
     parts = path.split(".")
     for index in range(1, len(parts)):
         if isinstance(layer.get_submodule(".".join(parts[:index])), nn.ModuleList):

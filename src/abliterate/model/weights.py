@@ -1,6 +1,6 @@
-"""Reading and writing a module's matrix as W (d_out, d_in), whatever its storage: Linear, Conv1D, or one of `storages`.
+"""Reads a module's matrix as W (d_out, d_in), whether it is a Linear, a Conv1D, or quantized in one of `storages`.
 
-Of fused experts, W is the stack of all experts' matrices (E, d_out, d_in).
+For fused experts, W holds all experts' matrices (E, d_out, d_in).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from abliterate.model.offload import held, home_of
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...] | None:
-    """(d_out, d_in), or (E, d_out, d_in), of a module that multiplies by a matrix, else None."""
+    """(d_out, d_in), or (E, d_out, d_in), if the module multiplies by a matrix, else None."""
     if is_fused(module):
         return tuple(fused_weight(module).shape)
     storage = storage_of(module)
@@ -28,31 +28,31 @@ def shape_of(module: nn.Module) -> tuple[int, ...] | None:
 
 
 def out_features(module: nn.Module) -> int | None:
-    """d_out of a module that multiplies by a matrix, else None."""
+    """d_out if the module multiplies by a matrix, else None."""
     shape = shape_of(module)
     return shape[-2] if shape is not None else None
 
 
 def in_features(module: nn.Module) -> int:
-    """d_in of a module that multiplies by a matrix."""
+    """d_in of a module; it must multiply by a matrix."""
     shape = shape_of(module)
     assert shape is not None
     return shape[-1]
 
 
 def n_matrices(module: nn.Module) -> int:
-    """How many matrices W a module holds: 1, or the number of its experts."""
+    """The number of matrices in a module: 1, or the number of its fused experts."""
     shape = shape_of(module)
     return shape[0] if shape is not None and len(shape) == 3 else 1
 
 
 def stored_weight(module: nn.Module) -> Tensor:
-    """The parameter that holds W of a module that isn't quantized, as it is stored."""
+    """The parameter that stores W in a module that isn't quantized, in its stored layout."""
     return module.down_proj if is_fused(module) else module.weight  # type: ignore[return-value]
 
 
 def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
-    """Where W is, and the dtype that a dense one multiplies in; None: quantized storage says nothing of that."""
+    """The device of W, and the dtype of its products; None for a quantized W, which doesn't show it."""
     if is_fused(module) or storage_of(module) is None:
         weight = stored_weight(module)
         return home_of(module, weight), weight.dtype if is_plain(weight) else None
@@ -60,10 +60,10 @@ def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """W (d_out, d_in), or (E, d_out, d_in): a view where the storage is dense, else dequantized; never kept by us.
+    """W (d_out, d_in), or (E, d_out, d_in): a view of a dense weight, otherwise a dequantized copy that we never keep.
 
     Raises:
-        InputError: a storage we can't read.
+        InputError: we can't read the format.
     """
     if is_fused(module):
         return fused_weight(module)
@@ -80,6 +80,6 @@ def dense_weight(module: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Replace W of a dense module, in its own dtype. The old values are gone (DESIGN §8.8)."""
+    """Overwrite W of a dense module, in its own dtype; the old values are lost (docs/design.md §8.8)."""
     target = dense_weight(module)  # a view
     target.copy_(weight.to(target.dtype))

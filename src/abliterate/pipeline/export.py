@@ -235,7 +235,7 @@ def verify(context: Context, picked: Picked, final: Path) -> Verification:
 def conclude(
     context: Context, record: ExportRecord, final: Path, trial: Trial, n_harmful: int, verdict: Verification
 ) -> ExportRecord:
-    """Put the verdict into the record that is returned, and into the export's card, recipe and own record; warn of a failure."""
+    """Put the verdict into the returned record and into the export's card, recipe and own record; warn of a failure."""
     concluded = record.model_copy(update={"verified": verdict.ok, "verification": verdict.record})
     leave_record(final, concluded.model_dump(exclude_unset=True))
     readme = final / "README.md"

@@ -77,7 +77,7 @@ HUB_HELDOUT = {
 
 @dataclass(frozen=True)
 class HeldoutSets:
-    """Prompts that neither directions nor the search have seen. `over_refusal`: harmless prompts that look harmful; may be empty."""
+    """Prompts that neither directions nor the search have seen. `over_refusal`: harmless ones that look harmful, if any."""
 
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]

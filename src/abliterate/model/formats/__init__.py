@@ -1,7 +1,7 @@
-"""Quantized storages of weights, one file for each: which module holds W how.
+"""Quantized formats, one file for each: how a quantized module stores W, and how to read it as a dense matrix.
 
-A new one is a file and a line here. Modules are known by their class's name or their tensors' names: no package of a
-quantization is imported for that. Knows nothing of edits, nor of how checkpoints are loaded.
+A new format is a file and a line here. Modules are recognized by the name of their class or of their tensors, so no
+quantization package is imported for that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from abliterate.model.formats.others import ByProduct, Hqq, TensorClass, is_plai
 
 __all__ = ["FILES", "STORAGES", "InFiles", "Storage", "device_of", "is_plain", "storage_of", "storage_remedy"]
 
-# The first that holds a module has it: compressed-tensors before the tensors' own classes.
+# The first format that claims a module is used, so compressed-tensors stands before the tensor classes.
 _ALL: tuple[Storage, ...] = (
     BitsAndBytes(),
     FineGrainedFP8(),
@@ -35,7 +35,7 @@ _ALL: tuple[Storage, ...] = (
     ByProduct(),
 )
 STORAGES: Mapping[str, Storage] = {storage.name: storage for storage in _ALL}
-# What can be made dense from weight files alone, by the quantization's name in config.json.
+# Formats that can be made dense from weight files alone, by the quantization's name in config.json.
 FILES: Mapping[str, tuple[InFiles, ...]] = {
     "fp8": FP8_FILES,
     "mxfp8": FP8_FILES,
@@ -49,18 +49,18 @@ FILES: Mapping[str, tuple[InFiles, ...]] = {
 
 
 def storage_of(module: nn.Module) -> Storage | None:
-    """How a module's W is quantized; None where it isn't, as far as we know."""
+    """The quantized format of a module's W; None if it isn't quantized in a known way."""
     return next((storage for storage in STORAGES.values() if storage.holds(module)), None)
 
 
 def storage_remedy(module: nn.Module) -> str:
-    """Why a module can't be edited as it is stored, and what to do; "" where its storage is no hindrance."""
+    """Why a module can't be edited as it is stored, and the remedy; "" if its format is no obstacle."""
     storage = storage_of(module)
     if storage is None and not opaque(module):
         return ""
     if storage is None:
         return (
-            f"its weights are stored in a way that isn't known ({type(module).__name__}); load them dense with "
+            f"its weights are stored in an unknown format ({type(module).__name__}); load them dense with "
             "--set load.dequantize=true, or use the model in full precision"
         )
     if storage.editable:

@@ -1,7 +1,7 @@
-"""What a storage of weights is: a module we know, the matrix that it multiplies by, and how files hold that matrix.
+"""The protocol of a quantized format: which modules use it, the matrix they multiply by, and how weight files store it.
 
-Owns the seam and what several storages share: continuous bit packing, E2M1 values, grids of scales, and the product with
-the identity. Knows no format's names.
+It also holds the arithmetic that several formats share: continuous bit packing, E2M1 values, grids of scales, and the product
+with the identity.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from abliterate.errors import InputError
 
 # E2M1 (OCP Microscaling Formats 1.0, table 5): sign, two bits of exponent, one of mantissa.
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-# What a module's own product may differ from W x, relative to it. Kernels that round their inputs to 8 or 4 bits differ by 1 to
-# 10 %, those that don't by 0.1; a zero point off by one is 2.5 % of 8-bit weights.
+# How far a module's own product may differ from W x, relative to W x. Kernels that round their inputs to 8 or 4 bits differ by
+# 1 to 10 %, other kernels by 0.1 %; a zero point that is off by one changes 8-bit weights by 2.5 %.
 ROUNDS_INPUTS, ROUNDS_NOTHING = 0.15, 0.01
 
 
 class Storage(Protocol):
-    """One way in which a module holds W. `editable`: its outputs can be edited by a forward hook."""
+    """One way in which a module stores W. `editable`: its outputs can be edited by a forward hook."""
 
     name: str
     editable: bool
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether this module's W is stored so."""
+        """Whether this module stores W in this format."""
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """(d_out, d_in), or of fused experts (E, d_out, d_in)."""
+        """(d_out, d_in), or (E, d_out, d_in) for fused experts."""
 
     def dense(self, module: Any) -> Tensor:
-        """W of that shape: what the module multiplies by. InputError: a variant that we can't read."""
+        """W in that shape, the matrix that the module multiplies by. InputError for a variant that we can't read."""
 
 
 Tensors = Mapping[str, Tensor]
@@ -44,10 +44,10 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class InFiles:
-    """How weight files hold a matrix: a tensor whose name has the `ending` stands, with its `parts`, for one with `dense`.
+    """How weight files store a matrix: a tensor named STEM + `ending` and its `parts` replace the dense tensor STEM + `dense`.
 
-    `make` gives the dense tensor, laid out as in a model without quantization, from {ending: tensor} and the config's
-    entry; `optional` parts may be missing.
+    `make` computes the dense tensor, laid out as in a model without quantization, from {ending: tensor} and the config's
+    quantization entry; `optional` parts may be missing.
     """
 
     ending: str
@@ -58,7 +58,7 @@ class InFiles:
 
 
 def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
-    """(…, n) int32 words as `count` codes of `bits` bits each: a continuous stream, the lowest bits first."""
+    """Words (…, n) int32 as `count` codes of `bits` bits each, read as a continuous stream, lowest bits first."""
     if 32 % bits == 0:
         shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
         return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)[..., :count]
@@ -69,14 +69,14 @@ def unpacked(words: Tensor, bits: int, count: int) -> Tensor:
 
 
 def fp4_values(packed: Tensor) -> Tensor:
-    """(…, n) bytes as (…, 2n) float32: two E2M1 numbers in each, the lower half first."""
+    """Bytes (…, n) as numbers (…, 2n) float32: each byte holds two E2M1 numbers, the lower half first."""
     data = packed.contiguous().view(torch.uint8)
     table = torch.tensor(_FP4, device=packed.device)
     return torch.stack([table[(data & 15).long()], table[(data >> 4).long()]], dim=-1).flatten(-2)
 
 
 def powers_of_two(scale: Tensor) -> Tensor:
-    """Scales as float32; bytes are E8M0 exponents with a bias of 127."""
+    """Scales as float32; scales stored as bytes are E8M0 exponents with a bias of 127."""
     return (
         torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - 127)
         if scale.dtype == torch.uint8
@@ -85,57 +85,60 @@ def powers_of_two(scale: Tensor) -> Tensor:
 
 
 def scaled(weight: Tensor, scale: Tensor, block: tuple[int, int] | None = None) -> Tensor:
-    """`weight` (…, R, C) × `scale`, float32: one number for all, or a grid (…, r, c) each of whose entries is for a block.
+    """`weight` (…, R, C) × `scale` in float32; `scale` is one number, or a grid (…, r, c) with one entry per block.
 
-    `block`: its size, where the last one in a row or column may be cut off.
+    `block`: the size of a block; the last block of a row or column may be cut off.
 
     Raises:
-        InputError: the grid doesn't say how large its blocks are.
+        InputError: the size of the blocks doesn't follow from the grid.
     """
     values, scale = weight.float(), powers_of_two(scale)
     if scale.numel() == 1:
         return values * scale.reshape(())
     if scale.ndim < 2:
-        scale = scale[:, None]  # one for each row
+        scale = scale[:, None]  # one scale per row
     for axis in (-2, -1):
         size, cells = values.shape[axis], scale.shape[axis]
         step = block[axis] if block is not None and -(-size // block[axis]) == cells else size // cells
         if step < 1 or -(-size // step) != cells:
-            raise InputError(f"A matrix of {size} rows or columns has {cells} scales, which says nothing of their blocks.")
+            raise InputError(
+                f"A matrix of {size} rows or columns has {cells} scales, which don't fit blocks of one size; use another "
+                "checkpoint."
+            )
         if 1 < cells < size:
             scale = scale.repeat_interleave(step, dim=axis).narrow(axis, 0, size)
     return values * scale
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are."""
+    """The device that holds a module's weights."""
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 @torch.no_grad()
 def product(module: Any, d_in: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W (d_out, d_in) read off the module's own W·I, some columns at a time."""
+    """W (d_out, d_in) from the module's own product W·I, 1,024 columns at a time."""
     bias = getattr(module, "bias", None)
     columns = []
     for start in range(0, d_in, 1024):
         unit = torch.zeros(min(1024, d_in - start), d_in, device=device_of(module), dtype=dtype)
         unit[:, start:].fill_diagonal_(1)
-        out = module.forward(unit)  # not a call: the module may carry an edit's hook
+        out = module.forward(unit)  # not a call, which would run an edit's hook
         columns.append((out if bias is None else out - bias).T)
     return torch.cat(columns, dim=1)
 
 
 @torch.no_grad()
 def agrees(module: Any, weight: Tensor, dtype: torch.dtype, tolerance: float) -> bool:
-    """Whether a module multiplies by `weight` (d_out, d_in)."""
+    """Whether a module multiplies by `weight` (d_out, d_in), up to `tolerance`."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, dtype)
     out, bias = module.forward(x).float(), getattr(module, "bias", None)
-    wanted = x.float() @ weight.float().T + (0 if bias is None else bias.float())
-    return bool((out - wanted).norm() <= tolerance * wanted.norm())
+    expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+    return bool((out - expected).norm() <= tolerance * expected.norm())
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """What a module of quantized weights computes in, as far as its scales tell; float32 where they don't."""
-    tensors = (one.dtype for one in itertools.chain(module.buffers(), module.parameters()))
-    return next((dtype for dtype in tensors if dtype in (torch.float16, torch.bfloat16)), torch.float32)
+    """The dtype that a quantized module computes in: that of its half-precision scales, otherwise float32."""
+    dtypes = (tensor.dtype for tensor in itertools.chain(module.buffers(), module.parameters()))
+    return next((dtype for dtype in dtypes if dtype in (torch.float16, torch.bfloat16)), torch.float32)

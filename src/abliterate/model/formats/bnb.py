@@ -1,4 +1,4 @@
-"""bitsandbytes, 4 and 8 bits: on the fly by `load.quantization`, or as a checkpoint holds it."""
+"""bitsandbytes stores 4 or 8 bits: quantized while loading (`load.quantization`), or already in the checkpoint."""
 
 from __future__ import annotations
 
@@ -17,20 +17,17 @@ class BitsAndBytes:
     editable = True
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`."""
         return type(module).__name__ in ("Linear4bit", "Linear8bitLt")
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """See `Storage.shape`."""
         return module.out_features, module.in_features
 
     def dense(self, module: Any) -> Tensor:
-        """See `Storage.dense`."""
         weight = module.weight.detach()
         if type(module).__name__ == "Linear8bitLt":
             from bitsandbytes.functional import int8_vectorwise_dequant
 
-            if weight.dtype != torch.int8:  # on the CPU before its first pass
+            if weight.dtype != torch.int8:  # not quantized yet: on a CPU this happens in the first pass
                 return weight
             state = module.state if module.state.SCB is not None else module.weight
             return int8_vectorwise_dequant(weight, state.SCB)
@@ -38,6 +35,6 @@ class BitsAndBytes:
 
         state = module.weight.quant_state
         if getattr(state, "packing_format_for_cpu", False):
-            # It repacks 4-bit weights at the first pass on a CPU; `dequantize_4bit` then gives another matrix without an error.
+            # The first pass on a CPU repacks 4-bit weights; `dequantize_4bit` then returns another matrix without an error.
             return product(module, module.in_features)
         return dequantize_4bit(weight.data, state)

@@ -1,6 +1,6 @@
-"""compressed-tensors: packed integers, int8, FP8 and FP4 with scales, as vLLM's tools write them.
+"""compressed-tensors stores packed integers, int8, FP8 or FP4 with scales, as vLLM's tools write them.
 
-Its modules stay `nn.Linear` until their first pass, which makes them dense again.
+Its modules remain `nn.Linear`; their first pass makes them dense again.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ class CompressedTensors:
     editable = True
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`. What was decompressed is a plain layer."""
+        """A linear layer with a scheme; a decompressed layer is a plain one."""
         scheme, status = getattr(module, "quantization_scheme", None), _status(module)
         return getattr(scheme, "weights", None) is not None and status != "decompressed" and isinstance(module, nn.Linear)
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """See `Storage.shape`."""
         return module.out_features, module.in_features
 
     def dense(self, module: Any) -> Tensor:
-        """See `Storage.dense`."""
-        if _status(module) != "compressed":  # rounded in each pass
+        if _status(module) != "compressed":  # its weights are rounded in each pass
             return product(module, module.in_features, module.weight.dtype)
-        tensors = {f".{name}": one.detach() for name, one in module._parameters.items() if one is not None}
-        tensors |= {f".{name}": one for name, one in module._buffers.items() if one is not None}
+        tensors = {f".{name}": tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
+        tensors |= {f".{name}": tensor for name, tensor in module._buffers.items() if tensor is not None}
         block = getattr(module.quantization_scheme.weights, "block_structure", None)
         return compressed(tensors, None if block is None else (int(block[0]), int(block[1])))
 
@@ -46,14 +44,14 @@ def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> Tensor
     """W (d_out, d_in) float32 from the tensors of one layer, by their names.
 
     Raises:
-        InputError: a format that isn't one of those that the message names.
+        InputError: the format is none of those that the message names.
     """
     scale, zero = tensors[".weight_scale"], tensors.get(".weight_zero_point")
     packed = tensors.get(".weight_packed")
     if packed is None:
         weight = tensors[".weight"]
         if zero is not None and weight.dtype == torch.int8:
-            # Zero points lie as the scales do.
+            # Zero points are laid out as the scales are.
             return scaled(weight, scale, block) - scaled(torch.ones_like(weight), scale * zero.to(scale.dtype), block)
         return scaled(weight, scale, block)
     if packed.dtype == torch.uint8:
@@ -67,18 +65,18 @@ def compressed(tensors: Tensors, block: tuple[int, int] | None = None) -> Tensor
         )
     d_out, d_in = (int(size) for size in tensors[".weight_shape"])
     bits = packed.shape[1] * 32 // d_in
-    if bits not in (2, 4, 8):  # before version 0.15, others were packed otherwise
+    if bits not in (2, 4, 8):  # version 0.14 and earlier packed other widths in another way
         raise InputError(f"A compressed-tensors matrix of {bits} bits can't be read; use a checkpoint of 4 or 8 bits.")
     codes = unpacked(packed, bits, d_in)
     scale = scale.float().reshape(-1, scale.shape[-1]).expand(d_out, -1)
-    # The first bit is a sign, stored as an offset that cancels where zero points have it too.
+    # Signed codes are stored with an offset of 2^(bits−1), which cancels if there are zero points: they have it too.
     zeros = torch.tensor(1 << (bits - 1)) if zero is None else unpacked(zero.T.contiguous(), bits, d_out).T
     index = _groups(tensors.get(".weight_g_idx"), d_in, scale.shape[1])
     return scale[:, index] * (codes - (zeros if zeros.ndim == 0 else zeros[:, index]))
 
 
 def _groups(index: Tensor | None, d_in: int, groups: int) -> Tensor:
-    """The group of each input (d_in)."""
+    """The number of the group that each input (d_in) belongs to."""
     if index is not None and index.numel() == d_in and bool((index >= 0).all()):
         return index.long()
     return torch.arange(d_in) // -(-d_in // groups)

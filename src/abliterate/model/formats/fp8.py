@@ -1,6 +1,7 @@
-"""FP8: weights in 8-bit floating point times scales of blocks, rows, or the whole matrix (also with FP4 experts).
+"""FP8 stores 8-bit floating point weights with scales of blocks, rows or the whole matrix (some checkpoints have FP4 experts).
 
-transformers' `FP8Linear`, `FP8Experts` (integrations/finegrained_fp8.py), FBGEMM's and compressed-tensors' linear layers.
+It covers transformers' `FP8Linear` and `FP8Experts` (integrations/finegrained_fp8.py) and the linear layers of FBGEMM and
+compressed-tensors.
 """
 
 from __future__ import annotations
@@ -13,56 +14,50 @@ from torch import Tensor, nn
 
 from abliterate.model.formats.base import InFiles, Tensors, fp4_values, scaled
 
-# Two E2M1 numbers in each byte.
+# Dtypes whose bytes hold two E2M1 numbers.
 _FP4 = (torch.int8, getattr(torch, "float4_e2m1fn_x2", torch.int8))
 _ROWS = ("FbgemmFp8Linear", "CompressedTensorsFP8Linear")
 
 
 class FineGrainedFP8:
-    """One matrix; W = weight × scale. A weight that was loaded dense is as it is."""
+    """A linear layer, W = weight × scale. A weight that was loaded dense is W itself."""
 
     name = "FP8"
     editable = True
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`."""
         return type(module).__name__ in ("FP8Linear", *_ROWS)
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """See `Storage.shape`."""
         return module.out_features, module.in_features
 
     def dense(self, module: Any) -> Tensor:
-        """See `Storage.dense`."""
         weight = module.weight.detach()
         if weight.element_size() > 1:
             return weight
-        if type(module).__name__ in _ROWS:  # (d_out, 1), or (1, d_out) as the kernel wants it
+        if type(module).__name__ in _ROWS:  # scales (d_out, 1), or (1, d_out) for the kernel
             return scaled(weight, module.weight_scale.detach().reshape(-1, 1))
         return scaled(_values(weight), module.weight_scale_inv.detach(), _block(module.block_size))
 
 
 class FP8Experts:
-    """Fused experts of FP8 checkpoints: read, not edited, since transformers runs them by kernels of their own."""
+    """Fused experts of FP8 checkpoints; they are read but not edited, since transformers runs them in special kernels."""
 
     name = "FP8 experts"
     editable = False
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`."""
         return type(module).__name__ in ("FP8Experts", "FbgemmFp8Llama4TextExperts")
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """See `Storage.shape`."""
         count, rows, columns = module.down_proj.shape
         if type(module).__name__ != "FP8Experts":
             return count, columns, rows
         return count, rows, columns * (2 if module.down_proj.dtype in _FP4 else 1)
 
     def dense(self, module: Any) -> Tensor:
-        """See `Storage.dense`."""
         down = module.down_proj.detach()
-        if type(module).__name__ != "FP8Experts":  # (E, d_ff, d_model) and (E, d_model, 1)
+        if type(module).__name__ != "FP8Experts":  # weights (E, d_ff, d_model), scales (E, d_model, 1)
             return scaled(down.transpose(1, 2), module.down_proj_scale.detach())
         block = _block(module.block_size) if down.dtype not in _FP4 else None
         return scaled(_values(down), module.down_proj_scale_inv.detach(), block)
@@ -82,12 +77,12 @@ def _from_files(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
 
 
 def _fbgemm_down(tensors: Tensors, config: Mapping[str, Any]) -> Tensor:
-    """Llama 4's fused experts: (E, d_ff, d_model), with scales (E, d_model, 1)."""
+    """Llama 4's fused experts (E, d_ff, d_model), stored with scales (E, d_model, 1)."""
     weight, scale = tensors.values()
     return scaled(weight.transpose(1, 2), scale).transpose(1, 2)
 
 
-# A weight, or a parameter of fused experts, and its scale under any of the names in use.
+# A weight or a parameter of fused experts, and its scale under each of the names in use.
 FP8_FILES = (
     InFiles(".weight", ".weight", (".weight_scale_inv",), _from_files),
     InFiles(".weight", ".weight", (".scale",), _from_files),

@@ -1,6 +1,6 @@
-"""GPTQ: integers packed into words along d_in, zero points along d_out, a scale for each group of inputs and output.
+"""GPTQ packs integers into words along d_in and zero points along d_out; each group of inputs has a scale per output.
 
-Of GPTQModel's and AutoGPTQ's layers. Version 1 of the format stores zero points less one, version 2 as they are.
+GPTQModel's and AutoGPTQ's layers use it. Version 1 of the format stores zero points minus one, version 2 as they are.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ _LAYOUTS = ("gptq", "gptq_v2", "auto_round:auto_gptq", "auto_round:gptq")
 
 
 class Gptq:
-    """A layer with `qweight`, `qzeros`, `scales` and `g_idx`, of whichever class."""
+    """A layer of any class with `qweight`, `qzeros`, `scales` and `g_idx`."""
 
     name = "GPTQ"
     editable = True
 
     def holds(self, module: nn.Module) -> bool:
-        """See `Storage.holds`."""
         return all(getattr(module, name, None) is not None for name in ("qweight", "scales", "g_idx", "in_features"))
 
     def shape(self, module: Any) -> tuple[int, ...]:
-        """See `Storage.shape`."""
         return module.out_features, module.in_features
 
     def dense(self, module: Any) -> Tensor:
-        """See `Storage.dense`. Kernels that repack their words (Marlin, ExLlama) are asked by their product."""
+        """W from the words, or from the module's own product for kernels that repack them (Marlin, ExLlama)."""
         shape, scales = self.shape(module), module.scales
         version = module.qzero_format() if hasattr(module, "qzero_format") else 1
         zeros, index = getattr(module, "qzeros", None), module.g_idx
@@ -47,10 +45,10 @@ class Gptq:
 
 
 def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, version: int) -> Tensor:
-    """W (d_out, d_in) float32 = scale × (code − zero), each input of the group that `g_idx` (d_in) names.
+    """W (d_out, d_in) float32 = scale × (code − zero); `g_idx` (d_in) is the group of each input.
 
-    `qweight` (d_in·bits/32, d_out), `qzeros` (groups, d_out·bits/32) int32, `scales` (groups, d_out). Version 1 wraps round:
-    a stored zero point of 2^bits − 1 is 0.
+    `qweight` (d_in·bits/32, d_out), `qzeros` (groups, d_out·bits/32) int32, `scales` (groups, d_out). In version 1, a
+    stored zero point of 2^bits − 1 wraps round to 0.
 
     Raises:
         InputError: the shapes don't belong to 2, 3, 4 or 8 bits.
@@ -60,7 +58,7 @@ def gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, version
     d_in = len(g_idx)
     if bits not in (2, 3, 4, 8) or qweight.shape != (-(-d_in * bits // 32), d_out) or len(qzeros) != groups:
         raise InputError(
-            f"A GPTQ matrix of shape {tuple(qweight.shape)} is packed in a way that can't be read; use a checkpoint of 2, 3, 4 "
+            f"A GPTQ matrix of shape {tuple(qweight.shape)} is packed in an unknown way; use a checkpoint of 2, 3, 4 "
             "or 8 bits in the format gptq or gptq_v2."
         )
     codes = unpacked(qweight.T.contiguous(), bits, d_in)  # (d_out, d_in)
