@@ -1,4 +1,4 @@
-"""Reads a prompt set from its source: a file (`prompts/files.py`), or a Hub data set through the optional package `datasets`."""
+"""Reads a prompt set from its source: a file (`prompts/files.py`), or a Hub data set through the package `datasets`."""
 
 from __future__ import annotations
 
