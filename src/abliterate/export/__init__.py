@@ -1,4 +1,4 @@
-"""Exporters. A new one is a file beside these and a line in `EXPORTERS`."""
+"""The exporters by kind. A new exporter is a file beside these and a line in `EXPORTERS`."""
 
 from __future__ import annotations
 
