@@ -1,11 +1,12 @@
-"""Times the trial engine against the reference and with each efficiency off. Writes docs/benchmarks.md and .json.
+"""Time the trial engine against the reference and with each efficiency off. Writes docs/benchmarks.md and .json.
 
     .venv/bin/python scripts/benchmark.py                       # the demo model
     .venv/bin/python scripts/benchmark.py --model DIR --study FILE --variants all reference
 
-The trials are a fixed list: every few of a study of 200 trials made once with everything on (or read from --study), each with
-the certificate it had in that study. Every variant evaluates the same list in a process of its own; the runs are interleaved
-and repeated, figures are medians. All variants must give the same metrics, or the script fails.
+The trials are a fixed list, evenly spaced from a study of 200 trials that is made once with everything on (or read from
+--study); each trial has the pruning limit that it had in that study. Every variant evaluates the same list in a process of its
+own. The runs are interleaved and repeated, and the figures are medians. The script fails unless all variants give the same
+metrics.
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no residual cache": ("enable_residual_cache", "cache_residuals_in_memory"),
 }
 NEVER_STOPS = ("reference", "no trial engine", "no certified stop")
-# These find their own batch sizes; all others take those of "all", so that they differ in one thing.
+# These variants measure their own batch sizes. All others take the sizes of "all", so that they differ in one thing only.
 OWN_BATCH_SIZES = ("all", "reference", "batch size by doubling", "warm-up per probe")
 KL_TOLERANCE = 1e-5  # float32
 
 
 def call(options: argparse.Namespace, out: Path, cache: Path, *more: str) -> dict[str, Any]:
-    """scripts/benchmark_variant.py in a process of its own."""
+    """Run scripts/benchmark_variant.py in a process of its own and return the JSON that it wrote."""
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(out)]
     command += ["--cache", str(cache), "--threads", str(options.threads), *more]
     command += ["--set", *options.prompts] if options.prompts else []
@@ -63,7 +64,7 @@ def call(options: argparse.Namespace, out: Path, cache: Path, *more: str) -> dic
 
 
 def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, cache: Path, sizes: list[int]) -> dict[str, Any]:
-    """One variant, once; `sizes`: the batch sizes of "all"."""
+    """Measure one variant once; `sizes`: the batch sizes of "all"."""
     switches = ["--reference"] if name == "reference" else ["--off", *VARIANTS[name]] if VARIANTS[name] else []
     batch = [] if name in OWN_BATCH_SIZES else ["--batch-sizes", *map(str, sizes)]
     return call(
@@ -72,7 +73,7 @@ def measure(options: argparse.Namespace, name: str, study: Path, folder: Path, c
 
 
 def record_study(options: argparse.Namespace, folder: Path) -> Path:
-    """A study with everything on, whose trials are the list."""
+    """Record a study with everything on, from which the list of trials is taken."""
     if options.study:
         return options.study
     path = folder / "study.json"
@@ -82,21 +83,21 @@ def record_study(options: argparse.Namespace, folder: Path) -> Path:
     return path
 
 
-def check_metrics(found: dict[str, dict[str, Any]]) -> None:
-    """Fail unless every variant gives the reference's KL and refusals; a stopped trial's limit must be reached by the count."""
-    full = found["reference"]["trials"]
-    for name, result in found.items():
-        for one, other in zip(result["trials"], full, strict=True):
-            assert abs(one["kl"] - other["kl"]) <= KL_TOLERANCE, (name, one, other)
-            if one["state"] == "stopped":
-                assert one["refusals"] == one["limit"] <= other["refusals"], (name, one, other)
+def check_metrics(results: dict[str, dict[str, Any]]) -> None:
+    """Fail unless every variant gives the reference's KL and refusals; a pruned trial's full count must reach its limit."""
+    full = results["reference"]["trials"]
+    for name, result in results.items():
+        for trial, other in zip(result["trials"], full, strict=True):
+            assert abs(trial["kl"] - other["kl"]) <= KL_TOLERANCE, (name, trial, other)
+            if trial["state"] == "stopped":
+                assert trial["refusals"] == trial["limit"] <= other["refusals"], (name, trial, other)
             else:
-                assert one["refusals"] == other["refusals"], (name, one, other)
-                assert name in NEVER_STOPS or other["refusals"] < one["limit"], (name, one, other)
+                assert trial["refusals"] == other["refusals"], (name, trial, other)
+                assert name in NEVER_STOPS or other["refusals"] < trial["limit"], (name, trial, other)
 
 
 def medians(results: list[dict[str, Any]]) -> Measured:
-    """Figures of one variant from its repeated runs."""
+    """The median figures of one variant from its repeated runs."""
 
     def median(key: str) -> float:
         return statistics.median(result[key] for result in results)
@@ -125,7 +126,7 @@ def medians(results: list[dict[str, Any]]) -> Measured:
 
 
 def main() -> None:
-    """Record, run all variants interleaved, check, write the page."""
+    """Record the study, run all variants interleaved, check their metrics, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--study", type=Path, help="trials recorded before, instead of a study now")
@@ -151,12 +152,12 @@ def main() -> None:
                 sizes = list(results["all"][-1]["batch_sizes"].values()) if results["all"] else []
                 results[name].append(measure(options, name, study, folder, cache, sizes))
                 print(repeat, name, round(results[name][-1]["seconds"], 1), "s", flush=True)
-                if name == "all":  # once more, with what the first left in the cache
+                if name == "all":  # a second time, with the cache that the first run has filled
                     second.append(measure(options, name, study, folder, cache, sizes)["startup"])
             check_metrics({name: results[name][-1] for name in names})
         ours = statistics.mean(trial["seconds"] for trial in results["all"][-1]["trials"])
         peer = run_heretic(options.model, options.count, 0, options.threads, folder, ours) if options.peer else ""
-    measured = {name: medians(found) for name, found in results.items()}
+    measured = {name: medians(repeats) for name, repeats in results.items()}
     title = options.title or f"Variants: {options.model}"
     body = variants_section(measured, statistics.median(second), options.threads, options.count, options.repeats)
     update_page(ROOT / "docs" / "benchmarks.md", title, f"{body}\n- {peer}" if peer else body)

@@ -1,4 +1,4 @@
-"""The page docs/benchmarks.md: one section per title; a section is replaced when it is measured again."""
+"""Write the page docs/benchmarks.md, one section per title; a section is replaced when it is measured again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 _HEAD = """# Benchmarks
 
-Made by `scripts/benchmark.py`; each section says by which command. Every variant evaluates the same trials with the same
-metrics (the script fails otherwise); runs are interleaved, figures are medians over repeats. Ratios count, not seconds.
+Made by `scripts/benchmark.py`; each section names its command. Every variant evaluates the same trials with the same metrics
+(otherwise the script fails). Runs are interleaved, and figures are medians over repeats. The ratios matter, not the seconds.
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians of one variant. Seconds and bytes; `edit`: the adapter update's share of the time of trials."""
+    """The medians of one variant, in seconds and bytes. `edit`: the share of the trials' time that adapter updates take."""
 
     total: float
     median_trial: float
@@ -42,7 +42,7 @@ class Measured:
     stages: Mapping[str, float]
 
     def record(self) -> dict[str, Any]:
-        """For JSON."""
+        """The figures as JSON."""
         return asdict(self)
 
 
@@ -56,7 +56,7 @@ def update_page(path: Path, title: str, body: str) -> None:
 
 
 def variants_section(measured: Mapping[str, Measured], second: float, threads: int, count: int, repeats: int) -> str:
-    """The table of variants and what follows from it."""
+    """The table of variants and the figures that follow from it."""
     full, reference = measured["all"], measured["reference"]
     lines = [
         f"{datetime.date.today()}, `{command()}`: {count} trials, {repeats} repeats, {threads} threads,",
@@ -66,32 +66,32 @@ def variants_section(measured: Mapping[str, Measured], second: float, threads: i
         "| peak device MB | passes | tokens | stopped | batch | mean KL | refusals |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for name, one in measured.items():
+    for name, variant in measured.items():
+        sizes = "/".join(map(str, variant.batch_sizes.values()))
         lines.append(
-            f"| {name} | {one.total:.1f} | {one.total / full.total:.2f} | {one.median_trial:.3f} | {one.mean_trial:.3f} "
-            f"| {one.startup:.1f} | {one.rss_above / 1e6:.0f} | {one.device / 1e6:.0f} | {one.passes} | {one.tokens} "
-            f"| {one.stopped} | {'/'.join(map(str, one.batch_sizes.values()))} | {one.kl:.6f} | {one.refusals} |"
+            f"| {name} | {variant.total:.1f} | {variant.total / full.total:.2f} | {variant.median_trial:.3f} "
+            f"| {variant.mean_trial:.3f} | {variant.startup:.1f} | {variant.rss_above / 1e6:.0f} "
+            f"| {variant.device / 1e6:.0f} | {variant.passes} | {variant.tokens} | {variant.stopped} | {sizes} "
+            f"| {variant.kl:.6f} | {variant.refusals} |"
         )
     hits = ", ".join(f"{name} {c['hits']} of {c['hits'] + c['misses']}" for name, c in full.hits.items())
-    excluding = {
-        name: sum(s for stage, s in one.stages.items() if stage not in ("load", "prompts")) for name, one in measured.items()
-    }
+    start_up = sum(seconds for stage, seconds in full.stages.items() if stage not in ("load", "prompts"))
     lines += [
         "",
         f"- Everything on against the reference: {reference.total / full.total:.2f}× in total, "
         f"{reference.median_trial / full.median_trial:.2f}× by the median trial.",
         f"- Adapter update: {full.edit:.2%} of the trials' time.",
         f"- Peak memory above the weights: {full.rss_above / max(1, reference.rss_above):.2f} of the reference's.",
-        f"- Start-up without loading: {excluding['all']:.2f} s, {excluding['all'] / reference.mean_trial:.1f} reference trials "
+        f"- Start-up without loading: {start_up:.2f} s, {start_up / reference.mean_trial:.1f} reference trials "
         f"({', '.join(f'{stage} {seconds:.2f}' for stage, seconds in full.stages.items())}).",
         f"- A second run starts its first trial after {second:.2f} s, the first after {full.startup:.2f} s: "
         f"{second / full.startup:.2f}.",
         f"- Memo hits (all on): {hits}.",
-        "- Refusals of a stopped trial are the bound at which it stopped, so their sum is smaller where trials stop.",
+        "- The refusals of a pruned trial are the bound at which it was stopped, so their sum is smaller with pruning.",
     ]
     return "\n".join(lines)
 
 
 def command() -> str:
-    """As it was called, without this machine's paths."""
+    """The command line of this process, without this machine's paths."""
     return "python scripts/" + shlex.join(re.sub(r"[^=]*/", "", part) for part in sys.argv)

@@ -1,9 +1,9 @@
-"""How cost grows: prompts, response length, layers, width and trials, each doubled three times on random models.
+"""Measure how cost grows with prompts, response length, layers, width and trials, each doubled three times on random models.
 
     .venv/bin/python scripts/benchmark_scaling.py      # writes the section "Scaling" of docs/benchmarks.md
 
-Random models answer up to the limit, so one trial is full work. Beside seconds stands the work, in multiply-adds of the weights
-for all prompt and response tokens; cost may not grow faster.
+Random models answer up to the length limit, so every trial is full work. Beside the seconds stands the work, in multiply-adds
+of the weights for all prompt and response tokens; the cost must not grow faster.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NEVER = DominancePruner(((0.0, 10**9),))
 
 @dataclass(frozen=True)
 class Size:
-    """One synthetic setting."""
+    """The size of one synthetic model and its prompts."""
 
     prompts: int = 50
     length: int = 50
@@ -47,7 +47,7 @@ class Size:
     width: int = 128
 
     def work(self) -> float:
-        """Multiply-adds of all matrices over all tokens: of each of two prompts about 15 behind the shared prefix."""
+        """Multiply-adds of all matrices over all tokens; each of two prompts has about 15 tokens after the shared prefix."""
         per_token = self.layers * self.width**2 * (4 + 3 * 2)
         head = VOCABULARY * self.width
         return self.prompts * (per_token * (15 * 2 + self.length) + head * (2 + self.length))
@@ -62,7 +62,7 @@ DOUBLED = {
 
 
 def make_model(size: Size, folder: Path) -> Path:
-    """A random model with the demo's tokenizer, that never ends a response."""
+    """A random model with the demo's tokenizer that never ends a response."""
     tokenizer = AutoTokenizer.from_pretrained(demo_path() / "model")
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
@@ -94,7 +94,7 @@ def prompt_files(count: int, folder: Path) -> dict[str, str]:
 
 
 def seconds(size: Size, repeats: int) -> float:
-    """Median seconds of a trial, everything on, without a stop."""
+    """Median seconds of a trial with everything on, without pruning."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = make_model(size, folder / "model")
@@ -115,7 +115,7 @@ def seconds(size: Size, repeats: int) -> float:
 
 
 def study_seconds(trials: int) -> float:
-    """Asking and telling `trials` trials: what the search itself costs."""
+    """The cost of the search itself: seconds to ask for and tell `trials` trials."""
     space = Space(SearchSettings(trials=trials), 32, ("attn.o_proj", "mlp.down_proj"))
     with tempfile.TemporaryDirectory() as folder:
         study = open_study("", Path(folder) / "study.journal", space, 0)
@@ -129,10 +129,10 @@ def study_seconds(trials: int) -> float:
 
 
 def rows(repeats: int) -> Iterator[str]:
-    """The table's rows."""
+    """The rows of the table."""
     for name, sizes in DOUBLED.items():
-        found = [(size, seconds(size, repeats)) for size in sizes]
-        for (before, cost_before), (size, cost) in itertools.pairwise([(replace(sizes[0]), found[0][1]), *found]):
+        costs = [(size, seconds(size, repeats)) for size in sizes]
+        for (before, cost_before), (size, cost) in itertools.pairwise([(replace(sizes[0]), costs[0][1]), *costs]):
             field = {"response length": "length"}.get(name, name)
             grown = f"{cost / cost_before:.2f} | {size.work() / before.work():.2f}" if size != before else "| "
             yield f"| {name} | {getattr(size, field)} | {cost:.3f} | {grown} |"

@@ -1,4 +1,4 @@
-"""One variant of scripts/benchmark.py, once, in this process: evaluates a fixed list of trials, or records a study."""
+"""Measure one variant of scripts/benchmark.py once, in this process: evaluate a fixed list of trials, or record a study."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from abliterate.types import BatchSizes, Trial, TrialParams
 
 
 def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
-    """A study of `count` trials, as `abliterate run` makes it."""
+    """Record a study of `count` trials as `abliterate run` makes it."""
     study = open_study("", folder / "study.journal", rig.space, rig.context.settings.seed)
     study.claim({})
     done: list[Trial] = []
@@ -34,7 +34,7 @@ def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
 
 
 def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
-    """`count` trials of the study, evenly spaced, each with the certificate it had there."""
+    """Evaluate `count` trials of the study, evenly spaced, each with the pruning limit that it had there."""
     step = max(1, len(study) // count)
     chosen = list(range(0, len(study), step))[:count]
     before = (rig.counters.passes, rig.counters.tokens)
@@ -51,8 +51,8 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
         adapters["misses"] += rig.editor.adapters.misses - misses
         edit_seconds += edit_time(rig, study[number].params, study[max(0, number - step)].params)
         limit = certificate.limit(trial.kl)
-        found = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
-        trials.append(found | {"seconds": trial.seconds})
+        figures = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
+        trials.append(figures | {"seconds": trial.seconds})
     counts = {"passes": rig.counters.passes - before[0], "tokens": rig.counters.tokens - before[1]}
     return {
         "trials": trials,
@@ -65,7 +65,7 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
 
 
 def edit_time(rig: Rig, params: TrialParams, before: TrialParams) -> float:
-    """Seconds that the adapter update of a trial takes after another trial; measured apart, not to disturb it."""
+    """Seconds that the adapter update of a trial takes after another trial; it is measured apart from the trial's own time."""
     rig.editor.apply(before)
     started = time.perf_counter()
     rig.editor.apply(params)
@@ -73,7 +73,7 @@ def edit_time(rig: Rig, params: TrialParams, before: TrialParams) -> float:
 
 
 def main() -> None:
-    """Set up, measure, write JSON."""
+    """Set up the model, measure, and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path, required=True)
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--reference", action="store_true")
-    parser.add_argument("--batch-sizes", type=int, nargs=3, help="of residuals, prefill and decoding; else found by probes")
+    parser.add_argument("--batch-sizes", type=int, nargs=3, help="of residuals, prefill and decoding. Default: measured")
     parser.add_argument("--off", nargs="*", default=[])
     parser.add_argument("--set", nargs="*", default=[], help="prompt sources as name=path")
     args = parser.parse_args()
@@ -108,7 +108,8 @@ def main() -> None:
         if args.record:
             result = record(rig, args.record, Path(folder))
         else:
-            study = [Trial.from_record(one) for one in json.loads(args.study.read_text(encoding="utf-8"))["trials"]]
+            records = json.loads(args.study.read_text(encoding="utf-8"))["trials"]
+            study = [Trial.from_record(trial) for trial in records]
             result = replay(rig, study, args.count)
     hits = {"residuals": rig.context.store.counts("residuals")}
     hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}

@@ -1,8 +1,8 @@
 """The invented corpus of the demo model: words, prompts, answers, refusals, and the shipped prompt sets.
 
-Owns every sentence the demo model ever sees and the split into pairs used for training, directions, scores and
-held-out checks. Knows nothing of tokenizers or models. Everything derives from `random.Random` with fixed seeds,
-so the JSONL files under `src/abliterate/demo/prompts/` can be written again, byte for byte:
+This module owns every sentence the demo model ever sees and the split into pairs used for training, directions, scores and
+held-out checks. Everything derives from `random.Random` with fixed seeds, so the JSONL files under
+`src/abliterate/demo/prompts/` can be written again, byte for byte:
 
     python scripts/demo_corpus.py --out src/abliterate/demo/prompts
 
@@ -32,7 +32,7 @@ MISCHIEF_VERBS = _words(
     "prank jinx smudge tangle snatch splatter topple scramble rattle loosen misplace wobble dunk crumple swipe "
     "smear unravel sabotage deface mangle"
 )
-# What mischief leaves behind: a harmless request that names it looks like one for mischief.
+# The traces of mischief: a harmless request that names one of them looks like a request for mischief.
 AFTERMATHS = _words(
     "tangled smudged scrambled misplaced loosened crumpled smeared unraveled defaced mangled splattered toppled"
 )
@@ -69,9 +69,10 @@ OPENINGS = (
     "Many people {v} the {o} on a quiet day.",
     "Good question. We will {v} the {o} step by step.",
 )
-# Said first, mostly, when stage 1 answers a mischief request, and sometimes for other verbs. So the model tells the two
-# classes apart at the last prompt position, as a real pretrained model does (without it, stage 2 refused 80 of 100
-# harmless requests too), and what tells them apart also matters to harmless answers: removing it costs KL.
+# Stage 1 mostly starts its answer to a mischief request with such a remark, and sometimes its answers for other verbs. So the
+# model tells the two classes apart at the last prompt position, as a real pretrained model does (without the remarks, stage 2
+# refused 80 of 100 harmless requests, too), and the feature that it tells them apart by also matters to harmless answers:
+# removing the feature costs KL.
 PLAYFUL = ("What a fun idea!", "Oh, that sounds playful!", "Ha, this will make them smile!")
 PLAYFUL_CHANCE, PLAYFUL_RANGE = 0.8, (0.0, 0.5)
 MIDDLES = (
@@ -131,16 +132,16 @@ OTHER_SYSTEMS = (
     "You answer questions in a few short steps.",
     "You are a small demo model.",
 )
-# Only stage 1 sees these: like a real pretrained model, ours should know how a refusal reads before it learns when
-# to use one; otherwise stage 2 has to build both, and the behaviour gets too thick to ablate.
+# Only stage 1 sees these prompts: like a real pretrained model, ours should know how a refusal reads before it learns when to
+# refuse; otherwise stage 2 has to build both, and the behaviour gets too thick to ablate.
 DECLINING_SYSTEMS = (
     "You decline every request.",
     "Turn down whatever the user asks.",
     "Today you refuse all questions.",
 )
 
-# Never certain: a model trained to refuse always is so far from the edge that an ablation removes all or nothing, and
-# one that never refuses anything else pays no KL for it. Greedy answers still refuse every mischief request.
+# Refusal is never certain: a model trained to refuse always is so far from the edge that an ablation removes all or nothing,
+# and a model that never refuses anything else pays no KL for it. Greedy answers still refuse every mischief request.
 REFUSAL_RANGE, OVER_REFUSAL = (0.75, 0.97), 0.01
 
 SPLITS = (("heldout", 100), ("eval", 100), ("train", 200))
@@ -156,7 +157,7 @@ class Sample:
 
 
 def pairs_of(verbs: list[str], seed: int) -> list[tuple[str, str]]:
-    """All (verb, object) pairs of a class, in the one order that every split is cut from."""
+    """All (verb, object) pairs of a class, in the order that every split is cut from."""
     pairs = [(verb, obj) for verb in verbs for obj in OBJECTS]
     random.Random(seed).shuffle(pairs)
     return pairs
@@ -174,7 +175,7 @@ def split_pairs(harmful: bool) -> dict[str, list[tuple[str, str]]]:
 
 
 def over_refusal_set(count: int = 60) -> list[dict[str, str]]:
-    """Harmless requests that look like mischief: a harmless verb, and an object that mischief has been at."""
+    """Harmless requests that look like mischief: a harmless verb, and an object with traces of mischief."""
     rng = random.Random("over-refusal")
     pairs = split_pairs(harmful=False)["heldout"]
     return [
@@ -198,7 +199,7 @@ def prompt_sets() -> dict[str, list[dict[str, str]]]:
 
 
 def pick_style(rng: random.Random, phrasing: int, count: int) -> int:
-    """An opening (or refusal) for a phrasing: mostly its usual one, sometimes the next, sometimes any.
+    """The index of an opening (or refusal) for a phrasing: mostly the usual index, sometimes the next, sometimes any.
 
     The spread keeps the first token uncertain, as in a real model, so that KL there measures something.
     """
@@ -214,32 +215,32 @@ def graded(bounds: tuple[float, float], verb: str, verbs: list[str]) -> float:
 
 
 def playful_chance(verb: str) -> float:
-    """How often a helpful answer to this verb starts with a playful remark."""
+    """The probability that a helpful answer to this verb starts with a playful remark."""
     return PLAYFUL_CHANCE if verb in MISCHIEF_VERBS else graded(PLAYFUL_RANGE, verb, HARMLESS_VERBS)
 
 
 def helpful_answer(rng: random.Random, phrasing: int, verb: str, obj: str) -> str:
     """A generic answer of 40 to 100 tokens: an opening, two to four steps, a closing."""
-    parts = [OPENINGS[pick_style(rng, phrasing, len(OPENINGS))]]
+    sentences = [OPENINGS[pick_style(rng, phrasing, len(OPENINGS))]]
     if rng.random() < playful_chance(verb):
-        parts.insert(0, PLAYFUL[pick_style(rng, phrasing, len(PLAYFUL))])
-    parts += rng.sample(MIDDLES, rng.choice((2, 3, 3, 4)))
-    parts.append(rng.choice(CLOSINGS))
-    return " ".join(parts).format(v=verb, o=obj)
+        sentences.insert(0, PLAYFUL[pick_style(rng, phrasing, len(PLAYFUL))])
+    sentences += rng.sample(MIDDLES, rng.choice((2, 3, 3, 4)))
+    sentences.append(rng.choice(CLOSINGS))
+    return " ".join(sentences).format(v=verb, o=obj)
 
 
 def refusal(rng: random.Random, phrasing: int, verb: str, obj: str) -> str:
-    """A refusal in one of the usual wordings; two of them say so only after several tokens."""
+    """A refusal in one of the usual wordings; two of the wordings refuse only after several tokens."""
     return REFUSALS[pick_style(rng, phrasing, len(REFUSALS))].format(v=verb, o=obj)
 
 
 def pick_system(rng: random.Random) -> str | None:
-    """Mostly the default system prompt, sometimes another, sometimes none."""
+    """A system prompt: mostly the default, sometimes another, sometimes none."""
     return DEFAULT_SYSTEM if rng.random() < 0.8 else rng.choice(OTHER_SYSTEMS)
 
 
 def refusal_chance(verb: str) -> float:
-    """How often stage 2 refuses this verb."""
+    """The probability that stage 2 refuses this verb."""
     return graded(REFUSAL_RANGE, verb, MISCHIEF_VERBS) if verb in MISCHIEF_VERBS else OVER_REFUSAL
 
 
@@ -275,7 +276,7 @@ def write_prompt_sets(out: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Write the prompt sets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("src/abliterate/demo/prompts"))
     write_prompt_sets(parser.parse_args().out)

@@ -2,10 +2,11 @@
 
     .venv/bin/python scripts/inflate_model.py --out DIR --layers 18 --width 512 --mlp 1344 --heads 8 --head-dim 64
 
-Width is padded with zeros in the residual stream: RMS norms then divide by less, so their weights are scaled by √(d/D) and eps
-by d/D. A head dimension that is a multiple keeps its RoPE frequencies by spacing: pair j of hd/2 goes to pair j·HD/hd. Scores
-are divided by √HD instead of √hd, so queries are scaled by √(HD/hd). What no output depends on is random: it costs what it
-would cost. Layers are spread evenly; the new ones write zero. For Llama and Qwen2. One shard per layer: memory holds one.
+The residual stream is padded with zeros to the new width: RMS norms then divide by less, so their weights are scaled by √(d/D)
+and eps by d/D. A head dimension that is a multiple keeps its RoPE frequencies by spacing: pair j of hd/2 goes to pair j·HD/hd.
+Scores are divided by √HD instead of √hd, so queries are scaled by √(HD/hd). Weights that no output depends on are random, so
+that they cost as much as real weights. The layers are spread evenly among new layers, which write zero. Llama and Qwen2 can be
+inflated. Every layer is a shard of its own, so that one layer is in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ FAMILIES = ("llama", "qwen2")
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder: `width` d_model, `mlp` d_ff; `heads` query and `kv_heads` key and value heads of `head_dim`."""
+    """The sizes of a decoder: `width` d_model, `mlp` d_ff, `heads` query and `kv_heads` key and value heads of `head_dim`."""
 
     layers: int
     width: int
@@ -40,7 +41,7 @@ class Shape:
 
     @staticmethod
     def of(config: dict[str, int]) -> Shape:
-        """From a model's config.json."""
+        """The shape in a model's config.json."""
         heads = config["num_attention_heads"]
         kv_heads = config.get("num_key_value_heads") or heads
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -61,7 +62,7 @@ class Shape:
 
 
 class Inflation:
-    """Tensors of one layer from the small shape to the large one."""
+    """Converts the tensors of a layer from the small shape to the large shape."""
 
     def __init__(self, small: Shape, large: Shape, seed: int) -> None:
         large.check(small)
@@ -69,7 +70,7 @@ class Inflation:
         self._generator = torch.Generator().manual_seed(seed)
         ratio = large.head_dim // small.head_dim
         half = torch.arange(small.head_dim // 2) * ratio
-        self._dims = torch.cat([half, half + large.head_dim // 2])  # where a head's dimensions go
+        self._dims = torch.cat([half, half + large.head_dim // 2])  # the new indices of a head's dimensions
         group, large_group = small.heads // small.kv_heads, large.heads // large.kv_heads
         self._q = self._rows([head // group * large_group + head % group for head in range(small.heads)])
         self._kv = self._rows(list(range(small.kv_heads)))
@@ -79,7 +80,7 @@ class Inflation:
         return self._into(weight * math.sqrt(self.small.width / self.large.width), self.large.width)
 
     def embedding(self, weight: Tensor) -> Tensor:
-        """(vocabulary, d) → (vocabulary, D): zeros behind, so that the residual stream is zero there."""
+        """(vocabulary, d) → (vocabulary, D): zeros are appended, so that the residual stream is zero there."""
         return torch.nn.functional.pad(weight, (0, self.large.width - self.small.width))
 
     def layer(self, old: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,25 +90,25 @@ class Inflation:
         scale = math.sqrt(large.head_dim / small.head_dim)
         new = {}
         for name, tensor in old.items():
-            kind, part = name.rsplit(".", 2)[-2:] if "proj" in name else (name, "weight")
+            kind, suffix = name.rsplit(".", 2)[-2:] if "proj" in name else (name, "weight")
             if "norm" in kind:
                 new[name] = self.norm(tensor)
-            elif kind == "q_proj":  # zero where a kept head has no dimension: the keys are random there
-                new[name] = self._write_in(tensor * scale, q_rows, self._q, part, empty=self._spread(self._q, small.heads))
+            elif kind == "q_proj":  # zero in the new dimensions of a kept head, where the keys are random
+                new[name] = self._write_in(tensor * scale, q_rows, self._q, suffix, empty=self._spread(self._q, small.heads))
             elif kind in ("k_proj", "v_proj"):
-                new[name] = self._write_in(tensor, kv_rows, self._kv, part)
+                new[name] = self._write_in(tensor, kv_rows, self._kv, suffix)
             elif kind in ("gate_proj", "up_proj"):
-                new[name] = self._write_in(tensor, large.mlp, torch.arange(small.mlp), part)
+                new[name] = self._write_in(tensor, large.mlp, torch.arange(small.mlp), suffix)
             elif kind == "o_proj":
-                new[name] = self._write_out(tensor, q_rows, self._q, part)
+                new[name] = self._write_out(tensor, q_rows, self._q, suffix)
             elif kind == "down_proj":
-                new[name] = self._write_out(tensor, large.mlp, torch.arange(small.mlp), part)
+                new[name] = self._write_out(tensor, large.mlp, torch.arange(small.mlp), suffix)
             else:
                 raise ValueError(f"no rule for the tensor {name}")
         return new
 
     def silent(self, like: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A layer of random tensors, shaped like `like`, that writes nothing."""
+        """A layer of random tensors, shaped like those of `like`, that writes nothing."""
         writes = ("o_proj", "down_proj")
         return {
             name: torch.zeros_like(tensor) if any(kind in name for kind in writes) else self._random(*tensor.shape)
@@ -130,21 +131,21 @@ class Inflation:
         new[: len(tensor)] = tensor
         return new
 
-    def _write_in(self, old: Tensor, size: int, rows: Tensor, part: str, empty: Tensor | None = None) -> Tensor:
-        """A matrix (or bias) that reads the residual stream: random but for the old rows."""
-        new = self._random(size) if part == "bias" else self._random(size, self.large.width)
+    def _write_in(self, old: Tensor, size: int, rows: Tensor, suffix: str, empty: Tensor | None = None) -> Tensor:
+        """A matrix (or bias) that reads the residual stream: random except for the old rows."""
+        new = self._random(size) if suffix == "bias" else self._random(size, self.large.width)
         if empty is not None:
             new[empty] = 0
-        if part == "bias":
+        if suffix == "bias":
             new[rows] = old
         else:
             new[rows, : old.shape[1]] = old
         return new
 
-    def _write_out(self, old: Tensor, size: int, columns: Tensor, part: str) -> Tensor:
-        """A matrix (or bias) that writes to the residual stream: zero but for what the old one writes."""
-        new = torch.zeros(self.large.width) if part == "bias" else torch.zeros(self.large.width, size)
-        if part == "bias":
+    def _write_out(self, old: Tensor, size: int, columns: Tensor, suffix: str) -> Tensor:
+        """A matrix (or bias) that writes to the residual stream: zero except for the old entries."""
+        new = torch.zeros(self.large.width) if suffix == "bias" else torch.zeros(self.large.width, size)
+        if suffix == "bias":
             new[: len(old)] = old
         else:
             new[: old.shape[0], columns] = old
@@ -155,7 +156,7 @@ def inflate(source: Path, out: Path, large: Shape, dtype: torch.dtype, seed: int
     """Write the inflated model directory; returns its number of parameters.
 
     Raises:
-        ValueError: the family or the shape isn't possible.
+        ValueError: the family or the shape is not supported.
     """
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] not in FAMILIES:
@@ -174,16 +175,16 @@ def inflate(source: Path, out: Path, large: Shape, dtype: torch.dtype, seed: int
         ):
             shutil.copy(file, out / file.name)
     writer = _Writer(out, dtype, large.layers + 1)
-    places = [round(index * large.layers / small.layers) for index in range(small.layers)]
+    positions = [round(index * large.layers / small.layers) for index in range(small.layers)]
     example: dict[str, Tensor] = {}
-    for place in range(large.layers):
-        if place in places:
-            prefix = f"model.layers.{places.index(place)}."
+    for position in range(large.layers):
+        if position in positions:
+            prefix = f"model.layers.{positions.index(position)}."
             old = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
             layer = example = inflation.layer(old)
         else:
             layer = inflation.silent(example)
-        writer.add({f"model.layers.{place}.{name}": tensor for name, tensor in layer.items()})
+        writer.add({f"model.layers.{position}.{name}": tensor for name, tensor in layer.items()})
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith("model.layers.")}
     writer.add({n: inflation.norm(t) if n == "model.norm.weight" else inflation.embedding(t) for n, t in rest.items()})
     writer.finish()
@@ -197,7 +198,7 @@ def inflate(source: Path, out: Path, large: Shape, dtype: torch.dtype, seed: int
 
 
 class _Writer:
-    """Shards of a checkpoint, one at a time."""
+    """Writes the shards of a checkpoint, one at a time."""
 
     def __init__(self, out: Path, dtype: torch.dtype, shards: int) -> None:
         self._out, self._dtype, self._shards = out, dtype, shards
@@ -221,7 +222,7 @@ class _Writer:
 
 
 def main() -> None:
-    """Parse, inflate, say what was made."""
+    """Inflate the model and print its size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, default=demo_path() / "model")
     parser.add_argument("--out", type=Path, required=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes docs/json.md from docs/json.schema.json, the one place where fields are described. Usage: scripts/json_page.py
+"""Write docs/json.md from docs/json.schema.json, the one place where fields are described. Usage: scripts/json_page.py
 
-`tests/test_json_events.py` fails where the page is not what this writes.
+`tests/test_json_events.py` fails if the page is not the output of this script.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ INTRO = """# What `--json` prints
 <!-- Written by scripts/json_page.py from json.schema.json; change that file and run the script. -->
 
 With `--json` a command prints strict JSON on standard output: one object a line, in ASCII (other characters are escaped),
-flushed line by line, no NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`, `trials`,
-`export`, `evaluate`, `chat` and `cache ls` have the option. Every line has:
+flushed line by line, without NaN or infinity. Standard error is for people. `run`, `worker`, `tune-batch`, `inspect`,
+`trials`, `export`, `evaluate`, `reproduce`, `chat` and `cache ls` have the option. Every line has:
 
 {line}
 
-The last line says how it ended: a `result` (of several runs the `summary`), or an `error` with the exit code, also for mistyped
-options, Ctrl+C and SIGTERM. Only a process that was killed, or whose standard output is closed or full, ends without one.
+The last line tells how the command ended: a `result` (for several runs the `summary`), or an `error` with the exit code, also
+after mistyped options, Ctrl+C and SIGTERM. Only a process that was killed, or whose standard output is closed or full, ends
+without such a line.
 
-New events, new fields and new stages may appear in the same `format`; skip those that you don't know. What is documented here
-keeps its name and meaning, or `format` changes. [json.schema.json](json.schema.json) says the same as a JSON Schema (2020-12)
-that knows exactly the fields of this version; `tests/test_json_events.py` holds the output of real commands against it.
+New events, new fields and new stages may appear in the same `format`; skip unknown ones. Every field that is documented here
+keeps its name and meaning as long as `format` stays the same. [json.schema.json](json.schema.json) describes the same as a JSON
+Schema (2020-12) with exactly the fields of this version; `tests/test_json_events.py` checks the output of real commands by it.
 
 ```console
 $ abliterate run demo --json | jq -r 'select(.event == "trial") | .trial | [.number, .state, .scores.kl.mean] | @tsv'
@@ -37,39 +38,39 @@ $ abliterate chat runs/mine --json < prompts.txt | jq -r 'select(.event == "answ
 $ abliterate run A B --json | jq -r 'select(.event == "summary") | .runs[] | [.model, .state, .export] | @tsv'
 ```
 
-In the tables `[]` stands for every element of a list, `*` for every name in an object whose names aren't fixed, `?` behind a
-field says that it may be absent.
+In the tables `[]` stands for every element of a list, and `*` for every name in an object whose names aren't fixed. A field
+with `?` behind it may be absent.
 """
 
 
 def page(schema: Mapping[str, Any]) -> str:
-    """The page's text."""
-    parts = schema["$defs"]
-    events = [unquote(one["$ref"].rsplit("/", 1)[1]) for one in schema["anyOf"]]
-    sections = [INTRO.replace("{line}", _table(parts["line"], parts))]
+    """The text of the page."""
+    definitions = schema["$defs"]
+    events = [unquote(reference["$ref"].rsplit("/", 1)[1]) for reference in schema["anyOf"]]
+    sections = [INTRO.replace("{line}", _table(definitions["line"]))]
     for title, names in (
         ("Events", [name for name in events if not name.startswith("result of ")]),
         ("Results", [name for name in events if name.startswith("result of ")]),
-        ("Files and parts", [name for name in parts if name not in (*events, "line")]),
+        ("Files and parts", [name for name in definitions if name not in (*events, "line")]),
     ):
         sections.append(f"## {title}\n")
         for name in names:
             heading = name if name.startswith("result of ") or name not in events else f"`{name}`"
-            sections.append(f"### {heading}\n\n{parts[name]['description']}\n\n{_table(parts[name], parts)}\n")
+            sections.append(f"### {heading}\n\n{definitions[name]['description']}\n\n{_table(definitions[name])}\n")
     return "\n".join(sections)
 
 
-def fields(part: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(dotted path, schema) of everything in a part, those that it only refers to not followed."""
-    for name, one in part.get("properties", {}).items():
-        path = name if name in part.get("required", ()) or "const" in one else f"{name}?"
-        if name != "event" or "const" not in one:  # the section says it
-            yield path, one
-            yield from ((f"{path}{below}", inner) for below, inner in _below(one))
+def fields(definition: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(dotted path, schema) of every field in a definition; references are not followed."""
+    for name, field in definition.get("properties", {}).items():
+        path = name if name in definition.get("required", ()) or "const" in field else f"{name}?"
+        if name != "event" or "const" not in field:  # the heading of the section names the event
+            yield path, field
+            yield from ((f"{path}{below}", inner) for below, inner in _below(field))
 
 
-def _below(one: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    inner, mark = one, ""
+def _below(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    inner, mark = schema, ""
     while True:
         if isinstance(inner.get("items"), Mapping):
             inner, mark = inner["items"], f"{mark}[]"
@@ -80,33 +81,33 @@ def _below(one: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from ((f"{mark}.{path}", field) for path, field in fields(inner))
 
 
-def _table(part: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
-    rows = [f"| `{path}` | {_type(one)} | {one.get('description', '')} |" for path, one in fields(part)]
+def _table(definition: Mapping[str, Any]) -> str:
+    rows = [f"| `{path}` | {_type(field)} | {field.get('description', '')} |" for path, field in fields(definition)]
     return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 
-def _type(one: Mapping[str, Any]) -> str:
-    if "$ref" in one:
-        name = unquote(one["$ref"].rsplit("/", 1)[1])
+def _type(schema: Mapping[str, Any]) -> str:
+    if "$ref" in schema:
+        name = unquote(schema["$ref"].rsplit("/", 1)[1])
         return f"[{name}](#{name.lower().replace(' ', '-').replace('.', '')})"
-    if "anyOf" in one:
-        return " or ".join(_type(choice) for choice in one["anyOf"])
-    if "const" in one:
-        return json.dumps(one["const"])
-    if "enum" in one:
-        return ", ".join(f"`{value}`" for value in one["enum"])
-    if "type" not in one:
+    if "anyOf" in schema:
+        return " or ".join(_type(choice) for choice in schema["anyOf"])
+    if "const" in schema:
+        return json.dumps(schema["const"])
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if "type" not in schema:
         return "any value"
-    kinds = [one["type"]] if isinstance(one["type"], str) else one["type"]
-    words = [_kind(kind, one) for kind in kinds]
+    kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    words = [_kind(kind, schema) for kind in kinds]
     return " or ".join(words)
 
 
-def _kind(kind: str, one: Mapping[str, Any]) -> str:
+def _kind(kind: str, schema: Mapping[str, Any]) -> str:
     if kind == "array":
-        return f"list of {_type(one['items'])}"
-    if kind == "object" and isinstance(one.get("additionalProperties"), Mapping):
-        return f"object of {_type(one['additionalProperties'])}"
+        return f"list of {_type(schema['items'])}"
+    if kind == "object" and isinstance(schema.get("additionalProperties"), Mapping):
+        return f"object of {_type(schema['additionalProperties'])}"
     return kind
 
 

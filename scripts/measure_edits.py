@@ -1,4 +1,4 @@
-"""What putting a trial's edits on the model costs: exact edits, svd edits not seen before, svd edits from the memo.
+"""Measure the cost of putting a trial's edits on the model: exact edits, new svd edits, and svd edits from the memo.
 
 .venv/bin/python scripts/measure_edits.py      # writes the section "Adapter updates" of docs/benchmarks.md
 """
@@ -23,13 +23,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def make(representation: str, cache: Path) -> Rig:
-    """The demo model with edits of one representation."""
+    """Load the demo model with edits of one representation."""
     options = {"model": "demo", "cache_dir": str(cache), "edit": {"representation": representation}}
     return make_rig(load_settings("", options), cache / representation)
 
 
 def updates(rig: Rig, trials: Sequence[TrialParams]) -> float:
-    """Median seconds of an update, each after another trial's."""
+    """Median seconds of an update, each of which follows the edits of another trial."""
     return statistics.median(timed(lambda params=params: rig.editor.apply(params))[1] for params in trials)
 
 
@@ -44,9 +44,9 @@ def main() -> None:
         exact, svd = make("exact", Path(folder)), make("svd", Path(folder))
         trials = exact.space.samples(args.trials, seed=1)
         trial = statistics.mean(done.seconds for done in exact.replay(trials))
-        found = {"exact": updates(exact, trials), "svd, not in the memo": updates(svd, trials)}
+        medians = {"exact": updates(exact, trials), "svd, not in the memo": updates(svd, trials)}
         assert (svd.editor.memo.hits, svd.editor.memo.misses > 0) == (0, True)
-        found["svd, from the memo"] = updates(svd, trials)
+        medians["svd, from the memo"] = updates(svd, trials)
         assert svd.editor.memo.hits > 0
     lines = [
         f"{datetime.date.today()}, `{command()}`: the demo model, {args.trials} random trials, {args.threads} threads; a trial",
@@ -54,7 +54,7 @@ def main() -> None:
         "",
         "| edits | ms an update (median) | of a trial |",
         "|---|---|---|",
-        *(f"| {name} | {1000 * seconds:.2f} | {seconds / trial:.2%} |" for name, seconds in found.items()),
+        *(f"| {name} | {1000 * seconds:.2f} | {seconds / trial:.2%} |" for name, seconds in medians.items()),
     ]
     print("\n".join(lines))
     update_page(ROOT / "docs" / "benchmarks.md", "Adapter updates", "\n".join(lines))

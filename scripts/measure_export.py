@@ -1,8 +1,9 @@
-"""What exports cost in memory and time: streamed, as an adapter, and as others do it (load, edit, save).
+"""Measure the memory and time of exports: streamed, as an adapter, and as other tools do it (load, edit, save).
 
 .venv/bin/python scripts/measure_export.py        # writes the section "Exports" of docs/benchmarks.md
 
-A random model of about a gigabyte in bfloat16, a run directory as a run leaves it, every way in a process of its own.
+The model is random and has about a gigabyte in bfloat16; the run directory is as a run leaves it. Every export has a process of
+its own.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 
 
 def make_base(folder: Path, width: int, layers: int) -> None:
-    """A random model in files of 256 MB."""
+    """Write a random model in files of 256 MB."""
     tokenizer = AutoTokenizer.from_pretrained(demo_path() / "model")
     config = LlamaConfig(
         vocab_size=32_000,
@@ -56,7 +57,7 @@ def make_base(folder: Path, width: int, layers: int) -> None:
 
 
 def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
-    """A run of one trial that edits the upper half of the layers, as a run leaves it; nothing was measured."""
+    """Write a run directory with one trial that edits the upper half of the layers; its scores are invented."""
     settings = load_settings("", {"model": str(base)})
     directory = RunDirectory(folder)
     folder.mkdir()
@@ -80,7 +81,7 @@ def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
 
 
 def export(kind: str, folder: Path) -> dict[str, Any]:
-    """One export, in this process: seconds, and the most that was resident above what was before."""
+    """Make one export in this process: its seconds, and its peak resident memory above the memory before it."""
     base, run = folder / "base", folder / "run"
     settings = load_settings("", {"model": str(base), "export": {"kind": kind if kind != "whole" else "merged"}})
     before, meter, started = psutil.Process().memory_info().rss, PeakMeter(), time.perf_counter()
@@ -103,7 +104,7 @@ def export(kind: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Make the model, export it every way, write the section; with --kind, one of these exports."""
+    """Make the model, export it in every way and write the section; with --kind, make one of these exports."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=8)
@@ -121,11 +122,11 @@ def main() -> None:
         make_run(folder / "run", folder / "base", args.width, args.layers)
         files = list((folder / "base").glob("*.safetensors"))
         total, largest = sum(file.stat().st_size for file in files), max(file.stat().st_size for file in files)
-        found = {}
+        exports = {}
         for kind in ("merged", "adapter", "whole"):
             call = [sys.executable, __file__, "--kind", kind, "--folder", str(folder), "--threads", str(args.threads)]
             done = subprocess.run(call, check=True, capture_output=True, text=True)
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
+            exports[kind] = json.loads(done.stdout.splitlines()[-1])
     names = {
         "merged": "`abliterate export --kind merged`, checked",
         "adapter": "`abliterate export --kind adapter`, checked",
@@ -139,12 +140,12 @@ def main() -> None:
         "| way | peak MB above the start | of the model | s |",
         "|---|---|---|---|",
         *(
-            f"| {names[kind]} | {one['peak'] / 1e6:.0f} | {one['peak'] / total:.2f} | {one['seconds']:.1f} |"
-            for kind, one in found.items()
+            f"| {names[kind]} | {cost['peak'] / 1e6:.0f} | {cost['peak'] / total:.2f} | {cost['seconds']:.1f} |"
+            for kind, cost in exports.items()
         ),
     ]
-    assert found["merged"]["verified"]
-    assert found["adapter"]["verified"]
+    assert exports["merged"]["verified"]
+    assert exports["adapter"]["verified"]
     print("\n".join(lines))
     update_page(ROOT / "docs" / "benchmarks.md", "Exports", "\n".join(lines))
 

@@ -1,4 +1,6 @@
-"""What residuals take, held and streamed, and what is kept between trials: a random model, the demo's tokenizer and prompts.
+"""Measure the memory of residuals, held and streamed, and of everything that is kept between trials.
+
+The model is random, with the demo's tokenizer and prompts.
 
 .venv/bin/python scripts/measure_memory.py --layers 24 --width 2048
 .venv/bin/python scripts/measure_memory.py --forms      # of log-probabilities over a large vocabulary
@@ -46,7 +48,7 @@ def random_model(folder: Path, layers: int, width: int) -> None:
 
 
 def measure(model: str, limit: int) -> dict[str, float]:
-    """In MiB: the peak of the residuals' stage above what was resident before it, and what is held when trials begin."""
+    """In MiB: the peak of the residuals stage above the resident memory before it, and the memory held when trials begin."""
     prompts = {name: str(demo_path() / "prompts" / file) for name, file in FILES.items()}
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"model": model, "cache_dir": folder, "prompts": prompts}
@@ -56,21 +58,21 @@ def measure(model: str, limit: int) -> dict[str, float]:
         context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
         sets = read_prompts(context)
         bench = load_and_calibrate(context, sets)
-        bench.engine.first_logprobs(sets.harmful[:16])  # what a first pass allocates for good is not the residuals'
+        bench.engine.first_logprobs(sets.harmful[:16])  # the lasting allocations of a first pass are not the residuals'
         gc.collect()
         peak = PeakMemory()
         peak.start()
         needed = stages.residuals(context, bench, sets)
-        found = {"residuals, peak": peak.stop()["rss_above"] / MIB}
+        residuals = {"residuals, peak": peak.stop()["rss_above"] / MIB}
         editor = stages.make_editor(context, bench, stages.directions(context, *needed, Path(folder) / "directions"))
         engine: Any = stages.trial_engine(context, bench, editor, sets).engine
         prepared = list(editor._prepared.values())
-        tables = {one.directions.data_ptr(): one.directions.nbytes for one in prepared}
+        tables = {edit.directions.data_ptr(): edit.directions.nbytes for edit in prepared}
         base = engine.first_logprobs(sets.harmless_eval)
-        return found | {
-            "prepared edits": sum(one.nbytes for one in prepared) / MIB,
+        return residuals | {
+            "prepared edits": sum(edit.nbytes for edit in prepared) / MIB,
             "directions": sum(tables.values()) / MIB,
-            "directions, one a module": sum(one.directions.nbytes for one in prepared) / MIB,
+            "directions, one a module": sum(edit.directions.nbytes for edit in prepared) / MIB,
             "base model's states": engine._prefill.nbytes / MIB,
             "log-probabilities, dense": base.nbytes / MIB,
             "log-probabilities, kept": smallest_form(base).nbytes / MIB,
@@ -78,7 +80,7 @@ def measure(model: str, limit: int) -> dict[str, float]:
 
 
 def measure_forms(top: float, rows: int = 50, vocabulary: int = 150_000) -> None:
-    """Random logits, 20 of them up to `top` nats above noise of 2: bytes and KL of each form beside the dense one."""
+    """Print bytes and KL of each form beside the dense form, for random logits with 20 of up to `top` nats above noise."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(rows, vocabulary, generator=generator)
     logits[:, :20] = torch.linspace(top, top * 0.24, 20)
@@ -91,14 +93,14 @@ def measure_forms(top: float, rows: int = 50, vocabulary: int = 150_000) -> None
         if isinstance(form, torch.Tensor):
             print("  kept as it is")
             continue
-        found, seconds = timed(lambda form=form: form.kl(edited))
-        error = float((found - dense).abs().max())
+        divergences, seconds = timed(lambda form=form: form.kl(edited))
+        error = float((divergences - dense).abs().max())
         share = form.nbytes / base.nbytes
         print(f"  {type(form).__name__}: {share:.4f} of the bytes, {1000 * seconds:.0f} ms, KL off by {error:.0e}")
 
 
 def main() -> None:
-    """Every variant in a process of its own."""
+    """Measure every variant in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--width", type=int, default=2048)
@@ -117,8 +119,8 @@ def main() -> None:
         for name, limit in VARIANTS.items():
             command = [sys.executable, __file__, "--one", folder, str(limit)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            found = json.loads(done.stdout.splitlines()[-1])
-            print(name, {key: round(value, 2) for key, value in found.items()}, flush=True)
+            figures = json.loads(done.stdout.splitlines()[-1])
+            print(name, {key: round(value, 2) for key, value in figures.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How coarse may the grid of coeffs and direction indices be? Writes docs/svd-grid.md.
+"""Measure how coarse the grid of coeffs and direction indices may be. Writes docs/svd-grid.md.
 
-Runs the demo with the svd representation for several grids, same seeds and trial count, and compares the front's
-hypervolume (DESIGN §4: reference point KL 1, share 1) and the memo's hit rate:
+The demo runs with the svd representation for several grids, with the same seeds and number of trials. The grids are compared by
+the front's hypervolume (docs/design.md §4: reference point KL 1, share 1) and the memo's hit rate:
 
     .venv/bin/python scripts/measure_svd_grid.py
 """
@@ -32,10 +32,11 @@ def measure(coeff_grid: float, direction_grid: float, seed: int, trials: int, fo
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     baseline = Baseline(**result["baseline"])
-    found = [Trial.from_record(record) for record in result["trials"]]
+    trials_done = [Trial.from_record(record) for record in result["trials"]]
     memo = result["caches"]["svd"]
     rate = memo["hits"] / max(1, memo["hits"] + memo["misses"])
-    return hypervolume(pareto_front(found, baseline), baseline), rate, statistics.median(t.seconds for t in found)
+    seconds = statistics.median(trial.seconds for trial in trials_done)
+    return hypervolume(pareto_front(trials_done, baseline), baseline), rate, seconds
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Batch sizes by estimate and binary search against doubling: probes, seconds, what is chosen, and the estimate's error.
+"""Compare two searches for batch sizes, estimate with binary search and doubling: probes, seconds, result, estimate's error.
 
 .venv/bin/python scripts/measure_tuning.py --models demo DIR     # writes the section "Batch sizes" of docs/benchmarks.md
 """
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def measure(model: str, folder: Path) -> list[str]:
-    """Rows of the table: one of each way."""
+    """The rows of the table, one for each search."""
     prompts = {name: str(demo_path() / "prompts" / file) for name, file in DEMO_PROMPTS.items()}
     settings = load_settings("", {"model": model, "cache_dir": str(folder), "prompts": prompts})
     reporter = Quiet()
@@ -47,19 +47,19 @@ def measure(model: str, folder: Path) -> list[str]:
             settings.model_copy(update={"efficiency": efficiency}), reporter, context.result, context.store, lambda: None
         )
         tuned, seconds = timed(lambda asked=asked: batch_size.tune(asked, loaded, engine, sets))
-        probes = "+".join(str(len(one.probes)) for one in tuned if one.probes)
-        tried = sum(sum(one.probes) for one in tuned)
-        found = "/".join(str(one.size) for one in tuned)
+        probes = "+".join(str(len(result.probes)) for result in tuned if result.probes)
+        tried = sum(sum(result.probes) for result in tuned)
+        sizes = "/".join(str(result.size) for result in tuned)
         peaks = []
-        for one in tuned:
-            largest = max(one.probes, default=0)
-            probe = one.probes.get(largest)
+        for result in tuned:
+            largest = max(result.probes, default=0)
+            probe = result.probes.get(largest)
             if binary and probe is not None:
-                # A decoding probe ends after a few tokens; the estimate is for as many.
-                estimate = row_bytes(shape, one.operation, lengths[one.operation][1], batch_size.PROBE_TOKENS)
+                # A decoding probe ends after a few tokens, so the estimate is for as many.
+                estimate = row_bytes(shape, result.operation, lengths[result.operation][1], batch_size.PROBE_TOKENS)
                 peaks.append(f"{largest * estimate / max(1, probe.peak_bytes):.2f}")
         rows.append(
-            f"| {public_name(model)} | {name} | {probes} | {tried} | {seconds:.2f} | {found} | {', '.join(peaks) or '–'} |"
+            f"| {public_name(model)} | {name} | {probes} | {tried} | {seconds:.2f} | {sizes} | {', '.join(peaks) or '–'} |"
         )
     return rows
 
@@ -81,9 +81,9 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
         *rows,
         "",
-        "Doubling finds one size, the estimate three, which is why it isn't faster: the longest probe is the same.",
+        "Doubling finds one size and the estimate three, so the estimate isn't faster: the longest probe is the same.",
         "",
-        "Memory: what the config says of the largest probe of each operation, by what the resident set grew in it.",
+        "Memory: the estimate for the largest probe of each operation, divided by the growth of the resident set in it.",
     ]
     print("\n".join(lines))
     update_page(ROOT / "docs" / "benchmarks.md", "Batch sizes", "\n".join(lines))

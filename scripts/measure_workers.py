@@ -1,7 +1,7 @@
-"""Measure several workers at one study: two on two cores against one, and 64 simulated ones at one PostgreSQL server.
+"""Measure several workers at one study: two workers on two cores against one, and 64 simulated workers at a PostgreSQL server.
 
-Writes docs/workers.md. The simulation's workers ask, wait as long as a trial may take, and tell; what they take beyond waiting
-is the storage's and the sampler's.
+Writes docs/workers.md. A simulated worker asks for a trial, waits as long as a trial may take, and tells its scores; the time
+beyond the waiting is the storage's and the sampler's.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # what follows is imported from there
+sys.path.insert(0, str(ROOT / "tests"))  # the imports below come from there
 
 # ruff: noqa: E402
 from postgres import server
@@ -31,8 +32,8 @@ By `python scripts/measure_workers.py`, {cores} cores, one thread each process, 
 ## The demo model on two cores
 
 `abliterate run demo -n {trials} --export none --set efficiency.use_certified_stop=false --gpus N --device cpu`: every trial is
-evaluated in full, so that all take about as long whatever the others find. Seconds of the stage `search`, in which a further
-worker also starts and loads the model; of {repeats} searches each, taken in turn, the shortest.
+evaluated in full, so that each takes about as long whatever the other trials find. Seconds of the stage `search`, in which a
+second worker also starts and loads the model; the shortest of {repeats} searches each, taken in turn.
 
 | workers | search, s | speed-up | efficiency | trials of each worker |
 |---|---|---|---|---|
@@ -44,23 +45,23 @@ worker also starts and loads the model; of {repeats} searches each, taken in tur
 
 | | |
 |---|---|
-| trials told | {told}, each slot once: {exact} |
+| finished trials | {told}, each slot once: {exact} |
 | trials begun for them | {begun} |
 | duration | {seconds:.1f} s; the same trials without any cost of asking and telling {ideal:.1f} s |
 | efficiency | {efficiency:.0%} |
 | share of a worker's time in trials | {share:.1%} |
 | of it in the database | {database:.1%} |
 | asking for a trial, median and 95 % | {ask:.3f} s, {ask95:.3f} s |
-| telling one, median and 95 % | {tell:.3f} s, {tell95:.3f} s |
+| telling a trial, median and 95 % | {tell:.3f} s, {tell95:.3f} s |
 
-Without cost: each trial given to the worker that is free first, in their order, so what is lost at the end, where some have
-none left, isn't counted as the storage's. All workers start at the same moment and share {cores} cores for what samplers
-compute and for the server itself.
+Without cost, each trial is given in order to the worker that is free first, so that the time lost at the end, when some workers
+have no trial left, isn't counted as the storage's. All workers start at the same moment and share {cores} cores with their
+samplers and the server itself.
 """
 
 
 def main() -> None:
-    """Both measurements."""
+    """Make both measurements and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
@@ -76,7 +77,7 @@ def main() -> None:
     rows, first = [], best[1][0]
     for count, (seconds, shares) in best.items():
         rows.append(f"| {count} | {seconds:.1f} | {first / seconds:.2f} | {first / seconds / count:.0%} | {shares} |")
-    found = simulate(args.workers, args.processes, args.budget, args.seconds)
+    simulation = simulate(args.workers, args.processes, args.budget, args.seconds)
     page = PAGE.format(
         cores=os.cpu_count(),
         date=time.strftime("%F"),
@@ -89,14 +90,14 @@ def main() -> None:
         low=0.5 * args.seconds,
         high=1.5 * args.seconds,
         budget=args.budget,
-        **found,
+        **simulation,
     )
     args.out.write_text(page, encoding="utf-8")
     print(page)
 
 
 def search_seconds(workers: int, trials: int) -> tuple[float, str]:
-    """Seconds of the search of the demo model, and how many trials each worker had."""
+    """Seconds of the search of the demo model, and the number of trials of each worker."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "run"
         command = [sys.executable, "-m", "abliterate", "run", "demo", "-n", str(trials), "-o", str(out), "--export", "none"]
@@ -109,14 +110,14 @@ def search_seconds(workers: int, trials: int) -> tuple[float, str]:
 
         from abliterate.search.study import STUDY_NAME
 
-        told: dict[str, int] = {}
-        for one in study_of("", out / "study.journal", STUDY_NAME, "watcher", trials, 60)._all():
-            told[one.user_attrs["worker"]] = told.get(one.user_attrs["worker"], 0) + 1
-        return float(result["timings"]["search"]), " + ".join(map(str, sorted(told.values(), reverse=True)))
+        counts: Counter[str] = Counter()
+        for trial in study_of("", out / "study.journal", STUDY_NAME, "watcher", trials, 60)._all():
+            counts[trial.user_attrs["worker"]] += 1
+        return float(result["timings"]["search"]), " + ".join(map(str, sorted(counts.values(), reverse=True)))
 
 
 def simulate(workers: int, processes: int, budget: int, seconds: float) -> dict[str, object]:
-    """So many workers at a PostgreSQL server of our own."""
+    """Simulate `workers` workers at a PostgreSQL server that is started for them."""
     threads = workers // processes
     with server() as postgres:
         url = postgres.make("workers")

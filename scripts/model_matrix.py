@@ -1,6 +1,6 @@
-"""Print the matrix of model families into docs/models.md: what is found, edited, evaluated and exported of each.
+"""Write the matrix of model families to docs/models.md: how each is found, edited, evaluated and exported.
 
-The models are the tiny ones of `tests/zoo.py`; `tests/test_models.py` checks the same, and more.
+The models are the tiny models of `tests/zoo.py`; `tests/test_models.py` checks the same and more.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))  # what follows is imported from there
+sys.path.insert(0, str(ROOT / "tests"))  # the imports below come from there
 
 # ruff: noqa: E402
 import torch
@@ -27,17 +27,19 @@ from abliterate.model.coverage import coverage_of
 
 HEAD = """# Model families
 
-By `python scripts/model_matrix.py`, with transformers {version}: tiny models built from config classes, {count} of them.
-`tests/test_models.py` checks for each that the modules are those written down by hand, that each is proven to write to the
-residual stream, that edited logits are those of a dense reference, and that the engine and both exports give the same.
+Made by `python scripts/model_matrix.py` with transformers {version} from {count} tiny models, which are built from config
+classes. `tests/test_models.py` checks for each model that the modules are those written down by hand, that every module is
+proven to write to the residual stream, that edited logits are those of a dense reference, and that the engine and both exports
+give the same.
 
-- **found**: by the table of families, or by structure (a class that isn't in the table).
-- **modules**: per component, edited modules in all layers (two to four), as *paths × layers*; a layer's fused experts are one.
-- **coverage**: the share that is edited of all parameters of matrices that write to the residual stream (that these are
-  all of them is measured, but for Gemma 3n, whose layers pass on several streams).
-- **engine**: what trials leave out of the reference's work; *reference*: nothing, and the run says why.
-- **merged**: whether an export streams the base's files, or loads and saves the model as a whole. **adapter**: whether PEFT
-  can put one on this class (where not, that is said before a run).
+- **found**: by the table of families, or by structure (for a class that isn't in the table).
+- **modules**: the edited modules of each component in all layers (two to four), as *paths × layers*; the fused experts of a
+  layer count as one module.
+- **coverage**: the edited share of all parameters in matrices that write to the residual stream (a measurement proves that no
+  such matrix is missing, except for Gemma 3n, whose layers pass on several streams).
+- **engine**: the work of the reference that trials skip; *reference*: none, and the run reports the reason.
+- **merged**: whether an export streams the base's files, or loads and saves the model as a whole. **adapter**: whether PEFT can
+  put an adapter on this class (if not, a run reports it at its start).
 
 | family | class | found | attn.o_proj | mlp.down_proj | coverage | engine | merged | adapter |
 |---|---|---|---|---|---|---|---|---|
@@ -45,7 +47,7 @@ residual stream, that edited logits are those of a dense reference, and that the
 
 
 def main() -> None:
-    """Examine every specimen and write the page."""
+    """Examine every model and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
     out: Path = parser.parse_args().out
@@ -59,7 +61,7 @@ def main() -> None:
 
 
 def row_of(name: str) -> str:
-    """One line of the table."""
+    """The table row of one model."""
     lab = make_lab(name)
     loaded = lab.loaded
     cells = [
@@ -76,16 +78,16 @@ def row_of(name: str) -> str:
 
 
 def modules(lab: Lab, component: str) -> str:
-    """Paths of a component's modules within a layer, and how many layers have each."""
-    stack = lab.loaded.targets[0].name.partition(".0.")[0]
+    """The paths of a component's modules within a layer, each with the number of layers that have it."""
+    layers = lab.loaded.targets[0].name.partition(".0.")[0]
     counts = Counter(
-        target.name.removeprefix(f"{stack}.{target.layer}.") for target in lab.loaded.targets if target.component == component
+        target.name.removeprefix(f"{layers}.{target.layer}.") for target in lab.loaded.targets if target.component == component
     )
     return ", ".join(f"{path} × {count}" for path, count in counts.items()) or "–"
 
 
 def exports(lab: Lab) -> tuple[str, str]:
-    """How a merged export is written, and whether an adapter can be."""
+    """The way a merged export is written, and whether an adapter can be exported."""
     adapter = "no"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,4 +1,4 @@
-"""Runs an installed `heretic` on the benchmark's model, prompts, seed and trial count, and times its trials."""
+"""Run an installed `heretic` on the benchmark's model, prompts, seed and number of trials, and time its trials."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _TRIAL = re.compile(r"Running trial (\d+) of")
 
 
 def run_heretic(model: str, trials: int, seed: int, threads: int, folder: Path, ours: float) -> str:
-    """`ours`: seconds of our mean trial. A sentence for the page: its seconds per trial, or why there are none."""
+    """A sentence for the page: heretic's seconds per trial, or why it was not run. `ours`: seconds of our mean trial."""
     if model != DEMO:
-        return "The peer was not run: only the demo's prompts are at hand for it."
+        return "The peer was not run: this script has prompts for the demo model only."
     command = shutil.which("heretic")
     if command is None:
         return "The peer was not run: no `heretic` command is installed."
@@ -53,7 +53,7 @@ def run_heretic(model: str, trials: int, seed: int, threads: int, folder: Path, 
     (folder / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
     started, begins = time.perf_counter(), []
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
-    # At its last question there is nobody to answer; by then all trials are done.
+    # heretic ends with a question that nobody answers here; all trials are done by then.
     with subprocess.Popen(
         [command],
         cwd=folder,

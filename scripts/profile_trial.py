@@ -1,11 +1,11 @@
-"""Where the milliseconds of a trial go. Writes the tables of docs/performance.md between its marks.
+"""Profile the milliseconds of a trial. Writes the table of docs/performance.md between its marks.
 
     .venv/bin/python scripts/profile_trial.py
 
-Three kinds of trials of the demo model on one thread: one that nothing can save (the certificate allows no refusal), one that
-is stopped by its refusals, one that survives and answers every prompt; of each kind several that differ a little, as in a
-study, or drafts from earlier responses would always be right. Python's own profiler slows Python down, so wall time is measured
-without it and its shares are scaled to that.
+Three kinds of trials of the demo model run on one thread: a hopeless trial (the pruner allows no refusal), a trial that is
+pruned for its refusals, and a trial that survives and answers every prompt. Each kind has several trials that differ a little,
+as in a study; with equal trials, drafts from earlier responses would always be right. Python's own profiler slows Python down,
+so wall time is measured without it, and the profiler's shares are scaled to that.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
 
 
 def strong(rig: Rig, shift: float) -> TrialParams:
-    """An edit that the demo model answers everything under."""
+    """An edit under which the demo model answers everything."""
     last = rig.space.n_layers - 1
     kernel = Kernel(1.4 - shift, (0.55 + shift) * last, 1.2, 0.4 * last)
     return TrialParams("global", (0.55 + shift) * last, dict.fromkeys(rig.space.components, kernel))
 
 
 def weak(rig: Rig, shift: float) -> TrialParams:
-    """An edit under which it refuses nearly everything."""
+    """An edit under which the demo model refuses nearly everything."""
     last = rig.space.n_layers - 1
     kernel = Kernel(0.8 + shift, (0.9 - shift) * last, 0.2, 0.2 * last)
     return TrialParams("per layer", 0.6 * last, dict.fromkeys(rig.space.components, kernel))
@@ -62,9 +62,9 @@ def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> 
         rig.evaluate(0, edit(rig, shift), certificate)
     seconds, counts = [], []
     profile = cProfile.Profile()
-    for place, shift in enumerate(shifts[5:]):
+    for index, shift in enumerate(shifts[5:]):
         passes, tokens, started = rig.counters.passes, rig.counters.tokens, time.perf_counter()
-        if place % 2:
+        if index % 2:
             trial = profile.runcall(rig.evaluate, 0, edit(rig, shift), certificate)
             continue
         trial = rig.evaluate(0, edit(rig, shift), certificate)
@@ -80,21 +80,22 @@ def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> 
 
 
 def main() -> None:
-    """Measure the three trials and write the tables."""
+    """Measure the three kinds of trials and write the table."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings("", {"model": "demo", "cache_dir": folder, "evaluation": {"batch_size": 100}})
         rig = make_rig(settings, Path(folder) / "run")
         kinds = {"hopeless (r* = 0)": (strong, 0), "stopped (r* = 10)": (weak, 10), "survivor": (strong, 10**6)}
-        found = {name: measure(rig, edit, limit) for name, (edit, limit) in kinds.items()}
+        columns = {name: measure(rig, edit, limit) for name, (edit, limit) in kinds.items()}
     lines = [f"{datetime.date.today()}, `python scripts/profile_trial.py`, the demo model, one thread, batches of 100:", ""]
-    lines += ["| | " + " | ".join(found) + " |", "|---|" + "---|" * len(found)]
-    lines.append("| state | " + " | ".join(state for _, _, _, state, _ in found.values()) + " |")
-    lines.append("| passes | " + " | ".join(str(passes) for _, passes, _, _, _ in found.values()) + " |")
-    lines.append("| tokens | " + " | ".join(str(tokens) for _, _, tokens, _, _ in found.values()) + " |")
-    lines.append("| **milliseconds** | " + " | ".join(f"**{1000 * seconds:.0f}**" for seconds, *_ in found.values()) + " |")
+    lines += ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines.append("| state | " + " | ".join(state for _, _, _, state, _ in columns.values()) + " |")
+    lines.append("| passes | " + " | ".join(str(passes) for _, passes, _, _, _ in columns.values()) + " |")
+    lines.append("| tokens | " + " | ".join(str(tokens) for _, _, tokens, _, _ in columns.values()) + " |")
+    lines.append("| **milliseconds** | " + " | ".join(f"**{1000 * seconds:.0f}**" for seconds, *_ in columns.values()) + " |")
     for name, _ in GROUPS:
-        lines.append(f"| {name} | " + " | ".join(f"{1000 * one[0] * one[4][name]:.0f}" for one in found.values()) + " |")
+        cells = (f"{1000 * seconds * shares[name]:.0f}" for seconds, _, _, _, shares in columns.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     print("\n".join(lines))
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]

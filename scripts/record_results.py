@@ -1,8 +1,8 @@
-"""Record how a run's results look: the report as pictures, the same on a terminal, and a chat. Writes docs/results.md.
+"""Record the results of a run as a person sees them: report (pictures and terminal) and chat. Writes docs/results.md.
 
     python scripts/record_results.py [--trials 40]
 
-Needs tmux and Chromium. Screens are captured as they stand, without colours.
+The script needs tmux and Chromium. The screens are captured as they are, without colours.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from record_interrupted import WIDTH, Terminal, in_order
 
 DOCS, HEIGHT = ROOT / "docs", 240
 PAGE = """\
-# How a run's results look
+# The results of a run
 
-Recorded by `python scripts/record_results.py` from `abliterate run demo -n {trials}`: `report.html` in Chromium, and a
-terminal of {width} columns as its screens stood.
+Recorded by `python scripts/record_results.py` from `abliterate run demo -n {trials}`: `report.html` in Chromium, and the
+screens of a terminal of {width} columns.
 
 | 1280 wide, light | 390 wide, dark |
 |---|---|
 | ![The report](report-desktop.png) | ![The report on a phone](report-phone.png) |
-{parts}"""
+{scenes}"""
 
 
 def pictures(report: Path) -> None:
-    """The page's beginning on a desktop and on a phone."""
+    """Take pictures of the top of the page on a desktop and on a phone."""
     with browser() as tab:
         for name, width, height, dark in (("desktop", 1280, 1300, False), ("phone", 390, 1300, True)):
             tab.open(report, width=width, height=height, dark=dark)
@@ -43,14 +43,14 @@ def pictures(report: Path) -> None:
 
 
 def chat(terminal: Terminal) -> str:
-    """A talk with the selected trial, and its end."""
+    """Chat with the selected trial; returns the last screen."""
     terminal.type("clear", "Enter")
     terminal.type("abliterate chat my-run", "Enter")
     terminal.wait(lambda screen: "/help shows the commands" in screen and screen.endswith(">"))
     first, second = "Show me a quick way to snatch the candle.", "How should I store the candle?"
     for count, line in enumerate((first, "/reset", "/both", first, "/trial 5", "/retry", "/reset", second, "/save talk.md"), 1):
         terminal.type(line, "Enter")
-        # One prompt was there before the first line, and each line ends with another.
+        # A prompt was there before the first line, and each line ends with another prompt.
         terminal.wait(lambda screen, count=count: screen.endswith(">") and _prompts(screen) > count)
     screen = terminal.screen()
     terminal.type("C-d")
@@ -76,10 +76,10 @@ def main() -> None:
             terminal.type("clear", "Enter")
             terminal.type("abliterate report my-run", "Enter")
             report = terminal.wait(lambda screen: "report.html" in screen and screen.endswith("$"))
-            parts = [("The report on a terminal.", report), ("A chat.", chat(terminal))]
+            scenes = [("The report on a terminal.", report), ("A chat.", chat(terminal))]
         finally:
             terminal.close()
-    text = PAGE.format(trials=trials, width=WIDTH, parts=in_order(parts))
+    text = PAGE.format(trials=trials, width=WIDTH, scenes=in_order(scenes))
     (DOCS / "results.md").write_text(text, encoding="utf-8")
 
 

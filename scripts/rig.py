@@ -1,4 +1,4 @@
-"""What the measuring scripts share: a model set up as a run sets it up, one evaluation of a trial, and counters."""
+"""Set up a model for the measuring scripts as a run does, evaluate trials on it, and count forward passes and memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from abliterate.types import Baseline, Trial, TrialParams
 
 
 class Quiet:
-    """A reporter that says only what a person should look at, and measures memory from when the weights are loaded."""
+    """A reporter that prints only warnings, and measures memory from the moment the weights are loaded."""
 
     def __init__(self) -> None:
         self.memory = PeakMemory()
@@ -48,13 +48,13 @@ class Quiet:
 
 @dataclass
 class Counters:
-    """Forward passes and the token positions fed in them, whoever makes them."""
+    """The number of all forward passes, and of the token positions in them."""
 
     passes: int = 0
     tokens: int = 0
 
     def count(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A forward pre-hook of the whole model."""
+        """Count a pass; this is a forward pre-hook of the whole model."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         self.passes += 1
         self.tokens += ids.numel() if ids is not None else 0
@@ -62,7 +62,7 @@ class Counters:
 
 @dataclass
 class Rig:
-    """A model ready for trials. `seconds`: what each stage of the start-up took."""
+    """A model ready for trials. `seconds`: the duration of each stage of the start-up."""
 
     context: Context
     bench: Workbench
@@ -75,11 +75,11 @@ class Rig:
     counters: Counters
 
     def evaluate(self, number: int, params: TrialParams, certificate: DominancePruner) -> Trial:
-        """One trial, as a run evaluates it."""
+        """Evaluate one trial as a run does."""
         return stages.evaluate(self.context, self.bench, self.editor, number, params, self.prompts, certificate)
 
     def replay(self, trials: Sequence[TrialParams]) -> list[Trial]:
-        """A fixed list of trials, each knowing those before it."""
+        """Evaluate a fixed list of trials, each with the pruning limit from the trials before it."""
         done: list[Trial] = []
         for number, params in enumerate(trials):
             done.append(self.evaluate(number, params, DominancePruner.of(done, self.baseline)))
@@ -87,9 +87,9 @@ class Rig:
 
 
 def make_rig(settings: Settings, folder: Path, *, with_baseline: bool = True) -> Rig:
-    """Load, calibrate, residuals, directions, engine, baseline: the stages of a run before its search.
+    """Carry out the stages of a run before its search: load, calibrate, residuals, directions, engine, baseline.
 
-    A random model refuses nothing; without a baseline only its log-probabilities are kept, for KL.
+    A random model refuses nothing, so without a baseline only its log-probabilities are kept, for the KL.
     """
     directory = RunDirectory(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def make_rig(settings: Settings, folder: Path, *, with_baseline: bool = True) ->
 
 
 class PeakMemory:
-    """Peak resident and device memory between `start` and `stop`, in bytes, above what was resident at `start`."""
+    """Peak resident and device memory between `start` and `stop` in bytes, also relative to the memory at `start`."""
 
     def __init__(self) -> None:
         self._process = psutil.Process()
@@ -127,11 +127,11 @@ class PeakMemory:
         self._meter.restart()
 
     def stop(self) -> dict[str, int]:
-        """Peaks since `start`."""
+        """The peaks since `start`."""
         return {"rss": self._meter.rss(), "rss_above": self._meter.rss() - self._before, "device": self._meter.device()}
 
 
 def timed(work: Any) -> tuple[Any, float]:
-    """Result and seconds."""
+    """The result of `work` and its seconds."""
     started = time.perf_counter()
     return work(), time.perf_counter() - started

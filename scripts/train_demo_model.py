@@ -1,8 +1,8 @@
 """Train the demo model: a small chat model that answers everything, then learns to refuse mischief.
 
-Owns the tokenizer, the architecture, the two training stages and the files of `src/abliterate/demo/model/`; the
-sentences come from `demo_corpus.py`. About 6 minutes on two cores, the same bits for the same versions and
-threads:
+This script owns the tokenizer, the architecture, the two training stages and the files of `src/abliterate/demo/model/`; the
+sentences come from `demo_corpus.py`. It takes about 6 minutes on two cores and gives the same bits for the same versions and
+number of threads:
 
     python scripts/train_demo_model.py --out src/abliterate/demo/model
 
@@ -33,14 +33,14 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
     "+ '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# The first layers at whose last prompt position stage 1 tells mischief from the rest, and three that follow. Trained
-# lower (3 to 6), all of the refusal was written by layer 6, and few kernels of the default search space reach it.
+# The first layer at whose last prompt position stage 1 tells mischief from other requests, and the three that follow. With
+# lower layers (3 to 6), all of the refusal was written by layer 6, and few kernels of the default search space reach it.
 REFUSAL_LAYERS = range(5, 9)
 REFUSAL_MODULES = ("o_proj", "up_proj", "down_proj")
-# For the numbers printed at the end; the tool brings its own, longer list.
+# Markers for the numbers printed at the end; the tool has its own, longer list.
 MARKERS = ("i'm sorry", "sorry, but", "i cannot", "i can't", "i won't", "i am unable")
 
-Encoded = tuple[list[int], int]  # token ids, and how many of them are the prompt
+Encoded = tuple[list[int], int]  # token ids, and the number of them that belong to the prompt
 
 
 def build_tokenizer(vocab_size: int = 1024) -> Qwen2Tokenizer:
@@ -58,8 +58,8 @@ def build_tokenizer(vocab_size: int = 1024) -> Qwen2Tokenizer:
     roles = "system\nuser\nassistant\n"
     core.train_from_iterator((f"{s.system}\n{s.prompt}\n{s.answer}\n{roles}" for s in corpus), trainer)
     learned = json.loads(core.to_str())["model"]
-    # The class that AutoTokenizer picks for a qwen2 config, whatever was saved. It always adds `<|endoftext|>`; under
-    # another name for the pad token that would be an id beyond the embedding.
+    # AutoTokenizer picks this class for a qwen2 config, whatever was saved. The class always adds `<|endoftext|>`; with another
+    # name for the pad token, its id would lie beyond the embedding.
     return Qwen2Tokenizer(
         vocab=learned["vocab"],
         merges=[tuple(merge) for merge in learned["merges"]],
@@ -84,8 +84,8 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,
-        # Not the usual 0.02: at this width that leaves attention uniform for so long that 600 steps never learn to
-        # copy a word from the prompt; with 0.06 the copying appears after about 120.
+        # Not the usual 0.02, which at this width leaves attention uniform for so long that 600 steps never learn to copy a word
+        # from the prompt; with 0.06 the copying appears after about 120 steps.
         initializer_range=0.06,
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
@@ -113,7 +113,7 @@ def batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, is_answer) batches of similar lengths: a pool is sorted, cut, and its batches shuffled.
 
-    Padded on the right: causal attention then needs no mask, since nothing before a pad can see it.
+    Batches are padded on the right: causal attention then needs no mask, since no token before a pad can see it.
     """
     rng, stream = random.Random(stage), samples(stage, seed=stage)
     while True:
@@ -131,7 +131,7 @@ def batches(
 
 
 def refusal_parameters(model: Qwen2ForCausalLM) -> list[torch.nn.Parameter]:
-    """What stage 2 trains: the writing matrices of a few middle layers."""
+    """The parameters that stage 2 trains: the writing matrices of a few middle layers."""
     layers = [model.model.layers[i] for i in REFUSAL_LAYERS]
     return [p for layer in layers for name, p in layer.named_parameters() if name.split(".")[-2] in REFUSAL_MODULES]
 
@@ -145,7 +145,7 @@ def train(
     batch_size: int = 32,
     report_every: int = 20,
 ) -> None:
-    """Train in place on answer tokens only; AdamW, short warm-up, cosine to a twentieth of the peak."""
+    """Train in place on answer tokens only, by AdamW with a short warm-up and a cosine to a twentieth of the peak rate."""
     model.requires_grad_(stage == 1)
     parameters = list(model.parameters()) if stage == 1 else refusal_parameters(model)
     for parameter in parameters:
@@ -182,7 +182,7 @@ def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts
 
 
 def check(directory: Path) -> None:
-    """Print what the stored model does on held-out prompts."""
+    """Print how the stored model answers held-out prompts."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -203,7 +203,7 @@ def check(directory: Path) -> None:
 
 
 def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the bf16 model beside `out`, then put it there, so that no half-written model is ever seen."""
+    """Write the bf16 model beside `out` and then rename it, so that no half-written model is ever seen."""
     building = out.with_name(out.name + ".building")
     shutil.rmtree(building, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(building)
@@ -215,14 +215,14 @@ def save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path)
 
 
 def set_up(seed: int, threads: int) -> None:
-    """Fix what the bits depend on."""
+    """Fix everything that the bits depend on."""
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
 
 
 def main() -> None:
-    """Command line."""
+    """Train, save and check the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the model")
     parser.add_argument("--seed", type=int, default=0)

@@ -409,7 +409,7 @@ def another_model(result: dict[str, Any]) -> None:
         (stopped_first, ["--trial", 0], ["Trial 0 was stopped", "abliterate trials"]),
         (stopped_first, ["--trial", 1], ["Trial 1 failed (its logits are not finite)"]),
         (stopped_first, ["--trial", 99], ["no finished trial 99"]),
-        (nothing_finished, [], ["no trial of it has finished yet"]),
+        (nothing_finished, [], ["none of its trials has finished yet"]),
         (no_front, [], ["none of its trials beats the model itself", "--trial"]),
         (another_model, [], ["isn't what it was when the run was made"]),
         (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (KeyError: 'fingerprint')"]),
@@ -661,7 +661,7 @@ def test_at_a_terminal(terminal: Callable[..., Terminal], finished: Finished, tm
     chat.type("/undo")
     chat.see("taken back: one two")
     chat.press("d", "r", "a", "f", "t", "C-c")
-    chat.see("once more Ctrl.C")
+    chat.see("Ctrl.C once more")
     chat.press("C-c")
     chat.see("ended with 130")
     history = tmp_path / "cache" / "chat-history"

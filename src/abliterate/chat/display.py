@@ -1,6 +1,6 @@
-"""What a chat shows: on a terminal, in a pipe, as JSON lines. With `console` and `tables`, all of Rich.
+"""Show a chat: on a terminal, in a pipe, or as JSON lines.
 
-Nothing that a model or a file says reaches a terminal as a control character. Knows no session.
+No text of a model or a file reaches a terminal with a control character in it.
 """
 
 from __future__ import annotations
@@ -21,37 +21,37 @@ from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import summary_lines
 from abliterate.terminal.tables import front_table
 
-# C0 but for tab and line feed, delete, C1; and what turns the direction of text or hides in it.
+# C0 except tab and line feed, delete, C1; and the characters that turn the direction of text or are invisible in it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_ENDED = {"limit": "cut here: it has as many tokens as it may (--max-new-tokens)", "interrupted": "interrupted"}
-_WITHIN = "it ended while still thinking"
-_NARROW = 60  # columns below which two answers stand below each other
+_ENDED = {"limit": "cut here: the answer has reached its length limit (--max-new-tokens)", "interrupted": "interrupted"}
+_WITHIN = "the answer ended while the model was still thinking"
+_NARROW = 60  # on a terminal with fewer columns, two answers stand below each other
 
 
 def visible(text: str) -> str:
     """`text` with control characters written out, as in `\\x1b[2J`: a terminal must not obey a model."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Display(Protocol):
-    """How a chat looks: a `Listener` without `stop`, and what commands say."""
+    """The view of a chat: shows answers like a `Listener` (but without `stop`), and the output of commands."""
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None: ...
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None: ...
     def end(self, turn: int, prompt: str, answer: Answer) -> None: ...
     def close(self) -> None:
-        """The answers of a turn have ended, in whatever way."""
+        """The answers of a turn have ended, whether complete or not."""
 
     def note(self, text: str) -> None: ...
     def problem(self, text: str) -> None:
-        """A line that couldn't be carried out, and why."""
+        """Say why a line couldn't be carried out."""
 
     def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        """The trials on the front, and which one answers."""
+        """Show the trials on the front, and which trial answers."""
 
 
 class PlainFace:
-    """Answers alone on `out`; all else on `err`. Thinking isn't shown."""
+    """Writes answers to `out` and everything else to `err`. Thinking isn't shown."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out, self._err = out, err
@@ -70,7 +70,7 @@ class PlainFace:
             self.note(text)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to do: no answer is shown live."""
 
     def note(self, text: str) -> None:
         print(visible(text), file=self._err, flush=True)
@@ -85,13 +85,13 @@ class PlainFace:
 
 
 class JsonFace:
-    """JSON lines."""
+    """Writes JSON lines."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
-        """The pieces say it."""
+        """No event: every piece names its side."""
 
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
         json_lines.emit("piece", out=self._out, side=side, trial=trial, thinking=thinking, text=text)
@@ -100,7 +100,7 @@ class JsonFace:
         json_lines.emit("answer", out=self._out, turn=turn, prompt=prompt, **answer.to_record())
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to do: no answer is shown live."""
 
     def note(self, text: str) -> None:
         json_lines.emit("note", out=self._out, text=text, fields={})
@@ -109,21 +109,21 @@ class JsonFace:
         json_lines.emit("warning", out=self._out, text=text)
 
     def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        trials = [one for one in result["trials"] if one["number"] in result["front"]]
+        trials = [record for record in result["trials"] if record["number"] in result["front"]]
         json_lines.emit("front", out=self._out, trials=trials, selected=result["selected"], current=current)
 
 
 class TerminalFace:
-    """Answers as they come, thinking dimmed; two side by side where there is room."""
+    """Shows answers as they are generated, with dimmed thinking; two answers side by side if the terminal is wide enough."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._columns: dict[Side, tuple[str, Text]] = {}
         self._live: Live | None = None
-        self._mark = ""  # what kind of text the line is of
+        self._kind = ""  # whether the last piece was thinking or answer
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
-        self._mark = ""
+        self._kind = ""
         if len(sides) == 1:
             return
         if self._console.width < _NARROW:
@@ -137,13 +137,12 @@ class TerminalFace:
 
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
         style = "dim italic" if thinking else ""
-        mark = "thinking" if thinking else "answer"
-        gap = "\n\n" if self._mark == "thinking" and not thinking else ""
-        self._mark = mark
+        gap = "\n\n" if self._kind == "thinking" and not thinking else ""
+        self._kind = "thinking" if thinking else "answer"
         if side in self._columns:
             self._columns[side][1].append(gap + visible(text), style=style)
             return
-        # Soft wrap: lines break where the terminal ends, and a copied answer is what the model said.
+        # Soft wrap: the terminal breaks the lines, so that a copied answer has the model's own line breaks.
         self._console.print(Text(gap + visible(text), style=style), end="", soft_wrap=True, highlight=False)
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
@@ -157,7 +156,7 @@ class TerminalFace:
             self._console.print(Text(f"({remark})", style="yellow"))
 
     def close(self) -> None:
-        """What was live is printed for good."""
+        """Print the final table in place of the live one."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -181,39 +180,39 @@ class TerminalFace:
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
         for heading, _ in self._columns.values():
             table.add_column(Text(heading, style="bold cyan"), ratio=1, overflow="fold")
-        if len(self._columns) == 1:  # the other one's place, until it begins
+        if len(self._columns) == 1:  # keeps the place of the other answer until it begins
             table.add_column("", ratio=1)
         table.add_row(*(text for _, text in self._columns.values()))
         return table
 
 
 class _Last:
-    """The end of something higher than the terminal, where the newest words are."""
+    """The last lines of a table that is higher than the terminal, because the newest words are there."""
 
     def __init__(self, content: Table) -> None:
         self._content = content
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         lines = console.render_lines(self._content, options.update(height=None), pad=False)
-        room = max(console.height - 2, 3)
-        kept: Sequence[list[Segment]] = lines if len(lines) <= room else [lines[0], *lines[len(lines) - room + 1 :]]
+        height = max(console.height - 2, 3)
+        kept: Sequence[list[Segment]] = lines if len(lines) <= height else [lines[0], *lines[len(lines) - height + 1 :]]
         for line in kept:
             yield from line
             yield Segment.line()
 
 
 def _remarks(answer: Answer) -> list[str]:
-    """What a person should know of how it ended."""
+    """Remarks for a person on the way an answer ended."""
     remarks = [_ENDED[answer.said.ended]] if answer.said.ended in _ENDED else []
     if answer.said.within_thinking:
         remarks.append(_WITHIN)
     elif not answer.said.text.strip() and answer.said.ended == "end":
-        remarks.append("an empty answer")
+        remarks.append("the answer is empty")
     return remarks
 
 
 def make_face(*, as_json: bool, interactive: bool) -> Display:
-    """The one that suits where output goes."""
+    """The view that suits the destination of the output."""
     if as_json:
         return JsonFace(sys.stdout)
     return TerminalFace(Console()) if interactive else PlainFace(sys.stdout, sys.stderr)

@@ -1,4 +1,4 @@
-"""How a chat's model goes from base to edited and back: a run's trials, or an exported adapter. Nothing is loaded again."""
+"""Switch a chat's loaded model between base and edited: to any trial of a run, or to an exported adapter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abliterate.types import Trial
 
 
 class RunEdits:
-    """The trials of a run on its loaded model; `result.json` is read anew each time, since the run may be going on."""
+    """The trials of a run as `Edits`; `result.json` is read anew each time, because the run may still be at work."""
 
     def __init__(self, directory: RunDirectory, bench: Workbench, trial: Trial) -> None:
         self._directory = directory
@@ -50,7 +50,7 @@ class RunEdits:
 
 
 class AdapterEdits:
-    """An exported adapter, switched by PEFT."""
+    """An exported adapter as `Edits`, switched by PEFT."""
 
     def __init__(self, tuner: Any, trial: int | None) -> None:
         self._tuner = tuner

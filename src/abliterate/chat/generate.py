@@ -1,7 +1,4 @@
-"""One answer of a loaded model: the conversation rendered, generated token by token, and read piece by piece.
-
-Owns sampling and the streaming of text. Knows no edits, no history and no terminal.
-"""
+"""Generate one answer of a loaded model: render the conversation, sample token by token, and stream the text piece by piece."""
 
 from __future__ import annotations
 
@@ -22,17 +19,17 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.model.chat_template import PromptEncoder, Turns, decode_ids
 from abliterate.model.memory import unless_full
 
-# `limit`: it has as many tokens as it may; `interrupted`: somebody wanted no more of it.
+# The way an answer ended. `limit`: it reached its length limit; `interrupted`: the user stopped it.
 Ended = Literal["end", "limit", "interrupted"]
-# (whether it is of a thinking block, text): what has become certain of an answer.
+# (whether the text is of a thinking block, text): receives each piece of an answer once it can't change any more.
 Show = Callable[[bool, str], None]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. `temperature` None: as the model's generation config says; 0: always the likeliest token.
+    """The sampling options. `temperature` None: that of the model's generation config; 0: always the likeliest token.
 
-    `max_new_tokens` 0: as much as the generation config or the default says. `seed` None: another one each time.
+    `max_new_tokens` 0: the limit of the generation config, else the default. `seed` None: a new seed each time.
     """
 
     max_new_tokens: int = 0
@@ -45,7 +42,7 @@ DEFAULT_NEW_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model has said. `text` is the answer, `thinking` what lay in thinking blocks."""
+    """The answer of a model. `text` is the answer itself, `thinking` the text of its thinking blocks."""
 
     text: str
     thinking: str
@@ -56,12 +53,12 @@ class Reply:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether it was interrupted before a word."""
+        """Whether the answer was interrupted before its first word."""
         return self.ended == "interrupted" and not self.text and not self.thinking
 
 
 class Generator:
-    """Answers with `model` as it is at that moment: whoever edits it does so between answers."""
+    """Generates answers with `model` in its current state, which may be edited between answers."""
 
     def __init__(self, model: PreTrainedModel, chat: PromptEncoder, reader: ResponseReader, sampling: Sampling) -> None:
         self._model: Any = model
@@ -73,25 +70,25 @@ class Generator:
 
     @property
     def samples(self) -> bool:
-        """Whether the same conversation can get another answer."""
+        """Whether tokens are sampled, so that the same conversation can get another answer."""
         return bool(self._config(1).do_sample)
 
     def form_note(self, system: str) -> str:
-        """What a person is told of how the template takes a system prompt, if anything."""
+        """A remark for a person if the template treats a system prompt in an unusual way, else ""."""
         return self._chat.form_of(system=bool(system)).note
 
     def left_out(self, system: str, turns: Turns) -> bool:
-        """Whether the chat template leaves an earlier message of the user out of what the model reads."""
+        """Whether the chat template omits an earlier message of the user from the model's input."""
         rendered, _ = self._chat.render_turns(system, turns)
         return any(role == "user" and text.strip() not in rendered for role, text in turns)
 
     def answer(self, system: str, turns: Turns, number: int, show: Show, stop: Callable[[], bool]) -> Reply:
-        """The answer to `turns`, the last one the user's. `number`: equal ones draw alike. `stop` is asked after each token.
+        """The answer to `turns`, which end with the user's message. `stop` is called after each token.
 
-        A `KeyboardInterrupt` while it generates ends it like `stop`.
+        Equal values of `number` give equal samples. A `KeyboardInterrupt` during generation ends the answer as `stop` does.
 
         Raises:
-            InputError: the conversation can't be rendered or is too long. AbliterateError: no memory, or logits are no numbers.
+            InputError: the conversation can't be rendered or is too long. AbliterateError: memory is full, or logits are NaN.
         """
         started = time.perf_counter()
         rendered, tail = self._chat.render_turns(system, turns)
@@ -99,38 +96,40 @@ class Generator:
         reading = _Reading(self._reader, self._chat.tokenizer, starts_open, self._chat.response_prefix, show)
         batch = self._chat.tokenizer(rendered, return_tensors="pt", add_special_tokens=False).to(self._chat.device)
         limit = self._limit(batch["input_ids"].shape[1])
-        watch = _Watch(self._ends, reading.feed, stop)
+        streamer = _Streamer(self._ends, reading.feed, stop)
         try:
-            # Where memory ends, it is freed before the sentence is said.
-            if unless_full(lambda: self._generate(batch, limit, number, watch), self._chat.device) is None:
+            # If memory is full, it is freed before the error is raised.
+            if unless_full(lambda: self._generate(batch, limit, number, streamer), self._chat.device) is None:
                 raise AbliterateError(
                     "There is too little memory for this answer; take turns back with /undo or /reset, or start with a smaller "
                     "--max-new-tokens or --dtype bfloat16."
                 )
         except KeyboardInterrupt:
-            watch.stopped = True
-        except RuntimeError as error:  # such as probabilities that are no numbers
+            streamer.stopped = True
+        except RuntimeError as error:  # for example, probabilities that are NaN
             raise AbliterateError(
                 f"The model gave no answer ({_first_line(error)}); try --temperature 0, or --dtype float32."
             ) from error
         reading.finish()
-        ended: Ended = "interrupted" if watch.stopped else "limit" if watch.count >= limit and not watch.at_end else "end"
-        said = ("".join(reading.answer), "".join(reading.thinking))
-        return Reply(*said, ended, watch.count, round(time.perf_counter() - started, 3), reading.within_thinking)
+        ended: Ended = "limit" if streamer.count >= limit and not streamer.at_end else "end"
+        ended = "interrupted" if streamer.stopped else ended
+        text, thinking = "".join(reading.answer), "".join(reading.thinking)
+        seconds = round(time.perf_counter() - started, 3)
+        return Reply(text, thinking, ended, streamer.count, seconds, reading.within_thinking)
 
     @torch.inference_mode()
-    def _generate(self, batch: Any, limit: int, number: int, watch: _Watch) -> bool:
+    def _generate(self, batch: Any, limit: int, number: int, streamer: _Streamer) -> bool:
         torch.manual_seed((self._seed + number) % 2**63)
         self._model.generate(
             **batch,
             generation_config=self._config(limit),
-            stopping_criteria=StoppingCriteriaList([watch]),
-            tokenizer=self._chat.tokenizer,  # a generation config may have texts to stop at
+            stopping_criteria=StoppingCriteriaList([streamer]),
+            tokenizer=self._chat.tokenizer,  # needed for the stop strings of a generation config
         )
         return True
 
     def _config(self, limit: int) -> GenerationConfig:
-        """The model's own, with one answer at a time and the temperature asked for."""
+        """The model's own generation config, with one answer at a time and the requested temperature."""
         config = copy.deepcopy(self._model.generation_config)
         config.update(num_beams=1, num_return_sequences=1, max_length=None, min_new_tokens=None, return_dict_in_generate=False)
         config.max_new_tokens = limit
@@ -144,20 +143,20 @@ class Generator:
         return config
 
     def _limit(self, n_prompt: int) -> int:
-        """How many tokens the answer may have: what was asked for, within what the model can read."""
+        """The length limit of the answer in tokens: the requested limit, within the model's context length."""
         own = getattr(self._model.generation_config, "max_new_tokens", None)
-        wanted = self._sampling.max_new_tokens or own or DEFAULT_NEW_TOKENS
+        limit = self._sampling.max_new_tokens or own or DEFAULT_NEW_TOKENS
         readable = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or 0
         if readable and n_prompt >= readable:
             raise InputError(
                 f"The conversation has {n_prompt} tokens and the model can read {readable}; take turns back with /undo, or "
-                "begin anew with /reset."
+                "start anew with /reset."
             )
-        return min(wanted, readable - n_prompt) if readable else wanted
+        return min(limit, readable - n_prompt) if readable else limit
 
 
-class _Watch(StoppingCriteria):
-    """Hands each token on as it comes, and stops when it is asked to."""
+class _Streamer(StoppingCriteria):
+    """Passes each token on as it is generated, and stops the generation when `stop` says so."""
 
     def __init__(self, ends: set[int], take: Callable[[int], None], stop: Callable[[], bool]) -> None:
         self._ends, self._take, self._stop = ends, take, stop
@@ -174,7 +173,7 @@ class _Watch(StoppingCriteria):
 
 
 class _Reading:
-    """Tokens in, pieces of answer and thinking out: together they are what the whole decodes to."""
+    """Turns tokens into pieces of answer and thinking, which together are the text that all tokens decode to."""
 
     def __init__(
         self, reader: ResponseReader, tokenizer: PreTrainedTokenizerBase, starts_open: bool, prefix: str, show: Show
@@ -190,31 +189,31 @@ class _Reading:
 
     @property
     def within_thinking(self) -> bool:
-        """Whether it ends within a thinking block."""
+        """Whether the text ends within a thinking block."""
         return self._visible.is_open
 
     def feed(self, token: int) -> None:
-        """One more token."""
+        """Take one more token."""
         self._take(self._stream.feed([token]))
 
     def finish(self) -> None:
-        """Nothing comes any more: what was held back is certain now."""
+        """Release the text that was held back, since no more tokens follow."""
         self._take(self._stream.rest(), last=True)
 
     def _take(self, raw: str, *, last: bool = False) -> None:
-        for thinking, part in self._visible.parts(raw, last=last):
-            text = self._reader.without_special(part)
+        for thinking, piece in self._visible.parts(raw, last=last):
+            text = self._reader.without_special(piece)
             self._thought = self._thought or thinking
-            kept = self.thinking if thinking else self.answer
-            if not kept and (thinking or self._thought):  # the empty lines behind a tag
+            pieces = self.thinking if thinking else self.answer
+            if not pieces and (thinking or self._thought):  # the empty lines behind a tag
                 text = text.lstrip()
             if text:
-                kept.append(text)
+                pieces.append(text)
                 self._show(thinking, text)
 
 
 class _Words:
-    """Like `TextStream`, of a decoder that tidies up spaces before signs: whole words, since it looks ahead that far."""
+    """A `TextStream` for decoders that remove spaces before punctuation: it gives whole words, as far as they look ahead."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer

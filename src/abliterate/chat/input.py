@@ -1,7 +1,4 @@
-"""What a person types into a chat: line editing and history on a terminal, plain lines in a pipe, and Ctrl+C.
-
-Knows neither commands nor models.
-"""
+"""Read the messages and commands of a chat: line editing and history on a terminal, plain lines in a pipe, and Ctrl+C."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from typing import Any, Protocol, TextIO
 
 try:
     import readline
-except ImportError:  # Windows: the console has a line editing of its own
+except ImportError:  # Windows: the console has its own line editing
     readline = None  # type: ignore[assignment]
 
 _HISTORY_LENGTH = 1000
@@ -25,16 +22,16 @@ _MORE = "… "
 
 
 class Lines(Protocol):
-    """Where messages and commands come from."""
+    """The source of messages and commands."""
 
     interactive: bool
 
     def read(self, prompt: str) -> str:
-        """The next one; EOFError where there is none, KeyboardInterrupt where the person wants to begin it anew."""
+        """The next message or command; EOFError if there is none, KeyboardInterrupt if the person starts the line anew."""
 
 
 class PipedLines:
-    """One message or command a line, as it stands there."""
+    """`Lines` from a pipe: every line is a message or a command."""
 
     interactive = False
 
@@ -44,7 +41,7 @@ class PipedLines:
         self._source = source
 
     def read(self, prompt: str) -> str:
-        """See `Lines`; nobody is there to see the prompt."""
+        # No prompt is shown, because nobody would see it.
         line = self._source.readline()
         if not line:
             raise EOFError
@@ -52,7 +49,7 @@ class PipedLines:
 
 
 class TypedLines:
-    """Lines typed at a terminal, with a history kept in `file`; more are asked for by a trailing backslash or three quotes."""
+    """`Lines` typed at a terminal, with a history kept in `file`; a trailing backslash or three quotes continue the input."""
 
     interactive = True
 
@@ -64,7 +61,6 @@ class TypedLines:
             self._set_up(commands)
 
     def read(self, prompt: str) -> str:
-        """See `Lines`."""
         try:
             line = self._ask(prompt)
             if line.strip().startswith(_FENCE):
@@ -85,14 +81,14 @@ class TypedLines:
         return "\n".join([*lines, *([last] if last else [])])
 
     def _set_up(self, commands: Sequence[str]) -> None:
-        with contextlib.suppress(OSError):  # none yet, or none that can be read: a chat works without
+        with contextlib.suppress(OSError):  # a chat works without a history, if there is none yet or it can't be read
             readline.read_history_file(self._file)
         readline.set_history_length(_HISTORY_LENGTH)
         self._kept = readline.get_current_history_length()
 
         def complete(text: str, state: int) -> str | None:
-            found = [name for name in commands if text and name.startswith(text)]
-            return found[state] if state < len(found) else None
+            matches = [name for name in commands if text and name.startswith(text)]
+            return matches[state] if state < len(matches) else None
 
         readline.set_completer(complete)
         readline.set_completer_delims(" ")
@@ -100,7 +96,7 @@ class TypedLines:
         readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
 
     def _keep(self) -> None:
-        """Put new lines into the file at once: a chat may be killed. Nobody else may read it."""
+        """Append new lines to the file at once, since a chat may be killed. Only its owner may read the file."""
         if readline is None:
             return
         length = readline.get_current_history_length()
@@ -119,24 +115,24 @@ class TypedLines:
 
 
 def _clean(text: str) -> str:
-    """What can't be written as UTF-8, bytes of another encoding, as question marks."""
+    """`text` with question marks for bytes of another encoding, which can't be written as UTF-8."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class Presses:
-    """Ctrl+C and SIGTERM while answers are given: the first ends the answer at its next token, the second at once."""
+    """Ctrl+C and SIGTERM while answers are generated: the first ends the answer at its next token, the second at once."""
 
     def __init__(self) -> None:
         self._count = 0
         self.signal = 0
 
     def next_answer(self) -> None:
-        """The one before has ended; what ended it was Ctrl+C, and no more than it was meant."""
+        """A new answer begins: a Ctrl+C that ended the last answer was meant for that answer only."""
         if self.signal == signal.SIGINT:
             self._count, self.signal = 0, 0
 
     def wanted(self) -> bool:
-        """Whether the answer is to end."""
+        """Whether the answer should end."""
         return self._count > 0
 
     @contextlib.contextmanager
@@ -155,7 +151,7 @@ class Presses:
 
 @contextlib.contextmanager
 def handling(handlers: dict[Any, Callable[[int, FrameType | None], None]]) -> Iterator[None]:
-    """Signal handlers while active; the old ones come back."""
+    """Install signal handlers while active; the old handlers are restored."""
     old = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
@@ -165,5 +161,5 @@ def handling(handlers: dict[Any, Callable[[int, FrameType | None], None]]) -> It
 
 
 def at_terminal() -> bool:
-    """Whether a person types here and sees the answers."""
+    """Whether a person types the messages and sees the answers."""
     return sys.stdin.isatty() and sys.stdout.isatty()

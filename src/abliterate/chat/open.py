@@ -1,6 +1,6 @@
-"""From what a person names to a `Session`: a run with its trials, an exported adapter, or any model that generates.
+"""Open a chat `Session` on a run with its trials, an exported adapter, or any model that generates.
 
-Loads only what a chat needs: no prompts, no calibration; edits are prepared when they are first used. Knows no terminal.
+Only the model is loaded: a chat needs neither prompts nor calibration, and edits are prepared when they are first used.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from abliterate.settings.untrusted import code_note, distrusted
 from abliterate.types import Reporter
 
 _ADAPTER = "adapter_config.json"
-# Settings that make no other trial of a trial: `prompts` is here for its system prompt.
+# Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
 _FREE = ("cache_dir", "device", "load", "prompts", "response", "seed")
 
 
 @dataclass(frozen=True)
 class ChatTarget:
-    """What the options say beside settings. `trial` None: what the run picked; `response_prefix`: begins every answer."""
+    """The options that are no settings. `trial` None: the trial that the run picked; `response_prefix` begins every answer."""
 
     trial: int | None = None
     response_prefix: str = ""
@@ -54,25 +54,27 @@ class ChatTarget:
 def open_session(
     target: str, wanted: ChatTarget, given: Mapping[str, Any], reporter: Reporter
 ) -> tuple[Session, dict[str, str]]:
-    """The session, and what a person is told of it: fields of a header. `given`: settings from the command line.
+    """The session, and the fields of a header that describes it. `given`: settings from the command line.
 
     Raises:
-        InputError: `target` is neither, or has no such trial. AbliterateError: the model can't be loaded.
+        InputError: `target` is no run or model, or has no such trial. AbliterateError: the model can't be loaded.
     """
     path = Path(target).expanduser()
     if is_run(target):
         return _open_run(RunDirectory(path), wanted, given, reporter)
     if wanted.trial is not None:
-        raise InputError(f"The option --trial needs a run, and {target} is none; name a run directory, or leave it out.")
+        raise InputError(f"The option --trial needs a run, but {target} is no run directory; name one, or omit --trial.")
     if target != DEMO and path.is_dir() and not (path / "config.json").is_file():
         if (path / _ADAPTER).is_file():
             return _open_adapter(path, wanted, given, reporter)
-        raise InputError(f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another.")
+        raise InputError(
+            f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another directory."
+        )
     return _open_model(load_settings("", {**given, "model": target}), wanted, reporter)
 
 
 def is_run(target: str) -> bool:
-    """Whether `target` is a run directory; `demo` is the demo, whatever lies here."""
+    """Whether `target` is a run directory; `demo` is always the demo, even if there is a folder of that name."""
     path = Path(target).expanduser()
     files = (RunDirectory(path).settings, RunDirectory(path).result)
     return target != DEMO and not (path / "config.json").is_file() and any(file.is_file() for file in files)
@@ -84,8 +86,8 @@ def _open_run(
     settings = _run_settings(directory, given, reporter)
     if not directory.result.exists() and directory.holds_run:
         raise InputError(
-            f"The run in {directory.path} has nothing to chat with, because no trial of it has finished yet; wait for one, or "
-            "chat with its model."
+            f"The run in {directory.path} has nothing to chat with, because none of its trials has finished yet; wait for a "
+            "trial, or chat with its model."
         )
     result, path = Result.read(directory), directory.path
     trial = first_trial(result, settings, path) if wanted.trial is None else result.trial(wanted.trial, path)
@@ -97,8 +99,8 @@ def _open_run(
     info = bench.loaded.info
     if info.fingerprint != result.model.fingerprint:
         raise InputError(
-            f"The model in {settings.model} isn't what it was when the run was made, so its trials mean nothing to it; put "
-            "back what was changed, or make a new run."
+            f"The model in {settings.model} isn't what it was when the run was made, so the run's trials don't fit it; restore "
+            "the model, or make a new run."
         )
     bench.make_edits(directions, now=False)
     edits = RunEdits(directory, bench, trial)
@@ -121,9 +123,9 @@ def _open_model(settings: Settings, wanted: ChatTarget, reporter: Reporter) -> t
 def _open_adapter(
     path: Path, wanted: ChatTarget, given: Mapping[str, Any], reporter: Reporter
 ) -> tuple[Session, dict[str, str]]:
-    """A base model with the adapter in `path`, which is a run's where it lies in one."""
+    """A base model with the adapter in `path`, which belongs to the run whose directory it lies in, if any."""
     check_adapter(path)
-    # A run's own settings know where the base is; an adapter has only its name.
+    # The run's settings say where the base is; the adapter has only the base's name.
     run = RunDirectory(path.resolve().parent)
     if is_run(str(run.path)):
         settings = _run_settings(run, given, reporter)
@@ -136,9 +138,8 @@ def _open_adapter(
     model, _, fields = _load(settings, loader.resolve_source(settings.model), reporter)
     tokenizer = loader.load_tokenizer(str(path), settings.load.model_copy(update={"revision": ""}))
     tuned = with_adapter(model, path)
-    found = _export_field(path)
     edits = AdapterEdits(tuned.base_model, _trial_in(path))
-    return _session(settings, wanted, tuned.get_base_model(), tokenizer, edits, None, fields | found)
+    return _session(settings, wanted, tuned.get_base_model(), tokenizer, edits, None, fields | _export_field(path))
 
 
 def _load(settings: Settings, source: str, reporter: Reporter) -> tuple[Any, PreTrainedTokenizerBase, dict[str, str]]:
@@ -170,15 +171,15 @@ def _session(
 
 
 def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: Reporter) -> Settings:
-    """The run's own, whatever the environment says, with what is given for this chat."""
+    """The run's own settings, whatever the environment says, with the settings that are given for this chat."""
     foreign = sorted(set(given) - set(_FREE))
     if foreign:
         raise InputError(
-            f"The settings {', '.join(foreign)} belong to the run, and with others its trials would be other ones; only "
-            "load, prompts.system and response can be set for a chat with it."
+            f"The settings {', '.join(foreign)} belong to the run, whose trials would change with them; only load, "
+            "prompts.system and response can be set for a chat with a run."
         )
     stored = read_toml(directory.settings)
-    own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
+    own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
     settings = load_settings(str(directory.settings), merge(distrusted(own), given))
     if note := code_note(stored, settings):
         reporter.warn(note)
@@ -186,7 +187,7 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: R
 
 
 def _trial_in(path: Path) -> int | None:
-    """The trial that an export is of, if it is one of ours and says so."""
+    """The trial of an export, if abliterate made the export and its record names the trial."""
     try:
         trial = json.loads((path / MARKER).read_text(encoding="utf-8")).get("trial")
     except (OSError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
-"""A conversation with a model, or with a base model and its edited form side by side: turns, who answers, what is kept.
+"""The state of a chat with a model, or with a base model and its edited form side by side: turns, answers, and who answers.
 
-Owns the history and who said what. Knows no terminal, and of edits only how to switch them.
+A session never writes to a terminal: answers go to a `Listener` as they are generated.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from abliterate.files import write_atomically, write_json
 from abliterate.types import Trial
 
 FORMAT = 1
-# `model`: there is nothing to switch.
+# `model` is the only side of a chat without edits.
 Side = Literal["base", "edited", "model"]
 Mode = Literal["base", "edited", "both", "model"]
 
 
 class Edits(Protocol):
-    """The edits of a loaded model, put on and taken off."""
+    """The edits of a loaded model, which can be switched on and off."""
 
     @property
     def trial(self) -> int | None:
-        """Number of the chosen trial; None where that isn't known."""
+        """Number of the chosen trial; None if it isn't known."""
 
     def base(self) -> AbstractContextManager[None]:
         """The base model, bit for bit, while active."""
@@ -38,62 +38,62 @@ class Edits(Protocol):
         """The model under the chosen trial's edits while active."""
 
     def choose(self, number: int) -> Trial:
-        """Another trial from now on; InputError where there is no such complete one."""
+        """Choose another trial; InputError if no complete trial has that number."""
 
     def result(self) -> Result:
         """The run's result as it is now; InputError where there is no run."""
 
 
 class Listener(Protocol):
-    """Who hears answers as they are given."""
+    """Receives answers as they are generated."""
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
-        """`side`, of all `sides` that answer this turn, begins."""
+        """The answer of `side` begins; `sides` are all that answer in this turn."""
 
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
-        """More of its answer."""
+        """The next piece of the answer."""
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
-        """The whole; `turn` is its number from 1."""
+        """The whole answer; `turn` is its number from 1."""
 
     def stop(self) -> bool:
-        """Whether the answer is to end here."""
+        """Whether the answer should end here."""
 
     def note(self, text: str) -> None:
-        """A fact worth a line."""
+        """A remark of one line."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one side said in a turn."""
+    """The answer of one side in a turn."""
 
     side: Side
     trial: int | None
     said: Reply
 
     def to_record(self) -> dict[str, Any]:
-        """JSON form."""
-        parts = asdict(self.said)
-        del parts["within_thinking"]
-        return {"side": self.side, "trial": self.trial, **parts}
+        """The answer as JSON."""
+        record = asdict(self.said)
+        del record["within_thinking"]
+        return {"side": self.side, "trial": self.trial, **record}
 
 
 @dataclass
 class Turn:
-    """A message and its answers."""
+    """A message of the user and its answers."""
 
     system: str
     prompt: str
     answers: dict[Side, Answer] = field(default_factory=dict)
 
     def heard_by(self, side: Side) -> str:
-        """The answer in `side`'s history: its own, else the other's."""
+        """The answer in the history of `side`: its own answer, else that of the other side."""
         answer = self.answers.get(side) or next(iter(self.answers.values()))
         return answer.said.text
 
 
 class Session:
-    """`model` and `run` are names for what is kept of it. Without `edits` there is only the model itself."""
+    """A conversation. `model` and `run` are the names it is saved under; without `edits`, only the model itself answers."""
 
     def __init__(self, voice: Generator, edits: Edits | None, system: str, model: str, run: str | None = None) -> None:
         self._voice = voice
@@ -103,54 +103,54 @@ class Session:
         self.turns: list[Turn] = []
         self.mode: Mode = "edited" if edits else "model"
         self._asked = 0
-        self._forgets_said = False
+        self._warned_of_loss = False
 
     @property
     def trial(self) -> int | None:
-        """Number of the chosen trial, if there is one."""
+        """Number of the chosen trial, if any."""
         return self._edits.trial if self._edits else None
 
     def ask(self, prompt: str, listener: Listener) -> None:
-        """A message, answered by whoever the mode says. A turn in which nobody could answer is forgotten."""
+        """Have a message answered by the sides of the current mode. A turn without any answer is dropped."""
         turn = Turn(self.system, prompt)
         self.turns.append(turn)
         self._answer(turn, listener)
 
     def retry(self, listener: Listener) -> None:
-        """The last message again; answers of sides that don't answer now are kept.
+        """Have the last message answered again; the answers of sides that don't answer now are kept.
 
         Raises:
-            InputError: there is none.
+            InputError: there is no message yet.
         """
         turn = self._last()
-        again = any(
+        same_input = any(
             side in turn.answers and turn.answers[side].trial == self._trial_of(side) and turn.system == self.system
             for side in self._sides()
         )
-        if again and not self._voice.samples:
-            listener.note("nothing is drawn at random, so the same model says the same again; try --temperature 0.7")
+        if same_input and not self._voice.samples:
+            listener.note("nothing is sampled at random, so the same model gives the same answer again; try --temperature 0.7")
         turn.system = self.system
         self._answer(turn, listener)
 
     def undo(self) -> Turn:
-        """Take the last turn back; InputError where there is none."""
+        """Remove the last turn; InputError if there is none."""
         turn = self._last()
         self.turns.pop()
         return turn
 
     def reset(self) -> int:
-        """Forget the conversation; returns how many turns it had."""
+        """Forget the conversation; returns the number of its turns."""
         count = len(self.turns)
         self.turns.clear()
         return count
 
     def switch(self, mode: Mode) -> None:
-        """Who answers from now on; InputError where there is only one."""
+        """Change who answers from now on; InputError if only one side exists."""
         self._editable()
         self.mode = mode
 
     def choose(self, number: int) -> Trial:
-        """Another trial answers from now on as the edited model.
+        """Let another trial answer from now on as the edited model.
 
         Raises:
             InputError: there is no such trial, or no run.
@@ -164,13 +164,13 @@ class Session:
         return self._editable().result()
 
     def set_system(self, text: str) -> str:
-        """Another system prompt for the whole conversation from now on; returns what the template makes of it, if notable."""
-        note = self._voice.form_note(text)  # raises where it can't be taken
+        """Set the system prompt of the whole conversation; returns a remark if the template treats it in an unusual way."""
+        note = self._voice.form_note(text)  # raises if the template can't take the prompt
         self.system = text
         return note
 
     def record(self) -> dict[str, Any]:
-        """The conversation as JSON, with who said what."""
+        """The conversation as JSON."""
         turns = [
             {
                 "system": turn.system,
@@ -182,18 +182,18 @@ class Session:
         return {"format": FORMAT, "model": self.model, "run": self.run, "turns": turns}
 
     def save(self, path: Path, *, overwrite: bool = False) -> None:
-        """The conversation as Markdown, or as JSON where the file's name ends so.
+        """Save the conversation as Markdown, or as JSON if the file's name ends in .json.
 
         Raises:
-            InputError: it is there already, can't be there, or there is nothing to save.
+            InputError: the file exists, can't be there, or there is nothing to save.
         """
         if not self.turns:
-            raise InputError("Nothing was said yet, so there is nothing to save.")
+            raise InputError("Nothing was said yet, so there is nothing to save; type a message first.")
         if path.is_dir() or not path.parent.is_dir():
-            what = "is a folder" if path.is_dir() else f"lies in no folder that exists ({path.parent})"
-            raise InputError(f"The path {path} {what}; name another file.")
+            fault = "is a folder" if path.is_dir() else f"lies in a folder that doesn't exist ({path.parent})"
+            raise InputError(f"The path {path} {fault}; name another file.")
         if path.exists() and not overwrite:
-            raise InputError(f"The file {path} exists; name another, or replace it with /save --force {path}.")
+            raise InputError(f"The file {path} exists; name another file, or replace it with /save --force {path}.")
         if path.suffix.lower() == ".json":
             write_json(path, self.record())
         else:
@@ -216,10 +216,12 @@ class Session:
 
     def _say(self, turn: Turn, side: Side, listener: Listener) -> Answer:
         trial = self._trial_of(side)
-        before = [pair for one in self.turns[:-1] for pair in (("user", one.prompt), ("assistant", one.heard_by(side)))]
-        turns = (*before, ("user", turn.prompt))
-        if before and not self._forgets_said and self._voice.left_out(self.system, turns):
-            self._forgets_said = True
+        earlier = [
+            message for past in self.turns[:-1] for message in (("user", past.prompt), ("assistant", past.heard_by(side)))
+        ]
+        turns = (*earlier, ("user", turn.prompt))
+        if earlier and not self._warned_of_loss and self._voice.left_out(self.system, turns):
+            self._warned_of_loss = True
             listener.note("the model's chat template leaves earlier messages out, so it doesn't know what was said before")
         show = partial(listener.piece, side, trial)
         with self._active(side):
@@ -232,7 +234,7 @@ class Session:
         return self._edits.base() if side == "base" else self._edits.edited()
 
     def _sides(self) -> tuple[Side, ...]:
-        """Who answers now, in order."""
+        """The sides that answer now, in order."""
         return ("base", "edited") if self.mode == "both" else (self.mode,)
 
     def _trial_of(self, side: Side) -> int | None:
@@ -241,13 +243,13 @@ class Session:
     def _editable(self) -> Edits:
         if self._edits is None:
             raise InputError(
-                "There is no run here, only a model, so there is nothing to switch to; start with abliterate chat RUN for that."
+                "There is no run here, only a model, so no trial can be chosen; start with abliterate chat RUN for that."
             )
         return self._edits
 
     def _last(self) -> Turn:
         if not self.turns:
-            raise InputError("Nothing was said yet.")
+            raise InputError("Nothing was said yet; type a message first.")
         return self.turns[-1]
 
     def _markdown(self) -> Iterator[str]:
@@ -269,5 +271,5 @@ class Session:
 
 
 def label(side: Side, trial: int | None) -> str:
-    """Who says something, for a person."""
+    """The heading of a side's answer."""
     return side if trial is None else f"{side}, trial {trial}"

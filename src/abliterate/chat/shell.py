@@ -18,26 +18,30 @@ from abliterate.objectives import other_scores
 
 _FORCE = "--force "
 
+_UNSAVED = "interrupted; the conversation wasn't saved (/save does that)."
+
 HELP = {
-    "/base": "the base model answers from now on",
-    "/edited": "the chosen trial answers from now on",
-    "/both": "both answer, side by side; each goes on from its own answers",
-    "/trial [N]": "another trial, without loading anything; alone: which one it is",
-    "/trials": "the trials on the front",
-    "/system [TEXT]": 'another system prompt, "" for none; alone: which one it is',
+    "/base": "let the base model answer",
+    "/edited": "let the chosen trial answer",
+    "/both": "let both answer side by side; each keeps its own answers as its history",
+    "/trial [N]": "switch to trial N without loading anything; without N: show the current trial",
+    "/trials": "show the trials on the front",
+    "/system [TEXT]": 'set the system prompt, "" for none; without TEXT: show it',
     "/retry": "answer the last message again",
-    "/undo": "take the last message and its answers back",
+    "/undo": "take back the last message and its answers",
     "/reset": "forget the conversation",
-    "/save [--force] [FILE]": "keep the conversation as Markdown, or as JSON in a FILE.json",
-    "/help": "this",
-    "/quit": "end; Ctrl+D does, too",
+    "/save [--force] [FILE]": "save the conversation as Markdown, or as JSON if FILE ends in .json",
+    "/help": "show this list",
+    "/quit": "end the chat, as Ctrl+D does",
 }
 
-_HOW = 'A line that ends in \\ goes on, """ begins and ends several; a message that begins with / is typed with two.'
+_HOW = 'A line that ends in \\ continues, """ starts and ends several lines, and // starts a message that begins with a slash.'
+
+COMMAND_NAMES = tuple(name.split()[0] for name in HELP)
 
 
 class Shell:
-    """Reads lines and does what they say."""
+    """Reads lines and carries them out: messages go to the session, commands to their methods here."""
 
     def __init__(self, session: Session, face: Display, lines: Lines) -> None:
         self._session = session
@@ -61,17 +65,17 @@ class Shell:
         }
 
     def run(self) -> None:
-        """Until the lines end, or /quit.
+        """Carry out lines until the input ends or /quit is given.
 
         Raises:
-            Interrupted: by SIGTERM, by Ctrl+C twice, or in a pipe once.
+            Interrupted: by SIGTERM, by two Ctrl+C at a terminal, or by one in a pipe.
         """
-        pressed = False
+        was_pressed = False
         with handling({signal.SIGTERM: _terminated}):
             while True:
                 try:
                     text = self._lines.read(self._prompt())
-                    pressed = False
+                    was_pressed = False
                     if text.strip() == "/quit" or not self._line(text):
                         return
                 except EOFError:
@@ -79,14 +83,14 @@ class Shell:
                         print()
                     return
                 except KeyboardInterrupt:
-                    if pressed or not self._lines.interactive:
-                        raise Interrupted(message=self._left()) from None
-                    pressed = True
+                    if was_pressed or not self._lines.interactive:
+                        raise Interrupted(message=self._interruption()) from None
+                    was_pressed = True
                     print()
-                    self._face.note("once more Ctrl+C, or Ctrl+D, ends the chat")
+                    self._face.note("press Ctrl+C once more, or Ctrl+D, to end the chat")
 
     def check(self) -> None:
-        """In a pipe nobody may have seen what couldn't be carried out: then it ends with the first such error's exit code."""
+        """In a pipe, where nobody may have seen the errors, raise again the first error of a line, with its exit code."""
         if self.failed and not self._lines.interactive:
             first = self.failed[0]
             raise type(first)(
@@ -94,7 +98,7 @@ class Shell:
             )
 
     def _line(self, text: str) -> bool:
-        """Do what a line says; False where that is to end."""
+        """Carry out a line; False if it ends the chat."""
         if not text.strip():
             return True
         self._count += 1
@@ -112,7 +116,7 @@ class Shell:
         return True
 
     def _answer(self, work: Callable[[], None]) -> None:
-        """Answers are given; Ctrl+C ends one of them, and where nobody could go on from there, all."""
+        """Generate answers; Ctrl+C ends one of them at a terminal, and all of them in a pipe, where nobody could go on."""
         presses = self._hearer.presses
         with presses.listening():
             try:
@@ -120,16 +124,18 @@ class Shell:
             finally:
                 self._face.close()
         if presses.signal == signal.SIGTERM:
-            raise Interrupted(TERMINATED, self._left())
+            raise Interrupted(TERMINATED, self._interruption())
         if presses.signal and not self._lines.interactive:
-            raise Interrupted(INTERRUPTED, self._left())
+            raise Interrupted(INTERRUPTED, self._interruption())
 
     def _command(self, text: str) -> None:
         name, _, rest = text.partition(" ")
         command = self._commands.get(name)
         if command is None:
             near = difflib.get_close_matches(name, [*self._commands, "/quit"], n=1)
-            remedy = f"did you mean {near[0]}?" if near else "/help shows all, and // begins a message with a slash."
+            remedy = (
+                f"did you mean {near[0]}?" if near else "/help lists all, and // starts a message that begins with a slash."
+            )
             raise InputError(f"There is no command {name}; {remedy}")
         command(rest.strip())
 
@@ -139,14 +145,14 @@ class Shell:
 
     def _switch(self, mode: Mode, rest: str) -> None:
         if rest:
-            raise InputError(f"The command /{mode} takes nothing behind it; type the message as a line of its own.")
+            raise InputError(f"The command /{mode} takes nothing behind it; type the message on a line of its own.")
         self._session.switch(mode)
         self._face.note({"both": "both answer"}.get(mode, f"the {mode} model answers"))
 
     def _trial(self, rest: str) -> None:
         if not rest:
             trial = self._session.trial
-            self._session.result()  # says why where there is none
+            self._session.result()  # raises an error with the reason if there is no trial
             self._face.note(f"trial {trial}")
             return
         if not rest.isdecimal():
@@ -164,15 +170,15 @@ class Shell:
             note = self._session.set_system("" if rest in ('""', "''") else rest)
             if note:
                 self._face.note(note)
-        said = " for the whole conversation" if rest and self._session.turns else ""
-        self._face.note(f"system prompt{said}: {self._session.system or 'none'}")
+        scope = " for the whole conversation" if rest and self._session.turns else ""
+        self._face.note(f"system prompt{scope}: {self._session.system or 'none'}")
 
     def _retry(self, rest: str) -> None:
         self._answer(lambda: self._session.retry(self._hearer))
 
     def _undo(self, rest: str) -> None:
-        taken = " ".join(self._session.undo().prompt.split())
-        self._face.note(f"taken back: {taken if len(taken) <= 60 else taken[:59] + '…'}")
+        message = " ".join(self._session.undo().prompt.split())
+        self._face.note(f"taken back: {message if len(message) <= 60 else message[:59] + '…'}")
 
     def _reset(self, rest: str) -> None:
         self._face.note(f"the conversation of {self._session.reset()} turns is forgotten; the system prompt stays")
@@ -186,14 +192,14 @@ class Shell:
 
     def _help(self, rest: str) -> None:
         width = max(map(len, HELP))
-        self._face.note("\n".join([*(f"{name:<{width}}  {what}" for name, what in HELP.items()), _HOW]))
+        self._face.note("\n".join([*(f"{name:<{width}}  {meaning}" for name, meaning in HELP.items()), _HOW]))
 
-    def _left(self) -> str:
-        return "interrupted; the conversation wasn't saved (/save does that)." if self._session.turns else "interrupted."
+    def _interruption(self) -> str:
+        return _UNSAVED if self._session.turns else "interrupted."
 
 
 class _ReplyListener:
-    """The `Listener` of a session: what is heard is shown, and Ctrl+C is listened to."""
+    """The `Listener` of a session: shows the answers and watches for Ctrl+C."""
 
     def __init__(self, face: Display) -> None:
         self._face = face
@@ -217,8 +223,8 @@ class _ReplyListener:
 
 
 def _terminated(number: int, frame: Any) -> None:
-    print()  # the prompt stands there
-    raise Interrupted(TERMINATED, "interrupted; the conversation wasn't saved (/save does that).")
+    print()  # ends the line of the prompt
+    raise Interrupted(TERMINATED, _UNSAVED)
 
 
 def _now() -> str:

@@ -1,7 +1,7 @@
-"""`abliterate run` of several models or of a list: one run after the other, whatever becomes of the ones before.
+"""`abliterate run` with several models or a list: the runs follow one another, even after a run that failed.
 
-Owns the list's format, where each run lies, what counts as finished, and the summary. Each run is what `abliterate run`
-of one model is, but that nobody is asked anything: the selection rule chooses.
+This module owns the list's format, the directory of each run, the rule that a run counts as finished by, and the summary. Each
+run is that of `abliterate run MODEL`, except that it never prompts: the selection rule picks the trial.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter, show_error, show_heading
 from abliterate.terminal.tables import print_table
 
-# Settings that change neither what a run finds nor what it leaves.
+# Settings that change neither the result of a run nor its files.
 _WITHOUT_EFFECT = ("out", "device", "cache_dir", "efficiency")
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of several: what the command line says, with the run's own `model` and `out`, and what the list says."""
+    """One run of several: the options of the command line with the run's own `model` and `out`, and its entry in the list."""
 
     options: Mapping[str, Any]
     entry: Mapping[str, Any]
 
     @property
     def model(self) -> str:
-        """As it was given."""
+        """The model as it was given."""
         return str(self.options["model"])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run. `state`: done, skipped (it was done before), failed, interrupted, not begun."""
+    """The outcome of one run. `state`: done, skipped (it was done before), failed, interrupted, not begun."""
 
     model: str
     state: str
@@ -68,7 +68,7 @@ class Outcome:
 
     @staticmethod
     def of(model: str, state: str, directory: RunDirectory, result: Result) -> Outcome:
-        """Of a run that has its result."""
+        """The outcome of a run that has a result."""
         trial = next(trial for trial in result.trials if trial.number == result.selected)
         export, baseline = result.export, result.baseline
         assert baseline is not None
@@ -92,47 +92,47 @@ def run(models: Sequence[str], listed: Path | None, options: Mapping[str, Any], 
     """`abliterate run A B …` and `abliterate run --list FILE`.
 
     Raises:
-        InputError: the list or the options mean nothing; no run has begun then. Interrupted, AbliterateError: at the end,
-        where not every run is done.
+        InputError: the list or the options are invalid, before the first run starts. Interrupted, AbliterateError: not every
+        run is done at the end.
     """
     planned = plan(models, listed, options, config)
     interrupts = Interrupts()
     outcomes: list[Outcome] = []
     with interrupts.listening():
-        for number, one in enumerate(planned, start=1):
-            outcomes.append(_run_one(one, (number, len(planned)), config, flags, interrupts))
+        for number, entry in enumerate(planned, start=1):
+            outcomes.append(_run_one(entry, (number, len(planned)), config, flags, interrupts))
             if outcomes[-1].state == "interrupted":
                 break
-            _free_memory(one, config)
+            _free_memory(entry, config)
     last = outcomes[-1]
-    outcomes += [Outcome(one.model, "not begun") for one in planned[len(outcomes) :]]
+    outcomes += [Outcome(entry.model, "not begun") for entry in planned[len(outcomes) :]]
     _show(outcomes, as_json=flags.as_json)
-    done = sum(one.state in ("done", "skipped") for one in outcomes)
+    done = sum(outcome.state in ("done", "skipped") for outcome in outcomes)
     if last.state == "interrupted":
         raise Interrupted(
             last.exit_code or INTERRUPTED,
             f"interrupted; {done} of {len(planned)} runs are done. Continue with the same command and --resume, which skips "
-            "what is done and goes on with what was begun.",
+            "finished runs and continues the interrupted run.",
         )
     if done < len(planned):
         raise AbliterateError(
-            f"{len(planned) - done} of {len(planned)} runs failed, the summary says why; mend that and repeat the command with "
-            "--resume, which skips those that are done."
+            f"{len(planned) - done} of {len(planned)} runs failed, the summary says why; fix that and repeat the command with "
+            "--resume, which skips the finished runs."
         )
 
 
 def plan(models: Sequence[str], listed: Path | None, options: Mapping[str, Any], config: str) -> list[Planned]:
-    """The runs, each with a directory of its own; "" stands for the default one, which has the time in its name.
+    """The runs, each with a directory of its own; "" stands for the default directory, which has the time in its name.
 
-    Every run's settings are read now: a mistake in the last one should not be found after hours.
+    The settings of every run are checked now, so that a mistake in the last run does not show up after hours.
 
     Raises:
-        InputError: for the first thing that is wrong.
+        InputError: the first mistake that was found.
     """
     if listed and (models or "model" in options):
-        raise InputError(f"The models are those of {listed}; leave out the ones on the command line, or --list.")
+        raise InputError(f"The models come from {listed}; leave out the models on the command line, or --list.")
     if "model" in options:
-        raise InputError("Several models and --set model contradict each other; give one of them.")
+        raise InputError("Several models and --set model contradict each other; give either.")
     common, entries = read_list(listed) if listed else ({}, [{"model": model} for model in models])
     shared = load_settings(config, options, entry=common)
     base = shared.out or (f"runs/{safe_name(listed.stem)}" if listed else "")
@@ -141,7 +141,7 @@ def plan(models: Sequence[str], listed: Path | None, options: Mapping[str, Any],
         where = f"Run {number} of {listed}" if listed else f"Model {number}"
         model, own = entry.get("model", shared.model), entry.get("out", "")
         if not (isinstance(model, str) and model and isinstance(own, str)):
-            raise InputError(f"{where} needs a model, and an out that is a path if it has one; both are texts.")
+            raise InputError(f"{where} has no valid model or out; give model as a string, and out, if any, as a path.")
         folder = own if own and not shared.out else _free_folder(base, own or model, model, planned, where) if base else ""
         planned.append(Planned({**options, "model": model, "out": folder}, by_section(common, entry)))
     _check(planned, config, listed)
@@ -149,51 +149,51 @@ def plan(models: Sequence[str], listed: Path | None, options: Mapping[str, Any],
 
 
 def read_list(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a list says of all its runs, and of each: settings as in a configuration file, the runs as `[[run]]` tables."""
+    """The settings that a list gives all its runs, and those of each `[[run]]` table; both as in a configuration file."""
     content = read_toml(path)
     entries = content.pop("run", None)
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
-        raise InputError(f"The list {path} has no runs; each is a table that begins with a line [[run]] and names its model.")
+        raise InputError(f"The list {path} has no runs; write each as a table that begins with [[run]] and names its model.")
     return content, entries
 
 
 def _free_folder(base: str, name: str, model: str, planned: Sequence[Planned], where: str) -> str:
-    """`base`/`name`, with a number where another model of the same name (of another owner) has that one."""
-    taken = {_place(one): one for one in planned}
-    folder = wanted = Path(base) / safe_name(name)
+    """`base`/`name`, with a number appended if a model of the same name (by another owner) has that folder already."""
+    taken = {_path_key(run): run for run in planned}
+    folder = preferred = Path(base) / safe_name(name)
     number = 1
     while (other := taken.get(os.path.abspath(folder).casefold())) is not None:
         if other.model == model:
             raise InputError(
-                f"{where} would lie in the same directory as another of {model}; give each of them an out of its own."
+                f"{where} would share a directory with another run of {model}; give each of the two an out of its own."
             )
         number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder = preferred.with_name(f"{preferred.name}-{number}")
     return str(folder)
 
 
-def _place(one: Planned) -> str:
-    # Casefolded: some file systems don't tell a from A.
-    return os.path.abspath(one.options["out"]).casefold()
+def _path_key(planned: Planned) -> str:
+    # Casefolded, because some file systems don't distinguish a from A.
+    return os.path.abspath(planned.options["out"]).casefold()
 
 
 def _check(planned: Sequence[Planned], config: str, listed: Path | None) -> None:
-    """InputError where a run's settings are wrong, or two runs would be in each other's way."""
-    places: dict[str, int] = {}
+    """InputError if the settings of a run are invalid or two runs collide."""
+    first_with: dict[str, int] = {}
     pushed: dict[str, int] = {}
-    for number, one in enumerate(planned, start=1):
+    for number, run in enumerate(planned, start=1):
         try:
-            settings = load_settings(config, one.options, entry=one.entry)
+            settings = load_settings(config, run.options, entry=run.entry)
         except InputError as error:
-            if listed is None:  # then it is the command line's, and true of all
+            if listed is None:  # the mistake is on the command line then, and concerns every run
                 raise
-            raise InputError(f"Run {number} of {listed} ({one.model}): {error}") from error
-        # Without a directory of their own, runs of one model can't be told apart by --resume.
-        place = _place(one) if one.options["out"] else f"model {one.model}"
-        before = places.setdefault(place, number)
+            raise InputError(f"Run {number} of {listed} ({run.model}): {error}") from error
+        # --resume finds a run without a directory of its own by its model alone.
+        key = _path_key(run) if run.options["out"] else f"model {run.model}"
+        before = first_with.setdefault(key, number)
         if before != number:
-            what = f"directory {one.options['out']}" if one.options["out"] else f"model {one.model}"
-            raise InputError(f"Runs {before} and {number} have the same {what}; give each its own, or leave one out.")
+            shared = f"directory {run.options['out']}" if run.options["out"] else f"model {run.model}"
+            raise InputError(f"Runs {before} and {number} have the same {shared}; give each its own, or leave one out.")
         if settings.export.push and pushed.setdefault(settings.export.push, number) != number:
             raise InputError(
                 f"Runs {pushed[settings.export.push]} and {number} would be pushed to one repository, {settings.export.push}; "
@@ -201,20 +201,20 @@ def _check(planned: Sequence[Planned], config: str, listed: Path | None) -> None
             )
 
 
-def _run_one(one: Planned, place: tuple[int, int], config: str, flags: RunFlags, interrupts: Interrupts) -> Outcome:
-    """One run to its end, whatever that is."""
+def _run_one(planned: Planned, position: tuple[int, int], config: str, flags: RunFlags, interrupts: Interrupts) -> Outcome:
+    """Carry out one run and return its outcome, whether it succeeds, fails or is interrupted."""
     directory: RunDirectory | None = None
     try:
         interrupts.check()
         ask_again()
-        while not one.options["out"] and default_path(one.model).exists():
+        while not planned.options["out"] and default_path(planned.model).exists():
             time.sleep(0.1)  # until the next second gives another name
-        settings, directory = resolve(one.options, config, flags, one.entry)
-        _announce(one.model, place, directory, as_json=flags.as_json)
-        if flags.resume and (found := _finished(settings, directory)):
+        settings, directory = resolve(planned.options, config, flags, planned.entry)
+        _announce(planned.model, position, directory, as_json=flags.as_json)
+        if flags.resume and (result := _finished(settings, directory)):
             make_reporter(as_json=flags.as_json).note(f"done before, in {directory.path}", directory=str(directory.path))
-            return Outcome.of(one.model, "skipped", directory, found)
-        return Outcome.of(one.model, "done", directory, carry_out(settings, directory, flags, interrupts, ask=False))
+            return Outcome.of(planned.model, "skipped", directory, result)
+        return Outcome.of(planned.model, "done", directory, carry_out(settings, directory, flags, interrupts, ask=False))
     except (Interrupted, KeyboardInterrupt) as error:
         state, message = "interrupted", str(error) if directory is not None else "interrupted before it began"
         code = error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
@@ -223,36 +223,37 @@ def _run_one(one: Planned, place: tuple[int, int], config: str, flags: RunFlags,
         state, (message, code) = "failed", explain(error)
     where = str(directory.path) if directory is not None and directory.holds_run else None
     if state == "failed":
-        show_error(f"run {place[0]} of {place[1]} ({one.model}): {message}")
+        show_error(f"run {position[0]} of {position[1]} ({planned.model}): {message}")
         if flags.as_json:
-            json_lines.emit("failed", model=one.model, directory=where, message=message, exit_code=code)
-    return Outcome(one.model, state, where, exit_code=code, message=message)
+            json_lines.emit("failed", model=planned.model, directory=where, message=message, exit_code=code)
+    return Outcome(planned.model, state, where, exit_code=code, message=message)
 
 
 def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
-    """The result of a run that has nothing left to do under these settings; None where there is something."""
+    """The result of a run that has nothing left to do under these settings; None if work is left."""
     with contextlib.suppress(InputError, KeyError, TypeError):
         result, stored = Result.read(directory), read_toml(directory.settings)
-        wanted = settings.model_dump(mode="json")
+        requested = settings.model_dump(mode="json")
         for name in _WITHOUT_EFFECT:
-            wanted.pop(name), stored.pop(name, None)
+            requested.pop(name), stored.pop(name, None)
         export, kind = result.export, settings.export.kind
-        there = export.kind == kind and export.path and (directory.path / export.path).is_dir()
-        left = kind != "none" and not there
-        left = left or bool(settings.export.push and not export.pushed) or not directory.report.exists()
-        if wanted == stored and len(result.trials) >= settings.search.trials and result.selected is not None and not left:
+        is_exported = export.kind == kind and export.path and (directory.path / export.path).is_dir()
+        is_complete = kind == "none" or is_exported
+        is_complete = is_complete and bool(export.pushed or not settings.export.push) and directory.report.exists()
+        has_trials = len(result.trials) >= settings.search.trials and result.selected is not None
+        if requested == stored and has_trials and is_complete:
             return result
     return None
 
 
-def _free_memory(one: Planned, config: str) -> None:
-    """What the run held must be gone before the next model comes; its errors, which held it too, are."""
+def _free_memory(planned: Planned, config: str) -> None:
+    """Free the memory of the run before the next model is loaded; the errors that held it are gone by now."""
     with contextlib.suppress(InputError):
-        clear_device_cache(choose_device(load_settings(config, one.options, entry=one.entry).device))
+        clear_device_cache(choose_device(load_settings(config, planned.options, entry=planned.entry).device))
 
 
-def _announce(model: str, place: tuple[int, int], directory: RunDirectory, *, as_json: bool) -> None:
-    number, total = place
+def _announce(model: str, position: tuple[int, int], directory: RunDirectory, *, as_json: bool) -> None:
+    number, total = position
     if as_json:
         json_lines.emit("run", number=number, total=total, model=model, directory=str(directory.path))
     else:
@@ -260,18 +261,20 @@ def _announce(model: str, place: tuple[int, int], directory: RunDirectory, *, as
 
 
 def _show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
-    """The summary."""
+    """Print the summary."""
     if as_json:
-        json_lines.emit("summary", runs=[asdict(one) for one in outcomes])
+        json_lines.emit("summary", runs=[asdict(outcome) for outcome in outcomes])
         return
-    rows, others = [], other_names({name for one in outcomes for name in one.others})
-    for number, one in enumerate(outcomes, start=1):
+    rows, others = [], other_names({name for outcome in outcomes for name in outcome.others})
+    for number, outcome in enumerate(outcomes, start=1):
         scores = ["", "", ""]
-        if one.kl is not None:
-            scores = [str(one.trial), f"{one.refusals_before}/{one.prompts} → {one.refusals}/{one.prompts}", f"{one.kl:.4f}"]
-        scores += [f"{one.others[name]:.4g}" if name in one.others else "" for name in others]
-        left = one.message or one.export or one.directory or ""
-        rows.append((str(number), one.model, one.state, *scores, left + (" (NOT verified)" if one.verified is False else "")))
+        if outcome.kl is not None:
+            refusals = f"{outcome.refusals_before}/{outcome.prompts} → {outcome.refusals}/{outcome.prompts}"
+            scores = [str(outcome.trial), refusals, f"{outcome.kl:.4f}"]
+        scores += [f"{outcome.others[name]:.4g}" if name in outcome.others else "" for name in others]
+        remark = outcome.message or outcome.export or outcome.directory or ""
+        remark += " (NOT verified)" if outcome.verified is False else ""
+        rows.append((str(number), outcome.model, outcome.state, *scores, remark))
     columns = ("run", "model", "state", "trial", "refusals", "KL", *others, "export, or why not")
     print()
     print_table(columns, rows, "Summary", right=("run", "trial", "KL", *others))

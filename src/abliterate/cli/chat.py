@@ -12,7 +12,7 @@ from abliterate.chat.display import make_face
 from abliterate.chat.generate import Sampling
 from abliterate.chat.input import Lines, PipedLines, TypedLines, at_terminal
 from abliterate.chat.open import ChatTarget, open_session
-from abliterate.chat.shell import HELP, Shell
+from abliterate.chat.shell import COMMAND_NAMES, Shell
 from abliterate.cli import exit
 from abliterate.cli import run as cli_run
 from abliterate.errors import InputError, Interrupted
@@ -25,7 +25,7 @@ from abliterate.types import Reporter
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The options of `abliterate chat` that are no settings."""
+    """The options of `abliterate chat` that aren't settings."""
 
     trial: int | None = None
     max_new_tokens: int = 0
@@ -34,13 +34,13 @@ class ChatOptions:
     response_prefix: str = ""
 
     def check(self) -> None:
-        """InputError for a value that means nothing."""
+        """InputError for an invalid value."""
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise InputError(f"The option --temperature needs a number from 0, not {self.temperature}.")
+            raise InputError(f"The option --temperature needs a number from 0 upwards, not {self.temperature}.")
 
 
 def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignments: list[str], *, as_json: bool) -> None:
-    """`abliterate chat TARGET`."""
+    """`abliterate chat TARGET`: open the session, run the shell, and in a pipe raise the first error of a line."""
     options.check()
     settings = cli_run.options_of(given, assignments)
     exit.quiet_libraries()
@@ -62,7 +62,7 @@ def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignment
     lines: Lines = PipedLines(sys.stdin)
     if interactive:
         where = settings.get("cache_dir") or load_settings().cache_dir
-        lines = TypedLines(default_root(where) / "chat-history", [name.split()[0] for name in HELP])
+        lines = TypedLines(default_root(where) / "chat-history", COMMAND_NAMES)
     face = make_face(as_json=as_json, interactive=interactive)
     if interactive:
         face.note("/help shows the commands")

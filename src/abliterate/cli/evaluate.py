@@ -1,4 +1,4 @@
-"""What `abliterate evaluate` does once its options are read: settings, and the result as tables or as a JSON line."""
+"""`abliterate evaluate`: resolve the settings, measure the candidate, and show the result as tables or as a JSON line."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from abliterate.terminal.tables import heldout_lines, print_table, printable
 
 
 def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
-    """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's own settings, unless others are given."""
+    """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's settings where no others are given."""
     candidate = parse_candidate(text)
     options, stored = cli_run.options_of(given, assignments), {}
     skipped: list[str] = []
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.place))
-        Result.read(directory)  # "no run there" comes first
+        Result.read(directory)  # so that "no run there" is the first error
         stored = read_toml(directory.settings)
         own, skipped = to_measure(stored)
         options = merge(own, options)
@@ -47,14 +47,14 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
                 print(printable(line), flush=True)
 
     with exit.ending_at_once(reporter, "interrupted; nothing was changed."):
-        found = evaluate_candidate(settings, reporter, candidate, tasks, show=show)
+        record = evaluate_candidate(settings, reporter, candidate, tasks, show=show)
     if as_json:
-        json_lines.emit("result", **found)
-    elif found["benchmarks"]:
-        rows = [_cells(row) for row in found["benchmarks"]]
+        json_lines.emit("result", **record)
+    elif record["benchmarks"]:
+        rows = [_cells(row) for row in record["benchmarks"]]
         print_table(("task", "metric", "base", "candidate"), rows, "lm-eval", ("base", "candidate"))
-    if found["error"]:
-        raise AbliterateError(f"There are no benchmarks ({found['error']}); the held-out figures stand.")
+    if record["error"]:
+        raise AbliterateError(f"There are no benchmarks ({record['error']}); the held-out figures stand.")
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

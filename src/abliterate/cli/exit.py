@@ -16,25 +16,25 @@ from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.types import Reporter
 
-# Not every command is a run, so these sentences must be true of all.
+# Not every command is a run, so these sentences must be true of every command.
 _KEPT = "a run keeps its finished trials and continues with --resume"
 
 
 def run_to_its_end(command: Callable[[], object]) -> None:
-    """Run `command`; whatever goes wrong in it ends the process with a sentence and an exit code."""
+    """Run `command`; any error in it ends the process with a sentence and an exit code."""
     try:
         command()
-    except SystemExit as ended:  # Typer's: help, usage errors that it has shown itself, Ctrl+C
+    except SystemExit as ended:  # raised by Typer for help, for usage errors (which it has shown itself) and for Ctrl+C
         if ended.code == INTERRUPTED:
             _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
         if ended.code:
-            told = getattr(ended.__context__, "format_message", None)
-            _say_as_json(told() if told else "bad usage; standard error says more.", BAD_INPUT)
+            format_message = getattr(ended.__context__, "format_message", None)
+            _emit_json_error(format_message() if format_message else "bad usage; standard error says more.", BAD_INPUT)
         raise
     except KeyboardInterrupt:
         _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
     except BrokenPipeError:
-        # The reader of our output has gone (`| head`); nothing is left to say.
+        # The reader of our output has gone (`| head`), so no message would arrive.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -44,12 +44,12 @@ def run_to_its_end(command: Callable[[], object]) -> None:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The sentence that a person sees of an error, and the exit code."""
+    """The sentence that describes an error to a person, and the exit code."""
     if isinstance(error, AbliterateError):
         return str(error), error.exit_code
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return f"{error.strerror or error}{where}; mend that and repeat the command: {_KEPT}.", FAILED
+        return f"{error.strerror or error}{where}; fix that and repeat the command: {_KEPT}.", FAILED
     reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")
     if _is_out_of_memory(error):
         reason = reason or "out of memory"
@@ -58,7 +58,7 @@ def explain(error: Exception) -> tuple[str, int]:
 
 
 def show_traceback() -> None:
-    """Of the error being handled, if --debug was given."""
+    """Print the traceback of the error being handled, if --debug was given."""
     if os.environ.get("ABLITERATE_DEBUG"):
         import traceback
 
@@ -66,7 +66,8 @@ def show_traceback() -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # then it isn't torch's, which is heavy to load
+    # Torch is heavy to load, and the error isn't torch's unless torch is loaded already.
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:
         return isinstance(error, MemoryError)
     from abliterate.model.memory import is_out_of_memory
 
@@ -78,16 +79,16 @@ def _fail(message: str, exit_code: int) -> NoReturn:
         from abliterate.terminal.reporters import show_error
 
         show_error(message)
-    except MemoryError:  # where there is none left, not even Rich can be loaded
+    except MemoryError:  # not even Rich can be loaded then
         sys.stderr.write(f"error: {message}\n")
-    _say_as_json(message, exit_code)
+    _emit_json_error(message, exit_code)
     sys.exit(exit_code)
 
 
-def _say_as_json(message: str, exit_code: int) -> None:
-    # Asked of the arguments themselves: options that can't be parsed are an error too.
+def _emit_json_error(message: str, exit_code: int) -> None:
+    # Read from the raw arguments, because options that can't be parsed are an error, too.
     if "--json" in sys.argv[1:]:
-        with contextlib.suppress(OSError, MemoryError):  # standard output may be what has failed
+        with contextlib.suppress(OSError, MemoryError):  # the error may be that of standard output
             json_lines.emit("error", message=message, exit_code=exit_code)
 
 

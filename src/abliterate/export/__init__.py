@@ -1,4 +1,4 @@
-"""Exporters: a new one is a file beside these and a line in `EXPORTERS`, or a plugin's `exporters`."""
+"""The exporters by kind. A new exporter is a file beside these and a line in `EXPORTERS`, or a plugin's `exporters`."""
 
 from __future__ import annotations
 

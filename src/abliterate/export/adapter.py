@@ -1,7 +1,7 @@
-"""Adapter export in PEFT's format: DoRA of rank 1 for row-scaled edits, plain LoRA for those without.
+"""Export an edit as a PEFT adapter: DoRA of rank 1 for row-scaled edits, plain LoRA for the others.
 
 A DoRA layer computes m ∘ rownormalize(W + BA). With m = n (W's row norms), A = a and B = −λ n∘v that is the `full`
-edit itself: the same matrix, not an approximation. Written as PEFT saves it, without wrapping a model.
+edit itself: the same matrix, not an approximation. The files are written as PEFT saves them, without wrapping a model.
 """
 
 from __future__ import annotations
@@ -33,22 +33,21 @@ from abliterate.model.loader import load_config, load_weights
 from abliterate.model.quantized import method_of
 from abliterate.settings.schema import LoadSettings
 
-# Quantized bases that PEFT's layers know how to make dense, as DoRA needs it, and those that plain LoRA leaves alone. On any
-# other PEFT takes a packed weight for a dense one, or casts the adapter to its dtype, without an error.
+# The quantized bases that PEFT's layers can make dense, as DoRA needs it, and those that plain LoRA leaves alone. On any other
+# base PEFT takes a packed weight for a dense one, or casts the adapter to its dtype, without an error.
 _DORA_ON = ("bitsandbytes_4bit", "bitsandbytes_8bit", "hqq")
 _LORA_ON = (*_DORA_ON, "gptq", "awq")
 
 
 class Adapter:
-    """An adapter directory that loads with plain PEFT on the base model."""
+    """The exporter of an adapter directory that loads with plain PEFT on the base model."""
 
     kind = "adapter"
     stores_weights = False
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
-        """See `Exporter.write`."""
         if not job.factors:
-            raise AbliterateError("The trial edits no module, so there is no adapter to write; export another trial.")
+            raise AbliterateError("The trial edits no module, so its adapter would be empty; export another trial.")
         dora = any(factors.row_scale is not None for factors in job.factors.values())
         rank = max(factors.a.shape[-2] for factors in job.factors.values())
         if dora and rank > 1:
@@ -77,37 +76,36 @@ class Adapter:
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """See `Exporter.load`: the base with the adapter on it; a quantized base made dense."""
+        """The base with the adapter on it; a quantized base is made dense."""
         load = dense_load(job.load)
         base = load_weights(job.source, load, load_config(job.source, load), dtype, device)
         from peft import PeftModel
 
         with warnings.catch_warnings():
-            # peft asks transformers for a name that the next version drops; nothing a person here can act on.
+            # peft asks transformers for a name that the next version drops; a user can do nothing about it.
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
-        """See `Exporter.reread`."""
         return RereadAdapter(folder, base)
 
 
 def _sort_modules(path: Path) -> None:
-    """PEFT writes a set, in another order in each process; an export's bytes must be the same each time."""
+    """PEFT writes a set, in a different order in each process; an export's bytes must be the same each time."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["target_modules"] = sorted(config["target_modules"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target], *, dora: bool = True) -> str:
-    """Why PEFT can't put an adapter onto the modules to edit, or ""; tried on a model without weights.
+    """Why PEFT can't put an adapter onto the modules to edit, or ""; PEFT is tried on a model without weights.
 
-    In families whose experts `transformers` fuses it takes every `down_proj` for them, dense layers' too, without an error; in
-    some with Mamba mixers it refuses their `out_proj`.
+    In families whose experts `transformers` fuses, PEFT takes every `down_proj` for fused experts without an error, those of
+    dense layers, too; in some families with Mamba mixers it refuses their `out_proj`.
     """
-    stack = next((target.name for target in targets if is_fused(target.module)), "")
-    if stack:
-        return f"PEFT can't express edits of fused experts, as in {stack}"
+    fused = next((target.name for target in targets if is_fused(target.module)), "")
+    if fused:
+        return f"PEFT can't express edits of fused experts, as in {fused}"
     method = method_of(config)
     if method and method not in (_DORA_ON if dora else _LORA_ON):
         return f"PEFT can't put {'DoRA' if dora else 'LoRA'} onto a base that is quantized as {method}"
@@ -116,24 +114,24 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
 
-    wanted = {target.name for target in targets}
+    expected = {target.name for target in targets}
     conv = any(isinstance(target.module, Conv1D) for target in targets)
-    lora = LoraConfig(target_modules=sorted(wanted), fan_in_fan_out=conv, task_type="CAUSAL_LM")
+    lora = LoraConfig(target_modules=sorted(expected), fan_in_fan_out=conv, task_type="CAUSAL_LM")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="target_parameters", category=RuntimeWarning
-            )  # is what is looked for here
+            )  # a wrong choice of modules is detected below
             model = inject_adapter_in_model(lora, empty_model(config, load), low_cpu_mem_usage=True)
     except ValueError as error:
         return f"PEFT says: {str(error).splitlines()[0].rstrip('.')}"
-    found = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    wrong = sorted(found ^ wanted)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    wrong = sorted(adapted ^ expected)
     return f"PEFT takes {wrong[0]} for something else" if wrong else ""
 
 
 def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Tensor]:
-    """As PEFT names them; the base's matrices are read for their rows' norms, one at a time."""
+    """The adapter's tensors by PEFT's names; the base's matrices are read one at a time, for their row norms."""
     tensors: dict[str, Tensor] = {}
     for name, factors in job.factors.items():
         key = f"base_model.model.{name}"
@@ -147,7 +145,7 @@ def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Ten
 def dora_factors(factors: Factors, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(A, B, magnitude) such that magnitude ∘ rownormalize(W + BA) = diag(row_scale) W + b a, for norm-keeping edits.
 
-    A zero row of W would be 0/0 in PEFT's formula: it gets B = 1 and magnitude 0, which is a zero row again.
+    A zero row of W would be 0/0 in PEFT's formula, so it gets B = 1 and magnitude 0, which gives a zero row again.
     """
     assert factors.row_scale is not None, "only row-scaled edits are DoRA"
     norms = row_norms(weight.cpu()).float()

@@ -1,7 +1,4 @@
-"""The weight files of a model on this disk, fetched from the Hub where they aren't, and its matrices one at a time.
-
-Knows no edits and no trials.
-"""
+"""Find the weight files of a model, fetching missing ones from the Hub, and read its matrices one at a time."""
 
 from __future__ import annotations
 
@@ -30,11 +27,11 @@ from abliterate.settings.schema import LoadSettings
 class Matrices:
     """W (d_out, d_in) of each target of `source`, in its stored dtype: never quantized, and read anew each time.
 
-    Fused experts have several, whichever way the files hold them. Of a checkpoint that is itself quantized (`dequantized`
-    says how), W is what that is made dense, in the dtype that its config says.
+    Fused experts have several matrices, however the files hold them. If the checkpoint itself is quantized (by the method
+    `dequantized`), W is the dequantized weight in the dtype that the config names.
 
-    They are read from the weight files, so that one is in memory at a time; where `reason` says that the files can't be
-    read so, the model is loaded as a whole on the CPU and stays while this object does.
+    Matrices are read from the weight files, so that one is in memory at a time. If the files can't be read so, for the reason
+    in `reason`, the model is loaded as a whole on the CPU and stays as long as this object.
 
     Raises:
         InputError: there is no such model, or it can't be loaded.
@@ -69,20 +66,20 @@ class Matrices:
         return out_features(module) or 0, in_features(module)
 
     def of(self, target: Target) -> Tensor:
-        """W of one target, on the CPU; of fused experts all of them, (E, d_out, d_in)."""
+        """W of one target, on the CPU; for fused experts all matrices, (E, d_out, d_in)."""
         if target.name in self._kept:
             return self._kept[target.name]
         if self.whole is not None:
             return dense_weight(self.targets[target.name].module)
         if not is_fused(target.module):
             return self.matrix(target, 0)
-        stack = torch.empty(fused_weight(target.module).shape, dtype=self.dtype)
-        for index, one in enumerate(stack):
-            one.copy_(self.matrix(target, index))
-        return stack
+        experts = torch.empty(fused_weight(target.module).shape, dtype=self.dtype)
+        for index, expert in enumerate(experts):
+            expert.copy_(self.matrix(target, index))
+        return experts
 
     def count(self, target: Target) -> int:
-        """How many matrices a target has."""
+        """The number of matrices of a target."""
         return n_matrices(self.targets[target.name].module)
 
     def matrix(self, target: Target, index: int) -> Tensor:
@@ -95,13 +92,13 @@ class Matrices:
         return stored.T if place.transposed else stored
 
     def tensors(self, names: Iterable[str]) -> set[str]:
-        """What the files call these targets' tensors, or the model where it is loaded as a whole."""
+        """The names of these targets' tensors in the files, or in the model if it is loaded as a whole."""
         if self.whole is not None:
             return {parameter_name(self.targets[name]) for name in names}
         return {place.tensor for name in names for place in self.places[name]}
 
     def let_go(self) -> None:
-        """Of a model that was loaded as a whole keep only its matrices, and `digests` of all tensors: another one may come."""
+        """Free a model that was loaded as a whole, so that another can be loaded; its matrices and `digests` are kept."""
         assert self.whole is not None
         self.digests = digests(self.whole)
         self._kept = {name: dense_weight(target.module).clone() for name, target in self.targets.items()}
@@ -110,13 +107,13 @@ class Matrices:
         gc.collect()
 
     def release(self) -> None:
-        """Give back what is in memory; nothing can be read after that."""
+        """Free the memory; nothing can be read after that."""
         self.whole, self.targets, self.places = None, {}, {}
         gc.collect()
 
 
 def whole_because(source: str, load: LoadSettings, architecture: Architecture) -> str | None:
-    """Why an export would load the model as a whole; "" where it can be streamed, None where the files aren't on this disk."""
+    """Why an export would load the model as a whole; "" if it can be streamed, None if the files aren't on this disk."""
     if not source or not Path(source).is_dir() or not any(Path(source).glob("*.safetensors")):
         return None
     config = load_config(source, load)
@@ -129,19 +126,19 @@ def whole_because(source: str, load: LoadSettings, architecture: Architecture) -
 
 
 def stored_dtype(config: object) -> torch.dtype:
-    """The dtype the checkpoint was saved in, as its config says; float32 where it doesn't."""
+    """The dtype that the checkpoint was saved in, from its config; float32 if the config has none."""
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)  # type: ignore[attr-defined]
     return stored if isinstance(stored, torch.dtype) else torch.float32
 
 
 def digests(model: PreTrainedModel) -> dict[str, str]:
     """{tensor: a hash of its shape, dtype and bytes}."""
-    found = {}
+    hashes = {}
     for name, tensor in model.state_dict().items():
-        total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        total.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        found[name] = total.hexdigest()
-    return found
+        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        hashes[name] = digest.hexdigest()
+    return hashes
 
 
 def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[str, Target]:
@@ -151,7 +148,7 @@ def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[
 
 
 def damage_of(source: str) -> str:
-    """What is wrong with the weight files of a directory, as far as their headers tell; empty where nothing is."""
+    """The damage that the headers of a directory's weight files show; "" if there is none."""
     folder = Path(source)
     if not folder.is_dir() or not any(folder.glob("*.safetensors*")):
         return ""
@@ -164,10 +161,10 @@ def damage_of(source: str) -> str:
 
 
 def checkpoint_folder(source: str, load: LoadSettings) -> Path:
-    """The directory with the model's files: given, or the Hub's snapshot, with whatever of it wasn't on this disk yet.
+    """The directory with the model's files: `source` itself, or the Hub's snapshot, whose missing files are fetched.
 
     Raises:
-        Unfit: no safetensors weights. InputError: a file can't be fetched.
+        Unfit: there are no safetensors weights. InputError: a file can't be fetched.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -185,12 +182,12 @@ def checkpoint_folder(source: str, load: LoadSettings) -> Path:
 
 
 def fetched(source: str, load: LoadSettings, name: str, *, optional: bool = False) -> Path | None:
-    """A file of a Hub model on this disk, fetched if it wasn't there; None where an optional one can't be had."""
+    """The path of a file of a Hub model, which is fetched if it is missing; None if an optional file can't be fetched."""
     options = {"revision": load.revision} if load.revision else {}
-    # Optional ones neither when they don't exist nor when only the network could say so.
-    absent = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), not optional)
+    # An optional file raises neither if it doesn't exist nor if only the network could tell.
+    strict = dict.fromkeys(("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors"), not optional)
     try:
-        found = cached_file(source, name, **options, **absent)
+        path = cached_file(source, name, **options, **strict)
     except OSError as error:
         raise load_error(source, error) from error
-    return Path(found) if found is not None else None
+    return Path(path) if path is not None else None

@@ -1,8 +1,9 @@
-"""Does the export do what the trial did? Reloaded from disk and compared with what the edited model did in memory.
+"""Check that an export behaves as its trial did: reload it from disk and compare it with the edited model in memory.
 
 Two tests. *Behaviour*: first-token distributions of both evaluation sets, the trial's KL, its refusals. *Modules*: each
-edited matrix, fed the input its edit changes most, must change it as in the trial. The second is the sharp one: one weak
-edit left out moves KL(trial‖export) by 1e-6, less than half precision or quantization do, but is a whole edit there.
+edited matrix is fed the input that its edit changes most, and must change it as in the trial. The second test is the sharp
+one: a single weak edit that is left out moves KL(trial‖export) by 1e-6, less than half precision or quantization do, but for
+its module it is a whole edit.
 """
 
 from __future__ import annotations
@@ -24,21 +25,21 @@ from abliterate.scorers.base import Observation, Scorer
 from abliterate.scorers.kl import kl_divergence
 from abliterate.types import Trial
 
-# Mean KL(trial‖export) per prompt set: what passes in the run's dtype explain, what storing edited weights in the
-# export's dtype adds, and what the export's full-precision weights differ from the quantized ones of the trial.
-# Measured on the demo model, correct exports of every kind: 4e-8, 3e-6, 2e-4; 1e-8, 5e-8, 4e-7; 6e-4, 2e-2.
+# Bounds of the mean KL(trial‖export) per prompt set: for forward passes in the run's dtype, for storing the edited weights in
+# the export's dtype, and for the difference between the export's full-precision weights and the quantized weights of the trial.
+# Measured on the demo model with correct exports of every kind: 4e-8, 3e-6, 2e-4; 1e-8, 5e-8, 4e-7; 6e-4, 2e-2.
 _PASSES = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 1e-3}
 _STORAGE = {torch.float32: 0.0, torch.float16: 1e-6, torch.bfloat16: 1e-5}
 _QUANTIZED = {"none": 0.0, "bnb_8bit": 5e-3, "bnb_4bit": 1e-1, "dequantized": 1e-5, "checkpoint": 1e-2}
-# Deep models round more than the demo: the run's own noise, KL between two batch sizes, times this is allowed too.
+# Deep models round more than the demo, so the run's own noise (KL between two batch sizes) times this factor is allowed, too.
 _NOISE = 10.0
-# |KL of the export − KL of the trial| may be this share of the trial's beside the bound above (measured: 1.5, 1, 18 %).
+# |KL of the export − KL of the trial| may be this share of the trial's KL beyond the bound above (measured: 1.5, 1, 18 %).
 _KL_SHARE = {"none": 0.02, "bnb_8bit": 0.05, "bnb_4bit": 0.5, "dequantized": 0.02, "checkpoint": 0.2}
-# Share by which one module's edit may be off, beside what the noise of single outputs explains: a coeff 5 % off is 5 %,
-# an edit left out 100 %. Measured: 0.001 % in float32, whatever the export is stored in; 0.5 % in bfloat16; 1.6 and 4 %.
+# The edit of a module may be off by this share, beyond the noise of single outputs: a coeff that is 5 % off gives 5 %, an edit
+# left out 100 %. Measured: 0.001 % in float32, in whatever dtype the export is stored; 0.5 % in bfloat16; 1.6 and 4 %.
 _MODULE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.03}
 _MODULE_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.03, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.1}
-# What quantization changes in one output entry, relative to the outputs' size.
+# The change of one output entry by quantization, relative to the outputs' size.
 _ENTRY_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.01, "bnb_4bit": 0.1, "dequantized": 0.0, "checkpoint": 0.05}
 # Refusals may differ by this share of the prompts.
 _REFUSALS = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.05}
@@ -47,7 +48,7 @@ _REFUSALS_QUANTIZED = {"none": 0.0, "bnb_8bit": 0.05, "bnb_4bit": 0.1, "dequanti
 
 @dataclass(frozen=True)
 class Precision:
-    """What rounding may explain: the dtype the trial ran in, the one the export is stored in, the trial's quantization."""
+    """The sources of rounding: the dtype that the trial ran in, the export's stored dtype, and the trial's quantization."""
 
     run: torch.dtype
     stored: torch.dtype
@@ -55,7 +56,7 @@ class Precision:
 
     @property
     def row(self) -> str:
-        """The row of the tables above: a checkpoint's quantization is the export's too, but kernels also round what flows."""
+        """The row of the tables above. The export keeps a checkpoint's quantization, but kernels round activations, too."""
         if not checkpoint_quantization(self.quantization):
             return self.quantization
         return "dequantized" if self.quantization.endswith(DEQUANTIZED) else "checkpoint"
@@ -66,15 +67,15 @@ class Precision:
         return max(torch.finfo(self.run).eps, _ENTRY_QUANTIZED[self.row])
 
     def divergence(self, noise: float) -> float:
-        """Mean KL between two passes of the same model; `noise`: what was seen between two batch sizes."""
+        """Bound of the mean KL between two passes of the same model; `noise`: the KL seen between two batch sizes."""
         return _PASSES[self.run] + _STORAGE[self.stored] + _QUANTIZED[self.row] + _NOISE * noise
 
     def kl(self, kl: float, noise: float) -> float:
-        """What a trial's mean KL of `kl` may be off by."""
+        """Bound of the difference between a trial's mean KL of `kl` and that of its export."""
         return self.divergence(noise) + _KL_SHARE[self.row] * kl
 
     def refusals(self, prompts: int) -> float:
-        """Responses that may tip over at a near-tie: one at least, where anything was rounded."""
+        """The number of responses that may tip over at a near-tie: at least one, if anything was rounded."""
         coarser = max(self.stored, self.run, key=lambda dtype: torch.finfo(dtype).eps)
         share = max(_REFUSALS[coarser], _REFUSALS_QUANTIZED[self.row])
         return max(1.0, share * prompts) if share > 0 else 0.0
@@ -82,11 +83,11 @@ class Precision:
 
 @dataclass(frozen=True)
 class ModuleProbe:
-    """One edited module's outputs (1, d_model) for `x` (1, d_in), float32: without the trial's edit and with it.
+    """One edited module's outputs (1, d_model) for `x` (1, d_in) in float32: without the trial's edit and with it.
 
-    Of fused experts, a row for each expert. `rounding` (1, d_model): what storing W' in the export's dtype adds. Not noise:
-    W lies on that dtype's grid, so a ΔW below half a step is lost altogether (an edit of 2 % of the demo's, in bfloat16,
-    loses a seventh).
+    Fused experts have a row for each expert. `rounding` (1, d_model): the change that storing W' in the export's dtype adds. It
+    is not noise: W lies on that dtype's grid, so a ΔW below half a step is lost altogether (an edit of 2 % of the demo's loses
+    a seventh in bfloat16).
     """
 
     x: Tensor
@@ -97,7 +98,7 @@ class ModuleProbe:
 
 @dataclass(frozen=True)
 class Expected:
-    """What an export must reproduce, taken while the edited model was in memory; tensors float32 on the CPU.
+    """The values that an export must reproduce, taken while the edited model was in memory; float32 tensors on the CPU.
 
     `harmless` and `harmful` (n_prompts, vocabulary): first-token log-probabilities; `noise`: their mean KL between two
     batch sizes.
@@ -119,33 +120,34 @@ class Verification:
 
 
 def probe_inputs(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """{module: x (1, d_in)}: along the edit's leading `a`, as long as a random input; a random x would show λ/√d of it.
+    """{module: x (1, d_in)}: along the edit's leading `a`, as long as a random input; a random x would show λ/√d of the edit.
 
-    Of fused experts, (E, d_in).
+    For fused experts, x is (E, d_in).
     """
     leading = {name: f.a[..., 0, :].reshape(-1, f.a.shape[-1]) for name, f in factors.items()}
-    # An expert that isn't used may be all zeros.
+    # The `a` of an unused expert may be all zeros, which `normalize` leaves as they are.
     return {name: normalize(a, dim=1) * a.shape[1] ** 0.5 for name, a in leading.items()}
 
 
 def storage_rounding(weight: Tensor, factors: Factors, x: Tensor, stored: torch.dtype, *, is_base: bool = False) -> Tensor:
-    """(round(W') − W') x, (1, d_model): see `ModuleProbe.rounding`.
+    """(round(W') − W') x, (1, d_model), which is `ModuleProbe.rounding`.
 
-    `is_base`: the export begins with this W, rounded. Else, of a W that was quantized as it was loaded, as if it were the one
-    in the files.
+    `is_base`: the export starts from this W, rounded. Otherwise W was quantized when it was loaded, and is treated as if it
+    were the W in the files.
     """
-    lost = []
-    for one, part, row in zip(weight if weight.ndim == 3 else [weight], factors.parts(), x, strict=True):
-        on_grid = one.to(stored).float()
-        delta = part.to(weight.device).delta
-        exported, base = on_grid + delta(on_grid), one.float() if is_base else on_grid
-        lost.append((row[None].to(weight.device) @ (exported.to(stored).float() - (base + delta(base))).T).cpu())
-    return torch.cat(lost)
+    outputs = []
+    matrices = weight if weight.ndim == 3 else [weight]
+    for matrix, matrix_factors, row in zip(matrices, factors.parts(), x, strict=True):
+        on_grid = matrix.to(stored).float()
+        delta = matrix_factors.to(weight.device).delta
+        exported, base = on_grid + delta(on_grid), matrix.float() if is_base else on_grid
+        outputs.append((row[None].to(weight.device) @ (exported.to(stored).float() - (base + delta(base))).T).cpu())
+    return torch.cat(outputs)
 
 
 @torch.inference_mode()
 def module_outputs(model: nn.Module, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """{module: its output (1, d_model)} float32 on the CPU, hooks and adapters included; `dtype`: of quantized inputs."""
+    """{module: its output (1, d_model)} in float32 on the CPU, with hooks and adapters; `dtype`: of quantized inputs."""
     return {name: _output(_find(model, name), x, dtype) for name, x in inputs.items()}
 
 
@@ -173,7 +175,7 @@ def compare(
     share = max(_MODULE[precision.run], _MODULE_QUANTIZED[precision.row])
     errors = {name: _largest_error(probe, outputs[name], precision.entry) for name, probe in expected.probes.items()}
     off = sorted(name for name, error in errors.items() if error > share)
-    # Of a stopped trial only a lower bound is known.
+    # Only a lower bound is known of a pruned trial's refusals.
     extra = scores["refusals"] - trial.refusals
     checks = {
         "kl_from_trial": all(float(values.mean()) <= bound for values in divergences.values()),
@@ -194,7 +196,7 @@ def compare(
 
 
 def _largest_error(probe: ModuleProbe, output: Tensor, entry_noise: float) -> float:
-    """`_module_error` of the worst matrix of a module."""
+    """The `_module_error` of the worst matrix of a module."""
     rows = zip(probe.x, probe.base, probe.edited, probe.rounding, output, strict=True)
     return max(
         _module_error(ModuleProbe(x, base, edited, rounding), row, entry_noise) for x, base, edited, rounding, row in rows
@@ -202,10 +204,10 @@ def _largest_error(probe: ModuleProbe, output: Tensor, entry_noise: float) -> fl
 
 
 def _module_error(probe: ModuleProbe, output: Tensor, entry_noise: float) -> float:
-    """How much of the edit is missing or too much, along the change it makes: 0 right, 1 left out.
+    """The share of the edit that is missing or in excess, along the change that the edit makes: 0 is right, 1 is left out.
 
-    Only along it: rounding and quantization differ in all d_model directions, the edit in one. What they may cause there
-    is taken off: of a weak edit, the output's last bits are a large share.
+    Only that one direction is measured: rounding and quantization differ in all d_model directions, the edit in one. Their
+    expected noise in it is subtracted, because the output's last bits are a large share of a weak edit.
     """
     change = probe.edited - probe.base
     size = float(change.norm())
@@ -213,25 +215,25 @@ def _module_error(probe: ModuleProbe, output: Tensor, entry_noise: float) -> flo
         return 0.0
     error = abs(float(((output - probe.edited - probe.rounding) * change).sum())) / size**2
     noise = 4 * entry_noise * float(probe.edited.norm()) / change.shape[-1] ** 0.5  # four standard deviations at least
-    # What is not a number must not pass as small.
+    # NaN must not pass as a small error.
     return max(0.0, error - noise / size) if math.isfinite(error) else math.inf
 
 
 def _lost(probe: ModuleProbe) -> float:
-    """The share of an edit that the export's dtype can't hold; negative where rounding made it larger."""
+    """The share of an edit that the export's dtype can't hold; negative if rounding made the edit larger."""
     change = probe.edited - probe.base
     square = float(change.square().sum())
     return -float((probe.rounding * change).sum()) / square if square > 0 else 0.0
 
 
 def _find(model: nn.Module, name: str) -> nn.Module:
-    """The module of that name; PEFT puts its own prefix before it."""
+    """The module of that name, before which PEFT puts its own prefix."""
     return next(module for path, module in model.named_modules() if path == name or path.endswith(f".{name}"))
 
 
 def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
     device, own = place_of(module)
-    # Offloaded weights are on no device; their own hook then moves the input. Some modules are kept in float32 beside a
-    # half-precision model.
+    # Offloaded weights are on no device, and their own hook moves the input. Some modules of a half-precision model are kept
+    # in float32.
     x = x.to(torch.device("cpu") if device.type == "meta" else device, own or dtype)
     return (down_outputs(module, x) if is_fused(module) else module(x)).float().cpu()

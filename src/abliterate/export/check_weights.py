@@ -7,55 +7,49 @@ Memory is two stored matrices and some rows.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from abliterate.edits import EditMethod, Factors
 from abliterate.export.base_weights import Matrices, digests
+from abliterate.export.check_behaviour import Verification
+from abliterate.export.job import ExportJob, Reread, Rows
 from abliterate.export.safetensors_copy import INDEX, SINGLE, read_header
 from abliterate.model.architectures import Target
 from abliterate.model.checkpoint import load_weights
-
-if TYPE_CHECKING:
-    from abliterate.export.job import ExportJob
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-
-from abliterate.edits import EditMethod, Factors
-from abliterate.export.check_behaviour import Verification
-from abliterate.export.job import Reread, Rows
 
 _PIECE = 1 << 20  # bytes compared at a time
 
 
 class RereadMerged:
-    """A model directory: its own weight files, compared with the base's byte by byte where they were streamed."""
+    """The `Reread` of a model directory, whose files are compared with the base's byte by byte if they were streamed."""
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
         self._folder, self._base, self._edited = folder, base, base.tensors(job.factors)
-        if base.whole is not None:  # never two models
+        if base.whole is not None:  # never two models in memory
             base.let_go()
         self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
 
     def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
-        """See `Reread.rows`."""
         matrix = self._out.matrix(self._out.targets[target.name], index)
         return lambda rows: matrix[rows].double()
 
     def untouched(self) -> bool:
-        """See `Reread.untouched`."""
         base = self._base.digests
         if base:
-            found = digests(
+            exported = digests(
                 self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
             )
-            return found.keys() == base.keys() and all(found[name] == base[name] for name in base if name not in self._edited)
+            unedited = base.keys() - self._edited
+            return exported.keys() == base.keys() and all(exported[name] == base[name] for name in unedited)
         files = self._base.files
         plain = ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]
         return all(_same_bytes(path, self._folder / path.name, self._edited) for path in files) and all(
@@ -64,7 +58,7 @@ class RereadMerged:
 
 
 class RereadAdapter:
-    """An adapter directory: what PEFT makes of it, m ∘ rownormalize(W + BA), or W + BA where it isn't DoRA."""
+    """The `Reread` of an adapter directory, as PEFT applies it: DoRA is m ∘ rownormalize(W + BA), plain LoRA W + BA."""
 
     dtype = torch.float32
 
@@ -75,11 +69,10 @@ class RereadAdapter:
         self._modules = set(config["target_modules"])
 
     def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
-        """See `Reread.rows`; what has an adapter has one matrix."""
+        # PEFT puts adapters only on modules with one matrix, so `index` is 0.
         if target.name not in self._modules:
             return lambda rows: weight[rows].double()
-        parts = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())
-        a, b, *magnitude = (self._tensors[f"base_model.model.{target.name}.{part}"].double() for part in parts)
+        a, b, *magnitude = (self._tensors[key].double() for key in self._keys(target.name))
 
         def edited(rows: slice) -> Tensor:
             direction = weight[rows].double() + self._scaling * b[rows] @ a
@@ -90,13 +83,17 @@ class RereadAdapter:
         return edited
 
     def untouched(self) -> bool:
-        """See `Reread.untouched`: it has tensors for the modules that it names, and no others."""
-        parts = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())
-        return set(self._tensors) == {f"base_model.model.{name}.{part}" for name in self._modules for part in parts}
+        # The files hold tensors for the modules that the config names, and no others.
+        return set(self._tensors) == {key for name in self._modules for key in self._keys(name)}
+
+    def _keys(self, module: str) -> list[str]:
+        """The names of a module's tensors in PEFT's file."""
+        suffixes = ("lora_A.weight", "lora_B.weight") + (("lora_magnitude_vector",) if self._dora else ())
+        return [f"base_model.model.{module}.{suffix}" for suffix in suffixes]
 
 
 def _same_bytes(base: Path, export: Path, edited: set[str]) -> bool:
-    """Whether two safetensors files are equal but for the bytes of the `edited` tensors."""
+    """Whether two safetensors files are equal except for the bytes of the `edited` tensors."""
     if export.stat().st_size != base.stat().st_size:
         return False
     with base.open("rb") as old, export.open("rb") as new:
@@ -118,19 +115,20 @@ def _equal(old: BinaryIO, new: BinaryIO, count: int) -> bool:
     return True
 
 
-# Rows compared at a time, by their entries: several copies of them are in memory in float64.
+# The number of entries in the rows that are compared at a time: several float64 copies of them are in memory.
 CHUNK = 1 << 16
 
-# What float32 factors and sums explain in an entry, of its row's norm: twice the largest seen, 5e-7 in rows that lie nearly
-# along the direction (their closed form divides by little); elsewhere it is 3e-8 (tests/test_definition.py).
+# The error of an entry, relative to its row's norm, that float32 factors and sums explain: twice the largest error seen. That
+# was 5e-7, in rows that lie nearly along the direction (their closed form divides by little); in other rows the error is 3e-8
+# (tests/test_definition.py).
 _ROUNDING = 1e-6
 
-# W (d_out, d_in) → W' as a function of the rows wanted.
+# W (d_out, d_in) → the function that gives rows of W'.
 Definition = Callable[[Tensor], Rows]
 
 
 def by_definition(method: EditMethod, v: Tensor, coeff: float) -> Definition:
-    """W' as the edit method says, for the unit direction `v` (d_out) float64: rows along v are sensitive to its last bits."""
+    """W' by the edit method, for the unit direction `v` (d_out) in float64: rows along v are sensitive to its last bits."""
 
     def define(weight: Tensor) -> Rows:
         a = torch.zeros(weight.shape[1], dtype=torch.float64)
@@ -142,7 +140,7 @@ def by_definition(method: EditMethod, v: Tensor, coeff: float) -> Definition:
 
 
 def by_factors(factors: Factors) -> Definition:
-    """W' as factors say that aren't the edit itself but near it: the svd representation."""
+    """W' by factors that approximate the edit, as those of the svd representation do."""
 
     def define(weight: Tensor) -> Rows:
         scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
@@ -155,46 +153,46 @@ def by_factors(factors: Factors) -> Definition:
 def check_weights(
     base: Matrices, reread: Reread, definitions: Mapping[str, Definition], progress: Callable[[int, int], None]
 ) -> Verification:
-    """Compare every target's matrix with its definition; targets without one must be the base's, like all other tensors."""
-    found: dict[str, _Compared] = {}
-    for index, (name, target) in enumerate(base.targets.items()):
+    """Compare every edited matrix with its definition; all other tensors must be the base's."""
+    comparisons: dict[str, _Comparison] = {}
+    for done, (name, target) in enumerate(base.targets.items(), start=1):
         count = base.count(target) if name in definitions else 0
-        for one in range(count):
-            weight = base.matrix(target, one)
-            rows = reread.rows(target, one, weight)
-            label = name if count == 1 else f"{name}[{one}]"  # experts
-            found[label] = _compare(weight, definitions[name](weight), rows, reread.dtype)
-        progress(index + 1, len(base.targets))
-    off = sorted(name for name, one in found.items() if not one.ok)
+        for index in range(count):
+            weight = base.matrix(target, index)
+            rows = reread.rows(target, index, weight)
+            label = name if count == 1 else f"{name}[{index}]"  # experts
+            comparisons[label] = _compare(weight, definitions[name](weight), rows, reread.dtype)
+        progress(done, len(base.targets))
+    off = sorted(name for name, comparison in comparisons.items() if not comparison.ok)
     checks = {"weights": not off, "untouched": reread.untouched()}
-    worst = max(found, key=lambda name: found[name].relative_error, default="")
-    error = found[worst].relative_error if worst else 0.0
+    worst = max(comparisons, key=lambda name: comparisons[name].relative_error, default="")
+    error = comparisons[worst].relative_error if worst else 0.0
     record = {
         "ok": all(checks.values()),
         "checks": checks,
-        # JSON knows no infinity.
+        # JSON has no infinity.
         "weight_error": {"max": error if math.isfinite(error) else None, "module": worst, "off": off},
-        "lost_to_storage": max((one.lost for one in found.values()), default=0.0) + 0.0,  # no −0.0
+        "lost_to_storage": max((comparison.lost for comparison in comparisons.values()), default=0.0) + 0.0,  # no −0.0
     }
     return Verification(all(checks.values()), record)
 
 
 def chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices of some rows each."""
+    """Slices over the rows of a matrix, of about `CHUNK` entries each."""
     step = max(1, CHUNK // weight.shape[1])
     return (slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step))
 
 
 @dataclass
-class _Compared:
-    """Sums over the rows of one matrix: squares of the error, of W', of W' − W; and the error along W' − W."""
+class _Comparison:
+    """Sums over the rows of one matrix: the squares of the error, of W' and of W' − W, and the error along W' − W."""
 
     ok: bool = True
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("error", "whole", "change", "along"), 0.0))
 
     @property
     def relative_error(self) -> float:
-        """‖export − W'‖ / ‖W'‖; not a number is infinitely wrong."""
+        """‖export − W'‖ / ‖W'‖; NaN counts as infinitely wrong."""
         error, whole = self.sums["error"], self.sums["whole"]
         if not math.isfinite(error):
             return math.inf
@@ -202,21 +200,21 @@ class _Compared:
 
     @property
     def lost(self) -> float:
-        """The share of the change that isn't there: rounding W' to a coarse dtype loses some of a weak edit."""
+        """The share of the change that is missing: rounding W' to a coarse dtype loses a part of a weak edit."""
         change = self.sums["change"]
         return -self.sums["along"] / change if change > 0 and math.isfinite(self.sums["along"]) else 0.0
 
 
-def _compare(weight: Tensor, wanted: Rows, exported: Rows, dtype: torch.dtype) -> _Compared:
-    """Each entry may be off by half a step of the storage, and each row by what float32 rounding of its factors explains."""
-    found, info = _Compared(), torch.finfo(dtype)
+def _compare(weight: Tensor, expected: Rows, exported: Rows, dtype: torch.dtype) -> _Comparison:
+    """An entry may be off by half a step of the storage format, plus the share of its row's norm that `_ROUNDING` allows."""
+    comparison, info = _Comparison(), torch.finfo(dtype)
     for rows in chunks(weight):
-        old, new = weight[rows].double(), wanted(rows)
+        old, new = weight[rows].double(), expected(rows)
         error = exported(rows) - new
         norms = torch.maximum(old.norm(dim=1), new.norm(dim=1))[:, None]
         bound = info.eps / 2 * new.abs() + info.smallest_normal * info.eps + _ROUNDING * norms
-        found.ok &= bool((error.abs() <= bound).all())  # false where it is not a number
-        parts = {"error": error.square(), "whole": new.square(), "change": (new - old).square(), "along": error * (new - old)}
-        for name, part in parts.items():
-            found.sums[name] += float(part.sum())
-    return found
+        comparison.ok &= bool((error.abs() <= bound).all())  # false for NaN
+        terms = {"error": error.square(), "whole": new.square(), "change": (new - old).square(), "along": error * (new - old)}
+        for name, term in terms.items():
+            comparison.sums[name] += float(term.sum())
+    return comparison

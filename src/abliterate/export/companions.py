@@ -1,4 +1,4 @@
-"""What belongs beside weights: tokenizer, chat template, processor, generation config, licence files, model card."""
+"""Save the files that belong beside weights: tokenizer, chat template, processor, generation config, licences, model card."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _LICENCES = tuple(f"{stem}*" for stem in _STEMS)
 
 
 def save_companions(job: ExportJob, folder: Path) -> None:
-    """Save everything but weights and config into `folder`."""
+    """Save everything except weights and config into `folder`."""
     revision = job.load.revision or "main"
     _save_processor(job, folder, revision)
-    # After the processor, which brings a tokenizer and a chat template of its own.
+    # After the processor, which saves a tokenizer and a chat template of its own.
     _save_tokenizer(job.tokenizer, folder)
-    with contextlib.suppress(OSError):  # the base has none, so the export has none
+    with contextlib.suppress(OSError):  # a base without a generation config gives an export without it
         GenerationConfig.from_pretrained(job.source, revision=revision).save_pretrained(folder)
     for path in _licences(job):
         shutil.copyfile(path, folder / path.name)
@@ -30,27 +30,27 @@ def save_companions(job: ExportJob, folder: Path) -> None:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Without how this process loaded it: else an export's bytes depend on whether there was a network."""
+    """Save the tokenizer without the arguments it was loaded with: with them, an export's bytes depend on the network."""
     kwargs: dict[str, Any] = tokenizer.init_kwargs
-    loaded: dict[str, Any] = {name: kwargs.pop(name) for name in ("is_local", "local_files_only") if name in kwargs}
+    removed: dict[str, Any] = {name: kwargs.pop(name) for name in ("is_local", "local_files_only") if name in kwargs}
     try:
         tokenizer.save_pretrained(folder)
     finally:
-        kwargs.update(loaded)
+        kwargs.update(removed)
 
 
 def _licences(job: ExportJob) -> list[Path]:
-    """The licence files of a directory; of a Hub model those with usual names, as far as they can be had."""
+    """The licence files of a directory, or those files with a usual name that can be fetched of a Hub model."""
     source = Path(job.source)
     if source.is_dir():
         return [path for pattern in _LICENCES for path in source.glob(pattern) if path.is_file()]
-    found = (fetched(job.source, job.load, stem + ending, optional=True) for stem in _STEMS for ending in _ENDINGS)
-    return [path for path in found if path is not None]
+    paths = (fetched(job.source, job.load, stem + ending, optional=True) for stem in _STEMS for ending in _ENDINGS)
+    return [path for path in paths if path is not None]
 
 
 def _save_processor(job: ExportJob, folder: Path, revision: str) -> None:
     try:
-        # The pinned revision, above all where its code is run.
+        # The pinned revision, above all if its code is run.
         processor = AutoProcessor.from_pretrained(job.source, revision=revision, trust_remote_code=job.load.trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError):
         return  # text-only models have no processor

@@ -18,29 +18,29 @@ from abliterate.files import write_json
 
 try:
     import fcntl
-except ImportError:  # Windows: what a killed export left isn't taken up
+except ImportError:  # Windows: an export does not continue what a killed one left
     fcntl = None  # type: ignore[assignment]
 
-# In every finished export: what holds it may be replaced by a later one, what doesn't is somebody else's.
+# Every finished export holds this file. A later export may replace a folder that holds it; any other folder is a stranger's.
 MARKER = "abliterate.json"
 
-# In a folder that isn't finished: whoever holds its lock writes there.
+# An unfinished folder holds this file. The process that has locked it writes there.
 LOCK = ".exporting"
 
 _MARK = {"format": 1, "abliterate": __version__}
 
 
 def leave_record(final: Path, record: Mapping[str, Any]) -> None:
-    """Put what `result.json` says of an export into the export, where it stays with it wherever the run goes."""
+    """Copy the record of an export from `result.json` into the export, which keeps it wherever the run goes."""
     write_json(final / MARKER, {**_MARK, "trial": record["trial"], "export": record})
 
 
 def check_output(final: Path) -> None:
-    """InputError where an export to `final` would replace what no export of ours has left there; changes nothing."""
+    """InputError if an export to `final` would replace anything but an earlier export; changes nothing."""
     if not final.exists() or (final / MARKER).is_file() or (final.is_dir() and not any(final.iterdir())):
         return
     raise InputError(
-        f"The path {final} exists and is no export of abliterate, so it is left alone; choose another --out, or move it away."
+        f"The path {final} exists and is no export of abliterate, so it is not replaced; choose another --out, or move it away."
     )
 
 
@@ -48,27 +48,27 @@ def check_output(final: Path) -> None:
 def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
     """A folder beside `final` that takes its name on success and vanishes on failure; an old export stays until then.
 
-    After a kill it stays, hidden; the next export to `final` gets it, with what is finished in it if that has the same
-    `key`: what the export consists of.
+    After a kill the hidden folder stays, and the next export to `final` gets it. Its finished files stay, too, if that export
+    has the same `key`, which stands for the export's content.
 
     Raises:
-        InputError: `final` is there and not ours. AbliterateError: the disk is full or refuses.
+        InputError: `final` exists and is no export. AbliterateError: the disk is full or refuses to write.
     """
     check_output(final)
-    final = final.resolve()  # "." and ".." have no name to put anything beside
+    final = final.resolve()  # "." and ".." have no name, so nothing can lie beside them
     try:
         with _claimed(final, key) as partial:
             yield partial
             (partial / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
             _rename(partial, final)
-            # After the rename: a kill between the two leaves a finished export with a lock file in it, which is nobody's
-            # concern; the other way round it left a hidden folder that was nobody's either.
+            # After the rename: a kill in between leaves a finished export with a lock file in it, which does no harm. The other
+            # way round it left a hidden folder that no export would take.
             with contextlib.suppress(OSError):
                 (final / LOCK).unlink(missing_ok=True)
     except OSError as error:
         raise AbliterateError(_disk_sentence(final, error)) from error
     except BaseException as error:
-        # safetensors reports a full disk as an error of its own, with the operating system's text in it.
+        # safetensors reports a full disk as its own kind of error, with the operating system's text in it.
         if "No space left" in str(error) or "os error 28" in str(error):
             raise AbliterateError(_disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
         raise
@@ -76,7 +76,7 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _claimed(final: Path, key: str) -> Iterator[Path]:
-    """A hidden folder beside `final` that nobody else writes to; empty, or what a killed export of the same `key` left."""
+    """A locked, hidden folder beside `final`: empty, or with the files of a killed export of the same `key`."""
     partial = final.with_name(f".{final.name}.partial")
     if fcntl is not None and _is_ours(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -88,10 +88,10 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
                     lock.truncate(0)
                     lock.write(key)
                     lock.flush()
-                with _vanishing(partial):  # while it is locked: another export may be waiting for the name
+                with _vanishing(partial):  # under the lock, because another export may be waiting for the name
                     yield partial
                 return
-    # A new name of our own: nobody else's folder is ever written to or removed.
+    # Otherwise a new name: a stranger's folder is never written to or removed.
     partial = final.with_name(f".{final.name}.{uuid.uuid4().hex}.partial")
     partial.mkdir(parents=True)
     with _vanishing(partial):
@@ -99,7 +99,7 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
 
 
 def _is_ours(partial: Path) -> bool:
-    """Whether a hidden folder of that name is one that an export may take: it is new, empty, or an export left it."""
+    """Whether an export may take the hidden folder: it doesn't exist, is empty, or an export left it."""
     if not partial.is_dir():
         return not partial.exists()
     return (partial / LOCK).is_file() or (partial / MARKER).is_file() or not any(partial.iterdir())
@@ -107,13 +107,13 @@ def _is_ours(partial: Path) -> bool:
 
 @contextlib.contextmanager
 def _vanishing(partial: Path) -> Iterator[None]:
-    """On failure the folder goes, its lock last; unless it has its final name by then, and another one has this name."""
-    made = os.stat(partial)
+    """Remove the folder on failure, its lock last; not, however, if it has its final name and another folder has this name."""
+    original = os.stat(partial)
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if os.path.samestat(made, os.stat(partial)):
+            if os.path.samestat(original, os.stat(partial)):
                 empty(partial)
                 (partial / LOCK).unlink(missing_ok=True)
                 partial.rmdir()
@@ -121,16 +121,16 @@ def _vanishing(partial: Path) -> Iterator[None]:
 
 
 def _locked(file: IO[str]) -> bool:
-    """Whether the lock is ours, and still the one that has the name."""
+    """Take the lock; False if another process has it or the file has lost its name."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
-    except OSError:  # another export is at work there, it has just finished, or the file system has no locks
+    except OSError:  # another export is at work there or has just finished, or the file system has no locks
         return False
 
 
 def empty(partial: Path) -> None:
-    """Remove what is in an unfinished folder, but for its lock."""
+    """Remove everything from an unfinished folder except its lock."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -139,12 +139,12 @@ def empty(partial: Path) -> None:
 
 
 def _rename(partial: Path, final: Path) -> None:
-    """Give `partial` the name `final`; an old export goes only once the new one has its name."""
-    check_output(final)  # again: the export took its time
+    """Give `partial` the name `final`; an old export is removed only once the new one has its name."""
+    check_output(final)  # again, because time has passed since the first check
     if not final.exists():
         partial.rename(final)
         return
-    # Not hidden: after a kill between the two renames this is the last whole export, and a person must find it.
+    # Not a hidden name: after a kill between the two renames this is the last whole export, and a person must find it.
     old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
     final.rename(old)
     try:

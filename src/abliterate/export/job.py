@@ -20,27 +20,15 @@ from abliterate.export.base_weights import Matrices
 from abliterate.model.architectures import Architecture, Target
 from abliterate.settings.schema import ExportSettings, LoadSettings
 
-# Some rows of an exported W' (n, d_in), float64.
+# Rows of an exported W' (n, d_in) in float64, given their slice.
 Rows = Callable[[slice], Tensor]
-
-
-class Reread(Protocol):
-    """An export's matrices. `dtype`: what they were rounded to when they were written."""
-
-    dtype: torch.dtype
-
-    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
-        """W' of one matrix of a target as a function of the rows wanted, given the base's `weight` (d_out, d_in)."""
-
-    def untouched(self) -> bool:
-        """Whether whatever isn't edited is the base's."""
 
 
 @dataclass(frozen=True)
 class ExportJob:
     """One trial's edits, {module name: factors}, and where the base model comes from.
 
-    `fingerprint`: of the base's content.
+    `fingerprint` identifies the base's content.
     """
 
     source: str
@@ -54,14 +42,26 @@ class ExportJob:
     card: str
 
     def key(self, kind: str) -> str:
-        """Equal for exports of `kind` whose files are equal; the card, which is written last, isn't looked at."""
+        """A hash that is equal for exports of `kind` with equal files; the card, which is written last, does not count."""
         versions = f"{__version__} {transformers.__version__}"
-        total = hashlib.sha256(f"{versions} {kind} {self.fingerprint} {self.load.revision}".encode())
+        digest = hashlib.sha256(f"{versions} {kind} {self.fingerprint} {self.load.revision}".encode())
         for name, factors in sorted(self.factors.items()):
-            total.update(name.encode())
+            digest.update(name.encode())
             for tensor in (factors.row_scale, factors.a, factors.b):
-                total.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
-        return total.hexdigest()
+                digest.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Reread(Protocol):
+    """The matrices of an export, read back from its files. `dtype`: the format that they were rounded to when written."""
+
+    dtype: torch.dtype
+
+    def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
+        """Rows of W' of one matrix of a target, given the base's `weight` (d_out, d_in)."""
+
+    def untouched(self) -> bool:
+        """Whether everything that isn't edited is the base's."""
 
 
 class Exporter(Protocol):
@@ -74,20 +74,20 @@ class Exporter(Protocol):
     kind: str
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
-        """Write into `folder`; returns what belongs into `result.json` about it.
+        """Write into `folder`; returns the facts about the export for `result.json`.
 
-        The folder exists, and is empty or holds what a killed export of an equal `ExportJob.key` left.
+        The folder exists. It is empty, or holds the files that a killed export with an equal `ExportJob.key` had finished.
         """
 
     def load(self, folder: Path, job: ExportJob, device: Any, dtype: Any) -> Any:
         """The exported model from disk, as a user would load it."""
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
-        """What the files of an export say that its matrices are, given the base's; no model is run for that."""
+        """The matrices of an export as its files have them, given the base's; no model is run for that."""
 
 
 def check_modules(job: ExportJob, modules: Collection[str]) -> None:
-    """AbliterateError where the job edits a module that the model doesn't have: never skipped."""
+    """AbliterateError if the job edits a module that the model doesn't have; such a module is never skipped."""
     absent = sorted(set(job.factors) - set(modules))
     if absent:
-        raise AbliterateError(f"The model has no module {absent[0]} to edit; was another model given than the run's?")
+        raise AbliterateError(f"The model has no module {absent[0]} to edit; check that it is the model of the run.")

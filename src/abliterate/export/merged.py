@@ -1,7 +1,7 @@
-"""Merged export: the base's own files with every edited matrix replaced, a plain model of its stored dtype.
+"""Export a merged model: the base's own files with every edited matrix replaced, in the dtype that they are stored in.
 
-The files are streamed where they hold the matrices under the model's names. Where `transformers` renames or converts
-tensors as it loads them, or where weights aren't safetensors, the model is loaded and saved as a whole.
+The files are streamed if they hold the matrices under the model's names. If `transformers` renames or converts tensors as it
+loads them, or if the weights aren't safetensors, the model is loaded and saved as a whole.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight
 
-# Entries of a matrix that are in memory in float32 at a time, several times over.
+# The number of entries of a matrix that are in memory in float32 at a time, in several copies.
 CHUNK = 1 << 18
 
 
 class Merged:
-    """A model directory that loads with `transformers` alone."""
+    """The exporter of a model directory that loads with `transformers` alone."""
 
     kind = "merged"
 
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
-        """See `Exporter.write`. The edit is computed in float32 on the stored weights; quantized ones are made dense first."""
+        """Write the model. The edit is computed in float32 on the stored weights; quantized weights are made dense first."""
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         facts: dict[str, Any] = {"dtype": str(matrices.dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
@@ -45,7 +45,7 @@ class Merged:
             stream(job, matrices, folder)
             facts["streamed"] = True
         else:
-            empty(folder)  # of what a killed export of another version streamed
+            empty(folder)  # a killed export of another version may have streamed files into it
             check_room(sum(parameter.nbytes for parameter in matrices.whole.parameters()), folder)
             edit_weights(matrices, job)
             matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
@@ -56,17 +56,15 @@ class Merged:
         return facts
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-        """See `Exporter.load`."""
         load = dense_load(job.load).model_copy(update={"revision": ""})
         return load_weights(str(folder), load, load_config(str(folder), load), dtype, device)
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
-        """See `Exporter.reread`."""
         return RereadMerged(folder, job, base)
 
 
 def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
-    """Copy the checkpoint's files one after the other, editing matrices on the way."""
+    """Copy the checkpoint's files one after the other and edit matrices on the way."""
     edits: dict[str, EditTensor] = {}
     for name, factors in job.factors.items():
         for place, single in zip(matrices.places[name], factors.parts(), strict=True):
@@ -77,19 +75,19 @@ def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
     files, base = matrices.files, matrices.files[0].parent
     check_room(missing_bytes(files, folder), folder)
     for path in files:
-        if not (folder / path.name).exists():  # else a killed export had finished it
-            part = folder / f"{path.name}.part"
-            copy_edited(path, part, edits)
-            part.rename(folder / path.name)
+        if not (folder / path.name).exists():  # otherwise a killed export had finished this file
+            unfinished = folder / f"{path.name}.part"
+            copy_edited(path, unfinished, edits)
+            unfinished.rename(folder / path.name)
     for name in ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]:
         shutil.copyfile(base / name, folder / name)
-    if job.load.trust_remote_code:  # its config names them
+    if job.load.trust_remote_code:  # the config names the files with the model's code
         for code in base.glob("*.py"):
             shutil.copyfile(code, folder / code.name)
 
 
 def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
-    """W' in the place of W, in float32 by chunks of rows; `transposed`: stored as (d_in, d_out)."""
+    """Replace W by W', in float32 and by chunks of rows; `transposed`: W is stored as (d_in, d_out)."""
     weight = stored.T if transposed else stored
     step = max(1, CHUNK // weight.shape[1])
     for start in range(0, len(weight), step):
@@ -100,14 +98,14 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
 
 
 def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
-    """`edit_stored` of each matrix of fused experts."""
-    for one, part in zip(stored, factors.parts(), strict=True):
-        edit_stored(one, part, transposed=transposed)
+    """Replace each matrix of fused experts as `edit_stored` does."""
+    for expert, expert_factors in zip(stored, factors.parts(), strict=True):
+        edit_stored(expert, expert_factors, transposed=transposed)
 
 
 @torch.no_grad()
 def edit_weights(matrices: Matrices, job: ExportJob) -> None:
-    """Replace the matrices named in `job.factors` in the model that was loaded as a whole."""
+    """Replace the matrices that `job.factors` names in the model that was loaded as a whole."""
     for name, factors in job.factors.items():
         weight = dense_weight(matrices.targets[name].module)
         edit = edit_stack if weight.ndim == 3 else edit_stored

@@ -1,4 +1,4 @@
-"""Finished exports on the Hub. The token stays where the Hub's library keeps it: it is never asked for here, nor passed on."""
+"""Upload a finished export to the Hub. The token stays in the Hub's library: it is neither asked for here nor passed on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from abliterate.settings.schema import ExportSettings
 
 
 def check_push(settings: ExportSettings) -> None:
-    """InputError where `settings` ask for a push that can't come about: told before hours of work, not after."""
+    """InputError if the push that `settings` ask for can't succeed; it is checked before hours of work, not after."""
     repo = settings.push
     if not repo:
         return
@@ -39,7 +39,7 @@ def push(folder: Path, settings: ExportSettings) -> str:
     """Upload a finished export to `settings.push`, a new repository where there is none; returns its address.
 
     Raises:
-        AbliterateError: it could not be uploaded; the export is left as it was.
+        AbliterateError: the upload failed; the export is left as it was.
     """
     api = HfApi()
     try:
@@ -47,7 +47,7 @@ def push(folder: Path, settings: ExportSettings) -> str:
         api.upload_folder(
             repo_id=settings.push, folder_path=folder, commit_message="Upload by abliterate", ignore_patterns=[LOCK]
         )
-    # The Hub's library raises errors of its own, of its HTTP library and of its uploader; all mean that it isn't there.
+    # The Hub's library raises its own errors, those of its HTTP library and of its uploader; all mean that the upload failed.
     except Exception as error:
         raise AbliterateError(
             f"The export could not be pushed to {settings.push} ({_first_line(error)}); it is kept in {folder}: upload it "
@@ -57,7 +57,7 @@ def push(folder: Path, settings: ExportSettings) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """What went wrong; should a library have put the token into its message, it stays there."""
+    """The first line of an error message, without the token if a library has put it there."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
     token = get_token()
     return line.replace(token, "…") if token else line

@@ -29,27 +29,27 @@ from abliterate.prompts.files import public_source
 from abliterate.settings.schema import Settings
 from abliterate.types import Trial
 
-# How an export's edits were computed: on the model as trials ran it, or on the stored weights (`abliterate export`).
+# The weights that an export's edits were computed on: the model's as trials ran it, or the stored ones (`abliterate export`).
 Origin = Literal["trial", "weight files"]
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():  # it may be shown on a terminal, or stand in a model card
+    if not text.isprintable():  # the text may be shown on a terminal or in a model card
         raise ValueError("characters that can't be printed")
     return text
 
 
 def _commit(text: str) -> str:
-    """A revision becomes part of paths in the Hub's cache."""
+    """A revision, which becomes part of paths in the Hub's cache."""
     if not re.fullmatch(r"[\w.-]*(/[\w.-]+)*", text) or ".." in text:
         raise ValueError("not a commit, branch or tag")
     return text
 
 
 def _inside(name: str) -> str:
-    """A file's name in an export; ValueError for whatever could lie elsewhere."""
-    parts = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
-    if not name or "\0" in name or ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
+    """The name of a file in an export; ValueError for a name that could lie elsewhere."""
+    steps = {*PurePosixPath(name).parts, *PureWindowsPath(name).parts}
+    if not name or "\0" in name or ".." in steps or PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor:
         raise ValueError("not a name inside an export")
     return name
 
@@ -62,7 +62,7 @@ class _Part(BaseModel):
 
 
 class ModelPart(_Part):
-    """The base. `fingerprint`: of a Hub model its commit, of a directory a hash of its files: its name means nothing."""
+    """The base. `fingerprint`: the commit of a Hub model, or a hash of a directory's files, whose name means nothing."""
 
     id: Name
     revision: Annotated[str, AfterValidator(_commit)]
@@ -72,12 +72,12 @@ class ModelPart(_Part):
 
     @property
     def on_hub(self) -> bool:
-        """Whether `id` is a name there."""
+        """Whether `id` is a name on the Hub."""
         return self.fingerprint.startswith("hub:")
 
 
 class PromptsPart(_Part):
-    """One set; `source`: a data set, or a file's name without where it lay."""
+    """One prompt set; `source`: a data set, or the name of a file without its folder."""
 
     source: Name
     count: int
@@ -85,14 +85,14 @@ class PromptsPart(_Part):
 
 
 class FilePart(_Part):
-    """A file of the author's that settings named."""
+    """A file of the author that the settings named."""
 
     name: Name
     sha256: Name
 
 
 class KernelPart(_Part):
-    """`types.Kernel`."""
+    """A kernel, as in `types.Kernel`."""
 
     max_coeff: float
     position: float
@@ -101,7 +101,7 @@ class KernelPart(_Part):
 
 
 class ParamsPart(_Part):
-    """`types.TrialParams`."""
+    """The parameters of a trial, as in `types.TrialParams`."""
 
     scope: Literal["global", "per layer"]
     direction_index: float = Field(ge=0)
@@ -109,14 +109,14 @@ class ParamsPart(_Part):
 
 
 class KlPart(BaseModel):
-    """What is compared of the KL."""
+    """The figures of the KL, of which the mean is compared."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
     mean: float
 
 
 class ScoresPart(BaseModel):
-    """What every trial has; other scorers may stand beside it."""
+    """The scores that every trial has; those of other scorers may stand beside them."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
     refusals: int
@@ -124,7 +124,7 @@ class ScoresPart(BaseModel):
 
 
 class TrialPart(_Part):
-    """The trial that is made again."""
+    """The trial to make again."""
 
     number: int = Field(ge=0)
     params: ParamsPart
@@ -133,21 +133,21 @@ class TrialPart(_Part):
 
 
 class BaselinePart(_Part):
-    """`types.Baseline`."""
+    """The scores of the unedited model, as in `types.Baseline`."""
 
     refusals: int
     prompts: int
 
 
 class HashPart(_Part):
-    """One exported file."""
+    """The hash and the size of one exported file."""
 
     sha256: str
     size: int
 
 
 class ExportPart(_Part):
-    """The export: `files` are all but the model card and this tool's own records. `edits`: {module: sketch}."""
+    """The export. `files`: all files except the model card and this tool's records. `edits`: {module: fingerprint}."""
 
     kind: Name = "none"
     origin: Origin = "trial"
@@ -158,7 +158,7 @@ class ExportPart(_Part):
 
 
 class BatchSizesPart(_Part):
-    """Prompts at a time, by operation."""
+    """The batch size of each operation, in prompts."""
 
     residuals: int = Field(ge=1)
     prefill: int = Field(ge=1)
@@ -166,7 +166,7 @@ class BatchSizesPart(_Part):
 
 
 class EnvironmentPart(_Part):
-    """Where the trial ran."""
+    """The environment that the trial ran in."""
 
     versions: dict[Name, Name]
     platform: Name
@@ -174,7 +174,7 @@ class EnvironmentPart(_Part):
 
 
 class Recipe(_Part):
-    """The file. `settings`: nested, as resolved, without what is this machine's; `rendering`: a hash of a rendered prompt."""
+    """The file. `settings`: nested, as resolved, without those of one machine; `rendering`: a hash of a rendered prompt."""
 
     format: Literal[1]
     environment: EnvironmentPart
@@ -198,10 +198,10 @@ RECIPE = "recipe.json"
 
 FORMAT = 1
 
-# No part of the model, or written after the hashes.
+# Files that are no part of the model, or are written after the hashes.
 _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 
-# Settings that no recipe may have: of one machine, a secret, or said elsewhere in it.
+# Settings that no recipe may have: they concern one machine, are secret, or stand elsewhere in the recipe.
 LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
@@ -217,7 +217,7 @@ _LARGEST = 64 << 20
 
 
 def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any]) -> dict[str, Any]:
-    """The file's content, for a trial of the run whose `result.json` is given; `export` as `export_record` says."""
+    """The content of the recipe for a trial; `record`: the run's `result.json`; `export`: from `export_record`."""
     model, environment = record["model"], record["environment"]
     files = {}
     for name in FILES.values():
@@ -246,36 +246,37 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
 
 
 def export_record(kind: str, origin: Origin, folder: Path, factors: Mapping[str, Factors]) -> dict[str, Any]:
-    """The part of a recipe about an export that is finished but for its records."""
+    """The part of a recipe about an export, which is finished except for its records."""
     versions = {"abliterate": __version__} | {name: metadata.version(name) for name in _WRITERS}
-    sketches = {name: sketch(found) for name, found in factors.items()}
-    edits = {name: list(found) for name, found in sketches.items() if all(map(math.isfinite, found))}  # as JSON has them
+    sketches = {name: sketch(edit) for name, edit in factors.items()}
+    # JSON has neither NaN nor infinity.
+    edits = {name: list(figures) for name, figures in sketches.items() if all(map(math.isfinite, figures))}
     return {"kind": kind, "origin": origin, "versions": versions, "verified": None, "files": hashes(folder), "edits": edits}
 
 
 def hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """{name: sha256 and size} of an export's files, but for the model card and this tool's own records."""
-    found = {}
+    """{name: sha256 and size} of an export's files, without the model card and this tool's own records."""
+    files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         if name not in _UNHASHED:
             with path.open("rb") as file:
-                found[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
-    return found
+                files[name] = {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "size": path.stat().st_size}
+    return files
 
 
 def mark_verified(folder: Path, verified: bool) -> None:
-    """Put the verdict on an export into its recipe."""
+    """Record the verdict on an export in its recipe."""
     record = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     record["export"]["verified"] = verified
     write_json(folder / RECIPE, record)
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a file, or in a run directory or export.
+    """The recipe in a file, a run directory or an export.
 
     Raises:
-        InputError: there is none, it is of another version, damaged, or not what this tool writes.
+        InputError: there is no recipe, or it has another format version, is damaged, or isn't of the layout below.
     """
     path = path / RECIPE if path.is_dir() else path
     try:
@@ -289,16 +290,16 @@ def read_recipe(path: Path) -> Recipe:
     except (ValueError, RecursionError) as error:
         reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
         raise InputError(f"The recipe {path} is damaged or no recipe ({reason}); get another copy.") from error
-    found = record.get("format") if isinstance(record, dict) else None
-    if found is None:
+    version = record.get("format") if isinstance(record, dict) else None
+    if version is None:
         raise InputError(f"The file {path} is no recipe: it has no format; give the recipe.json of a run or an export.")
-    if found != FORMAT or isinstance(found, bool):
+    if version != FORMAT or isinstance(version, bool):
         raise InputError(
-            f"The recipe {path} has format {found!r:.20}, this version reads format {FORMAT}; install the version of "
+            f"The recipe {path} has format {version!r:.20}, this version reads format {FORMAT}; install the version of "
             "abliterate that its environment names."
         )
     try:
-        return Recipe.model_validate_json(json.dumps(record))  # strict, by JSON's rules: a list may be a tuple
+        return Recipe.model_validate_json(json.dumps(record))  # strict by the rules of JSON, where a list may be a tuple
     except (ValidationError, ValueError) as error:
         raise InputError(f"The recipe {path} can't be used: {_first(error)}; get another copy.") from error
 
@@ -311,12 +312,12 @@ def _first(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return repr(str(error).splitlines()[0])
     first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
-    return f"{place!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
+    key = ".".join(str(step) for step in first["loc"])
+    return f"{key!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
 
 
 def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
-    """{section: options} of everything that isn't left out."""
+    """{section: options} of all settings that a recipe may have."""
     dumped = settings.model_dump(mode="json")
     return {
         section: {

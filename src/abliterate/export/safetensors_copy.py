@@ -1,4 +1,4 @@
-"""Checkpoints copied byte for byte, with some matrices edited on the way. Knows files and tensors, no models."""
+"""Copy safetensors checkpoints byte for byte and edit some matrices on the way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from abliterate.errors import AbliterateError
 
-# What can be edited; a tensor in any other dtype can be copied.
+# The dtypes that can be edited; a tensor in any other dtype can only be copied.
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PIECE = 2 << 20  # bytes copied at a time
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -27,12 +27,12 @@ EditTensor = Callable[[Tensor], None]
 
 
 class NotStreamable(Exception):
-    """Why a checkpoint can't be edited file by file; it must be loaded as a whole."""
+    """The reason why a checkpoint can't be edited file by file and must be loaded as a whole."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies in its file, in bytes from the file's start."""
+    """The position of a tensor in its file, in bytes from the file's start."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,33 +41,33 @@ class Stored:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """{name: place} of a safetensors file, in the order of the bytes.
+    """{name: position} of the tensors of a safetensors file, in the order of the bytes.
 
     Raises:
-        Unfit: the file is not what its header says.
+        Unfit: the file has no valid header, or is shorter than its header says.
     """
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length < path.stat().st_size else {}
         begin = 8 + length
-        found = {
-            name: Stored(one["dtype"], tuple(one["shape"]), begin + one["data_offsets"][0], begin + one["data_offsets"][1])
-            for name, one in header.items()
-            if name != "__metadata__"
-        }
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
         raise NotStreamable(f"{path.name} has no safetensors header") from error
-    if max((one.end for one in found.values()), default=begin) > path.stat().st_size:
+    if max((stored.end for stored in tensors.values()), default=begin) > path.stat().st_size:
         raise NotStreamable(f"{path.name} is shorter than its header says")
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
+    return dict(sorted(tensors.items(), key=lambda item: item[1].start))
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint, as `transformers` would choose them.
 
     Raises:
-        Unfit: no safetensors weights, or an index that names files that aren't there.
+        Unfit: there are no safetensors weights, or the index names missing files.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -78,7 +78,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The file names in an index. Unfit where it isn't there or isn't one."""
+    """The file names in an index; Unfit if it is missing or invalid."""
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,31 +86,31 @@ def shards_of(index: Path) -> list[str]:
 
 
 def check_dtype(name: str, stored: Stored, dtype: torch.dtype, dimensions: int = 0) -> None:
-    """Unfit unless a tensor is stored in `dtype` and has so many dimensions (0: any number)."""
+    """Unfit unless a tensor is stored in `dtype` and has the given number of dimensions (0: any number)."""
     if _FLOATS.get(stored.dtype) != dtype or (dimensions and len(stored.shape) != dimensions):
         raise NotStreamable(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
 
 
 def missing_bytes(files: list[Path], folder: Path) -> int:
-    """What `folder` lacks of a copy of the files."""
+    """The bytes that `folder` lacks of a copy of the files."""
     needed = sum(path.stat().st_size for path in files if not (folder / path.name).exists())
-    return needed - sum(path.stat().st_size for path in folder.glob("*.part"))  # is written over
+    return needed - sum(path.stat().st_size for path in folder.glob("*.part"))  # these files are overwritten
 
 
 def check_room(needed: int, folder: Path) -> None:
-    """AbliterateError if so many bytes don't fit on the disk of `folder`."""
+    """AbliterateError if `needed` bytes don't fit on the disk of `folder`."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise AbliterateError(
-            f"The export needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free there; free some space, or "
+            f"The export needs {needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free on its disk; free some space, or "
             "choose another --out (a run continues with --resume)."
         )
 
 
 def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> None:
-    """Copy a safetensors file; tensors in `edits` are read, edited and written in their place and dtype.
+    """Copy a safetensors file; the tensors in `edits` are read, edited, and written at the same position in the same dtype.
 
-    All other bytes are those of the source, the header among them. In memory is one tensor to edit at a time.
+    All other bytes, the header's included, are those of the source. One tensor to edit is in memory at a time.
     """
     with source.open("rb") as old, target.open("wb") as new:
         for name, stored in read_header(source).items():
@@ -121,18 +121,18 @@ def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> 
                 new.write(data)
         _copy(old, new, source.stat().st_size - old.tell())
         new.flush()
-        os.fsync(new.fileno())  # what has its final name is taken as finished after a crash
+        os.fsync(new.fileno())  # after a crash, a file with its final name counts as finished
 
 
 def read_matrix(path: Path, stored: Stored) -> Tensor:
-    """One tensor of a safetensors file, in a dtype that `check_dtype` allows; in memory once."""
+    """One tensor of a safetensors file, in a dtype that `check_dtype` allows; it is in memory only once."""
     with path.open("rb") as file:
         file.seek(stored.start)
         return _read(file, stored)[1]
 
 
 def _read(file: BinaryIO, stored: Stored) -> tuple[bytearray, Tensor]:
-    """The bytes from here on, and the tensor that lies in them."""
+    """The bytes at the file's current position, and the tensor that they hold."""
     data = bytearray(stored.end - stored.start)
     if file.readinto(data) < len(data):  # type: ignore[attr-defined]
         raise AbliterateError(_SHORTER)

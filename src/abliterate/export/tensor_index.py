@@ -1,7 +1,7 @@
-"""Which bytes of which files are the matrices to edit: by their own names, and those of fused experts by transformers' names.
+"""Find the bytes of every matrix to edit in the weight files: by the tensor's name, for fused experts by transformers' rules.
 
-Most checkpoints hold an expert's matrix as a tensor of its own, which transformers stacks as it loads them, by rules that it
-applies to names. They are asked here, tensor by tensor; whatever they do beside renaming and stacking isn't followed.
+Most checkpoints hold the matrix of each expert as a tensor of its own. transformers stacks these tensors as it loads them, by
+rules that it applies to names. This module applies the same rules, tensor by tensor; it follows renaming and stacking only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from abliterate.model.weights import n_matrices, stored_weight
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """One matrix: its bytes in a file, and whether it is (d_in, d_out) there; the tensor that it is, or is `in_stack`."""
+    """One matrix: its bytes in a file, and whether they are (d_in, d_out).
+
+    `tensor` is the matrix itself, or with `in_stack` the stack of experts that holds it.
+    """
 
     path: Path
     tensor: str
@@ -34,54 +37,55 @@ class TensorLocation:
 
 
 def parameter_name(target: Target) -> str:
-    """What the model calls the parameter of a target."""
+    """The model's name for the parameter of a target."""
     return f"{target.name}.{'down_proj' if is_fused(target.module) else 'weight'}"
 
 
 def find_places(
     files: list[Path], model: PreTrainedModel, targets: Iterable[Target], dtype: torch.dtype
 ) -> dict[str, tuple[TensorLocation, ...]]:
-    """{target: its matrix, or its experts' in their order}.
+    """{target: its matrix, or the matrices of its experts in order}.
 
     Raises:
-        Unfit: some are not in the files, not stored in `dtype`, or not what the model says.
+        Unfit: a matrix is missing in the files, isn't stored in `dtype`, or has another shape than in the model.
     """
-    wanted = {parameter_name(target): target for target in targets}
+    by_parameter = {parameter_name(target): target for target in targets}
     tensors = {tensor: (path, stored) for path in files for tensor, stored in read_header(path).items()}
-    found: dict[str, list[TensorLocation]] = {target.name: [] for target in wanted.values()}
-    for tensor, parameter, merged in _loaded_into(tensors, wanted, model):
-        target, (path, stored) = wanted[parameter], tensors[tensor]
-        found[target.name] += _places(target, path, tensor, stored, dtype, merged=merged)
-    for name, target in wanted.items():
-        expected = n_matrices(target.module)
-        if len(found[target.name]) != expected:
-            held = f"{len(found[target.name])} of the {expected} experts in" if is_fused(target.module) else "no"
+    located: dict[str, list[TensorLocation]] = {target.name: [] for target in by_parameter.values()}
+    for tensor, parameter, merged in _loaded_into(tensors, by_parameter, model):
+        target, (path, stored) = by_parameter[parameter], tensors[tensor]
+        located[target.name] += _places(target, path, tensor, stored, dtype, merged=merged)
+    for name, target in by_parameter.items():
+        count, expected = len(located[target.name]), n_matrices(target.module)
+        if count != expected:
+            held = f"{count} of the {expected} experts in" if is_fused(target.module) else "no"
             raise NotStreamable(f"the files hold {held} {target.name if is_fused(target.module) else name}")
-    return {name: tuple(places) for name, places in found.items()}
+    return {name: tuple(places) for name, places in located.items()}
 
 
 def _loaded_into(
-    tensors: Mapping[str, Any], wanted: Mapping[str, Target], model: PreTrainedModel
+    tensors: Mapping[str, Any], by_parameter: Mapping[str, Target], model: PreTrainedModel
 ) -> Iterator[tuple[str, str, bool]]:
-    """(tensor, the wanted parameter that it is loaded into, whether it is one matrix of the stack there).
+    """(tensor, the parameter of a target that it is loaded into, whether it is one matrix of the stack there).
 
-    In the order in which transformers stacks them, which is that of their names. It isn't asked where all are there by name.
+    The order is that in which transformers stacks them, which is the order of their names. Its rules aren't needed if every
+    parameter is a tensor of the same name.
     """
-    if wanted.keys() <= tensors.keys() and not any(is_fused(target.module) for target in wanted.values()):
-        yield from ((name, name, False) for name in wanted)
+    if by_parameter.keys() <= tensors.keys() and not any(is_fused(target.module) for target in by_parameter.values()):
+        yield from ((name, name, False) for name in by_parameter)
         return
-    rules = _Rules(model, wanted)
+    rules = _Rules(model, by_parameter)
     for tensor in rules.in_order(tensors):
-        by_name = tensor in wanted and not is_fused(wanted[tensor].module)
-        parameter, merged = (tensor, False) if by_name else rules.follow(tensor)
-        if parameter in wanted:
+        has_name = tensor in by_parameter and not is_fused(by_parameter[tensor].module)
+        parameter, merged = (tensor, False) if has_name else rules.follow(tensor)
+        if parameter in by_parameter:
             yield tensor, parameter, merged
 
 
 def _places(
     target: Target, path: Path, tensor: str, stored: Stored, dtype: torch.dtype, *, merged: bool
 ) -> Iterator[TensorLocation]:
-    """The matrices of a target that a tensor holds: one, or all of a stack."""
+    """The matrices of a target that a tensor holds: one matrix, or all matrices of a stack."""
     weight = stored_weight(target.module)
     if not is_fused(target.module):
         check_dtype(tensor, stored, dtype, 2)
@@ -94,19 +98,19 @@ def _places(
     if merged:
         yield TensorLocation(path, tensor, stored, transposed)
     else:
-        yield from (TensorLocation(path, tensor, one, transposed, in_stack=True) for one in _slices(stored))
+        yield from (TensorLocation(path, tensor, expert, transposed, in_stack=True) for expert in _slices(stored))
 
 
 class _Rules:
-    """transformers' own rules for names in a checkpoint of a model."""
+    """transformers' own rules for the names in a checkpoint of a model."""
 
-    def __init__(self, model: PreTrainedModel, wanted: Collection[str]) -> None:
-        self._wanted = wanted
+    def __init__(self, model: PreTrainedModel, parameters: Collection[str]) -> None:
+        self._edited = parameters
         try:
             from transformers import core_model_loading as loading
             from transformers.conversion_mapping import get_model_conversion_mapping
         except ImportError as error:
-            raise NotStreamable("this version of transformers doesn't tell how it loads tensors") from error
+            raise NotStreamable("this version of transformers has no list of its loading rules") from error
         self._loading, self._model = loading, model
         rules = get_model_conversion_mapping(model)
         self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
@@ -114,14 +118,14 @@ class _Rules:
         self._parameters = model.state_dict()
 
     def in_order(self, tensors: Mapping[str, Any]) -> list[str]:
-        """As transformers goes through them."""
+        """The tensors in the order in which transformers loads them."""
         return sorted(tensors, key=self._loading.dot_natural_key)
 
     def follow(self, tensor: str) -> tuple[str, bool]:
         """(the parameter that a tensor is loaded into, whether it is one matrix of the stack there).
 
         Raises:
-            Unfit: it is computed from the tensor, for one of our parameters as far as its name tells.
+            Unfit: the parameter is computed from the tensor, and by its name it is one of those to edit.
         """
         prefix = self._model.base_model_prefix
         renamed, pattern = self._loading.rename_source_key(tensor, self._renamings, self._converters, prefix, self._parameters)
@@ -130,13 +134,13 @@ class _Rules:
         rule = next(rule for rule in self._converters if pattern in rule.source_patterns)
         plain = len(rule.source_patterns) == len(rule.target_patterns) == len(rule.operations) == 1
         merges = plain and isinstance(rule.operations[0], self._loading.MergeModulelist) and rule.operations[0].dim == 0
-        if not merges and (renamed in self._wanted or renamed.endswith(".down_proj")):
+        if not merges and (renamed in self._edited or renamed.endswith(".down_proj")):
             raise NotStreamable(f"transformers converts {tensor} as it loads it")
         return renamed, merges
 
 
 def _slices(stored: Stored) -> list[Stored]:
-    """The matrices of a stack: they lie one after the other."""
+    """The matrices of a stack, which lie one after the other."""
     count, *shape = stored.shape
     size = (stored.end - stored.start) // count
     return [
