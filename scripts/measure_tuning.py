@@ -81,9 +81,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
         *rows,
         "",
-        "Doubling finds one size, the estimate three, which is why it isn't faster: the longest probe is the same.",
+        "Doubling finds one size and the estimate three, so the estimate isn't faster: the longest probe is the same.",
         "",
-        "Memory: what the config says of the largest probe of each operation, by what the resident set grew in it.",
+        "The last column divides the estimate for the largest probe of each operation, from the config, by the growth of the",
+        "resident set in it.",
     ]
     print("\n".join(lines))
     update_page(ROOT / "docs" / "benchmarks.md", "Batch sizes", "\n".join(lines))
