@@ -1,4 +1,6 @@
-"""Time the trial engine against the reference and with each efficiency off. Writes docs/benchmarks.md and .json.
+"""Times the trial engine against the reference and with each efficiency off. Writes docs/benchmarks.md.
+
+The same figures go to docs/generated/benchmarks.json.
 
     .venv/bin/python scripts/benchmark.py                       # the demo model
     .venv/bin/python scripts/benchmark.py --model DIR --study FILE --variants all reference
@@ -161,7 +163,7 @@ def main() -> None:
     title = options.title or f"Variants: {options.model}"
     body = variants_section(measured, statistics.median(second), options.threads, options.count, options.repeats)
     update_page(ROOT / "docs" / "benchmarks.md", title, f"{body}\n- {peer}" if peer else body)
-    path = ROOT / "docs" / "benchmarks.json"
+    path = ROOT / "docs" / "generated" / "benchmarks.json"
     everything = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     record = {name: value.record() for name, value in measured.items()}
     path.write_text(json.dumps(everything | {title: record}, indent=1) + "\n", encoding="utf-8")

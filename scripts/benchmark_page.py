@@ -15,8 +15,8 @@ import torch
 
 _HEAD = """# Benchmarks
 
-Made by `scripts/benchmark.py`; each section names its command. Every variant evaluates the same trials with the same metrics
-(otherwise the script fails). Runs are interleaved, and figures are medians over repeats. The ratios matter, not the seconds.
+Scripts write the tables of this page; each section names its command. Every variant evaluates the same trials with the same
+metrics (the script fails otherwise); runs are interleaved, and figures are medians over repeats. Ratios count, not seconds.
 """
 
 

@@ -83,7 +83,8 @@ def main() -> None:
         "",
         "Doubling finds one size and the estimate three, so the estimate isn't faster: the longest probe is the same.",
         "",
-        "Memory: the estimate for the largest probe of each operation, divided by the growth of the resident set in it.",
+        "The last column divides the estimate for the largest probe of each operation, from the config, by the growth of the",
+        "resident set in it.",
     ]
     print("\n".join(lines))
     update_page(ROOT / "docs" / "benchmarks.md", "Batch sizes", "\n".join(lines))

@@ -1,6 +1,6 @@
 """Tiny models of many families, built offline: their sizes, and by hand which modules of each layer write to the stream.
 
-`docs/models.md` is made from the same specimens (`scripts/model_matrix.py`).
+`docs/generated/models.md` is made from the same specimens (`scripts/model_matrix.py`).
 """
 
 from __future__ import annotations
