@@ -122,7 +122,7 @@ def make_editor(context: Context, bench: Workbench, found: Directions) -> Editor
     editor = Editor(bench.loaded.targets, found, settings.edit, adapters, memo, room)
     with context.result.stage("prepare edits", settings.edit.mode):
         editor.prepare(lambda done, total: context.reporter.progress(done, total, "modules"))
-        for names, what in ((editor.parked, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+        for names, what in ((editor.offloaded, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
             if names:
                 context.reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
     return editor
@@ -142,7 +142,7 @@ def trial_engine(context: Context, bench: Workbench, editor: Editor, prompts: Pr
         prompts.harmful_eval,
         prompts.harmless_eval,
         resume_layers(firsts),
-        editor.room,  # prepared edits come first
+        editor.budget_bytes,  # prepared edits come first
     )
     with context.result.stage("trial engine"):
         edit = partial(editor.apply_exactly, space.upper_half())  # it skips lower layers
