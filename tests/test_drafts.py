@@ -174,8 +174,8 @@ def test_memory_is_bounded() -> None:
     memory, draw = Drafts(1), random.Random(0)
     for _ in range(1000):
         memory.learn(0, [draw.randrange(1000) for _ in range(20)])
-    assert len(memory._own[0]._found) <= drafts.OF_A_PROMPT * 20
-    assert len(memory._all._found) <= drafts.OF_ALL * 20
+    assert len(memory._by_prompt[0]._seen_at) <= drafts.OF_A_PROMPT * 20
+    assert len(memory._shared._seen_at) <= drafts.OF_ALL * 20
 
 
 def test_width_is_what_decides_most_for_its_work() -> None:
@@ -225,11 +225,11 @@ def decoding(mask: list[list[int]], first: int) -> Decoding:
 
 def test_closing_moves_what_counts_to_the_right() -> None:
     rows = decoding([[0, 1, 1, 0, 0, 1], [1, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1]], 0)
-    rows.settled = {2}
+    rows.finished = {2}
     assert rows.holes == 0
     rows.close(leaving=True)
     assert rows.rows == [0, 1]
-    assert rows.settled == set()
+    assert rows.finished == set()
     assert rows.mask.tolist() == [[0, 1, 1, 1], [1, 1, 1, 1]]
     assert rows.cache.layers[0].keys[:, 0, :, 0].tolist()[1] == [0, 1, 3, 5]
     assert rows.cache.layers[0].values[0, 1, 1:, 2].tolist() == [101, 102, 105]
@@ -237,16 +237,16 @@ def test_closing_moves_what_counts_to_the_right() -> None:
 
 def test_closing_may_keep_settled_rows() -> None:
     rows = decoding([[1, 0, 1], [0, 0, 1]], 0)
-    rows.settled = {1}
+    rows.finished = {1}
     assert rows.holes == pytest.approx(1 / 3)
     rows.close(leaving=False)
-    assert (rows.rows, rows.settled) == ([0, 1], {1})
+    assert (rows.rows, rows.finished) == ([0, 1], {1})
     assert rows.mask.tolist() == [[1, 1], [0, 1]]
 
 
 def test_parts_of_unequal_width_are_joined_at_the_right() -> None:
     joined = join([decoding([[1, 1, 1, 1]], 0), decoding([[0, 1], [1, 1]], 1)])
     assert joined.rows == [0, 1, 2]
-    assert joined.said == [[0], [1], [2]]
+    assert joined.generated == [[0], [1], [2]]
     assert joined.mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
     assert joined.cache.layers[0].keys[2, 0, :, 0].tolist() == [0, 0, 0, 1]

@@ -184,7 +184,7 @@ def test_without_room_the_same_logits() -> None:
     expected = logits_of(loaded.model)
     editor.clear()
     again = make_editor(loaded)
-    again.room = 0
+    again.budget_bytes = 0
     again.apply(ON)
     assert len(again.unprepared) == len(loaded.targets)
     assert torch.equal(logits_of(loaded.model), expected)

@@ -106,7 +106,7 @@ def test_names_that_arent_utf8_are_refused(
         assert (ended.value.code, "UTF-8" in err, "unexpected" in err) == (2, True, False), err
         assert err.encode("utf-8")
     assert [path.name for path in tmp_path.iterdir()] == [odd]
-    with pytest.raises(InputError, match="The setting model holds what is no UTF-8"):
+    with pytest.raises(InputError, match="The setting model isn't UTF-8 text"):
         load_settings("", {"model": odd})
 
 

@@ -599,7 +599,7 @@ def test_a_benchmark_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatc
     rows, reason = run_tasks(at, side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
     assert rows == []
     assert reason == f"lm-eval can't run tiny: {error}"
-    assert at.reporter.warnings == [f"{reason}; what was measured on held-out prompts stands."]
+    assert at.reporter.warnings == [f"{reason}; the figures for held-out prompts are kept."]
 
 
 def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def held(editor: Editor) -> int:
     return sum(
         tensor.nbytes
         for name, prepared in editor._prepared.items()
-        if name not in editor.parked
+        if name not in editor.offloaded
         for tensor in (prepared.a, prepared.p, prepared.norms)
     )
 
@@ -87,9 +87,9 @@ def test_edits_are_the_same_whatever_the_room(
     for room in (0, whole_size // 3, whole_size - 1, whole_size, 10**9):
         editor = with_room(plain, room)
         assert held(editor) <= room
-        assert editor.room == room - held(editor)
+        assert editor.budget_bytes == room - held(editor)
         short = room < whole_size
-        assert bool(editor.parked) == (short and accelerator)
+        assert bool(editor.offloaded) == (short and accelerator)
         assert bool(editor.unprepared) == (short and not accelerator)
         if room:
             assert held(editor) > 0, "what there is room for is kept"
@@ -225,7 +225,7 @@ def test_trials_are_the_same_whatever_the_room(family: str) -> None:
         assert engine._prefill.nbytes == storages(engine)
         kept.append(starts_of(engine)[0])
         assert all(starts == kept[-1] for starts in starts_of(engine)), "the same for all prompts"
-        assert ("room" in engine.left_out) == (room < everything)
+        assert ("budget" in engine.left_out) == (room < everything)
         for params in trials(lab, 4):
             lab.editor.apply(params)
             assert_same(whole(engine), whole(lab.reference))
@@ -250,7 +250,7 @@ def test_the_first_chunk_tells_what_all_of_them_take() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(KeptStates, "merged", staticmethod(watched))
         again = engine_with(lab, ample._prefill.nbytes - 1)
-    assert 0 < peak <= again._prefill.room
+    assert 0 < peak <= again._prefill.budget_bytes
 
 
 def test_bytes_of_a_layer() -> None:

@@ -242,7 +242,7 @@ def test_kept_thinking_is_not_closed(texts: list[str], tails: list[str], prefix:
     """The first response token is then the first one that tells, within the block."""
     found, notes = detect_prefix(Model({"": texts}), MARKUP, tails, skip=False)
     assert found == prefix
-    assert "kept: a response is what follows it, within response.max_new_tokens" in notes[0]
+    assert "kept: the response follows it, within response.max_new_tokens" in notes[0]
 
 
 def test_second_look_finds_an_answer_tag() -> None:
@@ -430,7 +430,7 @@ def test_a_run_that_keeps_thinking(prompt_files: dict[str, str], tmp_path: Path)
     recorder = Recorder()
     with pytest.raises(AbliterateError):  # nothing refuses less
         run(kept, recorder, RunDirectory(tmp_path / "run"))
-    assert any("kept: a response is what follows it, within response.max_new_tokens" in note for note in recorder.notes)
+    assert any("kept: the response follows it, within response.max_new_tokens" in note for note in recorder.notes)
     assert not any("</think>" in note for note in recorder.notes)
     warning = next(warning for warning in recorder.warnings if "12 of 12 responses are still inside" in warning)
     assert "response.max_new_tokens=N" in warning

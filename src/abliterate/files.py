@@ -57,14 +57,14 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def safe_name(text: str) -> str:
-    """A file name made of a model id or path: its last part, letters, digits, dots, dashes and underscores."""
+    """A file name made from the last part of a model id or path: letters, digits, dots, dashes and underscores."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", re.split(r"[/\\]", text.rstrip("/\\"))[-1]).strip(".-")[:80].strip(".-")
-    # Windows opens a device by such a name, whatever ending follows.
+    # Windows opens a device by a reserved name, whatever ending follows.
     return f"model-{name}" if _RESERVED.match(name) else name or "model"
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name and rename, so that a reader sees the old content or the new.
+    """Write under a temporary name and rename, so that a reader sees the old content or the new content.
 
     Raises:
         AbliterateError: the disk refuses.
@@ -78,9 +78,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # on a disk that is read-only, too
+        with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno in NO_ROOM else "mend that"
+        remedy = "free some space" if error.errno in NO_ROOM else "fix the cause"
         raise AbliterateError(
             f"The file {path} can't be written: {error.strerror}; {remedy} and repeat the command (a run continues with "
             "--resume)."
@@ -88,7 +88,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def digest_of(record: Mapping[str, Any]) -> str:
-    """A hash of what a JSON file says, in whatever order and layout."""
+    """A hash of a JSON file's content that doesn't depend on its order and layout."""
     content = json.loads(json.dumps({name: value for name, value in record.items() if name != DIGEST}))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -99,7 +99,7 @@ def write_json(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file; InputError with the position where it doesn't parse."""
+    """The content of a TOML file. InputError: it can't be read, or doesn't parse (the sentence gives the position)."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -14,7 +14,7 @@ from typing import IO
 from abliterate.errors import NO_ROOM, AbliterateError, InputError
 from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
 
-# In a run directory while a run works there; the kernel releases it at any end of the process.
+# A run that works in a directory holds this lock file; the kernel releases it however the process ends.
 LOCK = ".lock"
 
 _TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
@@ -23,7 +23,7 @@ _STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
 
 
 class RunDirectory:
-    """One study and its results."""
+    """The directory of one study and its results."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,19 +37,19 @@ class RunDirectory:
         self.report = path / "report.html"
         self.recipe = path / "recipe.json"
         self.export = path / "model"
-        # What `prepare` did, for `remove_if_empty` to undo.
+        # The actions of `prepare` that `remove_if_empty` undoes.
         self._made = False
         self._moved: Path | None = None
-        # The lock that is held, if any; `locked` owns it.
+        # The held lock, if any; `locked` owns it.
         self._locking = False
         self._lock: IO[bytes] | None = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While active no other run works here: from now on if there is a run to work at, else from `prepare` on.
+        """While active, no other run works here: from now on if the directory holds a run, else from `prepare` on.
 
         Raises:
-            InputError: another one does.
+            InputError: another run works here.
         """
         self._locking = True
         try:
@@ -62,21 +62,21 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has left its study here. Other files don't count: their names are everybody's."""
-        return os.path.exists(self.journal) or os.path.exists(self.study)  # a name that is too long is none
+        """Whether a run has left its study here. Other files don't count, because anybody's files may have their names."""
+        return os.path.exists(self.journal) or os.path.exists(self.study)  # False for a path that is too long
 
     def check(self, *, resume: bool, restart: bool) -> None:
-        """Raise InputError where `prepare` would; changes nothing.
+        """Raise InputError if `prepare` would; nothing is changed.
 
         Raises:
-            InputError: it holds another run and neither `resume` nor `restart` was said, or something else.
+            InputError: it holds a run and neither `resume` nor `restart` is given, or it holds other files.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"The path {self.path} is a file; choose another --out.")
         if self.holds_run and not (resume or restart):
             raise InputError(
                 f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
-                "(the old one is kept under another name), or choose another --out."
+                "(the old run is kept under another name), or choose another --out."
             )
         if not self.holds_run and self.path.is_dir() and any(not _is_ours(path) for path in self.path.iterdir()):
             raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
@@ -85,7 +85,7 @@ class RunDirectory:
         """Make the directory ready: new, continued, or with the old run moved to another name beside it.
 
         Raises:
-            InputError: as `check` says, or it can't be moved or made.
+            InputError: `check` refuses the directory, or it can't be moved or made.
         """
         self.check(resume=resume, restart=restart)
         try:
@@ -101,7 +101,7 @@ class RunDirectory:
             self._take_lock()
 
     def _take_lock(self) -> None:
-        """Hold the lock file, and remove what a killed run had only half written."""
+        """Hold the lock file, and remove the half-written files of a killed run."""
         try:
             self._lock = take_lock(self.path / LOCK)
             for path in self.path.iterdir():
@@ -122,7 +122,7 @@ class RunDirectory:
             self._lock = None
 
     def remove_if_empty(self) -> None:
-        """A run that failed before its first artifact leaves no directory of its own, and the old run where it was."""
+        """Undo `prepare` after a run that failed before its first artifact: remove its directory, put the old run back."""
         with contextlib.suppress(OSError):
             if self._made and not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -130,35 +130,35 @@ class RunDirectory:
                     self._moved.rename(self.path)
 
     def study_name(self) -> str:
-        """The name of the run's study in a database: made up once, so that no two runs ever share a study by accident."""
+        """The name of the run's study in a database, made up once, so that no two runs share a study by accident."""
         if not self.study.exists():
             name = safe_name(str(self.path.absolute()))
             write_atomically(self.study, f"abliterate-{name}-{uuid.uuid4().hex[:12]}\n")
         try:
-            found = self.study.read_text(encoding="utf-8").strip()
+            study_name = self.study.read_text(encoding="utf-8").strip()
         except (OSError, ValueError) as error:
             raise InputError(
-                f"The file {self.study} can't be read ({error}); put it back, or begin anew with --restart."
+                f"The file {self.study} can't be read ({error}); put it back, or start over with --restart."
             ) from error
-        if not _STUDY_NAME.fullmatch(found):
-            raise InputError(f"The file {self.study} holds no study's name; put it back, or begin anew with --restart.")
-        return found
+        if not _STUDY_NAME.fullmatch(study_name):
+            raise InputError(f"The file {self.study} holds no study's name; put it back, or start over with --restart.")
+        return study_name
 
 
 def default_path(model: str) -> Path:
-    """`runs/<model>-<time>`, with nothing of the model's name that could leave that folder."""
+    """`runs/<model>-<time>`, where no part of the model's name can lead out of that folder."""
     return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def latest_run(model: str) -> Path | None:
-    """The newest run directory of exactly that model under `runs/` with a default name, if any."""
+    """The newest run directory of exactly this model under `runs/` with a default name, if any."""
     name = re.compile(re.escape(safe_name(model)) + r"-\d{8}-\d{6}")
-    found = [path for path in Path("runs").glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    runs = [path for path in Path("runs").glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
+    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _model_of(path: Path) -> str | None:
-    """The model of the run in a directory; None where there is no run."""
+    """The model of the run in a directory; None if there is no run."""
     directory = RunDirectory(path)
     if not directory.holds_run:
         return None
@@ -170,11 +170,11 @@ def _model_of(path: Path) -> str | None:
 def _refused(what: str, error: OSError) -> AbliterateError:
     if error.errno in NO_ROOM:
         return AbliterateError(f"{what}: {error.strerror}; free some space and repeat the command.")
-    return InputError(f"{what}: {error.strerror}; mend that, or choose another --out.")
+    return InputError(f"{what}: {error.strerror}; fix the cause, or choose another --out.")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file is what a run that was killed at its very beginning leaves."""
+    """Whether a file belongs to a run that was killed at its very beginning."""
     return path.name == LOCK or _TEMPORARY.fullmatch(path.name) is not None
 
 
@@ -183,4 +183,4 @@ def _free_name(path: Path) -> Path:
         candidate = path.with_name(f"{path.name}.old-{number}")
         if not candidate.exists():
             return candidate
-    raise InputError(f"There are too many old runs beside {path}; delete some.")
+    raise InputError(f"There are too many old runs beside {path}; delete some of them.")

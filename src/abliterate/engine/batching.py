@@ -1,4 +1,4 @@
-"""Work in batches that survives running out of memory: halve, retry, lose nothing, and grow back later."""
+"""Run work in batches that survive running out of memory: halve, retry, lose nothing, and grow back later."""
 
 from __future__ import annotations
 
@@ -14,74 +14,74 @@ from abliterate.types import BatchSizes
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# Full batches after which a size that was halved is doubled again; twice as many each time that doubling was a mistake.
+# A halved size is doubled again after this many full batches; the number doubles each time that growing was a mistake.
 PATIENCE = 8
 
 
 class Batches:
-    """At most `size` items at a time; halved where the device runs out of memory, unless `recover` is off.
+    """Runs at most `size` items at a time and halves that when the device is out of memory, unless `recover` is off.
 
-    Other processes come and go: a halved size grows back step by step. On a CPU, whose killer asks nobody, a batch is never
-    larger than free memory and `row_bytes` (of one item; 0: not known) allow.
+    Other processes come and go, so a halved size grows back step by step. A CPU raises no error before the kernel kills the
+    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow.
     """
 
     def __init__(self, size: int, device: torch.device, *, recover: bool = True, row_bytes: int = 0) -> None:
         self.size = size
-        self._wanted = size
+        self._full_size = size
         self._device = device
         self._recover = recover
         self._row_bytes = row_bytes
-        self._fitted = 0
+        self._full_batches = 0
         self._patience = PATIENCE
         self._has_grown = False
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
-        """`work` over all items, results in order.
+        """The results of `work` over all items, in order.
 
         Raises:
-            TrialError: one item alone doesn't fit.
+            TrialError: a single item doesn't fit.
         """
         results: list[Result] = []
         while len(results) < len(items):
-            part = items[len(results) : len(results) + self.affordable()]
-            done: Sequence[Result] | None = None
+            batch = items[len(results) : len(results) + self.affordable()]
+            batch_results: Sequence[Result] | None = None
             try:
                 with memory_errors():
-                    done = work(part)
+                    batch_results = work(batch)
             except torch.OutOfMemoryError:
                 if not self._recover:
-                    raise TrialError(f"the device is out of memory for a batch of {len(part)}") from None
-                if len(part) == 1:
+                    raise TrialError(f"the device is out of memory for a batch of {len(batch)}") from None
+                if len(batch) == 1:
                     raise TrialError("the device is out of memory even for a single prompt") from None
             # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
-            if done is None:
-                self.shrink(len(part))
+            if batch_results is None:
+                self.shrink(len(batch))
             else:
-                results.extend(done)
-                self._grow(len(part))
+                results.extend(batch_results)
+                self._grow(len(batch))
         return results
 
     def affordable(self) -> int:
-        """`size`, or what memory allows of it now."""
+        """`size`, or fewer items if memory doesn't allow that many now."""
         return affordable(self.size, self._row_bytes, self._device)
 
     def shrink(self, rows: int) -> None:
-        """So many items didn't fit. Call it where no traceback keeps their tensors."""
+        """Halve the size after `rows` items didn't fit. Call it where no traceback keeps their tensors alive."""
         clear_device_cache(self._device)
         self.size = max(1, rows // 2)
-        self._fitted = 0
+        self._full_batches = 0
         if self._has_grown:
             self._patience, self._has_grown = 2 * self._patience, False
 
     def _grow(self, rows: int) -> None:
-        if rows < self.size or self.size == self._wanted:
+        if rows < self.size or self.size == self._full_size:
             return
-        self._fitted += 1
-        if self._fitted == self._patience:
-            self.size, self._fitted, self._has_grown = min(self._wanted, 2 * self.size), 0, True
+        self._full_batches += 1
+        if self._full_batches == self._patience:
+            self.size, self._full_batches, self._has_grown = min(self._full_size, 2 * self.size), 0, True
 
 
 def batches_of_trials(sizes: BatchSizes, device: torch.device, *, recover: bool = True) -> tuple[Batches, Batches]:
-    """Batches of prefills, and of whole responses."""
+    """The batches for prefills and those for whole responses."""
     prefills = Batches(sizes.prefill, device, recover=recover, row_bytes=sizes.row_bytes[1])
     return prefills, Batches(sizes.decode, device, recover=recover, row_bytes=sizes.row_bytes[2])

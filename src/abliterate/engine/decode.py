@@ -1,6 +1,6 @@
-"""Greedy decoding in which settled rows leave the batch and drafts save passes.
+"""Greedy decoding in which finished rows leave the batch and drafts save passes.
 
-Knows tokens, no text: a `StoppingRule` says which rows are settled.
+This module handles tokens only; a `StoppingRule` reads the text and decides which rows are finished.
 """
 
 from __future__ import annotations
@@ -21,81 +21,81 @@ from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import merge_layer, take_columns, widened, with_layers
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
-# was settled meanwhile costs up to this many passes less one.
+# finished in between costs up to LOOK_EVERY - 1 passes.
 LOOK_EVERY = 4
-# Rows leave once this share of the batch is settled: leaving copies the cache of all others.
+# Finished rows leave once they make up this share of the batch, because leaving copies the cache of all other rows.
 LEAVING_SHARE = 1 / 8
-# Tokens of a row that one pass may decide, and the bytes that logits of so many may take.
+# The most tokens per row that one pass may decide, and the most bytes that their logits may take.
 BLOCK = 8
 BLOCK_BYTES = 256 << 20
-# Share of the cache's columns that may be holes before they are closed, which copies the cache.
+# Holes are closed once they make up this share of the cache's columns, because closing copies the cache.
 HOLES = 1 / 4
 
 
 class StoppingRule(Protocol):
-    """Looks at new tokens."""
+    """Looks at new tokens and decides when a row, or all decoding, may end."""
 
     def look(self, row: int, tokens: Sequence[int]) -> bool:
-        """Take the next tokens of a row; whether the row is settled. Not called again for a settled row."""
+        """Take the next tokens of a row; return whether the row is finished. It isn't called again for a finished row."""
 
     @property
     def satisfied(self) -> bool:
-        """Whether decoding may end although rows are left."""
+        """Whether decoding may end although rows are unfinished."""
 
 
 @dataclass
 class Decoding:
     """n rows in the middle of their responses.
 
-    `rows`: their numbers. `said`: the tokens of each so far, all of which were fed. `logits` (n, vocabulary) of the next
-    token. `cache`, and `mask` (n, C) over its columns: rejected drafts leave holes. `prompt` (n, W): the prompts' tokens,
-    as logits processors see them. `settled`: places in `rows` that are done.
+    `rows` are the numbers of their prompts. `generated` holds each row's tokens so far, all of which were fed. `logits`
+    (n, vocabulary) are those of the next token. `mask` (n, C) covers the columns of `cache`; rejected drafts leave holes in it.
+    `prompt` (n, W) are the prompts' tokens as logits processors see them. `finished` holds the indices in `rows` that are done.
     """
 
     rows: list[int]
-    said: list[list[int]]
+    generated: list[list[int]]
     logits: Tensor
     cache: Cache
     mask: Tensor
     prompt: Tensor
-    settled: set[int]
+    finished: set[int]
 
     @property
     def open(self) -> bool:
-        """Whether a row is left."""
-        return len(self.settled) < len(self.rows)
+        """Whether a row is unfinished."""
+        return len(self.finished) < len(self.rows)
 
     @property
     def count(self) -> int:
-        """The fewest tokens that an open row has."""
-        return min((len(said) for place, said in enumerate(self.said) if place not in self.settled), default=0)
+        """The fewest tokens that an unfinished row has."""
+        return min((len(tokens) for index, tokens in enumerate(self.generated) if index not in self.finished), default=0)
 
     def whole(self) -> Tensor:
         """All tokens (n, W + count) of rows that are equally far."""
-        said = torch.tensor(self.said, dtype=self.prompt.dtype, device=self.prompt.device)
-        return torch.cat([self.prompt, said.reshape(len(self.rows), -1)], dim=1)
+        generated = torch.tensor(self.generated, dtype=self.prompt.dtype, device=self.prompt.device)
+        return torch.cat([self.prompt, generated.reshape(len(self.rows), -1)], dim=1)
 
     @property
     def holes(self) -> float:
-        """Share of the columns that no row needs if all move to the right."""
+        """The share of columns that no row needs once all rows are moved to the right."""
         return 1 - int(self.mask.sum(dim=1).max()) / self.mask.shape[1]
 
     def leave(self) -> None:
-        """Take settled rows out."""
-        self._select([place for place in range(len(self.rows)) if place not in self.settled], closing=False)
+        """Take finished rows out of the batch."""
+        self._select([index for index in range(len(self.rows)) if index not in self.finished], closing=False)
 
     def close(self, *, leaving: bool) -> None:
-        """Close all holes, so that pads stand at the left only; and take settled rows out."""
-        self._select([place for place in range(len(self.rows)) if not (leaving and place in self.settled)], closing=True)
+        """Close all holes, so that pads stand at the left only; if `leaving`, also take finished rows out."""
+        self._select([index for index in range(len(self.rows)) if not (leaving and index in self.finished)], closing=True)
 
-    def _select(self, places: Sequence[int], *, closing: bool) -> None:
-        stay = torch.tensor(places, dtype=torch.long, device=self.mask.device)
-        self.rows = [self.rows[place] for place in places]
-        self.said = [self.said[place] for place in places]
-        self.settled = {new for new, place in enumerate(places) if place in self.settled}
+    def _select(self, kept: Sequence[int], *, closing: bool) -> None:
+        stay = torch.tensor(kept, dtype=torch.long, device=self.mask.device)
+        self.rows = [self.rows[index] for index in kept]
+        self.generated = [self.generated[index] for index in kept]
+        self.finished = {new for new, index in enumerate(kept) if index in self.finished}
         self.mask, self.prompt, self.logits = self.mask[stay], self.prompt[stay], self.logits[stay]
         columns = self.mask.argsort(dim=1, stable=True)[:, -int(self.mask.sum(dim=1).max()) :] if closing else None
-        for layer in self.cache.layers:  # one after the other: two whole caches would not fit where one just does
+        for layer in self.cache.layers:  # one layer after the other: two whole caches would not fit where one just does
             if columns is None:
                 layer.reorder_cache(stay)  # type: ignore[arg-type]
             else:
@@ -104,30 +104,32 @@ class Decoding:
             self.mask = self.mask.gather(1, columns)
 
 
-def join(parts: Sequence[Decoding]) -> Decoding:
-    """All rows of several decodings of one layout. The parts may not be used any more."""
-    if len(parts) == 1:
-        return parts[0]
+def join(decodings: Sequence[Decoding]) -> Decoding:
+    """All rows of several decodings of one layout. The given decodings must not be used afterwards."""
+    if len(decodings) == 1:
+        return decodings[0]
     rows: list[int] = []
-    settled: set[int] = set()
-    for part in parts:
-        settled |= {len(rows) + place for place in part.settled}
-        rows += part.rows
-    missing = [max(part.mask.shape[1] for part in parts) - part.mask.shape[1] for part in parts]
+    finished: set[int] = set()
+    for decoding in decodings:
+        finished |= {len(rows) + index for index in decoding.finished}
+        rows += decoding.rows
+    missing = [max(decoding.mask.shape[1] for decoding in decodings) - decoding.mask.shape[1] for decoding in decodings]
     layers = []
-    for index in range(len(parts[0].cache.layers)):
-        same = [part.cache.layers[index] for part in parts]
-        layers.append(merge_layer([widened(layer, columns) for layer, columns in zip(same, missing, strict=True)]))
-        for part in parts:
-            part.cache.layers[index] = None  # type: ignore[call-overload] # frees it before the next one is copied
-    cache = with_layers(parts[0].cache, layers)
-    mask = torch.cat([pad(part.mask, (columns, 0)) for part, columns in zip(parts, missing, strict=True)])
-    logits, prompt = (torch.cat([getattr(part, name) for part in parts]) for name in ("logits", "prompt"))
-    return Decoding(rows, [said for part in parts for said in part.said], logits, cache, mask, prompt, settled)
+    for index in range(len(decodings[0].cache.layers)):
+        layers_at_index = [decoding.cache.layers[index] for decoding in decodings]
+        layers.append(merge_layer([widened(layer, columns) for layer, columns in zip(layers_at_index, missing, strict=True)]))
+        for decoding in decodings:
+            decoding.cache.layers[index] = None  # type: ignore[call-overload] # frees it before the next one is copied
+    cache = with_layers(decodings[0].cache, layers)
+    mask = torch.cat([pad(decoding.mask, (columns, 0)) for decoding, columns in zip(decodings, missing, strict=True)])
+    logits, prompt = (torch.cat([getattr(decoding, name) for decoding in decodings]) for name in ("logits", "prompt"))
+    return Decoding(
+        rows, [tokens for decoding in decodings for tokens in decoding.generated], logits, cache, mask, prompt, finished
+    )
 
 
 class Decoder:
-    """Continues prefilled rows, as `generate` would with `config`."""
+    """Continues prefilled rows as `generate` would with `config`."""
 
     def __init__(
         self,
@@ -145,10 +147,10 @@ class Decoder:
         self._check = check
 
     def __call__(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts | None = None) -> None:
-        """Decode until every row is settled or has `length` tokens, or `watch` is satisfied.
+        """Decode until every row is finished or has `length` tokens, or `watch` is satisfied.
 
-        `limit`: the number of tokens that no response exceeds; with `length` below it, decoding may go on later. With
-        `drafts`, several tokens of a row are decided by one pass; not where processors must see every token first.
+        No response exceeds `limit` tokens; with `length` below it, decoding may continue later. With `drafts`, one pass
+        decides several tokens of a row, unless logits processors must see every token first.
         """
         processors = self.processors(rows, limit)
         if drafts is None or processors:
@@ -157,9 +159,9 @@ class Decoder:
             self._in_blocks(rows, limit, length, watch, drafts)
 
     def _in_steps(self, rows: Decoding, processors: LogitsProcessorList, limit: int, length: int, watch: StoppingRule) -> None:
-        """One token of every row a pass."""
+        """Each pass decides one token of every row."""
         whole = rows.whole()
-        count = len(rows.said[0])
+        count = len(rows.generated[0])
         unseen: list[Tensor] = []
         while count < length:
             logits = processors(whole, rows.logits.float()) if processors else rows.logits  # type: ignore[arg-type]
@@ -181,7 +183,7 @@ class Decoder:
             rows.logits = self._feed(rows, tokens, torch.ones_like(tokens))[:, -1]
 
     def _in_blocks(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts) -> None:
-        """A pass feeds each row's next token and a draft of what follows; the part the model agrees with is kept."""
+        """Each pass feeds every row's next token and a draft after it, and keeps the part that the model agrees with."""
         new: list[list[int]] = [[] for _ in rows.rows]
         while rows.open:
             for tokens, token in zip(new, rows.logits.argmax(dim=-1).tolist(), strict=True):
@@ -192,60 +194,60 @@ class Decoder:
                 return
             if self._leaves(rows) or rows.holes > HOLES:
                 rows.close(leaving=self._leaving)
-            pauses = rows.count >= length  # then nothing may be left unseen
-            proposed = [() if pauses else self._draft(rows, place, limit, drafts) for place in range(len(rows.rows))]
+            pauses = rows.count >= length  # a pause must leave no token unseen, so nothing is drafted before it
+            proposed = [() if pauses else self._draft(rows, index, limit, drafts) for index in range(len(rows.rows))]
             width = drafts.width(proposed)
             proposed = [draft[: width - 1] for draft in proposed]
-            new = self._checked(rows, [[said[-1], *draft] for said, draft in zip(rows.said, proposed, strict=True)])
+            new = self._checked(rows, [[tokens[-1], *draft] for tokens, draft in zip(rows.generated, proposed, strict=True)])
             drafts.score(proposed, list(map(len, new)))
             if pauses:
                 return
 
-    def _draft(self, rows: Decoding, place: int, limit: int, drafts: Drafts) -> Sequence[int]:
-        said = rows.said[place]
-        most = min(_block(rows.logits), limit - len(said)) - 1
-        return drafts.propose(rows.rows[place], said, most) if most > 0 and place not in rows.settled else ()
+    def _draft(self, rows: Decoding, index: int, limit: int, drafts: Drafts) -> Sequence[int]:
+        generated = rows.generated[index]
+        most = min(_block(rows.logits), limit - len(generated)) - 1
+        return drafts.propose(rows.rows[index], generated, most) if most > 0 and index not in rows.finished else ()
 
     def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Feed a token and a draft of each row. What is right of each draft."""
+        """Feed a token and a draft of each row; return the right part of each draft."""
         logits = self._feed_blocks(rows, blocks)
         right = []
         for block, chosen in zip(blocks, logits.argmax(dim=-1).tolist(), strict=True):
-            wrong = (place for place, token in enumerate(block[1:]) if token != chosen[place])
+            wrong = (index for index, token in enumerate(block[1:]) if token != chosen[index])
             right.append(list(block[1 : 1 + next(wrong, len(block))]))
         self._hold(rows, logits, [1 + len(draft) for draft in right])
         return right
 
     def forced(self, rows: Decoding, tokens: Tensor, *, in_blocks: bool = False) -> Tensor:
-        """Raw logits (n, T, vocabulary) before each of `tokens` (n, T), with which the rows go on whatever they choose.
+        """Raw logits (n, T, vocabulary) before each of `tokens` (n, T), which continue the rows whatever the model prefers.
 
-        `in_blocks`: one or two tokens a pass, with a wrong draft after them.
+        With `in_blocks`, each pass feeds one or two tokens of a row, and a wrong draft after them.
         """
         forced, n_tokens = tokens.tolist(), tokens.shape[1]
-        found = [[logits] for logits in rows.logits]
-        at = [0] * len(forced)
-        while min(at) < n_tokens:
+        logits_by_row = [[logits] for logits in rows.logits]
+        fed = [0] * len(forced)
+        while min(fed) < n_tokens:
             held, blocks = [], []
-            for place, (row, start) in enumerate(zip(forced, at, strict=True)):
-                right = row[start : start + 1 + (in_blocks and place % 2)]
+            for index, (row, start) in enumerate(zip(forced, fed, strict=True)):
+                right = row[start : start + 1 + (in_blocks and index % 2)]
                 held.append(len(right))
                 blocks.append([*right, *([row[0]] if in_blocks or not right else [])])
             logits = self._feed_blocks(rows, blocks)
             self._hold(rows, logits, held)
-            for place, length in enumerate(held):
-                found[place] += logits[place, :length]
-                at[place] += length
-        for said, row in zip(rows.said, forced, strict=True):
-            said.extend(row)
-        return torch.stack([torch.stack(row[:n_tokens]) for row in found])
+            for index, length in enumerate(held):
+                logits_by_row[index] += logits[index, :length]
+                fed[index] += length
+        for generated, row in zip(rows.generated, forced, strict=True):
+            generated.extend(row)
+        return torch.stack([torch.stack(row[:n_tokens]) for row in logits_by_row])
 
     def widen(self, rows: Decoding) -> None:
-        """Feed every row a token that doesn't count: a hole."""
-        logits = self._feed_blocks(rows, [said[-1:] or [0] for said in rows.said])
+        """Feed every row a token that doesn't count, which leaves a hole."""
+        logits = self._feed_blocks(rows, [tokens[-1:] or [0] for tokens in rows.generated])
         self._hold(rows, logits, [0] * len(rows.rows))
 
     def _feed_blocks(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> Tensor:
-        """Feed blocks of unequal lengths; logits (n, B, vocabulary) of all their places."""
+        """Feed blocks of unequal lengths; logits (n, B, vocabulary) at all their positions."""
         width = max(map(len, blocks))
         ids = [[*block, *([block[0]] * (width - len(block)))] for block in blocks]
         fed = [[1] * len(block) + [0] * (width - len(block)) for block in blocks]
@@ -260,7 +262,7 @@ class Decoder:
         return logits
 
     def _hold(self, rows: Decoding, logits: Tensor, held: Sequence[int]) -> None:
-        """Of what was fed last, only the first tokens of each row count; maybe none."""
+        """Mask all but the first `held` tokens (maybe none) of each row's last block."""
         width = logits.shape[1]
         counts = torch.tensor(held, device=logits.device)
         rows.mask[:, -width:] = (torch.arange(width, device=logits.device) < counts[:, None]).to(rows.mask.dtype)
@@ -268,16 +270,16 @@ class Decoder:
         rows.logits = torch.where(counts[:, None] > 0, latest, rows.logits)
 
     def _leaves(self, rows: Decoding) -> bool:
-        return self._leaving and len(rows.settled) >= LEAVING_SHARE * len(rows.rows)
+        return self._leaving and len(rows.finished) >= LEAVING_SHARE * len(rows.rows)
 
     def _look(self, rows: Decoding, new: Sequence[Sequence[int]], watch: StoppingRule) -> None:
-        for place, (row, tokens) in enumerate(zip(rows.rows, new, strict=True)):
-            rows.said[place].extend(tokens)
-            if place not in rows.settled and watch.look(row, tokens):
-                rows.settled.add(place)
+        for index, (row, tokens) in enumerate(zip(rows.rows, new, strict=True)):
+            rows.generated[index].extend(tokens)
+            if index not in rows.finished and watch.look(row, tokens):
+                rows.finished.add(index)
 
     def processors(self, rows: Decoding, limit: int) -> LogitsProcessorList:
-        """As `generate` makes them: repetition penalty, suppressed tokens and the like. Some know each row's prompt."""
+        """The processors that `generate` would use: repetition penalty, suppressed tokens and so on. Some see the prompts."""
         prompt = rows.prompt
         config = copy.deepcopy(self._config)
         config.max_new_tokens, config.max_length = limit, prompt.shape[1] + limit
@@ -294,5 +296,5 @@ class Decoder:
 
 
 def _block(logits: Tensor) -> int:
-    """Tokens of a row that a pass may decide, given logits (n, vocabulary)."""
+    """The most tokens per row that a pass may decide, given logits (n, vocabulary)."""
     return max(1, min(BLOCK, BLOCK_BYTES // (logits.numel() * logits.element_size())))

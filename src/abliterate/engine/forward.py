@@ -20,7 +20,7 @@ from abliterate.model.memory import memory_errors
 
 
 class Passes:
-    """Forward passes of `model`, whose decoder stack is `layers`."""
+    """Forward passes of `model`, whose decoder layers are `layers`."""
 
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
         self._model: Any = model
@@ -33,9 +33,10 @@ class Passes:
     def __call__(
         self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
     ) -> tuple[Tensor, Cache | None]:
-        """Feed `ids` (n, S) after `cache`; `mask` (n, P+S). Logits (n, last, vocabulary) of the last positions, and the cache.
+        """Feed `ids` (n, S) after `cache` with `mask` (n, P+S).
 
-        Without a cache given, the model makes one of its own class.
+        Returns the logits (n, last, vocabulary) of the last positions, and the cache. Without a given cache, the model makes
+        one of its own class.
         """
         kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
         if cache is not None:
@@ -49,17 +50,17 @@ class Passes:
         return output.logits[:, -last:], getattr(output, "past_key_values", None)
 
     @contextlib.contextmanager
-    def keeping(self, starts: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
-        """While active, a pass leaves in `hidden` what enters each layer of `starts`, (n, S, d_model)."""
+    def keeping(self, resume_layers: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
+        """While active, a pass stores in `hidden` the input (n, S, d_model) of each layer in `resume_layers`."""
 
-        def hook(start: int) -> Callable[..., None]:
+        def hook(layer: int) -> Callable[..., None]:
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 entering: Tensor = args[0] if args else kwargs["hidden_states"]
-                hidden[start] = entering.detach().movedim(-3, 0).clone()  # rows first: Gemma 3n's are (streams, n, S, d_model)
+                hidden[layer] = entering.detach().movedim(-3, 0).clone()  # rows first: Gemma 3n has (streams, n, S, d_model)
 
             return keep
 
-        handles = [self.layers[start].register_forward_pre_hook(hook(start), with_kwargs=True) for start in starts]
+        handles = [self.layers[layer].register_forward_pre_hook(hook(layer), with_kwargs=True) for layer in resume_layers]
         try:
             yield
         finally:
@@ -80,8 +81,8 @@ class Passes:
             return args, kwargs | {"hidden_states": hidden}
 
         skipped = list(self.layers[:start])
-        # accelerate's dispatch leaves a `forward` of its own on the instance; it must come back.
-        own = [layer.__dict__.get("forward") for layer in skipped]
+        # accelerate's dispatch puts a `forward` of its own on the instance; it must be restored.
+        own_forwards = [layer.__dict__.get("forward") for layer in skipped]
         handle = self.layers[start].register_forward_pre_hook(replace, with_kwargs=True)
         try:
             for layer in skipped:
@@ -89,7 +90,7 @@ class Passes:
             yield
         finally:
             handle.remove()
-            for layer, forward in zip(skipped, own, strict=True):
+            for layer, forward in zip(skipped, own_forwards, strict=True):
                 if forward is None:
                     layer.__dict__.pop("forward", None)
                 else:
@@ -97,7 +98,7 @@ class Passes:
 
     @contextlib.contextmanager
     def observing(self) -> Iterator[None]:
-        """While active, a pass notes whether layers return a tensor or a tuple: the identity must return the same."""
+        """While active, a pass notes whether layers return a tensor or a tuple, because the identity must return the same."""
 
         def note(module: nn.Module, args: Any, output: Any) -> None:
             self._arity[module] = len(output) if isinstance(output, tuple) else 0
@@ -120,12 +121,12 @@ class Passes:
 
 
 def last_start(config: object, n_layers: int) -> int:
-    """The highest layer that a pass may begin at: later layers may use the keys and values that a lower one computes.
+    """The highest layer at which a pass may begin, because later layers may use keys and values that a lower layer computes.
 
-    Gemma 3n and 4: the last layers use those of the last layer of their kind that isn't one of them.
+    In Gemma 3n and 4 the last layers use the keys and values of the last layer of their kind that has its own.
     """
-    own = n_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
-    if own >= n_layers:
+    n_own = n_layers - (getattr(config, "num_kv_shared_layers", 0) or 0)
+    if n_own >= n_layers:
         return n_layers - 1
     kinds: list[str] = list(getattr(config, "layer_types", None) or ["full_attention"] * n_layers)
-    return min(max((index for index in range(own) if kinds[index] == kind), default=0) for kind in set(kinds[own:]))
+    return min(max((index for index in range(n_own) if kinds[index] == kind), default=0) for kind in set(kinds[n_own:]))

@@ -15,47 +15,47 @@ from abliterate.engine.layout import Sharing
 
 
 def sharing_of(cache: object, config: object = None) -> Sharing:
-    """How a prefix in this cache may be shared, by a model of this config."""
+    """How a prefix in this cache may be shared by a model of this config."""
     kinds = {type(layer) for layer in getattr(cache, "layers", [])}
-    # GPT-Neo's local layers and MPT's position biases count columns, and the cache doesn't know that.
+    # GPT-Neo's local layers and MPT's position biases count columns, which the cache doesn't show.
     counts_columns = hasattr(config, "attention_types") or hasattr(config, "attn_config")
     if kinds == {DynamicLayer} and not counts_columns:
         return "between"
-    own = kinds - {DummyLayer}  # layers that use the keys and values of a lower one
-    return "left" if own and own <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
+    own_kinds = kinds - {DummyLayer}  # a dummy layer uses the keys and values of a lower layer
+    return "left" if own_kinds and own_kinds <= {DynamicLayer, DynamicSlidingWindowLayer} else "none"
 
 
 def is_supported(cache: object) -> bool:
-    """Whether rows of this cache can be selected and its layers exchanged; not where it keeps states beside its layers."""
+    """Whether rows of this cache can be selected and its layers exchanged; states beside its layers prevent both."""
     if (
         not isinstance(cache, Cache)
         or not cache.layers
-        or _bytes([value for name, value in vars(cache).items() if name != "layers"])
+        or _tensor_bytes([value for name, value in vars(cache).items() if name != "layers"])
     ):
         return False
     return all(hasattr(layer, "reorder_cache") for layer in cache.layers)
 
 
 def select_rows(cache: Cache, rows: Tensor, first: int = 0) -> Cache:
-    """A new cache with the given rows of layers from `first` on; the lower ones are shared with `cache`, unread."""
+    """A new cache with the given rows of layers from `first` on; lower layers are shared with `cache` and not read."""
     layers = [layer if index < first else _selected(layer, rows) for index, layer in enumerate(cache.layers)]
     return with_layers(cache, layers)
 
 
 def with_layers(cache: Cache, layers: Sequence[Any]) -> Cache:
-    """The same cache around other layers."""
+    """A copy of the cache with other layers."""
     new = copy.copy(cache)
     new.layers = list(layers)
     return new
 
 
 def select_layers(layers: Sequence[Any], rows: Tensor) -> list[Any]:
-    """New cache layers with the given rows."""
+    """New cache layers that hold the given rows."""
     return [_selected(layer, rows) for layer in layers]
 
 
 def merge_layer(parts: Sequence[Any]) -> Any:
-    """A cache layer whose rows are those of all parts, one after the other."""
+    """A cache layer with the rows of all parts, one part after the other."""
     new = _copied(parts[0])
     for name, value in vars(parts[0]).items():
         setattr(new, name, _concatenated([vars(layer)[name] for layer in parts], value))
@@ -63,12 +63,12 @@ def merge_layer(parts: Sequence[Any]) -> Any:
 
 
 def layer_bytes(layer: Any) -> int:
-    """Bytes of the tensors of a cache layer."""
-    return _bytes(list(vars(layer).values()))
+    """The bytes of a cache layer's tensors."""
+    return _tensor_bytes(list(vars(layer).values()))
 
 
 def widened(layer: Any, columns: int) -> Any:
-    """A plain cache layer with so many more columns at the left, to be masked; right where `sharing_of` is "between"."""
+    """A plain cache layer with `columns` more columns at the left, to be masked; right if `sharing_of` is "between"."""
     if columns == 0:
         return layer
     new = _copied(layer)
@@ -77,14 +77,14 @@ def widened(layer: Any, columns: int) -> Any:
 
 
 def take_columns(layer: Any, rows: Tensor, columns: Tensor) -> None:
-    """Leave in a plain cache layer only some rows (n), and of each some columns (n, C)."""
+    """Keep in a plain cache layer only the given `rows` (n), and in each row the given `columns` (n, C)."""
     rows, columns = rows.to(layer.keys.device), columns.to(layer.keys.device)  # layers may lie on several devices
     for name in ("keys", "values"):
         states = getattr(layer, name)  # (m, heads, width, d)
         _, heads, width, d = states.shape
         head = rows[:, None, None] * heads + torch.arange(heads, device=rows.device)[:, None]
-        places = (head * width + columns[:, None, :]).flatten()  # one flat index: ten times faster than a gather
-        setattr(layer, name, states.reshape(-1, d).index_select(0, places).view(len(rows), heads, -1, d))
+        flat_indices = (head * width + columns[:, None, :]).flatten()  # ten times faster than a gather
+        setattr(layer, name, states.reshape(-1, d).index_select(0, flat_indices).view(len(rows), heads, -1, d))
 
 
 def _selected(layer: Any, rows: Tensor) -> Any:
@@ -94,7 +94,7 @@ def _selected(layer: Any, rows: Tensor) -> Any:
 
 
 def _copied(layer: Any) -> Any:
-    """A copy that shares tensors only: sequence states keep theirs in lists, which `reorder_cache` writes into."""
+    """A copy that shares only tensors: sequence states keep tensors in lists, which `reorder_cache` writes into."""
     new = copy.copy(layer)
     for name, value in vars(layer).items():
         if isinstance(value, (list, dict)):
@@ -102,16 +102,16 @@ def _copied(layer: Any) -> Any:
     return new
 
 
-def _bytes(value: Any) -> int:
+def _tensor_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.nbytes
     if isinstance(value, Mapping):
         value = list(value.values())
-    return sum(map(_bytes, value)) if isinstance(value, (list, tuple)) else 0
+    return sum(map(_tensor_bytes, value)) if isinstance(value, (list, tuple)) else 0
 
 
 def _concatenated(values: Sequence[Any], first: Any) -> Any:
-    if isinstance(first, Tensor) and first.dim() > 1:  # tensors of a cache layer have the batch as first dimension
+    if isinstance(first, Tensor) and first.dim() > 1:  # the batch is the first dimension of a cache layer's tensors
         return torch.cat(list(values))
     if isinstance(first, list):
         return [_concatenated([value[index] for value in values], item) for index, item in enumerate(first)]

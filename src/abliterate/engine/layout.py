@@ -1,6 +1,6 @@
-"""How rows of tokens are arranged for a pass: a shared prefix in the cache, pads, and what is fed. Pure; knows no model.
+"""Arrange rows of tokens for a pass: the shared prefix in the cache, the pads, and the tokens that are fed.
 
-Pads carry the row's own first token. They are masked, but a repetition penalty sees them: so it sees nothing that the
+Pads carry the row's own first token. They are masked, but a repetition penalty sees them; this way it sees no token that the
 prompt doesn't contain, and a row's response doesn't depend on its neighbours' lengths.
 """
 
@@ -14,17 +14,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# Where pads may stand. "between" prefix and suffix: right where every layer attends to everything, masks then hide
-# them. "left": right for sliding windows too, which count slots. "none": states that can't be cut, no sharing.
+# Where pads may stand. "between" prefix and suffix is right if every layer attends to all positions, as masks then hide the
+# pads. "left" is also right for sliding windows, which count slots. "none" is for states that can't be cut: no sharing.
 Sharing = Literal["between", "left", "none"]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """n rows. First `prefix_ids` (m, P) with `prefix_mask` fill a cache; row i continues from cache row `prefix_of[i]`.
+    """The layout of n rows.
 
-    Then `ids` (n, S) are fed; `mask` (n, P+S) covers cache and fed tokens; `whole` (n, P+S) are all tokens, pads at the
-    left, as logits processors see them. P is 0 where nothing is shared.
+    First `prefix_ids` (m, P) with `prefix_mask` fill a cache; row i continues from cache row `prefix_of[i]`. Then `ids` (n, S)
+    are fed. `mask` (n, P+S) covers cached and fed tokens; `whole` (n, P+S) holds all tokens with pads at the left, as logits
+    processors see them. P is 0 if nothing is shared.
     """
 
     prefix_ids: Tensor
@@ -36,35 +37,35 @@ class Layout:
 
     @property
     def prefix_length(self) -> int:
-        """P."""
+        """P, the number of cached tokens per row."""
         return self.prefix_ids.shape[1]
 
     @property
     def width(self) -> int:
-        """P+S: cache slots after the prompts."""
+        """P+S, the number of cache slots after the prompts."""
         return self.mask.shape[1]
 
 
 def positions(mask: Tensor) -> Tensor:
-    """Position ids of a mask (n, T): pads don't count."""
+    """Position ids of a mask (n, T); pads don't count."""
     return (mask.cumsum(dim=-1) - 1).clamp_min(0)
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    """What all rows begin with, short of a whole row: something must be left to feed."""
+    """The beginning that all rows share, shorter than every row, because each row must have a token left to feed."""
     shared = os.path.commonprefix([list(row) for row in rows])
     return list(shared[: min(len(row) for row in rows) - 1])
 
 
 def lay_out(rows: Sequence[Sequence[int]], prefix: Sequence[int], sharing: Sharing, device: torch.device) -> Layout:
-    """Arrange `rows`, all of which begin with `prefix` (which may be empty)."""
+    """Arrange `rows`, which all begin with `prefix` (it may be empty)."""
     prefix = list(prefix) if sharing != "none" else []
     longest = max(len(row) for row in rows) - len(prefix)
     shifts = [longest - (len(row) - len(prefix)) for row in rows]
     if sharing == "left" and max(shifts) >= len(prefix):
         prefix, longest = [], max(len(row) for row in rows)  # a shift must leave a token of the prefix in the cache
         shifts = [longest - len(row) for row in rows]
-    starts, prefix_of = _prefix_rows(prefix, shifts, sharing)
+    prefix_shifts, prefix_of = _prefix_rows(prefix, shifts, sharing)
     ids, mask = [], []
     for row, shift in zip(rows, shifts, strict=True):
         suffix = list(row[len(prefix) :])
@@ -75,8 +76,8 @@ def lay_out(rows: Sequence[Sequence[int]], prefix: Sequence[int], sharing: Shari
             ids.append([row[0]] * shift + suffix)
             mask.append([1] * len(prefix) + [0] * shift + [1] * len(suffix))
     whole = [[row[0]] * shift + list(row) for row, shift in zip(rows, shifts, strict=True)]
-    prefix_mask = [[0] * shift + [1] * (len(prefix) - shift) for shift in starts]
-    prefix_ids = [[prefix[0]] * shift + prefix[: len(prefix) - shift] if prefix else [] for shift in starts]
+    prefix_mask = [[0] * shift + [1] * (len(prefix) - shift) for shift in prefix_shifts]
+    prefix_ids = [[prefix[0]] * shift + prefix[: len(prefix) - shift] if prefix else [] for shift in prefix_shifts]
 
     def tensor(values: list[list[int]], width: int) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device).reshape(len(values), width)
@@ -93,7 +94,7 @@ def lay_out(rows: Sequence[Sequence[int]], prefix: Sequence[int], sharing: Shari
 
 
 def _prefix_rows(prefix: Sequence[int], shifts: Sequence[int], sharing: Sharing) -> tuple[list[int], list[int]]:
-    """Shifts of the prefix rows to compute, and which of them each row continues."""
+    """The shifts of the prefix rows to compute, and the prefix row that each row continues."""
     if not prefix:
         return [], [0] * len(shifts)
     if sharing == "between":

@@ -1,8 +1,8 @@
-"""Prompts through an edited model, without doing again what doesn't depend on the edit.
+"""Run prompts through an edited model without repeating the work that doesn't depend on the edit.
 
-Owns what is kept of the base model (hidden states entering a few layers, the cache of the layers below) and the cache of
-the shared prefix. What doesn't fit isn't kept: passes then begin lower, and give the same numbers. Knows no responses and
-no scores.
+This module owns the kept states of the base model (the input of a few layers, and the cache of the layers below them) and the
+cache of the shared prefix. States that don't fit the budget aren't kept; passes then begin at a lower layer and give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ class EditState(Protocol):
 
     @property
     def version(self) -> int:
-        """Another number whenever the edit is another."""
+        """A number that changes whenever the edit changes."""
 
     @property
     def first_layer(self) -> int | None:
-        """The lowest layer with an edited module; None where there is none."""
+        """The lowest layer with an edited module; None without an edit."""
 
 
 @dataclass
 class KeptStates:
-    """Of a pass through the base model: {layer: what enters it (n, S, d_model)}, and the cache of the lower layers."""
+    """The kept states of a pass through the base model: {layer: its input (n, S, d_model)}, and the lower layers' cache."""
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
 
-    def at(self, start: int, rows: Tensor | None = None) -> Tensor | None:
-        """What enters layer `start`, for some rows."""
-        hidden = self.hidden.get(start)
+    def at(self, layer: int, rows: Tensor | None = None) -> Tensor | None:
+        """The input of `layer` for some rows."""
+        hidden = self.hidden.get(layer)
         return hidden if hidden is None or rows is None else hidden.index_select(0, rows.to(hidden.device))
 
-    def nbytes(self, starts: Sequence[int]) -> int:
-        """Bytes of what passes from these layers on need."""
-        hidden = sum(self.hidden[start].nbytes for start in starts if start in self.hidden)
-        return hidden + sum(map(layer_bytes, self.layers[: max(starts, default=0)]))
+    def nbytes(self, resume_layers: Sequence[int]) -> int:
+        """The bytes that passes from these layers on need."""
+        hidden = sum(self.hidden[layer].nbytes for layer in resume_layers if layer in self.hidden)
+        return hidden + sum(map(layer_bytes, self.layers[: max(resume_layers, default=0)]))
 
-    def cut(self, starts: Sequence[int]) -> None:
-        """Drop what passes from these layers on don't need."""
-        self.hidden = {start: hidden for start, hidden in self.hidden.items() if start in starts}
-        self.layers = self.layers[: max(starts, default=0)]
+    def cut(self, resume_layers: Sequence[int]) -> None:
+        """Drop all states that passes from these layers on don't need."""
+        self.hidden = {layer: hidden for layer, hidden in self.hidden.items() if layer in resume_layers}
+        self.layers = self.layers[: max(resume_layers, default=0)]
 
     @staticmethod
-    def merged(parts: list[KeptStates], starts: Sequence[int]) -> KeptStates:
-        """The rows of all parts, one after the other; `parts` is left empty, so that little is in memory twice."""
-        found = KeptStates()
-        for start in starts:
-            same = [part.hidden.pop(start) for part in parts]
-            found.hidden[start] = torch.cat(same) if len(same) > 1 else same[0]
-        # Merged even where there is one part: a sliding window's layer may be a view of all columns.
+    def merged(parts: list[KeptStates], resume_layers: Sequence[int]) -> KeptStates:
+        """The rows of all parts, one part after the other; `parts` is emptied, so that little is in memory twice."""
+        merged = KeptStates()
+        for layer in resume_layers:
+            inputs = [part.hidden.pop(layer) for part in parts]
+            merged.hidden[layer] = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+        # A single part is merged, too, because a sliding window's layer may be a view of all columns.
         for _ in range(min(len(part.layers) for part in parts)):
-            found.layers.append(merge_layer([part.layers.pop(0) for part in parts]))
+            merged.layers.append(merge_layer([part.layers.pop(0) for part in parts]))
         parts.clear()
-        return found
+        return merged
 
 
 @dataclass
 class RowGroup:
-    """Prompts that are laid out together. `rows`: their numbers in the prompt set."""
+    """Prompts that are laid out together; `rows` are their numbers in the prompt set."""
 
     rows: list[int]
     layout: Layout
@@ -82,18 +82,18 @@ class RowGroup:
 
 
 class Prefill:
-    """Prefills groups under the edit of the moment. `starts`: layers at which a pass may begin.
+    """Prefills groups under the current edit. Resume layers are the layers at which a pass may begin.
 
-    `room`: bytes that may be kept of the base model; the highest starts are dropped until that is enough. `left_out` says
-    what couldn't be kept.
+    `budget_bytes` limits the kept states of the base model; the highest resume layers are dropped until they fit. `left_out`
+    holds a sentence about everything that couldn't be kept.
     """
 
     def __init__(self, passes: Passes, edits: EditState, sharing: Sharing) -> None:
-        self.room: float = inf
+        self.budget_bytes: float = inf
         self.left_out: dict[str, str] = {}
-        self._unfit = 0
-        self._kept: list[RowGroup] = []
-        self._dropped: set[int] = set()
+        self._prompts_not_kept = 0
+        self._kept_groups: list[RowGroup] = []
+        self._dropped_layers: set[int] = set()
         self.passes = passes
         self.sharing = sharing
         self._edits = edits
@@ -103,89 +103,90 @@ class Prefill:
     def group(
         self, rows: Sequence[int], tokens: Sequence[Sequence[int]], prefix: Sequence[int], device: torch.device
     ) -> RowGroup:
-        """Lay out the prompts with numbers `rows`, whose ids are `tokens`."""
+        """Lay out the prompts numbered `rows`, whose ids are `tokens`."""
         return RowGroup(list(rows), lay_out(tokens, prefix, self.sharing, device))
 
-    def keep(self, group: RowGroup, starts: Sequence[int], batch_size: int, *, with_cache: bool) -> None:
-        """Keep what the base model computes for a group; the model must carry no edit. `with_cache`: to decode from."""
+    def keep(self, group: RowGroup, resume_layers: Sequence[int], batch_size: int, *, with_cache: bool) -> None:
+        """Keep the base model's states for a group; the model must carry no edit. Decoding needs them `with_cache`."""
         assert self._edits.first_layer is None
-        starts = sorted({start for start in starts if 0 < start <= self.passes.last_start} - self._dropped)
-        if not starts:
+        resume_layers = sorted({layer for layer in resume_layers if 0 < layer <= self.passes.last_start} - self._dropped_layers)
+        if not resume_layers:
             return
-        self._kept.append(group)
-        whole = False
+        self._kept_groups.append(group)
+        fits = False
         with contextlib.suppress(torch.OutOfMemoryError), memory_errors():
-            whole = self._keep(group, starts, batch_size, with_cache)
-        if not whole:
+            fits = self._keep(group, resume_layers, batch_size, with_cache)
+        if not fits:
             group.kept, group.prefix = KeptStates(), KeptStates()
             self.forget()
             clear_device_cache(group.layout.ids.device)
-            self._unfit += len(group.rows)
+            self._prompts_not_kept += len(group.rows)
             self.left_out["memory"] = (
-                f"the device is out of memory for keeping what the base model computes for {self._unfit} prompts, so their "
-                "passes begin at the first layer"
+                "the device is out of memory for keeping the base model's states for "
+                f"{self._prompts_not_kept} prompts, so their passes begin at the first layer"
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept of the base model."""
-        return sum(part.nbytes(list(part.hidden)) for group in self._kept for part in (group.kept, group.prefix))
+        """The bytes of the base model's states that are kept."""
+        return sum(kept.nbytes(list(kept.hidden)) for group in self._kept_groups for kept in (group.kept, group.prefix))
 
-    def _keep(self, group: RowGroup, starts: list[int], size: int, with_cache: bool) -> bool:
-        """`keep`, in chunks that are halved where they don't fit; False where one row doesn't."""
-        cache = self._prefix(group, 0, keeping=starts)
-        group.prefix.layers = [merge_layer([layer]) for layer in cache.layers[: max(starts)]] if cache is not None else []
+    def _keep(self, group: RowGroup, resume_layers: list[int], size: int, with_cache: bool) -> bool:
+        """`keep` in chunks that are halved if they don't fit; False if a single row doesn't fit."""
+        cache = self._prefix(group, 0, keeping=resume_layers)
+        lower = cache.layers[: max(resume_layers)] if cache is not None else []
+        group.prefix.layers = [merge_layer([layer]) for layer in lower]
         rows = torch.arange(len(group.rows), device=group.layout.ids.device)
-        parts: list[KeptStates] = []
+        states_by_chunk: list[KeptStates] = []
         done = 0
         while done < len(rows):
             chunk = rows[done : done + size]
-            part: KeptStates | None = None
+            states: KeptStates | None = None
             with contextlib.suppress(torch.OutOfMemoryError):
-                part = self._keep_rows(group, chunk, starts, with_cache)
-            if part is None:
+                states = self._keep_rows(group, chunk, resume_layers, with_cache)
+            if states is None:
                 clear_device_cache(rows.device)
                 if len(chunk) == 1:
                     return False
                 size = len(chunk) // 2
                 continue
-            if not parts:
-                starts = self._fitting(group, starts, part, len(rows) / len(chunk))
-                if not starts:
+            if not states_by_chunk:
+                resume_layers = self._fitting(group, resume_layers, states, len(rows) / len(chunk))
+                if not resume_layers:
                     return True
-            part.cut(starts)
-            parts.append(part)
+            states.cut(resume_layers)
+            states_by_chunk.append(states)
             done += len(chunk)
-        group.kept = KeptStates.merged(parts, starts)
+        group.kept = KeptStates.merged(states_by_chunk, resume_layers)
         return True
 
-    def _keep_rows(self, group: RowGroup, rows: Tensor, starts: Sequence[int], with_cache: bool) -> KeptStates:
-        part = KeptStates()
-        with self.passes.keeping(starts, part.hidden):
+    def _keep_rows(self, group: RowGroup, rows: Tensor, resume_layers: Sequence[int], with_cache: bool) -> KeptStates:
+        kept = KeptStates()
+        with self.passes.keeping(resume_layers, kept.hidden):
             _, cache = self._suffix(group, rows, 0, keep_cache=with_cache)
-        part.layers = cache.layers[: max(starts)] if cache is not None and with_cache else []
-        return part
+        kept.layers = cache.layers[: max(resume_layers)] if cache is not None and with_cache else []
+        return kept
 
-    def _fitting(self, group: RowGroup, starts: list[int], part: KeptStates, times: float) -> list[int]:
-        """The starts for which there is room, `part` being what the group's rows take divided by `times`."""
-        starts = list(starts)
-        others = [kept for other in self._kept if other is not group for kept in (other.kept, other.prefix)]
+    def _fitting(self, group: RowGroup, resume_layers: list[int], states: KeptStates, times: float) -> list[int]:
+        """The resume layers that fit the budget if the group's rows take `times` the bytes of `states`."""
+        resume_layers = list(resume_layers)
+        others = [kept for other in self._kept_groups if other is not group for kept in (other.kept, other.prefix)]
 
         def needed() -> float:
-            return part.nbytes(starts) * times + sum(kept.nbytes(starts) for kept in (group.prefix, *others))
+            return states.nbytes(resume_layers) * times + sum(kept.nbytes(resume_layers) for kept in (group.prefix, *others))
 
-        while starts and needed() > self.room:
-            self._dropped.add(starts.pop())
-            self.left_out["room"] = (
-                f"the base model's states at layers {sorted(self._dropped)} take more than is left of "
+        while resume_layers and needed() > self.budget_bytes:
+            self._dropped_layers.add(resume_layers.pop())
+            self.left_out["budget"] = (
+                f"the base model's states at layers {sorted(self._dropped_layers)} take more than the rest of "
                 "efficiency.max_kept_mb, so no pass begins there"
             )
         for kept in (group.prefix, *others):
-            kept.cut(starts)
-        return starts
+            kept.cut(resume_layers)
+        return resume_layers
 
     def __call__(self, group: RowGroup, rows: Tensor, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
-        """Logits of the first response token (n, vocabulary) of some of a group's rows, and the cache after the prompts."""
+        """The first response token's logits (n, vocabulary) for some of a group's rows, and the cache after the prompts."""
         start = self._start(group)
         logits, cache = self._suffix(group, rows, start, keep_cache=keep_cache)
         if cache is None or not keep_cache:
@@ -205,9 +206,9 @@ class Prefill:
         return max(below, default=0)
 
     def _prefix(self, group: RowGroup, start: int, *, keeping: Sequence[int] = ()) -> Cache | None:
-        """The cache of the group's prefix rows under this edit; shared between groups that begin alike.
+        """The cache of the group's prefix rows under this edit; groups that begin alike share it.
 
-        `keeping`: layers whose input is kept on the way, in `group.prefix`.
+        The inputs of the layers in `keeping` are kept on the way, in `group.prefix`.
         """
         layout = group.layout
         if not layout.prefix_length:
@@ -227,7 +228,7 @@ class Prefill:
     def _prefix_rows(
         self, group: RowGroup, rows: Tensor, start: int, keeping: Sequence[int]
     ) -> tuple[Cache, dict[int, Tensor]]:
-        """A cache of some prefix rows, and what entered the layers `keeping`; rows that don't fit together are fed apart."""
+        """The cache of some prefix rows, and the inputs of the layers `keeping`; rows that don't fit together are fed apart."""
         layout = group.layout
         hidden: dict[int, Tensor] = {}
         cache: Cache | None = None
@@ -243,18 +244,18 @@ class Prefill:
         clear_device_cache(rows.device)
         parts = [self._prefix_rows(group, half, start, keeping) for half in rows.split((len(rows) + 1) // 2)]
         caches, hiddens = zip(*parts, strict=True)
-        # Layers below `start` did nothing, and what is kept of them takes their place.
+        # Layers below `start` did nothing; their kept states take their place.
         merged = [merge_layer(same) for same in zip(*(cache.layers[start:] for cache in caches), strict=True)]
         return (
             with_layers(caches[0], [*caches[0].layers[:start], *merged]),
-            {at: torch.cat([hidden[at] for hidden in hiddens]) for at in keeping},
+            {layer: torch.cat([hidden[layer] for hidden in hiddens]) for layer in keeping},
         )
 
     def _suffix(self, group: RowGroup, rows: Tensor, start: int, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
         layout = group.layout
         cache = self._prefix(group, start)
         if cache is not None:
-            # Layers below `start` only tell the length of what is cached; they are not read.
+            # Layers below `start` only tell how many tokens are cached; they are not read.
             cache = select_rows(cache, layout.prefix_of[rows], first=start)
         with self.passes.starting_at(start, group.kept.at(start, rows)):
             logits, cache = self.passes(layout.ids[rows], layout.mask[rows], cache, keep_cache=keep_cache)
@@ -262,17 +263,18 @@ class Prefill:
 
 
 def resume_layers(firsts: Sequence[int], count: int = 4) -> tuple[int, ...]:
-    """At most `count` layers to keep hidden states at, given the first edited layers that trials are likely to have.
+    """At most `count` resume layers, given the first edited layers that trials are likely to have.
 
-    Greedy: each one saves the most of what is left. Four at most: keeping all would be gigabytes at 8B (DESIGN §5.2).
+    Each layer is chosen greedily to save the most remaining work. By default there are at most four, because the states at all
+    layers would take gigabytes at 8B (docs/design.md §5.2).
     """
     chosen: list[int] = []
 
-    def skipped(starts: Sequence[int]) -> int:
-        return sum(max((start for start in starts if start <= first), default=0) for first in firsts)
+    def skipped(layers: Sequence[int]) -> int:
+        return sum(max((layer for layer in layers if layer <= first), default=0) for first in firsts)
 
     while len(chosen) < count:
-        best = max(set(firsts) | {0}, key=lambda start: (skipped([*chosen, start]), -start))
+        best = max(set(firsts) | {0}, key=lambda layer: (skipped([*chosen, layer]), -layer))
         if skipped([*chosen, best]) <= skipped(chosen):
             break
         chosen.append(best)

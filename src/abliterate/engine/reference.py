@@ -1,6 +1,6 @@
-"""The slow, plain way to observe a model: one `model.generate` per batch and prompt set.
+"""The reference engine observes a model the slow, plain way: one `model.generate` per batch and prompt set.
 
-Every faster way must give the same numbers as this one (DESIGN §5).
+Every faster way must give the same numbers as this one (docs/design.md §5).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ReferenceEngine:
         self.check = check
 
     def observe(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], progress: Progress) -> Observation:
-        """Harmless prompts first (KL is cheap), then the responses to the harmful ones.
+        """Run the harmless prompts first (KL is cheap), then generate the responses to the harmful prompts.
 
         `progress(done, total)` counts prompts of both sets.
         """
@@ -60,10 +60,10 @@ class ReferenceEngine:
         """Log-softmax of the raw logits of the first response token, (n_prompts, vocabulary) float32 on the device."""
         counted = _Counter(len(prompts), progress, self.check)
 
-        def work(part: Sequence[Prompt]) -> Sequence[Tensor]:
-            output = self._generate(part, 1, output_logits=True, return_dict_in_generate=True)
+        def work(batch: Sequence[Prompt]) -> Sequence[Tensor]:
+            output = self._generate(batch, 1, output_logits=True, return_dict_in_generate=True)
             rows = output.logits[0].float().log_softmax(dim=-1)
-            counted.add(len(part))
+            counted.add(len(batch))
             return rows.unbind()
 
         return torch.stack(self._prefills.run(prompts, work))
@@ -72,13 +72,13 @@ class ReferenceEngine:
     def respond(
         self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
     ) -> list[Response] | None:
-        """The greedy responses. Never None: it knows no `limit` at which a trial could stop."""
+        """The greedy responses, never None: the reference ignores the `limit` at which a trial could be pruned."""
         counted = _Counter(len(prompts), progress, self.check)
 
-        def work(part: Sequence[Prompt]) -> Sequence[Response]:
-            ids = self.generate_ids(part, self.max_new_tokens)
-            counted.add(len(part))
-            opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in part]
+        def work(batch: Sequence[Prompt]) -> Sequence[Response]:
+            ids = self.generate_ids(batch, self.max_new_tokens)
+            counted.add(len(batch))
+            opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in batch]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
         return self._decodes.run(prompts, work)
@@ -87,7 +87,7 @@ class ReferenceEngine:
     def generate_ids(
         self, prompts: Sequence[Prompt], max_new_tokens: int, after_token: Callable[[], None] | None = None
     ) -> list[list[int]]:
-        """Generated ids of one batch, the prompt's not included; padded after each row's end.
+        """The generated ids of one batch without the prompts' ids, padded after each row's end.
 
         `after_token` is called after every token of the batch.
         """
@@ -99,35 +99,35 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def raw_logits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
-        """Generated ids (n, T) of one batch, padded after each row's end, and their raw logits (n, T, vocabulary)."""
+        """The generated ids (n, T) of one batch, padded after each row's end, and their raw logits (n, T, vocabulary)."""
         output = self._generate(prompts, max_new_tokens, output_logits=True, return_dict_in_generate=True)
         logits = torch.stack(output.logits, dim=1)
         return output.sequences[:, -logits.shape[1] :], logits
 
     def answers(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Answer]:
-        """The greedy answers with their ids, each whole: up to its end token or the length limit."""
+        """The whole greedy answers with their ids, up to the end token or the length limit."""
         counted, ends = _Counter(len(prompts), progress, self.check), end_ids(self.model)
 
-        def work(part: Sequence[Prompt]) -> Sequence[Answer]:
-            found = []
-            for prompt, row in zip(part, self.generate_ids(part, self.max_new_tokens), strict=True):
-                length = next((at + 1 for at, token in enumerate(row) if token in ends), 0)
+        def work(batch: Sequence[Prompt]) -> Sequence[Answer]:
+            answers = []
+            for prompt, row in zip(batch, self.generate_ids(batch, self.max_new_tokens), strict=True):
+                length = next((index + 1 for index, token in enumerate(row) if token in ends), 0)
                 ids = tuple(row[:length] if length else row)
                 is_open = self.reader.starts_open(self.chat.tail(prompt))
-                found.append(Answer(ids, bool(length), self.reader.read(ids, starts_open=is_open)))
-            counted.add(len(part))
-            return found
+                answers.append(Answer(ids, bool(length), self.reader.read(ids, starts_open=is_open)))
+            counted.add(len(batch))
+            return answers
 
         return self._decodes.run(prompts, work)
 
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Responses with their special tokens, up to the end of the turn: what a response prefix is found in."""
+        """Responses with their special tokens, up to the end of the turn; the response prefix is detected in them."""
         ends = end_ids(self.model)
 
-        def work(part: Sequence[Prompt]) -> Sequence[str]:
-            rows = self.generate_ids(part, self.max_new_tokens)
-            kept = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
-            return [self.chat.decode(list(row), skip_special_tokens=False) for row in kept]
+        def work(batch: Sequence[Prompt]) -> Sequence[str]:
+            rows = self.generate_ids(batch, self.max_new_tokens)
+            cut_rows = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
+            return [self.chat.decode(list(row), skip_special_tokens=False) for row in cut_rows]
 
         return self._decodes.run(prompts, work)
 
@@ -150,20 +150,20 @@ def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConf
 
 
 def end_ids(model: PreTrainedModel) -> set[int]:
-    """Tokens that end a response."""
+    """The tokens that end a response."""
     config = model.generation_config
     ends = config.eos_token_id if config is not None else None
     return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
 
 
 class _Never(StoppingCriteria):
-    """Stops nothing, and tells that a token has come."""
+    """Never stops; calls `after_token` after every token."""
 
-    def __init__(self, tell: Callable[[], None]) -> None:
-        self._tell = tell
+    def __init__(self, after_token: Callable[[], None]) -> None:
+        self._after_token = after_token
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        self._tell()
+        self._after_token()
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 

@@ -21,7 +21,7 @@ from abliterate.scorers.base import Response, ResponseStream
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer: `ids` up to the length limit or its end token, which is the last one where it `ended`."""
+    """One greedy answer. `ids` go up to the length limit or, if the answer `ended`, up to and including its end token."""
 
     ids: tuple[int, ...]
     ended: bool
@@ -37,20 +37,20 @@ _UNFINISHED = "\ufffd"
 
 
 class TextStream:
-    """One row's text. Special tokens are kept: thinking blocks may be made of them."""
+    """The text of one row. Special tokens are kept, because thinking blocks may be made of them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, byte_ids: Set[int] = frozenset()) -> None:
         self._tokenizer = tokenizer
         self._byte_ids = byte_ids
         self._ids: list[int] = []
-        self._before = 0  # where the context begins, and where what is not given out yet begins
-        self._given = 0
+        self._before = 0  # where the context (the piece before) begins
+        self._given = 0  # where the tokens begin whose text hasn't been returned yet
         self._context = ""
 
     def feed(self, ids: Sequence[int]) -> str:
-        """The text that `ids` add; empty while they end within a character."""
+        """The text that `ids` add; it is empty while they end within a character."""
         self._ids.extend(ids)
-        # A run of byte tokens is decoded as one: a bad byte turns the good ones before it into replacement characters.
+        # A run of byte tokens is decoded as one, because a bad byte turns the good bytes before it into replacement characters.
         if not self._ids or self._ids[-1] in self._byte_ids:
             return ""
         text = self._decode(self._before)
@@ -62,7 +62,7 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What wasn't given out yet, finished or not: nothing comes after it."""
+        """The text that hasn't been returned yet, whether its last character is complete or not; no token comes after it."""
         return self._decode(self._before)[len(self._context) :]
 
     def _decode(self, start: int) -> str:
@@ -70,22 +70,22 @@ class TextStream:
 
 
 def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of byte-fallback tokens (`<0x00>` …); none for byte-level vocabularies."""
+    """The ids of byte-fallback tokens (`<0x00>` …); byte-level vocabularies have none."""
     names = [f"<0x{byte:02X}>" for byte in range(256)]
-    found = tokenizer.convert_tokens_to_ids(names)
-    assert isinstance(found, list)
-    return frozenset(token for token in found if token is not None and token != tokenizer.unk_token_id)
+    ids = tokenizer.convert_tokens_to_ids(names)
+    assert isinstance(ids, list)
+    return frozenset(token for token in ids if token is not None and token != tokenizer.unk_token_id)
 
 
 class VisibleText:
-    """What lies outside thinking blocks, without the tags around an answer, piece by piece.
+    """The text outside thinking blocks, without the tags around an answer, piece by piece.
 
-    `is_open`: it begins within a block.
+    `is_open` means that the text begins within a thinking block.
     """
 
     def __init__(self, markup: Markup, *, is_open: bool = False) -> None:
         self._markup = markup
-        # Within a block only its own closing counts; one that the prompt opened is closed by any.
+        # Within a block only its own closing tag counts; a block that the prompt opened is closed by any closing tag.
         self._closings = tuple(block.closing for block in markup.blocks) if is_open else ()
         self._held = ""
 
@@ -95,29 +95,29 @@ class VisibleText:
         return bool(self._closings)
 
     def feed(self, piece: str, *, last: bool = False) -> str:
-        """The visible part of what is certain now; the end of a piece is held back where it may begin a tag."""
+        """The visible part of the text that is certain now; the end of a piece is held back if it may begin a tag."""
         return "".join(text for thinking, text in self.parts(piece, last=last) if not thinking)
 
     def parts(self, piece: str, *, last: bool = False) -> list[tuple[bool, str]]:
-        """(whether it lies in a thinking block, text) of what is certain now, in order, tags left out."""
+        """The text that is certain now as (whether it lies in a thinking block, text), in order, without tags."""
         text = self._held + piece
         shown: list[tuple[bool, str]] = []
-        # Nearly every piece, so first: nothing in it can begin a tag.
+        # Checked first, because in nearly every piece no character can begin a tag.
         if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
             self._held = ""
             return [(self.is_open, text)]
         while True:
             wanted = self._closings or self._markup.tags
-            place, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
-            if place < 0:
+            position, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
+            if position < 0:
                 break
-            shown.append((self.is_open, text[:place]))
+            shown.append((self.is_open, text[:position]))
             if not self._closings:
-                # None of an answer's own tags: those only vanish.
+                # The tags around an answer open no block; they only vanish.
                 self._closings = tuple(block.closing for block in self._markup.blocks if block.opening == tag)
             else:
                 self._closings = ()
-            text = text[place + len(tag) :]
+            text = text[position + len(tag) :]
         held = 0 if last else overlap(text, wanted)
         self._held = text[len(text) - held :]
         shown.append((self.is_open, text[: len(text) - held]))
@@ -134,25 +134,25 @@ def _has_one_of(text: str, letters: frozenset[str]) -> bool:
 
 
 class ResponseReader:
-    """Decodes generated ids, with the markup that the settings name.
+    """Decodes generated ids with the markup that the settings name.
 
-    A response is what lies outside thinking blocks, without the tags around an answer. It only grows with more tokens:
-    what was visible stays visible, so a marker that was seen is a marker of the whole response.
+    A response is the text outside thinking blocks, without the tags around an answer. It only grows with more tokens:
+    visible text stays visible, so a marker that was seen is a marker of the whole response.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, markup: Markup) -> None:
         self.markup = markup
         self._tokenizer = tokenizer
-        # Decoders that tidy up spaces look ahead: their pieces are not those of the whole.
+        # Decoders that tidy up spaces look ahead, so their pieces are not the pieces of the whole text.
         self.tidies = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._byte_ids = byte_ids(tokenizer)
-        # Those that `skip_special_tokens` skips: more than the ones with a role.
+        # All tokens that `skip_special_tokens` skips, which are more than the tokens with a role.
         added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def starts_open(self, tail: str) -> bool:
-        """Whether a rendered prompt ends inside a thinking block. `tail`: what stands after the user's text."""
+        """Whether a rendered prompt ends inside a thinking block; `tail` is its part after the user's text."""
         return self.markup.open_block(tail) is not None
 
     def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
@@ -175,7 +175,7 @@ class ResponseReader:
 
 
 class GrowingResponse:
-    """Ids in, as they are generated; says when the stream is settled. `text` None: only wholes can be read."""
+    """Takes ids as they are generated and tells when the stream is decided; without `text` it is never decided early."""
 
     def __init__(
         self, text: TextStream | None, visible: VisibleText, cleaned: Callable[[str], str], stream: ResponseStream
@@ -186,7 +186,7 @@ class GrowingResponse:
         self._stream = stream
 
     def feed(self, ids: Sequence[int]) -> bool:
-        """Whether the stream is settled by what is certain of the response now."""
+        """Take more ids; return whether the certain part of the response decides the stream."""
         if self._text is None:
             return False
         piece = self._visible.feed(self._text.feed(ids))

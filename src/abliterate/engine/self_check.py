@@ -1,7 +1,7 @@
-"""The engine checks itself: on a few prompts, under an edit, against `generate` and against the plain full sequence.
+"""The engine checks itself on a few prompts, under an edit, against `generate` and against the plain full sequence.
 
-Compared teacher-forced: two correct ways may choose another token where two are nearly equal, and then differ in all that
-follows.
+The comparison is teacher-forced: two correct ways may choose different tokens where two are nearly equal, and would then
+differ in everything that follows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS = 4
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What an engine is made of and prepared with; `room`: bytes it may keep of the base model."""
+    """Everything an engine is made of and prepared with; it may keep `budget_bytes` of the base model's states."""
 
     reference: ReferenceEngine
     layers: torch.nn.ModuleList
@@ -37,21 +37,21 @@ class EngineSetup:
     early: EarlyScorer | None
     harmful: Sequence[Prompt]
     harmless: Sequence[Prompt]
-    starts: Sequence[int]
-    room: float = inf
+    resume_layers: Sequence[int]
+    budget_bytes: float = inf
 
     def engine(self, switches: EfficiencySettings) -> TrialEngine:
         """A prepared engine; the model must carry no edit."""
         engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early)
-        engine.prepare(self.harmful, self.harmless, self.starts, self.room)
+        engine.prepare(self.harmful, self.harmless, self.resume_layers, self.budget_bytes)
         return engine
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Largest expected difference of log-probabilities: of the engine from the reference, and what is allowed.
+    """The largest expected difference of log-probabilities between engine and reference, and the allowed difference.
 
-    `noise`: of the reference with pads from that without; `doubtful`: it is more than rounding explains.
+    `noise` is the same difference between the reference with pads and without; it is `doubtful` if rounding can't explain it.
     """
 
     difference: float
@@ -74,8 +74,8 @@ def trusted_engine(
 ) -> Engine:
     """The fastest engine that agrees with the reference under the edit that `edited` makes and `clear` undoes.
 
-    Mechanisms that could give other numbers are left out one after the other, with a warning each; in the end the
-    reference itself is used.
+    Mechanisms that could change the numbers are left out one after the other, each with a warning; the last resort is the
+    reference itself.
     """
     if not switches.use_trial_engine:
         return setup.reference
@@ -86,35 +86,35 @@ def trusted_engine(
             engine = setup.engine(attempt)
             edited()
             verdict = check(engine, setup)
-            found = (
+            fault = (
                 ""
                 if verdict.ok
                 else f"differs from the reference by {verdict.difference:.1e} ({verdict.allowed:.1e} is allowed)"
             )
-        except Unsupported as error:  # whatever is left out
+        except Unsupported as error:  # leaving mechanisms out wouldn't help
             warn(f"The trial engine can't be used: {error}.")
             break
-        # An unknown model's code may fail in any way on a path of ours; the reference then still works.
+        # An unknown model's code may fail in any way on the engine's path; the reference still works then.
         except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
-            found = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            fault = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
         finally:
             clear()
-        if engine is not None and not found:
+        if engine is not None and not fault:
             if verdict.doubtful:
                 warn(
                     f"The model's own answers depend on how prompts are padded (by {verdict.noise:.1e}), so scores depend on "
-                    "the batch size; give prompts of like lengths, or --batch-size 1."
+                    "the batch size; give prompts of similar lengths, or --batch-size 1."
                 )
             return engine
         engine = None
-        clear_device_cache(setup.reference.chat.device)  # what was kept may be what doesn't fit
-        warn(f"The trial engine{without} {found}; a slower way is tried.")
+        clear_device_cache(setup.reference.chat.device)  # the kept states may be the reason for running out of memory
+        warn(f"The trial engine{without} {fault}; a slower way is tried.")
     warn("Trials are evaluated by the reference, which is slower and gives the same numbers.")
     return setup.reference
 
 
-# What may give other numbers, by what a person calls it; in the order in which it is left out. Drafts and a shared prefix both
-# need columns of the cache that may be masked anywhere.
+# The mechanisms that could change the numbers, with the names that a user reads, in the order in which they are left out.
+# Drafts and a shared prefix both need a cache whose columns may be masked anywhere.
 _DOUBTFUL = {"use_drafts": "drafts", "use_shared_prefix": "the shared prefix", "use_layer_skip": "layer skip"}
 _LEFT_OUT = (("use_drafts",), ("use_drafts", "use_shared_prefix"), ("use_layer_skip",), tuple(_DOUBTFUL))
 
@@ -132,36 +132,40 @@ def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings
 
 @torch.inference_mode()
 def check(engine: TrialEngine, setup: EngineSetup) -> Verdict:
-    """Compare on a few prompts of each set, short and long ones; fewer at a time where they don't fit together."""
+    """Compare on a few short and long prompts of each set; they are split if they don't fit into memory together."""
     chat = setup.reference.chat
-    harmful, harmless = (_spread([len(chat.token_ids(prompt)) for prompt in part]) for part in (setup.harmful, setup.harmless))
+    harmful, harmless = (
+        _spread([len(chat.token_ids(prompt)) for prompt in prompts]) for prompts in (setup.harmful, setup.harmless)
+    )
     dtype, difference, noise = _apart(chat.device, lambda rows: _compare_responses(engine, setup, rows), harmful)
     _, first, _ = _apart(chat.device, lambda rows: _compare_first(engine, setup, rows), harmless)
-    # Rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded, or a
-    # reference that contradicts itself would let anything pass.
+    # The floor is rounding on the way through the layers; a mistake gives differences of order 0.1 to 10. The noise is bounded,
+    # because a reference that contradicts itself would let anything pass.
     floor, ceiling = (1e-4, 1e-3) if dtype == torch.float32 else (8 * torch.finfo(dtype).eps, 0.3)
     return Verdict(max(difference, first), min(max(3 * noise, floor), ceiling), noise, 3 * noise > ceiling)
 
 
-# The dtype of the logits, the engine's difference from the reference, and the reference's own between two ways.
+# The dtype of the logits, the engine's difference from the reference, and the reference's own between pads and no pads.
 Compared = tuple[torch.dtype, float, float]
 
 
 def _apart(device: torch.device, compare: Callable[[list[int]], Compared], rows: list[int]) -> Compared:
-    """The worst of `compare` on all rows at once, or where memory doesn't allow that on each half of them."""
-    found: Compared | None = None
+    """The worst result of `compare`, on all rows at once or, if memory doesn't allow that, on each half of them."""
+    compared: Compared | None = None
     try:
         with memory_errors():
-            found = compare(rows)
+            compared = compare(rows)
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
     # Outside the `except` block: inside it the traceback keeps the rows' tensors alive.
-    if found is not None:
-        return found
+    if compared is not None:
+        return compared
     clear_device_cache(device)
     half = len(rows) // 2
-    dtypes, differences, noises = zip(*(_apart(device, compare, part) for part in (rows[:half], rows[half:])), strict=True)
+    dtypes, differences, noises = zip(
+        *(_apart(device, compare, half_rows) for half_rows in (rows[:half], rows[half:])), strict=True
+    )
     return dtypes[0], max(differences), max(noises)
 
 
@@ -181,16 +185,16 @@ def _compare_first(engine: TrialEngine, setup: EngineSetup, rows: list[int]) -> 
     return expected.dtype, distance(expected, engine.some_first_logprobs(setup.harmless, rows)), 0.0
 
 
-def distance(expected: Tensor, found: Tensor) -> float:
-    """Largest Σ p |log p − log q| over rows (…, vocabulary) of logits: the expected difference of log-probabilities."""
-    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, found))
+def distance(expected: Tensor, actual: Tensor) -> float:
+    """The largest Σ p |log p − log q| over rows (…, vocabulary) of logits: the expected difference of log-probabilities."""
+    p, q = (logits.float().log_softmax(dim=-1) for logits in (expected, actual))
     terms = torch.where(p == -torch.inf, torch.zeros_like(p), p.exp() * (p - q).abs())
     worst = terms.sum(dim=-1).max()
     return float(worst) if torch.isfinite(worst) else float("inf")
 
 
 def _plain_logits(reference: ReferenceEngine, prompt: Prompt, tokens: Tensor) -> Tensor:
-    """Logits (T, vocabulary) of one row as a whole sequence: no pads, no cache."""
+    """The logits (T, vocabulary) of one row, fed as a whole sequence without pads and cache."""
     ids = torch.tensor([reference.chat.token_ids(prompt)], device=tokens.device)
     whole = torch.cat([ids, tokens[None, :-1]], dim=1)
     logits: Tensor = reference.model(input_ids=whole, use_cache=False).logits
@@ -198,7 +202,7 @@ def _plain_logits(reference: ReferenceEngine, prompt: Prompt, tokens: Tensor) ->
 
 
 def _spread(lengths: Sequence[int]) -> list[int]:
-    """Rows from the shortest to the longest prompt, in even steps."""
+    """A few rows from the shortest to the longest prompt, in even steps."""
     rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
     count = min(ROWS, len(rows))
     return [rows[round(step * (len(rows) - 1) / max(1, count - 1))] for step in range(count)]

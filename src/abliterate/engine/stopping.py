@@ -1,4 +1,4 @@
-"""What decoding is watched for: decided responses, enough refusals to stop, and where responses diverge."""
+"""When decoding stops: a response is decided, enough refusals prune the trial, or the responses have diverged."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from abliterate.scorers.base import EarlyScorer, Response
 
 
 class StopWhenDecided:
-    """Settles a row at a confirmed marker, at the end of its turn, or at the length limit; never by how it looks.
+    """Finishes a row at a confirmed marker, at the end of its turn, or at the length limit; never by how it looks.
 
-    `opens`: per row, whether its prompt ends inside a thinking block. Without an `early` scorer nothing but an end
-    settles. Satisfied once `limit` rows count.
+    `opens` tells for each row whether its prompt ends inside a thinking block. Without an `early` scorer only the end of the
+    turn or the length limit finishes a row. Decoding is over once `limit` rows count.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class StopWhenDecided:
 
     @property
     def satisfied(self) -> bool:
-        """See `Watch.satisfied`."""
+        """Whether `limit` rows count."""
         return self._limit is not None and self._total >= self._limit
 
     def begin(self, rows: Sequence[int]) -> None:
-        """These rows are decoded from their start; what was seen of them before is void."""
+        """Begin these rows from their start; everything seen of them before is void."""
         for row in rows:
             self.ids[row] = []
             self.responses.pop(row, None)
@@ -54,20 +54,20 @@ class StopWhenDecided:
                 self._growing[row] = self._reader.watch(self._early.stream(), starts_open=self._opens[row])
 
     def look(self, row: int, tokens: Sequence[int]) -> bool:
-        """See `Watch.look`."""
+        """Take the next tokens of a row; return whether the row is finished."""
         ids = self.ids[row]
-        end = next((place + 1 for place, token in enumerate(tokens) if token in self._ends), None)
+        end = next((index + 1 for index, token in enumerate(tokens) if token in self._ends), None)
         new = tokens[: min(end or len(tokens), self._max_new_tokens - len(ids))]
         ids.extend(new)
         if end is not None or len(ids) >= self._max_new_tokens:
-            return self._settle(row, certain=True)
-        # The pieces only say when to look; what counts is the response read as a whole.
-        return self._early is not None and self._growing[row].feed(new) and self._settle(row, certain=False)
+            return self._finish(row, ended=True)
+        # The pieces only tell when to look; the decision is made on the response read as a whole.
+        return self._early is not None and self._growing[row].feed(new) and self._finish(row, ended=False)
 
-    def _settle(self, row: int, *, certain: bool) -> bool:
+    def _finish(self, row: int, *, ended: bool) -> bool:
         response = self._reader.read(self.ids[row], starts_open=self._opens[row])
         counts = self._early is not None and self._early.counts(response)
-        if not (certain or counts):
+        if not (ended or counts):
             return False
         self.responses[row], self.counts[row] = response, counts
         self._total += counts
@@ -76,7 +76,7 @@ class StopWhenDecided:
 
 
 class StopWhenDiverged:
-    """Satisfied once the common start of all responses can't change any more."""
+    """Ends decoding once the common start of all responses can no longer change."""
 
     def __init__(self, chat: PromptEncoder, ends: Set[int], markup: Markup) -> None:
         self._chat = chat
@@ -87,15 +87,15 @@ class StopWhenDiverged:
         self._batch: tuple[int, ...] = ()
 
     def begin(self, rows: Sequence[int]) -> None:
-        """These rows are decoded together now."""
+        """Begin these rows, which are decoded together."""
         self._batch = tuple(rows)
         for row in rows:
             self._ids[row] = []
             self._ended.discard(row)
 
     def look(self, row: int, tokens: Sequence[int]) -> bool:
-        """See `Watch.look`."""
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        """Take the next tokens of a row; return whether its turn has ended."""
+        end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
         self._ids[row].extend(tokens[:end])
         if end is not None:
             self._ended.add(row)
@@ -103,15 +103,15 @@ class StopWhenDiverged:
 
     @property
     def satisfied(self) -> bool:
-        """Whether two of the responses decoded together differ, and each is longer than what they share."""
-        # A character whose bytes are not all there yet is no difference.
+        """Whether two of the responses decoded together differ, and each is longer than their common start."""
+        # A character whose bytes haven't all come yet is no difference.
         texts = {row: self.text(row).rstrip("\ufffd") for row in self._batch}
         start = os.path.commonprefix(list(texts.values()))
         following = {text[len(start) : len(start) + 1] for text in texts.values()}
         fixed = len(following) > 1 and ("" not in following or any(texts[row] == start for row in self._ended))
         whole = len(self._markup.without_partial(start))
         return fixed and all(
-            # Nor may it be open whether a response begins with a thinking block.
+            # It must also be certain whether a response begins with a thinking block.
             row in self._ended or (text.rstrip() != start.rstrip() and not self._markup.may_open(text[whole:]))
             for row, text in texts.items()
         )

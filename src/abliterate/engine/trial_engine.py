@@ -1,7 +1,7 @@
-"""The trial engine: the reference's numbers with most of its work left out (DESIGN §5). Knows no Optuna.
+"""The trial engine gives the reference's numbers and leaves out most of its work (docs/design.md §5).
 
-Every mechanism has a switch. What a model's cache can't do is left off and said; how the numbers are made is then the
-plain way, never another number.
+Every mechanism has a switch. A mechanism that a model's cache doesn't support stays off and is reported; the numbers are then
+computed the plain way and stay the same.
 """
 
 from __future__ import annotations
@@ -30,20 +30,21 @@ from abliterate.types import Prompt
 
 
 class Unsupported(Exception):
-    """What the engine needs of a model and can't have."""
+    """The model lacks something that the engine needs."""
 
 
-# Rows of the first chunk beyond the r* that it takes to stop a trial: some of the hardest prompts may comply.
+# Rows of the first chunk beyond the r* that prune a trial, because some of the hardest prompts may comply.
 MARGIN = 4
-# Tokens after which a chunk waits for the others: refusals are mostly confirmed by then.
+# Tokens after which a chunk waits for the others; most refusals are confirmed by then.
 PAUSE = 24
 
 
 @dataclass
 class _PromptSet:
-    """A prompt set as token rows: its groups, and which prompts end inside a thinking block.
+    """A prompt set as token rows.
 
-    How often each prompt's response was decided, and counted: [counted, decided]. What was said before, if that helps.
+    `opens` tells which prompts end inside a thinking block; `history` holds [times counted, times decided] for each prompt's
+    responses; `drafts` remembers earlier responses if drafting is on.
     """
 
     groups: list[RowGroup]
@@ -52,18 +53,18 @@ class _PromptSet:
     drafts: Drafts | None
 
     def hardness(self, row: int) -> float:
-        """Estimated share of trials in which the response counts."""
+        """The estimated share of trials in which the response counts."""
         counted, decided = self.history[row]
         return (counted + 1) / (decided + 2)
 
 
 class TrialEngine:
-    """Observes the model of `reference` under the edit of the moment (`edits`).
+    """Observes the model of `reference` under the current edit (`edits`).
 
-    `early`: the scorer that lets responses end early, if all scorers allow that.
+    `early` is the scorer that lets responses end early, if all scorers allow that.
 
     Raises:
-        Unsupported: rows of the model's cache can't be selected; only the reference can be used.
+        Unsupported: rows of the model's cache can't be selected, so only the reference can be used.
     """
 
     def __init__(
@@ -82,9 +83,9 @@ class TrialEngine:
         self._prefills, self._decodes = batches_of_trials(
             reference.sizes, self.chat.device, recover=switches.use_memory_recovery
         )
-        able = self._examine()
-        self.sharing: Sharing = able if switches.use_shared_prefix else "none"
-        self.drafting = switches.use_drafts and able == "between" and self.passes.takes_positions
+        possible = self._examine()
+        self.sharing: Sharing = possible if switches.use_shared_prefix else "none"
+        self.drafting = switches.use_drafts and possible == "between" and self.passes.takes_positions
         self._prefill = Prefill(self.passes, edits, self.sharing)
         self.left_out = self._prefill.left_out
         self._ends = end_ids(reference.model)
@@ -99,140 +100,146 @@ class TrialEngine:
         self._prefix: list[int] = []
 
     @torch.inference_mode()
-    def prepare(self, harmful: Sequence[Prompt], harmless: Sequence[Prompt], starts: Sequence[int], room: float = inf) -> None:
-        """Lay out both sets and keep what the base model computes; the model must carry no edit.
+    def prepare(
+        self,
+        harmful: Sequence[Prompt],
+        harmless: Sequence[Prompt],
+        resume_layers: Sequence[int],
+        budget_bytes: float = inf,
+    ) -> None:
+        """Lay out both sets and keep the base model's states; the model must carry no edit.
 
-        `starts`: layers at which a trial's passes may begin; `room`: bytes that may be kept.
+        A trial's passes may begin at `resume_layers`; at most `budget_bytes` are kept.
         """
-        self._prefill.room = room
+        self._prefill.budget_bytes = budget_bytes
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
         for prompts, with_cache, batches in ((harmful, True, self._decodes), (harmless, False, self._prefills)):
-            found = self._lay_out(prompts, together=with_cache)
+            prompt_set = self._lay_out(prompts, together=with_cache)
             if self._switches.use_layer_skip:
-                for group in found.groups:
-                    self._prefill.keep(group, starts, batches.affordable(), with_cache=with_cache)
-            self._sets[(with_cache, tuple(prompts))] = found
+                for group in prompt_set.groups:
+                    self._prefill.keep(group, resume_layers, batches.affordable(), with_cache=with_cache)
+            self._sets[(with_cache, tuple(prompts))] = prompt_set
 
     @torch.inference_mode()
     def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
-        """See `ReferenceEngine.first_logprobs`: one prefill, and no cache unless the switch says so."""
+        """The log-probabilities of `ReferenceEngine.first_logprobs` by one prefill, without a cache unless the switch asks."""
         return self.some_first_logprobs(prompts, range(len(prompts)), progress)
 
     @torch.inference_mode()
     def some_first_logprobs(
         self, prompts: Sequence[Prompt], rows: Sequence[int], progress: Progress = lambda done, total: None
     ) -> Tensor:
-        """`first_logprobs` of some rows of a prompt set, in their order."""
+        """`first_logprobs` of the given rows of a prompt set, in their order."""
         keep_cache = not self._switches.use_cacheless_prefill
-        found: dict[int, Tensor] = {}
+        by_row: dict[int, Tensor] = {}
         for group in self._set(prompts, together=False).groups:
 
-            def work(places: Sequence[int], group: RowGroup = group) -> list[Tensor]:
-                logits, _ = self._prefill(group, self._tensor(places), keep_cache=keep_cache)
+            def work(indices: Sequence[int], group: RowGroup = group) -> list[Tensor]:
+                logits, _ = self._prefill(group, self._tensor(indices), keep_cache=keep_cache)
                 self.reference.check()
                 return list(logits.float().log_softmax(dim=-1).unbind())
 
-            places = [place for place, row in enumerate(group.rows) if row in set(rows)]
-            done = self._prefills.run(places, work)
-            found |= zip((group.rows[place] for place in places), done, strict=True)
-            progress(len(found), len(prompts))
-        return torch.stack([found[row] for row in rows])
+            indices = [index for index, row in enumerate(group.rows) if row in set(rows)]
+            logprobs = self._prefills.run(indices, work)
+            by_row |= zip((group.rows[index] for index in indices), logprobs, strict=True)
+            progress(len(by_row), len(prompts))
+        return torch.stack([by_row[row] for row in rows])
 
     @torch.inference_mode()
     def respond(
         self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
     ) -> list[Response] | None:
-        """See `ReferenceEngine.respond`. None as soon as `limit` responses count for certain, if that may stop a trial.
+        """The responses of `ReferenceEngine.respond`; with pruning on, None as soon as `limit` responses count for certain.
 
-        Responses that are decided before they end are cut there.
+        A response that is decided before its end is cut there.
         """
         limit = limit if self._early is not None and self._switches.use_certified_stop else None
         if limit is not None and limit <= 0:
             return None
-        found = self._set(prompts, together=True)
+        prompt_set = self._set(prompts, together=True)
         watch = StopWhenDecided(
-            self.reference.reader, self._ends, self.reference.max_new_tokens, found.opens, self._early, limit
+            self.reference.reader, self._ends, self.reference.max_new_tokens, prompt_set.opens, self._early, limit
         )
-        self._respond(found, self._chunks(found, limit), watch)
+        self._respond(prompt_set, self._chunks(prompt_set, limit), watch)
         progress(len(prompts), len(prompts))
         for row, counts in watch.counts.items():
-            found.history[row][0] += counts
-            found.history[row][1] += 1
-            if found.drafts is not None:
-                found.drafts.learn(row, watch.ids[row])
+            prompt_set.history[row][0] += counts
+            prompt_set.history[row][1] += 1
+            if prompt_set.drafts is not None:
+                prompt_set.drafts.learn(row, watch.ids[row])
         return None if watch.satisfied else [watch.responses[row] for row in range(len(prompts))]
 
     @torch.inference_mode()
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
-        """See `ReferenceEngine.raw_responses`; cut where they have diverged, which is all a shared prefix needs."""
+        """The responses of `ReferenceEngine.raw_responses`, cut where they have diverged: a shared prefix needs no more."""
         watch = StopWhenDiverged(self.chat, self._ends, self.reference.reader.markup)
-        found = self._lay_out(prompts, together=True)
-        found.drafts = None  # no response comes twice
-        self._decodes.run(range(len(prompts)), lambda part: self._whole(found, part, watch))
+        prompt_set = self._lay_out(prompts, together=True)
+        prompt_set.drafts = None  # no response comes twice
+        self._decodes.run(range(len(prompts)), lambda rows: self._whole(prompt_set, rows, watch))
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
     def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw logits of some rows of a prompt set, continued with `tokens` (n, T), the way responses are decoded.
+        """Raw logits of some rows of a prompt set, continued with `tokens` (n, T) in the way responses are decoded.
 
-        Two chunks go apart for the first T/2 tokens (n, T/2, vocabulary), are joined, and the first row leaves: then
-        (n−1, T−T/2, vocabulary).
+        Two chunks are decoded apart for the first T/2 tokens, which gives (n, T/2, vocabulary). Then they are joined and the
+        first row leaves, which gives (n−1, T−T/2, vocabulary).
         """
         group = self._set(prompts, together=True).groups[0]
         half, cut = max(1, len(rows) // 2), tokens.shape[1] // 2
-        parts = [part for part in (rows[:half], rows[half:]) if part]
-        started = [self._started(group, part) for part in parts]
-        self._decode.processors(started[0], tokens.shape[1])  # made as for responses: here a failure does no harm
+        chunks = [chunk for chunk in (rows[:half], rows[half:]) if chunk]
+        started = [self._started(group, chunk) for chunk in chunks]
+        self._decode.processors(started[0], tokens.shape[1])  # made as for responses, because here a failure does no harm
         before = [
-            self._decode.forced(part, some[:, :cut], in_blocks=self.drafting)
-            for part, some in zip(started, tokens.split([len(part) for part in parts]), strict=True)
+            self._decode.forced(decoding, chunk_tokens[:, :cut], in_blocks=self.drafting)
+            for decoding, chunk_tokens in zip(started, tokens.split([len(chunk) for chunk in chunks]), strict=True)
         ]
-        if self.drafting and len(started) > 1:  # as after drafts: unequal widths, and holes to close
+        if self.drafting and len(started) > 1:  # drafts leave unequal widths and holes to close; make both here
             self._decode.widen(started[0])
         together = join(started)
         if len(rows) > 1:
-            together.settled = {0}
+            together.finished = {0}
             together.leave()
         if self.drafting:
             together.close(leaving=True)
         rest = tokens[-len(together.rows) :, cut:]
         return torch.cat(before), self._decode.forced(together, rest, in_blocks=self.drafting)
 
-    def _respond(self, found: _PromptSet, chunks: Sequence[Sequence[int]], watch: StopWhenDecided) -> None:
-        """Every chunk up to where refusals have shown themselves; then what is left, together.
+    def _respond(self, prompt_set: _PromptSet, chunks: Sequence[Sequence[int]], watch: StopWhenDecided) -> None:
+        """Decode every chunk up to where most refusals are confirmed, then all remaining rows together.
 
-        So a hopeless trial ends after few rows, and long responses share their passes. Never more rows than a batch are in
-        memory, waiting ones among them.
+        So a hopeless trial ends after few rows, and long responses share their passes. The rows in memory, waiting rows
+        included, never exceed one batch.
         """
         length = self.reference.max_new_tokens
         paused: list[Decoding] = []
 
-        def begin(part: Sequence[int]) -> Sequence[int]:
+        def begin(batch: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
-                return part
-            if sum(len(rows.rows) for rows in paused) + len(part) > self._decodes.affordable():
-                self._drain(paused, watch, found.drafts)
-            watch.begin(part)  # a part that ran out of memory is done again from its start
+                return batch
+            if sum(len(rows.rows) for rows in paused) + len(batch) > self._decodes.affordable():
+                self._finish_paused(paused, watch, prompt_set.drafts)
+            watch.begin(batch)  # a batch that ran out of memory is decoded again from its start
             try:
                 with memory_errors():
-                    rows = self._started(found.groups[0], part)
-                    self._decode(rows, length, min(PAUSE, length), watch, found.drafts)
+                    rows = self._started(prompt_set.groups[0], batch)
+                    self._decode(rows, length, min(PAUSE, length), watch, prompt_set.drafts)
             except torch.OutOfMemoryError:
-                paused.clear()  # they hold memory, and are done again below
+                paused.clear()  # the paused rows hold memory; they are decoded again below
                 raise
             if rows.open and rows.count < length:
                 paused.append(rows)
-            return part
+            return batch
 
         for chunk in chunks:
             self._decodes.run(chunk, begin)
-        self._drain(paused, watch, found.drafts)
+        self._finish_paused(paused, watch, prompt_set.drafts)
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
-        self._decodes.run(left, lambda part: part if watch.satisfied else self._whole(found, part, watch))
+        self._decodes.run(left, lambda batch: batch if watch.satisfied else self._whole(prompt_set, batch, watch))
 
-    def _drain(self, paused: list[Decoding], watch: StopWhenDecided, drafts: Drafts | None) -> None:
-        """Waiting rows to their end. Where they run out of memory together, they are left undone."""
+    def _finish_paused(self, paused: list[Decoding], watch: StopWhenDecided, drafts: Drafts | None) -> None:
+        """Decode the paused rows to their end. If they don't fit into memory together, they are left undone."""
         length = self.reference.max_new_tokens
         try:
             if paused and not watch.satisfied:
@@ -242,31 +249,31 @@ class TrialEngine:
             return
         except torch.OutOfMemoryError:
             if not self._switches.use_memory_recovery:
-                raise TrialError("the device is out of memory for the responses that are left") from None
+                raise TrialError("the device is out of memory for the remaining responses") from None
         paused.clear()
         self._decodes.shrink(self._decodes.size)
 
-    def _whole(self, found: _PromptSet, part: Sequence[int], watch: StopWhenDecided | StopWhenDiverged) -> Sequence[int]:
-        """Rows from their start to their end, or until the watch is satisfied."""
-        watch.begin(part)
+    def _whole(self, prompt_set: _PromptSet, batch: Sequence[int], watch: StopWhenDecided | StopWhenDiverged) -> Sequence[int]:
+        """Decode rows from their start to their end, or until the watch is satisfied."""
+        watch.begin(batch)
         length = self.reference.max_new_tokens
-        self._decode(self._started(found.groups[0], part), length, length, watch, found.drafts)
-        return part
+        self._decode(self._started(prompt_set.groups[0], batch), length, length, watch, prompt_set.drafts)
+        return batch
 
-    def _started(self, group: RowGroup, places: Sequence[int]) -> Decoding:
-        rows = self._tensor(places)
+    def _started(self, group: RowGroup, batch: Sequence[int]) -> Decoding:
+        rows = self._tensor(batch)
         logits, cache = self._prefill(group, rows, keep_cache=True)
         assert cache is not None
-        said: list[list[int]] = [[] for _ in places]
-        return Decoding(list(places), said, logits, cache, group.layout.mask[rows], group.layout.whole[rows], set())
+        generated: list[list[int]] = [[] for _ in batch]
+        return Decoding(list(batch), generated, logits, cache, group.layout.mask[rows], group.layout.whole[rows], set())
 
-    def _chunks(self, found: _PromptSet, limit: int | None) -> list[list[int]]:
-        """Rows in the order in which they are tried. Where a trial may stop: hardest first, and few at first."""
+    def _chunks(self, prompt_set: _PromptSet, limit: int | None) -> list[list[int]]:
+        """Rows in the order in which they are tried. If the trial may be pruned: hardest first, and few at first."""
         size = self._decodes.size
-        rows = list(range(len(found.history)))
+        rows = list(range(len(prompt_set.history)))
         first = 0
         if limit is not None:
-            rows.sort(key=lambda row: -found.hardness(row))
+            rows.sort(key=lambda row: -prompt_set.hardness(row))
             first = min(size, limit + MARGIN)
         rest = [rows[start : start + size] for start in range(first, len(rows), size)]
         return [rows[:first], *rest] if first else rest
@@ -275,28 +282,28 @@ class TrialEngine:
         return self._sets.get((together, tuple(prompts))) or self._lay_out(prompts, together=together)
 
     def _lay_out(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
-        """`together`: in one group, so that any rows can share a batch; else by length, which needs fewer pads."""
+        """Lay out `together`, in one group, so that any rows can share a batch; else by length, which needs fewer pads."""
         tokens = [self.chat.token_ids(prompt) for prompt in prompts]
         prefix = self._prefix if all(row[: len(self._prefix)] == self._prefix for row in tokens) else []
         prefix = prefix[: min(map(len, tokens)) - 1]
         rows = list(range(len(prompts)))
-        parts = [rows]
+        batches = [rows]
         if not together:
             rows.sort(key=lambda row: len(tokens[row]))
             size = self._prefills.size
-            parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+            batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         device = self.chat.device
-        groups = [self._prefill.group(part, [tokens[row] for row in part], prefix, device) for part in parts]
+        groups = [self._prefill.group(batch, [tokens[row] for row in batch], prefix, device) for batch in batches]
         opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
         drafts = Drafts(len(prompts)) if self.drafting and together else None
         return _PromptSet(groups, opens, [[0, 0] for _ in prompts], drafts)
 
-    def _tensor(self, places: Sequence[int]) -> Tensor:
-        return torch.tensor(list(places), dtype=torch.long, device=self.chat.device)
+    def _tensor(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(list(rows), dtype=torch.long, device=self.chat.device)
 
     @torch.inference_mode()
     def _examine(self) -> Sharing:
-        """One short pass: what the layers return, and what the model's own cache can do."""
+        """Run one short pass to learn what the layers return and what the model's own cache supports."""
         ids = self._tensor(self.chat.token_ids(Prompt("Hi")))[None, :]
         with self.passes.observing():
             _, cache = self.passes(ids, torch.ones_like(ids), None)

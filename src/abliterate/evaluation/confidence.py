@@ -1,4 +1,4 @@
-"""Exact confidence intervals of shares (Clopper and Pearson 1934). Pure; the standard library only."""
+"""Exact confidence intervals of shares (Clopper and Pearson 1934)."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable
 
 LEVEL = 0.95
-_STEPS = 60  # halvings of [0, 1]: far below what a float holds
+_STEPS = 60  # halvings of [0, 1]; the remaining width is far below a float's precision
 
 
 def clopper_pearson(count: int, total: int, level: float = LEVEL) -> tuple[float, float]:
-    """The exact interval of a probability after `count` of `total` trials; (0, 1) of none.
+    """The exact interval of a probability after `count` successes in `total` trials; (0, 1) without trials.
 
-    The lower bound is the p at which `count` or more have the probability (1 − level)/2, the upper one the same of `count` or
-    fewer; beyond either the data would be that unlikely.
+    The lower bound is the p at which `count` or more successes have the probability (1 − level)/2, the upper bound the p at
+    which `count` or fewer have it; any p beyond a bound makes the data less likely than that.
     """
     assert 0 <= count <= total
     if total == 0:
@@ -25,7 +25,7 @@ def clopper_pearson(count: int, total: int, level: float = LEVEL) -> tuple[float
 
 
 def _at_most(count: int, total: int, p: float) -> float:
-    """P(X ≤ count) of a binomial X, summed from exact terms."""
+    """P(X ≤ count) for a binomial X, summed from exact terms."""
     if p in (0.0, 1.0):
         return float(p == 0.0 or count >= total)
     return min(1.0, math.fsum(math.exp(_log_term(i, total, p)) for i in range(count + 1)))

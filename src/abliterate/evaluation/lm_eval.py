@@ -1,4 +1,4 @@
-"""Standard benchmarks through lm-eval (the extra `eval`): base against candidate, one row a metric. Only if asked for."""
+"""Run standard benchmarks through lm-eval (the extra `eval`) on base and candidate, if the user asks for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from abliterate.evaluation.teacher_forced import ModelView
 
 @dataclass(frozen=True)
 class Tasks:
-    """Names of lm-eval's tasks; questions of each at most; a folder with tasks of the user's own."""
+    """The requested lm-eval tasks: `names`, a `limit` of questions per task, and a `folder` with the user's own tasks."""
 
     names: tuple[str, ...] = ()
     limit: int | None = None
@@ -26,7 +26,7 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Ready:
-    """Tasks that lm-eval knows, and what it knows them by."""
+    """Tasks that lm-eval knows, and lm-eval's task manager."""
 
     names: tuple[str, ...]
     limit: int | None
@@ -34,30 +34,30 @@ class Ready:
 
 
 def check_tasks(tasks: Tasks) -> Ready | None:
-    """The tasks, looked up before a model is loaded; None where none is named.
+    """The tasks, looked up before a model is loaded; None if no task is named.
 
     Raises:
-        InputError: lm-eval is missing, can't read its tasks, or knows none of such a name.
+        InputError: lm-eval is missing, can't read its tasks, or knows no task of a given name.
     """
     if tasks.folder is not None and not tasks.folder.is_dir():
-        raise InputError(f"There is no folder {tasks.folder} with tasks; name one with --benchmark-path.")
+        raise InputError(f"There is no folder {tasks.folder} with tasks; name a folder with --benchmark-path.")
     if not tasks.names:
         return None
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError("Benchmarks need the package lm-eval; install it with pip install 'abliterate[eval]'.")
-    found: dict[str, None] = {}
+    task_names: dict[str, None] = {}
     try:
-        manager = _manager(tasks)  # reads every task's file: once for both models
+        manager = _manager(tasks)  # it reads every task's file, so it is made once for both models
         for name in tasks.names:
             matching = manager.match_tasks([name])  # a name may hold wildcards
             if not matching:
-                raise InputError(f"lm-eval has no task {name!r}; lm-eval ls tasks shows names.")
-            found |= dict.fromkeys(matching)
+                raise InputError(f"lm-eval has no task {name!r}; list the names with lm-eval ls tasks.")
+            task_names |= dict.fromkeys(matching)
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"lm-eval can't read its tasks: {_first_line(error)}; check --benchmark-path.") from error
-    return Ready(tuple(found), tasks.limit, manager)
+    return Ready(tuple(task_names), tasks.limit, manager)
 
 
 def run_tasks(
@@ -68,27 +68,27 @@ def run_tasks(
     warn: Callable[[str], None],
     check: Callable[[], None],
 ) -> tuple[list[dict[str, Any]], str]:
-    """[{task, metric, higher_is_better, base, candidate: {value, stderr}}] of all tasks, and why there are none, or "".
+    """[{task, metric, higher_is_better, base, candidate: {value, stderr}}] of all tasks, and the reason for a failure, or "".
 
-    A failure is a warning: the harness loads data sets and runs the code of tasks, and other things were measured by then.
+    A failure is only a warning: the harness loads data sets and runs the tasks' code, and other figures are known by then.
     """
     results = []
     try:
-        for view in (base, candidate):
-            with view.active():
-                results.append(_results(view, tokenizer, ready))
+        for model in (base, candidate):
+            with model.active():
+                results.append(_results(model, tokenizer, ready))
             check()
         return table(*results), ""
     except Interrupted:
         raise
     except Exception as error:
         reason = f"lm-eval can't run {', '.join(ready.names)}: {_first_line(error)}"
-        warn(f"{reason}; what was measured on held-out prompts stands.")
+        warn(f"{reason}; the figures for held-out prompts are kept.")
         return [], reason
 
 
 def table(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows of what lm-eval returns of both models: every number of every task, as `metric,filter`."""
+    """One row for every number of every task, from lm-eval's results for both models, whose keys are `metric,filter`."""
     rows = []
     for task, metrics in base["results"].items():
         better = base.get("higher_is_better", {}).get(task, {})
@@ -96,15 +96,15 @@ def table(base: Mapping[str, Any], candidate: Mapping[str, Any]) -> list[dict[st
             metric, _, _ = key.partition(",")
             if metric.endswith("_stderr") or not isinstance(value, int | float) or isinstance(value, bool) or "," not in key:
                 continue
-            both = {name: _value(one["results"][task], key) for name, one in (("base", base), ("candidate", candidate))}
+            both = {name: _value(results["results"][task], key) for name, results in (("base", base), ("candidate", candidate))}
             name = key.removesuffix(",none").replace(",", " ")
             rows.append({"task": task, "metric": name, "higher_is_better": better.get(metric), **both})
     return rows
 
 
 def _value(metrics: Mapping[str, Any], key: str) -> dict[str, float | None]:
-    metric, _, chosen = key.partition(",")
-    error = metrics.get(f"{metric}_stderr,{chosen}")
+    metric, _, filter_name = key.partition(",")
+    error = metrics.get(f"{metric}_stderr,{filter_name}")
     return {"value": float(metrics[key]), "stderr": float(error) if isinstance(error, int | float) else None}
 
 
@@ -123,7 +123,7 @@ def _results(side: ModelView, tokenizer: PreTrainedTokenizerBase, ready: Ready) 
 
     engine = side.engine
     model = HFLM(pretrained=engine.model, tokenizer=tokenizer, batch_size=engine.sizes.prefill, device=str(engine.chat.device))
-    # Bootstrapped errors of exotic metrics take minutes; means have closed forms, which are kept.
+    # Bootstrapped errors of exotic metrics take minutes, so they are off; the errors of means have closed forms and stay.
     results = lm_eval.simple_evaluate(
         model=model,
         tasks=list(ready.names),

@@ -1,6 +1,6 @@
-"""Two models fed the same answers: KL(base‖candidate) and log-likelihood at every token of them, a few rows at a time.
+"""Feed two models the same answers and compare them at every token: KL(base‖candidate) and both log-likelihoods.
 
-No more than `BUDGET` bytes of logits are held, whatever the vocabulary and the number of prompts.
+A few rows are fed at a time, so that at most `BUDGET` bytes of logits are held, whatever the vocabulary and number of prompts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ BUDGET = 2**29  # bytes
 
 @dataclass(frozen=True)
 class ModelView:
-    """One of the two models: an engine that observes it, while `active()`. Both sides may share one model, edited or not."""
+    """One of two models that are compared: its engine, which observes it while `active()`.
+
+    Both may share one model object, once with an edit and once without.
+    """
 
     engine: ReferenceEngine
     active: Callable[[], AbstractContextManager[None]]
@@ -34,7 +37,7 @@ class ModelView:
 
 @dataclass(frozen=True)
 class TeacherForced:
-    """A prompt's ids, and the answer's that the models are fed after it; at least one."""
+    """A prompt's ids and the ids of the answer that is fed after it; the answer has at least one token."""
 
     prompt: Sequence[int]
     answer: Sequence[int]
@@ -42,7 +45,7 @@ class TeacherForced:
 
 @dataclass(frozen=True)
 class Drift:
-    """At each token (T) of one answer, float64: KL(base‖candidate), and −log p of the token under either, in nats."""
+    """For each token (T) of one answer, float64: KL(base‖candidate), and the token's −log p under either model, in nats."""
 
     kl: Tensor
     base: Tensor
@@ -53,41 +56,41 @@ def drift(base: ModelView, candidate: ModelView, rows: Sequence[TeacherForced], 
     """One `Drift` per row, on the CPU. `progress(done)` counts rows.
 
     Raises:
-        TrialError: a logit is not a number, a KL is not finite, or one row alone doesn't fit.
+        TrialError: a logit is not a number, a KL is not finite, or a single row doesn't fit.
     """
     longest = max(len(row.answer) for row in rows)
     config = base.engine.model.config.get_text_config()
-    # Both models' logits as they come, and one row's in float32 three times over.
+    # Both models' logits in their own dtype, and one row's logits three times in float32.
     per_row = 2 * longest * config.vocab_size * 4
     size = max(1, min(base.engine.sizes.prefill, BUDGET // per_row))
     batches = Batches(size, base.engine.chat.device, row_bytes=per_row)
     done = 0
 
-    def work(part: Sequence[TeacherForced]) -> Sequence[Drift]:
+    def work(batch: Sequence[TeacherForced]) -> Sequence[Drift]:
         nonlocal done
         with base.active():
-            before = answer_logits(base.engine.model, part, base.engine.chat.device)
+            before = answer_logits(base.engine.model, batch, base.engine.chat.device)
         with candidate.active():
-            after = answer_logits(candidate.engine.model, part, candidate.engine.chat.device)
-        found = [_drift(one, other, row) for one, other, row in zip(before, after, part, strict=True)]
-        done += len(part)
+            after = answer_logits(candidate.engine.model, batch, candidate.engine.chat.device)
+        drifts = [_drift(base_row, edited_row, row) for base_row, edited_row, row in zip(before, after, batch, strict=True)]
+        done += len(batch)
         progress(done)
         base.engine.check()
-        return found
+        return drifts
 
     return batches.run(rows, work)
 
 
 @torch.inference_mode()
 def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
-    """Raw logits (T, vocabulary) at each token of each row's answer: of the pass over prompt and answer, pads at the left.
+    """Raw logits (T, vocabulary) at each token of each row's answer, from one left-padded pass over prompt and answer.
 
     Pads carry the row's own first token, as in `Chat.encode`.
     """
     fed = [[*row.prompt, *row.answer[:-1]] for row in rows]
     width, longest = max(map(len, fed)), max(len(row.answer) for row in rows)
-    ids = torch.tensor([[one[0]] * (width - len(one)) + one for one in fed], device=device)
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in fed], device=device)
+    ids = torch.tensor([[row_ids[0]] * (width - len(row_ids)) + row_ids for row_ids in fed], device=device)
+    mask = torch.tensor([[0] * (width - len(row_ids)) + [1] * len(row_ids) for row_ids in fed], device=device)
     accepted = inspect.signature(model.forward).parameters
     kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in accepted:
@@ -96,20 +99,20 @@ def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.devic
         kwargs["logits_to_keep"] = longest
     with memory_errors():
         logits = model(**kwargs).logits
-    return [logits[place, -len(row.answer) :] for place, row in enumerate(rows)]
+    return [logits[index, -len(row.answer) :] for index, row in enumerate(rows)]
 
 
 def _drift(before: Tensor, after: Tensor, row: TeacherForced) -> Drift:
     with memory_errors():
         base = before.float().log_softmax(dim=-1)
         edited = after.to(base.device).float().log_softmax(dim=-1)
-        if base.device.type == "mps":  # which has no float64
+        if base.device.type == "mps":  # mps has no float64
             base, edited = base.cpu(), edited.cpu()
         if torch.isnan(edited).any():
             raise TrialError("the model's logits are not numbers")
         kl = kl_divergence(base, edited)
         tokens = torch.tensor(list(row.answer), device=base.device)[:, None]
-        losses = [-part.gather(1, tokens)[:, 0].double() for part in (base, edited)]
+        losses = [-logprobs.gather(1, tokens)[:, 0].double() for logprobs in (base, edited)]
     if not torch.isfinite(torch.stack([kl, *losses])).all():
         raise TrialError("the KL divergence is not finite")
-    return Drift(*(part.cpu() for part in (kl, *losses)))
+    return Drift(*(values.cpu() for values in (kl, *losses)))

@@ -1,4 +1,4 @@
-"""One evaluation: KL first, then as many responses as the certificate asks for. Knows neither edits nor Optuna."""
+"""Evaluate one trial: KL first, then as many responses as the pruner asks for."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from abliterate.types import Prompt, Score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name. Where `stopped`, refusals are a lower bound: the certificate's limit."""
+    """Scores by name. If the trial was pruned (`stopped`), its refusals are a lower bound, the pruner's limit."""
 
     scores: dict[str, Score]
     stopped: bool = False
 
 
 def early_scorer(scorers: Sequence[Scorer]) -> EarlyScorer | None:
-    """The scorer that lets responses end early; None where another one needs them whole."""
+    """The scorer that lets responses end early; None if another scorer needs whole responses."""
     readers = [scorer for scorer in scorers if not ignores_responses(scorer)]
     return readers[0] if len(readers) == 1 and isinstance(readers[0], EarlyScorer) else None
 
@@ -35,10 +35,10 @@ def evaluate(
     scorers: Sequence[Scorer],
     harmful: Sequence[Prompt],
     harmless: Sequence[Prompt],
-    certificate: DominancePruner,
+    pruner: DominancePruner,
     progress: Progress,
 ) -> Evaluation:
-    """Scores of the model as it is now. Stopped as soon as it is certain that the certificate's limit is reached.
+    """The scores of the model in its current state; the trial is pruned as soon as it certainly reaches the pruner's limit.
 
     Raises:
         TrialError: a score isn't finite, or the device is too small.
@@ -48,7 +48,7 @@ def evaluate(
     early = early_scorer(scorers)
     first = {s.name: score_of(s, Observation((), logprobs)) for s in scorers if ignores_responses(s)}
     known = {name: score.value for name, score in first.items()}
-    limit = certificate.limit(known, early.name) if early is not None else None
+    limit = pruner.limit(known, early.name) if early is not None else None
     responses = engine.respond(harmful, lambda done, _: progress(len(harmless) + done, total), limit=limit)
     if responses is None:
         assert early is not None
@@ -59,30 +59,30 @@ def evaluate(
 
 
 def base_scores(scorers: Sequence[Scorer], base: Observation) -> dict[str, Score]:
-    """Scores of the unedited model, which the scorers are set up with first. TrialError as `score_of`."""
+    """The scores of the unedited model, with which the scorers are set up first. It raises TrialError as `score_of` does."""
     for scorer in scorers:
         set_up(scorer, base)
     return {scorer.name: score_of(scorer, base) for scorer in scorers}
 
 
 def set_up(scorer: Scorer, base: Observation) -> None:
-    """TrialError where a user's own scorer fails."""
+    """Set a scorer up with the base model. TrialError: a custom scorer fails."""
     with own_errors(scorer):
         scorer.setup(base)
 
 
 def score_of(scorer: Scorer, observation: Observation) -> Score:
-    """One score.
+    """The score of one scorer.
 
     Raises:
-        TrialError: a user's own scorer fails, or gives no `Score`, or one whose value is no finite number, which nothing could
-            be compared with, or whose record JSON can't hold.
+        TrialError: a custom scorer fails, returns no `Score`, or returns a value that isn't finite and so can't be compared,
+            or a record that JSON can't hold.
     """
     with own_errors(scorer):
-        found = scorer.score(observation)
-        if not isinstance(found, Score):
-            raise TrialError(f"the scorer {scorer.name} gives {type(found).__name__} and no Score")
-        if not math.isfinite(found.value):
-            raise TrialError(f"the scorer {scorer.name} gives {found.value}")
-        json.dumps(found.record, allow_nan=False)
-    return found
+        score = scorer.score(observation)
+        if not isinstance(score, Score):
+            raise TrialError(f"the scorer {scorer.name} gives {type(score).__name__} and no Score")
+        if not math.isfinite(score.value):
+            raise TrialError(f"the scorer {scorer.name} gives {score.value}")
+        json.dumps(score.record, allow_nan=False)
+    return score

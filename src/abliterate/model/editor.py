@@ -1,7 +1,7 @@
-"""From a trial's parameters to edits on the model: which module, which direction, which coeff, which factors.
+"""The editor turns a trial's parameters into edits on the model: for each module a direction, a coeff and factors.
 
-Prepares each module once for all directions; after that no trial of the exact representation reads a weight. Modules for
-which there is no room are parked in main memory, or on a CPU prepared again in each trial.
+It prepares each module once for all directions; after that no trial of the exact representation reads a weight. Prepared
+modules beyond the budget are offloaded to main memory, or on a CPU prepared again in each trial.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from abliterate.model.weights import dense_weight, place_of
 from abliterate.settings.schema import EditSettings
 from abliterate.types import TrialParams
 
-# (module, direction index, coeff): with mode, rank and directions fixed for a run, equal keys mean equal factors.
+# (module, direction index, coeff). Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
 EditKey = tuple[str, float, float]
 
 
 class Editor:
-    """Applies trials to `adapters`' modules. `clear` gives the base model back.
+    """Applies trials to the modules of `adapters`. `clear` gives the base model back.
 
-    `room`: bytes that prepared modules may take where their weights are; what is left of it is for others to use. Those
-    that come first have it: trials use all modules in the same order, so keeping the last used ones would find none.
-    `weight_of`: where a target's W comes from, the model itself unless it has none.
+    `budget_bytes` is the memory that prepared modules may take beside their weights; whatever remains of it is for others to
+    use. First come, first served: every trial visits the modules in the same order, so an LRU cache smaller than the model
+    would never hit. `weight_of` gives a target's W; by default it reads the model itself.
 
     Raises:
-        InputError: fused experts, whose edits the settings want decomposed.
+        InputError: the model has fused experts, and the settings ask for the svd representation.
     """
 
     def __init__(
@@ -45,27 +45,27 @@ class Editor:
         settings: EditSettings,
         adapters: EditHooks,
         memo: SvdMemo,
-        room: float = inf,
+        budget_bytes: float = inf,
         weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
     ) -> None:
         self._targets = tuple(targets)
         if settings.representation == "svd" and settings.mode == "full":
-            _refuse_stacks(self._targets)
+            _refuse_fused_experts(self._targets)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
         self._method: EditMethod = edit_method(settings.mode)
         self.adapters = adapters
         self.memo = memo
-        self.room = room
+        self.budget_bytes = budget_bytes
         self._weight_of = weight_of
         self._prepared: dict[str, Prepared] = {}
         self._tables: dict[torch.device, Tensor] = {}  # directions (n_layers, d_model) float64
-        self.parked: set[str] = set()
+        self.offloaded: set[str] = set()
         self.unprepared: set[str] = set()
 
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Prepare every module now, so that the first trials cost what later ones do."""
+        """Prepare every module now, so that the first trials cost no more than later trials."""
         for index, target in enumerate(self._targets):
             self._prepare(target)
             progress(index + 1, len(self._targets))
@@ -76,9 +76,9 @@ class Editor:
         self.adapters.apply({name: (key, partial(self._factors, key)) for name, key in keys.items()})
 
     def apply_exactly(self, params: TrialParams) -> None:
-        """`apply` by the exact factors whatever the representation: a decomposition of every module is dear.
+        """`apply` with the exact factors whatever the representation, because decomposing every module is expensive.
 
-        Only until the next `clear`: an edit's key doesn't tell its representation.
+        It holds until the next `clear`, since an edit's key doesn't contain its representation.
         """
         keys = self.plan(params)
         self.clear()
@@ -89,15 +89,15 @@ class Editor:
         self.adapters.suspend()
 
     def clear(self) -> None:
-        """The base model again; nothing of the edits is kept."""
+        """Give the base model back, and forget the factors."""
         self.adapters.clear()
 
     def factors(self, params: TrialParams) -> dict[str, Factors]:
-        """{module: factors} of a trial, as they are applied; modules that are off are left out."""
+        """{module: factors} of a trial as they are applied; modules that are off are left out."""
         return {name: self._factors(key) for name, key in self.plan(params).items()}
 
     def plan(self, params: TrialParams) -> dict[str, EditKey]:
-        """{module: key} of the modules a trial edits: λ ≠ 0 (after the grid) and a direction that isn't zero."""
+        """{module: key} of the modules that a trial edits: λ ≠ 0 (after the grid) and a nonzero direction."""
         keys: dict[str, EditKey] = {}
         for target in self._targets:
             coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
@@ -109,7 +109,7 @@ class Editor:
         return keys
 
     def first_layers(self, trials: Sequence[TrialParams]) -> list[int]:
-        """The lowest layer that each trial edits; those that edit nothing are left out."""
+        """The lowest layer that each trial edits; trials that edit nothing are left out."""
         plans = [self.plan(params) for params in trials]
         return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
@@ -125,44 +125,44 @@ class Editor:
         return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
 
     def _prepared_for(self, name: str, blend: Blend) -> tuple[Prepared, Blend]:
-        found = self._prepare(self._by_name[name])
-        return found.fetched(blend) if name in self.parked else (found, blend)
+        prepared = self._prepare(self._by_name[name])
+        return prepared.fetched(blend) if name in self.offloaded else (prepared, blend)
 
     def _prepare(self, target: Target) -> Prepared:
-        found = self._prepared.get(target.name)
-        if found is None:
+        prepared = self._prepared.get(target.name)
+        if prepared is None:
             device, _ = place_of(target.module)
-            if device.type in ("mps", "meta"):  # one has no float64, the other no weights: they are read from elsewhere
+            if device.type in ("mps", "meta"):  # mps has no float64; meta has no weights, so they are read from elsewhere
                 device = torch.device("cpu")
-            found = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))
-            self._keep(target.name, found, device)
-            found = self._prepared.get(target.name, found)
-        return found
+            prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))
+            self._keep(target.name, prepared, device)
+            prepared = self._prepared.get(target.name, prepared)
+        return prepared
 
     def _keep(self, name: str, prepared: Prepared, device: torch.device) -> None:
-        if prepared.nbytes <= self.room:
-            self.room -= prepared.nbytes
+        if prepared.nbytes <= self.budget_bytes:
+            self.budget_bytes -= prepared.nbytes
             self._prepared[name] = prepared
         elif _has_own_memory(device):
-            self.parked.add(name)
+            self.offloaded.add(name)
             self._prepared[name] = prepared.parked()
         else:
             self.unprepared.add(name)
 
     def _table(self, device: torch.device) -> Tensor:
-        """All layers' directions (n_layers, d_model) float64, one tensor for all modules on a device."""
+        """All layers' directions (n_layers, d_model) float64; all modules on a device share one tensor."""
         if device not in self._tables:
             self._tables[device] = self.directions.by_layer().to(device).double()
         return self._tables[device]
 
 
-def _refuse_stacks(targets: Sequence[Target]) -> None:
-    """One decomposition for each expert of each layer and trial would take hours."""
+def _refuse_fused_experts(targets: Sequence[Target]) -> None:
+    """Raise InputError for fused experts: one decomposition per expert, layer and trial would take hours."""
     name = next((target.name for target in targets if is_fused(target.module)), "")
     if name:
         raise InputError(
             f"The svd representation can't express edits of the fused experts in {name}; use --set edit.representation=exact, "
-            "or name the modules to edit without them by --set load.components."
+            "or leave them out of the modules to edit with --set load.components."
         )
 
 

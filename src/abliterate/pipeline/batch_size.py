@@ -27,70 +27,71 @@ from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import Settings
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
-# Two sizes whose throughput differs by less are equally good; the smaller one needs less memory.
+# Two sizes whose throughput differs by less than this share are equally good; the smaller size needs less memory.
 PLATEAU = 0.05
 
-# Probes in all, and at most for the smallest size that is as fast.
+# The most probes in all, and the most probes spent on finding the smallest size that is as fast.
 _PROBES, _SHRINK_PROBES = 8, 4
 
-# Sizes nearer to each other than this aren't told apart, and so many of such steps are taken at first: nearly a doubling.
+# Neighbouring sizes differ by this factor, and a search begins with _FIRST_STEP such steps at once: nearly a doubling.
 _STEP, _FIRST_STEP = 1.2, 2
 
 
 @dataclass(frozen=True)
 class BatchTuning:
-    """The chosen size and what was measured: {size: items per second, or None where it didn't fit}."""
+    """The chosen size and the `probes`: {size: items per second, or None if it didn't fit}."""
 
     size: int
     probes: dict[int, float | None]
 
 
 def even_sizes(items: int, maximum: int) -> list[int]:
-    """Sizes worth a probe, ascending: equally full batches of `items`, at most `maximum` at a time, in steps of a fifth.
+    """The sizes worth a probe, ascending: equally full batches of `items`, at most `maximum` each, in steps of a fifth.
 
-    100 items go as 100, 50, 34 or 25 at a time, never as 64 and 36.
+    100 items are run as 100, 50, 34 or 25 at a time, never as 64 and 36.
     """
-    found: list[int] = []
+    sizes: list[int] = []
     for batches in range(math.ceil(items / maximum), items + 1):
         size = math.ceil(items / batches)
-        if not found or size <= found[-1] / _STEP or (size == 1 and found[-1] > 1):
-            found.append(size)
+        if not sizes or size <= sizes[-1] / _STEP or (size == 1 and sizes[-1] > 1):
+            sizes.append(size)
         if size == 1:
             break
-    return found[::-1]
+    return sizes[::-1]
 
 
 def tune_batch_size(
     probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, grow: bool = True, shrink: bool = True
 ) -> BatchTuning:
-    """The smallest of `sizes` (ascending) that is as fast as any that fits, by binary search in at most eight probes.
+    """The smallest of `sizes` (ascending) that is as fast as any size that fits, by binary search in at most eight probes.
 
-    `probe(size)` gives items per second, None if the device runs out of memory. First from `start` (an estimate) to the
-    largest size that fits, as long as growing gains speed; then to the smallest that is as fast. 1 where nothing fits.
-    Without `grow`, larger sizes than `start` aren't tried; without `shrink`, smaller ones only if it doesn't fit.
+    `probe(size)` gives items per second, or None if the device runs out of memory. The search goes from `start` (an estimate)
+    to the largest size that fits, as long as growing gains speed, and then to the smallest size that is as fast. The result is
+    1 if nothing fits. Without `grow`, sizes above `start` aren't tried; without `shrink`, smaller sizes only if it doesn't fit.
     """
     probes: dict[int, float | None] = {}
-    at = max((index for index, size in enumerate(sizes) if size <= start), default=0)
-    fits, too_large, step = -1, len(sizes) if grow else at + 1, _FIRST_STEP
-    while len(probes) < _PROBES and fits < at < too_large:
+    index = max((index for index, size in enumerate(sizes) if size <= start), default=0)
+    fits, too_large, step = -1, len(sizes) if grow else index + 1, _FIRST_STEP
+    while len(probes) < _PROBES and fits < index < too_large:
         before = probes[sizes[fits]] if fits >= 0 else None
-        speed = probes[sizes[at]] = probe(sizes[at])
-        fits, too_large = (fits, at) if speed is None else (at, too_large)
+        speed = probes[sizes[index]] = probe(sizes[index])
+        fits, too_large = (fits, index) if speed is None else (index, too_large)
         if speed is not None and before is not None and speed < (1 + PLATEAU) * before:
             break
-        # In growing steps away from the estimate, which is seldom far off; between what fits and what doesn't in the middle.
+        # Growing steps lead away from the estimate, which is seldom far off; between a size that fits and a size that doesn't,
+        # the search bisects.
         if fits >= 0 and None in probes.values():
-            at = (fits + too_large) // 2
+            index = (fits + too_large) // 2
         else:
-            at, step = (max(0, at - step) if speed is None else min(len(sizes) - 1, at + step)), 2 * step
+            index, step = (max(0, index - step) if speed is None else min(len(sizes) - 1, index + step)), 2 * step
     slow, fast, step = -1, fits, _FIRST_STEP
     for _ in range(min(_SHRINK_PROBES, _PROBES - len(probes)) if shrink else 0):
         if fast - slow <= (1 if slow < 0 else _FIRST_STEP):
             break
-        at, step = (max(0, fast - step) if slow < 0 else (slow + fast) // 2), 2 * step
-        if sizes[at] not in probes:
-            probes[sizes[at]] = probe(sizes[at])
-        slow, fast = (slow, at) if sizes[at] in _as_fast_as_any(probes) else (at, fast)
+        index, step = (max(0, fast - step) if slow < 0 else (slow + fast) // 2), 2 * step
+        if sizes[index] not in probes:
+            probes[sizes[index]] = probe(sizes[index])
+        slow, fast = (slow, index) if sizes[index] in _as_fast_as_any(probes) else (index, fast)
     return BatchTuning(min(_as_fast_as_any(probes), default=1), probes)
 
 
@@ -100,7 +101,7 @@ def _as_fast_as_any(probes: Mapping[int, float | None]) -> list[int]:
 
 
 def double_batch_size(probe: Callable[[int], float | None], maximum: int) -> BatchTuning:
-    """The fastest of 1, 2, 4, … up to `maximum` or the first that doesn't fit: the plain way, as peers do it."""
+    """The fastest of 1, 2, 4, … up to `maximum` or the first size that doesn't fit: the plain way of comparable tools."""
     probes: dict[int, float | None] = {}
     size = 1
     while size <= maximum:
@@ -112,19 +113,19 @@ def double_batch_size(probe: Callable[[int], float | None], maximum: int) -> Bat
     return BatchTuning(max(fitting, key=lambda size: fitting[size]) if fitting else 1, probes)
 
 
-# Of a decoding probe. What the cache grows by until a response ends is added by arithmetic.
+# The tokens of a decoding probe. The growth of the cache until a response ends is added by arithmetic.
 PROBE_TOKENS = 8
 
-# Of a prefill at which a CPU is about as fast as it gets; larger batches would make the search longer than a trial.
+# The tokens of a prefill at which a CPU reaches about its top speed; larger batches would make the search longer than a trial.
 CPU_TOKENS = 1024
 
-# Layers at which the trial engine keeps hidden states.
+# The number of layers at which the trial engine keeps hidden states.
 STARTS = 4
 
 
 @dataclass(frozen=True)
 class BatchProbe:
-    """What one size was measured to do: prompt or response tokens a second, and the memory it took above what was in use."""
+    """The measurement of one size: prompt or response tokens a second, and the memory it took on top of that in use."""
 
     tokens_per_second: float
     peak_bytes: int
@@ -132,9 +133,9 @@ class BatchProbe:
 
 @dataclass(frozen=True)
 class Tuned:
-    """One operation: the size chosen, the estimate that the search began with, bytes of one prompt, and what was measured.
+    """The tuning of one operation: the chosen size, the estimate `start` of the search, and the bytes of one prompt.
 
-    `probes`: {size: Probe, or None where it didn't fit}.
+    `probes` is {size: Probe, or None if it didn't fit}.
     """
 
     operation: Operation
@@ -145,16 +146,16 @@ class Tuned:
 
     @property
     def speed(self) -> float:
-        """Tokens a second at the size chosen, or at the measured one nearest to it; 0 where nothing fitted."""
-        fitting = {size: found.tokens_per_second for size, found in self.probes.items() if found is not None}
+        """Tokens a second at the chosen size, or at the measured size nearest to it; 0 if nothing fitted."""
+        fitting = {size: probe.tokens_per_second for size, probe in self.probes.items() if probe is not None}
         return fitting[min(fitting, key=lambda size: abs(size - self.size))] if fitting else 0.0
 
     def to_record(self) -> dict[str, Any]:
         """JSON form."""
         probes = [
-            {"size": size, "fits": found is not None}
-            | ({"tokens_per_second": round(found.tokens_per_second, 1), "peak_bytes": found.peak_bytes} if found else {})
-            for size, found in sorted(self.probes.items())
+            {"size": size, "fits": probe is not None}
+            | ({"tokens_per_second": round(probe.tokens_per_second, 1), "peak_bytes": probe.peak_bytes} if probe else {})
+            for size, probe in sorted(self.probes.items())
         ]
         return {"size": self.size, "estimate": self.start, "row_bytes": self.row_bytes, "probes": probes}
 
@@ -164,74 +165,74 @@ def batch_sizes(
     loaded: LoadedModel,
     engine: ReferenceEngine,
     prompts: PromptSets,
-    told: Mapping[str, int] | None = None,
+    run_sizes: Mapping[str, int] | None = None,
 ) -> BatchSizes:
-    """As `told` or as the settings say, else as measured here before, else measured now; says which.
+    """The batch sizes and a note of their origin: given by the run or the settings, or measured here before or now.
 
-    `told` by another machine: no more rows than memory holds here by the estimate.
+    `run_sizes` were found on another machine, so the rows are limited to the memory here by the estimate.
     """
-    if told:
+    if run_sizes:
         probes = Probes(context, loaded, engine, prompts)
         rows = [row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS]
-        sizes = BatchSizes(told["residuals"], told["prefill"], told["decode"], (rows[0], rows[1], rows[2]))
-        _say(context, sizes, "as told")
+        sizes = BatchSizes(run_sizes["residuals"], run_sizes["prefill"], run_sizes["decode"], (rows[0], rows[1], rows[2]))
+        _report(context, sizes, "as the run uses")
         return sizes
-    given = context.settings.evaluation.batch_size
-    if given:
-        _say(context, BatchSizes.same(given), "as given")
-        return BatchSizes.same(given)
+    fixed_size = context.settings.evaluation.batch_size
+    if fixed_size:
+        _report(context, BatchSizes.same(fixed_size), "as given")
+        return BatchSizes.same(fixed_size)
     probes = Probes(context, loaded, engine, prompts)
-    found = context.store.get("batch-sizes", probes.key)
-    if found is not None:
-        sizes = json.loads(from_bytes(found["sizes"]))
+    cached = context.store.get("batch-sizes", probes.key)
+    if cached is not None:
+        sizes = json.loads(from_bytes(cached["sizes"]))
         known = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
-        _say(context, known, "from the cache")
+        _report(context, known, "from the cache")
         return known
     return sizes_of(_measure(context, loaded, probes))
 
 
 def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> tuple[Tuned, ...]:
-    """Measure every operation, and keep what was found for later runs."""
+    """Measure every operation, and keep the sizes for later runs."""
     return _measure(context, loaded, Probes(context, loaded, engine, prompts))
 
 
 def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> dict[str, float]:
-    """Tokens a second by operation, as measured here before, else measured now and kept for later runs."""
+    """Tokens a second by operation, measured here before, or else measured now and kept for later runs."""
     probes = Probes(context, loaded, engine, prompts)
-    found = context.store.get("batch-sizes", probes.key)
-    known = json.loads(from_bytes(found["sizes"])).get("tokens_per_second") if found is not None else None
-    return known or {one.operation: one.speed for one in _measure(context, loaded, probes)}
+    cached = context.store.get("batch-sizes", probes.key)
+    known = json.loads(from_bytes(cached["sizes"])).get("tokens_per_second") if cached is not None else None
+    return known or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
 
 
 def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tuned, ...]:
     if context.settings.efficiency.use_binary_search_batch_tuning:
         prefill = probes.search("prefill")
-        # Done once: not worth more than a look whether what is good for prefill fits here too.
+        # Residuals are computed once, so it is enough to check whether the prefill's size fits here, too.
         tuned: tuple[Tuned, ...] = (probes.search("residuals", at_most=prefill.size), prefill, probes.search("decode"))
     else:
         tuned = probes.double()
-    found = sizes_of(tuned)
-    speeds = {one.operation: one.speed for one in tuned}
-    text = json.dumps({"sizes": found.by_name, "row_bytes": found.row_bytes, "tokens_per_second": speeds})
-    label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in found.by_name.items())
+    sizes = sizes_of(tuned)
+    speeds = {entry.operation: entry.speed for entry in tuned}
+    text = json.dumps({"sizes": sizes.by_name, "row_bytes": sizes.row_bytes, "tokens_per_second": speeds})
+    label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in sizes.by_name.items())
     context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(text)}, label)
-    _say(context, found, f"found by {sum(len(one.probes) for one in tuned)} probes")
+    _report(context, sizes, f"found by {sum(len(entry.probes) for entry in tuned)} probes")
     return tuned
 
 
 def sizes_of(tuned: Sequence[Tuned]) -> BatchSizes:
-    """The sizes chosen, in the order of `OPERATIONS`."""
+    """The chosen sizes of all operations."""
     residuals, prefill, decode = tuned
     return BatchSizes(residuals.size, prefill.size, decode.size, (residuals.row_bytes, prefill.row_bytes, decode.row_bytes))
 
 
-def _say(context: Context, sizes: BatchSizes, how: str) -> None:
+def _report(context: Context, sizes: BatchSizes, origin: str) -> None:
     distinct = set(sizes.by_name.values())
     each = ", ".join(f"{name} {size}" for name, size in sizes.by_name.items()) if len(distinct) > 1 else str(min(distinct))
-    context.reporter.note(f"batch size: {each} ({how})", batch_sizes=sizes.by_name)
+    context.reporter.note(f"batch size: {each} ({origin})", batch_sizes=sizes.by_name)
 
 
-def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]]:
+def _sets_by_operation(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]]:
     return {
         "residuals": (prompts.harmful, prompts.harmless),
         "prefill": (prompts.harmless_eval,),
@@ -242,7 +243,7 @@ def _sets(prompts: PromptSets) -> dict[Operation, tuple[tuple[Prompt, ...], ...]
 def reserved_bytes(
     settings: Settings, shape: Shape, loaded: LoadedModel | Skeleton, harmful: int, harmless: int, prompt: int
 ) -> int:
-    """Bytes that are kept between trials, and what KL needs: the base's log-probabilities and the trial's."""
+    """The bytes that are kept between trials, and the bytes that KL needs: the base's and the trial's log-probabilities."""
     kept = kept_bytes(shape, STARTS, harmful, harmless, prompt)
     modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
     kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(module)) for module in modules))
@@ -250,19 +251,19 @@ def reserved_bytes(
 
 
 class Probes:
-    """Probes of a loaded model, on the longest prompts of each operation's sets."""
+    """Probes a loaded model on the longest prompts of each operation's sets."""
 
     def __init__(self, context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> None:
         self._context, self._loaded, self._engine = context, loaded, engine
         self._device = loaded.device
-        # {operation: (prompts in the larger set, tokens of the longest, tokens of a response)}
+        # {operation: (prompts in the larger set, tokens of the longest prompt, tokens of a response)}
         self.lengths: dict[str, tuple[int, int, int]] = {}
         self._longest: dict[str, list[Prompt]] = {}
-        for name, parts in _sets(prompts).items():
-            tokens = [(len(engine.chat.token_ids(prompt)), prompt) for part in parts for prompt in part]
-            tokens.sort(key=lambda pair: -pair[0])
-            self._longest[name] = [prompt for _, prompt in tokens[: context.settings.evaluation.max_batch_size]]
-            self.lengths[name] = (max(map(len, parts)), tokens[0][0], engine.max_new_tokens)
+        for name, sets in _sets_by_operation(prompts).items():
+            by_length = [(len(engine.chat.token_ids(prompt)), prompt) for prompt_set in sets for prompt in prompt_set]
+            by_length.sort(key=lambda pair: -pair[0])
+            self._longest[name] = [prompt for _, prompt in by_length[: context.settings.evaluation.max_batch_size]]
+            self.lengths[name] = (max(map(len, sets)), by_length[0][0], engine.max_new_tokens)
         self.key = batch_sizes_key(context.settings, loaded, self.lengths)
         model = loaded.model
         self.shape = Shape.of(model.config.get_text_config(), model.dtype)
@@ -273,7 +274,7 @@ class Probes:
         self._reserved = reserved_bytes(context.settings, self.shape, loaded, *counts, longest)
 
     def search(self, operation: Operation, at_most: int = 0) -> Tuned:
-        """From the estimate to the best size; `at_most`: only whether that fits, else what does."""
+        """Search from the estimate to the best size; with `at_most`, only check whether that size or a smaller one fits."""
         items, prompt, response = self.lengths[operation]
         estimate = row_bytes(self.shape, operation, prompt, response)
         maximum = min(at_most or items, self._context.settings.evaluation.max_batch_size)
@@ -288,13 +289,13 @@ class Probes:
         return self._tuned(operation, tuned, start, estimate, probes)
 
     def double(self) -> tuple[Tuned, ...]:
-        """One size for all operations, by doubling: as peers do it."""
+        """Find one size for all operations by doubling, as comparable tools do."""
         items, prompt, response = self.lengths["decode"]
         estimate = row_bytes(self.shape, "decode", prompt, response)
         probes: dict[int, BatchProbe | None] = {}
         maximum = min(items, self._context.settings.evaluation.max_batch_size)
-        found = double_batch_size(partial(self._speed, "decode", estimate, probes), maximum)
-        even = BatchTuning(even_sizes(items, found.size)[-1], found.probes)
+        doubled = double_batch_size(partial(self._speed, "decode", estimate, probes), maximum)
+        even = BatchTuning(even_sizes(items, doubled.size)[-1], doubled.probes)
         return tuple(self._tuned(name, even, 1, estimate, probes if name == "decode" else {}) for name in OPERATIONS)
 
     def _tuned(
@@ -305,21 +306,21 @@ class Probes:
         return Tuned(operation, tuned.size, start, max(taken, estimate), dict(probes))
 
     def _speed(self, operation: Operation, estimate: int, probes: dict[int, BatchProbe | None], size: int) -> float | None:
-        """Prompts a second; None where so many don't fit."""
+        """Prompts a second; None if so many don't fit."""
         self._context.check()
         self._warm_up()
-        found = self._probe(operation, estimate, size)
-        probes[size] = found
-        return found.tokens_per_second / self._tokens(operation) if found else None
+        measured = self._probe(operation, estimate, size)
+        probes[size] = measured
+        return measured.tokens_per_second / self._tokens(operation) if measured else None
 
     def _probe(self, operation: Operation, estimate: int, size: int) -> BatchProbe | None:
         usable = self._usable()
-        # Here no error would come, but the killer of processes.
+        # On these devices the system kills the process instead of raising an error.
         if self._device.type in SHARE and size > 1 and size * estimate > usable:
             return None
         longest = self._longest[operation]
         rows = [longest[index % len(longest)] for index in range(size)]
-        return_freed(self._device)  # or the peak would hide in what an earlier probe has freed
+        return_freed(self._device)  # otherwise the peak would hide in memory that an earlier probe has freed
         meter, before = PeakMeter(), used_memory(self._device)
         times = [time.perf_counter()]
 
@@ -340,37 +341,37 @@ class Probes:
         return BatchProbe(size * self._speed_of_a_row(operation, times), peak)
 
     def _speed_of_a_row(self, operation: Operation, times: Sequence[float]) -> float:
-        """Tokens a second, given when a probe began, when each token of a response came, and when it ended."""
+        """Tokens a second, from the times when a probe began, when each token of a response came, and when it ended."""
         tokens, begin, end = self._tokens(operation), times[0], times[-1]
         if operation == "decode" and len(times) > 3:
-            # The first token takes a prefill, which is the other operation; and rows may end before the last.
+            # The first token takes a prefill, which is another operation, and rows may end before the last token.
             tokens, begin, end = len(times) - 3, times[1], times[-2]
         return tokens / max(end - begin, 1e-9)
 
     def _tokens(self, operation: Operation) -> int:
-        """Of each row, that a probe is timed for."""
+        """The tokens of each row that a probe is timed for."""
         _, prompt, response = self.lengths[operation]
         return min(PROBE_TOKENS, max(1, response - 1)) if operation == "decode" else prompt
 
     def _unseen(self, operation: Operation) -> int:
-        """Bytes of a row that a short probe doesn't reach: the cache of the rest of a response."""
+        """The bytes of a row that a short probe doesn't reach: the cache for the rest of a response."""
         if operation != "decode":
             return 0
         _, prompt, response = self.lengths["decode"]
         return self.shape.cache_bytes(prompt + response) - self.shape.cache_bytes(prompt + self._tokens("decode"))
 
     def _usable(self) -> int:
-        """Of the device with the least left, where a model lies on several: which layers need most isn't known."""
+        """The usable bytes of the fullest device, since it isn't known which device's layers need most."""
         devices = {parameter.device for parameter in self._loaded.model.parameters()}
-        places = [device for device in devices if device.type == self._device.type] or [self._device]
-        return max(0, min(map(usable_memory, places)) - self._reserved)
+        same_type = [device for device in devices if device.type == self._device.type] or [self._device]
+        return max(0, min(map(usable_memory, same_type)) - self._reserved)
 
     def _work(self, operation: Operation) -> Callable[[Sequence[Prompt], Callable[[], None]], object]:
-        """One batch of an operation; a decoding one calls back after every token."""
+        """A function that runs one batch of an operation; decoding calls back after every token."""
         loaded, engine, efficiency = self._loaded, self._engine, self._context.settings.efficiency
         if operation == "residuals":
             amp, home = efficiency.use_amp_for_residuals, self._device
             return lambda rows, _: capture_batch(loaded.model, loaded.layers, engine.chat, rows, amp=amp, home=home)
         if operation == "prefill":
             return lambda rows, _: engine.raw_logits(rows, 1)[1][:, 0].float().log_softmax(dim=-1)
-        return lambda rows, tell: engine.generate_ids(rows, 1 + self._tokens("decode"), tell)
+        return lambda rows, after_token: engine.generate_ids(rows, 1 + self._tokens("decode"), after_token)

@@ -25,64 +25,64 @@ from abliterate.types import BatchSizes, Prompt
 def detect_prefix(
     respond: Callable[[str], Sequence[str]], markup: Markup, tails: Sequence[str] = (), *, skip: bool = True
 ) -> tuple[str, list[str]]:
-    """What all responses begin with, so that the first *response* token comes after it, and notes on what was found.
+    """The beginning that all responses share, after which the first *response* token comes, and notes for the user.
 
-    `respond(prefix)` gives raw responses of prompts from both sets, continued after `prefix`; `tails` are what the chat
-    template puts after each of them. Unless `skip` is off, a thinking block that a template or a response opens is closed
-    for all, and what follows is looked at again: some put white space or a tag there.
+    `respond(prefix)` gives raw responses to prompts of both sets, continued after `prefix`; `tails` are the texts that the chat
+    template puts after each prompt. Unless `skip` is off, a thinking block that a template or a response opens is closed for
+    all prompts, and the responses after it are compared again, since some models put white space or a tag there.
     """
     closed, notes = _closed_by_prompts(markup, tails, skip=skip)
     texts = respond(closed)
     start = _shared_start(texts, markup)
     if closed == "":
         inside = markup.open_block(start)
-        begin = [block for text in texts if (block := markup.begins_with(text[len(start) :]))]
-        if inside is not None or begin:
-            place, block = inside or (len(start), begin[0])
-            who = "all" if inside else f"{len(begin)} of {len(texts)}"
-            notes.append(f"{who} responses open a thinking block {block.opening}, which is {_what_happens(skip)}")
+        opened = [block for text in texts if (block := markup.begins_with(text[len(start) :]))]
+        if inside is not None or opened:
+            position, block = inside or (len(start), opened[0])
+            count = "all" if inside else f"{len(opened)} of {len(texts)}"
+            notes.append(f"{count} responses open a thinking block {block.opening}, which is {_treatment(skip)}")
             if skip:
-                closed = start[:place] + block.closed
+                closed = start[:position] + block.closed
                 start = _shared_start(respond(closed), markup)
     if skip and (again := markup.open_block(start)) is not None:
-        notes.append("the model begins to think again after the thinking block was closed; responses are read from after it")
+        notes.append("the model begins to think again after its thinking block was closed; responses are read after that")
         start = start[: again[0]].rstrip(" ")
     return closed + start, notes
 
 
 def _closed_by_prompts(markup: Markup, tails: Sequence[str], *, skip: bool) -> tuple[str, list[str]]:
-    """What closes the thinking block in which the chat template leaves the prompts."""
+    """The text that closes the thinking block which the chat template leaves open after the prompts, and notes."""
     opened = [markup.open_block(tail) for tail in tails]
-    blocks = {found[1] for found in opened if found is not None}
+    blocks = {open_block[1] for open_block in opened if open_block is not None}
     if not blocks:
         return "", []
     block = sorted(blocks, key=lambda block: block.opening)[0]
-    if len(blocks) > 1 or None in opened:  # one prefix can't be right for all
-        return "", ["the chat template opens a thinking block for some prompts; their responses are read from after it"]
-    notes = [f"the chat template opens a thinking block {block.opening}, which is {_what_happens(skip)}"]
-    # After a line break: an empty block, as models are trained on it, has two.
+    if len(blocks) > 1 or None in opened:  # one prefix can't be right for all prompts
+        return "", ["the chat template opens a thinking block for some prompts; their responses are read after that block"]
+    notes = [f"the chat template opens a thinking block {block.opening}, which is {_treatment(skip)}"]
+    # The closing goes after a line break, because an empty block, as models are trained on it, has two line breaks.
     return ("\n" * tails[0].endswith("\n") + block.closing) if skip else "", notes
 
 
-def _what_happens(skip: bool) -> str:
-    return "skipped: closed at once" if skip else "kept: a response is what follows it, within response.max_new_tokens"
+def _treatment(skip: bool) -> str:
+    return "skipped: it is closed at once" if skip else "kept: the response follows it, within response.max_new_tokens"
 
 
 def _shared_start(texts: Sequence[str], markup: Markup) -> str:
-    """The common start; none where it is a whole response, which would leave nothing to score, and no part of a tag."""
+    """The common start without a partial tag; empty if it is a whole response, which would leave nothing to score."""
     start = common_start(texts)
     return "" if any(text.rstrip() == start.rstrip() for text in texts) else markup.without_partial(start).rstrip(" ")
 
 
 def common_start(texts: Sequence[str]) -> str:
-    """The longest common start without trailing spaces: a space would change how the next word is tokenized."""
+    """The longest common start without trailing spaces, since a space would change how the next word is tokenized."""
     return os.path.commonprefix(list(texts)).rstrip(" ")
 
 
 class WarmUp:
     """Runs a throw-away pass once per process, so that no measurement pays for lazy initialization.
 
-    With `once` off it runs at every call, as peers do before each probe.
+    With `once` off it runs at every call, as comparable tools do before each probe.
     """
 
     def __init__(self, work: Callable[[], object], *, once: bool = True) -> None:
@@ -106,9 +106,9 @@ class NoEdit:
 def prefix_responses(
     reference: ReferenceEngine, layers: torch.nn.ModuleList, switches: EfficiencySettings, prompts: Sequence[Prompt]
 ) -> list[str]:
-    """Raw responses of the base model, only as long as it takes to see what they share, if the switches say so."""
+    """Raw responses of the base model; unless the switches forbid it, they end once their shared beginning is known."""
     if switches.use_trial_engine and switches.use_early_prefix_detection:
-        # Plain prefills: nothing has been checked yet.
+        # The prefills are plain, because no mechanism has been checked yet.
         plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
         with contextlib.suppress(Unsupported):
             return TrialEngine(reference, layers, NoEdit(), plain, None).raw_responses(prompts)

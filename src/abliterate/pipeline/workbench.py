@@ -139,7 +139,7 @@ class Workbench:
             return
         with self.context.stage("prepare edits", self.settings.edit.mode):
             editor.prepare(lambda done, total: reporter.progress(done, total, "modules"))
-            for names, what in ((editor.parked, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+            for names, what in ((editor.offloaded, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
                 if names:
                     reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
 
@@ -158,7 +158,7 @@ class Workbench:
             self.prompts.harmless_eval,
             # Where trials are likely to begin; also an edit for the self-check that leaves lower layers alone.
             resume_layers(editor.first_layers(space.samples(_SAMPLES, seed=0))),
-            editor.room,  # prepared edits come first
+            editor.budget_bytes,  # prepared edits come first
         )
         with context.stage("trial engine"), self._measuring("the self-check's model"):
             edit = partial(editor.apply_exactly, space.upper_half())  # it skips lower layers

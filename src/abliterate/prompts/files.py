@@ -1,7 +1,4 @@
-"""Prompt sets from text files and JSON-lines files, and the grammar of data set names.
-
-Knows nothing of tokenizers or the Hub; `prompts/datasets.py` loads Hub data sets.
-"""
+"""Read prompt sets from text files and JSON-lines files, and parse data set names."""
 
 from __future__ import annotations
 
@@ -24,9 +21,9 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 @dataclass(frozen=True, slots=True)
 class DatasetName:
-    """A column of a Hub data set: `name:split:column`; the split may carry a slice, as in `train[:400]`.
+    """A column of a Hub data set, written `name:split:column`; the split may carry a slice, as in `train[:400]`.
 
-    `config`: of a data set that has several, as in `name@config:split:column`.
+    `config` selects one configuration of a data set, as in `name@config:split:column`.
     """
 
     name: str
@@ -36,7 +33,7 @@ class DatasetName:
 
 
 def parse_source(source: str) -> Path | DatasetName:
-    """A prompt source as given by a person: an existing file, or `dataset:split:column`.
+    """A prompt source as the user gives it: an existing file, or `dataset:split:column`.
 
     Raises:
         InputError: it is neither.
@@ -46,9 +43,9 @@ def parse_source(source: str) -> Path | DatasetName:
         raise InputError(f"The prompt source {source!r} is a directory; name a text or JSONL file in it.")
     if path.exists():
         return path
-    found = dataset_name(source)
-    if found is not None:
-        return found
+    dataset = dataset_name(source)
+    if dataset is not None:
+        return dataset
     raise InputError(
         f"There is no prompt file {source!r}; give the path of a text or JSONL file, or a data set as "
         "name:split:column, for example mlabonne/harmful_behaviors:train[:400]:text."
@@ -56,18 +53,18 @@ def parse_source(source: str) -> Path | DatasetName:
 
 
 def dataset_name(source: str) -> DatasetName | None:
-    """What `dataset:split:column` names; None where it isn't of that form."""
+    """The data set column that `dataset:split:column` names; None if the source hasn't that form."""
     match = _DATASET.match(source)
     return DatasetName(**match.groupdict()) if match and not source.lower().endswith((".txt", ".jsonl", ".json")) else None
 
 
 def read_prompts(path: Path, *, prefix: str = "", suffix: str = "", system: str = "") -> tuple[Prompt, ...]:
-    """The prompts of a text file (one a line, blank lines left out) or of a JSONL file (by its ending).
+    """The prompts of a text file (one a line, without blank lines) or of a JSONL file (recognized by its ending).
 
     JSONL lines are objects with `prompt` and optionally `system`, which then overrides the general system prompt.
 
     Raises:
-        InputError: unreadable, not UTF-8, a line that does not parse (named by number), or no prompt at all.
+        InputError: the file is unreadable, not UTF-8 or without prompts, or a line doesn't parse (it is named by its number).
     """
     try:
         content = path.read_text(encoding="utf-8-sig")
@@ -75,7 +72,7 @@ def read_prompts(path: Path, *, prefix: str = "", suffix: str = "", system: str 
         raise InputError(f"The prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
     except OSError as error:
         raise InputError(f"The prompt file {path} can't be read: {error.strerror}.") from error
-    # Not str.splitlines(): it also cuts at U+2028 and form feeds, which may stand inside a prompt.
+    # `str.splitlines()` would also cut at U+2028 and form feeds, which may stand inside a prompt.
     lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1)]
     parse = _parse_json_line if path.suffix.lower() in (".jsonl", ".json") else _parse_text_line
     prompts = [parse(path, number, line, system) for number, line in lines if line]
@@ -90,9 +87,9 @@ def wrap(prompts: Sequence[Prompt], prefix: str, suffix: str) -> tuple[Prompt, .
 
 
 def public_source(source: str) -> str:
-    """A source as it may be shared: the name of a data set, or a file's name without where it lies."""
+    """A source in a form that may be shared: the name of a data set, or a file's name without its folder."""
     path = Path(source).expanduser()
-    # Absolute ones that are gone, too: settings hold where a file lay when the run began.
+    # An absolute path may be gone, because settings hold where a file lay when the run began.
     return path.name if source and (path.is_absolute() or path.exists()) else source
 
 
@@ -111,7 +108,7 @@ def _parse_text_line(path: Path, number: int, line: str, system: str) -> Prompt:
 def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits, too
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))
         raise InputError(
             f'Line {number} of {path} is not JSON ({reason}); each line must be an object like {{"prompt": "…"}}.'
@@ -122,5 +119,7 @@ def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
     if not isinstance(own_system, str):
         raise InputError(f'Line {number} of {path} has a "system" that is not text; make it a string.')
     if _HALVES.search(record["prompt"] + own_system):
-        raise InputError(f"Line {number} of {path} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.")
+        raise InputError(
+            f"Line {number} of {path} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
+        )
     return Prompt(record["prompt"], own_system)

@@ -1,7 +1,7 @@
-"""The trial engine: what a model is seen to do under an edit, and what that scores. Knows no Optuna.
+"""Scorers turn what a model did under an edit into numbers; this module makes them by name.
 
-A new built-in scorer is a class and a line in `SCORERS`, a plugin's is a line in its `scorers`, and a user's custom scorer is
-a class in a file (`scorers/custom.py`).
+A new built-in scorer is a class and a line in `SCORERS`, a plugin's scorer a line in its `scorers`, and a custom scorer is a
+class in a file that the user names (`scorers/custom.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from abliterate.types import Objective
 
 @dataclass(frozen=True)
 class Making:
-    """What scorers are made of: the refusal markers, whether to match them efficiently, and the settings."""
+    """The ingredients of scorers: the refusal markers, whether to match them efficiently, and the settings."""
 
     markers: Sequence[str]
     efficient: bool = True
@@ -47,28 +47,32 @@ SCORERS: Registry[Callable[[Making], Scorer]] = Registry(
 def make_scorers(
     names: Sequence[str], markers: Sequence[str], *, efficient: bool = True, settings: EvaluationSettings | None = None
 ) -> tuple[Scorer, ...]:
-    """The scorers named. InputError: no such scorer, two of one name, or one that the front needs is missing."""
+    """The scorers called `names`.
+
+    Raises:
+        InputError: a name is unknown, two scorers share a name, or a scorer that the front needs is missing.
+    """
     for name in names:
         if name not in SCORERS and not is_custom(name):
-            own = "path/to/file.py:ClassName"
+            custom = "path/to/file.py:ClassName"
             if name.partition(":")[0] in SCORERS:
                 raise InputError(
-                    f"The objective {name!r} says more than a scorer and a goal; give NAME, NAME:minimize or NAME:maximize."
+                    f"The objective {name!r} is more than a scorer and a goal; give NAME, NAME:minimize or NAME:maximize."
                 )
             raise InputError(
-                f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}, give {own}, or install the plugin that has "
-                "that scorer."
+                f"There is no scorer {name!r}; choose among {', '.join(SCORERS)}, give {custom}, or install the plugin that "
+                "has that scorer."
             )
     for needed in ("refusals", "kl"):
         if needed not in names:
-            raise InputError(f"The setting evaluation.scorers must contain {needed!r}: exports are verified by it.")
+            raise InputError(f"The setting evaluation.scorers must contain {needed!r}, because exports are verified by it.")
     making = Making(markers, efficient, settings or EvaluationSettings())
-    made = tuple(load_scorer(name) if is_custom(name) else _make(name, making) for name in dict.fromkeys(names))
-    taken = [scorer.name for scorer in made]
-    twice = next((name for name in taken if taken.count(name) > 1), None)
-    if twice is not None:
-        raise InputError(f"Two scorers have the name {twice!r}; give your own another one.")
-    return made
+    scorers = tuple(load_scorer(name) if is_custom(name) else _make(name, making) for name in dict.fromkeys(names))
+    taken_names = [scorer.name for scorer in scorers]
+    duplicate = next((name for name in taken_names if taken_names.count(name) > 1), None)
+    if duplicate is not None:
+        raise InputError(f"Two scorers have the name {duplicate!r}; give the custom scorer another name.")
+    return scorers
 
 
 def _make(name: str, making: Making) -> Scorer:
@@ -91,18 +95,18 @@ def _make(name: str, making: Making) -> Scorer:
 
 
 def make_objectives(texts: Sequence[str], names: Sequence[str], scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
-    """The objectives named, in the order in which the sampler is told; `names`: those that `scorers` were made by.
+    """The objectives in `texts`, in the order in which the sampler sees them; `names` are the names `scorers` were made from.
 
     Raises:
-        InputError: no such scorer, one named twice, or one of which nobody says whether more or less is better.
+        InputError: a scorer is unknown or named twice, or neither it nor the text says which values are better.
     """
-    made = dict(zip(dict.fromkeys(names), scorers, strict=True))
-    found: dict[str, Objective] = {}
+    scorer_by_name = dict(zip(dict.fromkeys(names), scorers, strict=True))
+    objectives: dict[str, Objective] = {}
     for text in texts:
-        name, said = split(text)
-        scorer = made[name]
-        goal = said or scorer.goal
-        if scorer.name in found:
+        name, given_goal = split(text)
+        scorer = scorer_by_name[name]
+        goal = given_goal or scorer.goal
+        if scorer.name in objectives:
             raise InputError(f"The objective {scorer.name!r} is given twice; give it once.")
         if goal != "minimize" and goal != "maximize":
             shown = public(name)
@@ -110,8 +114,8 @@ def make_objectives(texts: Sequence[str], names: Sequence[str], scorers: Sequenc
                 f"The scorer {scorer.name!r} doesn't say which values are better; give --objective {shown}:minimize or "
                 f"--objective {shown}:maximize."
             )
-        found[scorer.name] = Objective(scorer.name, goal)
-    return ordered(found.values())
+        objectives[scorer.name] = Objective(scorer.name, goal)
+    return ordered(objectives.values())
 
 
 __all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "make_objectives", "make_scorers"]

@@ -1,4 +1,4 @@
-"""What a model was seen to do (`Observation`), and the seam for scorers that turn it into numbers."""
+"""The interface of scorers: an `Observation` of a model goes in, a `Score` comes out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abliterate.types import Goal, Prompt, Score
 
 @dataclass(frozen=True)
 class Response:
-    """What a model answered: `text` after any thinking block, and whether such a block was still open at the limit."""
+    """A model's answer: `text` without thinking blocks, and whether such a block was still open at the length limit."""
 
     text: str
     thinking_open: bool = False
@@ -21,11 +21,11 @@ class Response:
 
 @dataclass(frozen=True)
 class Observation:
-    """One model on both evaluation sets.
+    """What one model did on both evaluation sets.
 
-    `responses`: one per harmful prompt, in order. `first_logprobs` (n_harmless, vocabulary) float32: log-softmax of
-    the raw logits of the first response token. `prompts`: those of the responses, for a scorer that reads them too; empty
-    where it isn't known.
+    `responses` holds one response per harmful prompt, in order. `first_logprobs` (n_harmless, vocabulary) float32 is the
+    log-softmax of the raw logits of the first response token. `prompts` are the harmful prompts, for scorers that read
+    them too; empty if they aren't known.
     """
 
     responses: Sequence[Response]
@@ -37,13 +37,13 @@ class ResponseStream(Protocol):
     """One growing response, as a scorer sees it."""
 
     def feed(self, text: str) -> bool:
-        """Take more of the response; whether no continuation can change what it contributes to the score."""
+        """Take more of the response; return whether no continuation can change what it contributes to the score."""
 
 
 class Scorer(Protocol):
-    """Turns observations into one number and a JSON record. Made anew for each run; `setup` sees the base model.
+    """Turns an observation into one number and a JSON record. Each run makes a new scorer; `setup` sees the base model.
 
-    A scorer that reads responses sees whole ones, unless it is an `EarlyScorer`. One that doesn't says so by a class
+    A scorer reads whole responses, unless it is an `EarlyScorer`. A scorer that reads no responses declares the class
     attribute `reads_responses = False`.
     """
 
@@ -51,29 +51,29 @@ class Scorer(Protocol):
     goal: Goal
 
     def setup(self, base: Observation) -> None:
-        """Keep what later scores are relative to."""
+        """Keep whatever later scores are relative to."""
 
     def score(self, observation: Observation) -> Score:
-        """The score of an edited (or the base) model."""
+        """The score of an edited model or of the base model."""
 
 
 @runtime_checkable
 class EarlyScorer(Scorer, Protocol):
-    """A scorer of which the engine may leave work out: decided responses end, hopeless trials stop."""
+    """A scorer that lets the engine save work: decided responses end early, and hopeless trials are pruned."""
 
     def stream(self) -> ResponseStream:
-        """Watches one response; once settled, the response as it is then must score like the whole."""
+        """A stream that watches one response; once it is decided, the response so far must score like the whole."""
 
     def counts(self, response: Response) -> bool:
-        """Whether a settled or whole response adds one to the count that is minimized."""
+        """Whether a decided or whole response adds one to the count that is minimized."""
 
     def at_least(self, count: int, total: int) -> Score:
-        """The best score that `count` counting responses of `total` leave possible."""
+        """The best score that is still possible once `count` of `total` responses count."""
 
 
 @runtime_checkable
 class Judge(Scorer, Protocol):
-    """A scorer that says of each response whether it refuses: what it and the refusal markers see differently is listed."""
+    """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed."""
 
     def verdicts(self, observation: Observation) -> Sequence[bool]:
         """Whether each response refuses its prompt, in order."""

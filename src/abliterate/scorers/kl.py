@@ -21,17 +21,17 @@ WITHIN = 1e-5  # nats
 
 RATIO = 50.0  # nats
 
-# Probability per row that may be left to the bucket of rare tokens: times the spread of log ratios, 2·RATIO, that is WITHIN.
+# The most probability per row that the bucket of rare tokens may hold: times the spread of log ratios, 2·RATIO, it is WITHIN.
 REST = WITHIN / (2 * RATIO)
 
-# Log-probabilities that are worked on at once: copies of them take 20 bytes each.
+# Log-probabilities that are processed at once; the copies take 20 bytes per log-probability.
 CHUNK = 2**20
 
 _NEVER = -(2**15)  # the code of probability 0
 
 
 def kl_divergence(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base‖edited) in nats per row, (n) float64 ≥ 0, of log-probabilities (n, vocabulary) float32.
+    """KL(base‖edited) in nats per row, (n) float64 ≥ 0, from log-probabilities (n, vocabulary) float32.
 
     Tokens of base probability 0 (−inf in the model's raw logits) contribute 0, not NaN.
     """
@@ -42,10 +42,7 @@ def kl_divergence(base: Tensor, edited: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SomeTokens:
-    """Some tokens of each row: `tokens` (k) int32 and `logprobs` (k) float32 of all rows, one row after the other.
-
-    Row i has `counts[i]` of them.
-    """
+    """Some tokens of each row: `tokens` (k) int32 and `logprobs` (k) float32 of all rows in order, `counts[i]` of row i."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -53,7 +50,7 @@ class SomeTokens:
 
     @staticmethod
     def of(rows: Sequence[tuple[Tensor, Tensor]]) -> SomeTokens:
-        """Of (tokens, log-probabilities) by row."""
+        """The tokens of `rows`, given as (tokens, log-probabilities) per row."""
         tokens, logprobs = zip(*rows, strict=True)
         return SomeTokens(torch.cat(tokens).int(), torch.cat(logprobs), tuple(map(len, tokens)))
 
@@ -63,24 +60,24 @@ class SomeTokens:
         return self.tokens.nbytes + self.logprobs.nbytes
 
     def chunks(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """For some rows at a time, of `width` log-probabilities: which rows, and their tokens.
+        """A few rows of `width` log-probabilities at a time: the slice of rows, and their tokens.
 
-        Those as places (k) of rows among them, tokens (k) int64, log-probabilities (k).
+        The tokens come as the index (k) of each token's row within the slice, tokens (k) int64, and log-probabilities (k).
         """
-        step, at = max(1, CHUNK // width), 0
+        step, offset = max(1, CHUNK // width), 0
         for start in range(0, len(self.counts), step):
             counts = torch.tensor(self.counts[start : start + step])
-            part = slice(at, at + int(counts.sum()))
-            places = torch.arange(len(counts)).repeat_interleave(counts).to(self.tokens.device)
-            yield slice(start, start + step), places, self.tokens[part].long(), self.logprobs[part]
-            at = part.stop
+            entries = slice(offset, offset + int(counts.sum()))
+            row_indices = torch.arange(len(counts)).repeat_interleave(counts).to(self.tokens.device)
+            yield slice(start, start + step), row_indices, self.tokens[entries].long(), self.logprobs[entries]
+            offset = entries.stop
 
 
 @dataclass(frozen=True)
 class LikelyTokens:
-    """Of each row the most probable tokens; the rest is one bucket of mass ≤ 1e-7. For peaked distributions.
+    """The most probable tokens of each row, and one bucket of mass ≤ 1e-7 for all others. It suits peaked distributions.
 
-    `rest` (n) float64: what the others have together; `never`: the tokens of probability 0.
+    `rest` (n) float64 is the bucket's probability; `never` are the tokens of probability 0.
     """
 
     likely: SomeTokens
@@ -93,26 +90,26 @@ class LikelyTokens:
         return self.likely.nbytes + self.rest.nbytes + self.never.nbytes
 
     def kl(self, edited: Tensor) -> Tensor:
-        """KL(base‖edited) per row, (n) float64 ≥ 0, with all rare tokens as one: Σ p (log p − log q) + P (log P − log Q).
+        """KL(base‖edited) per row, (n) float64 ≥ 0, all rare tokens taken as one: Σ p (log p − log q) + P (log P − log Q).
 
-        A lower bound of `kl_divergence` (data processing inequality), too small by P·KL within the bucket, which is at most
-        P times the spread of log p − log q among the rare tokens. Q is summed over the rare tokens, not 1 − the others:
-        nothing cancels. Where the bucket is empty the result has the bits of `kl_divergence`.
+        It is a lower bound of `kl_divergence` (data processing inequality), too small by P·KL within the bucket, which is at
+        most P times the spread of log p − log q among the rare tokens. Q is summed over the rare tokens and not taken as
+        1 − the others, so nothing cancels. If the bucket is empty, the result has the bits of `kl_divergence`.
         """
-        parts = zip(self.likely.chunks(edited.shape[1]), self.never.chunks(edited.shape[1]), strict=True)
-        return torch.cat([self._some(edited[one[0]], *one, never[1:3]) for one, never in parts])
+        chunks = zip(self.likely.chunks(edited.shape[1]), self.never.chunks(edited.shape[1]), strict=True)
+        return torch.cat([self._chunk_kl(edited[likely[0]], *likely, never[1:3]) for likely, never in chunks])
 
-    def _some(
-        self, edited: Tensor, which: slice, places: Tensor, tokens: Tensor, logprobs: Tensor, never: Sequence[Tensor]
+    def _chunk_kl(
+        self, edited: Tensor, chunk: slice, row_indices: Tensor, tokens: Tensor, logprobs: Tensor, never: Sequence[Tensor]
     ) -> Tensor:
         terms = torch.zeros_like(edited)
-        terms[places, tokens] = logprobs.exp() * (logprobs - edited[places, tokens])
+        terms[row_indices, tokens] = logprobs.exp() * (logprobs - edited[row_indices, tokens])
         likely = terms.sum(dim=-1, dtype=torch.float64)
         others = terms.copy_(edited)
-        others[places, tokens] = -torch.inf
-        mass = self.rest[which]
+        others[row_indices, tokens] = -torch.inf
+        mass = self.rest[chunk]
         rare = torch.where(mass > 0, mass * (mass.log() - others.logsumexp(dim=-1).double()), 0.0)
-        # In a bucket one impossible token among possible ones would go unseen; its true KL is infinite.
+        # In a bucket, an impossible token among possible ones would go unseen; its true KL is infinite.
         impossible = edited == -torch.inf
         impossible[never[0], never[1]] = False
         rare = rare.masked_fill(impossible.any(dim=-1), torch.inf)
@@ -121,9 +118,9 @@ class LikelyTokens:
 
 @dataclass(frozen=True)
 class RoundedLogprobs:
-    """All log-probabilities in 16 bits, and the most probable tokens as they are. For what isn't peaked enough.
+    """All log-probabilities in 16 bits, and the most probable tokens exactly. It suits flatter distributions.
 
-    `codes` (n, vocabulary) int16: log p = `low` + (code + 32767)·`step`, both (n, 1) float32; −32768 is probability 0.
+    `codes` (n, vocabulary) int16 mean log p = `low` + (code + 32767)·`step`, both (n, 1) float32; −32768 is probability 0.
     """
 
     codes: Tensor
@@ -140,40 +137,40 @@ class RoundedLogprobs:
         """KL(base‖edited) per row, (n) float64 ≥ 0.
 
         Rounding log p by up to δ = step/2 changes p (log p − log q) by up to p·δ·e^δ·(1 + |log p − log q|); `rounded_mass`
-        is how much probability may be rounded so that this stays below `WITHIN`.
+        is the probability that may be rounded so that this change stays below `WITHIN`.
         """
-        found = []
-        for which, places, tokens, logprobs in self.exact.chunks(edited.shape[1]):
-            codes = self.codes[which]
-            base = (codes.float() - (_NEVER + 1)).mul_(self.step[which]).add_(self.low[which])
+        values = []
+        for chunk, row_indices, tokens, logprobs in self.exact.chunks(edited.shape[1]):
+            codes = self.codes[chunk]
+            base = (codes.float() - (_NEVER + 1)).mul_(self.step[chunk]).add_(self.low[chunk])
             base.masked_fill_(codes == _NEVER, -torch.inf)
-            base[places, tokens] = logprobs
-            found.append(kl_divergence(base, edited[which]))
-        return torch.cat(found)
+            base[row_indices, tokens] = logprobs
+            values.append(kl_divergence(base, edited[chunk]))
+        return torch.cat(values)
 
 
 def rounded_mass(step: float) -> float:
-    """How much probability may be rounded to multiples of `step` nats; see `RoundedLogprobs.kl`."""
+    """The probability whose tokens may be rounded to multiples of `step` nats (the bound stands in `RoundedLogprobs.kl`)."""
     worst = step / 2 * math.exp(step / 2) * (1 + RATIO)
     return WITHIN / worst if worst > 0 else math.inf
 
 
 def smallest_form(base: Tensor) -> Tensor | LikelyTokens | RoundedLogprobs:
-    """`base` (n, vocabulary) float32 in the form that takes the fewest bytes: as it is where distributions are flat."""
+    """`base` (n, vocabulary) float32 in the form that takes the fewest bytes; flat distributions stay as they are."""
     best = min(small_forms(base), key=lambda form: form.nbytes, default=None)
     return base if best is None or best.nbytes >= base.nbytes else best
 
 
 def small_forms(base: Tensor) -> tuple[LikelyTokens | RoundedLogprobs, ...]:
-    """Both forms of `base`, or neither where it is soon clear that they take more."""
+    """Both small forms of `base`, or neither as soon as it is clear that both take more bytes."""
     likely: list[tuple[Tensor, Tensor]] = []
     exact: list[tuple[Tensor, Tensor]] = []
     rest: list[Tensor] = []
-    taken = [0, base.nbytes // 2]  # bytes of either form so far; codes take half of what they stand for
+    taken = [0, base.nbytes // 2]  # bytes of either form so far; codes take half the bytes of their log-probabilities
     for row in base:
         ordered, tokens = row.sort(descending=True)
-        # From the rarest on, so that small probabilities are not lost beside large ones.
-        tail = ordered.double().exp().flip(0).cumsum(0).flip(0)  # tail[i]: the mass of token i and all rarer ones
+        # Summed from the rarest token on, so that small probabilities are not lost beside large ones.
+        tail = ordered.double().exp().flip(0).cumsum(0).flip(0)  # tail[i] is the mass of token i and all rarer tokens
         for form, (rows, left) in enumerate(((likely, REST), (exact, rounded_mass(_low_and_step(row)[1])))):
             count = int((tail > left).sum())
             rows.append((tokens[:count].int(), ordered[:count].clone()))  # a view would keep the whole row
@@ -189,7 +186,7 @@ def small_forms(base: Tensor) -> tuple[LikelyTokens | RoundedLogprobs, ...]:
 
 
 def _low_and_step(row: Tensor) -> tuple[float, float]:
-    """The lowest log-probability of a row, and the distance of two codes: its finite ones must fit into 2^16 − 1 codes."""
+    """A row's lowest log-probability and the distance of two codes; its finite values must fit into 2^16 − 1 codes."""
     finite = row[row > -torch.inf]
     if not len(finite):
         return 0.0, 0.0
@@ -200,11 +197,11 @@ def _low_and_step(row: Tensor) -> tuple[float, float]:
 def _rounded(base: Tensor, exact: SomeTokens) -> RoundedLogprobs:
     codes = torch.empty(base.shape, dtype=torch.int16, device=base.device)
     lows, steps = base.new_zeros(len(base), 1), base.new_zeros(len(base), 1)
-    for place, row in enumerate(base):
+    for index, row in enumerate(base):
         low, step = _low_and_step(row)
-        lows[place], steps[place] = low, step
+        lows[index], steps[index] = low, step
         code = ((row.double() - low) / (step or 1.0)).round().clamp(0, 2**16 - 2).nan_to_num()
-        codes[place] = (code + _NEVER + 1).masked_fill(row == -torch.inf, _NEVER).to(torch.int16)
+        codes[index] = (code + _NEVER + 1).masked_fill(row == -torch.inf, _NEVER).to(torch.int16)
     return RoundedLogprobs(codes, lows, steps, exact)
 
 
@@ -214,7 +211,7 @@ def _never(logprobs: Tensor) -> SomeTokens:
 
 
 class KL:
-    """Scorer: mean KL over the harmless prompts, minimized; median and maximum beside it, the mean hides outliers."""
+    """Scores the mean KL over the harmless prompts, minimized; median and maximum stand beside it, as a mean hides outliers."""
 
     name = "kl"
     goal: Goal = "minimize"
@@ -224,11 +221,11 @@ class KL:
         self._base: Tensor | LikelyTokens | RoundedLogprobs | None = None
 
     def setup(self, base: Observation) -> None:
-        """Keep the base model's log-probabilities (n_harmless, vocabulary), in the form that takes least."""
+        """Keep the base model's log-probabilities (n_harmless, vocabulary) in the form that takes the fewest bytes."""
         self._base = smallest_form(_with_float64(base.first_logprobs))
 
     def score(self, observation: Observation) -> Score:
-        """See `Scorer.score`; TrialError where the edited model's logits are not finite."""
+        """The mean KL. TrialError: the edited model's logits are not finite."""
         assert self._base is not None, "setup comes first"
         edited = _with_float64(observation.first_logprobs)
         if torch.isnan(edited).any():
@@ -241,7 +238,7 @@ class KL:
 
 
 def _with_float64(logprobs: Tensor) -> Tensor:
-    return logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # which has no float64
+    return logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # mps has no float64
 
 
 __all__ = ["KL", "kl_divergence"]

@@ -23,16 +23,16 @@ from abliterate.types import Baseline, Objective, Trial
 def progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective] = DEFAULT) -> list[float]:
     """The hypervolume after each trial.
 
-    But for the default objectives it is relative to this very search: each objective is scaled between the best and the worst
-    of all complete trials and the baseline, and the worst is the reference.
+    Except for the default objectives it is relative to this search: each objective is scaled between the best and the worst
+    value of all complete trials and the baseline, and the worst value is the reference.
     """
     if tuple(objectives) == DEFAULT:
-        found = []
+        volumes = []
         front: tuple[Trial, ...] = ()
         for trial in trials:
-            front = pareto_front((*front, trial), baseline)  # what isn't on a front never comes back to it
-            found.append(hypervolume(front, baseline))
-        return found
+            front = pareto_front((*front, trial), baseline)  # a trial that left the front never returns to it
+            volumes.append(hypervolume(front, baseline))
+        return volumes
     base = base_vector(baseline, objectives)
     costs = [vector(trial, objectives) if trial.state == "complete" else None for trial in trials]
     axes = list(zip(base, *(cost for cost in costs if cost is not None), strict=True))
@@ -43,29 +43,29 @@ def progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[O
 
     points = [scaled(base)]
     reference = (1.0,) * len(objectives)
-    found = [volume(points, reference)]
+    volumes = [volume(points, reference)]
     for cost in costs:
         gain = 0.0
         if cost is not None and not any(no_worse(point, scaled(cost)) for point in points):
             gain = _alone(scaled(cost), points, reference)
             points = [point for point in points if not no_worse(scaled(cost), point)] + [scaled(cost)]
-        found.append(found[-1] + gain)
-    return found[1:]
+        volumes.append(volumes[-1] + gain)
+    return volumes[1:]
 
 
 def volume(points: Sequence[Vector], reference: Vector) -> float:
-    """What the points dominate of the box below `reference`, exactly: each one's box less what later ones share of it.
+    """The exact volume below `reference` that the points dominate: each point's box without the part that later points share.
 
-    As in While, Bradstreet and Barone, "A fast way of calculating exact hypervolumes" (2012).
+    The method is that of While, Bradstreet and Barone, "A fast way of calculating exact hypervolumes" (2012).
     """
-    left = _undominated([point for point in points if all(map(float.__lt__, point, reference))])
+    front = _undominated([point for point in points if all(map(float.__lt__, point, reference))])
     if len(reference) == 2:
-        return _area(left, reference)
-    return sum(_alone(point, left[place + 1 :], reference) for place, point in enumerate(left))
+        return _area(front, reference)
+    return sum(_alone(point, front[index + 1 :], reference) for index, point in enumerate(front))
 
 
 def _alone(point: Vector, others: Sequence[Vector], reference: Vector) -> float:
-    """What the others don't dominate of the point's own box."""
+    """The volume of the point's box that no other point dominates."""
     box = math.prod(end - value for value, end in zip(point, reference, strict=True))
     return box - volume([tuple(map(max, point, other)) for other in others], reference) if others else box
 
@@ -79,7 +79,7 @@ def _area(front: Sequence[Vector], reference: Vector) -> float:
 
 
 def _undominated(points: Sequence[Vector]) -> list[Vector]:
-    """Sorted, so that what dominates comes first."""
+    """The undominated points, sorted: a dominating point precedes the points it dominates."""
     kept: list[Vector] = []
     for point in sorted(set(points)):
         if not any(no_worse(other, point) for other in kept):
@@ -88,15 +88,16 @@ def _undominated(points: Sequence[Vector]) -> list[Vector]:
 
 
 def pareto_front(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective] = DEFAULT) -> tuple[Trial, ...]:
-    """Complete trials not weakly dominated by the baseline (KL 0) or another complete trial, by rising cost.
+    """The complete trials that neither the baseline (KL 0) nor another complete trial weakly dominates, by rising cost.
 
-    In the objectives' order: by KL first, where it is one. Of exactly equal trials the lowest number stays.
+    Costs are compared in the objectives' order, so by KL first if it is an objective. Of exactly equal trials the lowest number
+    stays.
     """
-    found = [(vector(trial, objectives), trial) for trial in trials if trial.state == "complete"]
+    complete = [(vector(trial, objectives), trial) for trial in trials if trial.state == "complete"]
     front: list[Trial] = []
-    # What dominates a trial comes before it, and on the front is something that dominates as much.
+    # Sorted by cost, any dominating trial precedes the ones it dominates, so comparing with the front found so far is enough.
     costs = [least_vector(baseline, objectives)]
-    for cost, trial in sorted(found, key=lambda pair: (pair[0], pair[1].number)):
+    for cost, trial in sorted(complete, key=lambda pair: (pair[0], pair[1].number)):
         if not any(no_worse(other, cost) for other in costs):
             front.append(trial)
             costs.append(cost)
@@ -104,13 +105,13 @@ def pareto_front(trials: Sequence[Trial], baseline: Baseline, objectives: Sequen
 
 
 def no_front(baseline: Baseline, objectives: Sequence[Objective]) -> str:
-    """The sentence for a search that found nothing."""
+    """The sentence for a search whose front is empty."""
     if tuple(objectives) == DEFAULT:
         return (
             f"No trial refuses fewer than the model itself ({baseline.refusals} of {baseline.prompts}); try more trials "
             "with -n, prompts closer to the behaviour with --harmful, or check the answers for refusal markers."
         )
-    base = ", ".join(f"{one.name} {baseline.value(one.name):.4g}" for one in objectives)
+    base = ", ".join(f"{objective.name} {baseline.value(objective.name):.4g}" for objective in objectives)
     return (
         f"No trial is better than the model itself in any of the objectives {in_words(objectives)} (it has {base}); try more "
         "trials with -n, or other objectives."
@@ -118,7 +119,7 @@ def no_front(baseline: Baseline, objectives: Sequence[Objective]) -> str:
 
 
 def hypervolume(front: Sequence[Trial], baseline: Baseline) -> float:
-    """Of the default objectives: area between the front, the baseline a point of it, and (KL 1, share 1), in [0, 1]."""
+    """For the default objectives, the area in [0, 1] between (KL 1, share 1) and the front with the baseline as a point."""
     points = [(0.0, baseline.refusals / baseline.prompts)]
     points += [(trial.kl, trial.refusals / baseline.prompts) for trial in front]
     area, share_before = 0.0, 1.0
@@ -130,15 +131,15 @@ def hypervolume(front: Sequence[Trial], baseline: Baseline) -> float:
 
 
 def knee(front: Sequence[Trial], objectives: Sequence[Objective] = DEFAULT) -> Trial:
-    """The point farthest below the plane between the front's ends (of two objectives the chord), all axes scaled to [0, 1]."""
+    """The point farthest below the plane through the front's ends (for two objectives the chord), axes scaled to [0, 1]."""
     costs = [vector(trial, objectives) for trial in front]
     axes = list(zip(*costs, strict=True))
     ranges = [(min(axis), (max(axis) - min(axis)) or 1.0) for axis in axes]
 
     def below(cost: Vector) -> float:
-        left = 1.0
+        distance = 1.0
         for value, (least, width) in zip(cost, ranges, strict=True):
-            left -= (value - least) / width
-        return left
+            distance -= (value - least) / width
+        return distance
 
     return max(zip(costs, front, strict=True), key=lambda pair: (below(pair[0]), -pair[1].number))[1]

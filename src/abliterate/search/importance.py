@@ -1,7 +1,7 @@
-"""Which parameters mattered in a search, by Optuna's PED-ANOVA on what the sampler was told. Knows no model and no storage.
+"""Estimate which parameters mattered in a search, by Optuna's PED-ANOVA on the values that the sampler saw.
 
-PED-ANOVA (Watanabe et al. 2023) asks how the trials that score best in one number differ, parameter by parameter, from all
-trials; it uses no random numbers. Everything is taken from the records in `result.json`, so it works on any run directory.
+PED-ANOVA (Watanabe et al. 2023) compares the trials that score best in one number with all trials, parameter by parameter; it
+uses no random numbers. All data come from the records in `result.json`, so it works on any run directory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from optuna.trial import FrozenTrial, create_trial
 from abliterate.objectives import DEFAULT, KL, reported_values
 from abliterate.types import Objective, Trial
 
-# With fewer trials the best tenth is one or two.
+# With fewer trials the best tenth is one or two trials.
 ENOUGH = 20
 
 
 def importances(
     trials: Sequence[Trial], prompts: int, seed: int = 0, objectives: Sequence[Objective] = DEFAULT
 ) -> dict[str, dict[str, float]]:
-    """{objective: {parameter: share of what all explain}}, largest first; empty where there are too few trials.
+    """{objective: {parameter: share of the total importance}}, largest first; empty if there are too few trials.
 
-    Of stopped trials the refusals are the bound that the sampler was told, out of `prompts`.
+    The refusals of a pruned trial are the bound that the sampler saw, out of `prompts`.
     """
     scored = [trial for trial in trials if trial.state != "failed"]
     if len(scored) < ENOUGH:
@@ -40,35 +40,35 @@ def importances(
 def _shares(scored: Sequence[Trial], prompts: int, seed: int, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
     params = [_parameters(trial, seed) for trial in scored]
     distributions = _distributions(params)
-    # PED-ANOVA takes low values for good ones, so what is maximized is negated.
+    # PED-ANOVA takes low values for good ones, so maximized objectives are negated.
     study = optuna.create_study(directions=["minimize"] * len(objectives), sampler=optuna.samplers.RandomSampler(seed=seed))
     study.add_trials(
         [
             create_trial(
-                params={name: one[name] for name in distributions},
+                params={name: trial_params[name] for name in distributions},
                 distributions=distributions,
                 values=list(map(Objective.cost, objectives, reported_values(trial, objectives, prompts))),
             )
-            for trial, one in zip(scored, params, strict=True)
+            for trial, trial_params in zip(scored, params, strict=True)
         ]
     )
-    found = {}
+    shares_by_objective = {}
     for index, objective in enumerate(objectives):
         if distributions and len({trial.values[index] for trial in study.trials}) > 1:
             shares = get_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target=_value(index))
-            found["KL" if objective.name == KL else objective.name] = dict(
+            shares_by_objective["KL" if objective.name == KL else objective.name] = dict(
                 sorted(shares.items(), key=lambda pair: (-pair[1], pair[0]))
             )
-    return found
+    return shares_by_objective
 
 
 def _value(index: int) -> Callable[[FrozenTrial], float]:
-    return lambda one: one.values[index]
+    return lambda trial: trial.values[index]
 
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without Optuna's lines about a study in memory, and its warning that low values are looked at: wanted here."""
+    """Silence Optuna's lines about a study in memory, and its warning that it looks at low values, which is intended here."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
@@ -80,10 +80,10 @@ def _quietly() -> Iterator[None]:
 
 
 def _parameters(trial: Trial, seed: int) -> dict[str, float | str]:
-    """As they were suggested, as far as the record tells.
+    """The parameters as they were suggested, as far as the record shows them.
 
-    Where a component is off, what was suggested for the edge of its kernel is lost; it had no effect, and a random number
-    says so better than 0 would, which would stand for "off".
+    If a component is off, the value suggested for the edge of its kernel is lost. It had no effect, which a random number
+    expresses better than 0, because 0 would stand for "off".
     """
     params: dict[str, float | str] = {"scope": trial.params.scope, "direction index": trial.params.direction_index}
     for name, kernel in trial.params.kernels.items():
@@ -98,15 +98,15 @@ def _parameters(trial: Trial, seed: int) -> dict[str, float | str]:
 
 
 def _distributions(params: Sequence[Mapping[str, float | str]]) -> dict[str, BaseDistribution]:
-    """Ranges as they were met; what never changed explains nothing and is left out."""
-    found: dict[str, BaseDistribution] = {}
+    """The ranges that occurred; a parameter that never changed explains nothing and is left out."""
+    distributions: dict[str, BaseDistribution] = {}
     for name in params[0]:
-        values = [one[name] for one in params if name in one]
+        values = [trial_params[name] for trial_params in params if name in trial_params]
         if len(values) < len(params) or len(set(values)) < 2:
             continue
         if isinstance(values[0], str):
-            found[name] = CategoricalDistribution(sorted({str(value) for value in values}))
+            distributions[name] = CategoricalDistribution(sorted({str(value) for value in values}))
         else:
             numbers = [float(value) for value in values]
-            found[name] = FloatDistribution(min(numbers), max(numbers))
-    return found
+            distributions[name] = FloatDistribution(min(numbers), max(numbers))
+    return distributions

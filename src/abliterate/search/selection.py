@@ -18,7 +18,7 @@ _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """A parsed `--select`; call it with a front (not empty). `scorer`: the one that it names, if it isn't always there."""
+    """A parsed `--select`; call it with a non-empty front. `scorer` is the scorer it names, if some runs lack that scorer."""
 
     text: str
     pick: Callable[[Sequence[Trial]], Trial]
@@ -28,7 +28,7 @@ class SelectionRule:
         return self.pick(front)
 
     def preview(self, front: Sequence[Trial]) -> Trial | None:
-        """What the rule would pick now; None where nothing satisfies it yet."""
+        """The trial that the rule would pick now; None if no trial satisfies it yet."""
         try:
             return self.pick(front) if front else None
         except AbliterateError:
@@ -36,50 +36,51 @@ class SelectionRule:
 
 
 def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objective] = DEFAULT) -> SelectionRule:
-    """`auto` | `knee` | `trial:N` | `kl<=X` (best in the lead objective) | `refusals<=N` (least KL) | `NAME<=X` | `NAME>=X`.
+    """The rule in `text`: `auto`, `knee`, `trial:N`, `kl<=X`, `refusals<=N`, `NAME<=X` or `NAME>=X`.
 
-    `auto`: the best in the lead objective among front points with KL ≤ `auto_max_kl`, else the knee. NAME is any other scorer:
-    the best in the lead objective beside it.
+    `auto` takes the best trial in the primary objective among front points with KL ≤ `auto_max_kl`, else the knee. `kl<=X`
+    takes the best in the primary objective within the limit, and `refusals<=N` the least KL. NAME is any other scorer; its
+    rules take the best in the primary objective other than NAME.
 
     Raises:
-        InputError: none of these.
+        InputError: the text is no such rule.
     """
     lower = text.replace(" ", "").lower()
-    first = _best_in(primary_objective(objectives), objectives)
+    by_primary = _best_in(primary_objective(objectives), objectives)
     if lower == "auto":
         return SelectionRule(text, lambda front: _auto(front, auto_max_kl, objectives))
     if lower == "knee":
         return SelectionRule(text, lambda front: knee(front, objectives))
     if match := re.fullmatch(r"trial:(\d+)", lower):
         number = int(match[1])
-        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.number == number, first, text))
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.number == number, by_primary, text))
     if match := re.fullmatch(f"kl<=({_NUMBER})", lower):
         limit = float(match[1])
-        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.kl <= limit, first, text))
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.kl <= limit, by_primary, text))
     if match := re.fullmatch(r"refusals<=(\d+)", lower):
-        count, least = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
-        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, least, text))
-    # A scorer's name may have spaces in it.
+        count, by_kl = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
+        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, by_kl, text))
+    # A scorer's name may contain spaces.
     match = re.fullmatch(rf"\s*(.+?)\s*([<>]=)\s*([+-]?{_NUMBER})\s*", text, re.IGNORECASE)
     if match and match[1].lower() not in (KL, REFUSALS):
         name, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
-        beside = _best_in(primary_objective(objectives, without=name), objectives)
+        by_other_primary = _best_in(primary_objective(objectives, without=name), objectives)
 
         def satisfied(trial: Trial) -> bool:
             return name in trial.values and sign * trial.values[name] <= sign * bound
 
-        return SelectionRule(text, lambda front: _best(front, satisfied, beside, text), name)
+        return SelectionRule(text, lambda front: _best(front, satisfied, by_other_primary, text), name)
     raise InputError(f"The selection {text!r} is not a rule; use {_RULES}.")
 
 
 def _best_in(objective: Objective, objectives: Sequence[Objective]) -> Callable[[Trial], tuple[float | Vector, ...]]:
-    """Sorts the best in one objective first; of equal ones the best in KL, then in the others."""
+    """A sort key that puts the best trial in one objective first, and equal trials by KL, then by the other objectives."""
     return lambda trial: (objective.cost(trial.value(objective.name)), trial.kl, vector(trial, objectives), trial.number)
 
 
 def _auto(front: Sequence[Trial], max_kl: float, objectives: Sequence[Objective]) -> Trial:
-    near = [trial for trial in front if trial.kl <= max_kl]
-    return min(near, key=_best_in(primary_objective(objectives), objectives)) if near else knee(front, objectives)
+    within = [trial for trial in front if trial.kl <= max_kl]
+    return min(within, key=_best_in(primary_objective(objectives), objectives)) if within else knee(front, objectives)
 
 
 def _best(
@@ -89,6 +90,6 @@ def _best(
     if satisfying:
         return min(satisfying, key=key)
     raise AbliterateError(
-        f"No trial on the front satisfies {text!r}; the trials are kept: look at them with abliterate trials RUN, then "
-        "abliterate export RUN --trial N."
+        f"No trial on the front satisfies {text!r}; all trials are kept, so list them with abliterate trials RUN and export "
+        "one of them with abliterate export RUN --trial N."
     )

@@ -1,4 +1,4 @@
-"""The search space as data: which parameters a trial has, and within which ranges. Knows no model and no storage."""
+"""The search space: the parameters of a trial and their ranges."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class Space:
-    """The search space of one model: `n_layers` and its components, with the ranges of the settings; and what is searched."""
+    """The search space of one model: its `n_layers` and components, the settings' ranges, and the objectives."""
 
     settings: SearchSettings
     n_layers: int
@@ -24,11 +24,11 @@ class Space:
 
     @property
     def goals(self) -> list[Direction]:
-        """As Optuna names them."""
-        return [one.goal for one in self.objectives]
+        """The objectives' goals as Optuna names them."""
+        return [objective.goal for objective in self.objectives]
 
     def suggest(self, trial: optuna.Trial) -> TrialParams:
-        """Ask for every parameter, used or not: multivariate TPE needs a fixed space."""
+        """Ask for every parameter, used or not, because multivariate TPE needs a fixed space."""
         last, ranges = float(self.n_layers - 1), self.settings
         scope = trial.suggest_categorical("scope", ["global", "per layer"])
         low, high = ranges.direction_index
@@ -42,7 +42,7 @@ class Space:
         return [self.suggest(study.ask()) for _ in range(count)]
 
     def upper_half(self) -> TrialParams:
-        """An edit that surely does something and leaves the lower layers alone."""
+        """An edit that certainly has an effect and leaves the lower layers alone."""
         last = self.n_layers - 1
         kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
         return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel))
@@ -50,7 +50,7 @@ class Space:
     def _kernel(self, trial: optuna.Trial, component: str, last: float) -> Kernel:
         ranges = self.settings
         coeff_range = ranges.max_coeff.get(component, ranges.max_coeff["default"])
-        # Values below 0 mean "off": clamping gives that a real probability.
+        # Values below 0 are clamped, which gives "off" a real probability.
         max_coeff = max(0.0, trial.suggest_float(f"{component}.max_coeff", *coeff_range))
         low, high = ranges.position
         position = trial.suggest_float(f"{component}.position", low * last, high * last)

@@ -1,7 +1,7 @@
-"""Where studies live: a journal file, or an Optuna RDB that several workers share. Knows no parameters and no scores.
+"""Store studies in a journal file, or in an Optuna RDB that several workers share.
 
-A database may go away for a while (a restart, a network): what was asked of it is asked again until `PATIENCE` is over. Work
-in progress is kept alive by a heartbeat, so that the trial of a worker that died is found.
+A database may go away for a while (a restart, a network failure): every request is repeated until `PATIENCE` is over. Running
+trials send a heartbeat, so that the trial of a dead worker is noticed.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from abliterate.errors import NO_ROOM, AbliterateError
 
 Result = TypeVar("Result")
 
-# Seconds: how often a worker says that it lives, after how long a silent one is dead, how long a lost database is waited for.
+# Seconds between two heartbeats of a worker, until a silent worker counts as dead, and until a lost database is given up.
 HEARTBEAT, GRACE, PATIENCE = 10.0, 60.0, 300.0
-# Seconds between looks at a study whose last trials others are at.
+# Seconds between two looks at a study whose last trials other workers are running.
 POLL = 1.0
 BEAT = "heartbeat"
-_PIECE = 32_000  # characters: less than the 64 KiB that a text may have in MySQL
+_PIECE = 32_000  # characters, fewer than the 64 KiB that a MySQL text may have
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
-_CHECKSUM = "sha256"  # its first 16 digits, in each record of a journal
-_DEAD_LOCK = 5  # seconds that a journal's lock is held without anything being written
+_CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each record of a journal
+_DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
 def open_storage(url: str, journal: Path) -> BaseStorage:
-    """The journal, or the database at `url`; whatever its driver raises where that can't be reached or read."""
+    """The journal, or the database at `url`. If it can't be reached or read, the driver's own error is raised."""
     if not url:
         drop_torn_line(journal)
         check_journal(journal)
         return JournalStorage(CheckedJournal(journal))
-    # Connections that a restart of the server cut are noticed before they are used.
+    # `pool_pre_ping` notices connections that a restart of the server cut before they are used.
     return RDBStorage(url, {} if url.startswith("sqlite") else {"pool_pre_ping": True})
 
 
 def drop_torn_line(journal: Path) -> None:
-    """Cut off a last line that a full disk or a kill left unfinished: the next record would be glued to it, and lost."""
+    """Cut off a last line that a full disk or a kill left unfinished; the next record would be glued to it and lost."""
     if not journal.exists():
         return
     content = journal.read_bytes()
@@ -61,18 +61,18 @@ def drop_torn_line(journal: Path) -> None:
 
 
 class CheckedJournal(JournalFileBackend):
-    """A journal whose records carry a checksum, and in which a disk that was full leaves no half line to write behind.
+    """A journal whose records carry a checksum, and in which a full disk leaves no half line.
 
-    Its lock is given up for dead after `_DEAD_LOCK` seconds. Its path is absolute: of a relative one, Optuna looks for the
-    lock's age in the wrong folder, and waits for that of a killed process for ever.
+    Its lock counts as abandoned after `_DEAD_LOCK` seconds. Its path is absolute, because for a relative path Optuna looks up
+    the lock's age in the wrong folder and waits for ever for a killed process.
     """
 
     def __init__(self, path: Path) -> None:
-        place = str(path.absolute())
-        lock = Path(place + ".lock")
-        if lock.is_symlink() and not lock.exists():  # of a run that was killed, and its directory moved since
+        absolute = str(path.absolute())
+        lock = Path(absolute + ".lock")
+        if lock.is_symlink() and not lock.exists():  # the lock of a killed run whose directory was moved afterwards
             lock.unlink(missing_ok=True)
-        super().__init__(place, JournalFileSymlinkLock(place, grace_period=_DEAD_LOCK))
+        super().__init__(absolute, JournalFileSymlinkLock(absolute, grace_period=_DEAD_LOCK))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         try:
@@ -88,9 +88,9 @@ class CheckedJournal(JournalFileBackend):
 
 
 def check_journal(journal: Path) -> None:
-    """ValueError that names the first damaged line: a flipped byte must not become a trial's score.
+    """Raise a ValueError that names the first damaged line, because a flipped byte must not become a trial's score.
 
-    Records of earlier versions carry no checksum, and must only be JSON.
+    A record without a checksum is only checked to be JSON.
     """
     if not journal.exists():
         return
@@ -109,10 +109,10 @@ def _checksum(record: Mapping[str, Any]) -> str:
 
 
 def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: None, patience: float = PATIENCE) -> Result:
-    """The result of `work`, which must bear being done twice; again and again while the database can't be reached.
+    """The result of `work`, which must be idempotent: it is retried while the database can't be reached.
 
     Raises:
-        AbliterateError: for longer than `patience` seconds, or the disk of a journal refuses.
+        AbliterateError: the database is away for longer than `patience` seconds, or the disk of a journal refuses.
     """
     end, pause = time.monotonic() + patience, _FIRST_PAUSE
     while True:
@@ -125,8 +125,8 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
                 raise
             if time.monotonic() >= end:
                 raise AbliterateError(
-                    f"The study's database hasn't answered for {patience:.0f} s ({first_line(error)}); finished trials are in "
-                    "it: continue with --resume once it runs."
+                    f"The study's database hasn't answered for {patience:.0f} s ({first_line(error)}); its finished trials are "
+                    "kept, so continue with --resume once it runs."
                 ) from error
         check()
         time.sleep(min(pause, max(0.0, end - time.monotonic())))
@@ -134,33 +134,33 @@ def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: No
 
 
 def disk_refused(error: AbliterateError | OSError) -> AbliterateError:
-    """What a person is told where a journal can't be written."""
+    """The error for a user whose journal can't be written."""
     if isinstance(error, AbliterateError):
         return error
-    remedy = "free some space" if error.errno in NO_ROOM else "mend that"
+    remedy = "free some space" if error.errno in NO_ROOM else "fix the cause"
     return AbliterateError(f"The study can't be written ({error.strerror}); {remedy}, then continue with --resume.")
 
 
 def is_lost(error: BaseException) -> bool:
-    """Whether an error says that the database can't be reached now, as opposed to what was asked of it being wrong."""
+    """Whether an error means that the database can't be reached now, and not that the request was wrong."""
     from sqlalchemy import exc
 
-    # The last is how a session speaks that was in the middle of something when its connection was cut.
+    # A session raises the last of these if its connection was cut in the middle of a transaction.
     lost = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError, exc.PendingRollbackError)
-    one: BaseException | None = error
-    while one is not None:
-        if isinstance(one, lost) or (isinstance(one, exc.DBAPIError) and one.connection_invalidated):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, lost) or (isinstance(cause, exc.DBAPIError) and cause.connection_invalidated):
             return True
-        one = one.__cause__ or one.__context__
+        cause = cause.__cause__ or cause.__context__
     return False
 
 
 @contextlib.contextmanager
 def heartbeat(storage: BaseStorage, trial_id: int, interval: float = HEARTBEAT) -> Iterator[None]:
-    """While active, a count in the trial goes up every `interval` seconds: whoever looks sees that it is worked on.
+    """While active, a count in the trial goes up every `interval` seconds, so other workers see that it is running.
 
-    A count and not a time: the clocks of several machines differ. Optuna's own heartbeat is for databases only, and starts with
-    `optimize`.
+    It is a count and not a time, because the clocks of several machines differ. Optuna's own heartbeat works for databases
+    only, and starts with `optimize`.
     """
     over = threading.Event()
 
@@ -168,7 +168,7 @@ def heartbeat(storage: BaseStorage, trial_id: int, interval: float = HEARTBEAT) 
         for count in itertools.count(1):
             if over.wait(interval):
                 return
-            with contextlib.suppress(Exception):  # one that doesn't come through is made up for by the next
+            with contextlib.suppress(Exception):  # the next heartbeat makes up for a lost one
                 storage.set_trial_user_attr(trial_id, BEAT, count)
 
     thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
@@ -181,7 +181,7 @@ def heartbeat(storage: BaseStorage, trial_id: int, interval: float = HEARTBEAT) 
 
 
 def share(study: optuna.Study, name: str, content: bytes) -> None:
-    """Leave something in the storage for whoever works at the study, in pieces that any database takes."""
+    """Leave `content` in the storage for all workers of the study, in pieces that any database accepts."""
     text = base64.b64encode(content).decode("ascii")
     pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)] or [""]
     whole = [len(pieces), hashlib.sha256(content).hexdigest()]
@@ -189,22 +189,22 @@ def share(study: optuna.Study, name: str, content: bytes) -> None:
         return
     for index, piece in enumerate(pieces):
         patiently(partial(study.set_user_attr, f"{name}:{index}", piece))
-    # Last: what isn't there as a whole isn't there.
+    # Written last, so that readers see all of the content or none of it.
     patiently(partial(study.set_user_attr, name, whole))
 
 
 def shared(study: optuna.Study, name: str) -> bytes | None:
-    """What was shared under a name; None where it isn't there yet, or is just being replaced."""
-    found = patiently(lambda: study.user_attrs)
-    if name not in found:
+    """The content that was shared under a name; None if it isn't there yet or is just being replaced."""
+    attributes = patiently(lambda: study.user_attrs)
+    if name not in attributes:
         return None
-    count, digest = found[name]
-    content = base64.b64decode("".join(found.get(f"{name}:{index}", "") for index in range(count)))
+    count, digest = attributes[name]
+    content = base64.b64decode("".join(attributes.get(f"{name}:{index}", "") for index in range(count)))
     return content if hashlib.sha256(content).hexdigest() == digest else None
 
 
 class Silence:
-    """Which trials in work have shown no heartbeat for `grace` seconds of this observer's clock."""
+    """Finds running trials that have shown no heartbeat for `grace` seconds of this observer's clock."""
 
     def __init__(self, grace: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._grace = grace
@@ -212,7 +212,7 @@ class Silence:
         self._seen: dict[int, tuple[object, float]] = {}
 
     def of(self, beats: Mapping[int, object]) -> list[int]:
-        """The trials among `beats` ({trial: its count now}) that are silent; what isn't in work any more is forgotten."""
+        """The silent trials among `beats` ({trial: its current count}); trials that no longer run are forgotten."""
         now = self._clock()
         self._seen = {
             trial: self._seen[trial] if self._seen.get(trial, (None, 0.0))[0] == beat and trial in self._seen else (beat, now)
@@ -222,5 +222,5 @@ class Silence:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line without its end."""
+    """The first line of an error's message, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,7 +1,7 @@
-"""The search: a seeded sampler, and the study with its budget of trials. Knows no model and no tensors.
+"""The study: a budget of trials whose parameters a seeded sampler suggests, shared by any number of workers.
 
-Every finished trial is durable before the next is asked for. Optuna doesn't store a sampler's state: it is seeded
-anew for each ask from the run's seed and the number of trials told, so a resumed study is the uninterrupted one.
+Every finished trial is durable before the next is asked for. Optuna doesn't store a sampler's state, so the sampler is seeded
+anew for each trial from the run's seed and the trial's number; a resumed study then equals the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from abliterate.types import Trial, TrialParams
 
 STUDY_NAME = "abliterate"
 FORMAT = 1
-# The worker that a run is itself: one at a time, so that what it left is its own.
+# The name of the worker that the run itself is. Only one run works at a time, so all trials left under this name are its own.
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
 _SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
@@ -51,7 +51,7 @@ _SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
 
 @dataclass(frozen=True)
 class Asked:
-    """A trial in work: its logical number (a slot of the budget), its parameters, and Optuna's handle."""
+    """A running trial: its logical number (a slot of the budget), its parameters, and Optuna's handle."""
 
     number: int
     params: TrialParams
@@ -61,8 +61,9 @@ class Asked:
 class Study:
     """One study in a journal file or an Optuna RDB, for one or several workers.
 
-    The budget of trials is slots 0, 1, …; a slot is taken by whoever begins a trial for it, and free again if that trial is
-    interrupted or its worker dies. Of two that take one at the same time, the trial that the storage numbered first has it.
+    The budget of trials consists of slots 0, 1, …. A worker takes a slot by beginning a trial for it, and the slot is free
+    again if that trial is interrupted or its worker dies. If two workers take a slot at the same time, it belongs to the trial
+    with the lower number in the storage.
     """
 
     def __init__(self, storage: BaseStorage, name: str, space: Space, seed: int, worker: str = RUN) -> None:
@@ -70,8 +71,8 @@ class Study:
         self._seed = seed
         self._worker = worker
         self._silence = Silence(space.settings.grace_seconds)
-        self._told: dict[int, Trial] = {}
-        # The sampler given here is never asked: `ask` sets one of its own.
+        self._reported: dict[int, Trial] = {}
+        # This sampler is never used, because `ask` sets its own.
         self._study = patiently(
             lambda: optuna.create_study(
                 storage=storage,
@@ -85,10 +86,11 @@ class Study:
         self._storage = self._study._storage
 
     def claim(self, identity: Mapping[str, str], *, begun: bool = False) -> None:
-        """Make the study one of `identity` (what a trial's meaning depends on), or check that it already is.
+        """Give the study its `identity` (everything that a trial's meaning depends on), or check that it has this identity.
 
         Raises:
-            InputError: it was made with others (names them), by another version, or is new although its run has `begun`.
+            InputError: the study has another identity (the sentence names the parts) or another version's format, or it is new
+                although its run has `begun`.
         """
         attributes = self._study.user_attrs
         check_format(attributes)
@@ -97,7 +99,7 @@ class Study:
             if begun:
                 raise InputError(
                     "The run's study is gone, though its result.json lists trials; put study.journal (with --storage: "
-                    "study.name and the database) back, or begin anew with --restart."
+                    "study.name and the database) back, or start over with --restart."
                 )
             self._study.set_user_attr(_FORMAT, FORMAT)
             self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
@@ -112,19 +114,19 @@ class Study:
 
     @property
     def n_startup(self) -> int:
-        """As the study began: continuing with more trials must not change which of them are random."""
+        """The number of random trials as the study began: continuing with more trials must not change which are random."""
         given = self._space.settings.startup_trials
         return given or int(self._study.user_attrs.get(_STARTUP, self._space.settings.n_startup_trials))
 
     def fail_interrupted(self) -> int:
-        """Mark trials that this worker left when it last ended as interrupted; returns their number."""
-        stale = [one for one in self._running() if one.user_attrs.get(_WORKER, self._worker) == self._worker]
-        return sum(self._interrupt(one._trial_id) for one in stale)
+        """Mark the trials that this worker left unfinished when it last ended as interrupted; returns their number."""
+        stale = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER, self._worker) == self._worker]
+        return sum(self._interrupt(frozen._trial_id) for frozen in stale)
 
     def fail_silent(self) -> int:
-        """Mark as interrupted what other workers have been silent about for `search.grace_seconds`; returns the number."""
-        others = [one for one in self._running() if one.user_attrs.get(_WORKER, self._worker) != self._worker]
-        silent = self._silence.of({one._trial_id: one.user_attrs.get(BEAT) for one in others})
+        """Mark other workers' trials without a heartbeat for `search.grace_seconds` as interrupted; returns their number."""
+        others = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER, self._worker) != self._worker]
+        silent = self._silence.of({frozen._trial_id: frozen.user_attrs.get(BEAT) for frozen in others})
         return sum(self._interrupt(trial_id) for trial_id in silent)
 
     def trials(self) -> tuple[Trial, ...]:
@@ -132,35 +134,35 @@ class Study:
         return self._finished(self._all())
 
     def ask(self, budget: int | None = None) -> Asked | None:
-        """The next trial's parameters, all suggested before work starts; None where all slots of the budget are taken."""
+        """The next trial's parameters, all suggested before work starts; None if all slots of the budget are taken."""
         while True:
             everything = self._all()
-            running = [one for one in everything if one.state == TrialState.RUNNING]
-            taken = {_slot(one) for one in running} | {trial.number for trial in self._finished(everything)}
-            place = 0
-            while (slot := _free(taken, place)) < (math.inf if budget is None else budget):
+            running = [frozen for frozen in everything if frozen.state == TrialState.RUNNING]
+            taken = {_slot(frozen) for frozen in running} | {trial.number for trial in self._finished(everything)}
+            skipped = 0
+            while (slot := _free(taken, skipped)) < (math.inf if budget is None else budget):
                 trial_id, passed = patiently(partial(self._take, slot, itertools.count()))
                 if trial_id is not None:
                     return patiently(partial(self._suggested, slot, trial_id, bool(running)))
-                # Workers that look at the same moment see the same free slots. Each that lost one to others goes as many
-                # places on as came before it: so n workers begin about 2 n trials, and not n².
-                place += passed
-            if place == 0:
+                # Workers that look at the same moment see the same free slots. A worker that lost a slot skips as many free
+                # slots as there were workers before it, so n workers begin about 2 n trials, and not n².
+                skipped += passed
+            if skipped == 0:
                 return None
 
     def _suggested(self, slot: int, trial_id: int, liar: bool) -> Asked:
-        """Asked twice, it finds what was suggested the first time."""
+        """Idempotent: a retry after a lost connection returns the same suggestion."""
         self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
-        self._study._thread_local.cached_all_trials = None  # as `optuna.Study.ask` does: the sampler must see what was told
+        self._study._thread_local.cached_all_trials = None  # as in `optuna.Study.ask`: the sampler must see all reported trials
         handle = optuna.Trial(self._study, trial_id)
         return Asked(slot, self._space.suggest(handle), handle)
 
     def tell(self, asked: Asked, trial: Trial, n_prompts: int) -> bool:
-        """Record a finished trial, with refusals out of `n_prompts`; on return it is durable.
+        """Record a finished trial with refusals out of `n_prompts`; on return it is durable.
 
-        The sampler is told the objectives, by default mean KL and the share of refusals, of a stopped trial its bound: over 20
-        seeds that gave the very fronts of full evaluation (docs/sampler.md). False: other workers took this one for dead, and
-        the trial is theirs.
+        The sampler sees the objectives, by default mean KL and the share of refusals, and for a pruned trial its bound: over 20
+        seeds that gave exactly the fronts of full evaluation (docs/sampler.md). False means that other workers took this
+        worker for dead, and the trial is theirs now.
         """
         record = json.dumps(trial.to_record(), allow_nan=False)
         values = None if trial.state == "failed" else reported_values(trial, self._space.objectives, n_prompts)
@@ -170,44 +172,47 @@ class Study:
             try:
                 self._storage.set_trial_user_attr(asked.handle._trial_id, _RECORD, record)
                 self._storage.set_trial_state_values(asked.handle._trial_id, state=state, values=values)
-            except UpdateFinishedTrialError:  # by us, before an answer was lost, or by others
-                found = self._storage.get_trial(asked.handle._trial_id)
-                return found.state == state and found.user_attrs.get(_RECORD) == record
+            except UpdateFinishedTrialError:  # this worker finished it before an answer was lost, or another worker did
+                stored = self._storage.get_trial(asked.handle._trial_id)
+                return stored.state == state and stored.user_attrs.get(_RECORD) == record
             return True
 
         return patiently(once)
 
     def give_up(self, asked: Asked) -> None:
-        """Mark a trial whose work was interrupted, so that a resume does it again."""
+        """Mark a trial as interrupted, so that a resume runs it again."""
         self._interrupt(asked.handle._trial_id)
 
     def at_work(self, asked: Asked) -> contextlib.AbstractContextManager[None]:
-        """While active, other workers see that the trial is worked on."""
+        """While active, other workers see the trial's heartbeat."""
         return heartbeat(self._storage, asked.handle._trial_id, min(HEARTBEAT, self._space.settings.grace_seconds / 3))
 
     def share(self, name: str, content: bytes) -> None:
-        """Leave something for other workers in the storage."""
+        """Leave `content` in the storage for other workers."""
         share(self._study, name, content)
 
     def _take(self, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
-        """Begin a trial for a slot: its id, or None where others have it, and how many came first. Tried again, it finds it."""
-        mine = [one for one in self._running() if one.user_attrs.get(_WORKER) == self._worker] if next(tries) else []
-        own = next((one for one in mine if _slot(one) == slot), None)
-        if own is None:
+        """Begin a trial for a slot; a retry finds the trial that the first try began.
+
+        Returns the trial's id, or None if another worker has the slot, and how many workers came before.
+        """
+        mine = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER) == self._worker] if next(tries) else []
+        claimed = next((frozen for frozen in mine if _slot(frozen) == slot), None)
+        if claimed is None:
             begun = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_SLOT: slot, _WORKER: self._worker})
-            own = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, begun))
+            claimed = self._storage.get_trial(self._storage.create_new_trial(self._study._study_id, begun))
         everything = self._all()
-        earlier = [one for one in everything if _slot(one) == slot and one.number < own.number]
-        first = next((index for index, one in enumerate(earlier) if one.state == TrialState.RUNNING), len(earlier))
-        passed = len(earlier) - first  # those that have lost it to the first one, too
+        earlier = [frozen for frozen in everything if _slot(frozen) == slot and frozen.number < claimed.number]
+        first = next((index for index, frozen in enumerate(earlier) if frozen.state == TrialState.RUNNING), len(earlier))
+        passed = len(earlier) - first  # the trial that has the slot, and those that lost it to that trial, too
         if not passed and slot not in {trial.number for trial in self._finished(everything)}:
-            return own._trial_id, 0
+            return claimed._trial_id, 0
         with contextlib.suppress(UpdateFinishedTrialError):
-            self._storage.set_trial_state_values(own._trial_id, state=TrialState.FAIL)
+            self._storage.set_trial_state_values(claimed._trial_id, state=TrialState.FAIL)
         return None, max(1, passed)
 
     def _interrupt(self, trial_id: int) -> bool:
-        """Mark a running trial as interrupted; whether it was running still."""
+        """Mark a running trial as interrupted; returns whether it was still running."""
         try:
             patiently(partial(self._storage.set_trial_user_attr, trial_id, _INTERRUPTED, True))
             patiently(partial(self._storage.set_trial_state_values, trial_id, state=TrialState.FAIL))
@@ -219,40 +224,40 @@ class Study:
         return patiently(lambda: self._study.get_trials(deepcopy=False))
 
     def _running(self) -> list[FrozenTrial]:
-        return [one for one in self._all() if one.state in (TrialState.RUNNING, TrialState.WAITING)]
+        return [frozen for frozen in self._all() if frozen.state in (TrialState.RUNNING, TrialState.WAITING)]
 
     def _finished(self, everything: Sequence[FrozenTrial]) -> tuple[Trial, ...]:
-        for one in everything:
-            if one._trial_id in self._told or not one.state.is_finished() or _RECORD not in one.user_attrs:
+        for frozen in everything:
+            if frozen._trial_id in self._reported or not frozen.state.is_finished() or _RECORD not in frozen.user_attrs:
                 continue
-            # A record is written before the state; one left by a kill in between was marked as interrupted later.
-            if one.state == TrialState.COMPLETE or not one.user_attrs.get(_INTERRUPTED):
-                self._told[one._trial_id] = Trial.from_record(json.loads(one.user_attrs[_RECORD]))
-        return tuple(sorted(self._told.values(), key=lambda trial: trial.number))
+            # The record is written before the state; a trial that a kill left in between was marked as interrupted later.
+            if frozen.state == TrialState.COMPLETE or not frozen.user_attrs.get(_INTERRUPTED):
+                self._reported[frozen._trial_id] = Trial.from_record(json.loads(frozen.user_attrs[_RECORD]))
+        return tuple(sorted(self._reported.values(), key=lambda trial: trial.number))
 
 
-def _slot(one: FrozenTrial) -> int:
-    """Of a begun trial; -1 for one that an earlier version began."""
-    return int(one.user_attrs.get(_SLOT, -1))
+def _slot(frozen: FrozenTrial) -> int:
+    """The slot of a begun trial; -1 if an earlier version began it."""
+    return int(frozen.user_attrs.get(_SLOT, -1))
 
 
-def _free(taken: Container[int], place: int) -> int:
-    """The slot with `place` free ones before it."""
-    return next(itertools.islice((slot for slot in itertools.count() if slot not in taken), place, None))
+def _free(taken: Container[int], skipped: int) -> int:
+    """The slot with `skipped` free slots before it."""
+    return next(itertools.islice((slot for slot in itertools.count() if slot not in taken), skipped, None))
 
 
 def check_format(attributes: Mapping[str, Any]) -> None:
-    """InputError where another version of abliterate made the study with these attributes. The first one wrote no format."""
-    found = attributes.get(_FORMAT, FORMAT)
-    if found != FORMAT:
+    """InputError: another version of abliterate made the study with these attributes. The first version wrote no format."""
+    study_format = attributes.get(_FORMAT, FORMAT)
+    if study_format != FORMAT:
         raise InputError(
-            f"The study has format {found}, this version reads format {FORMAT}; continue it with the version of abliterate "
-            "that made it, or begin a new one with --restart."
+            f"The study has format {study_format}, this version reads format {FORMAT}; continue it with the version of "
+            "abliterate that made it, or start over with --restart."
         )
 
 
 def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> list[str]:
-    """The names of the parts in which two identities differ."""
+    """The names of the parts in which two identities differ, sorted."""
     return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
 
 
@@ -260,7 +265,8 @@ def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STU
     """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
 
     Raises:
-        InputError: the storage can't be reached or read. AbliterateError: the disk refuses.
+        InputError: the storage can't be reached or read.
+        AbliterateError: the disk refuses.
     """
     try:
         return Study(open_storage(url, journal), name, space, seed, worker)
@@ -268,11 +274,11 @@ def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STU
         if not url:
             raise disk_refused(error) from error
         raise InputError(f"The study at the storage URL given can't be opened: {first_line(error)}.") from error
-    # SQLAlchemy, its drivers and the journal each raise their own; all mean that there is no usable study.
+    # SQLAlchemy, its drivers and the journal each raise their own errors; all mean that there is no usable study.
     except Exception as error:
-        place = "at the storage URL given" if url else f"in {journal}"
-        remedy = "check --storage and that the database runs" if url else "--restart begins a new one"
-        raise InputError(f"The study {place} can't be opened: {first_line(error)}; {remedy}.") from error
+        location = "at the storage URL given" if url else f"in {journal}"
+        remedy = "check --storage and that the database runs" if url else "start over with --restart"
+        raise InputError(f"The study {location} can't be opened: {first_line(error)}; {remedy}.") from error
 
 
 def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int, *, liar: bool) -> TPESampler:

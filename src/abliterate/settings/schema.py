@@ -1,7 +1,7 @@
-"""Every option of a run, as one frozen value; parsed once by `settings/sources.py` and passed explicitly.
+"""All options of a run as one frozen value, with their names, types, ranges and defaults.
 
-Knows names, types, ranges and defaults. `configs/default.toml` shows the same to a person; a test keeps them equal.
-An empty string means "not given" and 0 means "choose for me": TOML has no null.
+They are parsed once and passed explicitly. `configs/default.toml` shows the same options to the user; a test keeps the two
+equal. An empty string means "not given" and 0 means "choose for me", because TOML has no null.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LoadSettings(_Section):
     @field_validator("template_options", mode="before")
     @classmethod
     def _read_booleans(cls, options: Any) -> Any:
-        """An environment variable is a string, and "false" would be true to a template."""
+        """Turn "true" and "false" into booleans: an environment variable is text, and "false" would be true to a template."""
         if not isinstance(options, dict):
             return options
         words = {"true": True, "false": False}
@@ -50,7 +50,7 @@ class LoadSettings(_Section):
 
 
 class PromptSettings(_Section):
-    """Where the prompt sets come from, and what is put around each prompt."""
+    """Where the prompt sets come from, and the text around each prompt."""
 
     harmful: str = ""
     harmless: str = ""
@@ -65,14 +65,14 @@ class PromptSettings(_Section):
 
 
 class ResponseSettings(_Section):
-    """How responses are generated, and the response prefix all of them share."""
+    """How responses are generated, and the response prefix that they share."""
 
     max_new_tokens: int = Field(100, ge=1)
     detect_prefix: bool = True
     prefix: str = ""
     prefix_prompts: int = Field(20, ge=1)
     thinking: Literal["skip", "keep"] = "skip"
-    # (opens a thinking block, what to put instead so that the block is closed at once)
+    # (text that opens a thinking block, text to put instead so that the block is closed at once)
     thinking_blocks: tuple[tuple[str, str], ...] = (
         ("<think>", "<think></think>"),
         ("<thinking>", "<thinking></thinking>"),
@@ -90,7 +90,7 @@ class ResponseSettings(_Section):
             for channel in ("analysis<|message|>", "commentary<|message|>", "commentary to=")
         ),
     )
-    # Around an answer, and no part of it.
+    # Tags that stand around an answer and are no part of it.
     answer_tags: tuple[str, ...] = (
         *("<answer>", "</answer>", "<response>", "</response>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
         *("<|begin_of_solution|>", "<|end_of_solution|>", "<|channel|>final<|message|>", "<|start|>assistant"),
@@ -100,7 +100,7 @@ class ResponseSettings(_Section):
     def _check_markup(self) -> ResponseSettings:
         for opening, closed in self.thinking_blocks:
             if not opening or not closed.startswith(opening) or closed == opening:
-                raise ValueError(f"thinking_blocks needs [opening, opening and closing], not [{opening!r}, {closed!r}]")
+                raise ValueError(f"thinking_blocks needs entries [opening, opening + closing], not [{opening!r}, {closed!r}]")
         if "" in self.answer_tags:
             raise ValueError("answer_tags must not hold an empty text")
         return self
@@ -114,7 +114,7 @@ class DirectionSettings(_Section):
 
 
 class EditSettings(_Section):
-    """What a trial does to a matrix."""
+    """How a trial edits a matrix."""
 
     mode: str = "full"
     representation: Literal["exact", "svd"] = "exact"
@@ -156,12 +156,12 @@ class SearchSettings(_Section):
 
     @property
     def n_startup_trials(self) -> int:
-        """Random trials before TPE begins: as given, else 30 % of the trials."""
+        """The number of random trials before TPE begins: the given number, or 30 % of the trials."""
         return self.startup_trials or round(0.3 * self.trials)
 
 
 class EvaluationSettings(_Section):
-    """What is measured in each trial, and how many prompts go through the model at a time."""
+    """The scorers of each trial, and how many prompts go through the model at a time."""
 
     scorers: tuple[str, ...] = ("refusals", "kl")
     heldout: bool = True
@@ -174,7 +174,7 @@ class EvaluationSettings(_Section):
 
 
 class EfficiencySettings(_Section):
-    """One switch per optimization; `--reference` turns them off. None of them may change a result."""
+    """One switch per optimization; `--reference` turns them off. No switch may change a result."""
 
     enable_residual_cache: bool = True
     residual_cache_dir: str = ""
@@ -202,13 +202,13 @@ class EfficiencySettings(_Section):
     use_free_adapters: bool = True
 
     def reference(self) -> EfficiencySettings:
-        """Every efficiency off but two: a single warm-up and lost-memory recovery are what an honest peer has (DESIGN §5)."""
+        """All optimizations off but the single warm-up and memory recovery, which a fair reference has (docs/design.md §5)."""
         switches = {name: False for name, value in self if isinstance(value, bool)}
         return self.model_copy(update=switches | {"use_global_warmup": True, "use_memory_recovery": True})
 
 
 class ExportSettings(_Section):
-    """What is written at the end."""
+    """The export at the end of a run."""
 
     kind: str = "merged"
     verify: bool = True
@@ -241,6 +241,6 @@ class Settings(BaseSettings):
 
     @property
     def scorers(self) -> tuple[str, ...]:
-        """What each trial is measured by: the scorers named, those that are objectives, and what every record has."""
+        """The scorers of each trial: the named ones, those that are objectives, and the two that every record contains."""
         objectives = (split(text)[0] for text in self.search.objectives)
         return tuple(dict.fromkeys((*self.evaluation.scorers, *objectives, "refusals", "kl")))

@@ -24,15 +24,15 @@ from abliterate.settings import schema
 
 ENV_PREFIX = "ABLITERATE_"
 
-# Read by other code than settings: the markers of a traceback and of tests.
+# Environment variables that other code reads: the switch for tracebacks, and the judge's endpoint.
 _OTHER_ENV = {"ABLITERATE_DEBUG", *(f"ABLITERATE_JUDGE_{part}" for part in ("URL", "MODEL", "KEY"))}
 
-# Halves of a surrogate pair stand for bytes of the command line, the environment or a file name that aren't UTF-8.
+# Half of a surrogate pair stands for a byte of the command line, the environment or a file name that isn't UTF-8.
 _HALVES = re.compile("[\ud800-\udfff]")
 
 HIDDEN = "***"
 
-# As SQLAlchemy splits a URL: the password may hold an @ and a slash, the user name may not.
+# SQLAlchemy splits a URL this way: the password may contain an @ and a slash, the user name may not.
 _PASSWORD = re.compile(r"^([^:/]+://[^:/@]*:).*(@)", re.DOTALL)
 
 _PASSWORD_PARAMETER = re.compile(r"((?:[?&]|%26)(?:password|passwd|pwd|sslpassword)=)[^&#]*", re.IGNORECASE)
@@ -44,7 +44,7 @@ _PROMPT_SETS = (
 
 
 def config_path(name: str) -> Path:
-    """A file of `configs/`: inside the installed package, or at the top of the source tree (editable installs)."""
+    """The path of a file in `configs/`: in the installed package, or at the top of the source tree (editable installs)."""
     package = Path(__file__).parents[1]
     for folder in (package / "configs", package.parents[1] / "configs"):
         if (folder / name).is_file():
@@ -76,13 +76,14 @@ def load_settings(
     stored: Path | None = None,
     entry: Mapping[str, Any] | None = None,
 ) -> Settings:
-    """Settings from all sources, paths in them absolute: a run can be continued from anywhere.
+    """The settings from all sources, with absolute paths, so that a run can be continued from anywhere.
 
-    `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of
-    the run that is continued, which everything else wins over; `entry` is what a list of runs says of one, over `config`.
+    `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of the run
+    that is continued, over which every other source wins; `entry` is one run's entry in a list of runs, which wins over
+    `config`.
 
     Raises:
-        InputError: an unknown setting (the nearest name is given), a wrong type, or a value out of range.
+        InputError: a setting is unknown (the sentence gives the nearest name), of a wrong type, or out of range.
     """
     file_values = read_toml(stored) if stored else {}
     if config:
@@ -108,33 +109,33 @@ def load_settings(
     except ValidationError as error:
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
-        raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; lists are JSON.") from error
-    odd = next((name for name, text in _texts(loaded.model_dump()) if _HALVES.search(text)), None)
-    if odd:
-        raise InputError(f"The setting {odd} holds what is no UTF-8 text; rename the file or folder, or write it anew.")
+        raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; write lists as JSON.") from error
+    not_utf8 = next((name for name, text in _texts(loaded.model_dump()) if _HALVES.search(text)), None)
+    if not_utf8:
+        raise InputError(f"The setting {not_utf8} isn't UTF-8 text; rename the file or folder, or give another value.")
     return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """`["search.trials=20", …]` as nested values; each value is TOML, or plain text where it isn't."""
+    """`["search.trials=20", …]` as nested values; a value that isn't TOML is plain text."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator or not name.strip():
             raise InputError(f"--set {assignment!r} is not of the form key=value, for example search.trials=20.")
-        place = values
+        table = values
         *sections, leaf = name.strip().split(".")
-        # A dotted component name ("attn.o_proj") can't be told from a path; such tables are set as a whole.
+        # A dotted component name ("attn.o_proj") can't be distinguished from a path, so such tables are set as a whole.
         for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
-        place[leaf] = _parse_value(text.strip())
+        table[leaf] = _parse_value(text.strip())
     return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries merged; `over` wins."""
+    """Two nested dictionaries merged; `over` wins."""
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
@@ -143,29 +144,29 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump_settings(settings: schema.Settings) -> str:
-    """The settings as TOML, such that loading it gives them back; but a password in the storage's URL is never written."""
+    """The settings as TOML that loads to the same settings, except that a password in the storage's URL is never written."""
     record = settings.model_dump(mode="json")
     record["search"]["storage"] = without_password(settings.search.storage)
     return tomli_w.dumps(record)
 
 
 def without_password(url: str) -> str:
-    """A database URL as it may be shown: `***` for the password, wherever drivers take one from."""
+    """A database URL that may be shown: `***` replaces the password, in every place from which drivers take it."""
     url = _PASSWORD.sub(rf"\g<1>{HIDDEN}\g<2>", url)
     return _PASSWORD_PARAMETER.sub(rf"\g<1>{HIDDEN}", url)
 
 
 def check_storage(url: str, options: str = "--storage again") -> None:
-    """InputError where a stored URL lacks the password that it had; `options`: what to give then."""
+    """Raise InputError if a stored URL lacks its password; `options` names the options to give then."""
     if f":{HIDDEN}@" in url or f"={HIDDEN}" in url:
         raise InputError(
-            f"The password of the run's database isn't kept ({url}); give {options}, with the password, or without one where "
-            "PGPASSWORD or ~/.pgpass says it."
+            f"The password of the run's database isn't kept ({url}); give {options} with the password, or without it if "
+            "PGPASSWORD or ~/.pgpass holds it."
         )
 
 
 def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Every option's dotted name."""
+    """The dotted names of all options."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from option_names(field.annotation, f"{prefix}{name}.")
@@ -174,7 +175,7 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
 
 
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every text in nested settings, names of table entries among them."""
+    """(dotted name, text) of every text in nested settings, including the names of table entries."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, Mapping):
@@ -187,13 +188,13 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Like `merge` for sections, but an option that is itself a table is replaced as a whole, as it is over a default."""
+    """Sections merged like `merge`, except that an option which is itself a table is replaced as a whole, like a default."""
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
     return {**base, **over, **{name: {**base[name], **over[name]} for name in both}}
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:
-    """Every path made absolute. Hub ids, data sets, and what doesn't exist stay as given: their reader says what is wrong."""
+    """The settings with absolute paths. Hub ids, data sets and missing files stay as given; their reader reports the error."""
     _check_paths(settings)
     prompts = {name: _if_there(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
     sections = {
@@ -212,19 +213,19 @@ def _with_absolute_paths(settings: Settings) -> Settings:
         },
     }
     top: dict[str, Any] = {"cache_dir": _absolute(settings.cache_dir)}
-    if settings.model != "demo":  # a directory of that name is not meant
+    if settings.model != "demo":  # `demo` never means a directory of that name
         top["model"] = _if_there(settings.model)
     top |= {name: getattr(settings, name).model_copy(update=values) for name, values in sections.items()}
     return settings.model_copy(update=top)
 
 
 def _check_paths(settings: Settings) -> None:
-    """InputError for what can't be a path: every reader would fail on it, each in its own words."""
-    own = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
-    own |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
-    own |= {"load.chat_template": settings.load.chat_template, "evaluation.markers": settings.evaluation.markers}
-    own |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
-    for name, text in own.items():
+    """Raise InputError for a text that can't be a path; otherwise every reader would fail on it in its own words."""
+    paths = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
+    paths |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
+    paths |= {"load.chat_template": settings.load.chat_template, "evaluation.markers": settings.evaluation.markers}
+    paths |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
+    for name, text in paths.items():
         try:
             if "\0" in text:
                 raise ValueError("it holds a NUL character")
@@ -232,7 +233,7 @@ def _check_paths(settings: Settings) -> None:
         except (OSError, RuntimeError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             shown = text if len(text) < 80 else text[:70] + "…"
-            raise InputError(f"The setting {name} ({shown!r}) can't be a path: {reason}; give another.") from error
+            raise InputError(f"The setting {name} ({shown!r}) can't be a path: {reason}; give another path.") from error
 
 
 def _absolute(path: str) -> str:
@@ -244,9 +245,9 @@ def _if_there(path: str) -> str:
 
 
 def _own_scorer(name: str) -> str:
-    """A scorer in a file of the user's, by its absolute path; a built-in one's name."""
-    path, colon, wanted = name.rpartition(":")
-    return f"{_if_there(path)}:{wanted}" if colon and path.endswith(".py") else name
+    """The name of a custom scorer with its file's absolute path; a built-in scorer's name stays."""
+    path, colon, class_name = name.rpartition(":")
+    return f"{_if_there(path)}:{class_name}" if colon and path.endswith(".py") else name
 
 
 def _own_objective(text: str) -> str:
@@ -280,19 +281,19 @@ def _parse_value(text: str) -> Any:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-    return f"; did you mean {found[0]}?" if found else "; see configs/default.toml for all settings."
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
+    return f"; did you mean {nearest[0]}?" if nearest else "; see configs/default.toml for all settings."
 
 
 def _check_environment() -> None:
-    """pydantic-settings ignores misspelled names; a person would never learn that the option did nothing."""
+    """Raise InputError for a misspelled variable: pydantic-settings ignores it, and the user would never notice."""
     known = {ENV_PREFIX + name.replace(".", "__").upper() for name in option_names()}
     sections = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for name in os.environ:
         upper = name.upper()
         if not upper.startswith(ENV_PREFIX) or upper in known | sections | _OTHER_ENV:
             continue
-        if any(upper.startswith(option + "__") for option in known):  # entry of a table, e.g. …__MAX_COEFF__DEFAULT
+        if any(upper.startswith(option + "__") for option in known):  # an entry of a table, e.g. …__MAX_COEFF__DEFAULT
             continue
         raise InputError(f"The environment variable {name} is not a setting{_nearest(upper, sorted(known))}")
 

@@ -1,7 +1,7 @@
-"""What other commands take of the settings that a run has stored. A run may come from anybody: nothing of it runs code here.
+"""Decide which of a run's stored settings other commands use. A run may come from anybody, so none of them may run code here.
 
-Left out, unless a person asks for it in the same command: scorers in files, code that a model brings along, and attention
-kernels from the Hub.
+Custom scorers, code that comes with a model, and attention kernels from the Hub are left out unless the user asks for them in
+the same command.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any
 from abliterate.objectives import is_custom, public, split
 from abliterate.settings.schema import Settings
 
-# What a measurement of a run's trial depends on. The rest is the run's own affair: its search, its export, its machine.
+# The settings that a measurement of a run's trial depends on. The others concern the run's search, its export or its machine.
 _MEASURED = ("seed", "prompts", "response", "directions", "edit")
 _EVALUATION = ("judge_model", "judge_label", "markers", "batch_size", "max_batch_size")
 _NAMED = (("evaluation", "scorers"), ("evaluation", "heldout_scorers"), ("search", "objectives"))
 
 
 def to_measure(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Of a run's settings what its trials are measured with, and the scorers in files that are left out."""
-    found = {name: stored[name] for name in _MEASURED if name in stored}
+    """The part of a run's settings with which its trials are measured, and the custom scorers that are left out."""
+    measured = {name: stored[name] for name in _MEASURED if name in stored}
     if "load" in stored:
-        found["load"] = _load(stored, {})
-    found["evaluation"] = {name: part for name, part in _section(stored, "evaluation").items() if name in _EVALUATION}
+        measured["load"] = _load(stored, {})
+    measured["evaluation"] = {name: value for name, value in _section(stored, "evaluation").items() if name in _EVALUATION}
     skipped: list[str] = []
     for section, name in _NAMED:
         given = _section(stored, section).get(name)
@@ -32,18 +32,18 @@ def to_measure(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             built_in = [text for text in texts if not is_custom(text)]
             skipped += [split(text)[0] for text in texts if is_custom(text)]
             if built_in:
-                found.setdefault(section, {})[name] = built_in
-    return found, list(dict.fromkeys(skipped))
+                measured.setdefault(section, {})[name] = built_in
+    return measured, list(dict.fromkeys(skipped))
 
 
 def distrusted(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored settings with what runs a model's own code switched off."""
+    """Stored settings with every option that runs a model's own code switched off."""
     off = {"trust_remote_code": False, "attn_implementation": ""}
     return {**stored, "load": _load(stored, off)} if "load" in stored else dict(stored)
 
 
 def without_own_scorers(settings: Settings) -> Settings:
-    """The same with built-in scorers only."""
+    """The settings with built-in scorers only."""
     evaluation = {name: tuple(n for n in getattr(settings.evaluation, name) if not is_custom(n)) for _, name in _NAMED[:2]}
     objectives = tuple(text for text in settings.search.objectives if not is_custom(text)) or ("kl",)
     return settings.model_copy(
@@ -55,27 +55,29 @@ def without_own_scorers(settings: Settings) -> Settings:
 
 
 def scorers_note(skipped: list[str], settings: Settings) -> str:
-    """What a person is told of scorers that were left out and that `settings` don't name; "" where there are none."""
+    """A note on custom scorers that were left out and that `settings` don't name; "" if there are none."""
     named = {*settings.scorers, *settings.evaluation.heldout_scorers}
-    left = ", ".join(public(name) for name in skipped if name not in named)
-    return left and (
-        f"Scorers in files that the run names aren't run ({left}), since a run may come from anybody; name them with "
+    left_out = ", ".join(public(name) for name in skipped if name not in named)
+    return left_out and (
+        f"The run's custom scorers aren't run ({left_out}), since a run may come from anybody; name them with "
         "--set 'evaluation.heldout_scorers=[\"path/to/file.py:ClassName\"]'."
     )
 
 
 def code_note(stored: Mapping[str, Any], settings: Settings, option: str = "--set load.trust_remote_code=true") -> str:
-    """What a person is told of code that the run's model would bring along and that isn't run; "" where there is none."""
+    """A note on code that comes with the run's model and isn't run; "" if there is none."""
     load = _section(stored, "load")
     wanted = load.get("trust_remote_code") and not settings.load.trust_remote_code
     wanted = wanted or (_from_hub(load) and load["attn_implementation"] != settings.load.attn_implementation)
-    return f"The run lets its model bring code along, which isn't run here unless you say so ({option})." if wanted else ""
+    return (
+        f"The run allows code that comes with its model, which isn't run here unless you allow it ({option})." if wanted else ""
+    )
 
 
 def _load(stored: Mapping[str, Any], off: Mapping[str, Any]) -> Any:
-    """The section `load`; what would run code is as in `off`, or left out."""
+    """The section `load`; options that would run code have their values in `off`, or are left out."""
     load = stored["load"]
-    if not isinstance(load, Mapping):  # the settings' own sentence says so
+    if not isinstance(load, Mapping):  # reading the settings reports the error
         return load
     left_out = ("trust_remote_code", *(("attn_implementation",) if _from_hub(load) else ()))
     kept = {name: value for name, value in load.items() if name not in left_out}
@@ -83,10 +85,10 @@ def _load(stored: Mapping[str, Any], off: Mapping[str, Any]) -> Any:
 
 
 def _from_hub(load: Mapping[str, Any]) -> bool:
-    """Whether the attention implementation is a kernel that is fetched: code, too."""
+    """Whether the attention implementation is a kernel from the Hub, which is code, too."""
     return "/" in str(load.get("attn_implementation", ""))
 
 
 def _section(stored: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    part = stored.get(name)
-    return part if isinstance(part, Mapping) else {}
+    section = stored.get(name)
+    return section if isinstance(section, Mapping) else {}

@@ -1,7 +1,7 @@
-"""Ctrl+C and SIGTERM: the first asks to stop at the next safe point, the second stops at once; at a question every one.
+"""Handle Ctrl+C and SIGTERM: the first signal stops the run at the next safe point, the second stops it at once.
 
-Safe points are where `check` is called: after each pass, at each stage and each step of progress that is reported. In stages
-that have no such points, and where nothing is lost, the first one stops at once, too.
+A safe point is a call of `check`: after each pass, at each stage, and at each reported step of progress. While the user is
+asked a question, and in stages that have no safe points and lose nothing, the first signal stops the run at once, too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from abliterate.types import Reporter
 
 
 class Interrupts:
-    """`check` is called at safe points and raises `Interrupted` once a signal has come."""
+    """Turns signals into `Interrupted`, which `check` raises at the next safe point."""
 
     def __init__(self) -> None:
         self._exit_code = 0
@@ -40,7 +40,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """While a person is asked something no safe point comes, so `Interrupted` is raised where they are asked."""
+        """While active, a signal raises `Interrupted` at once; a question to the user has no safe point."""
         self.check()
         self._asking = True
         try:
@@ -49,7 +49,7 @@ class Interrupts:
             self._asking = False
 
     def watched(self, reporter: Reporter) -> Reporter:
-        """The same reporter, at whose stages and steps a signal is seen."""
+        """The same reporter, with its stages and steps as safe points."""
         return cast(Reporter, _Watched(self, reporter))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
