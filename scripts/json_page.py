@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/json.md from docs/json.schema.json, the one place where fields are described. Usage: scripts/json_page.py
 
-`tests/test_json_events.py` fails where the page is not what this writes.
+`tests/cli/test_json_lines.py` fails where the page is not what this writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ options, Ctrl+C and SIGTERM. Only a process that was killed, or whose standard o
 
 New events, new fields and new stages may appear in the same `format`; skip those that you don't know. What is documented here
 keeps its name and meaning, or `format` changes. [json.schema.json](json.schema.json) says the same as a JSON Schema (2020-12)
-that knows exactly the fields of this version; `tests/test_json_events.py` holds the output of real commands against it.
+that knows exactly the fields of this version; `tests/cli/test_json_lines.py` holds the output of real commands against it.
 
 ```console
 $ abliterate run demo --json | jq -r 'select(.event == "trial") | .trial | [.number, .state, .scores.kl.mean] | @tsv'

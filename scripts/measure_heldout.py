@@ -51,7 +51,8 @@ MEASURES = """\
 | over-refusal | look harmful | refusals of harmless prompts that name something harmful |
 
 Answers come from plain `generate` (`--reference`), whole; teacher-forced passes hold at most 512 MiB of logits whatever the
-vocabulary. `tests/test_heldout.py` holds KL and perplexity against one float64 pass per sequence over full logits.
+vocabulary. `tests/unit/pipeline/test_heldout.py` holds KL and perplexity against one float64 pass per sequence over full
+logits.
 """
 
 

@@ -1,6 +1,6 @@
 """Print the matrix of model families into docs/models.md: what is found, edited, evaluated and exported of each.
 
-The models are the tiny ones of `tests/zoo.py`; `tests/test_models.py` checks the same, and more.
+The models are the tiny ones of `tests/support/zoo.py`; `tests/families/test_families.py` checks the same, and more.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ sys.path.insert(0, str(ROOT / "tests"))  # what follows is imported from there
 # ruff: noqa: E402
 import torch
 import transformers
-from conftest import save_model
-from zoo import ZOO, Lab, export, make_lab
 
 from abliterate.errors import AbliterateError
 from abliterate.model.coverage import coverage_of
+from support.models import save_model
+from support.zoo import ZOO, Lab, export, make_lab
 
 HEAD = """# Model families
 
 By `python scripts/model_matrix.py`, with transformers {version}: tiny models built from config classes, {count} of them.
-`tests/test_models.py` checks for each that the modules are those written down by hand, that each is proven to write to the
-residual stream, that edited logits are those of a dense reference, and that the engine and both exports give the same.
+`tests/families/test_families.py` checks for each that the modules are those written down by hand, that each is proven to write
+to the residual stream, that edited logits are those of a dense reference, and that the engine and both exports give the same.
 
 - **found**: by the table of families, or by structure (a class that isn't in the table).
 - **modules**: per component, edited modules in all layers (two to four), as *paths × layers*; a layer's fused experts are one.

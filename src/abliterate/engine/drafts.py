@@ -51,10 +51,11 @@ class _Memory:
 class Drafts:
     """Drafts for the prompts of one set, by their numbers: from the prompt's own responses, else from any prompt's."""
 
-    def __init__(self, prompts: int) -> None:
+    def __init__(self, prompts: int, pass_cost: int = PASS_COST) -> None:
         self._own = [_Memory(OF_A_PROMPT) for _ in range(prompts)]
         self._all = _Memory(OF_ALL)
         self._right, self._tried = PRIOR
+        self._pass_cost = pass_cost
 
     def learn(self, row: int, tokens: Sequence[int]) -> None:
         """A response to prompt `row`, or its beginning."""
@@ -72,11 +73,11 @@ class Drafts:
         All rows of a pass are as wide as the widest, so a width that few rows fill, or that is rarely right, doesn't pay.
         """
         rate, decided = self._right / self._tried, float(len(drafts))
-        best, width = decided / (PASS_COST + len(drafts)), 1
+        best, width = decided / (self._pass_cost + len(drafts)), 1
         for length in range(1, 1 + max(map(len, drafts), default=0)):
             decided += rate**length * sum(len(draft) >= length for draft in drafts)
-            if decided / (PASS_COST + len(drafts) * (length + 1)) > best:
-                best, width = decided / (PASS_COST + len(drafts) * (length + 1)), length + 1
+            if decided / (self._pass_cost + len(drafts) * (length + 1)) > best:
+                best, width = decided / (self._pass_cost + len(drafts) * (length + 1)), length + 1
         return width
 
     def score(self, drafts: Sequence[Sequence[int]], right: Sequence[int]) -> None:

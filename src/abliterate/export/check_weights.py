@@ -122,7 +122,7 @@ def _equal(old: BinaryIO, new: BinaryIO, count: int) -> bool:
 CHUNK = 1 << 16
 
 # What float32 factors and sums explain in an entry, of its row's norm: twice the largest seen, 5e-7 in rows that lie nearly
-# along the direction (their closed form divides by little); elsewhere it is 3e-8 (tests/test_definition.py).
+# along the direction (their closed form divides by little); elsewhere it is 3e-8 (tests/unit/export/test_check_weights.py).
 _ROUNDING = 1e-6
 
 # W (d_out, d_in) → W' as a function of the rows wanted.

@@ -76,7 +76,7 @@ def _row(
 # · multipliers (Granite's residual_multiplier, Falcon-H1's, MiniCPM3's): c·y joins the stream, and c changes
 #   neither the direction nor the share of it that is taken out.
 # · gates of one number a position (shared experts of Qwen): as multipliers.
-# `tests/test_models.py` proves each row by what a change of a module's output does to its layer's.
+# `tests/families/test_families.py` proves each row by what a change of a module's output does to its layer's.
 ARCHITECTURES: tuple[Architecture, ...] = (
     _row(
         "llama",

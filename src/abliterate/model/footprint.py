@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 FLOAT32 = 4
-# What families hold beyond the plain transformer that is counted here, measured on those in tests/test_footprint.py.
+# What families hold beyond the plain transformer that is counted here, measured on those in tests/unit/model/test_footprint.py.
 _MARGIN = 1.3
 # What families call the number of experts that a token visits.
 _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
