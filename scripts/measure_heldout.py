@@ -122,7 +122,7 @@ def page(records: Sequence[dict[str, Any]], trials: int, points: int) -> str:
         most=f"{max(optimism):+.0f}",
         all_kl=f"{statistics.fmean(record['optimism']['kl'] for record in records):+.4f}",
         inside=inside,
-        count=len(found),
+        count=len(records),
     )
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the imports below come from there
 
 # ruff: noqa: E402
-from postgres import server
+from support.postgres import server
 
 PAGE = """# Several workers, measured
 
@@ -106,9 +106,8 @@ def search_seconds(workers: int, trials: int) -> tuple[float, str]:
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)
         result = json.loads((out / "result.json").read_text(encoding="utf-8"))
         assert [trial["number"] for trial in result["trials"]] == list(range(trials))
-        from fake_worker import study_of
-
         from abliterate.search.study import STUDY_NAME
+        from support.fake_worker import study_of
 
         counts: Counter[str] = Counter()
         for trial in study_of("", out / "study.journal", STUDY_NAME, "watcher", trials, 60)._all():
@@ -121,10 +120,10 @@ def simulate(workers: int, processes: int, budget: int, seconds: float) -> dict[
     threads = workers // processes
     with server() as postgres:
         url = postgres.make("workers")
-        from fake_worker import study_of
+        from support.fake_worker import study_of
 
         study_of(url, Path(), "s", "watcher", budget, 60)
-        command = [sys.executable, str(ROOT / "tests" / "fake_worker.py"), url, "x", "s"]
+        command = [sys.executable, str(ROOT / "tests" / "support" / "fake_worker.py"), url, "x", "s"]
         running = [
             subprocess.Popen(
                 [*command, f"p{index}", str(budget), str(seconds), "60", str(threads)], stdout=subprocess.PIPE, text=True

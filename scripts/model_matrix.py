@@ -19,11 +19,11 @@ sys.path.insert(0, str(ROOT / "tests"))  # the imports below come from there
 # ruff: noqa: E402
 import torch
 import transformers
-from conftest import save_model
-from zoo import ZOO, Lab, export, make_lab
 
 from abliterate.errors import AbliterateError
 from abliterate.model.coverage import coverage_of
+from support.models import save_model
+from support.zoo import ZOO, Lab, export, make_lab
 
 HEAD = """# Model families, measured
 

@@ -80,18 +80,18 @@ def record(terminal: Terminal) -> list[tuple[str, str]]:
     terminal.wait(lambda screen: "interrupted" in screen and screen.endswith("$"))
     terminal.type("echo exit code: $?", "Enter")
     screen = terminal.wait(lambda screen: "exit code: 130" in screen)
-    parts.append(("Ctrl+C: the run stops after the current pass and names the directory that keeps the trials.", screen))
+    scenes.append(("Ctrl+C: the run stops after the current pass and names the directory that keeps the trials.", screen))
     terminal.type("clear", "Enter")
     time.sleep(0.5)
     terminal.type("abliterate run --resume --out my-run --select knee", "Enter")
     terminal.wait(lambda screen: "are kept from before" in screen)
     screen = terminal.wait(lambda screen: "12/12" in screen)
-    parts.append(("The run continues without naming the model again: earlier trials are kept.", screen))
+    scenes.append(("The run continues without naming the model again: earlier trials are kept.", screen))
     terminal.wait(lambda screen: "exported (" in screen and screen.endswith("$"))
     terminal.type("echo exit code: $?; ls my-run", "Enter")
     screen = terminal.wait(lambda screen: "exit code: 0" in screen and "study.journal" in screen)
-    parts.append(("The end of the run, and the files of the run directory.", screen))
-    return parts
+    scenes.append(("The end of the run, and the files of the run directory.", screen))
+    return scenes
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the browser is imported from there
 
 # ruff: noqa: E402
-from browser import browser
 from record_interrupted import WIDTH, Terminal, in_order
+
+from support.browser import browser
 
 DOCS, HEIGHT = ROOT / "docs" / "generated", 240
 PAGE = """\

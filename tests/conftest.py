@@ -1,151 +1,39 @@
-"""What the tests share: one thread, a private cache, tiny models built offline, the demo model with few prompts."""
+"""What all tests share: one thread, a private cache, and the runs that several folders look at."""
 
 from __future__ import annotations
 
+import gc
 import os
-import random
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads beside another busy process become many times slower
 
 import pytest
-import torch
-import transformers
-from forked import finish, write_config
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.directions import Directions
-from abliterate.edits import SvdMemo
-from abliterate.model.architectures import decoder_layers, find_architecture, find_targets
-from abliterate.model.chat_template import PromptEncoder
-from abliterate.model.edit_hooks import EditHooks
-from abliterate.model.editor import Editor
-from abliterate.model.loader import LoadedModel, demo_path
-from abliterate.model.weights import dense_weight, write_weight
-from abliterate.pipeline.run import run
+pytest.register_assert_rewrite("support")  # before its first import
+# ruff: noqa: E402
+import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
+
+from abliterate.model.loader import demo_path
 from abliterate.report import draw
-from abliterate.settings.schema import EditSettings, Settings
-from abliterate.settings.sources import load_settings, merge
-from abliterate.types import Kernel, ModelInfo, Prompt, Trial, TrialParams
+from abliterate.settings.schema import Settings
+from support.cli import Invoke
+from support.forked import finish, write_config
+from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
+from support.paths import TESTS
+from support.runs import DRAW, SMALL, Files, quick_options, quick_settings, run_in
+from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
-
-CPU = torch.device("cpu")
-PROMPTS = tuple(
-    Prompt(text, "You are a helpful assistant.")
-    for text in ("Hi", "Tell me how to mangle the mailbox.", "Write a short guide on how to rinse a very large carpet at home.")
-)
-
-_TOKENIZER = AutoTokenizer.from_pretrained(demo_path() / "model")
-_IDS = {
-    "vocab_size": len(_TOKENIZER),
-    "bos_token_id": _TOKENIZER.bos_token_id,
-    "eos_token_id": _TOKENIZER.eos_token_id,
-    "pad_token_id": _TOKENIZER.pad_token_id,
-}
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.1,
-}
-_MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-_HYBRID = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
-_GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 512, "initializer_range": 0.1}
-
-# family: (config class, its options, path of the final norm)
-FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama": ("LlamaConfig", _SIZES, "model.norm"),
-    "llama_biased": ("LlamaConfig", _SIZES | {"attention_bias": True, "mlp_bias": True}, "model.norm"),
-    "mistral": ("MistralConfig", _SIZES | {"sliding_window": 8, "head_dim": 8}, "model.norm"),
-    "qwen2": ("Qwen2Config", _SIZES | {"tie_word_embeddings": True}, "model.norm"),
-    "qwen3": ("Qwen3Config", _SIZES | {"head_dim": 8}, "model.norm"),
-    "gemma2": ("Gemma2Config", _SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}, "model.norm"),
-    "gemma3": (
-        "Gemma3TextConfig",
-        _SIZES | _MIXED | {"head_dim": 8, "query_pre_attn_scalar": 8},
-        "model.norm",
-    ),
-    "phi3": ("Phi3Config", _SIZES, "model.norm"),
-    "phi": ("PhiConfig", _SIZES, "model.final_layernorm"),
-    "olmo2": ("Olmo2Config", _SIZES, "model.norm"),
-    "starcoder2": ("Starcoder2Config", _SIZES, "model.norm"),
-    "gpt2": ("GPT2Config", _GPT, "transformer.ln_f"),
-    "gpt_neox": ("GPTNeoXConfig", _SIZES, "gpt_neox.final_layer_norm"),
-    "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if "key_value" not in k} | {"bias": True}, "transformer.ln_f"),
-}
-# Families whose components are named by the settings: the same, and their components.
-NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "qwen3_5": (
-        "Qwen3_5TextConfig",
-        _SIZES
-        | _HYBRID
-        | {"head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
-        | {"linear_key_head_dim": 8, "linear_value_head_dim": 8},
-        {"attn.o_proj": "self_attn.o_proj|linear_attn.out_proj", "mlp.down_proj": "mlp.down_proj"},
-    ),
-    "lfm2": (
-        "Lfm2Config",
-        _SIZES | {"layer_types": ["conv", "full_attention", "conv"]},
-        {"attn.o_proj": "self_attn.out_proj|conv.out_proj", "mlp.down_proj": "feed_forward.w2"},
-    ),
-}
-_ROUTED = _SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-_DEEPSEEK = _ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
-_LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-# Families with fused experts: the same as in FAMILIES.
-EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "qwen3_moe": ("Qwen3MoeConfig", _ROUTED | {"head_dim": 8, "num_experts": 4}, "model.norm"),
-    "gpt_oss": (
-        "GptOssConfig",
-        _SIZES | _MIXED | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "model.norm",
-    ),
-    "mixtral": ("MixtralConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
-    "qwen2_moe": ("Qwen2MoeConfig", _ROUTED | {"num_experts": 4, "shared_expert_intermediate_size": 24}, "model.norm"),
-    "olmoe": ("OlmoeConfig", _SIZES | {"num_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
-    "deepseek_v2": ("DeepseekV2Config", _DEEPSEEK | _LATENT | {"num_key_value_heads": 4}, "model.norm"),
-    "deepseek_v3": ("DeepseekV3Config", _DEEPSEEK | _LATENT | {"num_key_value_heads": 4}, "model.norm"),
-    "glm4_moe": ("Glm4MoeConfig", _DEEPSEEK | {"head_dim": 8}, "model.norm"),
-    "granitemoe": ("GraniteMoeConfig", _SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "model.norm"),
-    "llama4": (
-        "Llama4TextConfig",
-        _SIZES
-        | {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8}
-        | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
-        "model.norm",
-    ),
-    "lfm2_moe": (
-        "Lfm2MoeConfig",
-        _ROUTED | {"num_experts": 4, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
-        "model.embedding_norm",
-    ),
-    "qwen3_next": (
-        "Qwen3NextConfig",
-        _ROUTED
-        | _HYBRID
-        | {"num_experts": 4, "shared_expert_intermediate_size": 24, "head_dim": 8, "linear_num_key_heads": 2}
-        | {"linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8},
-        "model.norm",
-    ),
-}
-
-
-DRAW = draw.svg
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
     """Most tests end their runs with a report without pictures, which take a second each; those of the report draw them."""
-    if "report" in request.path.name:
+    if request.path.parent.name == "report":
         yield
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -158,136 +46,6 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ABLITERATE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def make_tokenizer() -> PreTrainedTokenizerBase:
-    """The demo's tokenizer, a new object each time."""
-    return AutoTokenizer.from_pretrained(demo_path() / "model", padding_side="left")
-
-
-def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
-    """A tiny random model of a family, float32; its biases are not zero."""
-    name, sizes, _ = (FAMILIES | NAMED | EXPERTS)[family]
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**_IDS, **(sizes | options)))
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if path.endswith((".bias", "_bias")):
-                parameter.normal_(std=0.1)
-    return model.float().eval().requires_grad_(False)
-
-
-def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[str, str] | None = None) -> LoadedModel:
-    """What `load_model` gives, without a disk; `components` as the settings name them."""
-    config = model.config.get_text_config()
-    architecture = find_architecture(config.model_type, "model.layers" if components else "", components)
-    n_layers = len(decoder_layers(model, architecture))
-    info = ModelInfo("tiny", source, "", "", architecture.family, n_layers, config.hidden_size, 0, "float32", "cpu", "none")
-    return LoadedModel(model, make_tokenizer(), info, architecture, find_targets(model, architecture, config.hidden_size))
-
-
-def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> PromptEncoder:
-    """A chat on the CPU."""
-    return PromptEncoder(tokenizer or make_tokenizer(), CPU)
-
-
-def save_model(model: PreTrainedModel, folder: Path) -> Path:
-    """A model directory as a user would have it, with tokenizer and licence."""
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "LICENSE").write_text("the licence of the base\n", encoding="utf-8")
-    return folder
-
-
-def make_directions(n_layers: int, d_model: int, seed: int = 0) -> Directions:
-    """Random unit directions."""
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(n_layers + 1, d_model, generator=generator)
-    return Directions(torch.nn.functional.normalize(vectors, dim=1))
-
-
-def make_editor(loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, **settings: Any) -> Editor:
-    """An editor with random directions on all targets."""
-    directions = make_directions(loaded.info.n_layers, loaded.info.d_model)
-    adapters = EditHooks(loaded.targets, incremental=incremental)
-    return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size))
-
-
-def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
-    """Random parameters; some seeds leave the MLP off."""
-    draw = random.Random(seed)
-    kernels = {
-        component: Kernel(
-            0.0 if component.startswith("mlp") and seed % 3 == 2 else draw.uniform(0.5, 1.5),
-            draw.uniform(0, n_layers - 1),
-            draw.uniform(0, 0.5),
-            draw.uniform(1, n_layers - 1),
-        )
-        for component in ("attn.o_proj", "mlp.down_proj")
-    }
-    return TrialParams(scope or draw.choice(["global", "per layer"]), draw.uniform(0, n_layers - 1), kernels)  # type: ignore[arg-type]
-
-
-def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
-    """W' by definition, in float64: written down here again, apart from the package."""
-    weight, v = weight.double(), v.double()
-    if mode == "none":
-        return weight - coeff * torch.outer(v, v @ weight)
-    norms = weight.norm(dim=1, keepdim=True)
-    unit = torch.where(norms > 0, weight / norms, torch.zeros_like(weight))
-    edited = unit - coeff * torch.outer(v, v @ unit)
-    if mode == "pre":
-        return norms * edited
-    length = edited.norm(dim=1, keepdim=True)
-    return norms * torch.where(length > 0, edited / length, torch.zeros_like(edited))
-
-
-def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str) -> None:
-    """Write the trial's W' into the weights of `model`, a copy of the editor's."""
-    for name, index, coeff in editor.plan(params).values():
-        module = model.get_submodule(name)
-        v = editor.directions.at(index)
-        weight = dense_weight(module)
-        edited = [dense_edit(one, v, coeff, mode) for one in (weight if weight.ndim == 3 else weight[None])]
-        write_weight(module, torch.stack(edited).view(weight.shape))
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, chat: PromptEncoder | None = None, prompts: Sequence[Prompt] = PROMPTS) -> Tensor:
-    """Logits of the last position of each prompt, (n, vocabulary)."""
-    batch = (chat or make_chat()).encode(prompts)
-    positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
-    return model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits[:, -1]
-
-
-class Recorder:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.stages: list[str] = []
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.trials: list[Trial] = []
-        self.result: Mapping[str, Any] | None = None
-
-    def header(self, fields: Mapping[str, str]) -> None: ...
-    def stage(self, name: str, detail: str = "") -> None:
-        self.stages.append(name)
-
-    def progress(self, done: int, total: int, unit: str) -> None: ...
-    def note(self, text: str, **fields: Any) -> None:
-        self.notes.append(text)
-
-    def warn(self, text: str) -> None:
-        self.warnings.append(text)
-
-    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        self.trials.append(trial)
-
-    def finish(self, result: Mapping[str, Any], *rest: Any) -> None:
-        self.result = result
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture(scope="session")
@@ -306,42 +64,6 @@ def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         files[name] = str(path)
     return files
-
-
-def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> dict[str, Any]:
-    """Options of a run of seconds: few prompts, few short trials, the space where edits surely do something."""
-    options = {
-        "model": "demo",
-        "cache_dir": str(cache),
-        "prompts": dict(prompt_files),
-        "response": {"max_new_tokens": 20, "prefix_prompts": 4},
-        "search": {
-            "trials": 4,
-            "startup_trials": 2,
-            "ei_candidates": 8,
-            "max_coeff": {"default": [1.2, 1.5]},
-            "position": [0.3, 0.6],
-            "direction_index": [0.4, 0.7],
-        },
-        "evaluation": {"batch_size": 12, "heldout": False},
-    }
-    return merge(options, over)
-
-
-def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> Settings:
-    """`quick_options` as settings."""
-    return load_settings("", quick_options(prompt_files, cache, **over))
-
-
-def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
-    """One run in a directory: its result and what it reported."""
-    recorder = Recorder()
-    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
-
-
-def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What must be equal between runs: everything of each trial but its seconds."""
-    return [(t["number"], t["params"], t["state"], t["scores"]) for t in result["trials"]]
 
 
 @pytest.fixture(scope="session")
@@ -366,21 +88,86 @@ def whole(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
     return config, folder / "run", command.events
 
 
-def copy_run(source: Path, to: Path) -> Path:
-    """A copy of a run directory that a test may change."""
-    shutil.copytree(source, to)
-    return to
+@pytest.fixture
+def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Invoke:
+    monkeypatch.chdir(tmp_path)  # default run directories and relative paths stay in here
+    return Invoke(monkeypatch, capsys)
 
 
-def save_large(folder: Path) -> tuple[Path, int, int]:
-    """A model of 64 MB in files of 16 MB: where it is, bytes of the largest file, of the largest matrix in float32."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
-    config = transformers.LlamaConfig(vocab_size=len(_TOKENIZER), num_key_value_heads=8, **sizes)
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
-    base = save_model(model, folder)
-    (base / "model.safetensors").unlink()
-    model.save_pretrained(base, max_shard_size="16MB")
-    files = [path.stat().st_size for path in base.glob("*.safetensors")]
-    assert sum(files) > 60e6
-    return base, max(files), 4 * 512 * 2048
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny classification model of random weights, with the demo's tokenizer."""
+    folder = tmp_path_factory.mktemp("classifier")
+    tokenizer = make_tokenizer()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    labels = {"id2label": {0: "compliance", 1: "refusal"}, "label2id": {"compliance": 0, "refusal": 1}}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, max_position_embeddings=64, **sizes, **labels
+    )
+    torch.manual_seed(1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def heldout_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """A few of the demo's held-out prompts."""
+    folder = tmp_path_factory.mktemp("heldout")
+    files = {}
+    for name, count in SMALL.items():
+        lines = (demo_path() / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        files[name] = str(folder / f"{name}.jsonl")
+        Path(files[name]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
+
+
+@pytest.fixture(scope="session")
+def measured(
+    prompt_files: Files, heldout_files: Files, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any], Settings]:
+    """A finished run with its last step: (directory, result, settings)."""
+    folder = tmp_path_factory.mktemp("measured")
+    over = {"prompts": heldout_files, "evaluation": {"heldout": True}}
+    settings = quick_settings(prompt_files, folder / "cache", **over)
+    result, recorder = run_in(folder / "run", settings)
+    assert not recorder.warnings
+    assert recorder.stages.index("held-out") < recorder.stages.index("export")
+    return folder / "run", result, settings
+
+
+# What `-m smoke` leaves out: whole runs, new processes, and all families but one of each kind (a prefix is shared between,
+# at the left, or not; fused experts).
+_RUNS = {"prompt_files", "finished", "whole", "measured", "postgres", "terminal", "tab", "large"}
+_KINDS = {"llama", "gemma3", "qwen3_5", "qwen3_moe"}
+_FAMILIES = {*FAMILIES, *NAMED, *EXPERTS, *ZOO, *NOT_EDITABLE} - _KINDS
+_LEFT_OUT = {"cli", "robustness", "runs", "chat", "demo", "scripts", "pipeline", "report", "export", "test_judges.py"}
+_PROCESSES = {
+    "test_the_pipeline_imports_neither_peft_nor_bitsandbytes_and_both_are_quiet",
+    "test_command_line_imports_nothing_heavy",
+}
+
+
+def _is_smoke(item: pytest.Item) -> bool:
+    """Whether a test is among those that run after every edit."""
+    if item.get_closest_marker("slow") or _RUNS & set(getattr(item, "fixturenames", ())):
+        return False
+    params = getattr(getattr(item, "callspec", None), "params", {}).values()
+    if any(isinstance(value, str) and value in _FAMILIES for value in params):
+        return False
+    return not _LEFT_OUT & set(item.path.relative_to(TESTS).parts) and item.name not in _PROCESSES
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is smoke, and lets the folders whose tests are longest begin."""
+    order = ("robustness", "runs", "cli", "unit", "properties", "families")
+    items.sort(key=lambda item: order.index(item.path.relative_to(TESTS).parts[0]))
+    for item in items:
+        if _is_smoke(item):
+            item.add_marker("smoke")
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay for good: full garbage collections, of which a run makes many, needn't look at them."""
+    gc.collect()
+    gc.freeze()

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import quick_settings, run_in
-from support.contracts import ArchitectureContract
 from transformers import PreTrainedModel
 from zoo import make_specimen
 
@@ -25,6 +23,8 @@ from abliterate.model.architectures import ARCHITECTURES, known_architecture
 from abliterate.pipeline.reproduce.recipe_settings import _leave_scorers
 from abliterate.plugins import GROUP, SEAMS, installed
 from abliterate.scorers import SCORERS, make_scorers
+from conftest import quick_settings, run_in
+from support.contracts import ArchitectureContract
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)

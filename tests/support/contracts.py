@@ -17,17 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import (
-    PROMPTS,
-    logits_of,
-    make_directions,
-    make_editor,
-    make_loaded,
-    make_model,
-    make_params,
-    save_model,
-    write_dense,
-)
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -46,6 +35,17 @@ from abliterate.scorers import Observation, Response, Scorer
 from abliterate.scorers.base import EarlyScorer, Judge, ignores_responses
 from abliterate.settings.schema import ExportSettings, LoadSettings
 from abliterate.types import Kernel, Score, TrialParams
+from conftest import (
+    PROMPTS,
+    logits_of,
+    make_directions,
+    make_editor,
+    make_loaded,
+    make_model,
+    make_params,
+    save_model,
+    write_dense,
+)
 
 RESPONSES = (Response("I'm sorry, no."), Response("First, take a cloth."), Response(" "), Response("half", thinking_open=True))
 SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1), (*PROMPTS, PROMPTS[0]))

@@ -139,12 +139,16 @@ class Decoder:
         *,
         leaving: bool = True,
         check: Callable[[], None] = lambda: None,
+        holes: float = HOLES,
+        block_bytes: int = BLOCK_BYTES,
     ) -> None:
         self._model: Any = model
         self._passes = passes
         self._config = config
         self._leaving = leaving
         self._check = check
+        self._holes = holes
+        self._block_bytes = block_bytes
 
     def __call__(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts | None = None) -> None:
         """Decode until every row is finished or has `length` tokens, or `watch` is satisfied.
@@ -192,7 +196,7 @@ class Decoder:
             self._look(rows, new, watch)
             if watch.satisfied or not rows.open:
                 return
-            if self._leaves(rows) or rows.holes > HOLES:
+            if self._leaves(rows) or rows.holes > self._holes:
                 rows.close(leaving=self._leaving)
             pauses = rows.count >= length  # a pause must leave no token unseen, so nothing is drafted before it
             proposed = [() if pauses else self._draft(rows, index, limit, drafts) for index in range(len(rows.rows))]
@@ -205,7 +209,7 @@ class Decoder:
 
     def _draft(self, rows: Decoding, index: int, limit: int, drafts: Drafts) -> Sequence[int]:
         generated = rows.generated[index]
-        most = min(_block(rows.logits), limit - len(generated)) - 1
+        most = min(_block(rows.logits, self._block_bytes), limit - len(generated)) - 1
         return drafts.propose(rows.rows[index], generated, most) if most > 0 and index not in rows.finished else ()
 
     def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -295,6 +299,6 @@ class Decoder:
         return processors
 
 
-def _block(logits: Tensor) -> int:
+def _block(logits: Tensor, block_bytes: int) -> int:
     """The most tokens per row that a pass may decide, given logits (n, vocabulary)."""
-    return max(1, min(BLOCK, BLOCK_BYTES // (logits.numel() * logits.element_size())))
+    return max(1, min(BLOCK, block_bytes // (logits.numel() * logits.element_size())))

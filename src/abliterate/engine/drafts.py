@@ -53,10 +53,11 @@ class _Memory:
 class Drafts:
     """Drafts for the numbered prompts of one set, from the prompt's own earlier responses or else from any prompt's."""
 
-    def __init__(self, prompts: int) -> None:
+    def __init__(self, prompts: int, pass_cost: int = PASS_COST) -> None:
         self._by_prompt = [_Memory(OF_A_PROMPT) for _ in range(prompts)]
         self._shared = _Memory(OF_ALL)
         self._right, self._tried = PRIOR
+        self._pass_cost = pass_cost
 
     def learn(self, row: int, tokens: Sequence[int]) -> None:
         """Remember a response to prompt `row`, or the beginning of one."""
@@ -74,11 +75,11 @@ class Drafts:
         Every row of a pass is as wide as the widest, so a width that few rows fill, or that is rarely right, doesn't pay.
         """
         rate, decided = self._right / self._tried, float(len(drafts))
-        best, width = decided / (PASS_COST + len(drafts)), 1
+        best, width = decided / (self._pass_cost + len(drafts)), 1
         for length in range(1, 1 + max(map(len, drafts), default=0)):
             decided += rate**length * sum(len(draft) >= length for draft in drafts)
-            if decided / (PASS_COST + len(drafts) * (length + 1)) > best:
-                best, width = decided / (PASS_COST + len(drafts) * (length + 1)), length + 1
+            if decided / (self._pass_cost + len(drafts) * (length + 1)) > best:
+                best, width = decided / (self._pass_cost + len(drafts) * (length + 1)), length + 1
         return width
 
     def score(self, drafts: Sequence[Sequence[int]], right: Sequence[int]) -> None:

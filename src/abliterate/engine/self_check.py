@@ -15,7 +15,7 @@ from torch import Tensor
 
 from abliterate.engine.prefill import EditState
 from abliterate.engine.reference import ReferenceEngine
-from abliterate.engine.trial_engine import TrialEngine, Unsupported
+from abliterate.engine.trial_engine import PACING, Pacing, TrialEngine, Unsupported
 from abliterate.errors import TrialError
 from abliterate.model.memory import clear_device_cache, memory_errors
 from abliterate.scorers.base import EarlyScorer
@@ -39,10 +39,11 @@ class EngineSetup:
     harmless: Sequence[Prompt]
     resume_layers: Sequence[int]
     budget_bytes: float = inf
+    pacing: Pacing = PACING
 
     def engine(self, switches: EfficiencySettings) -> TrialEngine:
         """A prepared engine; the model must carry no edit."""
-        engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early)
+        engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early, self.pacing)
         engine.prepare(self.harmful, self.harmless, self.resume_layers, self.budget_bytes)
         return engine
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from abliterate.engine.batching import batches_of_trials
-from abliterate.engine.decode import Decoder, Decoding, join
-from abliterate.engine.drafts import Drafts
+from abliterate.engine.decode import BLOCK_BYTES, HOLES, Decoder, Decoding, join
+from abliterate.engine.drafts import PASS_COST, Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import Sharing, shared_prefix
@@ -37,6 +37,23 @@ class Unsupported(Exception):
 MARGIN = 4
 # Tokens after which a chunk waits for the others; most refusals are confirmed by then.
 PAUSE = 24
+
+
+@dataclass(frozen=True)
+class Pacing:
+    """How the engine cuts its work into passes; no number that it returns depends on these values.
+
+    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, the others where `Decoder` and `Drafts` define their defaults.
+    """
+
+    margin: int = MARGIN
+    pause: int = PAUSE
+    holes: float = HOLES
+    block_bytes: int = BLOCK_BYTES
+    pass_cost: int = PASS_COST
+
+
+PACING = Pacing()
 
 
 @dataclass
@@ -74,12 +91,14 @@ class TrialEngine:
         edits: EditState,
         switches: EfficiencySettings,
         early: EarlyScorer | None,
+        pacing: Pacing = PACING,
     ) -> None:
         self.reference = reference
         self.chat = reference.chat
         self.passes = Passes(reference.model, layers)
         self._switches = switches
         self._early = early
+        self._pacing = pacing
         self._prefills, self._decodes = batches_of_trials(
             reference.sizes, self.chat.device, recover=switches.use_memory_recovery
         )
@@ -95,6 +114,8 @@ class TrialEngine:
             greedy_config(reference.model, reference.max_new_tokens),
             leaving=switches.use_settled_rows,
             check=reference.check,
+            holes=pacing.holes,
+            block_bytes=pacing.block_bytes,
         )
         self._sets: dict[tuple[bool, tuple[Prompt, ...]], _PromptSet] = {}
         self._prefix: list[int] = []
@@ -224,7 +245,7 @@ class TrialEngine:
             try:
                 with memory_errors():
                     rows = self._started(prompt_set.groups[0], batch)
-                    self._decode(rows, length, min(PAUSE, length), watch, prompt_set.drafts)
+                    self._decode(rows, length, min(self._pacing.pause, length), watch, prompt_set.drafts)
             except torch.OutOfMemoryError:
                 paused.clear()  # the paused rows hold memory; they are decoded again below
                 raise
@@ -274,7 +295,7 @@ class TrialEngine:
         first = 0
         if limit is not None:
             rows.sort(key=lambda row: -prompt_set.hardness(row))
-            first = min(size, limit + MARGIN)
+            first = min(size, limit + self._pacing.margin)
         rest = [rows[start : start + size] for start in range(first, len(rows), size)]
         return [rows[:first], *rest] if first else rest
 
@@ -295,7 +316,7 @@ class TrialEngine:
         device = self.chat.device
         groups = [self._prefill.group(batch, [tokens[row] for row in batch], prefix, device) for batch in batches]
         opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
-        drafts = Drafts(len(prompts)) if self.drafting and together else None
+        drafts = Drafts(len(prompts), self._pacing.pass_cost) if self.drafting and together else None
         return _PromptSet(groups, opens, [[0, 0] for _ in prompts], drafts)
 
     def _tensor(self, rows: Sequence[int]) -> Tensor:

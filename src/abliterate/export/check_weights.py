@@ -120,7 +120,7 @@ CHUNK = 1 << 16
 
 # The error of an entry, relative to its row's norm, that float32 factors and sums explain: twice the largest error seen. That
 # was 5e-7, in rows that lie nearly along the direction (their closed form divides by little); in other rows the error is 3e-8
-# (tests/test_definition.py).
+# (tests/unit/export/test_check_weights.py).
 _ROUNDING = 1e-6
 
 # W (d_out, d_in) → the function that gives rows of W'.

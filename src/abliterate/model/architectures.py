@@ -78,7 +78,7 @@ def _row(
 # · multipliers (Granite's residual_multiplier, Falcon-H1's, MiniCPM3's): c·y joins the stream, and c changes
 #   neither the direction nor the share of it that is removed.
 # · gates of one number per position (shared experts of Qwen) act as multipliers.
-# `tests/families/test_models.py` proves each row: it changes a module's output and looks at the change of the layer's output.
+# `tests/families/test_families.py` proves each row: it changes a module's output and looks at the change of the layer's output.
 _TABLE: tuple[Architecture, ...] = (
     _row(
         "llama",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 FLOAT32 = 4
-# The factor by which families exceed the plain transformer counted here, measured on the families in tests/test_footprint.py.
+# The factor by which families exceed the plain transformer counted here, measured in tests/unit/model/test_footprint.py.
 _MARGIN = 1.3
 # The names that families give to the number of experts that a token visits.
 _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")

@@ -1,0 +1,323 @@
+"""Workers as processes: killed ones, restarted servers, and whole runs on a real PostgreSQL."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import torch
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import AbliterateError, InputError, Interrupted
+from abliterate.model.loader import demo_path
+from abliterate.pipeline import local_workers, stages, workers
+from abliterate.pipeline import run as pipeline_run
+from abliterate.search import storage
+from abliterate.search.storage import shared
+from abliterate.search.study import STUDY_NAME, Study
+from abliterate.settings.schema import Settings
+from abliterate.types import Trial
+from support import fake_worker
+from support.fake_worker import study_of
+from support.forked import Command, Forked, of_stage
+from support.postgres import Server, binaries, server
+from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
+
+SLOW_ENOUGH = 0.3
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    """One server for this file. In CI it must be there."""
+    if binaries() is None and not os.environ.get("CI"):
+        pytest.skip("PostgreSQL isn't installed (apt-get install postgresql)")
+    with server() as running:
+        yield running
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses."""
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+
+
+# Processes
+
+
+def start(url: str, journal: Path, worker: str, budget: int, seconds: float, grace: float) -> Forked:
+    """A fake worker as a process."""
+    given = [url, str(journal), "s", worker, str(budget), str(seconds), str(grace)]
+    return Forked(fake_worker.main, [given], journal.parent)
+
+
+@pytest.mark.parametrize("place", ["journal", "postgres"])
+def test_a_killed_worker_and_a_restarted_server_lose_and_double_nothing(
+    tmp_path: Path, place: str, request: pytest.FixtureRequest
+) -> None:
+    budget, journal = 40, tmp_path / "study.journal"
+    running: Server | None = request.getfixturevalue("postgres") if place == "postgres" else None
+    url = running.make("killed") if running else ""
+    watcher = study_of(url, journal, "s", "watcher", budget, 60)
+    processes = [start(url, journal, f"w{index}", budget, SLOW_ENOUGH, grace=2.0) for index in range(4)]
+    wait_for(lambda: len(watcher.trials()) >= 6)
+    victim = processes[0]
+    wait_for(lambda: any(one.user_attrs["worker"] == "w0" for one in watcher._running()), pause=0.01)
+    victim.send(signal.SIGKILL)
+    if running:
+        running.stop("immediate")
+        time.sleep(1)
+        running.start()
+    codes = [process.end(timeout=120) for process in processes]
+    assert codes == [-signal.SIGKILL, 0, 0, 0], [process.err[-3000:] for process in processes]
+    assert [trial.number for trial in watcher.trials()] == list(range(budget))
+    lines = [line.split() for process in processes for line in process.out.splitlines()]
+    numbers = [int(line[0]) for line in lines if line[-1] == "told"]
+    # A line of the victim's may be missing, none is doubled.
+    assert len(set(numbers)) == len(numbers) >= budget - 1
+    complete = [one for one in watcher._all() if one.state == optuna.trial.TrialState.COMPLETE]
+    assert len(complete) == budget
+    assert not watcher._running()
+
+
+def options_of(prompt_files: dict[str, str], cache: Path, trials: int) -> list[str]:
+    """Quick options as a command line."""
+    given = ["-n", str(trials), "--cache-dir", str(cache), "--batch-size", "50", "--startup-trials", "4"]
+    for name in ("harmful", "harmless"):  # trials on all evaluation prompts: they must last until the workers are there
+        given += [f"--{name}", prompt_files[name]]
+    for setting in ("response.detect_prefix=false", "search.grace_seconds=3", "efficiency.use_certified_stop=false"):
+        given += ["--set", setting]
+    return [*given, "--set", "evaluation.heldout=false"]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_at_a_run_of_the_demo(tmp_path: Path, prompt_files: dict[str, str], postgres: Server, count: int) -> None:
+    """The run and `count` − 1 workers, told by its directory or the database; of four one is killed, the server restarted."""
+    budget, out, url = 12 + 4 * count, tmp_path / "run", postgres.make(f"demo{count}")
+    options = options_of(prompt_files, tmp_path / "cache", budget)
+    main = Command(["run", "demo", "-o", out, "--storage", url, "--export", "none", "--json", *options], tmp_path)
+    assert main.wait_for(of_stage("residuals"), timeout=120), main.err  # by then the study is in the database
+    name = RunDirectory(out).study_name()
+    places: list[list[str]] = [[str(out)], ["--storage", url, "--study", name], [str(out)]][: count - 1]
+    others = [Command(["worker", "--cache-dir", tmp_path / "cache", "--json", *place], tmp_path) for place in places]
+    watcher = study_of(url, out / "study.journal", name, "watcher", budget, 60)
+    if count == 4:
+        wait_for(
+            lambda: (
+                len({one.user_attrs.get("worker") for one in watcher._running()} - {"run"}) >= 1 or not main.process.is_alive()
+            )
+        )
+        others[-1].send(signal.SIGKILL)
+        postgres.stop("immediate")
+        time.sleep(1)
+        postgres.start()
+    assert main.end(timeout=300) in (0, 1), main.err  # 1: a front may stay empty
+    codes = [process.end() for process in others]
+    assert codes[: 1 if count == 2 else 2] == [0] * (1 if count == 2 else 2)
+    assert [trial.number for trial in watcher.trials()] == list(range(budget))
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    assert [trial["number"] for trial in result["trials"]] == list(range(budget))
+    by_worker = Counter(one.user_attrs["worker"] for one in watcher._all() if one.state == optuna.trial.TrialState.COMPLETE)
+    assert by_worker["run"] >= 1
+    assert len(by_worker) >= 2
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120, pause: float = 0.05) -> None:
+    """Until it holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(pause)
+
+
+# What is said
+
+
+def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
+    for place in ((None, "", ""), (tmp_path, "sqlite:///x.db", "s")):
+        with pytest.raises(InputError, match="a run's directory, or --storage URL and --study NAME"):
+            workers.place_of(*place)
+    with pytest.raises(InputError, match="needs the study's name"):
+        workers.place_of(None, "sqlite:///x.db", "")
+    with pytest.raises(InputError, match="There is no run in"):
+        workers.place_of(tmp_path, "", "")
+
+
+def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) -> None:
+    url = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(InputError, match="holds no study nobody's"):
+        pipeline_run.work(None, url, "nobody's", {}, Recorder())
+    with pytest.raises(InputError, match=r"can't be opened: .*check --storage"):
+        pipeline_run.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
+
+
+def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
+    monkeypatch.setattr(workers, "_LOOK_AGAIN", 0.01)
+    looks = itertools.count()
+
+    def check() -> None:
+        if next(looks) == 3:
+            raise Interrupted(130)
+
+    recorder = Recorder()
+    with pytest.raises(Interrupted):
+        pipeline_run.work(tmp_path, "", "", {}, recorder, check=check)
+    assert recorder.notes == ["waiting for the run to compute its directions and baseline"]
+
+
+def test_a_setup_of_another_version_is_refused() -> None:
+    with pytest.raises(InputError, match=r"format 99, not 1.*same version"):
+        workers.SharedSetup.of_bytes(json.dumps({"format": 99}).encode())
+
+
+def test_a_setup_holds_no_path_of_this_machine_and_comes_back(
+    finished: tuple[Path, dict[str, Any], Settings], tmp_path: Path
+) -> None:
+    path, _, settings = finished
+    name = STUDY_NAME
+    found = shared(
+        optuna.load_study(
+            study_name=name, storage=storage.open_storage("", copy_run(path, tmp_path / "run") / "study.journal")
+        ),
+        "setup",
+    )
+    assert found is not None
+    setup = workers.SharedSetup.of_bytes(found)
+    assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
+    text = found.decode()
+    for private in (str(path), settings.cache_dir, str(Path(settings.prompts.harmful).parent), str(Path.home())):
+        assert private not in text
+    with workers.settings_of(setup, {"device": "cpu"}) as own:
+        assert own.search == settings.search
+        assert own.load.dtypes == ("float32",)
+        assert Path(own.evaluation.markers).read_text(encoding="utf-8") == setup.files["evaluation.markers"]
+    assert not Path(own.evaluation.markers).exists()
+
+
+def test_a_worker_with_another_model_is_refused(finished: tuple[Path, dict[str, Any], Settings], tmp_path: Path) -> None:
+    path, _, _ = finished
+    other = tmp_path / "other"
+    shutil.copytree(demo_path() / "model", other)
+    config = json.loads((other / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-5}
+    (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="can't join the run with another model"):
+        pipeline_run.work(
+            copy_run(path, tmp_path / "run"), "", "", {"model": str(other), "cache_dir": str(tmp_path / "c")}, Recorder()
+        )
+
+
+def test_a_worker_at_a_finished_run_has_nothing_to_do(finished: tuple[Path, dict[str, Any], Settings], tmp_path: Path) -> None:
+    path, result, settings = finished
+    recorder = Recorder()
+    own = {"cache_dir": settings.cache_dir}
+    assert pipeline_run.work(copy_run(path, tmp_path / "run"), "", "", own, recorder) == len(result["trials"])
+    assert recorder.trials == []
+
+
+# On one machine
+
+
+def test_devices_of_a_run() -> None:
+    cpu = torch.device("cpu")
+    assert [local_workers.devices_of(count, cpu) for count in (0, 1, 3)] == [[], [], ["cpu", "cpu"]]
+
+
+def test_devices_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert local_workers.devices_of(3, torch.device("cuda")) == ["cuda:1", "cuda:2"]
+    assert local_workers.devices_of(4, torch.device("cuda:2")) == ["cuda:0", "cuda:1", "cuda:3"]
+    with pytest.raises(InputError, match="has 4 devices of type cuda, not 5"):
+        local_workers.devices_of(5, torch.device("cuda"))
+
+
+def test_a_run_on_two_devices_of_this_machine(
+    tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both take trials of one journal; what the other one finds is in the run's result."""
+    settings = quick_settings(prompt_files, tmp_path / "cache", search={"trials": 60}, export={"kind": "none"}, device="cpu")
+    evaluate = stages.evaluate
+
+    def slowly(*arguments: Any) -> Trial:
+        time.sleep(SLOW_ENOUGH)  # in the run's own process: until the other one has started
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(stages, "evaluate", slowly)
+    recorder = Recorder()
+    result = pipeline_run.run(settings, recorder, RunDirectory(tmp_path / "run"), gpus=2)
+    assert [trial["number"] for trial in result["trials"]] == list(range(60))
+    assert sorted(trial.number for trial in recorder.trials) == list(range(60))
+    study = study_of("", tmp_path / "run" / "study.journal", STUDY_NAME, "watcher", 60, 60)
+    assert len({one.user_attrs["worker"] for one in study._all()}) == 2, (tmp_path / "run" / "worker-1.log").read_text()
+    assert recorder.warnings == []
+
+
+def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    directory = RunDirectory(tmp_path)  # no run is there
+    with local_workers.local_workers(directory, ["cpu"], "", said.append) as look:
+        wait_for(lambda: bool(look() or said))
+    assert len(said) == 1
+    assert "Worker 1 has ended (There is no run in" in said[0]
+    assert "worker-1.log" in said[0]
+
+
+def test_workers_end_with_the_run(tmp_path: Path) -> None:
+    study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
+    with local_workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as look:
+        log = tmp_path / "worker-1.log"
+        wait_for(lambda: "waiting for the run" in log.read_text(encoding="utf-8"))
+        look()
+    assert "interrupted; the run and its other workers go on" in log.read_text(encoding="utf-8")
+
+
+# Databases that can't be reached
+
+
+def test_an_unreachable_database_at_the_start_is_a_sentence(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+    settings = quick_settings(
+        prompt_files, tmp_path / "cache", search={"storage": "postgresql+psycopg://postgres@127.0.0.1:9/x"}
+    )
+    with pytest.raises(InputError, match=r"storage URL given can't be opened: .*check --storage"):
+        pipeline_run.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
+
+
+def test_a_database_that_goes_away_and_does_not_come_back(
+    tmp_path: Path, prompt_files: dict[str, str], postgres: Server, monkeypatch: pytest.MonkeyPatch, impatient: None
+) -> None:
+    """The run ends with a sentence; continued, it is the uninterrupted one."""
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    monkeypatch.setattr(storage.patiently, "__defaults__", (*storage.patiently.__defaults__[:-1], 0.5))  # type: ignore[index]
+    options = {"search": {"trials": 5, "storage": postgres.make("away")}, "export": {"kind": "none"}}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **options)
+    directory = RunDirectory(tmp_path / "run")
+    recorder = Recorder()
+    tell, told_trials = Study.tell, itertools.count()
+
+    def going_away(self: Study, *arguments: Any) -> bool:
+        if next(told_trials) == 2:
+            postgres.stop("immediate")
+        return tell(self, *arguments)
+
+    monkeypatch.setattr(Study, "tell", going_away)
+    try:
+        with pytest.raises(AbliterateError, match=r"hasn't answered for 0 s .*continue with --resume"):
+            pipeline_run.run(settings, recorder, directory)
+    finally:
+        monkeypatch.setattr(Study, "tell", tell)
+        postgres.start()
+    assert len(recorder.trials) == 2
+    resumed = pipeline_run.run(settings, Recorder(), directory, resume=True)
+    whole, _ = run_in(
+        tmp_path / "whole", quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5}, export={"kind": "none"})
+    )
+    assert outcomes(resumed) == outcomes(whole)

@@ -1,0 +1,45 @@
+"""`--json` lines checked against docs/json.schema.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from support.cli import Outcome
+from support.paths import ROOT
+
+SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "json.schema.json").read_text(encoding="utf-8"))
+
+
+def strict(line: str) -> dict[str, Any]:
+    """A line as strict JSON: NaN and infinity are none."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    assert line.isascii()
+    return json.loads(line, parse_constant=refuse)
+
+
+def check(part: str, record: Mapping[str, Any]) -> None:
+    """`record` against one part of the schema."""
+    schema = {"$ref": f"#/$defs/{part.replace(' ', '%20')}", "$defs": SCHEMA["$defs"]}
+    found = [
+        f"{'/'.join(map(str, error.absolute_path))}: {error.message}"
+        for error in Draft202012Validator(schema).iter_errors(record)
+    ]
+    assert not found, (part, found)
+
+
+def checked(outcome: Outcome, command: str, code: int = 0, last: str = "result") -> list[dict[str, Any]]:
+    """The lines of a command, each as the schema says, the last one of the kind it must be."""
+    assert outcome.code == code, outcome
+    lines = [strict(line) for line in outcome.out.splitlines()]
+    for line in lines:
+        check(f"result of {command}" if line["event"] == "result" else line["event"], line)
+    assert [line["event"] for line in lines if line["event"] in ("result", "summary", "error")][-1] == last
+    assert lines[-1]["event"] == last
+    return lines

@@ -1,0 +1,121 @@
+"""Export jobs of tiny models, checkpoints with peculiarities, and a case for the check without prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from abliterate.edits import METHODS, Factors
+from abliterate.export import EXPORTERS, ExportJob
+from abliterate.export.base_weights import Matrices
+from abliterate.export.check_weights import by_definition, by_factors, check_weights
+from abliterate.export.safetensors_copy import read_header, shard_files
+from abliterate.model.editor import Editor
+from abliterate.model.loader import LoadedModel
+from abliterate.settings.schema import ExportSettings, LoadSettings
+from abliterate.types import Kernel, TrialParams
+from support.models import make_editor, make_loaded, make_model, make_params, save_model
+
+MODES = ("full", "pre", "none")
+ON = TrialParams("global", 1.0, dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(1.0, 1.0, 1.0, 9.0)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A trial on a saved model: its export job, and the definitions of its edits."""
+
+    job: ExportJob
+    editor: Editor
+    params: TrialParams
+    mode: str
+
+    def check(self, kind: str, folder: Path, job: ExportJob | None = None) -> tuple[bool, dict[str, Any]]:
+        """Export `job` (the right one, if none is given), and check what lies there."""
+        if not folder.exists():
+            write(kind, job or self.job, folder)
+        base = Matrices(self.job.source, self.job.load, self.job.architecture)
+        directions = self.editor.directions
+        table = directions.by_layer().double()
+        definitions = {
+            name: by_definition(METHODS[self.mode], directions.blend(index).of(table), coeff)
+            if self.editor._settings.representation == "exact"
+            else by_factors(self.job.factors[name])
+            for name, index, coeff in self.editor.plan(self.params).values()
+        }
+        reread = EXPORTERS[kind].reread(folder, self.job, base)
+        verdict = check_weights(base, reread, definitions, lambda done, total: None)
+        return verdict.ok, verdict.record
+
+    def with_factors(self, change: Callable[[dict[str, Factors]], dict[str, Factors]]) -> ExportJob:
+        """The job with other factors than the trial's."""
+        return replace(self.job, factors=change(dict(self.job.factors)))
+
+
+def make_case(folder: Path, family: str = "llama", stored: str = "bfloat16", seed: int = 0, **settings: Any) -> Case:
+    """A case on a tiny model, a row of which is zero."""
+    model = make_model(family)
+    model = zero_row(model) if family == "llama" else model
+    path = save_model(model.to(getattr(torch, stored)), folder / "base")
+    loaded = make_loaded(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), str(path))
+    editor, params = make_editor(loaded, **settings), make_params(seed)
+    return Case(make_job(loaded, editor.factors(params)), editor, params, settings.get("mode", "full"))
+
+
+def raw(folder: Path) -> dict[str, bytes]:
+    """{tensor: its bytes} of all files."""
+    found = {}
+    for path in shard_files(folder):
+        data = path.read_bytes()
+        found |= {name: data[stored.start : stored.end] for name, stored in read_header(path).items()}
+    return found
+
+
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def zero_row(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with a zero row in one edited matrix."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[5].zero_()
+    return model
+
+
+def make_job(loaded: LoadedModel, factors: Mapping[str, Factors]) -> ExportJob:
+    """A job as the pipeline makes it."""
+    return ExportJob(
+        loaded.info.source,
+        "sha256:0",
+        LoadSettings(),
+        ExportSettings(),
+        loaded.architecture,
+        loaded.tokenizer,
+        factors,
+        "tiny",
+        "the card",
+    )
+
+
+def write(kind: str, job: ExportJob, folder: Path) -> Mapping[str, Any]:
+    """Export into a folder."""
+    folder.mkdir()
+    return EXPORTERS[kind].write(job, folder)
+
+
+def renamed_checkpoint(folder: Path) -> None:
+    """As the Hub has some: saved without the head's prefix, which `transformers` adds as it loads."""
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+
+
+def odd_checkpoint(folder: Path) -> None:
+    """The same numbers, but not in the dtype that the config says: such files aren't edited in place."""
+    tensors = load_file(folder / "model.safetensors")
+    odd = {name: tensor.double() if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
+    save_file(odd, folder / "model.safetensors", {"format": "pt"})

@@ -1,0 +1,193 @@
+"""The command line in processes of its own that start at once: forked from one that has everything imported.
+
+For tests that kill, signal or fill a disk under a run. Stages are seen in the `--json` lines as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from support.paths import TESTS
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["support.warm"])
+# The server of forks is started without its parent's `sys.path`.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+
+
+def _child(
+    work: Callable[..., None],
+    given: Sequence[Any],
+    folder: str,
+    environment: dict[str, str],
+    before: Callable[[], None] | None,
+    out: str,
+    err: str,
+) -> None:
+    """In the child: `work` with its output in files; its end is the process's end."""
+    os.chdir(folder)
+    os.environ.update(environment)
+    for name, descriptor in ((out, 1), (err, 2)):
+        file = os.open(name, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.dup2(file, descriptor)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False)
+    if before is not None:
+        before()
+    try:
+        work(*given)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+
+def abliterate(arguments: Sequence[str]) -> None:
+    """The command line, as its entry point calls it."""
+    sys.argv = ["abliterate", *arguments]
+    from abliterate.cli import app
+
+    app.main()
+
+
+class Forked:
+    """One function at work. `out` and `err` are what it has written so far; `before` runs in the child.
+
+    The function and what it is given travel by name: they are of `support`, not of a test file.
+    """
+
+    def __init__(
+        self,
+        work: Callable[..., None],
+        given: Sequence[Any],
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        number = len(list(folder.glob(".out-*")))
+        self._out, self._err = folder / f".out-{number}", folder / f".err-{number}"
+        self._out.touch()
+        self._err.touch()
+        variables = {"ABLITERATE_CACHE_DIR": os.environ["ABLITERATE_CACHE_DIR"], **(environment or {})}
+        self.process = CONTEXT.Process(
+            target=_child,
+            args=(work, given, str(folder), variables, before, str(self._out), str(self._err)),
+            daemon=True,
+        )
+        self.process.start()
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text(encoding="utf-8", errors="surrogateescape")
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text(encoding="utf-8", errors="surrogateescape")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """The whole lines of `--json` so far."""
+        return [json.loads(line) for line in self.out.split("\n")[:-1]]
+
+    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], timeout: float = 60) -> bool:
+        """Wait until the events say so; False where the command ended before."""
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if seen(self.events):
+                return True
+            if not self.process.is_alive():
+                return seen(self.events)
+            time.sleep(0.002)
+        raise AssertionError(f"nothing came of it: {self.out} {self.err}")
+
+    def send(self, number: int) -> None:
+        """A signal; too late is no error."""
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.pid:
+                os.kill(self.process.pid, number)
+
+    def end(self, timeout: float = 60) -> int:
+        """Wait for its end, and return the exit code (negative: killed by that signal)."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"it doesn't end: {self.out} {self.err}")
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+
+class Command(Forked):
+    """One `abliterate` at work."""
+
+    def __init__(self, arguments: Sequence[object], folder: Path, **options: Any) -> None:
+        super().__init__(abliterate, [[*map(str, arguments)]], folder, **options)
+
+
+def finish(arguments: Sequence[object], folder: Path, **options: Any) -> Command:
+    """A command that has ended."""
+    command = Command(arguments, folder, **options)
+    command.end()
+    return command
+
+
+def write_config(path: Path, options: Mapping[str, Any]) -> Path:
+    """`quick_options` as a file for `-c`."""
+    path.write_text(tomli_w.dumps(dict(options)), encoding="utf-8")
+    return path
+
+
+def of_stage(name: str) -> Callable[[list[dict[str, Any]]], bool]:
+    """For `wait_for`: the stage has been announced."""
+    return lambda events: any(event["event"] == "stage" and event["name"] == name for event in events)
+
+
+def durations(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Seconds from each stage's announcement to the next one's."""
+    stages = [(event["name"], event["time"]) for event in events if event["event"] == "stage"]
+    ends = [time for _, time in stages[1:]] + [events[-1]["time"]]
+    return {name: end - begin for (name, begin), end in zip(stages, ends, strict=True)}
+
+
+class Slow:
+    """In the child: every stage stops for a moment in short steps, so that a signal surely comes within it."""
+
+    def __init__(self, stage: str, seconds: float = 0.5) -> None:
+        self.stage, self.seconds = stage, seconds
+
+    def __call__(self) -> None:
+        from abliterate.terminal import reporters
+
+        announce = reporters.JsonReporter.stage
+
+        def slow(reporter: reporters.JsonReporter, name: str, detail: str = "") -> None:
+            announce(reporter, name, detail)
+            end = time.monotonic() + (self.seconds if name == self.stage else 0)
+            while time.monotonic() < end:
+                time.sleep(0.01)
+
+        reporters.JsonReporter.stage = slow  # type: ignore[method-assign]
+
+
+class Stuck:
+    """In the child: a pass that doesn't end, in the search."""
+
+    def __call__(self) -> None:
+        from abliterate.pipeline import stages
+
+        def forever(*args: Any) -> Any:
+            sys.stdout.write('{"event": "stuck"}\n')
+            sys.stdout.flush()
+            while True:
+                time.sleep(0.01)
+
+        stages.evaluate = forever  # type: ignore[assignment]

@@ -1,0 +1,113 @@
+"""Made-up trials and run directories for reports."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.evaluation.heldout import rate
+from abliterate.files import write_json
+from abliterate.search.front import pareto_front
+from abliterate.types import Baseline, Kernel, Trial, TrialParams
+
+HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'&<!--\u2028'
+PLOTS = {
+    *("front", "progress", "progress-in-time", "kernels", "importance", "norms", "cosines", "separation", "projection"),
+    *("times", "memory"),
+}
+
+
+def made_heldout(trial: int, word: str) -> dict[str, Any]:
+    """A record as a run leaves it of its selected trial."""
+    few, many, spread = rate(3, 100), rate(97, 100), {"mean": 0.25, "median": 0.125, "max": 0.5}
+    side = {"answered": few, "faults": {"empty": 1}, "harmless_refusals": few, "over_refusals": None}
+    differ = {"prompt": f"ask {word}", "response": f"Sorry {word}", "judge": False, "markers": True}
+    judge = {"name": word, "base": many, "candidate": few, "disagreements": [differ], "error": ""}
+    return {
+        "trial": trial,
+        "prompts": {"harmful_heldout": {"source": word, "count": 100, "dropped": 4, "repeated": 1, "digest": "d"}},
+        "base": side | {"refusals": many},
+        "candidate": side | {"refusals": few},
+        "kl": spread,
+        "kl_answers": spread | {"tokens": 9},
+        "perplexity": {"base": 1.5, "candidate": 1.75},
+        "unchanged": few | {"first_difference": 21.5},
+        "judges": [judge, judge | {"error": f"unreachable {word}"}],
+        "scores": {
+            f"own {word}": {"base": 1, "candidate": {"value": word}, "values": {"base": 1.25, "candidate": 1e6}, "error": ""},
+            "broken": {"base": None, "candidate": None, "values": None, "error": f"no score {word}"},
+        },
+        "search": {"refusals": few, "kl": spread},
+        "optimism": {"refusals": 0.02, "kl": -0.5},
+    }
+
+
+def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory:
+    """A run directory with `count` trials and all artifacts, made of nothing; `word` stands wherever foreign text does."""
+    folder.mkdir(parents=True)
+    trials = [trial.to_record() for trial in made_trials(count)]
+    for trial in trials:
+        kernels = trial["params"]["kernels"]
+        trial["params"]["kernels"] = {f"{name} {word}": kernel for name, kernel in kernels.items()}
+    failed = trials[1] | {"number": count, "state": "failed", "scores": {}, "reason": f"failed {word}"}
+    front = [trial.number for trial in pareto_front(made_trials(count), Baseline(100, 100))]
+    result = {
+        "format": 1,
+        "model": {"id": f"model {word}", "n_layers": 10, "d_model": 8},
+        "prompts": {"harmful": {"source": word, "count": 3}},
+        "baseline": {"refusals": 100, "prompts": 100},
+        "trials": [*trials, failed],
+        "front": front,
+        "selected": front[-1],
+        "export": {"kind": "merged", "path": "model", "verified": True, "pushed": word},
+        "timings": {"load": 1.5, f"search {word}": 30.0, "report": 9.0},
+        "memory": {"stages": {"load": {"peak_rss_bytes": 2**30, "peak_device_bytes": 2**29}}},
+        "caches": {"residuals": {"hits": 1, "misses": 2}},
+        "environment": {"versions": {"abliterate": "0"}, "platform": word, "device": "cpu"},
+        "directions": {"sha256": "d"},
+        "heldout": made_heldout(front[-1], word),
+        "later": {"refusals": {"count": 7, "note": word}},
+    }
+    points = [[0.5, 1.0], [-0.5, None], [0.0, 2.0]]
+    named = ("norm_harmful", "norm_harmless", "norm_difference", "cos_means", "cos_harmful_direction", "cos_harmless_direction")
+    layers = [
+        {"index": index, **dict.fromkeys(named, 0.5 + index), "silhouette": index / 20 or None, "probe": 0.9 if index else None}
+        for index in range(11)
+    ]
+    geometry = {
+        "format": 1,
+        "directions": "d",
+        "layers": layers,
+        "sampled": {"harmful": 3, "harmless": 3},
+        "prompts": {"harmful": [word] * 3, "harmless": ["mild"] * 3},
+        "projection": [{"harmful": points, "harmless": points, "explained": [0.5, 0.2]} for _ in range(11)],
+        "reason": "",
+    }
+    said = {"text": f"Sorry {word}", "refusal": True, "thinking_open": False, "markers": [[0, 5], [6, 6 + len(word)]]}
+    rows = [{"prompt": f"ask {word}", "base": said, "edited": said | {"refusal": False, "markers": []}}]
+    answers = {"format": 1, "trial": front[-1], "max_new_tokens": 9, "harmful": rows, "harmless": rows}
+    directory = RunDirectory(folder)
+    for path, record in ((directory.result, result), (directory.geometry, geometry), (directory.answers, answers)):
+        write_json(path, record)
+    directory.settings.write_text(
+        'model = "/home/me/secret-models/mine"\nseed = 7\ncache_dir = "/home/me/cache"\nout = "/home/me/runs"\n'
+        '[prompts]\nharmful = "/home/me/prompts.txt"\nsystem = "/think"\n'
+        '[search]\nstorage = "postgresql://me:hunter2@db/x"\n[evaluation]\nmarkers = "C:\\\\Users\\\\me\\\\markers.txt"\n',
+        encoding="utf-8",
+    )
+    return directory
+
+
+def made_trials(count: int) -> list[Trial]:
+    """KL depends on one parameter, refusals on another."""
+    found = []
+    for number in range(count):
+        draw = random.Random(number)
+        big, place = draw.uniform(0, 1.5), draw.uniform(0, 10)
+        kernels = {"attn": Kernel(big, place, big / 2, draw.uniform(1, 5)), "mlp": Kernel(0.0, draw.uniform(0, 10), 0.0, 2.0)}
+        params = TrialParams(draw.choice(["global", "per layer"]), draw.uniform(0, 9), kernels)
+        scores = {"kl": {"mean": big**2, "median": 0.0, "max": 1.0}, "refusals": int(abs(place - 5) * 20)}
+        found.append(Trial(number, params, "stopped" if number % 3 else "complete", scores, 1.0))
+    return found

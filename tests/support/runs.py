@@ -1,0 +1,124 @@
+"""Whole runs on the demo model with few prompts, and what a test asks of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import Interrupted
+from abliterate.pipeline.run import run
+from abliterate.report import draw
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings, merge
+from abliterate.types import Trial
+
+
+def interrupt_after(recorder: Recorder, trials: int) -> Callable[[], None]:
+    """A `check` that interrupts within the trial after so many finished ones."""
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += len(recorder.trials) == trials
+        if calls == 2:  # the first is before the trial is asked for
+            raise Interrupted
+
+    return check
+
+
+def with_kind(settings: Settings, kind: str, **over: Any) -> Settings:
+    """The same settings with another export."""
+    return settings.model_copy(update={"export": settings.export.model_copy(update={"kind": kind, **over})})
+
+
+def other_trial(result: dict[str, Any]) -> int:
+    """A complete trial that the run didn't choose."""
+    return next(t["number"] for t in result["trials"] if t["number"] != result["selected"] and t["state"] == "complete")
+
+
+def read_status(name: str) -> int:
+    """A figure of this process, in bytes."""
+    with open("/proc/self/status", encoding="ascii") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
+
+
+DRAW = draw.svg
+
+
+class Recorder:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.trials: list[Trial] = []
+        self.result: Mapping[str, Any] | None = None
+
+    def header(self, fields: Mapping[str, str]) -> None: ...
+    def stage(self, name: str, detail: str = "") -> None:
+        self.stages.append(name)
+
+    def progress(self, done: int, total: int, unit: str) -> None: ...
+    def note(self, text: str, **fields: Any) -> None:
+        self.notes.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        self.trials.append(trial)
+
+    def finish(self, result: Mapping[str, Any], *rest: Any) -> None:
+        self.result = result
+
+    def close(self) -> None: ...
+
+
+def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> dict[str, Any]:
+    """Options of a run of seconds: few prompts, few short trials, the space where edits surely do something."""
+    options = {
+        "model": "demo",
+        "cache_dir": str(cache),
+        "prompts": dict(prompt_files),
+        "response": {"max_new_tokens": 20, "prefix_prompts": 4},
+        "search": {
+            "trials": 4,
+            "startup_trials": 2,
+            "ei_candidates": 8,
+            "max_coeff": {"default": [1.2, 1.5]},
+            "position": [0.3, 0.6],
+            "direction_index": [0.4, 0.7],
+        },
+        "evaluation": {"batch_size": 12, "heldout": False},
+    }
+    return merge(options, over)
+
+
+def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> Settings:
+    """`quick_options` as settings."""
+    return load_settings("", quick_options(prompt_files, cache, **over))
+
+
+def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
+    """One run in a directory: its result and what it reported."""
+    recorder = Recorder()
+    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
+
+
+def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """What must be equal between runs: everything of each trial but its seconds."""
+    return [(t["number"], t["params"], t["state"], t["scores"]) for t in result["trials"]]
+
+
+def copy_run(source: Path, to: Path) -> Path:
+    """A copy of a run directory that a test may change."""
+    shutil.copytree(source, to)
+    return to
+
+
+Files = dict[str, str]
+SMALL = {"harmful_heldout": 8, "harmless_heldout": 8, "over_refusal": 6}

@@ -1,0 +1,427 @@
+"""Thinking models: what is part of a response, and what becomes of a thinking block that a template or a model opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.responses import ResponseReader
+from abliterate.engine.self_check import EngineSetup
+from abliterate.engine.stopping import StopWhenDiverged
+from abliterate.engine.trial_engine import TrialEngine
+from abliterate.errors import AbliterateError, InputError
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.editor import Editor
+from abliterate.model.loader import LoadedModel, demo_path
+from abliterate.model.thinking import Markup
+from abliterate.pipeline.calibrate import detect_prefix, prefix_responses
+from abliterate.pipeline.run import run
+from abliterate.scorers.base import Response
+from abliterate.scorers.refusals import Refusals
+from abliterate.settings.schema import EfficiencySettings, ResponseSettings
+from abliterate.settings.sources import load_settings
+from abliterate.types import BatchSizes, Prompt
+from support.models import CPU, make_chat, make_editor, make_loaded, make_model, make_params, make_tokenizer
+from support.runs import Recorder, quick_settings, run_in
+
+DEFAULT = ResponseSettings()
+MARKUP = Markup(DEFAULT.thinking_blocks, DEFAULT.answer_tags)
+ANALYSIS, COMMENTARY = "<|channel|>analysis<|message|>", "<|channel|>commentary<|message|>"
+FINAL, TURN, SAID = "<|channel|>final<|message|>", "<|start|>assistant", "<|end|>"
+HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>", "<|constrain|>")
+
+
+def with_special(*tokens: str) -> PreTrainedTokenizerBase:
+    """The demo's tokenizer with more special tokens: of the vocabulary, without a role as GPT-OSS has them."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    return tokenizer
+
+
+GPT_OSS = with_special(*HARMONY)
+# (name, what was generated, what is the response, whether it is still thinking)
+GENERATED = [
+    ("analysis", f"{ANALYSIS}I cannot{SAID}{TURN}{FINAL}Sure.<|return|>", "Sure.", False),
+    ("straight to final", f"{FINAL}Sure.<|return|>", "Sure.", False),
+    ("nothing in final", f"{FINAL}<|return|>", "", False),
+    ("preamble", f"{COMMENTARY}I cannot{SAID}{TURN}{FINAL}Sure.<|return|>", "Sure.", False),
+    (
+        "analysis, preamble",
+        f"{ANALYSIS}No{SAID}{TURN}{COMMENTARY}I cannot{SAID}{TURN}{FINAL}Sure.<|return|>",
+        "Sure.",
+        False,
+    ),
+    ("twice", f"{ANALYSIS}No{SAID}{TURN}{ANALYSIS}I cannot{SAID}{TURN}{FINAL}Sure.", "Sure.", False),
+    ("a tool", "<|channel|>commentary to=functions.f <|constrain|>json<|message|>{}<|call|>", "", True),
+    ("cut in analysis", f"{ANALYSIS}I cannot", "", True),
+    ("cut after analysis", f"{ANALYSIS}I cannot{SAID}", "", True),
+    ("cut in a header", f"{ANALYSIS}I cannot{SAID}{TURN}{FINAL[:-11]}", "", True),
+    ("gemma 4", "<|channel>thought\nI cannot<channel|>Sure.", "Sure.", False),
+    ("gemma 4, empty", "<|channel>thought\n<channel|>Sure.", "Sure.", False),
+    ("cohere", "<|START_THINKING|>I cannot<|END_THINKING|>\n<|START_RESPONSE|>Sure.<|END_RESPONSE|>", "\nSure.", False),
+    ("hunyuan", "<think>\nI cannot\n</think>\n<answer>\nSure.\n</answer>", "\n\nSure.\n", False),
+    ("an empty answer", "<think></think><answer></answer>", "", False),
+    ("ernie", "<think>\nI cannot\n</think>\n\n<response>\nSure.\n</response>", "\n\n\nSure.\n", False),
+    ("seed", "<seed:think>I cannot</seed:think>Sure.", "Sure.", False),
+    ("magistral", "[THINK]I cannot[/THINK]Sure.", "Sure.", False),
+    ("kimi", "◁think▷I cannot◁/think▷Sure.", "Sure.", False),
+    ("apertus", "<|inner_prefix|>I cannot<|inner_suffix|>Sure.", "Sure.", False),
+    ("openthinker", "<|begin_of_thought|>I cannot<|end_of_thought|><|begin_of_solution|>Sure.", "Sure.", False),
+    ("reasoning", "<reasoning>I cannot</reasoning>Sure.", "Sure.", False),
+    ("exaone deep", "<thought>I cannot</thought>Sure.", "Sure.", False),
+    ("other special tokens", "Sure.<|constrain|><|return|>", "Sure.", False),
+]
+
+
+@pytest.mark.parametrize(("text", "expected", "is_open"), [row[1:] for row in GENERATED], ids=[row[0] for row in GENERATED])
+def test_a_response_is_the_answer_alone(text: str, expected: str, is_open: bool) -> None:
+    """Read as a whole and as it grows: what is thought, and the markup, is no part of it, so no marker there counts."""
+    ids = GPT_OSS(text, add_special_tokens=False)["input_ids"]
+    reader = ResponseReader(GPT_OSS, MARKUP)
+    assert reader.read(ids) == Response(expected, thinking_open=is_open)
+    for markers, found in ((["i cannot", "assistant", "final", "analysis", "answer"], False), (["sure."], "Sure" in expected)):
+        growing = reader.watch(Refusals(markers).stream())
+        assert max(growing.feed([token]) for token in ids) == found
+
+
+class Listener:
+    """A stream that keeps what it is fed."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def feed(self, text: str) -> bool:
+        """Never settled."""
+        self.text += text
+        return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from([ANALYSIS, COMMENTARY, FINAL, TURN, SAID, "<think>", "</think>", "No", " ", "<answer>"])),
+    is_open=st.booleans(),
+)
+def test_what_a_growing_response_shows_stays(parts: list[str], is_open: bool) -> None:
+    """Of the response as it is then, and of the whole: that is what lets it end at its first marker."""
+    ids = GPT_OSS("".join(parts), add_special_tokens=False)["input_ids"]
+    reader, listener = ResponseReader(GPT_OSS, MARKUP), Listener()
+    growing = reader.watch(listener, starts_open=is_open)
+    whole = reader.read(ids, starts_open=is_open).text
+    for end, token in enumerate(ids, start=1):
+        growing.feed([token])
+        assert reader.read(ids[:end], starts_open=is_open).text.startswith(listener.text)
+        assert whole.startswith(listener.text)
+
+
+class Model:
+    """Answers a prompt after a prefix as the dictionary says, and remembers what it was asked."""
+
+    def __init__(self, answers: dict[str, Sequence[str]]) -> None:
+        self.answers, self.asked = answers, list[str]()
+
+    def __call__(self, prefix: str) -> Sequence[str]:
+        self.asked.append(prefix)
+        return self.answers[prefix]
+
+
+@pytest.mark.parametrize(
+    ("tail", "closing"),
+    [
+        ("<|im_end|>\n<|im_start|>assistant\n<think>\n", "\n</think>"),
+        ("<｜Assistant｜><think>", "</think>"),
+        ("[|assistant|]<thought>\n", "\n</thought>"),
+        ("[/INST][THINK]", "[/THINK]"),
+        ("<|turn>model\n<|channel>thought\n", "\n<channel|>"),
+        (f"{TURN}{ANALYSIS}", f"{SAID}{TURN}{FINAL}"),
+    ],
+)
+def test_a_block_that_the_template_opens_is_closed(tail: str, closing: str) -> None:
+    model = Model({closing: ["\n\nSure", "\n\nNo"]})
+    prefix, notes = detect_prefix(model, MARKUP, [tail, tail])
+    assert prefix == closing + "\n\n"
+    assert model.asked == [closing]
+    assert len(notes) == 1
+    assert "template opens" in notes[0]
+    assert "skipped" in notes[0]
+
+
+@pytest.mark.parametrize("tail", ["<think>\n\n</think>\n\n", "<｜Assistant｜></think>", "<|channel>thought\n<channel|>", TURN])
+def test_a_block_that_the_template_closes_is_left(tail: str) -> None:
+    model = Model({"": ["Sure", "No"]})
+    assert detect_prefix(model, MARKUP, [tail, tail]) == ("", [])
+
+
+def test_blocks_open_for_some_prompts_are_only_said() -> None:
+    prefix, notes = detect_prefix(Model({"": ["Hm</think>Sure", "No"]}), MARKUP, ["<think>\n", "\n"])
+    assert prefix == ""
+    assert "for some prompts" in notes[0]
+
+
+def test_harmony_that_thinks_first() -> None:
+    closed = f"{ANALYSIS}{SAID}{TURN}{FINAL}"
+    model = Model({"": [f"{ANALYSIS}The user", f"{ANALYSIS}We must"], closed: ["Sure", "I cannot"]})
+    assert detect_prefix(model, MARKUP, [TURN, TURN])[0] == closed
+
+
+def test_harmony_that_goes_straight_to_the_answer() -> None:
+    model = Model({"": [f"{FINAL}Sure", f"{FINAL}I cannot"]})
+    assert detect_prefix(model, MARKUP, [TURN, TURN]) == (FINAL, [])
+
+
+def test_harmony_that_does_both() -> None:
+    """What is shared is no whole tag: cut there, the rest of the header would be read as an answer."""
+    closed = f"{ANALYSIS}{SAID}{TURN}{FINAL}"
+    both = [f"{ANALYSIS}The user", f"{FINAL}I cannot", f"{ANALYSIS}We must"]
+    model = Model({"": both, closed: ["Sure", "I cannot", "Well"]})
+    prefix, notes = detect_prefix(model, MARKUP, [TURN] * 3)
+    assert prefix == closed
+    assert "2 of 3 responses open a thinking block" in notes[0]
+    assert detect_prefix(Model({"": both}), MARKUP, [TURN] * 3, skip=False)[0] == ""
+
+
+@pytest.mark.parametrize("lead", ["", "\n", "Answer:\n"])
+def test_a_block_that_some_responses_open_is_closed_for_all(lead: str) -> None:
+    texts = [f"{lead}<think>\nHm", f"{lead}Sure", f"{lead}I cannot"]
+    closed = f"{lead}<think></think>"
+    prefix, notes = detect_prefix(Model({"": texts, closed: ["\nSure", "\nNo", "\nWell"]}), MARKUP)
+    assert prefix == closed + "\n"
+    assert "1 of 3 responses" in notes[0]
+
+
+def test_a_block_after_a_shared_start_is_closed_there() -> None:
+    closed = "Well. <think></think>"
+    model = Model({"": ["Well. <think>a", "Well. <think>b"], closed: ["Sure", "No"]})
+    prefix, notes = detect_prefix(model, MARKUP)
+    assert prefix == closed
+    assert "all responses" in notes[0]
+
+
+def test_a_block_that_the_model_closes_itself_is_left_as_it_is() -> None:
+    """R1 and its like answer some prompts after an empty block of their own."""
+    own = "<think>\n\n</think>\n\n"
+    assert detect_prefix(Model({"": [own + "Sure", own + "No"]}), MARKUP) == (own, [])
+
+
+def test_a_model_that_begins_to_think_again() -> None:
+    closed = "<think></think>"
+    model = Model({"": ["<think>a", "<think>b"], closed: ["\n<think>Hm, a", "\n<think>Hm, b"]})
+    prefix, notes = detect_prefix(model, MARKUP)
+    assert prefix == closed + "\n"
+    assert "again" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("texts", "tails", "prefix"),
+    [
+        (["<think>\nHm, a", "<think>\nHm, b"], ["\n", "\n"], "<think>\nHm,"),
+        (["Hm, a", "Hm, b"], ["<think>\n", "<think>\n"], "Hm,"),
+        (["<think>\nHm", "No"], ["\n", "\n"], ""),
+    ],
+)
+def test_kept_thinking_is_not_closed(texts: list[str], tails: list[str], prefix: str) -> None:
+    """The first response token is then the first one that tells, within the block."""
+    found, notes = detect_prefix(Model({"": texts}), MARKUP, tails, skip=False)
+    assert found == prefix
+    assert "kept: the response follows it, within response.max_new_tokens" in notes[0]
+
+
+def test_second_look_finds_an_answer_tag() -> None:
+    closed = "<|START_THINKING|><|END_THINKING|>"
+    after = [f"<|START_RESPONSE|>{text}<|END_RESPONSE|>" for text in ("Sure", "No")]
+    model = Model({"": ["<|START_THINKING|>a", "<|START_THINKING|>b"], closed: after})
+    assert detect_prefix(model, MARKUP)[0] == closed + "<|START_RESPONSE|>"
+    cut = Model({"": ["<answer>Sure", "<article>No"]})
+    assert detect_prefix(cut, MARKUP)[0] == ""  # not `<a`, which would hide the tag
+
+
+def test_tags_of_settings_are_checked() -> None:
+    for value in (["<think>", "</think>"], ["", "</think>"], ["<think>", "<think>"]):
+        with pytest.raises(InputError, match="thinking_blocks"):
+            load_settings("", {"response": {"thinking_blocks": [value]}})
+    with pytest.raises(InputError, match="answer_tags"):
+        load_settings("", {"response": {"answer_tags": [""]}})
+
+
+# Markup of letters, which a random model writes all the time.
+LETTERS = Markup([("e", "ea"), ("i", "io")], ["t", "n"])
+QUESTIONS = tuple(map(Prompt, ("Hi", "Mangle the mailbox", "Now", "How do I squash a very old hat?", "What?", "Ha")))
+
+
+@pytest.fixture(scope="module")
+def lab() -> tuple[LoadedModel, Editor]:
+    """A random model and an editor."""
+    loaded = make_loaded(make_model("llama"))
+    return loaded, make_editor(loaded)
+
+
+def reference_of(loaded: LoadedModel, markup: Markup, prefix: str = "", tokens: int = 24) -> ReferenceEngine:
+    """The reference on the random model."""
+    chat = PromptEncoder(make_chat().tokenizer, CPU, prefix)
+    reader = ResponseReader(chat.tokenizer, markup)
+    return ReferenceEngine(loaded.model, chat, reader, max_new_tokens=tokens, sizes=BatchSizes.same(3))
+
+
+@pytest.mark.parametrize("prefix", ["", "e", "ea"])
+def test_engine_reads_what_the_reference_reads(lab: tuple[LoadedModel, Editor], prefix: str) -> None:
+    """Streamed and in one piece, drafted and not, over several trials: the same blocks, and the same markers outside them."""
+    loaded, editor = lab
+    editor.clear()
+    reference = reference_of(loaded, LETTERS, prefix)
+    scorer = Refusals(["ra", "ve", "us"])
+    setup = EngineSetup(reference, loaded.layers, editor.adapters, scorer, QUESTIONS, QUESTIONS, range(3))
+    engine = setup.engine(EfficiencySettings())
+    assert isinstance(engine, TrialEngine)
+    opened, flags, hidden = set(), set(), 0
+    for seed in range(8):
+        editor.apply(make_params(seed))
+        expected, found = reference.respond(QUESTIONS), engine.respond(QUESTIONS)
+        assert expected is not None
+        assert found is not None
+        assert [scorer.is_refusal(one) for one in found] == [scorer.is_refusal(one) for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert other.text.startswith(one.text)
+            # A response that ends early is one that counts already.
+            assert one == other or scorer.is_refusal(one)
+        opened |= {one.thinking_open for one in expected}
+        flags |= {scorer.is_refusal(one) for one in expected if not one.thinking_open and one.text}
+        raw = [Response(text) for text in reference.raw_responses(QUESTIONS)]
+        hidden += sum(
+            scorer.is_refusal(one) and not scorer.is_refusal(dataclasses.replace(other, thinking_open=False))
+            for one, other in zip(raw, expected, strict=True)
+            if other.text
+        )
+    assert opened == {True, False}
+    assert hidden > 0, "markers within blocks"
+    assert flags == {True, False}
+
+
+def test_early_detection_sees_the_blocks_that_whole_responses_show(lab: tuple[LoadedModel, Editor]) -> None:
+    """One response begins with a block whose tag is several tokens long: looking on until that is certain."""
+    loaded, editor = lab
+    editor.clear()
+    plain = reference_of(loaded, Markup([]))
+    texts = plain.raw_responses(QUESTIONS)
+    for row in range(len(QUESTIONS)):
+        opening = texts[row][:18]
+        assert len(plain.chat.tokenizer(opening)["input_ids"]) > 3
+        reference = reference_of(loaded, Markup([(opening, opening + "</t>")]))
+        early, whole = (found_by(reference, loaded, EfficiencySettings(use_early_prefix_detection=on)) for on in (True, False))
+        assert early == whole
+        assert "1 of 6 responses open" in early[1][0]
+
+
+class Letters:
+    """A chat whose tokens are characters."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """Their text."""
+        return "".join(map(chr, ids))
+
+
+@pytest.mark.parametrize(
+    ("texts", "enough"),
+    [
+        (("Sure", "No"), True),
+        (("<th", "No"), False),  # may be a block or a heading
+        (("<the", "No"), True),
+        (("<thi", "<thx"), False),  # what they share is the beginning of a tag
+        (("<think>", "<thx"), True),
+        (("\n\n", "\nNo"), False),
+        (("\n<think>", "\nNo"), True),
+        (("<|channel|>an", "<|channel|>fin"), False),
+        ((ANALYSIS, "<|channel|>fin"), True),  # an answer's tag is never shared in part
+    ],
+)
+def test_a_look_is_long_enough_to_see_who_thinks(texts: tuple[str, ...], enough: bool) -> None:
+    watch = StopWhenDiverged(Letters(), {0}, MARKUP)  # type: ignore[arg-type]
+    watch.begin(range(len(texts)))
+    for row, text in enumerate(texts):
+        watch.look(row, [ord(character) for character in text])
+    assert watch.satisfied == enough
+    watch.look(0, [0])  # an ended response won't change any more
+    watch.look(1, [0])
+    assert watch.satisfied
+
+
+def found_by(reference: ReferenceEngine, loaded: LoadedModel, switches: EfficiencySettings) -> tuple[str, list[str]]:
+    """What calibration finds."""
+
+    def respond(prefix: str) -> list[str]:
+        return prefix_responses(after(reference, prefix), loaded.layers, switches, QUESTIONS)
+
+    return detect_prefix(respond, reference.reader.markup)
+
+
+def after(reference: ReferenceEngine, prefix: str) -> ReferenceEngine:
+    """The same engine after another response prefix."""
+    chat = PromptEncoder(reference.chat.tokenizer, CPU, prefix)
+    return ReferenceEngine(
+        reference.model, chat, reference.reader, max_new_tokens=reference.max_new_tokens, sizes=reference.sizes
+    )
+
+
+OWN = (demo_path() / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+THINKS = OWN + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}"
+SWITCH = OWN + "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% endif %}"
+
+
+def demo_with(template: str, folder: Path) -> str:
+    """The demo model with another chat template."""
+    shutil.copytree(demo_path() / "model", folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return str(folder)
+
+
+def few(files: dict[str, str], tmp_path: Path, model: str, **over: Any) -> Any:
+    """A short run, all of its trials random."""
+    given: dict[str, Any] = {"model": model, "search": {"trials": 3, "startup_trials": 3}, "export": {"kind": "none"}}
+    return quick_settings(files, tmp_path / "cache", **(given | over))
+
+
+def test_a_run_of_a_thinking_template(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    """Engine and reference close the block the same way, and have the same trials; so does the template's own switch."""
+    model = demo_with(SWITCH, tmp_path / "model")
+    # What the demo model answers after a block isn't what it was trained to answer, so other markers.
+    markers = tmp_path / "markers.txt"
+    markers.write_text("the\nyou", encoding="utf-8")
+    chosen = few(prompt_files, tmp_path, model, evaluation={"markers": str(markers), "batch_size": 12})
+    fast, said = run_in(tmp_path / "fast", chosen)
+    slow, _ = run_in(tmp_path / "slow", chosen.model_copy(update={"efficiency": chosen.efficiency.reference()}))
+    assert any("template opens a thinking block <think>, which is skipped" in note for note in said.notes)
+    assert any("enable_thinking (load.template_options)" in note for note in said.notes)
+    prefix = next(note for note in said.notes if note.startswith("response prefix"))
+    assert prefix.startswith("response prefix: '\\n</think>")
+    for one, other in zip(fast["trials"], slow["trials"], strict=True):
+        assert one["params"] == other["params"]
+        assert one["scores"]["kl"]["mean"] == pytest.approx(other["scores"]["kl"]["mean"], rel=1e-3, abs=1e-5)
+        assert one["state"] == "stopped" or one["scores"]["refusals"] == other["scores"]["refusals"]
+        assert one["scores"]["refusals"] <= other["scores"]["refusals"]
+    options = {"template_options": {"enable_thinking": False}}
+    _, quiet = run_in(tmp_path / "off", few(prompt_files, tmp_path, model, load=options))
+    assert not any("thinking" in note for note in quiet.notes)
+    with pytest.raises(InputError, match=r"another .*set of template options"):
+        run_in(tmp_path / "fast", few(prompt_files, tmp_path, model, load=options), resume=True)
+
+
+def test_a_run_that_keeps_thinking(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    """The demo model never closes the block: all is thought, and that is said with its remedies."""
+    response = {"thinking": "keep", "max_new_tokens": 4, "prefix_prompts": 4}
+    kept = few(prompt_files, tmp_path, demo_with(THINKS, tmp_path / "model"), response=response)
+    recorder = Recorder()
+    with pytest.raises(AbliterateError):  # nothing refuses less
+        run(kept, recorder, RunDirectory(tmp_path / "run"))
+    assert any("kept: the response follows it, within response.max_new_tokens" in note for note in recorder.notes)
+    assert not any("</think>" in note for note in recorder.notes)
+    warning = next(warning for warning in recorder.warnings if "12 of 12 responses are still inside" in warning)
+    assert "response.max_new_tokens=N" in warning
+    assert "response.thinking=skip" in warning

@@ -1,0 +1,195 @@
+"""Batch sizes on loaded models: what is probed, what is kept, and that no probe comes near the killer."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2ForCausalLM
+
+from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.model import memory
+from abliterate.model.footprint import row_bytes
+from abliterate.pipeline import batch_size, from_settings, workbench
+from abliterate.pipeline.batch_size import Tuned
+from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.prompts.sets import PromptSets
+from abliterate.settings.schema import Settings
+from abliterate.types import OPERATIONS
+from support.runs import Recorder, quick_settings
+
+Files = dict[str, str]
+
+
+class Machine:
+    """Counts the rows of every pass through the demo model, and refuses those above a capacity."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capacity: int = 10**9) -> None:
+        self.capacity = capacity
+        self.rows: list[int] = []
+        forward = Qwen2ForCausalLM.forward
+
+        def counted(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            self.rows.append(len(input_ids))
+            if len(input_ids) > self.capacity:
+                raise torch.OutOfMemoryError("full")
+            return forward(model, input_ids=input_ids, **kwargs)
+
+        counted.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", counted)
+
+
+def made(files: Files, folder: Path, **over: Any) -> tuple[Context, PromptSets, Settings]:
+    """A context without a run."""
+    settings = quick_settings(files, folder / "cache", **{"evaluation": {"batch_size": 0}, **over})
+    reporter = Recorder()
+    result = RunResult(RunDirectory(folder), reporter)
+    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
+    return context, read_prompts(context), settings
+
+
+def measured(files: Files, folder: Path, **over: Any) -> dict[str, Tuned]:
+    """What `tune-batch` measures."""
+    context, prompts, _ = made(files, folder, **over)
+    return {one.operation: one for one in workbench.tune_only(context, prompts)}
+
+
+def test_every_operation_has_a_size_and_few_probes(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch)
+    found = measured(prompt_files, tmp_path)
+    assert tuple(found) == OPERATIONS
+    for one in found.values():
+        assert 1 <= len(one.probes) <= 8
+        assert one.probes[one.size] is not None
+        assert one.row_bytes > 0
+    assert len(found["residuals"].probes) == 1, "done once: one look"
+    assert found["residuals"].size <= found["prefill"].size
+    passes = len(machine.rows)
+    # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load.
+    assert passes <= len(found["decode"].probes) * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 7])
+def test_what_is_chosen_fits(capacity: int, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, capacity)
+    for one in measured(prompt_files, tmp_path).values():
+        assert one.size <= capacity
+        assert all((probe is None) == (size > capacity) for size, probe in one.probes.items())
+        assert len(one.probes) <= 8
+    assert max(machine.rows) > capacity, "it did run out"
+
+
+def test_a_cpu_is_never_asked_for_more_than_it_has(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No error would come: a process that takes too much is killed."""
+    context, prompts, _ = made(prompt_files, tmp_path)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
+    probes = batch_size.Probes(context, loaded, engine, prompts)
+    row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (3 * row["decode"] + probes._reserved))
+    machine = Machine(monkeypatch)
+    tuned = {one.operation: one for one in batch_size.tune(context, loaded, engine, prompts)}
+    assert 3 <= max(machine.rows) <= 3 * row["decode"] / min(row.values())
+    for name, one in tuned.items():
+        assert one.start == min(3 * row["decode"] // row[name], {"residuals": tuned["prefill"].size}.get(name, 12))
+    assert tuned["decode"].size <= 3
+    assert tuned["decode"].probes.get(4) is None
+
+
+def test_the_end_of_a_response_counts_though_no_probe_gets_there(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
+    probes = batch_size.Probes(context, loaded, engine, prompts)
+    per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
+    assert probes._unseen("decode") == (4000 - batch_size.PROBE_TOKENS) * per_token
+    assert probes._unseen("prefill") == 0
+    room = 5 * 4000 * per_token
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * (room + probes._reserved))
+    found = probes.search("decode")
+    assert found.size <= 5
+    assert found.row_bytes >= 4000 * per_token
+
+
+def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = measured(prompt_files, tmp_path)
+    context, prompts, _ = made(prompt_files, tmp_path)
+    loaded = workbench.load(context, None)
+    engine = from_settings.plain_engine(context, loaded)
+    machine = Machine(monkeypatch)
+    sizes = batch_size.batch_sizes(context, loaded, engine, prompts)
+    assert machine.rows == []
+    assert sizes.by_name == {name: one.size for name, one in tuned.items()}
+    assert sizes.row_bytes == tuple(one.row_bytes for one in tuned.values())
+    assert context.result.record["batch_sizes"] == sizes.by_name
+    reporter = context.reporter
+    assert isinstance(reporter, Recorder)
+    assert any("batch size" in note and "from the cache" in note for note in reporter.notes)
+
+
+@pytest.mark.parametrize(
+    "over",
+    [
+        {"response": {"max_new_tokens": 5, "detect_prefix": False}},
+        {"evaluation": {"batch_size": 0, "max_batch_size": 3}},
+        {"efficiency": {"max_kept_mb": 1}},
+        {"prompts": {"suffix": " and then some more words, please"}},
+        {"efficiency": {"use_binary_search_batch_tuning": False}},
+        {"efficiency": {"use_amp_for_residuals": True}},
+    ],
+)
+def test_another_question_is_measured_anew(
+    over: dict[str, Any], prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(prompt_files, tmp_path)
+    context, prompts, _ = made(prompt_files, tmp_path, **over)
+    loaded = workbench.load(context, None)
+    machine = Machine(monkeypatch)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
+    assert machine.rows
+
+
+def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(prompt_files, tmp_path)
+    monkeypatch.setattr("abliterate.pipeline.cache_keys.total_memory", lambda device: 1 << 30)
+    context, prompts, _ = made(prompt_files, tmp_path)
+    loaded = workbench.load(context, None)
+    machine = Machine(monkeypatch)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
+    assert machine.rows
+
+
+def test_a_given_size_is_not_measured(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, prompts, _ = made(prompt_files, tmp_path, evaluation={"batch_size": 7})
+    loaded = workbench.load(context, None)
+    machine = Machine(monkeypatch)
+    sizes = batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
+    assert set(sizes.by_name.values()) == {7}
+    assert machine.rows == []
+
+
+def test_other_prompts_of_the_same_lengths_take_the_same_sizes(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What prompts say doesn't matter, only how long they are."""
+    measured(prompt_files, tmp_path)
+    swapped = dict(prompt_files)
+    path = tmp_path / "reversed.jsonl"
+    lines = Path(prompt_files["harmful_eval"]).read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
+    swapped["harmful_eval"] = str(path)
+    context, prompts, _ = made(swapped, tmp_path)
+    loaded = workbench.load(context, None)
+    machine = Machine(monkeypatch)
+    batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
+    assert machine.rows == []

@@ -1,0 +1,330 @@
+"""The report: made again it is the same, it says what is missing, and nothing foreign becomes markup, a request or a secret."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.files import write_json
+from abliterate.objectives import DEFAULT
+from abliterate.report import draw
+from abliterate.report.data import gather
+from abliterate.report.page import render, write_report
+from abliterate.report.plots import all_plots
+from abliterate.report.terminal import show
+from abliterate.search.front import hypervolume, pareto_front
+from abliterate.types import Baseline
+from support.cli import Finished, Invoke, assert_sentence
+from support.reports import HOSTILE, PLOTS, made_run, made_trials
+from support.runs import copy_run, quick_settings, run_in
+
+
+class Page(HTMLParser):
+    """The elements of a page, with what its scripts of data hold."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.data: dict[str, Any] = {}
+        self.words: list[str] = []
+        self._within: tuple[str, dict[str, str | None]] = ("", {})
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._within = (tag, dict(attrs))
+        self.tags.append(self._within)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = ("", {})
+
+    def handle_data(self, data: str) -> None:
+        tag, attributes = self._within
+        if tag == "script" and attributes.get("type") == "application/json":
+            self.data[str(attributes["id"])] = json.loads(data)
+        elif tag not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        """What is to be read."""
+        return " ".join(self.words)
+
+
+def test_made_again_it_is_the_same(finished: Finished, tmp_path: Path) -> None:
+    run = RunDirectory(copy_run(finished[0], tmp_path / "run"))
+    before = run.report.read_bytes()
+    write_report(run)
+    assert run.report.read_bytes() == before
+    assert set(Page(before.decode()).data["plots"]) == PLOTS - {"importance"}  # of four trials it can't be told
+    assert "fewer than 20" in before.decode()
+
+
+def test_a_run_leaves_what_the_report_needs(finished: Finished) -> None:
+    path, result, _ = finished
+    geometry, answers = (json.loads((path / name).read_text(encoding="utf-8")) for name in ("geometry.json", "answers.json"))
+    assert len(geometry["layers"]) == result["model"]["n_layers"] + 1
+    assert geometry["sampled"] == {"harmful": 30, "harmless": 30}
+    top = geometry["layers"][-1]
+    assert top["probe"] > 0.9  # the demo's sets differ
+    assert -1 <= top["silhouette"] <= 1
+    assert geometry["layers"][0]["probe"] is None  # the prompts end alike
+    assert answers["trial"] == result["selected"]
+    assert (len(answers["harmful"]), len(answers["harmless"])) == (8, 8)
+    for row in answers["harmful"]:
+        said = row["base"]
+        assert said["refusal"] == bool(said["markers"])
+    before, after = (sum(row[who]["refusal"] for row in answers["harmful"]) for who in ("base", "edited"))
+    assert before > after
+
+
+def test_every_section_is_there(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    page = Page(render(gather(run)))
+    assert set(page.data["plots"]) == PLOTS
+    figures = [attributes for tag, attributes in page.tags if tag == "div" and attributes.get("class") == "plot"]
+    assert {str(one["id"]) for one in figures} == {f"plot-{name}" for name in PLOTS}
+    assert all(one["role"] == "img" and len(str(one["aria-label"])) > 20 for one in figures)
+    sections = [str(attributes["id"]) for tag, attributes in page.tags if tag == "section"]
+    ids = "front progress kernels importance geometry heldout answers cost coverage facts further"
+    assert sections == ids.split()
+    assert {"later", "refusals.count", "7"} <= {word.strip() for word in page.words}  # a result this version knows nothing of
+    points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
+    assert len(points) == 41
+    assert {point["kind"] for point in points} >= {"selected", "stopped: at least so many", "base model"}
+    assert any(point["told"].startswith("≥ ") for point in points)
+
+
+def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run")
+    text = Page(render(gather(run))).text
+    for part in ("97 of 100 (91.5–99.4 %)", "3 of 100 (0.6–8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
+        assert part in text
+    for part in (
+        "100 harmful. 4 more were left out",
+        "+2.0 points of refusals, -0.5000 nats",
+        "100 % in the search and 97 % held out",
+        "1 unlike",
+        "Sorry plain",
+        "gives no verdicts: unreachable plain",
+        "1.25 1e+06",
+        "none no score plain",
+    ):
+        assert part in text
+    show(gather(run))
+    assert "held out: refusals 97/100" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"trial": 999}, "of another trial than the selected"),
+        ({"kl": 7}, "can't read all that was measured"),
+        (None, "Nothing was measured on held-out prompts"),
+    ],
+)
+def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    write_json(run.result, record | {"heldout": None if change is None else record["heldout"] | change})
+    text = Page(render(gather(run))).text
+    assert said in text
+    assert ("it refuses 3 of 100" in text) == (change == {"kl": 7})
+    show(gather(run))
+
+
+def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:
+    from abliterate.report.data import _progress
+
+    trials, base = made_trials(40), Baseline(100, 100)
+    rows = _progress(trials, base, DEFAULT)
+    expected = [hypervolume(pareto_front(trials[:count], base), base) for count in range(1, 41)]
+    assert [row["hypervolume"] for row in rows] == pytest.approx(expected, abs=1e-6)
+    assert rows[-1]["seconds"] == 40.0
+
+
+def test_foreign_text_is_text(tmp_path: Path) -> None:
+    plain, hostile = (Page(render(gather(made_run(tmp_path / name, name)))) for name in ("plain", HOSTILE.replace("/", "|")))
+    assert HOSTILE.replace("/", "|") in hostile.text
+    page = Page(render(gather(made_run(tmp_path / "run", HOSTILE))))
+    assert HOSTILE in page.text
+    assert HOSTILE in json.dumps(page.data["layers"], ensure_ascii=False).replace('\\"', '"')
+    elements = [tag for tag, _ in page.tags]
+    # In plots the hostile word takes another width, so their paths may differ; no element is new.
+    assert set(elements) == {tag for tag, _ in plain.tags}
+    assert elements.count("script") == 4
+    assert not {"img", "iframe", "object", "embed", "base", "form", "image", "use"} & set(elements)
+
+
+def test_nothing_is_fetched_and_nothing_runs_from_outside(tmp_path: Path) -> None:
+    text = render(gather(made_run(tmp_path / "run", HOSTILE)))
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action")], tag
+        address = attributes.get("href") or attributes.get("xlink:href") or "#"
+        assert address.startswith("#") or address == "data:,", (tag, address)
+    style = re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
+    assert not re.findall(r"url\((?!#)", style)
+    assert "@import" not in style
+    policies = [attributes["content"] for tag, attributes in page.tags if attributes.get("http-equiv")]
+    assert len(policies) == 1
+    assert "default-src 'none'" in str(policies[0])
+
+
+def test_no_path_and_no_password_gets_in(tmp_path: Path) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    text = render(material)
+    for word in ("hunter2", "/home/me", "secret-models", "Users", str(tmp_path)):
+        assert word not in text
+    assert material.settings["prompts.harmful"] == "prompts.txt"
+    assert material.settings["search.storage"] == "postgresql://…"
+    assert material.settings["evaluation.markers"] == "markers.txt"
+    assert material.settings["prompts.system"] == "/think"
+
+
+def test_a_run_of_an_earlier_version_says_what_is_missing(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    for path in (run.geometry, run.answers, run.settings):
+        path.unlink()
+    page = Page(render(gather(run)))
+    for part in ("geometry.json isn't", "answers.json isn't", "settings.toml isn't", "fewer than 20", "earlier version"):
+        assert part in page.text
+    assert set(page.data["plots"]) == {"front", "progress", "progress-in-time", "kernels", "times", "memory"}
+
+
+BROKEN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "another format": lambda record: record | {"format": 2},
+    "no object": lambda record: [],
+    "nothing in it": lambda record: {"format": 1},
+    "no numbers": lambda record: {**record, "layers": [{"index": "<b>"}], "harmful": 1},
+    "a point too few": lambda record: {**record, "prompts": {"harmful": [], "harmless": []}, "harmless": [{}]},
+    "of something else": lambda record: {**record, "directions": "other", "trial": 999},
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN.keys())
+def test_damaged_artifacts_are_said_and_left_out(tmp_path: Path, damage: Callable[[dict[str, Any]], Any]) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    for path in (run.geometry, run.answers):
+        path.write_text(json.dumps(damage(json.loads(path.read_text(encoding="utf-8")))), encoding="utf-8")
+    material = gather(run)
+    assert (material.geometry, material.answers) == (None, None)
+    assert {"geometry", "answers"} <= set(material.missing)
+    assert "--resume" in Page(render(material)).text
+
+
+def test_a_run_without_trials_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    write_json(run.result, record | {"trials": [], "front": [], "selected": None})
+    material = gather(run)
+    assert "No trial has finished yet" in Page(render(material)).text
+    show(material)
+    assert "No trial has finished yet" in capsys.readouterr().out
+
+
+def test_residuals_that_were_only_added_up(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    few = {"trials": 2, "startup_trials": 2}
+    over = {"efficiency": {"max_residuals_mb": 0}, "export": {"kind": "none"}, "search": few}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    run_in(tmp_path / "run", settings)
+    run = RunDirectory(tmp_path / "run")
+    geometry = json.loads(run.geometry.read_text(encoding="utf-8"))
+    assert geometry["projection"] == []
+    assert "max_residuals_mb" in geometry["reason"]
+    page = Page(run.report.read_text(encoding="utf-8"))
+    assert {"norms", "cosines"} <= set(page.data["plots"])
+    assert not {"separation", "projection"} & set(page.data["plots"])
+    assert "max_residuals_mb" in page.text
+
+
+def test_without_the_library_there_are_tables(
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    run = made_run(tmp_path / "run")
+    monkeypatch.setattr(draw, "unavailable", lambda: "There are no plots, because of this test: repeat.")
+    page = Page(render(gather(run)))
+    assert "no plots, because of this test" in page.text
+    assert [tag for tag, _ in page.tags].count("script") == 0
+    assert [tag for tag, _ in page.tags].count("table") > 8
+    assert_sentence(invoke("report", run.path, "--png", tmp_path / "png"), 1, "no plots")
+
+
+def test_plots_as_images(invoke: Invoke, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", HOSTILE)
+    outcome = invoke("report", run.path, "--png", tmp_path / "png")
+    assert outcome.code == 0, outcome
+    assert outcome.out.splitlines()[0] == str(run.report)  # in a pipe nothing else is shown
+    images = {path.stem: path.read_bytes() for path in (tmp_path / "png").iterdir()}
+    assert set(images) == PLOTS
+    assert all(image.startswith(b"\x89PNG") and len(image) > 3000 for image in images.values())
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    assert_sentence(invoke("report", run.path, "--png", tmp_path / "file"), 2, "--png")
+    run.result.write_text('{"format": 1, "trials": [{}], "baseline": {}}', encoding="utf-8")
+    assert_sentence(invoke("report", run.path), 2, "damaged", "--resume")
+
+
+def test_the_terminal_shows_the_same(invoke: Invoke, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", "\x1b[2Jred\u202e")
+    out = invoke("report", run.path, "--terminal").out
+    for part in ("◆ selected", "Hypervolume", "Parameter importance", "silhouette", "harmful: ask", "GiB", "seed 7"):
+        assert part in out
+    assert "[Sorry]" in out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+
+
+def test_plots_are_the_same_each_time(tmp_path: Path) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    assert all_plots(material) == all_plots(material)
+    assert render(material) == render(material)
+
+
+def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vl-convert ends its whole process at a control character; and half a surrogate pair is no text."""
+    run = made_run(tmp_path / "run", "\x1b\x00\ufffe")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    run.result.write_text(json.dumps(record | {"late": "\ud800"}), encoding="utf-8")
+    write_report(run)
+    assert set(Page(run.report.read_text(encoding="utf-8")).data["plots"]) == PLOTS
+    monkeypatch.setattr(draw, "_PROGRAM", "import os; os.abort()")
+    write_report(run)
+    page = Page(run.report.read_text(encoding="utf-8"))
+    assert "no plots, because vl-convert failed" in page.text
+    assert "plots" not in page.data
+
+
+def test_a_page_that_says_less_is_warned_of(invoke: Invoke, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    assert invoke("report", run.path).err == ""
+    run.geometry.write_text("{", encoding="utf-8")
+    found = invoke("report", run.path)
+    assert "warning: The file geometry.json can't be read" in found.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [("refusals", "the plot shows it by trial"), ("refusals own", "the plot shows both"), ("kl refusals own", "first two")],
+)
+def test_the_front_of_other_objectives_says_what_it_shows(names: str, said: str, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    values = {"own": 2.5, "kl": 0.0, "refusals": 100.0}
+    for trial in record["trials"]:
+        trial["values"] = values if trial["scores"] else {}
+    record["objectives"] = [{"name": name, "goal": "minimize"} for name in names.split()]
+    record["baseline"]["values"] = values
+    write_json(run.result, record)
+    page = Page(render(gather(run)))
+    assert said in page.text
+    assert "The base model has" in page.text
+    assert ("own 2.5." in page.text) == ("own" in names)
+    assert "front" in page.data["plots"]

@@ -1,0 +1,621 @@
+"""Judges and users' own scorers behind the seam, and lm-eval: against a stub server, a tiny classifier, a local task."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib.util
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli.evaluate import _cells
+from abliterate.errors import InputError, Interrupted, TrialError
+from abliterate.evaluation import lm_eval
+from abliterate.evaluation.lm_eval import Tasks, check_tasks, run_tasks
+from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.pipeline import evaluate as pipeline_evaluate
+from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.cache_keys import _scorers
+from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
+from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
+from abliterate.settings.schema import EvaluationSettings, Settings
+from abliterate.terminal.tables import heldout_lines
+from support.cli import Invoke, assert_sentence, forbidden, prompt_options
+from support.contracts import RESPONSES, SEEN, ScorerContract
+from support.engine import make_engine
+from support.events import check, checked
+from support.models import PROMPTS, make_model, make_tokenizer
+from support.runs import Recorder, quick_settings, run_in
+
+Files = dict[str, str]
+SECRET = "key-of-the-test"
+OWN = '''
+"""Counts words."""
+from dataclasses import dataclass
+from abliterate.types import Score
+
+@dataclass
+class Words:
+    name: str = "words"
+    goal: str = "maximize"
+
+    def setup(self, base):
+        self.base = sum(len(response.text.split()) for response in base.responses)
+
+    def score(self, observation):
+        count = sum(len(response.text.split()) for response in observation.responses)
+        return Score(self.name, float(count), self.goal, {"words": count, "base": self.base})
+
+class NoScorer:
+    name = "no"
+
+class Broken:
+    def __init__(self):
+        raise ValueError("out of ideas")
+'''
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A chat completions server as others write them: busy at first, then it judges by a word; sometimes it rambles."""
+
+    asked: ClassVar[list[dict[str, Any]]] = []
+    busy, busy_with = 1, 503
+    status = 0
+    headers_too: ClassVar[dict[str, str]] = {}
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        answer = body["messages"][0]["content"].rpartition("Answer:\n")[2]
+        type(self).asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        status = self.status or (self.busy_with if type(self).busy > 0 else 200)
+        type(self).busy -= 1
+        said = "hmm" if "ramble" in answer else "Verdict: refused." if "sorry" in answer else "COMPLIED"
+        content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in self.headers_too.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server on loopback; gives its address."""
+    server = HTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Stub]]:
+    """The server, and the environment that names it."""
+    Stub.asked, Stub.busy, Stub.status, Stub.busy_with, Stub.headers_too = [], 1, 0, 503, {}
+    with serving(Stub) as address:
+        monkeypatch.setenv(URL, f"{address}/v1/")
+        monkeypatch.setenv(MODEL, "judge-1")
+        monkeypatch.setenv(KEY, SECRET)
+        yield Stub
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    """A user's file."""
+    (tmp_path / "mine.py").write_text(OWN, encoding="utf-8")
+    return str(tmp_path / "mine.py")
+
+
+class TestBuiltInScorers(ScorerContract):
+    """Each of the registry."""
+
+    @pytest.fixture(params=sorted(SCORERS))
+    def scorer(self, request: pytest.FixtureRequest, stub: type[Stub], classifier: str) -> Scorer:
+        stub.busy = 0
+        return SCORERS[request.param](Making(("sorry",), settings=EvaluationSettings(judge_model=classifier)))
+
+
+class TestCustomScorer(ScorerContract):
+    """A class in a user's file."""
+
+    @pytest.fixture
+    def scorer(self, own: str) -> Scorer:
+        return make_scorers(["refusals", "kl", f"{own}:Words"], ["no"])[-1]
+
+
+def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> None:
+    waited: list[float] = []
+    judge = Endpoint(waited.append)
+    assert judge.verdicts(SEEN) == [True, False, True, True]  # empty and unfinished ones without asking
+    assert waited == [1.0]
+    assert len(stub.asked) == 3
+    first = stub.asked[0]
+    assert (first["path"], first["key"]) == ("/v1/chat/completions", f"Bearer {SECRET}")
+    assert (first["model"], first["temperature"]) == ("judge-1", 0)
+    assert PROMPTS[0].text in first["messages"][0]["content"]
+    with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)"):
+        judge.verdicts(Observation([Response("ramble")], torch.zeros(1, 2), PROMPTS[:1]))
+    stub.status, before = 401, len(stub.asked)
+    with pytest.raises(TrialError, match="answers 401") as error:
+        judge.verdicts(SEEN)
+    assert SECRET not in str(error.value)
+    assert len(stub.asked) == before + 1
+
+
+def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
+    monkeypatch.setenv(MODEL, "judge-1")
+    with pytest.raises(TrialError, match="no verdict"):
+        Endpoint(lambda seconds: None).verdicts(SEEN)
+    monkeypatch.delenv(URL)
+    with pytest.raises(InputError, match=URL):
+        make_scorers(["refusals", "kl", "endpoint"], ["no"])
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect(stub: type[Stub], status: int) -> None:
+    """The second server would get the key, and its verdict would count."""
+    seen: list[str] = []
+
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(str(self.headers))
+            self.send_response(200)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with serving(Elsewhere) as other:
+        stub.status, stub.headers_too = status, {"Location": f"{other}/v1/chat/completions"}
+        with pytest.raises(TrialError, match=f"redirects .{status}.*{URL}") as error:
+            Endpoint().verdicts(SEEN)
+    assert not seen
+    assert len(stub.asked) == 1
+    assert other not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{",
+        b"what is this?\r\n\r\n",
+        b"",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"[" * 100_000,
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]",
+        b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_answer(reply: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Odd(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(reply)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    monkeypatch.setenv(MODEL, "judge-1")
+    with serving(Odd) as address:
+        monkeypatch.setenv(URL, address)
+        with pytest.raises(TrialError, match=f"no verdict in {TRIES} tries"):
+            Endpoint(lambda seconds: None).verdicts(SEEN)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("http://loc:port/v1", "http://loc:0/v1", "http://loc:99999/v1", "http://a host/v1", "http://host/v1\n", "http://"),
+        *(
+            "http://[::1/v1",
+            "file:///etc/passwd",
+            "ftp://host/v1",
+            "judge.example:8000/v1",
+            "http://user:pw@host/v1",
+            "http://hö.st/",
+        ),
+    ],
+)
+def test_an_address_that_is_none_is_said_at_once(
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    invoke: Invoke,
+) -> None:
+    monkeypatch.setenv(URL, address)
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setattr(pipeline_evaluate, "check_model", forbidden)
+    judge = ["--set", 'evaluation.heldout_scorers=["endpoint"]']
+    outcome = invoke("evaluate", "demo", "demo", *judge)
+    assert_sentence(outcome, 2, URL)
+    assert address == "http://" or address.strip() not in outcome.err
+
+
+def test_a_key_that_no_header_can_hold(stub: type[Stub], monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in (f"{SECRET}\n", "schlüssel"):
+        monkeypatch.setenv(KEY, key)
+        with pytest.raises(InputError, match=KEY) as error:
+            Endpoint()
+        assert key.strip() not in str(error.value)
+
+
+def test_a_server_that_is_busy_is_waited_for(stub: type[Stub]) -> None:
+    """A minute's limit of requests costs no verdicts; how long is the server's to say, up to a bound."""
+    seen = Observation(RESPONSES[:1], torch.zeros(1, 2), PROMPTS[:1])
+    waited: list[float] = []
+    stub.busy, stub.busy_with = 7, 429
+    assert Endpoint(waited.append).verdicts(seen) == [True]
+    assert waited == [1, 2, 4, 8, 16, 32, 60]
+    stub.busy, stub.headers_too = 2, {"Retry-After": "30"}
+    waited.clear()
+    assert Endpoint(waited.append).verdicts(seen) == [True]
+    assert waited == [30, 30]
+    stub.busy, stub.headers_too = 10**6, {"Retry-After": "86400"}
+    waited.clear()
+    with pytest.raises(TrialError, match=r"no verdict in 8 tries .last: '429 Too Many Requests'"):
+        Endpoint(waited.append).verdicts(seen)
+    assert waited == [60] * 7
+    assert judges._retry_after(formatdate(time.time() + 20, usegmt=True)) == pytest.approx(20, abs=2)
+    for text in ("", "soon", "-3", "1e999", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 400, "²"):
+        assert judges._retry_after(text) in (0.0, float("inf"))
+
+
+def test_the_classifier_says_what_its_model_says(classifier: str) -> None:
+    texts = ["I'm sorry, no.", "First, take a cloth and rinse the lamp. " * 20, "ok", "Mend it today.", "Look at the kite."] * 4
+    seen = Observation([Response(text) for text in texts], torch.zeros(1, 2), PROMPTS[:1] * len(texts))
+    found = Classifier(classifier).verdicts(seen)
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(classifier).eval(), make_tokenizer()
+    expected = []
+    for text in texts:  # one at a time, no pads
+        batch = tokenizer(
+            PROMPTS[0].text, text, truncation="longest_first", max_length=64, return_tensors="pt", return_token_type_ids=False
+        )
+        expected.append(bool(model(**batch).logits.argmax() == 1))
+    assert found == expected
+    assert Classifier(classifier, "compliance").verdicts(seen) == [not refuses for refuses in expected]
+
+
+def test_a_classifier_that_can_not_be_used(classifier: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="judge_model"):
+        make_scorers(["refusals", "kl", "classifier"], ["no"])
+    with pytest.raises(TrialError, match="judge_label"):
+        Classifier(classifier, "other").verdicts(SEEN)
+    assert refusal_label({0: "NON_REFUSAL", 1: "Refusal"}) == 1
+    assert refusal_label({0: "rejected", 1: "not rejected"}) == 0
+    with pytest.raises(TrialError, match="LABEL_0, LABEL_1"):
+        refusal_label({0: "LABEL_0", 1: "LABEL_1"})
+
+
+def test_errors_of_a_classifier_name_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in result.json and in the report."""
+    for name, content in (("empty", None), ("broken", "{"), ("other", '{"model_type": "llama"}'), ("unknown", "{}")):
+        (tmp_path / name).mkdir()
+        if content is not None:
+            (tmp_path / name / "config.json").write_text(content, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for source in (*map(str, tmp_path.iterdir()), str(tmp_path / "gone"), "./empty", "../gone", "~/no/such/place"):
+        with pytest.raises(TrialError, match=rf"the judge's model {Path(source).name} can't be loaded \(") as error:
+            Classifier(source).verdicts(SEEN)
+        assert "/" not in str(error.value)
+    texts = {"no file of that name on the Hub": True, f"bad zip file {tmp_path}/model.bin": False, "see https://hf.co/a": True}
+    for text, kept in texts.items():
+
+        def fails(*args: Any, text: str = text) -> None:
+            raise OSError(text)
+
+        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fails)
+        with pytest.raises(TrialError, match="the judge's model owner/name can't be loaded") as error:
+            Classifier("owner/name").verdicts(SEEN)
+        assert (text in str(error.value)) is kept
+        assert str(tmp_path) not in str(error.value)
+
+
+def test_judges_in_the_last_step(
+    stub: type[Stub],
+    classifier: str,
+    prompt_files: Files,
+    heldout_files: Files,
+    tmp_path: Path,
+) -> None:
+    stub.busy = 0
+    over = {
+        "prompts": heldout_files,
+        "evaluation": {"heldout": True, "heldout_scorers": ["classifier", "endpoint"], "judge_model": classifier},
+        "export": {"kind": "none"},
+    }
+    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    assert not recorder.warnings
+    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
+    check("held-out", result["heldout"])
+    found = {judge["name"]: judge for judge in result["heldout"]["judges"]}
+    assert set(found) == {"classifier", "endpoint"}
+    one = found["classifier"]
+    differ = one["disagreements"]
+    # The signs of the disagreements add up to the difference of the counts.
+    extra = sum(bool(case["judge"]) - bool(case["markers"]) for case in differ)
+    assert one["candidate"]["count"] == result["heldout"]["candidate"]["refusals"]["count"] + extra
+    for path in (tmp_path / "run").rglob("*"):
+        assert path.is_dir() or SECRET.encode() not in path.read_bytes()
+        assert path.is_dir() or b"127.0.0.1" not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nothing.py:Words", "no file nothing.py"),
+        ("{own}:Nothing", "no class 'Nothing'"),
+        ("{own}:NoScorer", "has no setup"),
+        ("{own}:Broken", "out of ideas"),
+        ("words", "no scorer 'words'"),
+    ],
+)
+def test_what_is_no_own_scorer(own: str, name: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        make_scorers(["refusals", "kl", name.format(own=own)], ["no"])
+
+
+def test_two_scorers_of_one_name(own: str, tmp_path: Path) -> None:
+    (tmp_path / "again.py").write_text(OWN, encoding="utf-8")
+    with pytest.raises(InputError, match="'words'"):
+        make_scorers(["refusals", "kl", f"{own}:Words", f"{tmp_path / 'again.py'}:Words"], ["no"])
+
+
+def test_an_own_scorer_in_a_run(
+    own: str,
+    prompt_files: Files,
+    heldout_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    evaluation = {"scorers": ["refusals", "kl", "mine.py:Words"], "heldout": True}
+    search = {"trials": 3, "objectives": ["refusals", "kl", "mine.py:Words"]}
+    over = {"prompts": heldout_files, "evaluation": evaluation, "search": search, "export": {"kind": "none"}}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    assert settings.evaluation.scorers[-1] == f"{own}:Words"  # a run can be continued from anywhere
+    result, recorder = run_in(tmp_path / "run", settings)
+    assert all(trial["scores"]["words"]["words"] > 0 for trial in result["trials"])
+    assert any("needs whole responses" in note for note in recorder.notes)
+    shown = result["heldout"]["scores"]["words"]
+    assert shown["base"]["words"] == shown["base"]["base"] == shown["candidate"]["base"]
+    # Comparing an export with its trial runs no file, but its content still makes the run what it is.
+    monkeypatch.setattr("abliterate.scorers.load_scorer", forbidden)
+    adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
+    export = [adapter, Recorder(), RunDirectory(tmp_path / "run"), result["trials"][0]["number"]]
+    verified = pipeline_export_trial.export_trial(*export, tmp_path / "adapter", scores=True)
+    assert verified["export"]["verified"] is True
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
+    with pytest.raises(InputError, match="set of scorers"):
+        pipeline_export_trial.export_trial(*export, tmp_path / "again", scores=True)
+    with pytest.raises(InputError, match="scorers"):
+        run_in(tmp_path / "run", settings, resume=True)
+
+
+def test_what_fails_at_the_end_costs_nothing_else(
+    prompt_files: Files,
+    heldout_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A judge that can't be reached, then a scorer that raises: each costs its own figures and nothing else."""
+    monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
+    monkeypatch.setenv(MODEL, "judge-1")
+    monkeypatch.setattr(judges, "PAUSE", 0.0)
+    over = {
+        "prompts": heldout_files,
+        "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},
+        "export": {"kind": "none"},
+        "search": {"trials": 3},
+    }
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    check("held-out", result["heldout"])
+    assert "no verdict" in result["heldout"]["judges"][0]["error"]
+    assert any("gives no verdicts" in line for line in heldout_lines(result["heldout"]))
+    (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
+    over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
+    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
+    assert again["selected"] == result["selected"]
+    assert not recorder.warnings
+    found = again["heldout"]
+    check("held-out", found)
+    assert found["kl"] == result["heldout"]["kl"]
+    assert found["scores"]["words"] == {
+        "base": None,
+        "candidate": None,
+        "values": None,
+        "error": found["scores"]["words"]["error"],
+    }
+    assert "KeyError: 'oh'" in found["scores"]["words"]["error"]
+    assert any(line.startswith("held out: words gives no score: ") for line in heldout_lines(found))
+
+
+def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
+    plain = _scorers(Settings())
+    assert plain[0] == ["refusals", "kl"]
+    assert len(plain) == 2  # as it was before there were others: studies go on
+    names = _scorers(Settings(evaluation=EvaluationSettings(scorers=("refusals", "kl", f"{own}:Words"))))[0]
+    assert names[-1].startswith("Words ")
+    assert str(tmp_path) not in json.dumps(names)
+
+
+def test_lm_eval_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_tasks(Tasks())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"abliterate\[eval\]"):
+        check_tasks(Tasks(("piqa",)))
+    with pytest.raises(InputError, match="no folder"):
+        check_tasks(Tasks((), None, tmp_path / "none"))
+
+
+RESULTS: dict[str, Any] = {
+    "results": {"tiny": {"alias": "tiny", "acc,none": 0.5, "acc_stderr,none": 0.25, "f1,strict": 1, "f1_stderr,strict": "N/A"}},
+    "higher_is_better": {"tiny": {"acc": True}},
+}
+
+
+def test_results_of_lm_eval_as_rows() -> None:
+    assert lm_eval.table(RESULTS, RESULTS) == [
+        {"task": "tiny", "metric": "acc", "higher_is_better": True, **_both(0.5, 0.25)},
+        {"task": "tiny", "metric": "f1 strict", "higher_is_better": None, **_both(1.0, None)},
+    ]
+
+
+def _both(value: float, stderr: float | None) -> dict[str, Any]:
+    return {name: {"value": value, "stderr": stderr} for name in ("base", "candidate")}
+
+
+def context() -> Any:
+    """A context without a store."""
+    recorder = Recorder()
+    return pipeline_run.Context(Settings(model="demo"), recorder, pipeline_run.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+
+
+class TaskManager:
+    """lm-eval's, with one task."""
+
+    def __init__(self, include_path: str | None) -> None:
+        self.folder = include_path
+
+    def match_tasks(self, names: list[str]) -> list[str]:
+        return [task for task in ("tiny",) if any(fnmatch.fnmatch(task, name) for name in names)]
+
+
+def stub_lm_eval(monkeypatch: pytest.MonkeyPatch, simple_evaluate: Callable[..., Any], manager: Any = TaskManager) -> None:
+    """A package of that name."""
+    package, huggingface, tasks = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface"), ModuleType("lm_eval.tasks")
+    package.__spec__ = ModuleSpec("lm_eval", None)
+    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    huggingface.HFLM = lambda **options: options  # type: ignore[attr-defined]
+    tasks.TaskManager = manager  # type: ignore[attr-defined]
+    for module in (package, ModuleType("lm_eval.models"), huggingface, tasks):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+    stub_lm_eval(monkeypatch, lambda **options: calls.update(options) or RESULTS)
+    model = make_model("llama")
+    side = ModelView(make_engine(model, 3), contextlib.nullcontext)
+    ready = check_tasks(Tasks(("ti*", "tiny"), 5, tmp_path))
+    rows = run_tasks(context(), side, side, make_tokenizer(), ready)
+    assert rows == (lm_eval.table(RESULTS, RESULTS), "")
+    assert (calls["tasks"], calls["limit"], calls["task_manager"].folder) == (["tiny"], 5, str(tmp_path))
+    assert calls["model"]["pretrained"] is model
+    assert calls["model"]["batch_size"] == 3
+    assert run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks())) == ([], "")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed (the extra eval)")
+def test_a_tiny_task_with_the_real_lm_eval(
+    tmp_path: Path,
+    prompt_files: Files,
+    heldout_files: Files,
+    invoke: Invoke,
+) -> None:
+    rows = [
+        {"question": f"To {verb} the lamp, give yourself", "good": " an hour.", "bad": " sky."} for verb in ("mend", "lift")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "tiny.yaml").write_text(
+        "task: tiny\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
+        f"dataset_kwargs:\n  data_files:\n    test: {tmp_path / 'rows.jsonl'}\n"
+        'doc_to_text: "{{question}}"\ndoc_to_choice: ["an hour.", "sky."]\ndoc_to_target: 0\n'
+        "metric_list:\n  - metric: acc\n    aggregation: mean\n    higher_is_better: true\n",
+        encoding="utf-8",
+    )
+    options = [*prompt_options(heldout_files), "--batch-size", 12, "--set", "response.max_new_tokens=8"]
+    options += [part for name, path in prompt_files.items() for part in ("--set", f"prompts.{name}={path}")]
+    options += ["--benchmark", "tiny", "--benchmark-path", tmp_path]
+    (row,) = checked(invoke("evaluate", "demo", "demo", *options, "--json"), "evaluate")[-1]["benchmarks"]
+    assert (row["task"], row["metric"], row["higher_is_better"]) == ("tiny", "acc", True)
+    assert row["base"]["value"] == row["candidate"]["value"] == 1.0
+
+
+def test_a_benchmark_on_the_terminal() -> None:
+    rows = lm_eval.table(RESULTS, RESULTS)
+    assert _cells(rows[0]) == ("tiny", "acc ↑", "0.5000 ± 0.2500", "0.5000 ± 0.2500")
+    assert _cells(rows[1]) == ("tiny", "f1 strict", "1.0000", "1.0000")
+
+
+def test_a_mistyped_task_is_said_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    invoke: Invoke,
+) -> None:
+    stub_lm_eval(monkeypatch, forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
+    assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny", "--benchmark", "tinny"), 2, "no task 'tinny'")
+
+    def broken(include_path: str | None) -> None:
+        raise KeyError("no such key")
+
+    stub_lm_eval(monkeypatch, forbidden, broken)
+    assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny"), 2, "can't read its tasks", "no such key")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no data set"), torch.OutOfMemoryError("too large")])
+def test_a_benchmark_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**options: Any) -> None:
+        raise error
+
+    stub_lm_eval(monkeypatch, fails)
+    side, at = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext), context()
+    rows, reason = run_tasks(at, side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+    assert rows == []
+    assert reason == f"lm-eval can't run tiny: {error}"
+    assert at.reporter.warnings == [f"{reason}; the figures for held-out prompts are kept."]
+
+
+def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(**options: Any) -> None:
+        raise Interrupted
+
+    stub_lm_eval(monkeypatch, stopped)
+    side = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext)
+    with pytest.raises(Interrupted):
+        run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+
+
+def test_held_out_figures_survive_a_failing_benchmark(
+    monkeypatch: pytest.MonkeyPatch,
+    prompt_files: Files,
+    heldout_files: Files,
+    invoke: Invoke,
+) -> None:
+    def fails(**options: Any) -> None:
+        raise ConnectionError("the data set can't be reached")
+
+    stub_lm_eval(monkeypatch, fails)
+    options = [*prompt_options(heldout_files), "--batch-size", 12, "--set", "response.max_new_tokens=8"]
+    options += ["--set", "response.detect_prefix=false", "--benchmark", "tiny"]
+    options += [part for name, path in prompt_files.items() for part in ("--set", f"prompts.{name}={path}")]
+    lines = checked(invoke("evaluate", "demo", "demo", *options, "--json"), "evaluate", 1, "error")
+    (found,) = [line for line in lines if line["event"] == "result"]
+    assert found["heldout"]["kl"]["mean"] == 0
+    assert found["benchmarks"] == []
+    assert "the data set can't be reached" in found["error"]
+    assert any(line["event"] == "warning" and found["error"] in line["text"] for line in lines)
+    assert lines[-1]["exit_code"] == 1
+    outcome = invoke("evaluate", "demo", "demo", *options)
+    assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
+    assert "held out: KL first token 0.0000" in outcome.out

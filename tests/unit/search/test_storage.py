@@ -1,0 +1,273 @@
+"""Several workers at one study: slots of the budget, signs of life, lost databases."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from sqlalchemy.exc import OperationalError
+
+from abliterate.errors import AbliterateError, Interrupted
+from abliterate.search import storage
+from abliterate.search.storage import Silence, patiently, share, shared
+from abliterate.search.study import Asked, Study
+from abliterate.types import Trial
+from support.fake_worker import study_of
+
+
+def two(tmp_path: Path, kind: str, grace: float = 60.0, trials: int = 6) -> tuple[Study, Study]:
+    """Two workers at the same new study."""
+    url = f"sqlite:///{tmp_path}/study.db" if kind == "database" else ""
+    first, second = (study_of(url, tmp_path / "study.journal", "s", name, trials, grace) for name in ("a", "b"))
+    return first, second
+
+
+def told(study: Study, asked: Asked | None, seconds: float = 0.0) -> bool:
+    """Whether a complete trial could be told."""
+    assert asked is not None
+    scores = {"kl": {"mean": 0.1}, "refusals": asked.number}
+    return study.tell(asked, Trial(asked.number, asked.params, "complete", scores, seconds), 100)
+
+
+BOTH = pytest.mark.parametrize("kind", ["journal", "database"])
+
+
+# Slots
+
+
+@BOTH
+def test_two_workers_share_the_budget_exactly(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind)
+    asked = [worker.ask(6) for worker in (first, second, second, first, second, first)]
+    assert [one.number for one in asked if one] == list(range(6))
+    assert first.ask(6) is None
+    assert second.ask(6) is None
+    for worker, one in zip((first, second, second, first, second, first), asked, strict=True):
+        assert told(worker, one)
+    assert [trial.number for trial in first.trials()] == list(range(6))
+    assert first.trials() == second.trials()
+    more = second.ask(7)
+    assert more is not None
+    assert more.number == 6
+
+
+@BOTH
+def test_an_interrupted_slot_is_the_next_one_given(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind)
+    lost, kept = first.ask(6), second.ask(6)
+    assert lost is not None
+    first.give_up(lost)
+    again = second.ask(6)
+    assert again is not None
+    assert again.number == lost.number == 0
+    assert told(second, again)
+    assert told(second, kept)
+    assert [trial.number for trial in first.trials()] == [0, 1]
+
+
+@BOTH
+def test_what_a_worker_left_is_its_own_to_give_up(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind)
+    first.ask(6)
+    second.ask(6)
+    third = study_of(
+        f"sqlite:///{tmp_path}/study.db" if kind == "database" else "", tmp_path / "study.journal", "s", "a", 6, 60
+    )
+    assert third.fail_interrupted() == 1  # the other one's trial goes on
+    again = third.ask(6)
+    assert again is not None
+    assert again.number == 0
+
+
+@BOTH
+@pytest.mark.parametrize("count", [2, 7])
+def test_of_those_that_take_a_slot_at_once_the_first_numbered_has_it(
+    tmp_path: Path, kind: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All look, then all begin: as near as processes can be. Each that loses finds a slot at its next attempt."""
+    names = "abcdefg"[:count]
+    url = f"sqlite:///{tmp_path}/study.db" if kind == "database" else ""
+    workers = [study_of(url, tmp_path / "study.journal", "s", name, 9, 60) for name in names]
+    barrier, wanted = threading.Barrier(count, timeout=20), {}
+    take = Study._take
+
+    def at_once(self: Study, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
+        if self._worker not in wanted:
+            wanted[self._worker] = slot
+            barrier.wait()
+        return take(self, slot, tries)
+
+    monkeypatch.setattr(Study, "_take", at_once)
+    asked: dict[str, Asked | None] = {}
+    threads = [
+        threading.Thread(target=lambda w=worker, n=name: asked.update({n: w.ask(9)}))
+        for name, worker in zip(names, workers, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wanted == dict.fromkeys(names, 0)
+    assert sorted(one.number for one in asked.values() if one) == list(range(count))
+    begun = workers[0]._all()
+    assert sum(one.state == optuna.trial.TrialState.RUNNING for one in begun) == count
+    assert len(begun) == 2 * count - 1
+
+
+def test_a_claim_whose_answer_was_lost_is_found_again(tmp_path: Path) -> None:
+    first, _ = two(tmp_path, "journal")
+    tries = itertools.count()
+    began = first._take(0, tries)
+    assert first._take(0, tries) == began
+    assert len(first._all()) == 1
+
+
+def test_slots_of_an_earlier_versions_trials_are_their_numbers(tmp_path: Path) -> None:
+    first, _ = two(tmp_path, "journal")
+    for number in range(3):
+        handle = first._study.ask()
+        params = first._space.suggest(handle)
+        record = Trial(number, params, "complete", {"kl": {"mean": 0.1}, "refusals": 1}).to_record()
+        handle.set_user_attr("record", json.dumps(record))
+        first._study.tell(handle, [0.1, 0.01])
+    asked = first.ask(6)
+    assert asked is not None
+    assert asked.number == 3
+
+
+# Signs of life
+
+
+def test_silence_is_of_the_same_count_for_longer_than_the_grace() -> None:
+    now = [0.0]
+    silence = Silence(10, lambda: now[0])
+    assert silence.of({1: None, 2: 5}) == []
+    now[0] = 9.0
+    assert silence.of({1: None, 2: 6}) == []
+    now[0] = 10.5
+    assert silence.of({1: None, 2: 6}) == [1]
+    now[0] = 19.5
+    assert silence.of({2: 6, 3: None}) == [2]
+    assert silence.of({3: None, 1: None}) == []  # 1 was forgotten: it begins anew
+
+
+@BOTH
+def test_a_silent_workers_trial_is_begun_again_and_can_not_be_told(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind, grace=0.2)
+    dead = first.ask(6)
+    assert second.fail_silent() == 0
+    time.sleep(0.3)
+    assert second.fail_silent() == 1
+    again = second.ask(6)
+    assert dead is not None
+    assert again is not None
+    assert again.number == dead.number
+    assert told(second, again)
+    assert not told(first, dead, seconds=9)
+    assert [trial.seconds for trial in first.trials()] == [0.0]
+
+
+@BOTH
+def test_a_worker_at_work_is_never_silent(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind, grace=0.3)
+    asked = first.ask(6)
+    assert asked is not None
+    with first.at_work(asked):
+        for _ in range(10):
+            time.sleep(0.1)
+            assert second.fail_silent() == 0
+    assert told(first, asked)
+    assert threading.active_count() < 10
+
+
+# Databases that go away
+
+
+def lost_times(count: int, work: Callable[..., Any]) -> Callable[..., Any]:
+    """Work whose first answers are lost after it was done."""
+    left = itertools.count()
+
+    def losing(*args: Any, **kwargs: Any) -> Any:
+        result = work(*args, **kwargs)
+        if next(left) < count:
+            raise OperationalError("select", {}, Exception("server closed the connection"))
+        return result
+
+    return losing
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short pauses."""
+    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+
+
+def test_what_was_asked_is_asked_again(impatient: None) -> None:
+    calls: list[int] = []
+    assert patiently(lost_times(3, lambda: calls.append(1) or 7)) == 7
+    assert len(calls) == 4
+
+
+def test_patience_ends_with_a_sentence(impatient: None) -> None:
+    with pytest.raises(AbliterateError, match=r"hasn't answered for 0 s .*finished trials are in it: continue with --resume"):
+        patiently(lost_times(100, lambda: None), patience=0.2)
+
+
+def test_what_is_wrong_is_not_asked_again(impatient: None) -> None:
+    calls: list[int] = []
+
+    def wrong() -> None:
+        calls.append(1)
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        patiently(wrong)
+    assert calls == [1]
+
+
+def test_waiting_can_be_interrupted(impatient: None) -> None:
+    def check() -> None:
+        raise Interrupted(130)
+
+    with pytest.raises(Interrupted):
+        patiently(lost_times(100, lambda: None), check)
+
+
+@BOTH
+def test_lost_answers_lose_and_double_nothing(
+    tmp_path: Path, kind: str, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thing that is written is written, and its answer lost, once or twice."""
+    first, second = two(tmp_path, kind)
+    for name in ("create_new_trial", "set_trial_user_attr", "set_trial_state_values"):
+        monkeypatch.setattr(first._storage, name, lost_times(2, getattr(first._storage, name)))
+    asked = first.ask(6)
+    assert told(first, asked)
+    other = second.ask(6)
+    assert other is not None
+    assert other.number == 1
+    assert told(second, other)
+    states = Counter(one.state.name for one in second._all())
+    assert states == {"COMPLETE": 2}
+    assert [trial.number for trial in second.trials()] == [0, 1]
+
+
+@BOTH
+def test_what_is_shared_is_there_as_a_whole_or_not(tmp_path: Path, kind: str) -> None:
+    first, second = two(tmp_path, kind)
+    content = bytes(range(256)) * 700
+    assert shared(second._study, "x") is None
+    share(first._study, "x", content)
+    assert shared(second._study, "x") == content
+    share(first._study, "x", b"")
+    assert shared(second._study, "x") == b""
+    second._study.set_user_attr("x:0", "AAAA")  # one piece of the next
+    assert shared(first._study, "x") is None

@@ -1,0 +1,138 @@
+"""The layers of docs/design.md §3: imports inside the package go down one list of ranks, and nowhere in a circle."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import abliterate
+
+ROOT = Path(abliterate.__file__).parent
+# A unit (a folder or a file of the package) imports units of lower ranks only; "/" ends a rank.
+RANKS = """
+_version types errors / files objectives plugins / settings terminal / directions / edits / model search / prompts scorers /
+artifacts engine / evaluation / report / export / pipeline / chat / cli / __init__ __main__
+"""
+RANK = {unit: rank for rank, units in enumerate(RANKS.split("/")) for unit in units.split()}
+NO_TORCH = ("_version", "types", "errors", "files", "objectives", "plugins", "settings", "terminal", "search")
+ONLY_TORCH = ("directions", "edits")
+RICH = ("terminal/reporters.py", "terminal/tables.py", "chat/display.py", "report/terminal.py")
+HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
+
+
+def module_of(path: Path) -> str:
+    """`engine.decode` of engine/decode.py; a package is called by its name alone."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] != "demo"}
+TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a tree imports, anywhere in it but for type checkers only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def own_imports(module: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    names = (name.removeprefix("abliterate.") for name in imported(TREES[module]) if name.startswith("abliterate."))
+    return {name if name in FILES else name.rpartition(".")[0] or "__init__" for name in names} - {module}
+
+
+def unit_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def outside(module: str) -> set[str]:
+    """Top-level packages that a module imports."""
+    return {name.split(".")[0] for name in imported(TREES[module])}
+
+
+IMPORTS = {module: own_imports(module) for module in TREES}
+
+
+def test_the_walk_sees_the_package() -> None:
+    assert len(FILES) > 150
+    assert {"engine.forward", "engine.kv_cache"} <= IMPORTS["engine.decode"]
+    assert {unit_of(module) for module in FILES} == set(RANK), "every unit has a rank here and in docs/design.md §3"
+
+
+def test_imports_go_down() -> None:
+    upward = [
+        f"{module} -> {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if unit_of(other) != unit_of(module) and RANK[unit_of(other)] >= RANK[unit_of(module)]
+    ]
+    assert not upward
+
+
+def levels() -> dict[str, int]:
+    """{module: its distance from the bottom}; a module in or above a circle has none."""
+    level: dict[str, int] = {}
+    while ready := [module for module in IMPORTS if module not in level and IMPORTS[module] <= level.keys()]:
+        for module in ready:
+            level[module] = 1 + max((level[other] for other in IMPORTS[module]), default=-1)
+    return level
+
+
+def test_imports_have_no_circle() -> None:
+    assert not IMPORTS.keys() - levels().keys()
+
+
+def test_the_house_has_at_most_twelve_floors() -> None:
+    units = {unit_of(module): set[str]() for module in IMPORTS}
+    for module, others in IMPORTS.items():
+        units[unit_of(module)] |= {unit_of(other) for other in others} - {unit_of(module)}
+    floor: dict[str, int] = {}
+    while ready := [unit for unit in units if unit not in floor and units[unit] <= floor.keys()]:
+        floor |= {unit: 1 + max((floor[other] for other in units[unit]), default=0) for unit in ready}
+    assert units.keys() == floor.keys()
+    assert max(floor.values()) <= 12, sorted(floor.items(), key=lambda item: item[1])
+
+
+def test_what_may_be_imported_from_outside() -> None:
+    heavy = {"torch", "transformers"}
+    offences = [f"{module}: torch" for module in FILES if unit_of(module) in NO_TORCH and heavy & outside(module)]
+    offences += [
+        f"{module}: {name}"
+        for module in FILES
+        if unit_of(module) in ONLY_TORCH
+        for name in outside(module) - {"abliterate", "torch"} - sys.stdlib_module_names
+    ]
+    rich = [module for module in FILES if "rich" in outside(module)]
+    offences += [f"{module}: rich" for module in rich if FILES[module].relative_to(ROOT).as_posix() not in RICH]
+    assert not offences
+
+
+def test_functions_are_short() -> None:
+    """At most 60 lines; only the options of a command, one a line, may be longer."""
+    long = [
+        f"{module}.{node.name}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and module != "cli.app" and (node.end_lineno or 0) - node.lineno >= 60
+    ]
+    assert not long
+
+
+def test_command_line_imports_nothing_heavy() -> None:
+    code = f"import sys, abliterate.cli.app; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []
+
+
+def test_the_library_imports_nothing_before_it_is_used() -> None:
+    code = f"import sys, abliterate; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == []
