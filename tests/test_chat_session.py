@@ -456,7 +456,13 @@ def test_in_a_pipe(invoke: Invoke, finished: Finished, tmp_path: Path, monkeypat
     assert answers[3].startswith("[base]")
     assert f"[edited, trial {other}]" in answers
     assert "> " not in outcome.out
-    for told in ("the base model answers", f"trial {other} answers: refusals", "front: trial", "conversation: none", "/quit"):
+    for told in (
+        "the base model answers",
+        f"trial {other} answers: refusals",
+        "Front: every trial",
+        "conversation: none",
+        "/quit",
+    ):
         assert told in outcome.err, told
     assert "saved in a.md" in outcome.err
     assert "/say" in (tmp_path / "a.md").read_text(encoding="utf-8")

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from abliterate.chat.session import Answer, Side, label
+from abliterate.report.tables import SearchRecord, front_table
 from abliterate.terminal import json_lines
-from abliterate.terminal.reporters import summary_lines
-from abliterate.terminal.tables import front_table
+from abliterate.terminal.tables import plain_lines, print_on
 
 # C0 but for tab and line feed, delete, C1; and what turns the direction of text or hides in it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -79,7 +79,7 @@ class PlainFace:
         print(f"error: {visible(text)}", file=self._err, flush=True)
 
     def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        for line in summary_lines({**result, "selected": None}, ""):
+        for line in plain_lines(front_table(SearchRecord.of(result), marked=current)):
             self.note(line)
         self.note(f"trial {current} answers")
 
@@ -171,7 +171,7 @@ class TerminalFace:
         self._say(text, "red")
 
     def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        self._console.print(front_table(result, marked=current))
+        print_on(self._console, front_table(SearchRecord.of(result), marked=current), " or abliterate trials")
 
     def _say(self, text: str, style: str) -> None:
         console = self._live.console if self._live else self._console

@@ -39,6 +39,7 @@ from abliterate.pipeline.context import Context, make_store, read_prompts
 from abliterate.pipeline.export import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
 from abliterate.pipeline.workbench import load_and_calibrate
 from abliterate.prompts.sets import PromptSets
+from abliterate.report.tables import summary
 from abliterate.search.study import changed_parts
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
@@ -88,7 +89,7 @@ def export_trial(
     expected = _expected(context, directions, baseline, trial) if scores else None
     write_and_check(context, job, base, edits, trial, baseline.prompts, final, expected)
     push_export(context, final)
-    reporter.finish(result.record, str(final.parent))
+    reporter.finish(result.record, str(final.parent), summary(result.record, str(final.parent)))
     if result.record["export"]["verified"] is False:
         raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
     return result.record

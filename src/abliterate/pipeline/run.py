@@ -28,6 +28,7 @@ from abliterate.pipeline.preflight import check_model, check_names
 from abliterate.pipeline.workbench import Workbench, load_and_calibrate, tune_only
 from abliterate.prompts.sets import Heldout, PromptSets
 from abliterate.report.page import write_report
+from abliterate.report.tables import summary
 from abliterate.search.front import no_front, pareto_front
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.selection import SelectionRule, parse_rule
@@ -115,7 +116,7 @@ def _run(
     if picked and settings.export.push:  # last: a failed upload costs nothing else
         push_export(context, directory.export)
         write_report(directory, result.record)
-    reporter.finish(result.record, str(directory.path))
+    reporter.finish(result.record, str(directory.path), summary(result.record, str(directory.path)))
     return result.record
 
 

@@ -29,6 +29,7 @@ from abliterate.pipeline.reproduce.compare import Comparison, compare
 from abliterate.pipeline.reproduce.recipe_settings import left_scorers, settings_of
 from abliterate.pipeline.workbench import Workbench, load_and_calibrate
 from abliterate.prompts.sets import PromptSets
+from abliterate.report.tables import summary
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
 from abliterate.types import Baseline, Objective, Reporter, Trial, TrialParams
@@ -200,7 +201,7 @@ def _conclude(context: Context, found: Comparison, final: Path) -> dict[str, Any
         reporter.warn(found.sentence())
     elif found.outcome == "identical":
         reporter.note(found.sentence())
-    reporter.finish(record, str(final.parent))
+    reporter.finish(record, str(final.parent), summary(record, str(final.parent)))
     if found.outcome == "different":
         raise AbliterateError(found.sentence())
     return record
