@@ -94,6 +94,7 @@ def test_the_house_has_at_most_twelve_floors() -> None:
     units = {unit_of(module): set[str]() for module in IMPORTS}
     for module, others in IMPORTS.items():
         units[unit_of(module)] |= {unit_of(other) for other in others} - {unit_of(module)}
+    del units["__main__"]  # it only calls cli.app
     floor: dict[str, int] = {}
     while ready := [unit for unit in units if unit not in floor and units[unit] <= floor.keys()]:
         floor |= {unit: 1 + max((floor[other] for other in units[unit]), default=0) for unit in ready}
