@@ -15,7 +15,7 @@ from typing import Any
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.files import read_toml
 from abliterate.objectives import objectives_from_result, other_names
 from abliterate.search.front import progress
@@ -113,7 +113,7 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
             missing,
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        what = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.") from error
 
 
