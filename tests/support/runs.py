@@ -49,7 +49,7 @@ DRAW = draw.svg
 
 
 class Recorder:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps what is reported to it."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -59,7 +59,7 @@ class Recorder:
         self.result: Mapping[str, Any] | None = None
 
     def header(self, fields: Mapping[str, str]) -> None: ...
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.stages.append(name)
 
     def progress(self, done: int, total: int, unit: str) -> None: ...
@@ -104,9 +104,9 @@ def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) ->
 
 
 def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
-    """One run in a directory: its result and what it reported."""
+    """One run in a directory: the content of its `result.json`, and what it reported."""
     recorder = Recorder()
-    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
+    return run(settings, recorder, RunDirectory(path), resume=resume, **options).to_record(), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
