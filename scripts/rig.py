@@ -10,12 +10,13 @@ from typing import Any
 import psutil
 import torch
 
-from abliterate import Settings, Workbench, find_directions, load
+from abliterate import Workbench, find_directions, load
 from abliterate.model.memory import PeakMeter
 from abliterate.pipeline import stages
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
-from abliterate.types import Baseline, Trial, TrialParams
+from abliterate.settings.schema import Settings
+from abliterate.types import Baseline, Table, Trial, TrialParams
 
 
 class Quiet:
@@ -32,7 +33,7 @@ class Quiet:
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None: ...
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None: ...
-    def finish(self, result: Mapping[str, Any], where: str) -> None: ...
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None: ...
     def close(self) -> None: ...
     def warn(self, text: str) -> None:
         print(f"warning: {text}", flush=True)
