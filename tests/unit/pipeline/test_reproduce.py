@@ -48,11 +48,11 @@ def options(files: dict[str, str]) -> list[str]:
 
 
 def again(recipe: Path, files: dict[str, str], cache: Path, out: Path, **over: Any) -> tuple[dict[str, Any], Recorder]:
-    """Reproduce in this process; the result and what was reported."""
+    """Reproduce in this process: the result as JSON values, and what was reported."""
     recorder = Recorder()
     kind = over.pop("kind", "")
     own = {"model": "", "prompts": files, "cache_dir": str(cache), **over}
-    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out), recorder
+    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out).to_record(), recorder
 
 
 def changed(recipe: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -502,7 +502,7 @@ def test_where_an_export_may_go(finished: Finished, tmp_path: Path, invoke: Invo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     assert_sentence(invoke("reproduce", run, *options(prompt_files), "-o", "mine"), 2, "no export of abliterate")
-    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "no export of kind 'other'")
+    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "There is no export kind 'other'")
     assert hashes(run / "model") == hashes(finished[0] / "model")
 
 
