@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import Literal
 
 from abliterate.types import Baseline, Direction, Objective, Trial
 
@@ -47,13 +47,8 @@ def ordered(objectives: Iterable[Objective]) -> tuple[Objective, ...]:
 
 
 def to_records(objectives: Sequence[Objective]) -> list[dict[str, str]]:
-    """The JSON form; the inverse of `objectives_from_result`."""
+    """The JSON form."""
     return [{"name": objective.name, "goal": objective.goal} for objective in objectives]
-
-
-def objectives_from_result(result: Mapping[str, Any]) -> tuple[Objective, ...]:
-    """The objectives of the run in a `result.json`; runs of earlier versions had the default two."""
-    return tuple(Objective(**objective) for objective in result.get("objectives") or ()) or DEFAULT
 
 
 def vector(trial: Trial, objectives: Sequence[Objective]) -> Vector:

@@ -5,8 +5,8 @@ It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Scope = Literal["global", "per layer"]
@@ -243,8 +243,70 @@ class Reporter(Protocol):
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         """A trial has ended; `best` is the trial that the selection rule would pick now."""
 
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
-        """The run in directory `where` has ended; `result` is the content of `result.json`."""
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
+        """The run in directory `where` has ended; `result` is the content of `result.json`, and `summary` says it to people."""
 
     def close(self) -> None:
         """Restore the terminal; repeated calls are safe."""
+
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column of a `Table`: programs know it by its `key`, people by its `heading`.
+
+    Numbers stand at the right and words at the left; texts are words that wrap. `digits` is the format of its floats. A narrow
+    terminal leaves out the columns of the highest `optional` first, and never those of 0. `legend` explains signs in its cells.
+    """
+
+    key: str
+    heading: str
+    kind: Literal["number", "word", "text"] = "number"
+    digits: str = ""
+    optional: int = 0
+    legend: str = ""
+
+    def text(self, cell: Cell) -> str:
+        """A cell as a person reads it; None is an empty cell."""
+        if cell is None:
+            return ""
+        if isinstance(cell, bool):
+            return "yes" if cell else "no"
+        return format(cell, self.digits) if isinstance(cell, float) else str(cell)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, columns, and rows of one cell a column: what the terminal, the page, CSV and the model card render.
+
+    `chosen` is the index of the row that stands out, if there is one. `notes` are sentences that belong below the table.
+    """
+
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    chosen: int | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The rows as a person reads them."""
+        return [[column.text(cell) for column, cell in zip(self.columns, row, strict=True)] for row in self.rows]
+
+    @property
+    def legends(self) -> tuple[str, ...]:
+        """The legends of its columns, each once."""
+        return tuple(dict.fromkeys(column.legend for column in self.columns if column.legend))
+
+    def without(self, keys: Container[str]) -> Table:
+        """The same table, lacking the columns that have these keys."""
+        kept = [index for index, column in enumerate(self.columns) if column.key not in keys]
+        rows = tuple(tuple(row[index] for index in kept) for row in self.rows)
+        return replace(self, columns=tuple(self.columns[index] for index in kept), rows=rows)
+
+    def with_column(self, column: Column, cells: Sequence[Cell]) -> Table:
+        """The same table with one more column at the right."""
+        rows = tuple((*row, cell) for row, cell in zip(self.rows, cells, strict=True))
+        return replace(self, columns=(*self.columns, column), rows=rows)

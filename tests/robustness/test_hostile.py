@@ -217,14 +217,18 @@ def test_a_card_has_no_control_characters(finished: Finished) -> None:
     record = {**first, "model": first["model"] | {"id": odd}}
     record["prompts"] = {name: {**part, "source": odd} for name, part in first["prompts"].items()}
     rate = {"count": 1, "prompts": 2, "low": 0.1, "high": 0.9}
-    side = {"refusals": rate, "answered": rate, "over_refusals": rate}
+    side = {"refusals": rate, "answered": rate, "harmless_refusals": rate, "over_refusals": rate, "faults": {"empty": 1}}
+    spread = {"mean": 0.1, "median": 0.1, "max": 0.2}
+    judge = {"name": odd, "base": rate, "candidate": rate, "disagreements": [], "error": ""}
     heldout = {
         "base": side,
         "candidate": side,
-        "unchanged": rate,
-        "search": {"refusals": rate, "kl": {"mean": 0.1}},
-        "kl": {"mean": 0.1},
-        "kl_answers": {"tokens": 1, "mean": 0.1},
+        "unchanged": rate | {"first_difference": 2.5},
+        "search": {"refusals": rate, "kl": spread},
+        "kl": spread,
+        "kl_answers": spread | {"tokens": 1},
+        "judges": [judge],
+        "scores": {odd: {"values": {"base": 1.0, "candidate": 2.0}, "error": ""}},
         "perplexity": {"base": 1.0, "candidate": 1.0},
         "prompts": {"harmful_heldout": {"source": odd, "count": 3}},
     }

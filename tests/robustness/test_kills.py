@@ -1,4 +1,4 @@
-"""kill −9 at random moments of a run, in every stage, then resume: nothing is lost, and all is as without (DESIGN §6)."""
+"""kill −9 at random moments of a run, in every stage, then resume: nothing is lost (docs/design.md §6)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ import torch
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation.trial import base_scores, score_of
-from abliterate.objectives import objectives_from_result
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import workers
 from abliterate.prompts.sets import PromptSets
@@ -63,6 +62,11 @@ class Flat(Sure):
 """
 
 
+def objectives_in(result: dict[str, Any]) -> tuple[Objective, ...]:
+    """The objectives that a run's record names."""
+    return tuple(Objective(**one) for one in result["objectives"])
+
+
 def written(folder: Path, code: str) -> str:
     path = folder / "mine.py"
     path.write_text(code, encoding="utf-8")
@@ -71,7 +75,7 @@ def written(folder: Path, code: str) -> str:
 
 def front_by_definition(result: dict[str, Any]) -> set[int]:
     trials = [Trial.from_record(one) for one in result["trials"]]
-    return brute_force(trials, Baseline.from_record(result["baseline"]), objectives_from_result(result))
+    return brute_force(trials, Baseline.from_record(result["baseline"]), objectives_in(result))
 
 
 def test_from_the_command_line_to_the_export(prompt_files: Files, tmp_path: Path, invoke: Invoke) -> None:
@@ -265,14 +269,14 @@ def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
     cache = {"cache_dir": str(tmp_path / "cache")}
-    assert pipeline_run.work(directory.path, "", "", cache, at_work) == 5
+    assert workers.work(directory.path, "", "", cache, at_work) == 5
     assert [trial.number for trial in at_work.trials] == [2, 3, 4]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)
     assert outcomes(result) == outcomes(alone)
     assert [one["values"] for one in result["trials"]] == [one["values"] for one in alone["trials"]]
     assert result["front"] == alone["front"]
-    assert Objective("sure", "maximize") in objectives_from_result(result)
+    assert Objective("sure", "maximize") in objectives_in(result)
 
 
 BAD = """

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
+from abliterate.artifacts.result import Result
 from abliterate.errors import AbliterateError, InputError
 from abliterate.objectives import (
     DEFAULT,
     base_vector,
     in_words,
-    objectives_from_result,
     ordered,
     other_names,
     primary_objective,
@@ -108,8 +108,10 @@ def test_kl_comes_first_in_whatever_order_objectives_are_given() -> None:
     for order in itertools.permutations((KL, REFUSALS)):
         assert ordered(order) == DEFAULT
     assert ordered((WORDS, REFUSALS, KL)) == (KL, WORDS, REFUSALS)
-    assert objectives_from_result({}) == objectives_from_result({"objectives": to_records(DEFAULT)}) == DEFAULT
-    assert objectives_from_result({"objectives": to_records((KL, WORDS))}) == (KL, WORDS)
+    assert Result().objectives_or_default() == DEFAULT
+    for objectives in (DEFAULT, (KL, WORDS)):
+        record = {**Result().to_record(), "objectives": to_records(objectives)}
+        assert Result.model_validate(record).objectives_or_default() == objectives
     assert in_words((KL, WORDS)) == "kl (minimized), words (maximized)"
     assert other_names(["b", "kl", "a", "words", "refusals"], (KL, WORDS)) == ["words", "a", "b"]
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from collections.abc import Sequence
+from typing import Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -16,10 +16,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from abliterate.artifacts.result import Result
 from abliterate.chat.session import Answer, Side, label
+from abliterate.report.tables import SearchRecord, front_table
 from abliterate.terminal import json_lines
-from abliterate.terminal.reporters import summary_lines
-from abliterate.terminal.tables import front_table
+from abliterate.terminal.tables import plain_lines, print_on
 
 # C0 except tab and line feed, delete, C1; and the characters that turn the direction of text or are invisible in it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -46,11 +47,11 @@ class Display(Protocol):
     def problem(self, text: str) -> None:
         """Say why a line couldn't be carried out."""
 
-    def front(self, result: Mapping[str, Any], current: int | None) -> None:
+    def front(self, result: Result, current: int | None) -> None:
         """Show the trials on the front, and which trial answers."""
 
 
-class PlainFace:
+class PlainDisplay:
     """Writes answers to `out` and everything else to `err`. Thinking isn't shown."""
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
@@ -78,13 +79,13 @@ class PlainFace:
     def problem(self, text: str) -> None:
         print(f"error: {visible(text)}", file=self._err, flush=True)
 
-    def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        for line in summary_lines({**result, "selected": None}, ""):
+    def front(self, result: Result, current: int | None) -> None:
+        for line in plain_lines(front_table(SearchRecord.of(result), marked=current)):
             self.note(line)
         self.note(f"trial {current} answers")
 
 
-class JsonFace:
+class JsonDisplay:
     """Writes JSON lines."""
 
     def __init__(self, out: TextIO) -> None:
@@ -108,12 +109,12 @@ class JsonFace:
     def problem(self, text: str) -> None:
         json_lines.emit("warning", out=self._out, text=text)
 
-    def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        trials = [record for record in result["trials"] if record["number"] in result["front"]]
-        json_lines.emit("front", out=self._out, trials=trials, selected=result["selected"], current=current)
+    def front(self, result: Result, current: int | None) -> None:
+        trials = [trial.to_record() for trial in result.trials if trial.number in result.front]
+        json_lines.emit("front", out=self._out, trials=trials, selected=result.selected, current=current)
 
 
-class TerminalFace:
+class TerminalDisplay:
     """Shows answers as they are generated, with dimmed thinking; two answers side by side if the terminal is wide enough."""
 
     def __init__(self, console: Console) -> None:
@@ -169,8 +170,8 @@ class TerminalFace:
     def problem(self, text: str) -> None:
         self._say(text, "red")
 
-    def front(self, result: Mapping[str, Any], current: int | None) -> None:
-        self._console.print(front_table(result, marked=current))
+    def front(self, result: Result, current: int | None) -> None:
+        print_on(self._console, front_table(SearchRecord.of(result), marked=current), " or abliterate trials")
 
     def _say(self, text: str, style: str) -> None:
         console = self._live.console if self._live else self._console
@@ -214,5 +215,5 @@ def _remarks(answer: Answer) -> list[str]:
 def make_face(*, as_json: bool, interactive: bool) -> Display:
     """The view that suits the destination of the output."""
     if as_json:
-        return JsonFace(sys.stdout)
-    return TerminalFace(Console()) if interactive else PlainFace(sys.stdout, sys.stderr)
+        return JsonDisplay(sys.stdout)
+    return TerminalDisplay(Console()) if interactive else PlainDisplay(sys.stdout, sys.stderr)

@@ -163,7 +163,7 @@ class Shell:
         self._face.note(f"trial {chosen.number} answers: {scores}")
 
     def _trials(self, rest: str) -> None:
-        self._face.front(self._session.result().to_record(), self._session.trial)
+        self._face.front(self._session.result(), self._session.trial)
 
     def _system(self, rest: str) -> None:
         if rest:

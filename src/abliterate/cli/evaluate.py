@@ -15,11 +15,12 @@ from abliterate.evaluation.lm_eval import Tasks
 from abliterate.files import read_toml
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
+from abliterate.report.tables import heldout_table
 from abliterate.settings.sources import load_settings, merge
 from abliterate.settings.untrusted import code_note, scorers_note, to_measure
 from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import make_reporter
-from abliterate.terminal.tables import heldout_lines, print_table, printable
+from abliterate.terminal.tables import print_table, show_table
 
 
 def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
@@ -43,8 +44,7 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     def show(heldout: Mapping[str, Any]) -> None:
         if not as_json:
             reporter.close()
-            for line in heldout_lines(heldout):
-                print(printable(line), flush=True)
+            show_table(heldout_table(heldout, "candidate"))
 
     with exit.ending_at_once(reporter, "interrupted; nothing was changed."):
         record = evaluate_candidate(settings, reporter, candidate, tasks, show=show)

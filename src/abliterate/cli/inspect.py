@@ -9,11 +9,12 @@ from typing import Any
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.cli.run import options_of
 from abliterate.pipeline import inspect as pipeline_inspect
+from abliterate.report.tables import coverage_table
 from abliterate.settings.sources import load_settings
 from abliterate.terminal import json_lines
 from abliterate.terminal.quantities import in_words
 from abliterate.terminal.reporters import make_reporter
-from abliterate.terminal.tables import component_table, make_console
+from abliterate.terminal.tables import show_table
 
 
 def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, weights: bool, as_json: bool) -> None:
@@ -35,4 +36,4 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
     words["adapter"] = f"not possible: {adapter}" if adapter else "possible"
     reporter.header(words)
     if on_terminal:
-        make_console().print(component_table(found["coverage"]))
+        show_table(coverage_table(found["coverage"]))

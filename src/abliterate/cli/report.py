@@ -1,4 +1,4 @@
-"""`abliterate report`: the page again, the plots as images, and the same on the terminal. Loads no model."""
+"""`abliterate report`: write a run's page again, save its plots as images, and show both on the terminal. It loads no model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from abliterate.terminal.tables import printable
 
 
 def report(path: Path, png: Path | None, terminal: bool) -> None:
-    """Write `report.html` and say where; `png`: a folder for the plots; `terminal`: show it here, too."""
+    """Write `report.html` and print its path; `png`: a folder for the plots; `terminal`: show the report here, too."""
     directory = RunDirectory(path)
     material = gather(directory)
-    # Else a page that says less than the one before would take its place unseen.
+    # Without a warning, a page that says less than the last one would replace it unnoticed.
     for name in ("settings", "geometry", "answers"):
         if name in material.missing:
             print(f"warning: {printable(material.missing[name])}", file=sys.stderr)
@@ -35,7 +35,7 @@ def report(path: Path, png: Path | None, terminal: bool) -> None:
 
 
 def _pictures(material: Material, folder: Path) -> dict[Path, bytes]:
-    """What is to be written into the folder, which is made; before anything else, since it is what can go wrong."""
+    """The images to write into the folder, which is made. They come before anything else, since they are what can fail."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw.png({plot.name: plot.spec for plot in all_plots(material)})

@@ -13,6 +13,7 @@ from abliterate.artifacts.run_directory import RunDirectory, default_path, lates
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted
 from abliterate.pipeline import run as pipeline_run
+from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
@@ -67,7 +68,8 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
 
     def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
         with interrupts.at_once():
-            return ask_for_trial(front, default, baseline, reporter)
+            search = SearchRecord(tuple(front), tuple(trial.number for trial in front), default.number, baseline)
+            return ask_for_trial(front, default, front_table(search), reporter)
 
     try:
         with interrupts.listening():

@@ -1,6 +1,6 @@
-"""`abliterate trials`: which trials are wanted, in which order, and shown as tables, as CSV or as one JSON line.
+"""`abliterate trials`: filter and sort the trials of a run, and print them as tables, as CSV or as one JSON line.
 
-Reads `result.json` only, which a run at work replaces as a whole: what is shown is one moment of it.
+It reads `result.json` only. A run at work replaces that file as a whole, so the trials shown are those of one moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from typing import Any
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
-from abliterate.objectives import DEFAULT, KL, REFUSALS, other_names, to_records
+from abliterate.objectives import DEFAULT, KL, REFUSALS, to_records
+from abliterate.report.tables import SearchRecord, exact_trial_table, full_front_table, trial_table
 from abliterate.terminal import json_lines
-from abliterate.terminal.tables import print_trials
-from abliterate.types import Objective, Trial
+from abliterate.terminal.tables import show_table
+from abliterate.types import Objective, Table, Trial
 
 _STATES = ("complete", "stopped", "failed")
-_KERNEL = ("max_coeff", "position", "min_coeff", "distance")
-# In these a spreadsheet would see a formula.
+# A spreadsheet takes a cell that begins with one of these for a formula.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
@@ -35,7 +35,7 @@ def _kl(trial: Trial) -> float:
 
 
 def _refusals(trial: Trial) -> tuple[float, bool]:
-    """A bound comes after the same number of a complete trial: its true count may be larger."""
+    """A bound comes after the same number of a complete trial, because the true count may be larger."""
     return (trial.refusals if "refusals" in trial.scores else math.inf), trial.state != "complete"
 
 
@@ -49,7 +49,7 @@ _ORDERS: dict[str, Callable[[Trial], Any]] = {
 
 @dataclass(frozen=True)
 class TrialFilter:
-    """Which trials, as the options say; None and "" mean all."""
+    """The options that choose and sort trials; None and "" mean all trials."""
 
     front: bool = False
     state: str = ""
@@ -60,9 +60,9 @@ class TrialFilter:
     where: tuple[str, ...] = ()
 
     def check(self, scorers: Sequence[str] = ()) -> None:
-        """InputError for a value that means nothing, and for options that no trial could satisfy together.
+        """Raise InputError for a value that means nothing, and for options that no trial could satisfy together.
 
-        `scorers`: those of the run beside refusals and KL.
+        `scorers`: the run's scorers beside refusals and KL.
         """
         _check_name("--state", self.state or _STATES[0], _STATES)
         _check_name("--sort", self.sort, (*_ORDERS, *scorers))
@@ -85,7 +85,7 @@ class TrialFilter:
 
     @property
     def in_words(self) -> str:
-        """The conditions, without the order; empty where all trials are wanted."""
+        """The conditions without the order; empty where all trials are wanted."""
         conditions = ("on the front" if self.front else "", self.state)
         limits = (
             "" if self.max_kl is None else f"KL ≤ {self.max_kl:g}",
@@ -93,10 +93,10 @@ class TrialFilter:
             *self.where,
             "" if self.limit is None else f"the first {self.limit} by {self.sort}",
         )
-        return ", ".join(part for part in (*conditions, *limits) if part)
+        return ", ".join(condition for condition in (*conditions, *limits) if condition)
 
     def of(self, trials: Sequence[Trial], front: Sequence[int], objectives: Sequence[Objective] = DEFAULT) -> list[Trial]:
-        """Those of `trials` that are wanted, in order. What isn't known to satisfy a limit doesn't."""
+        """The wanted ones of `trials`, in order. A trial that isn't known to satisfy a limit is left out."""
         conditions = [_condition(text) for text in self.where]
         kept = [
             trial
@@ -111,7 +111,7 @@ class TrialFilter:
 
 
 def _is_known(trial: Trial, name: str) -> bool:
-    """Whether a trial has this score, and not only a bound of it."""
+    """Whether a trial has this score, and not just a bound of it."""
     return name in {KL, REFUSALS, *trial.values} & {*trial.scores} and (name != REFUSALS or trial.state == "complete")
 
 
@@ -121,70 +121,55 @@ def show_trials(path: Path, wanted: TrialFilter, *, as_json: bool, as_csv: bool)
         raise InputError("The options --json and --csv contradict each other; give one.")
     directory = RunDirectory(path)
     result = _read(directory)
-    trials, objectives = result.trials, result.objectives_or_default()
-    wanted.check(_others(trials, objectives))
-    chosen = wanted.of(trials, result.front, objectives)
+    search = SearchRecord.of(result)
+    wanted.check(search.others)
+    chosen = wanted.of(search.trials, search.front, search.objectives)
     if as_json:
         json_lines.emit("result", **_record(result, chosen, path))
     elif as_csv:
-        _print_csv(csv_rows(result, trials, chosen))
+        _print_csv(exact_trial_table(search, chosen))
     else:
-        print_trials(result.to_record(), trials, chosen, wanted.in_words)
+        _print_tables(search, chosen, wanted.in_words)
 
 
-def csv_rows(result: Result, trials: Sequence[Trial], chosen: Sequence[Trial]) -> Iterator[list[Any]]:
-    """A header and one flat row a trial; the columns depend on the run, never on which trials are chosen."""
-    components = list(dict.fromkeys(name for trial in trials for name in trial.params.kernels))
-    others = _others(trials, result.objectives_or_default())
-    kernels = [(name, part) for name in components for part in _KERNEL]
-    yield [
-        *("number", "state", "front", "selected", "refusals", "refusals_exact", "kl_mean", "kl_median", "kl_max"),
-        *others,
-        *("seconds", "scope", "direction_index"),
-        *(f"{name}.{part}" for name, part in kernels),
-        "reason",
-    ]
-    for trial in chosen:
-        kl = trial.scores.get("kl", {})
-        kernel_of = trial.params.kernels
-        yield [
-            *(trial.number, trial.state, trial.number in result.front, trial.number == result.selected),
-            *(trial.scores.get("refusals"), trial.state == "complete", *(kl.get(name) for name in ("mean", "median", "max"))),
-            *(trial.values.get(name, trial.scores.get(name)) for name in others),
-            *(trial.seconds, trial.params.scope, trial.params.direction_index),
-            *(getattr(kernel_of[name], part) if name in kernel_of else None for name, part in kernels),
-            trial.reason,
-        ]
-
-
-def _others(trials: Sequence[Trial], objectives: Sequence[Objective]) -> list[str]:
-    """The run's scorers beside refusals and KL, objectives first."""
-    return other_names({name for trial in trials for name in (*trial.scores, *trial.values)}, objectives)
+def _print_tables(search: SearchRecord, chosen: Sequence[Trial], conditions: str) -> None:
+    """Print the front and then all trials or, where there are conditions, only the trials `chosen` by them."""
+    if not search.trials or search.baseline is None:
+        print("no trial has finished yet")
+        return
+    total, wider = len(search.trials), ", a pipe or --csv"
+    if not conditions:
+        show_table(full_front_table(search), wider)
+        print()
+    which = f"{len(chosen)} of {total} trials: {conditions}" if conditions else f"All {total} trials"
+    title = f"{which}; the model itself refuses {search.baseline.refusals}/{search.prompts}"
+    show_table(trial_table(search, chosen, title), wider)
 
 
 def _condition(text: str) -> tuple[str, Callable[[float], bool]]:
     """`NAME<=X` or `NAME>=X` as a name and a check."""
-    found = re.fullmatch(r"\s*(.+?)\s*(<=|>=)\s*(\S+)\s*", text)
+    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=)\s*(\S+)\s*", text)
     try:
-        if found is None or math.isnan(bound := float(found[3])):
+        if match is None or math.isnan(bound := float(match[3])):
             raise ValueError
     except ValueError:
         raise InputError(f"The option --where needs NAME<=X or NAME>=X, not {text!r}.") from None
-    return found[1], (lambda value: value <= bound) if found[2] == "<=" else (lambda value: value >= bound)
+    return match[1], (lambda value: value <= bound) if match[2] == "<=" else (lambda value: value >= bound)
 
 
 def _best_in(name: str, objectives: Sequence[Objective]) -> Callable[[Trial], Any]:
-    """Sorts by a scorer's value, the best first where it is an objective, else the least; what has none comes last."""
-    objective = next((one for one in objectives if one.name == name), Objective(name, "minimize"))
+    """Sort by a scorer's value: the best first if it is an objective, else the smallest; trials without a value come last."""
+    objective = next((objective for objective in objectives if objective.name == name), Objective(name, "minimize"))
     return lambda trial: (objective.cost(trial.values[name]) if name in trial.values else math.inf, trial.number)
 
 
-def _print_csv(rows: Iterator[list[Any]]) -> None:
-    """RFC 4180: comma, quotes doubled, CRLF at the end of every line; in UTF-8 whatever the terminal's encoding."""
+def _print_csv(table: Table) -> None:
+    """Print RFC 4180: comma, quotes doubled, CRLF at the end of every line; in UTF-8 whatever the terminal's encoding."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", newline="")
+    header: Iterable[Any] = [column.key for column in table.columns]
     writer = csv.writer(sys.stdout, lineterminator="\r\n")
-    for row in rows:
+    for row in (header, *table.rows):
         writer.writerow(map(_cell, row))
 
 
@@ -209,7 +194,7 @@ def _record(result: Result, chosen: Sequence[Trial], path: Path) -> dict[str, An
 
 
 def _read(directory: RunDirectory) -> Result:
-    """The run's result; an empty one of a run that hasn't come to its first trial."""
+    """The run's result; an empty result of a run that hasn't come to its first trial."""
     if directory.holds_run and not directory.result.exists():
         return Result()
     return Result.read(directory)

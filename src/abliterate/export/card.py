@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from abliterate._version import __version__
 from abliterate.model.loader import public_name
 from abliterate.objectives import CLASSIFIER, DEFAULT, OWN, is_custom, public
 from abliterate.prompts.files import public_source
+from abliterate.report.tables import heldout_table, score_table, verification_table
 from abliterate.settings.schema import Settings
-from abliterate.types import Trial
+from abliterate.types import Baseline, Column, Table, Trial
 
-# Said by options of their own, or of this machine only.
+# Settings that have options of their own, or that matter on this machine only.
 _ELSEWHERE = {
     *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
@@ -30,13 +31,13 @@ _ELSEWHERE = {
     *("export.kind", "export.verify", "export.push", "export.push_private"),
 }
 
-# No part of what a trial is: what the chosen one is measured on and by at the end. Some are paths.
+# Settings that no trial depends on: the prompts and scorers that measure the chosen trial at the end. Some are paths.
 UNTRIED = {
     *("prompts.harmful_heldout", "prompts.harmless_heldout", "prompts.over_refusal"),
     *("evaluation.heldout_scorers", "evaluation.judge_model", "evaluation.judge_label"),
 }
 
-# Settings that may name a file: by its last part, and its content by a hash.
+# Settings that may name a file. The card gives the file's name without its folder, and a hash of its content.
 FILES = {
     "harmful prompts, direction": "prompts.harmful",
     "harmless prompts, direction": "prompts.harmless",
@@ -57,35 +58,42 @@ With these files, versions, kind of device and batch sizes the search is the sam
 last bits. Without a search, and with the hashes of files and the scores compared: `abliterate reproduce recipe.json`, with the
 file beside this one.
 
-| | |
-|---|---|
-{rows}
+{facts}
 """
 
 
 def recipe(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> str:
     """The section "How to reproduce" for an export of `trial` of the run that `record` (`result.json`) is of."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(settings, record))
+    columns = (Column("name", "", "word"), Column("value", "", "text"))
+    facts = markdown(Table("", columns, tuple(_facts(settings, record))), str)  # their code spans are Markdown already
     shown = "\n".join(f"$ {line}" for line in commands(settings, record, kind, trial))
     longest = max(map(len, re.findall("`+", shown)), default=0)
-    return _SECTION.format(commands=shown, rows=rows, fence="`" * max(3, longest + 1))
+    return _SECTION.format(commands=shown, facts=facts, fence="`" * max(3, longest + 1))
+
+
+def markdown(table: Table, escaped: Callable[[str], str] | None = None) -> str:
+    """A table as Markdown, without its title and notes. `escaped` makes Markdown of a text, by default as `plain` does."""
+    escaped = escaped or plain
+    lines = [[column.heading for column in table.columns], ["---"] * len(table.columns)]
+    lines += [[escaped(text) for text in row] for row in table.texts]
+    return "\n".join("|" + "".join(f" {cell} |" if cell else " |" for cell in line) for line in lines)
 
 
 def code(text: str) -> str:
-    """Any text as code within a table of Markdown: in one line, and nothing of it means anything."""
+    """Any text as code within a table of Markdown: in one line, and no character of it is markup."""
     text = visible(" ".join(text.split())).replace("|", "\\|")
     longest = max(map(len, re.findall("`+", text)), default=0)
     return f"{'`' * (longest + 1)} {text} {'`' * (longest + 1)}" if longest else f"`{text}`"
 
 
 def plain(text: str) -> str:
-    """Any text within a line of Markdown, where it is shown as it is."""
+    """Any text escaped for a line of Markdown, which then shows it as it is."""
     return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", visible(" ".join(text.split())))
 
 
 def visible(text: str) -> str:
-    """Text with control characters, and all else that can't be seen, as they are written in Python."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode("ascii") for one in text)
+    """Text with its control and other invisible characters written as Python writes them."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
 
 
 def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: int) -> list[str]:
@@ -95,20 +103,20 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
     name = public_name(settings.model)
     name = f"./{name}" if name.startswith("-") else name
     run = ["abliterate", "run", name, "--seed", str(settings.seed), "-n", str(search.trials)]
-    # As the study began: 30 % of the trials it was given then.
+    # The number of random trials is set when a study begins: 30 % of the trials that it is given then.
     run += ["--startup-trials", str(record.get("startup_trials") or search.n_startup_trials), "--dtype", model["dtype"]]
     if revision:
         run += ["--set", f"load.revision={_toml(revision)}"]
     for name, value in (*changed_settings(settings), *_judge(settings)):
         shown = public_source(value) if name in FILES.values() else value
-        shown = [public(one) for one in value] if name in OWN else shown
+        shown = [public(scorer) for scorer in value] if name in OWN else shown
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
     return [" ".join(map(_quoted, line)) for line in ([*run, "--export", "none", "-o", "run"], export)]
 
 
 def changed_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every setting that isn't the default, but for those that the command names itself."""
+    """(dotted name, value) of every setting that isn't the default, but for the settings that the command names itself."""
     defaults = dict(_flat(Settings.model_construct()))
     for name, value in _flat(settings):
         if name not in _ELSEWHERE | UNTRIED and value != defaults[name]:
@@ -116,7 +124,7 @@ def changed_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 
 def _judge(settings: Settings) -> Iterator[tuple[str, str]]:
-    """The judge's settings where trials are scored by it; of a directory its name."""
+    """The judge's settings if trials are scored by it; a directory is named without its parents."""
     if CLASSIFIER in settings.scorers:
         yield "evaluation.judge_model", public_source(settings.evaluation.judge_model)
         if settings.evaluation.judge_label:
@@ -124,7 +132,7 @@ def _judge(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _quoted(text: str) -> str:
-    """An argument as a shell reads it; control characters as `$'…'` has them."""
+    """An argument as a shell reads it, with control characters in the form of `$'…'`."""
     if text.isprintable():
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
@@ -132,8 +140,8 @@ def _quoted(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """What can't be printed as TOML's strings and shells take it."""
-    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in text)
+    """Text with unprintable characters in the form that TOML's strings and shells read."""
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
 
 
 def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -150,13 +158,13 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
     yield "base", f"{plain(model['id'])}{revision}, fingerprint `{model['fingerprint']}`"
     # A run of an earlier version didn't record its prompts.
     sets = record.get("prompts", {})
-    for what, name in FILES.items():
+    for title, name in FILES.items():
         section, option = name.split(".")
         if section == "prompts":
-            found = sets.get(option)
-            yield what, f"{code(found['source'])}, {found['count']}, sha256 `{found['digest']}`" if found else "not recorded"
+            used = sets.get(option)
+            yield title, f"{code(used['source'])}, {used['count']}, sha256 `{used['digest']}`" if used else "not recorded"
         elif path := getattr(getattr(settings, section), option):
-            yield what, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
+            yield title, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
     for name in filter(is_custom, settings.scorers):
         yield "scorer", f"{code(public(name))}, sha256 `{file_digest(name.rpartition(':')[0])}`"
     if sizes := record.get("batch_sizes"):
@@ -167,10 +175,10 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
 
 
 def file_digest(path: str) -> str:
-    """sha256 of a file that settings name."""
+    """The sha256 of a file that settings name."""
     try:
         return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
-    except OSError:  # moved since the run; the run's identity holds its content
+    except OSError:  # the file was moved since the run, whose identity holds the hash of its content
         return "not at hand"
 
 
@@ -180,7 +188,7 @@ def _toml(value: Any) -> str:
         return "{" + ", ".join(f"{_toml(name)} = {_toml(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    # Not escaped beyond ASCII: JSON's pairs of surrogates are no TOML.
+    # Not escaped beyond ASCII, because JSON's pairs of surrogates are no TOML.
     return _escaped(json.dumps(value, ensure_ascii=False))
 
 
@@ -197,11 +205,8 @@ was removed from matrices that write to the residual stream. No training took pl
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
 
-| | base | this model |
-|---|---|---|
-| refusals ({n_harmful} harmful prompts, marker count) | {before} | {after} |
-| KL(base‖this), first token, {n_harmless}harmless prompts | 0 | mean {mean:.4f}, median {median:.4f}, max {max:.4f} |
-{others}
+{scores}
+
 The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
 judgement of the answers' quality or safety.
 {heldout}
@@ -213,7 +218,7 @@ made with abliterate {version}. Parameters:
 ```
 {recipe}"""
 
-# Where it refuses fewer of the harmful prompts than the base, and where it doesn't.
+# The card's words if the model refuses fewer of the harmful prompts than the base, and if it doesn't.
 _LESS = {
     "tags": "- abliterated\n- abliterate",
     "title": "with refusal ablated",
@@ -233,19 +238,12 @@ _NOT_LESS = {
 _HELDOUT = """
 ## On prompts that were held out
 
-Neither directions nor the search saw these prompts ({sources}). In brackets: 95 % confidence (Clopper-Pearson).
+Neither directions nor the search saw these prompts ({sources}). In brackets: 95 % confidence (Clopper-Pearson). A faulty
+answer is empty, repetitive, broken off or still thinking. Base answers are the base's to the harmless prompts. KL is
+KL(base‖this), in nats.
 
-| | base | this model | this model, in the search |
-|---|---|---|---|
-| refusals | {base[refusals]} | {candidate[refusals]} | {search[refusals]} |
-| answered: no refusal, empty, repetitive or broken off | {base[answered]} | {candidate[answered]} | |
-{over}| harmless answers the same, word by word | | {unchanged} | |
-| KL(base‖this), first token, mean | 0 | {kl[mean]:.4f} | {search_kl[mean]:.4f} |
-| KL(base‖this) along the base's answers, mean of {kl_answers[tokens]} tokens | 0 | {kl_answers[mean]:.4f} | |
-| perplexity of the base's answers | {perplexity[base]:.3f} | {perplexity[candidate]:.3f} | |
+{figures}
 """
-
-_OVER = "| refusals of harmless prompts that look harmful | {} | {} | |\n"
 
 _CHECKED = """
 ## Checked after reloading
@@ -256,10 +254,7 @@ _CHECKED = """
 """
 
 _SCORES = """\
-| | trial | this export, reloaded |
-|---|---|---|
-| refusals of {prompts} harmful prompts | {refusals} | {found_refusals} |
-| KL(base‖edited), first token, mean | {kl:.4f} | {found_kl:.4f} |
+{table}
 
 KL(trial‖export) of the first token: {divergences}. Largest error of one module's edit: {module}."""
 
@@ -267,13 +262,13 @@ KL(trial‖export) of the first token: {divergences}. Largest error of one modul
 def model_card(facts: Mapping[str, Any]) -> str:
     """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
 
-    `n_harmless`: None where a run of an earlier version didn't record it. `on_hub`: whether `base` is a name there.
-    `quantized`: how the base's files are, or ""; `dense`: whether this export has weights of its own.
-    `objectives`: where they aren't the usual two; `before_values`, `values`: of further scorers, of base and trial.
-    `approximation` {"mean", "max"}: what a low-rank representation loses of each matrix's change; empty for exact ones.
+    `n_harmless`: None where it wasn't recorded. `on_hub`: whether `base` is the name of a model on the Hub.
+    `quantized`: how the base's files are quantized, or ""; `dense`: whether this export has weights of its own.
+    `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial.
+    `approximation` {"mean", "max"}: the share of each matrix's change that a low-rank representation loses; empty if exact.
     """
     name = " ".join(str(facts["base"]).split())
-    facts = {**facts, "base": plain(name)}  # a directory's name may hold anything
+    facts = {**facts, "base": plain(name)}  # a directory's name may hold any character
     revision = f" (revision {plain(facts['revision'])})" if facts["revision"] else ""
     params = json.dumps(facts["params"], indent=1)
     lost = facts["approximation"]
@@ -286,28 +281,31 @@ def model_card(facts: Mapping[str, Any]) -> str:
         dequantized = (
             f"\n\nThe base's weights are quantized ({stored}). This model is **dequantized**: all its weights are dense."
         )
-    named = ", ".join(f"{code(one.name)} ({one.goal}d)" for one in facts["objectives"])
-    base_values = facts["before_values"]
-    texts = _said(facts["before"], facts["after"], named) | {
+    named = ", ".join(f"{code(objective.name)} ({objective.goal}d)" for objective in facts["objectives"])
+    texts = _wording(facts["before"], facts["after"], named) | {
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
-        "others": "".join(
-            f"| {code(name)} | {f'{base_values[name]:.4g}' if name in base_values else ''} | {value:.4g} |\n"
-            for name, value in facts["values"].items()
-        ),
+        "scores": _scores(facts),
         "dequantized": dequantized,
         "heldout": _heldout(facts.get("heldout")),
         "base_model": f"base_model: {name}\n" if facts["on_hub"] else "",
-        "n_harmless": f"{facts['n_harmless']} " if facts["n_harmless"] else "",
         "revision": revision,
         "params": params,
         "approximation": approximation,
         "version": __version__,
     }
-    return _CARD.format(**{**facts, **facts["kl"], **texts})
+    return _CARD.format(**{**facts, **texts})
 
 
-def _said(before: int, after: int, named: str) -> dict[str, str]:
-    """What the card says of refusals, by `before` and `after`: objectives may ask for something else than fewer."""
+def _scores(facts: Mapping[str, Any]) -> str:
+    """The table of scores; the names of further scorers are foreign text, and shown as code."""
+    values = facts["values"]
+    baseline = Baseline(facts["before"], facts["n_harmful"], facts["before_values"])
+    table = score_table(baseline, facts["after"], facts["kl"], values, facts["n_harmless"])
+    return markdown(table, lambda text: code(text) if text in values else plain(text))
+
+
+def _wording(before: int, after: int, named: str) -> dict[str, str]:
+    """The card's words about refusals `before` and `after`; objectives may ask for another change than fewer refusals."""
     if after < before:
         return _LESS
     compared = "as many as" if after == before else "more than"
@@ -315,32 +313,17 @@ def _said(before: int, after: int, named: str) -> dict[str, str]:
 
 
 def _heldout(record: Mapping[str, Any] | None) -> str:
-    """The section on held-out prompts, of the record in `result.json`; nothing where there is none."""
+    """The section on held-out prompts, from the record in `result.json`; empty if there is no record."""
     if not record:
         return ""
-    sides = {name: {score: _rate(record[name][score]) for score in ("refusals", "answered")} for name in ("base", "candidate")}
-    over = [record[name]["over_refusals"] for name in ("base", "candidate")]
-    sources = "; ".join(f"{one['count']} of {plain(one['source'])}" for one in record["prompts"].values())
-    return _HELDOUT.format(
-        **sides,
-        sources=sources,
-        search={"refusals": _rate(record["search"]["refusals"])},
-        search_kl=record["search"]["kl"],
-        over=_OVER.format(*map(_rate, over)) if all(over) else "",
-        unchanged=_rate(record["unchanged"]),
-        **{name: record[name] for name in ("kl", "kl_answers", "perplexity")},
-    )
-
-
-def _rate(rate: Mapping[str, Any]) -> str:
-    """`3 of 100 [0.6 %, 8.5 %]`."""
-    return f"{rate['count']} of {rate['prompts']} [{100 * rate['low']:.1f} %, {100 * rate['high']:.1f} %]"
+    sources = "; ".join(f"{prompts['count']} of {plain(prompts['source'])}" for prompts in record["prompts"].values())
+    return _HELDOUT.format(sources=sources, figures=markdown(heldout_table(record, "this model")))
 
 
 def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
-    """The section that says what verification found: `record` as in `result.json`, of an export of `trial`.
+    """The section with the verdict of the verification: `record` as in `result.json`, of an export of `trial`.
 
-    `prompts`: the number of harmful ones.
+    `prompts`: the number of harmful prompts.
     """
     if record["ok"]:
         verdict = "The export was read back from disk; it is what the trial was, within rounding."
@@ -368,14 +351,7 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
 
 def _score_table(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     divergences = "; ".join(
-        f"{name} prompts mean {found['mean']:.1e}, max {found['max']:.1e}" for name, found in record["kl_from_trial"].items()
+        f"{name} prompts mean {kl['mean']:.1e}, max {kl['max']:.1e}" for name, kl in record["kl_from_trial"].items()
     )
-    return _SCORES.format(
-        prompts=prompts,
-        refusals=trial.refusals,
-        found_refusals=record["scores"]["refusals"],
-        kl=trial.kl,
-        found_kl=record["scores"]["kl"]["mean"],
-        divergences=divergences,
-        module=f"{record['module_error']['max']:.2%}",
-    )
+    table = markdown(verification_table(record, trial, prompts))
+    return _SCORES.format(table=table, divergences=divergences, module=f"{record['module_error']['max']:.2%}")

@@ -1,6 +1,6 @@
-"""What results depend on: the keys of cached artifacts, and the identity of a study. Missing a part here is a wrong value.
+"""What results depend on: the keys of cached artifacts, and the identity of a study.
 
-Knows no cache and no study; gives them JSON-able keys without paths of this machine.
+A part that is missing here gives wrong values in silence. Keys can be written as JSON and name no path of this machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OBJECTIVES, SCORERS = "set or order of objectives", "set of scorers or markers"
 
 
 def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Everything residuals depend on (DESIGN §6). Batch size is left out: it moves only the last bits."""
+    """Everything that residuals depend on (docs/design.md §6). The batch size isn't: it moves only the last bits."""
     return model_key(settings, loaded) | {
         "amp": settings.efficiency.use_amp_for_residuals,
         "response_prefix": prefix,
@@ -46,13 +46,13 @@ def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts:
 
 
 def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """What the means of residuals depend on: they are winsorized before they are added up."""
+    """Everything that the means of residuals depend on, which are winsorized before they are added up."""
     statistics = {"statistics": "means", "winsorize_quantile": settings.directions.winsorize_quantile}
     return residuals_key(settings, loaded, prefix, prompts) | statistics
 
 
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
+    """Everything that batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device
     return model_key(settings, loaded) | {
         "lengths": {name: list(part) for name, part in lengths.items()},
@@ -63,7 +63,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
 
 
 def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
-    """What the response prefix depends on."""
+    """Everything that the response prefix depends on."""
     return model_key(settings, loaded) | {
         "prompts": [digest(part) for part in sets],
         "response": settings.response.model_dump(),
@@ -71,7 +71,7 @@ def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> di
 
 
 def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:
-    """What the base model's observation depends on; responses may end at the first marker, so markers are among it."""
+    """Everything that the base model's observation depends on; a response may end at a marker, so markers are part of it."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
         "prompts": [digest(part) for part in sets],
@@ -109,7 +109,7 @@ def study_identity(
     sets: PromptLists,
     objectives: Sequence[Objective] = DEFAULT,
 ) -> dict[str, str]:
-    """What a trial's meaning depends on, by the name a person would look for; compared on resume. `sets`: all four."""
+    """Hashes of everything that a trial's meaning depends on, by a name that a person looks for; a resume compares them."""
     search = settings.search
     space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
     info = loaded.info
@@ -132,8 +132,8 @@ def study_identity(
         "seed": settings.seed,
         SCORERS: _scorers(settings),
     }
-    if tuple(objectives) != DEFAULT:  # studies of earlier versions had no others, and say nothing of them
-        parts[OBJECTIVES] = [[one.name, one.goal] for one in objectives]
+    if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
+        parts[OBJECTIVES] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
 
 
@@ -142,19 +142,19 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = json.loads(backend.to_str()) if backend is not None else sorted(tokenizer.get_vocab().items())
     if isinstance(content, dict):
-        # Of the last call, not of the tokenizer.
+        # These two belong to the last call and not to the tokenizer.
         content |= {"padding": None, "truncation": None}
     return _digest([content, tokenizer.special_tokens_map])
 
 
 def rendering(settings: Settings, loaded: LoadedModel) -> str:
-    """What becomes of a prompt: a template may write today's date, and this package decides where a system prompt goes."""
+    """A hash of a rendered prompt: a template may write today's date, and this package decides where a system prompt goes."""
     chat = PromptEncoder(loaded.tokenizer, loaded.device, options=settings.load.template_options)
     return _digest(chat.render(Prompt("Hello", settings.prompts.system)))
 
 
 def _scorers(settings: Settings) -> list[Any]:
-    """What scores depend on: names and markers, a custom scorer's content, a plugin's version, a classifier's model."""
+    """Everything that scores depend on: names, markers, a custom scorer's content, a plugin's version, a classifier's model."""
     evaluation, names = settings.evaluation, []
     for name in settings.scorers:
         path, _, wanted = name.rpartition(":")
@@ -165,7 +165,7 @@ def _scorers(settings: Settings) -> list[Any]:
 
 
 def _markers(settings: Settings) -> tuple[str, ...]:
-    """The markers themselves: the default file may be another in another version."""
+    """The markers themselves, because the default file may differ between versions."""
     return read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
 
 

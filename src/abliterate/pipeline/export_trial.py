@@ -33,6 +33,7 @@ from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.export import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
 from abliterate.pipeline.workbench import load_calibrated
+from abliterate.report.tables import summary
 from abliterate.search.study import changed_parts
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
@@ -79,7 +80,8 @@ def export_trial(
     result.export = push_export(context, result.export, final)
     context.clock.count()
     result.timings = context.clock.timings
-    reporter.finish(result.to_record(), str(final.parent))
+    where = str(final.parent)
+    reporter.finish(result.to_record(), where, summary(result, where))
     if result.export.verified is False:
         raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
     return result

@@ -25,6 +25,7 @@ from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
 from abliterate.prompts.sets import Heldout
 from abliterate.report.page import write_report
+from abliterate.report.tables import summary
 from abliterate.search.selection import SelectionRule
 from abliterate.search.study import STUDY_NAME, Study, open_study
 from abliterate.settings.schema import Settings
@@ -173,5 +174,6 @@ class _Run:
             result.export = push_export(context, result.export, directory.export)
             self.save()
             write_report(directory, result)
-        context.reporter.finish(result.to_record(), str(directory.path))
+        where = str(directory.path)
+        context.reporter.finish(result.to_record(), where, summary(result, where))
         return result

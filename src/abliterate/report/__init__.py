@@ -1,1 +1,1 @@
-"""The report of a run, as a page and in a terminal."""
+"""Show people the result of a run: its tables, its page with plots, and the same on the terminal."""

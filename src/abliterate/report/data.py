@@ -1,6 +1,6 @@
-"""What a report is made of: the records in a run directory, read and checked; what is missing becomes a sentence.
+"""Read and check the records in a run directory that a report needs; a sentence replaces each missing record.
 
-Knows no HTML and no plots. Paths of this machine, databases' addresses and tokens don't get past here.
+Paths of this machine, addresses of databases and tokens are removed here, so that no page can show them.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from abliterate.artifacts.result import Result
+from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError, first_line
 from abliterate.files import read_toml
-from abliterate.objectives import objectives_from_result, other_names
-from abliterate.search.front import progress
+from abliterate.report.tables import SearchRecord
+from abliterate.search.front import progress as hypervolumes
 from abliterate.search.importance import ENOUGH, importances
 from abliterate.types import Baseline, Objective, Trial
 
-# Written after the report is: it must be the same when it is made again.
+# Stages that end after the report is written. A report that is made again must be the same, so it leaves them out.
 _LATER = ("report",)
-# Texts that may begin with a slash and are no paths.
+# Settings whose texts may begin with a slash and are no paths.
 _TEXTS = ("response.", "prompts.system", "prompts.prefix", "prompts.suffix")
 
 
@@ -32,13 +32,13 @@ _TEXTS = ("response.", "prompts.system", "prompts.prefix", "prompts.suffix")
 class Material:
     """The content of a run directory, as a report needs it.
 
-    `geometry`, `answers`: None where there is none that can be used, and then `missing` says why, by name.
+    `geometry` and `answers` are None where no usable file is there, and then `missing` says why, by name.
     `importance`: {objective: {parameter: share}}. `progress`: hypervolume after each trial, and the seconds until then.
     """
 
     result: Mapping[str, Any]
+    search: SearchRecord
     settings: Mapping[str, Any]
-    trials: tuple[Trial, ...]
     geometry: Mapping[str, Any] | None
     answers: Mapping[str, Any] | None
     importance: Mapping[str, Mapping[str, float]]
@@ -46,37 +46,74 @@ class Material:
     missing: Mapping[str, str]
 
     @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Every trial that has finished."""
+        return self.search.trials
+
+    @property
     def prompts(self) -> int:
-        """Harmful prompts that were scored."""
-        return int(self.result["baseline"].get("prompts", 0))
+        """The number of harmful prompts that were scored."""
+        return self.search.prompts
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What the search was for."""
-        return objectives_from_result(self.result)
+        """The objectives of the search."""
+        return self.search.objectives
 
     @property
     def others(self) -> list[str]:
-        """Scorers beside refusals and KL, objectives first."""
-        return other_names({name for trial in self.trials for name in (*trial.scores, *trial.values)}, self.objectives)
+        """The scorers beside refusals and KL, objectives first."""
+        return self.search.others
 
     @property
     def selected(self) -> Trial | None:
         """The selected trial, if there is one yet."""
-        return next((trial for trial in self.trials if trial.number == self.result["selected"]), None)
+        return self.search.selected_trial
 
     @property
     def scored(self) -> tuple[Trial, ...]:
-        """Trials that have scores, if only bounds."""
+        """The trials that have scores, if only bounds of them."""
         return tuple(trial for trial in self.trials if trial.state != "failed")
 
-    def stages(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Of something by stage, the stages that were done before the report."""
-        return {name: value for name, value in values.items() if name not in _LATER}
+    @property
+    def n_layers(self) -> int:
+        """The model's number of decoder layers."""
+        return int(self.result["model"]["n_layers"])
+
+    @property
+    def heldout(self) -> Mapping[str, Any]:
+        """The record of held-out prompts, or an empty record."""
+        return self.result.get("heldout") or {}
+
+    @property
+    def coverage(self) -> Mapping[str, Any]:
+        """Which matrices are edited, or an empty record."""
+        return self.result.get("coverage") or {}
+
+    @property
+    def caches(self) -> Mapping[str, Mapping[str, int]]:
+        """Hits and misses of each cache."""
+        return self.result["caches"]
+
+    @property
+    def environment(self) -> Mapping[str, Any]:
+        """Versions, platform and device."""
+        return self.result.get("environment", {})
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of each stage that was done before the report."""
+        return {name: seconds for name, seconds in self.result["timings"].items() if name not in _LATER}
+
+    @property
+    def stage_memory(self) -> dict[str, Mapping[str, int]]:
+        """Peaks of memory of each stage that was done before the report."""
+        peaks = self.result["memory"].get("stages", {})
+        return {name: peak for name, peak in peaks.items() if name not in _LATER}
 
     def is_front(self, trial: Trial) -> bool:
-        """Whether it is on the front."""
-        return trial.number in self.result["front"]
+        """Whether a trial is on the front."""
+        return trial.number in self.search.front
 
 
 def gather(directory: RunDirectory, run: Result | None = None) -> Material:
@@ -85,7 +122,8 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
     Raises:
         InputError: there is no run, or its `result.json` is damaged.
     """
-    result = (run or Result.read(directory)).to_record()
+    run = run or Result.read(directory)
+    result = run.to_record()
     missing: dict[str, str] = {}
     geometry = _read(directory.geometry, _check_geometry, "geometry", missing)
     if geometry is not None and geometry["directions"] != result.get("directions", {}).get("sha256", geometry["directions"]):
@@ -93,33 +131,21 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
     answers = _read(directory.answers, _check_answers, "answers", missing)
     if answers is not None and answers["trial"] != result.get("selected"):
         answers, missing["answers"] = None, _again(directory.answers.name, "has the answers of another trial than the selected")
+    search = SearchRecord.of(run)
+    base, scored = search.baseline, search.baseline is not None and search.baseline.prompts > 0
     try:
-        trials = tuple(Trial.from_record(record) for record in result["trials"])
-        prompts = int(result["baseline"].get("prompts", 0))
-        objectives = objectives_from_result(result)
-        importance = importances(trials, prompts, objectives=objectives) if prompts else {}
-        if not importance:
-            missing["importance"] = (
-                f"Which parameters mattered can't be told from fewer than {ENOUGH} scored trials that differ."
-            )
-        return Material(
-            {"front": [], "selected": None, **result},
-            _settings(directory, missing),
-            trials,
-            geometry,
-            answers,
-            importance,
-            tuple(_progress(trials, Baseline.from_record(result["baseline"]), objectives)) if prompts else (),
-            missing,
-        )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.") from error
+        importance = importances(search.trials, search.prompts, objectives=search.objectives) if scored else {}
+        progress = tuple(_progress(search.trials, base, search.objectives)) if base and scored else ()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a trial lacks a score or a parameter
+        raise damaged(directory, f"{type(error).__name__}: {first_line(error)}") from error
+    if not importance:
+        missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
+    return Material(result, search, _settings(directory, missing), geometry, answers, importance, progress, missing)
 
 
 def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> list[dict[str, float]]:
-    """Trials' own seconds are added up: with several workers that is more than passed on the clock."""
-    volumes = progress(trials, baseline, objectives)
+    """The trials' own seconds are added up, which is more than passed on the clock if there were several workers."""
+    volumes = hypervolumes(trials, baseline, objectives)
     seconds = itertools.accumulate(trial.seconds for trial in trials)
     return [
         {"trial": count, "hypervolume": round(volume, 6), "seconds": round(until, 3)}
@@ -128,7 +154,7 @@ def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[
 
 
 def _read(path: Path, check: Callable[[Any], None], name: str, missing: dict[str, str]) -> Mapping[str, Any] | None:
-    """A record of the run directory; where it can't be used, `missing` gets the reason."""
+    """A record of the run directory; if it can't be used, `missing` gets the reason."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["format"] != 1:
@@ -144,20 +170,20 @@ def _read(path: Path, check: Callable[[Any], None], name: str, missing: dict[str
     return None
 
 
-def _again(name: str, what: str) -> str:
-    return f"The file {name} {what}; abliterate run --resume writes it again."
+def _again(name: str, problem: str) -> str:
+    return f"The file {name} {problem}; abliterate run --resume writes it again."
 
 
 def _check_geometry(record: Any) -> None:
-    """KeyError, TypeError or ValueError where it isn't what `report_data.geometry` writes."""
+    """Raise KeyError, TypeError or ValueError for a record that the run can't have written."""
     numbers = [row[name] for row in record["layers"] for name in ("index", "norm_harmful", "norm_harmless", "cos_means")]
     numbers += [value for row in record["layers"] for name, value in row.items()]
-    numbers += [value for one in record["projection"] for value in one["explained"]]
-    for one in record["projection"]:
+    numbers += [value for layer in record["projection"] for value in layer["explained"]]
+    for layer in record["projection"]:
         for name in ("harmful", "harmless"):
-            if len(one[name]) != len(record["prompts"][name]) or any(len(point) != 2 for point in one[name]):
+            if len(layer[name]) != len(record["prompts"][name]) or any(len(point) != 2 for point in layer[name]):
                 raise ValueError("points without a prompt")
-            numbers += [value for point in one[name] for value in point]
+            numbers += [value for point in layer[name] for value in point]
     if not all(value is None or isinstance(value, int | float) for value in numbers):
         raise TypeError("no number")
     if len(record["projection"]) not in (0, len(record["layers"])) or not isinstance(record["reason"], str):
@@ -167,18 +193,18 @@ def _check_geometry(record: Any) -> None:
 
 
 def _check_answers(record: Any) -> None:
-    """As `_check_geometry`, of what `report_data.answers` writes."""
+    """The same for `answers.json`."""
     if not {"trial", "max_new_tokens"} <= record.keys():
         raise ValueError("no trial")
     for row in (*record["harmful"], *record["harmless"]):
         texts = [row["prompt"], row["base"]["text"], row["edited"]["text"]]
-        places = [place for name in ("base", "edited") for start, end in row[name]["markers"] for place in (start, end)]
-        if not all(isinstance(text, str) for text in texts) or not all(isinstance(place, int) for place in places):
-            raise TypeError("no text or no place")
+        ends = [end for name in ("base", "edited") for start, stop in row[name]["markers"] for end in (start, stop)]
+        if not all(isinstance(text, str) for text in texts) or not all(isinstance(end, int) for end in ends):
+            raise TypeError("no text or no span")
 
 
 def _settings(directory: RunDirectory, missing: dict[str, str]) -> dict[str, Any]:
-    """{dotted name: value}, without what is this machine's."""
+    """{dotted name: value}, without the folders and names of this machine."""
     try:
         stored = read_toml(directory.settings)
     except InputError:
@@ -188,16 +214,16 @@ def _settings(directory: RunDirectory, missing: dict[str, str]) -> dict[str, Any
 
 
 def _flat(table: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+    pairs: list[tuple[str, Any]] = []
     for name, value in table.items():
-        found += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else [(before + name, value)]
-    return found
+        pairs += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else [(before + name, value)]
+    return pairs
 
 
 def _public(name: str, value: Any) -> Any:
     """A value without folders and without addresses, which may hold a password."""
     if isinstance(value, list):
-        return [_public(name, one) for one in value]
+        return [_public(name, entry) for entry in value]
     if not isinstance(value, str) or name.startswith(_TEXTS):
         return value
     if match := re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value):

@@ -1,7 +1,7 @@
-"""Vega-Lite specifications into pictures and into JavaScript, by vl-convert: no browser, no network. Knows no run.
+"""Turn Vega-Lite specifications into pictures and JavaScript by vl-convert, without a browser or a network.
 
-vl-convert runs in a process of its own: where it fails it aborts the process (seen with control characters), and its engine's
-memory is none of a run's. Where nothing can be drawn, there are no plots, and a sentence says why.
+vl-convert runs in a process of its own, because a failure of it aborts the process (seen with control characters), and so that
+the memory of its engine isn't counted as the run's. Where nothing can be drawn, there are no plots, and a sentence says why.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-# For pictures; in the page the width is the reader's.
+# The width of pictures; in the page a plot is as wide as the reader's window allows.
 WIDTH = 640
-# Of all pictures of a report: it takes about a second.
+# Seconds for all pictures of a report, which take about one second.
 _PATIENCE = 120
 _PROGRAM = """
 import base64, json, sys
@@ -34,34 +34,34 @@ print(json.dumps({"drawn": drawn, "script": script}))
 
 
 class Undrawable(Exception):
-    """One sentence: why there are no plots, and what to do."""
+    """Its sentence says why there are no plots, and what to do."""
 
 
 def unavailable() -> str:
-    """Why nothing can be drawn, in one sentence; empty where it may go well."""
+    """A sentence that says why nothing can be drawn; empty where drawing may succeed."""
     if importlib.util.find_spec("vl_convert") is None:
         return "There are no plots, because vl-convert-python isn't installed: pip install vl-convert-python, and repeat."
     return ""
 
 
 def svg(specs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], str]:
-    """{name: SVG} to stand in one page, each picture's ids its own; and the script that draws them there.
+    """{name: SVG} for one page, with ids that no two pictures share; and the script that draws them there.
 
-    The script is Vega, Vega-Lite and Vega-Embed as one, and sets `window.vegaEmbed`.
+    The script is Vega, Vega-Lite and Vega-Embed in one, and sets `window.vegaEmbed`.
 
     Raises:
-        Undrawable: with the sentence a person sees.
+        Undrawable: with the sentence that a person sees.
     """
-    found = {}
+    pictures = {}
     done = _drawn(svg=specs, script=True)
     for name, text in done["drawn"].items():
         text = re.sub(r'\bid="([\w-]+)"', rf'id="{name}-\1"', text)
-        found[name] = re.sub(r"url\(#([\w-]+)\)", rf"url(#{name}-\1)", text)
-    return found, in_script(done["script"])
+        pictures[name] = re.sub(r"url\(#([\w-]+)\)", rf"url(#{name}-\1)", text)
+    return pictures, in_script(done["script"])
 
 
 def png(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
-    """{name: PNG}, black on white, two pixels for one. Raises as `svg` does."""
+    """{name: PNG}, black on white, at twice the size. Raises as `svg` does."""
     drawn = _drawn(png={name: {**spec, "background": "white"} for name, spec in specs.items()})["drawn"]
     return {name: base64.b64decode(text) for name, text in drawn.items()}
 
@@ -72,20 +72,20 @@ def in_script(text: str) -> str:
 
 
 def drawable(value: Any) -> Any:
-    """A specification without the characters that no XML may hold."""
+    """A specification without the characters that XML forbids."""
     if isinstance(value, str):
         return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", value)
     if isinstance(value, Mapping):
-        return {name: drawable(part) for name, part in value.items()}
-    return [drawable(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: drawable(inner) for name, inner in value.items()}
+    return [drawable(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _drawn(**asked: Any) -> dict[str, Any]:
     if unavailable():
         raise Undrawable(unavailable())
-    text = json.dumps({"svg": {}, "png": {}, "script": False} | {name: drawable(part) for name, part in asked.items()})
+    text = json.dumps({"svg": {}, "png": {}, "script": False} | {name: drawable(request) for name, request in asked.items()})
     try:
-        # -P: a file of that name in the current folder isn't meant.
+        # -P: a file vl_convert.py in the current folder must not be imported.
         command = [sys.executable, "-P", "-c", _PROGRAM]
         done = subprocess.run(command, input=text, capture_output=True, encoding="utf-8", timeout=_PATIENCE, check=True)
         return json.loads(done.stdout)

@@ -1,14 +1,14 @@
-"""Pieces of HTML: tables, texts, answers with their markers. Where text becomes HTML, it is escaped.
-
-Knows no run; what a run's records mean is `sections.py`'s.
-"""
+"""Make pieces of HTML: tables, paragraphs, and answers with their markers. Every text is escaped where it becomes HTML."""
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+from abliterate.report.tables import pair_table
+from abliterate.types import Column, Table
 
 escape = html.escape
 
@@ -19,50 +19,45 @@ def paragraph(text: str, kind: str = "") -> str:
 
 
 def missing(text: str) -> str:
-    """A sentence that says what isn't there."""
+    """A sentence that stands for something missing."""
     return paragraph(text, "missing")
 
 
-def table(
-    head: Sequence[str],
-    rows: Sequence[Sequence[Any]],
-    caption: str,
-    *,
-    marked: Container[int] = (),
-    words: Container[int] = (),
-    texts: Container[int] = (),
-) -> str:
-    """A table that scrolls by itself; `marked` rows are the selected ones. `words` stand at the left, `texts` wrap, too."""
+def table(content: Table) -> str:
+    """A table that scrolls by itself, with its legends and notes below."""
 
-    def kind(place: int) -> str:
-        return ' class="text"' if place in texts else ' class="word"' if place in words else ""
+    def kind(column: Column) -> str:
+        return "" if column.kind == "number" else f' class="{column.kind}"'
 
-    cells = "".join(f'<th scope="col"{kind(place)}>{escape(cell)}</th>' for place, cell in enumerate(head))
+    head = "".join(f'<th scope="col"{kind(column)}>{escape(column.heading)}</th>' for column in content.columns)
     lines = [
-        ('<tr class="selected">' if index in marked else "<tr>")
-        + "".join(f"<td{kind(place)}>{escape(str(cell))}</td>" for place, cell in enumerate(row))
+        ('<tr class="selected">' if index == content.chosen else "<tr>")
+        + "".join(f"<td{kind(column)}>{escape(text)}</td>" for column, text in zip(content.columns, row, strict=True))
         + "</tr>"
-        for index, row in enumerate(rows)
+        for index, row in enumerate(content.texts)
     ]
-    # Focusable, so that it can be scrolled by keys.
-    title = escape(caption)
+    # Focusable, so that keys can scroll it.
+    title = escape(content.title)
+    below = "".join(paragraph(note) for note in content.notes)
+    if content.legends and content.rows:
+        below = paragraph(" · ".join(content.legends), "quiet") + below
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
-        f"<thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{below}"
     )
 
 
 def pairs(values: Mapping[str, Any], caption: str) -> str:
-    """Names and values; nested ones by dotted names."""
-    return table(("name", "value"), [(name, in_words(value)) for name, value in flat(values)], caption, texts=(1,))
+    """A table of names and values; nested names are dotted."""
+    return table(pair_table(caption, [(name, in_words(value)) for name, value in flat(values)]))
 
 
 def flat(values: Mapping[str, Any], before: str = "") -> list[tuple[str, Any]]:
     """(dotted name, value) of everything in nested mappings."""
-    found: list[tuple[str, Any]] = []
+    named: list[tuple[str, Any]] = []
     for name, value in values.items():
-        found += flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else [(f"{before}{name}", value)]
-    return found
+        named += flat(value, f"{before}{name}.") if isinstance(value, Mapping) and value else [(f"{before}{name}", value)]
+    return named
 
 
 def in_words(value: Any) -> str:
@@ -77,12 +72,12 @@ def in_words(value: Any) -> str:
 
 
 def details(summary: str, content: str, *, is_open: bool = False) -> str:
-    """Something that is unfolded when it is wanted."""
+    """Content that a reader may unfold."""
     return f"<details{' open' if is_open else ''}><summary>{escape(summary)}</summary>{content}</details>"
 
 
 def numbers(facts: Mapping[str, str]) -> str:
-    """A few facts, large."""
+    """A few facts in large type."""
     rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="numbers">{rows}</dl>'
 
@@ -90,15 +85,15 @@ def numbers(facts: Mapping[str, str]) -> str:
 def answer(title: str, record: Mapping[str, Any]) -> str:
     """One answer with its markers highlighted."""
     says = "still thinking at the limit" if record.get("thinking_open") else "refusal" if record.get("refusal") else ""
-    text, place, parts = record["text"], 0, []
+    text, position, pieces = record["text"], 0, []
     for start, end in record["markers"]:
-        start, end = max(start, place), max(end, place)
-        parts += [escape(text[place:start]), f"<mark>{escape(text[start:end])}</mark>"]
-        place = end
-    parts.append(escape(text[place:]))
-    said = "".join(parts) if text.strip() else '<span class="quiet">(empty)</span>'
+        start, end = max(start, position), max(end, position)
+        pieces += [escape(text[position:start]), f"<mark>{escape(text[start:end])}</mark>"]
+        position = end
+    pieces.append(escape(text[position:]))
+    shown = "".join(pieces) if text.strip() else '<span class="quiet">(empty)</span>'
     heading = f"{title} · {says}" if says else title
-    return f'<div><h5>{escape(heading)}</h5><div class="answer">{said}</div></div>'
+    return f'<div><h5>{escape(heading)}</h5><div class="answer">{shown}</div></div>'
 
 
 def data(name: str, value: Any) -> str:

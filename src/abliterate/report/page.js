@@ -1,4 +1,4 @@
-// The report's plots, alive: each replaces its still picture once it is drawn. Nothing is fetched.
+// Draw the report's plots: each replaces its still picture once it is drawn. No request is made.
 (async () => {
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const plots = read("plots");

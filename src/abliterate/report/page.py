@@ -1,6 +1,6 @@
-"""`report.html`: one self-contained page made of a run directory. Loads nothing and knows no model.
+"""Write `report.html`: one self-contained page of a run directory, made without loading a model.
 
-The page's policy forbids every request. With JavaScript plots are alive; without, and before, they are still pictures.
+The page's policy forbids every request. With JavaScript its plots are interactive; without it, and before, they are pictures.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def write_report(directory: RunDirectory, result: Result | None = None) -> None:
 
 
 def render(material: Material) -> str:
-    """The page as text. Everything that came from outside is escaped where it becomes HTML, JSON or a picture."""
+    """The page as text. All text from outside is escaped where it becomes HTML, JSON or a picture."""
     plots = {plot.name: plot for plot in all_plots(material)}
     stills: dict[str, str] = {}
     library = why = ""
@@ -54,12 +54,12 @@ def render(material: Material) -> str:
         f"<body><header><h1>{title}</h1>{summary(material)}{head}</header>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>{content}</main>\n{scripts}</body></html>\n'
     )
-    # Half of a pair of code units is no character; a prompt file may hold one.
+    # Half of a surrogate pair is no character, and a prompt file may hold such a half.
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _figure(plot: Plot, still: str) -> str:
-    """`role="img"`: the description is read, not every mark; the numbers are in the tables."""
+    """With `role="img"` a screen reader reads the description and not every mark; the numbers are in the tables."""
     return (
         f"<figure><figcaption>{escape(plot.title)}</figcaption>"
         f'<div class="plot" id="plot-{plot.name}" role="img" aria-label="{escape(plot.description)}">'
@@ -74,8 +74,8 @@ def _scripts(material: Material, plots: Mapping[str, Plot], library: str) -> str
     if "projection" in plots:
         assert material.geometry is not None
         layers = [
-            {"harmful": one["harmful"], "harmless": one["harmless"], "text": layer_text(material, index)}
-            for index, one in enumerate(material.geometry["projection"])
+            {"harmful": layer["harmful"], "harmless": layer["harmless"], "text": layer_text(material, index)}
+            for index, layer in enumerate(material.geometry["projection"])
         ]
         parts.append(data("layers", {"layers": layers, "prompts": material.geometry["prompts"]}))
     scripts = (library, draw.in_script(_asset("page.js")))

@@ -13,7 +13,8 @@ from typing import Any
 from abliterate.objectives import DEFAULT, KL, REFUSALS
 from abliterate.report.data import Material
 from abliterate.report.draw import WIDTH
-from abliterate.types import Baseline, Kernel, Objective, Trial
+from abliterate.report.tables import kernel_text, refusals_text, spread_text
+from abliterate.types import Baseline, Objective, Trial
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f86c9", "#d55e00", "#009e73", "#b5679f", "#8a8a8a"
 
@@ -44,7 +45,7 @@ _CONFIG = {
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot. `name`: of its file and its element; `description`: what is to be seen, for who doesn't see it."""
+    """One plot. `name`: the name of its file and its element; `description`: its alt text."""
 
     name: str
     title: str
@@ -56,9 +57,9 @@ def bars(name: str, heading: str, unit: str, rows: Sequence[Mapping[str, Any]], 
     if not rows:
         return None
     stages = list(dict.fromkeys(row["stage"] for row in rows))
-    rows = [{**row, "place": stages.index(row["stage"])} for row in rows]
+    rows = [{**row, "order": stages.index(row["stage"])} for row in rows]
     encoding: dict[str, Any] = {
-        "y": {"field": "stage", "type": "nominal", "sort": by_place(), "title": None},
+        "y": {"field": "stage", "type": "nominal", "sort": by_order(), "title": None},
         "x": quantity(unit, unit),
         "tooltip": tooltip({"stage": "stage", unit: unit}),
     }
@@ -91,7 +92,7 @@ def lines(
         "axis": {"tickMinStep": 1, "labelExpr": "datum.value < 0 ? 'emb.' : datum.label"},
     }
     stroke = {"legend": {"symbolType": "stroke", "symbolSize": 400, "symbolStrokeWidth": 2}}
-    colours, dashes = (tuple(part[place % len(part)] for place in range(len(names))) for part in (COLOURS, DASHES))
+    colours, dashes = (tuple(cycle[index % len(cycle)] for index in range(len(names))) for cycle in (COLOURS, DASHES))
     return {
         "data": {"values": list(rows)},
         "mark": {"type": "line", "point": {"size": 28}, "interpolate": "linear"},
@@ -115,13 +116,13 @@ def quantity(field: str, title: str) -> dict[str, Any]:
     return {"field": field, "type": "quantitative", "title": title}
 
 
-def by_place() -> dict[str, str]:
-    """In the order of the field `place`: a list of foreign names would become part of an expression."""
-    return {"field": "place", "op": "min", "order": "ascending"}
+def by_order() -> dict[str, str]:
+    """Sort by the field `order`, because a list of foreign names would become part of an expression."""
+    return {"field": "order", "op": "min", "order": "ascending"}
 
 
 def look(field: str, domain: Sequence[str], values: Iterable[Any]) -> dict[str, Any]:
-    """A look for each name."""
+    """An encoding that gives each name of `domain` a look of its own: a colour, shape or dash."""
     return {
         "field": field,
         "type": "nominal",
@@ -141,13 +142,14 @@ _KL_AXIS = {
 
 
 def front(material: Material) -> Plot | None:
-    """Every scored trial: refusals against KL, or the second objective against the first, or a single one by trial."""
-    if not material.scored:
+    """Every scored trial: refusals against KL, the second objective against the first, or a single objective by trial."""
+    baseline = material.search.baseline
+    if not material.scored or baseline is None:
         return None
     if material.objectives != DEFAULT:
-        return _of_objectives(material)
+        return _of_objectives(material, baseline)
     rows = [_point(material, trial) for trial in material.scored]
-    base = {"kind": "base model", "kl": 0, "refusals": material.result["baseline"]["refusals"], "told": "as it is"}
+    base = {"kind": "base model", "kl": 0, "refusals": baseline.refusals, "count": f"{baseline.refusals}/{baseline.prompts}"}
     steps = [base, *(row for row in rows if row["order"] > 1)]
     steps.sort(key=lambda row: (row["kl"], -row["refusals"]))
     y = quantity("refusals", f"refusals of {material.prompts} harmful prompts")
@@ -157,18 +159,16 @@ def front(material: Material) -> Plot | None:
         "encoding": {"x": _KL_AXIS, "y": y, "order": {"field": "kl", "type": "quantitative"}},
     }
     points = _points([*rows, base], _KL_AXIS, y, _columns(material))
-    count = len(material.result["front"])
+    count = len(material.search.front)
     text = f"{len(rows)} scored trials as points, refusals against KL; {count} of them are on the front."
     return Plot("front", "Refusals against KL", text, spec_of(340, layer=[line, points]))
 
 
-def _of_objectives(material: Material) -> Plot | None:
-    """Without a line: with more than two objectives the front is none."""
+def _of_objectives(material: Material, base: Baseline) -> Plot | None:
+    """The plot has no line, because the front of more than two objectives is none."""
     first, *rest = material.objectives
-    base = Baseline.from_record(material.result["baseline"])
-    scored = [
-        trial for trial in material.scored if all(one.name in (*trial.values, "kl", "refusals") for one in material.objectives)
-    ]
+    names = {objective.name for objective in material.objectives}
+    scored = [trial for trial in material.scored if names <= {*trial.values, KL, REFUSALS}]
     if not scored:  # a damaged record: no trial has all its values
         return None
     rows = [
@@ -182,16 +182,16 @@ def _of_objectives(material: Material) -> Plot | None:
     shown: list[dict[str, Any]] = [*rows]
     if rest:
         of_base = {"first": base.value(first.name), "second": base.value(rest[0].name)}
-        shown.append({"kind": "base model", "told": "as it is", **of_base})
-    titles = [_title(material, one) for one in material.objectives]
+        shown.append({"kind": "base model", "count": f"{base.refusals}/{base.prompts}", **of_base})
+    titles = [_title(material, objective) for objective in material.objectives]
     axis = _KL_AXIS if first.name == KL else quantity("first", titles[0])
     x = {**axis, "field": "first"}
     y = quantity("second", titles[1]) if rest else {**quantity("second", "trial"), "axis": {"tickMinStep": 1}}
     points = _points(shown, x if rest else y, y if rest else x, _columns(material))
-    what = f"{rest[0].name} against {first.name}" if rest else f"{first.name} by trial"
-    count = len(material.result["front"])
-    text = f"{len(rows)} scored trials as points, {what}; {count} of them are on the front."
-    return Plot("front", what[0].upper() + what[1:], text, spec_of(340, layer=[points]))
+    axes = f"{rest[0].name} against {first.name}" if rest else f"{first.name} by trial"
+    count = len(material.search.front)
+    text = f"{len(rows)} scored trials as points, {axes}; {count} of them are on the front."
+    return Plot("front", axes[0].upper() + axes[1:], text, spec_of(340, layer=[points]))
 
 
 def _title(material: Material, objective: Objective) -> str:
@@ -202,7 +202,7 @@ def _title(material: Material, objective: Objective) -> str:
 def _points(
     rows: list[dict[str, Any]], x: Mapping[str, Any], y: Mapping[str, Any], columns: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A layer of the rows as points, which gives each its size."""
+    """A layer of points, one a row; it adds each point's size to its row."""
     kinds = {
         "selected": (ORANGE, "diamond", 300),
         "on the front": (BLUE, "circle", 80),
@@ -210,8 +210,8 @@ def _points(
         "stopped: at least so many": (GREY, "triangle-up", 40),
         "base model": (PURPLE, "cross", 120),
     }
-    met = {row["kind"] for row in rows}
-    shown = {kind: look for kind, look in kinds.items() if kind in met}
+    present = {row["kind"] for row in rows}
+    shown = {kind: look for kind, look in kinds.items() if kind in present}
     names, (colours, shapes, sizes) = list(shown), zip(*shown.values(), strict=True)
     for row in rows:
         row["size"] = sizes[names.index(row["kind"])]
@@ -233,37 +233,30 @@ def _points(
 def _point(material: Material, trial: Trial) -> dict[str, Any]:
     kl, is_front = trial.scores["kl"], material.is_front(trial)
     kind = "on the front" if is_front else "stopped: at least so many" if trial.state == "stopped" else "complete"
-    chosen = trial.number == material.result["selected"]
-    bound = "≥ " if trial.state == "stopped" else ""
+    chosen = trial.number == material.search.selected
+    kernels = [f"{name}: {kernel_text(kernel)}" for name, kernel in trial.params.kernels.items()]
     return {
         "kind": "selected" if chosen else kind,
         "order": 3 if chosen else 2 if is_front else 1,
         "kl": kl["mean"],
         "refusals": trial.refusals,
         "number": str(trial.number),
-        "told": f"{bound}{trial.refusals} of {material.prompts}",
-        "kls": f"{kl['mean']:.4f} / {kl['median']:.4f} / {kl['max']:.4f}",
+        "count": refusals_text(trial, material.prompts),
+        "kls": spread_text(kl),
         "scope": trial.params.scope,
         "direction": f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else "each layer's own",
-        **{f"kernel{place}": f"{name}: {kernel_text(one)}" for place, (name, one) in enumerate(trial.params.kernels.items())},
+        **{f"kernel{index}": text for index, text in enumerate(kernels)},
         "seconds": f"{trial.seconds:.1f}",
-        # Named by place: a scorer's name is foreign text.
-        **{f"other{place}": _other(trial, name) for place, name in enumerate(material.others)},
+        # Named by number, because a scorer's name is foreign text.
+        **{f"other{index}": _other(trial, name) for index, name in enumerate(material.others)},
     }
-
-
-def kernel_text(kernel: Kernel) -> str:
-    """A kernel in a few words."""
-    if not kernel.max_coeff:
-        return "off"
-    return f"{kernel.max_coeff:.2f} at layer {kernel.position:.1f}, {kernel.min_coeff:.2f} at ± {kernel.distance:.1f}"
 
 
 def _columns(material: Material) -> dict[str, str]:
     count = max((len(trial.params.kernels) for trial in material.trials), default=0)
-    kernels = {f"kernel{place}": f"kernel {place + 1}" for place in range(count)}
-    start = {"number": "trial", "kind": "what", "told": "refusals", "kls": "KL mean / median / max"}
-    start |= {f"other{place}": f"scorer {place + 1}" for place in range(len(material.others))}
+    kernels = {f"kernel{index}": f"kernel {index + 1}" for index in range(count)}
+    start = {"number": "trial", "kind": "kind", "count": "refusals", "kls": "KL"}
+    start |= {f"other{index}": f"scorer {index + 1}" for index in range(len(material.others))}
     return start | {"scope": "scope", "direction": "direction"} | kernels | {"seconds": "seconds"}
 
 
@@ -305,21 +298,20 @@ def kernels(material: Material) -> Plot | None:
     trial = material.selected
     if trial is None or not trial.params.kernels:
         return None
-    n_layers = int(material.result["model"]["n_layers"])
     rows = [
         {"layer": layer, "coeff": round(kernel.coeff(layer), 6), "component": name, "edited": kernel.coeff(layer) != 0}
         for name, kernel in trial.params.kernels.items()
-        for layer in range(n_layers)
+        for layer in range(material.n_layers)
     ]
     names = list(trial.params.kernels)
     drawn = lines(rows, "coeff", "coeff λ", "component", names)
     layers: list[dict[str, Any]] = [drawn]
     if trial.params.scope == "global":
-        place = {"layer": trial.params.direction_index, "what": "the direction is that of this layer"}
+        marked = {"layer": trial.params.direction_index, "what": "the direction is that of this layer"}
         rule = {"type": "rule", "color": INK, "opacity": 0.6, "strokeDash": [3, 3]}
         x = {"field": "layer", "type": "quantitative"}
         tip = tooltip({"what": "dashed line", "layer": "layer"})
-        layers.append({"data": {"values": [place]}, "mark": rule, "encoding": {"x": x, "tooltip": tip}})
+        layers.append({"data": {"values": [marked]}, "mark": rule, "encoding": {"x": x, "tooltip": tip}})
     text = f"Coeff by layer for {len(names)} components of trial {trial.number}."
     return Plot("kernels", f"Kernels of trial {trial.number}", text, spec_of(240, layer=layers))
 
@@ -332,12 +324,12 @@ def importance(material: Material) -> Plot | None:
     names = list(dict.fromkeys(name for shares in material.importance.values() for name in shares))
     names.sort(key=lambda name: -sum(shares.get(name, 0) for shares in material.importance.values()))
     rows = [
-        {"parameter": name, "share": round(share, 4), "objective": objective, "place": names.index(name)}
+        {"parameter": name, "share": round(share, 4), "objective": objective, "order": names.index(name)}
         for objective, shares in material.importance.items()
         for name, share in shares.items()
     ]
     encoding = {
-        "y": {"field": "parameter", "type": "nominal", "sort": by_place(), "title": None},
+        "y": {"field": "parameter", "type": "nominal", "sort": by_order(), "title": None},
         "yOffset": {"field": "objective", "sort": objectives},
         "x": {**quantity("share", "share of the importance"), "axis": {"format": "%"}},
         "color": look("objective", objectives, COLOURS),
@@ -392,7 +384,7 @@ def _by_layer(
 
 
 def projection(material: Material) -> Plot | None:
-    """Both sets on two principal axes, of one layer; the page changes the layer."""
+    """Both prompt sets on two principal axes, at one layer; a slider of the page changes the layer."""
     if material.geometry is None or not material.geometry["projection"]:
         return None
     index = best_layer(material)
@@ -414,7 +406,7 @@ def projection(material: Material) -> Plot | None:
 
 
 def projected(geometry: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
-    """The points of one residual index; `page.js` does the same."""
+    """The points of one residual index; `page.js` builds the same rows."""
     return [
         {"x": point[0], "y": point[1], "set": name, "prompt": prompt}
         for name in ("harmful", "harmless")
@@ -435,18 +427,17 @@ def layer_name(index: int) -> str:
 
 def times(material: Material) -> Plot | None:
     """Seconds by stage."""
-    spent = material.stages(material.result["timings"])
-    rows = [{"stage": name, "seconds": round(value, 2)} for name, value in spent.items()]
+    rows = [{"stage": name, "seconds": round(seconds, 2)} for name, seconds in material.stage_seconds.items()]
     return bars("times", "Time by stage", "seconds", rows, ["seconds"])
 
 
 def memory(material: Material) -> Plot | None:
     """Peak memory by stage, of the process and of its device."""
-    places = {"peak_rss_bytes": "main memory", "peak_device_bytes": "device"}
+    kinds = {"peak_rss_bytes": "main memory", "peak_device_bytes": "device"}
     rows = [
-        {"stage": name, "GiB": round(peaks.get(key, 0) / 2**30, 3), "where": place}
-        for name, peaks in material.stages(material.result["memory"].get("stages", {})).items()
-        for key, place in places.items()
+        {"stage": name, "GiB": round(peaks.get(key, 0) / 2**30, 3), "where": where}
+        for name, peaks in material.stage_memory.items()
+        for key, where in kinds.items()
     ]
-    used = [place for place in places.values() if any(row["GiB"] for row in rows if row["where"] == place)]
+    used = [where for where in kinds.values() if any(row["GiB"] for row in rows if row["where"] == where)]
     return bars("memory", "Peak memory by stage", "GiB", [row for row in rows if row["where"] in used], used)

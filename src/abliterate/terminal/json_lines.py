@@ -1,6 +1,7 @@
-"""What `--json` prints: strict JSON, one object a line, in ASCII, each with `event`, `format` and `time`.
+"""Print the lines of `--json`: one object of strict JSON a line, in ASCII, each with `event`, `format` and `time`.
 
-Owns the lines; docs/json.schema.json says what is in them, docs/json.md the same to a person. Light at import, for `cli`.
+docs/json.schema.json describes the fields of every line, and docs/json.md describes them to a person. This module imports
+nothing heavy, since the command line imports it at its start.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-from abliterate.types import Trial
+from abliterate.types import Table, Trial
 
-# Of the lines. What is in a result has a format of its own (`results.FORMAT`).
+# The version of the lines. The content of a result has a version of its own.
 FORMAT = 1
 
 
 def emit(event: str, *, out: TextIO | None = None, **fields: Any) -> None:
-    """Print one line, on standard output unless said otherwise; a number that is not finite becomes null."""
+    """Print one line on `out`, by default standard output; a number that is not finite becomes null."""
     record = {"event": event, "format": FORMAT, "time": round(time.time(), 3), **fields}
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError:
         text = json.dumps(_finite(record), allow_nan=False)
-    # Escaped to ASCII: whatever the terminal's encoding, no character is lost, and no line separator splits a line.
+    # Escaped to ASCII, so that no character is lost in any terminal's encoding and no line separator splits a line.
     print(text, file=out or sys.stdout, flush=True)
 
 
@@ -33,14 +34,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [_finite(inner) for inner in value]
     return value
 
 
 class JsonReporter:
-    """The `Reporter` of `--json`; the last line of a run is its result."""
+    """The `Reporter` of `--json`, which ends a run with its result as the last line."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -64,7 +65,7 @@ class JsonReporter:
         best_number = None if best is None else best.number
         self._emit("trial", trial=trial.to_record(), total=total, front=front, best=best_number)
 
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
         self._emit("result", result=dict(result), directory=where)
 
     def close(self) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from abliterate.types import Reporter, Trial
+from abliterate.types import Reporter, Table, Trial
 
 
 class ProgressBarReporter:
@@ -44,7 +44,7 @@ class ProgressBarReporter:
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         """Trials are what the caller iterates over."""
 
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
         self.close()
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
-"""What a person or a script sees while something is at work: three reporters, and questions. With `tables`, all of Rich."""
+"""Show people a command's progress and ask them questions: reporters for a terminal, a pipe and `--json`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -11,12 +11,12 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.prompt import Prompt as Question
-from rich.table import Table
+from rich.table import Table as RuledTable
 
 from abliterate.objectives import other_scores
 from abliterate.terminal.json_lines import JsonReporter
-from abliterate.terminal.tables import front_table, heldout_lines, printable
-from abliterate.types import Baseline, Reporter, Trial
+from abliterate.terminal.tables import plain_lines, print_on, printable
+from abliterate.types import Reporter, Table, Trial
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
@@ -27,18 +27,18 @@ def make_reporter(*, as_json: bool) -> Reporter:
 
 
 def trial_line(trial: Trial, total: int, front: bool) -> str:
-    """One trial in one line: number, refusals, KL, seconds, whether on the front."""
-    place = f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
+    """One trial in one line: its number, refusals, KL and seconds, and whether it is on the front."""
+    start = f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
     if trial.state == "failed":
-        return f"{place}  failed: {trial.reason}"
+        return f"{start}  failed: {trial.reason}"
     bound = "≥" if trial.state == "stopped" else " "
     mark = "  ★ front" if front else ""
     others = "".join(f"  {text}" for text in other_scores(trial))
-    return f"{place}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
+    return f"{start}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
 
 
 class PlainReporter:
-    """Plain lines, for pipes and logs: no progress bars."""
+    """Writes plain lines without progress bars, for pipes and logs."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -48,14 +48,14 @@ class PlainReporter:
         for name, value in fields.items():
             first, *more = value.split("\n")
             self._line(f"{name}: {first}")
-            for line in more:  # indented: it can't pass for another line of ours
+            for line in more:  # indented, so that it can't pass for another line of ours
                 self._line(f"  {line}")
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self._line(f"== {name}" + (f": {detail}" if detail else ""))
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Show nothing: a log full of counters helps nobody."""
+        """Show nothing, because a log full of counters helps nobody."""
 
     def note(self, text: str, **fields: Any) -> None:
         self._line(text)
@@ -68,9 +68,10 @@ class PlainReporter:
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         self._line(trial_line(trial, total, front))
 
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
-        for line in summary_lines(result, where):
-            self._line(line)
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
+        for part in summary:
+            for line in plain_lines(part) if isinstance(part, Table) else (part,):
+                self._line(line)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -80,7 +81,7 @@ class PlainReporter:
 
 
 class RichReporter:
-    """A progress bar for the current stage, one line per trial, and the best so far in the bar."""
+    """Shows a progress bar for the current stage with the best trial so far, and one line per trial."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -91,7 +92,7 @@ class RichReporter:
         self._warnings: set[str] = set()
 
     def header(self, fields: Mapping[str, str]) -> None:
-        grid = Table.grid(padding=(0, 2))
+        grid = RuledTable.grid(padding=(0, 2))
         for name, value in fields.items():
             grid.add_row(f"[dim]{escape(name)}[/dim]", escape(printable(value, "\n")))
         self._show(Panel(grid, title="abliterate", border_style="cyan", expand=False))
@@ -116,7 +117,7 @@ class RichReporter:
         self._task = None
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        # Inside the search the bar counts trials, not the prompts of one of them.
+        # Inside the search the bar counts trials, not the prompts of a trial.
         if self._trials is not None or self._progress is None:
             return
         self._advance(done, total, unit)
@@ -142,11 +143,13 @@ class RichReporter:
         self._trials = trial.number + 1
         self._advance(trial.number + 1, total, "trials")
 
-    def finish(self, result: Mapping[str, Any], where: str) -> None:
+    def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
         self.close()
-        self._console.print(front_table(result))
-        for line in summary_lines(result, where, table=False):
-            self._console.print(escape(printable(line)), highlight=False)
+        for part in summary:
+            if isinstance(part, Table):
+                print_on(self._console, part, " or abliterate report")
+            else:
+                self._console.print(escape(printable(part)), highlight=False)
 
     def close(self) -> None:
         """Take the progress bar off the terminal, before a question or at the end."""
@@ -158,7 +161,7 @@ class RichReporter:
         if self._progress is None:
             return
         if self._task is None:
-            # Trials kept from before a resume took no time now; they must not enter the rate.
+            # Trials kept from before a resume took no time in this process, so they must not enter the rate.
             start = done - 1 if unit == "trials" else 0
             self._task = self._progress.add_task(unit, total=total, completed=start, rate="", best=self._best)
         speed = self._progress.tasks[-1].finished_speed or self._progress.tasks[-1].speed
@@ -171,46 +174,11 @@ class RichReporter:
         (self._progress.console if self._progress else self._console).print(content, highlight=False)
 
 
-def summary_lines(result: Mapping[str, Any], where: str, *, table: bool = True) -> Iterable[str]:
-    """What was found and exported, as plain lines."""
-    total = result["baseline"]["prompts"]
-    by_number = {record["number"]: Trial.from_record(record) for record in result["trials"]}
-    if table:
-        others = "".join(f"  {name} {value:.4g}" for name, value in sorted(result["baseline"].get("values", {}).items()))
-        yield f"base: refusals {result['baseline']['refusals']}/{total}{others}"
-        for number in result["front"]:
-            trial = by_number[number]
-            mark = "  <- selected" if number == result["selected"] else ""
-            others = "".join(f"  {text}" for text in other_scores(trial))
-            yield f"front: trial {number}  refusals {trial.refusals}/{total}  KL {trial.kl:.4f}{others}{mark}"
-    if result["selected"] is None:
-        return
-    trial = by_number[result["selected"]]
-    before = result["baseline"]["refusals"]
-    others = "".join(f", {text}" for text in other_scores(trial, result["baseline"].get("values", {})))
-    yield f"selected trial {trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}"
-    heldout = result.get("heldout")
-    if heldout and heldout["trial"] == trial.number:
-        yield from heldout_lines(heldout)
-    export = result["export"]
-    if export["path"]:
-        verified = {True: "verified after reloading", False: "NOT verified", None: "not checked"}[export["verified"]]
-        yield f"exported ({export['kind']}): {where}/{export['path']}, {verified}"
-        if export.get("pushed"):
-            yield f"pushed: {export['pushed']}"
-
-
-def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, reporter: Reporter) -> Trial:
-    """Show the front and let the person choose; Enter, and the end of the input (Ctrl+D), take the rule's choice."""
+def ask_for_trial(front: Sequence[Trial], default: Trial, table: Table, reporter: Reporter) -> Trial:
+    """Show the front as `table` and let the person choose; Enter and the end of the input (Ctrl+D) take the default."""
     reporter.close()
     console = Console()
-    record = {
-        "trials": [trial.to_record() for trial in front],
-        "front": [trial.number for trial in front],
-        "baseline": baseline.to_record(),
-        "selected": default.number,
-    }
-    console.print(front_table(record))
+    print_on(console, table, " or abliterate trials")
     numbers = {str(trial.number): trial for trial in front}
     question = "Which trial is to be exported"
     try:
@@ -222,7 +190,7 @@ def ask_for_trial(front: Sequence[Trial], default: Trial, baseline: Baseline, re
 
 
 def ask_yes(question: str) -> bool:
-    """Whether the person says yes; Enter and the end of the input (Ctrl+D) mean no."""
+    """Ask a question, and return whether the person says yes; Enter and the end of the input (Ctrl+D) mean no."""
     try:
         return Console().input(f"{escape(question)} (y/N) ").strip().lower() in ("y", "yes")
     except EOFError:
@@ -230,7 +198,7 @@ def ask_yes(question: str) -> bool:
 
 
 def show_heading(text: str) -> None:
-    """What stands above all that one run of several says."""
+    """Print a heading above the output of one run among several."""
     if sys.stdout.isatty():
         Console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
     else:
@@ -238,5 +206,5 @@ def show_heading(text: str) -> None:
 
 
 def show_error(message: str) -> None:
-    """One sentence on standard error."""
+    """Print an error sentence on standard error."""
     Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(printable(message))}")

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.chat.display import JsonFace, PlainFace, TerminalFace, visible
+from abliterate.chat.display import JsonDisplay, PlainDisplay, TerminalDisplay, visible
 from abliterate.chat.generate import Reply, Sampling, _Reading
 from abliterate.chat.input import Presses, TypedLines
 from abliterate.chat.open import ChatTarget, open_session
@@ -358,9 +358,9 @@ def test_control_characters_are_shown_not_obeyed(width: int) -> None:
     assert visible("a\tb\nc é") == "a\tb\nc é"
     assert visible("\x1b[2J\x9b\u202e") == "\\x1b[2J\\x9b\\u202e"
     out = io.StringIO()
-    hostile_turn(TerminalFace(Console(file=out, force_terminal=True, width=width, color_system="standard")))
+    hostile_turn(TerminalDisplay(Console(file=out, force_terminal=True, width=width, color_system="standard")))
     plain = io.StringIO()
-    hostile_turn(PlainFace(plain, plain))
+    hostile_turn(PlainDisplay(plain, plain))
     for text in (out.getvalue(), plain.getvalue()):
         # What is left are Rich's own colours and, while something is live, its moves of the cursor.
         left = re.sub(r"\x1b\[(\d+(;\d+)*m|2K|1A|\?25[lh])|\r", "", text)
@@ -368,7 +368,7 @@ def test_control_characters_are_shown_not_obeyed(width: int) -> None:
         assert "\\x1b[2J" in text.replace("\n", "")
     assert "\x1b]" not in out.getvalue() + plain.getvalue()
     lines = io.StringIO()
-    hostile_turn(JsonFace(lines))
+    hostile_turn(JsonDisplay(lines))
     assert lines.getvalue().isascii()
     assert json.loads(lines.getvalue().splitlines()[0])["text"] == HOSTILE
 
@@ -457,7 +457,13 @@ def test_in_a_pipe(invoke: Invoke, finished: Finished, tmp_path: Path, monkeypat
     assert answers[3].startswith("[base]")
     assert f"[edited, trial {other}]" in answers
     assert "> " not in outcome.out
-    for told in ("the base model answers", f"trial {other} answers: refusals", "front: trial", "conversation: none", "/quit"):
+    for told in (
+        "the base model answers",
+        f"trial {other} answers: refusals",
+        "Front: every trial",
+        "conversation: none",
+        "/quit",
+    ):
         assert told in outcome.err, told
     assert "saved in a.md" in outcome.err
     assert "/say" in (tmp_path / "a.md").read_text(encoding="utf-8")
@@ -556,7 +562,7 @@ def test_ctrl_c_in_a_pipe_ends(session: Session) -> None:
         def read(self, prompt: str) -> str:
             return ASKED[2]
 
-    class Pressing(PlainFace):
+    class Pressing(PlainDisplay):
         def piece(self, *args: Any) -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -582,7 +588,7 @@ def test_ctrl_d_ends(session: Session, capsys: pytest.CaptureFixture[str]) -> No
         def read(self, prompt: str) -> str:
             raise EOFError
 
-    Shell(session, PlainFace(io.StringIO(), io.StringIO()), Ended()).run()
+    Shell(session, PlainDisplay(io.StringIO(), io.StringIO()), Ended()).run()
     assert capsys.readouterr().out == "\n"  # the shell's prompt begins a line
 
 

@@ -83,7 +83,7 @@ class TestNone(EditContract):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_definitions_spelled_out(mode: str) -> None:
-    """The reference itself against DESIGN §4, entry by entry."""
+    """The reference itself against docs/design.md §4, entry by entry."""
     weight, v, coeff = random_weight(5, 6).double(), unit(random_directions(5), 1.0), 0.7
     n = [math.sqrt(sum(float(x) ** 2 for x in row)) for row in weight]
     base = [[float(x) / (1 if mode == "none" else n[i]) for x in row] for i, row in enumerate(weight)]

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,7 @@ def test_the_last_step_of_a_run(measured: tuple[Path, dict[str, Any], Settings])
     assert found["base"]["refusals"]["count"] == 8
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "8 of harmful_heldout.jsonl" in card
-    assert f"KL(base‖this), first token, mean | 0 | {found['kl']['mean']:.4f} | {trial['scores']['kl']['mean']:.4f}" in card
+    assert f"KL of the first token, mean | 0 | {found['kl']['mean']:.4f} | {trial['scores']['kl']['mean']:.4f}" in card
     assert "held-out" in result["timings"]
 
 
@@ -290,8 +291,8 @@ def test_the_edit_in_memory_is_the_export(
         assert found["perplexity"]["candidate"] == pytest.approx(trial["perplexity"]["candidate"], rel=0.01)
         assert abs(found["candidate"]["refusals"]["count"] - trial["candidate"]["refusals"]["count"]) <= 1
     text = invoke("evaluate", "demo", "demo", *options, *own, *sets).out
-    assert "held out: KL first token 0.0000" in text
-    assert "harmless answers unchanged 8/8" in text
+    assert re.search(r"KL of the first token, mean +0 +0\.0000", text)
+    assert re.search(r"harmless answers unchanged +8/8", text)
 
 
 def test_what_can_not_be_evaluated(

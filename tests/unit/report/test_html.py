@@ -98,33 +98,33 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
     assert len(points) == 41
     assert {point["kind"] for point in points} >= {"selected", "stopped: at least so many", "base model"}
-    assert any(point["told"].startswith("≥ ") for point in points)
+    assert any(point["count"].startswith("≥") for point in points)
 
 
 def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path / "run")
     text = Page(render(gather(run))).text
-    for part in ("97 of 100 (91.5–99.4 %)", "3 of 100 (0.6–8.5 %)", "1.7500 (base 1.5000)", "21.5 on (mean)"):
+    for part in ("97/100 [91.5–99.4 %]", "3/100 [0.6–8.5 %]", "1.5000 1.7500", "first changed token, mean 21.5"):
         assert part in text
     for part in (
         "100 harmful. 4 more were left out",
         "+2.0 points of refusals, -0.5000 nats",
         "100 % in the search and 97 % held out",
-        "1 unlike",
+        "markers differ from plain 1",
         "Sorry plain",
         "gives no verdicts: unreachable plain",
         "1.25 1e+06",
-        "none no score plain",
+        "broken gives no score: no score plain",
     ):
         assert part in text
     show(gather(run))
-    assert "held out: refusals 97/100" in capsys.readouterr().out
+    assert "97/100 [91.5–99.4 %]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"trial": 999}, "of another trial than the selected"),
+        ({"trial": 999}, "are of another trial than the selected"),
         ({"kl": 7}, "can't read all that was measured"),
         (None, "Nothing was measured on held-out prompts"),
     ],
@@ -135,7 +135,7 @@ def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said:
     write_json(run.result, record | {"heldout": None if change is None else record["heldout"] | change})
     text = Page(render(gather(run))).text
     assert said in text
-    assert ("it refuses 3 of 100" in text) == (change == {"kl": 7})
+    assert ("it refuses 3/100" in text) == (change == {"kl": 7})
     show(gather(run))
 
 
@@ -188,12 +188,18 @@ def test_no_path_and_no_password_gets_in(tmp_path: Path) -> None:
     assert material.settings["prompts.system"] == "/think"
 
 
-def test_a_run_of_an_earlier_version_says_what_is_missing(tmp_path: Path) -> None:
+def test_the_page_says_which_records_are_missing(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", count=4)
     for path in (run.geometry, run.answers, run.settings):
         path.unlink()
     page = Page(render(gather(run)))
-    for part in ("geometry.json isn't", "answers.json isn't", "settings.toml isn't", "fewer than 20", "earlier version"):
+    for part in (
+        "geometry.json isn't",
+        "answers.json isn't",
+        "settings.toml isn't",
+        "fewer than 20",
+        "which matrices are edited",
+    ):
         assert part in page.text
     assert set(page.data["plots"]) == {"front", "progress", "progress-in-time", "kernels", "times", "memory"}
 

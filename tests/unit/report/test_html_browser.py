@@ -83,7 +83,7 @@ def test_a_point_says_its_parameters(tab: Browser, page: Path) -> None:
         tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=place["x"] + step, y=place["y"])
     tab.wait("document.querySelector('#vg-tooltip-element.visible') !== null")
     told = tab.evaluate("document.getElementById('vg-tooltip-element').innerText")
-    for part in ("trial", "refusals", "KL mean", "kernel 1", "scope"):
+    for part in ("trial", "refusals", "KL", "mean", "kernel 1", "scope"):
         assert part in told
     assert HOSTILE[:20] in told
     assert tab.evaluate("document.querySelectorAll('#vg-tooltip-element img').length") == 0

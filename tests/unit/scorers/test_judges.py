@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import importlib.util
 import json
+import re
 import sys
 import threading
 import time
@@ -31,10 +32,10 @@ from abliterate.pipeline import evaluate as pipeline_evaluate
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.cache_keys import _scorers
+from abliterate.report.tables import heldout_table
 from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
 from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
 from abliterate.settings.schema import EvaluationSettings, Settings
-from abliterate.terminal.tables import heldout_lines
 from support.cli import Invoke, assert_sentence, forbidden, prompt_options
 from support.contracts import RESPONSES, SEEN, ScorerContract
 from support.engine import make_engine
@@ -431,7 +432,7 @@ def test_what_fails_at_the_end_costs_nothing_else(
     result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
     check("held-out", result["heldout"])
     assert "no verdict" in result["heldout"]["judges"][0]["error"]
-    assert any("gives no verdicts" in line for line in heldout_lines(result["heldout"]))
+    assert any("gives no verdicts" in note for note in heldout_table(result["heldout"], "trial").notes)
     (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
     over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
     again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
@@ -447,7 +448,7 @@ def test_what_fails_at_the_end_costs_nothing_else(
         "error": found["scores"]["words"]["error"],
     }
     assert "KeyError: 'oh'" in found["scores"]["words"]["error"]
-    assert any(line.startswith("held out: words gives no score: ") for line in heldout_lines(found))
+    assert any(note.startswith("words gives no score: ") for note in heldout_table(found, "trial").notes)
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
@@ -618,4 +619,4 @@ def test_held_out_figures_survive_a_failing_benchmark(
     assert lines[-1]["exit_code"] == 1
     outcome = invoke("evaluate", "demo", "demo", *options)
     assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
-    assert "held out: KL first token 0.0000" in outcome.out
+    assert re.search(r"KL of the first token, mean +0 +0\.0000", outcome.out)

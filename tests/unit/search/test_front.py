@@ -31,7 +31,7 @@ def numbers(front: Sequence[Trial]) -> list[int]:
 
 
 def brute_force(given_trials: Sequence[Trial], baseline: Baseline) -> set[int]:
-    """By definition (DESIGN §4): not weakly dominated by the baseline or another; of equal ones the lowest number."""
+    """By definition (docs/design.md §4): not weakly dominated by the baseline or another; of equal ones the lowest number."""
 
     def dominated(trial: Trial, other: Trial) -> bool:
         if (trial.kl, trial.refusals) == (other.kl, other.refusals):

@@ -25,6 +25,7 @@ from abliterate.pipeline.preflight import check_model, check_names
 from abliterate.pipeline.reproduce.compare import Comparison, compare
 from abliterate.pipeline.reproduce.recipe_settings import left_scorers, settings_of
 from abliterate.pipeline.workbench import Workbench, load_calibrated, named_as
+from abliterate.report.tables import summary
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
 from abliterate.types import Reporter, TrialParams
@@ -179,7 +180,8 @@ def _conclude(context: Context, result: Result, comparison: Comparison, final: P
         reporter.warn(comparison.sentence())
     elif comparison.outcome == "identical":
         reporter.note(comparison.sentence())
-    reporter.finish(result.to_record(), str(final.parent))
+    where = str(final.parent)
+    reporter.finish(result.to_record(), where, summary(result, where))
     if comparison.outcome == "different":
         raise AbliterateError(comparison.sentence())
     return result
