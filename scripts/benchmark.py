@@ -37,10 +37,6 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no certified stop": ("use_certified_stop",),
     "settled rows stay": ("use_settled_rows",),
     "no drafts": ("use_drafts",),
-    "KL prefill fills a cache": ("use_cacheless_prefill",),
-    "whole responses for the prefix": ("use_early_prefix_detection",),
-    "no memory recovery": ("use_memory_recovery",),
-    "adapters everywhere": ("use_free_adapters",),
     "adapters reset per trial": ("use_incremental_adapter_updates",),
     "residuals on the device": ("offload_residuals_to_cpu",),
     "residuals streamed": ("max_residuals_mb",),  # off is 0, here and below

@@ -105,9 +105,9 @@ def seconds(size: Size, repeats: int) -> float:
             "response": {"max_new_tokens": size.length, "detect_prefix": False},
             "evaluation": {"batch_size": 50},
         }
-        rig = make_rig(load_settings("", options), folder / "run", with_baseline=False)
+        rig = make_rig(load_settings("", options), with_baseline=False)
         times = []
-        for params in rig.space.samples(repeats, seed=1):
+        for params in rig.bench.space.samples(repeats, seed=1):
             started = time.perf_counter()
             rig.evaluate(0, params, NEVER)
             times.append(time.perf_counter() - started)

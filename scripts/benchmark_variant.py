@@ -22,7 +22,7 @@ from abliterate.types import BatchSizes, Trial, TrialParams
 
 def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
     """Record a study of `count` trials as `abliterate run` makes it."""
-    study = open_study("", folder / "study.journal", rig.space, rig.context.settings.seed)
+    study = open_study("", folder / "study.journal", rig.bench.space, rig.bench.settings.seed)
     study.claim({})
     done: list[Trial] = []
     for number in range(count):
@@ -42,15 +42,15 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
     adapters = {"hits": 0, "misses": 0}
     trials = []
     for number in chosen:
-        certificate = DominancePruner.of(study[:number], rig.baseline)
-        hits, misses = rig.editor.adapters.hits, rig.editor.adapters.misses
+        pruner = DominancePruner.of(study[:number], rig.baseline)
+        before_trial = rig.bench.caches()["adapters"]
         started = time.perf_counter()
-        trial = rig.evaluate(number, study[number].params, certificate)
+        trial = rig.evaluate(number, study[number].params, pruner)
         seconds += time.perf_counter() - started
-        adapters["hits"] += rig.editor.adapters.hits - hits
-        adapters["misses"] += rig.editor.adapters.misses - misses
+        for kind, counted in rig.bench.caches()["adapters"].items():
+            adapters[kind] += counted - before_trial[kind]
         edit_seconds += edit_time(rig, study[number].params, study[max(0, number - step)].params)
-        limit = certificate.limit(trial.kl)
+        limit = pruner.limit(trial.kl)
         figures = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
         trials.append(figures | {"seconds": trial.seconds})
     counts = {"passes": rig.counters.passes - before[0], "tokens": rig.counters.tokens - before[1]}
@@ -66,10 +66,13 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
 
 def edit_time(rig: Rig, params: TrialParams, before: TrialParams) -> float:
     """Seconds that the adapter update of a trial takes after another trial; it is measured apart from the trial's own time."""
-    rig.editor.apply(before)
+    with rig.bench.edited(before):
+        pass
     started = time.perf_counter()
-    rig.editor.apply(params)
-    return time.perf_counter() - started
+    rig.bench.editor.apply(params)
+    seconds = time.perf_counter() - started
+    rig.bench.editor.suspend()
+    return seconds
 
 
 def main() -> None:
@@ -103,18 +106,17 @@ def main() -> None:
         settings = settings.model_copy(update={"search": settings.search.model_copy(update={"trials": args.record})})
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        rig = make_rig(settings, Path(folder))
+        rig = make_rig(settings)
         startup = time.perf_counter() - started
+        stages = dict(rig.bench.context.clock.timings)
         if args.record:
             result = record(rig, args.record, Path(folder))
         else:
             records = json.loads(args.study.read_text(encoding="utf-8"))["trials"]
             study = [Trial.from_record(trial) for trial in records]
             result = replay(rig, study, args.count)
-    hits = {"residuals": rig.context.store.counts("residuals")}
-    hits["svd"] = {"hits": rig.editor.memo.hits, "misses": rig.editor.memo.misses}
-    hits["adapters"] = result.get("adapters", {"hits": 0, "misses": 0})
-    result |= {"startup": startup, "stages": rig.seconds, "hits": hits, "batch_sizes": rig.bench.calibration.sizes.by_name}
+    hits = rig.bench.caches() | {"adapters": result.get("adapters", {"hits": 0, "misses": 0})}
+    result |= {"startup": startup, "stages": stages, "hits": hits, "batch_sizes": rig.bench.sizes.by_name}
     args.out.write_text(json.dumps(result), encoding="utf-8")
 
 

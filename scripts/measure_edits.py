@@ -25,12 +25,12 @@ ROOT = Path(__file__).parents[1]
 def make(representation: str, cache: Path) -> Rig:
     """Load the demo model with edits of one representation."""
     options = {"model": "demo", "cache_dir": str(cache), "edit": {"representation": representation}}
-    return make_rig(load_settings("", options), cache / representation)
+    return make_rig(load_settings("", options))
 
 
 def updates(rig: Rig, trials: Sequence[TrialParams]) -> float:
     """Median seconds of an update, each of which follows the edits of another trial."""
-    return statistics.median(timed(lambda params=params: rig.editor.apply(params))[1] for params in trials)
+    return statistics.median(timed(lambda params=params: rig.bench.editor.apply(params))[1] for params in trials)
 
 
 def main() -> None:
@@ -42,12 +42,12 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         exact, svd = make("exact", Path(folder)), make("svd", Path(folder))
-        trials = exact.space.samples(args.trials, seed=1)
+        trials = exact.bench.space.samples(args.trials, seed=1)
         trial = statistics.mean(done.seconds for done in exact.replay(trials))
         medians = {"exact": updates(exact, trials), "svd, not in the memo": updates(svd, trials)}
-        assert (svd.editor.memo.hits, svd.editor.memo.misses > 0) == (0, True)
+        assert (svd.bench.editor.memo.hits, svd.bench.editor.memo.misses > 0) == (0, True)
         medians["svd, from the memo"] = updates(svd, trials)
-        assert svd.editor.memo.hits > 0
+        assert svd.bench.editor.memo.hits > 0
     lines = [
         f"{datetime.date.today()}, `{command()}`: the demo model, {args.trials} random trials, {args.threads} threads; a trial",
         f"takes {trial:.3f} s on average.",

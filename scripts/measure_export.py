@@ -25,11 +25,12 @@ from rig import Quiet
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.result import ModelRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.model.memory import PeakMeter
+from abliterate.objectives import DEFAULT
 from abliterate.pipeline.export_trial import export_trial
 from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
@@ -61,21 +62,14 @@ def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
     settings = load_settings("", {"model": str(base)})
     directory = RunDirectory(folder)
     folder.mkdir()
-    result = RunResult(directory, Quiet())
     config = loader.load_config(str(base), settings.load)
     fingerprint = loader.fingerprint(str(base), config)
-    result.record["model"] = {
-        "id": base.name,
-        "revision": "",
-        "fingerprint": fingerprint,
-        "dtype": "bfloat16",
-        "quantization": "none",
-    }
+    result = Result(model=ModelRecord(id=base.name, revision="", fingerprint=fingerprint, dtype="bfloat16"))
     kernel = Kernel(max_coeff=1.0, position=0.75 * layers, min_coeff=0.5, distance=0.25 * layers)
     scores = {"refusals": 0, "kl": {"mean": 0.0, "median": 0.0, "max": 0.0}}
     trial = Trial(0, TrialParams("per layer", 0.0, dict.fromkeys(COMPONENTS, kernel)), "complete", scores)
-    result.trials([trial], [trial], Baseline(1, 1))
-    result.save()
+    result.searched([trial], [trial], Baseline(1, 1), DEFAULT)
+    result.write(directory)
     vectors = torch.nn.functional.normalize(torch.randn(layers + 1, width), dim=1)
     save_file({"directions": vectors}, directory.directions)
 
@@ -85,7 +79,7 @@ def export(kind: str, folder: Path) -> dict[str, Any]:
     base, run = folder / "base", folder / "run"
     settings = load_settings("", {"model": str(base), "export": {"kind": kind if kind != "whole" else "merged"}})
     before, meter, started = psutil.Process().memory_info().rss, PeakMeter(), time.perf_counter()
-    record: dict[str, Any] = {"verified": None}
+    verified = None
     if kind == "whole":
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
         v = torch.nn.functional.normalize(torch.randn(model.config.hidden_size), dim=0)
@@ -95,12 +89,8 @@ def export(kind: str, folder: Path) -> dict[str, Any]:
                 module.weight.data = (weight - torch.outer(v, v @ weight)).bfloat16()
         model.save_pretrained(folder / kind)
     else:
-        record = export_trial(settings, Quiet(), RunDirectory(run), 0, folder / kind)["export"]
-    return {
-        "seconds": time.perf_counter() - started,
-        "peak": meter.rss() - before,
-        "verified": record["verified"],
-    }
+        verified = export_trial(settings, Quiet(), RunDirectory(run), 0, folder / kind).export.verified
+    return {"seconds": time.perf_counter() - started, "peak": meter.rss() - before, "verified": verified}
 
 
 def main() -> None:

@@ -21,12 +21,9 @@ import torch
 from rig import PeakMemory, Quiet, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
+from abliterate import load
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import stages
-from abliterate.pipeline.context import Context, make_store, read_prompts
-from abliterate.pipeline.workbench import load_and_calibrate
 from abliterate.scorers.kl import kl_divergence, small_forms, smallest_form
 from abliterate.settings.sources import load_settings
 
@@ -54,21 +51,18 @@ def measure(model: str, limit: int) -> dict[str, float]:
         options: dict[str, Any] = {"model": model, "cache_dir": folder, "prompts": prompts}
         options |= {"efficiency": {"max_residuals_mb": limit}}
         options |= {"evaluation": {"batch_size": 16}, "response": {"max_new_tokens": 8, "detect_prefix": False}}
-        settings, reporter, directory = load_settings("", options), Quiet(), RunDirectory(Path(folder))
-        context = Context(settings, reporter, RunResult(directory, reporter), make_store(settings, reporter), lambda: None)
-        sets = read_prompts(context)
-        bench = load_and_calibrate(context, sets)
-        bench.engine.first_logprobs(sets.harmful[:16])  # the lasting allocations of a first pass are not the residuals'
+        bench = load(load_settings("", options), Quiet())
+        bench.engine.first_logprobs(bench.prompts.harmful[:16])  # a first pass's lasting allocations are not the residuals'
         gc.collect()
         peak = PeakMemory()
         peak.start()
-        needed = stages.residuals(context, bench, sets)
+        needed = stages.residuals(bench)
         residuals = {"residuals, peak": peak.stop()["rss_above"] / MIB}
-        editor = stages.make_editor(context, bench, stages.directions(context, *needed, Path(folder) / "directions"))
-        engine: Any = stages.trial_engine(context, bench, editor, sets).engine
-        prepared = list(editor._prepared.values())
+        bench.prepare(stages.directions(bench.context, needed))
+        engine: Any = bench.engine
+        prepared = list(bench.editor._prepared.values())
         tables = {edit.directions.data_ptr(): edit.directions.nbytes for edit in prepared}
-        base = engine.first_logprobs(sets.harmless_eval)
+        base = engine.first_logprobs(bench.prompts.harmless_eval)
         return residuals | {
             "prepared edits": sum(edit.nbytes for edit in prepared) / MIB,
             "directions": sum(tables.values()) / MIB,

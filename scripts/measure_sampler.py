@@ -42,7 +42,7 @@ def tell(study: Study, asked: Asked, trial: Trial, prompts: int, variant: str) -
 
 def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Trial]) -> tuple[float, int]:
     """(hypervolume, number of pruned trials) of one study."""
-    study = open_study("", journal, rig.space, rig.context.settings.seed)
+    study = open_study("", journal, rig.bench.space, rig.bench.settings.seed)
     study.claim({})
     never = DominancePruner(((0.0, sys.maxsize),))
     done: list[Trial] = []
@@ -66,7 +66,7 @@ def one_seed(seed: int, trials: int) -> dict[str, tuple[float, int]]:
         "", {"model": "demo", "seed": seed, "search": {"trials": trials}, "evaluation": {"batch_size": 50}}
     )
     with tempfile.TemporaryDirectory() as folder:
-        rig = make_rig(settings, Path(folder))
+        rig = make_rig(settings)
         return {variant: run(rig, variant, trials, Path(folder) / f"{variant}.journal", {}) for variant in VARIANTS}
 
 

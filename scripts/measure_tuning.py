@@ -14,12 +14,12 @@ import torch
 from benchmark_page import command, update_page
 from rig import Quiet, timed
 
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model.footprint import Shape, row_bytes
 from abliterate.model.loader import demo_path, public_name
-from abliterate.pipeline import batch_size, from_settings, workbench
-from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline import batch_size
+from abliterate.pipeline.context import Context, read_prompts
+from abliterate.pipeline.from_settings import plain_engine
+from abliterate.pipeline.workbench import open_workbench
 from abliterate.prompts.sets import DEMO_PROMPTS
 from abliterate.settings.sources import load_settings
 
@@ -30,22 +30,17 @@ def measure(model: str, folder: Path) -> list[str]:
     """The rows of the table, one for each search."""
     prompts = {name: str(demo_path() / "prompts" / file) for name, file in DEMO_PROMPTS.items()}
     settings = load_settings("", {"model": model, "cache_dir": str(folder), "prompts": prompts})
-    reporter = Quiet()
-    context = Context(
-        settings, reporter, RunResult(RunDirectory(folder), reporter), make_store(settings, reporter), lambda: None
-    )
+    context = Context.of(settings, Quiet())
     sets = read_prompts(context)
-    loaded = workbench.load(context, None)
-    engine = from_settings.plain_engine(context, loaded)
+    loaded = open_workbench(context).loaded
+    engine = plain_engine(context, loaded)
     engine.generate_ids(sets.harmful_eval[:1], 2)
     shape = Shape.of(loaded.model.config.get_text_config(), loaded.model.dtype)
     lengths = batch_size.Probes(context, loaded, engine, sets).lengths
     rows = []
     for name, binary in (("estimate and binary search", True), ("doubling", False)):
         efficiency = settings.efficiency.model_copy(update={"use_binary_search_batch_tuning": binary})
-        asked = Context(
-            settings.model_copy(update={"efficiency": efficiency}), reporter, context.result, context.store, lambda: None
-        )
+        asked = context.with_settings(settings.model_copy(update={"efficiency": efficiency}))
         tuned, seconds = timed(lambda asked=asked: batch_size.tune(asked, loaded, engine, sets))
         probes = "+".join(str(len(result.probes)) for result in tuned if result.probes)
         tried = sum(sum(result.probes) for result in tuned)

@@ -28,13 +28,14 @@ from abliterate.types import Kernel, TrialParams
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
-TEXT = ("text.py", "responses.py", "refusals.py", "watch.py", "chat.py")
+TEXT = ("responses.py", "refusals.py", "thinking.py", "stopping.py", "chat_template.py")
+EDITS = ("edit_hooks.py", "experts.py", "editor.py")
 GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
     ("matrix products", lambda file, name: "nn.linear" in name or ".matmul" in name),
     ("attention", lambda file, name: "scaled_dot_product" in name),
     ("cache: append, select rows, join", lambda file, name: "torch.cat" in name or "index_select" in name),
     ("text, markers, thinking blocks", lambda file, name: file.endswith(TEXT) or "tokeniz" in file + name.lower()),
-    ("adapters", lambda file, name: "adapters.py" in file or "addcmul" in name or "edits/" in file or "editor.py" in file),
+    ("edit hooks", lambda file, name: file.endswith(EDITS) or "addcmul" in name or "edits/" in file),
     ("norms, rotary, activations, masks: other tensor operations", lambda file, name: file == "~"),
     ("Python between them", lambda file, name: True),
 )
@@ -42,32 +43,32 @@ GROUPS: tuple[tuple[str, Callable[[str, str], bool]], ...] = (
 
 def strong(rig: Rig, shift: float) -> TrialParams:
     """An edit under which the demo model answers everything."""
-    last = rig.space.n_layers - 1
+    last = rig.bench.space.n_layers - 1
     kernel = Kernel(1.4 - shift, (0.55 + shift) * last, 1.2, 0.4 * last)
-    return TrialParams("global", (0.55 + shift) * last, dict.fromkeys(rig.space.components, kernel))
+    return TrialParams("global", (0.55 + shift) * last, dict.fromkeys(rig.bench.space.components, kernel))
 
 
 def weak(rig: Rig, shift: float) -> TrialParams:
     """An edit under which the demo model refuses nearly everything."""
-    last = rig.space.n_layers - 1
+    last = rig.bench.space.n_layers - 1
     kernel = Kernel(0.8 + shift, (0.9 - shift) * last, 0.2, 0.2 * last)
-    return TrialParams("per layer", 0.6 * last, dict.fromkeys(rig.space.components, kernel))
+    return TrialParams("per layer", 0.6 * last, dict.fromkeys(rig.bench.space.components, kernel))
 
 
 def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> tuple[float, int, int, str, dict[str, float]]:
     """(seconds, passes, tokens, state, share of each group), medians over trials that differ a little."""
-    certificate = DominancePruner(((0.0, limit),))
+    pruner = DominancePruner(((0.0, limit),))
     shifts = [0.005 * step for step in range(16)]
     for shift in shifts[:5]:
-        rig.evaluate(0, edit(rig, shift), certificate)
+        rig.evaluate(0, edit(rig, shift), pruner)
     seconds, counts = [], []
     profile = cProfile.Profile()
     for index, shift in enumerate(shifts[5:]):
         passes, tokens, started = rig.counters.passes, rig.counters.tokens, time.perf_counter()
         if index % 2:
-            trial = profile.runcall(rig.evaluate, 0, edit(rig, shift), certificate)
+            trial = profile.runcall(rig.evaluate, 0, edit(rig, shift), pruner)
             continue
-        trial = rig.evaluate(0, edit(rig, shift), certificate)
+        trial = rig.evaluate(0, edit(rig, shift), pruner)
         seconds.append(time.perf_counter() - started)
         counts.append((rig.counters.passes - passes, rig.counters.tokens - tokens))
     groups = dict.fromkeys((name for name, _ in GROUPS), 0.0)
@@ -84,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         settings = load_settings("", {"model": "demo", "cache_dir": folder, "evaluation": {"batch_size": 100}})
-        rig = make_rig(settings, Path(folder) / "run")
+        rig = make_rig(settings)
         kinds = {"hopeless (r* = 0)": (strong, 0), "stopped (r* = 10)": (weak, 10), "survivor": (strong, 10**6)}
         columns = {name: measure(rig, edit, limit) for name, (edit, limit) in kinds.items()}
     lines = [f"{datetime.date.today()}, `python scripts/profile_trial.py`, the demo model, one thread, batches of 100:", ""]

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import psutil
 import torch
 
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.model.editor import Editor
+from abliterate import Workbench, find_directions, load
 from abliterate.model.memory import PeakMeter
 from abliterate.pipeline import stages
-from abliterate.pipeline.context import Context, make_store, read_prompts
-from abliterate.pipeline.workbench import Workbench, load_and_calibrate
-from abliterate.prompts.sets import PromptSets
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
-from abliterate.search.space import Space
 from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Table, Trial, TrialParams
 
@@ -32,11 +25,11 @@ class Quiet:
     def __init__(self) -> None:
         self.memory = PeakMemory()
 
-    def header(self, fields: Mapping[str, str]) -> None: ...
-    def stage(self, name: str, detail: str = "") -> None:
-        if name == "calibrate":
-            self.memory.start()
+    def header(self, fields: Mapping[str, str]) -> None:
+        """Start measuring: the header is shown as soon as the weights are loaded."""
+        self.memory.start()
 
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None: ...
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None: ...
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None: ...
@@ -62,21 +55,16 @@ class Counters:
 
 @dataclass
 class Rig:
-    """A model ready for trials. `seconds`: the duration of each stage of the start-up."""
+    """A workbench that is ready for trials, with the base model's scores."""
 
-    context: Context
     bench: Workbench
-    editor: Editor
-    prompts: PromptSets
     baseline: Baseline
-    space: Space
-    seconds: dict[str, float]
     memory: PeakMemory
-    counters: Counters
+    counters: Counters = field(default_factory=Counters)
 
-    def evaluate(self, number: int, params: TrialParams, certificate: DominancePruner) -> Trial:
+    def evaluate(self, number: int, params: TrialParams, pruner: DominancePruner) -> Trial:
         """Evaluate one trial as a run does."""
-        return stages.evaluate(self.context, self.bench, self.editor, number, params, self.prompts, certificate)
+        return stages.evaluate(self.bench, number, params, pruner)
 
     def replay(self, trials: Sequence[TrialParams]) -> list[Trial]:
         """Evaluate a fixed list of trials, each with the pruning limit from the trials before it."""
@@ -86,32 +74,25 @@ class Rig:
         return done
 
 
-def make_rig(settings: Settings, folder: Path, *, with_baseline: bool = True) -> Rig:
+def make_rig(settings: Settings, *, with_baseline: bool = True) -> Rig:
     """Carry out the stages of a run before its search: load, calibrate, residuals, directions, engine, baseline.
 
     A random model refuses nothing, so without a baseline only its log-probabilities are kept, for the KL.
     """
-    directory = RunDirectory(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     reporter = Quiet()
-    result = RunResult(directory, reporter)
-    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
-    prompts = read_prompts(context)
-    bench = load_and_calibrate(context, prompts)
-    counters = Counters()
-    bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
-    harmful, harmless = stages.residuals(context, bench, prompts)
-    directions = stages.directions(context, harmful, harmless, directory.directions)
-    editor = stages.make_editor(context, bench, directions)
-    bench = stages.trial_engine(context, bench, editor, prompts)
-    if with_baseline:
-        baseline = stages.baseline(context, bench, prompts)
-    else:
-        baseline = Baseline(1, len(prompts.harmful_eval))
-        for scorer in bench.scorers:
-            scorer.setup(Observation((), bench.engine.first_logprobs(prompts.harmless_eval)))
-    space = stages.search_space(settings, bench)
-    return Rig(context, bench, editor, prompts, baseline, space, dict(result.record["timings"]), reporter.memory, counters)
+    bench = load(settings, reporter)
+    find_directions(bench)
+    rig = Rig(bench, stages.baseline(bench) if with_baseline else _log_probabilities_only(bench), reporter.memory)
+    bench.loaded.model.register_forward_pre_hook(rig.counters.count, with_kwargs=True)
+    return rig
+
+
+def _log_probabilities_only(bench: Workbench) -> Baseline:
+    with bench.base():
+        logprobs = bench.engine.first_logprobs(bench.prompts.harmless_eval)
+    for scorer in bench.scorers:
+        scorer.setup(Observation((), logprobs))
+    return Baseline(1, len(bench.prompts.harmful_eval))
 
 
 class PeakMemory:

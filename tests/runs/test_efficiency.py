@@ -43,8 +43,6 @@ ENGINE = (
     "use_certified_stop",
     "use_settled_rows",
     "use_drafts",
-    "use_cacheless_prefill",
-    "use_free_adapters",
     "max_kept_mb",  # off is 0: nothing is kept
 )
 # Group i turns off each switch whose three groups name i. With the run in which all are on, any two switches are seen together
@@ -55,7 +53,7 @@ GROUPS = tuple(
 )
 # `tests/unit` has these: test_residuals, test_calibrate and test_trial_engine. A run on a CPU reaches none of them.
 ELSEWHERE = (
-    *("offload_residuals_to_cpu", "cache_clear_frequency", "use_early_prefix_detection", "use_memory_recovery"),
+    *("offload_residuals_to_cpu", "cache_clear_frequency"),
     *("residual_cache_dir", "use_amp_for_residuals", "use_trial_engine"),
 )
 
@@ -181,5 +179,4 @@ def test_warm_up_runs_once_or_before_each_probe(once: bool, expected: int) -> No
 def test_reference_turns_every_switch_off() -> None:
     slow = EfficiencySettings().reference()
     on = {name for name, value in slow if value is True}
-    # An honest peer warms up once and loses no trial to its batch size.
-    assert on == {"use_global_warmup", "use_memory_recovery"}
+    assert on == {"use_global_warmup"}  # an honest peer warms up once

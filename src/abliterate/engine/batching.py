@@ -19,17 +19,16 @@ PATIENCE = 8
 
 
 class Batches:
-    """Runs at most `size` items at a time and halves that when the device is out of memory, unless `recover` is off.
+    """Runs at most `size` items at a time and halves that when the device is out of memory.
 
     Other processes come and go, so a halved size grows back step by step. A CPU raises no error before the kernel kills the
     process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow.
     """
 
-    def __init__(self, size: int, device: torch.device, *, recover: bool = True, row_bytes: int = 0) -> None:
+    def __init__(self, size: int, device: torch.device, *, row_bytes: int = 0) -> None:
         self.size = size
         self._full_size = size
         self._device = device
-        self._recover = recover
         self._row_bytes = row_bytes
         self._full_batches = 0
         self._patience = PATIENCE
@@ -49,8 +48,6 @@ class Batches:
                 with memory_errors():
                     batch_results = work(batch)
             except torch.OutOfMemoryError:
-                if not self._recover:
-                    raise TrialError(f"the device is out of memory for a batch of {len(batch)}") from None
                 if len(batch) == 1:
                     raise TrialError("the device is out of memory even for a single prompt") from None
             # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
@@ -81,7 +78,7 @@ class Batches:
             self.size, self._full_batches, self._has_grown = min(self._full_size, 2 * self.size), 0, True
 
 
-def batches_of_trials(sizes: BatchSizes, device: torch.device, *, recover: bool = True) -> tuple[Batches, Batches]:
+def batches_of_trials(sizes: BatchSizes, device: torch.device) -> tuple[Batches, Batches]:
     """The batches for prefills and those for whole responses."""
-    prefills = Batches(sizes.prefill, device, recover=recover, row_bytes=sizes.row_bytes[1])
-    return prefills, Batches(sizes.decode, device, recover=recover, row_bytes=sizes.row_bytes[2])
+    prefills = Batches(sizes.prefill, device, row_bytes=sizes.row_bytes[1])
+    return prefills, Batches(sizes.decode, device, row_bytes=sizes.row_bytes[2])

@@ -22,7 +22,6 @@ from abliterate.engine.layout import Sharing, shared_prefix
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
 from abliterate.engine.reference import Progress, ReferenceEngine, end_ids, greedy_config
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
-from abliterate.errors import TrialError
 from abliterate.model.memory import memory_errors
 from abliterate.scorers.base import EarlyScorer, Response
 from abliterate.settings.schema import EfficiencySettings
@@ -99,9 +98,7 @@ class TrialEngine:
         self._switches = switches
         self._early = early
         self._pacing = pacing
-        self._prefills, self._decodes = batches_of_trials(
-            reference.sizes, self.chat.device, recover=switches.use_memory_recovery
-        )
+        self._prefills, self._decodes = batches_of_trials(reference.sizes, self.chat.device)
         possible = self._examine()
         self.sharing: Sharing = possible if switches.use_shared_prefix else "none"
         self.drafting = switches.use_drafts and possible == "between" and self.passes.takes_positions
@@ -144,7 +141,7 @@ class TrialEngine:
 
     @torch.inference_mode()
     def first_logprobs(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> Tensor:
-        """The log-probabilities of `ReferenceEngine.first_logprobs` by one prefill, without a cache unless the switch asks."""
+        """The log-probabilities of `ReferenceEngine.first_logprobs` by one prefill, which fills no cache."""
         return self.some_first_logprobs(prompts, range(len(prompts)), progress)
 
     @torch.inference_mode()
@@ -152,12 +149,11 @@ class TrialEngine:
         self, prompts: Sequence[Prompt], rows: Sequence[int], progress: Progress = lambda done, total: None
     ) -> Tensor:
         """`first_logprobs` of the given rows of a prompt set, in their order."""
-        keep_cache = not self._switches.use_cacheless_prefill
         by_row: dict[int, Tensor] = {}
         for group in self._set(prompts, together=False).groups:
 
             def work(indices: Sequence[int], group: RowGroup = group) -> list[Tensor]:
-                logits, _ = self._prefill(group, self._tensor(indices), keep_cache=keep_cache)
+                logits, _ = self._prefill(group, self._tensor(indices), keep_cache=False)
                 self.reference.check()
                 return list(logits.float().log_softmax(dim=-1).unbind())
 
@@ -269,8 +265,7 @@ class TrialEngine:
             paused.clear()
             return
         except torch.OutOfMemoryError:
-            if not self._switches.use_memory_recovery:
-                raise TrialError("the device is out of memory for the remaining responses") from None
+            pass  # outside this block no traceback keeps their tensors alive
         paused.clear()
         self._decodes.shrink(self._decodes.size)
 

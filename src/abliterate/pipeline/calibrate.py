@@ -106,8 +106,8 @@ class NoEdit:
 def prefix_responses(
     reference: ReferenceEngine, layers: torch.nn.ModuleList, switches: EfficiencySettings, prompts: Sequence[Prompt]
 ) -> list[str]:
-    """Raw responses of the base model; unless the switches forbid it, they end once their shared beginning is known."""
-    if switches.use_trial_engine and switches.use_early_prefix_detection:
+    """Raw responses of the base model; those of the trial engine end once their shared beginning is known."""
+    if switches.use_trial_engine:
         # The prefills are plain, because no mechanism has been checked yet.
         plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
         with contextlib.suppress(Unsupported):

@@ -196,15 +196,11 @@ class EfficiencySettings(_Section):
     use_certified_stop: bool = True
     use_settled_rows: bool = True
     use_drafts: bool = True
-    use_cacheless_prefill: bool = True
-    use_early_prefix_detection: bool = True
-    use_memory_recovery: bool = True
-    use_free_adapters: bool = True
 
     def reference(self) -> EfficiencySettings:
-        """All optimizations off but the single warm-up and memory recovery, which a fair reference has (docs/design.md §5)."""
+        """All optimizations off but the single warm-up, which a fair reference has (docs/design.md §5)."""
         switches = {name: False for name, value in self if isinstance(value, bool)}
-        return self.model_copy(update=switches | {"use_global_warmup": True, "use_memory_recovery": True})
+        return self.model_copy(update=switches | {"use_global_warmup": True})
 
 
 class ExportSettings(_Section):

@@ -19,7 +19,7 @@ from abliterate.engine.forward import Passes
 from abliterate.engine.prefill import resume_layers
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import Pacing, TrialEngine
-from abliterate.errors import Interrupted, TrialError
+from abliterate.errors import Interrupted
 from abliterate.evaluation.trial import early_scorer, evaluate
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.pipeline.calibrate import common_start, prefix_responses
@@ -54,7 +54,6 @@ SWITCHES = (
     "use_certified_stop",
     "use_settled_rows",
     "use_drafts",
-    "use_cacheless_prefill",
     "use_efficient_refusal_detection",
 )
 
@@ -205,11 +204,10 @@ def test_harmless_prompts_fill_no_cache(llama: Lab, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         Passes, "__call__", lambda self, *a, keep_cache=True: kept.append(keep_cache) or call(self, *a, keep_cache=keep_cache)
     )
-    for cacheless in (True, False):
-        engine = llama.engine(use_cacheless_prefill=cacheless, use_shared_prefix=False)
-        kept.clear()
-        engine.first_logprobs(HARMLESS)
-        assert set(kept) == {not cacheless}
+    engine = llama.engine(use_shared_prefix=False)
+    kept.clear()
+    engine.first_logprobs(HARMLESS)
+    assert set(kept) == {False}
 
 
 def test_a_hopeless_trial_costs_no_response(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +324,6 @@ def test_pauses_change_nothing(llama: Lab) -> None:
             assert [response.text for response in found] == expected
 
 
-def test_without_recovery_the_trial_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    lab = short_lab("llama", batch_size=5)
-    engine = lab.engine(use_memory_recovery=False)
-    limited(lab.loaded.model, 2, monkeypatch)
-    with pytest.raises(TrialError, match="out of memory"):
-        engine.respond(HARMFUL)
-
-
 def test_interrupts_are_seen_between_looks(llama: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise Interrupted(2)
@@ -428,7 +418,7 @@ def test_prefix_responses_stop_at_divergence(llama: Lab, monkeypatch: pytest.Mon
     assert len(passes) < 10
     expected = long.raw_responses(HARMFUL)
     assert all(text.startswith(start.rstrip("\ufffd")) for text, start in zip(expected, cut, strict=True))
-    off = prefix_responses(long, llama.loaded.layers, EfficiencySettings(use_early_prefix_detection=False), HARMFUL)
+    off = prefix_responses(long, llama.loaded.layers, EfficiencySettings(use_trial_engine=False), HARMFUL)
     assert off == expected
 
 

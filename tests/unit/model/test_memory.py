@@ -251,5 +251,3 @@ def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPa
     with pytest.raises(TrialError, match="single prompt"):
         Batches(4, CPU).run([1, 2, 3, 4], work)
     assert len(cleared) == 2
-    with pytest.raises(TrialError, match="batch of 4"):
-        Batches(4, CPU, recover=False).run([1, 2, 3, 4], work)

@@ -315,7 +315,7 @@ def test_early_detection_sees_the_blocks_that_whole_responses_show(lab: tuple[Lo
         opening = texts[row][:18]
         assert len(plain.chat.tokenizer(opening)["input_ids"]) > 3
         reference = reference_of(loaded, Markup([(opening, opening + "</t>")]))
-        early, whole = (found_by(reference, loaded, EfficiencySettings(use_early_prefix_detection=on)) for on in (True, False))
+        early, whole = (found_by(reference, loaded, EfficiencySettings(use_trial_engine=on)) for on in (True, False))
         assert early == whole
         assert "1 of 6 responses open" in early[1][0]
 

@@ -292,6 +292,6 @@ def test_startup_trials() -> None:
 def test_reference_turns_every_switch_off_that_an_honest_peer_lacks() -> None:
     reference = EfficiencySettings().reference()
     switches = {name: value for name, value in reference if isinstance(value, bool)}
-    assert [name for name, value in switches.items() if value] == ["use_global_warmup", "use_memory_recovery"]
+    assert [name for name, value in switches.items() if value] == ["use_global_warmup"]
     assert len(switches) >= 9
     assert reference.max_svd_cache_size == EfficiencySettings().max_svd_cache_size
