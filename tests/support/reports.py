@@ -57,7 +57,7 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         "format": 1,
         "model": {"id": f"model {word}", "n_layers": 10, "d_model": 8},
         "prompts": {"harmful": {"source": word, "count": 3}},
-        "baseline": {"refusals": 100, "prompts": 100},
+        "baseline": {"refusals": 100, "prompts": 100, "values": {}},
         "trials": [*trials, failed],
         "front": front,
         "selected": front[-1],

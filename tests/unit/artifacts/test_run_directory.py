@@ -15,7 +15,7 @@ from abliterate.files import safe_name, write_atomically, write_json
 RESULT = {
     "format": 1,
     "model": {"id": "m"},
-    "baseline": {"refusals": 3, "prompts": 4},
+    "baseline": {"refusals": 3, "prompts": 4, "values": {}},
     "trials": [],
     "front": [],
     "selected": None,
