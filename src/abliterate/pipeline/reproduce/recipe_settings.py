@@ -37,7 +37,8 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
     base = load_settings("", own)
     stated = {section: dict(options) for section, options in recipe.settings.items()}
     for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
-        if name in LEFT_OUT | UNTRIED:  # a place on this machine, one to send things to, or one that no trial depends on
+        # These name a place on this machine, or a place to send things to, or no trial depends on them.
+        if name in LEFT_OUT | UNTRIED:
             raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
     _leave_scorers(stated)
     load, machine = stated.setdefault("load", {}), base.load
