@@ -24,7 +24,7 @@ from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
 from support.paths import TESTS
-from support.runs import DRAW, SMALL, Files, quick_options, quick_settings, run_in
+from support.runs import DRAW, SMALL, Files, Untouched, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
@@ -136,9 +136,15 @@ def measured(
     return folder / "run", result, settings
 
 
+@pytest.fixture(scope="session")
+def untouched() -> Untouched:
+    """The demo model without this package."""
+    return Untouched()
+
+
 # What `-m smoke` leaves out: whole runs, new processes, and all families but one of each kind (a prefix is shared between,
 # at the left, or not; fused experts).
-_RUNS = {"prompt_files", "finished", "whole", "measured", "postgres", "terminal", "tab", "large"}
+_RUNS = {"prompt_files", "finished", "whole", "measured", "untouched", "postgres", "terminal", "tab", "large"}
 _KINDS = {"llama", "gemma3", "qwen3_5", "qwen3_moe"}
 _FAMILIES = {*FAMILIES, *NAMED, *EXPERTS, *ZOO, *NOT_EDITABLE} - _KINDS
 _LEFT_OUT = {"cli", "robustness", "runs", "chat", "demo", "scripts", "pipeline", "report", "export", "test_judges.py"}

@@ -14,6 +14,11 @@ TERMINATED = 143
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message without its full stop, or the error's type where it has no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 class AbliterateError(Exception):
     """The work could not be finished (exit code 1). `str(error)` is one sentence with the remedy."""
 

@@ -11,11 +11,11 @@ import transformers
 
 from abliterate.errors import InputError
 from abliterate.model import loader
-from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
+from abliterate.model.architectures import ATTENTION, MLP, find_targets
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.residuals import capture_residuals
 from abliterate.settings.schema import LoadSettings
-from support.models import CPU, PROMPTS, make_chat
+from support.models import CPU, PROMPTS, find_architecture, make_chat
 from support.zoo import NOT_EDITABLE, make_specimen
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from abliterate.artifacts.cache import ArtifactStore
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import app
 from abliterate.errors import InputError
@@ -156,7 +157,7 @@ def test_a_damaged_result_is_never_shown_nor_exported(
     content = (path / "result.json").read_bytes()
     for what, damaged in damages(content, 1, 15):
         (run / "result.json").write_bytes(damaged)
-        found, why = refusal(RunDirectory(run).read_result)
+        found, why = refusal(lambda: Result.read(RunDirectory(run)).to_record())
         if why:
             assert "result.json" in why, what
             continue

@@ -105,7 +105,7 @@ class Filling(Recorder):
             self.filled = True
             self._disk.fill()
 
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         super().stage(name, detail)
         self._at(name == self._moment)
 
@@ -152,7 +152,7 @@ def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Fini
     if moment == "load" and not RunDirectory(run).holds_run:
         shutil.rmtree(run, ignore_errors=True)
     again = Recorder()
-    result = pipeline_run.run(own, again, RunDirectory(run), resume=True)
+    result = pipeline_run.run(own, again, RunDirectory(run), resume=True).to_record()
     assert outcomes(result) == outcomes(first)
     assert result["export"]["verified"] is True
     told = len(recorder.trials)

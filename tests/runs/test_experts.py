@@ -87,9 +87,9 @@ def test_experts_are_edited_and_the_export_is_the_trial(
 def test_any_trial_is_exported_later(finished: tuple[Path, dict[str, Any], Settings, Recorder], tmp_path: Path) -> None:
     path, result, settings, _ = finished
     number = next(trial["number"] for trial in result["trials"] if trial["state"] == "complete")
-    record = pipeline_export_trial.export_trial(
-        settings, Recorder(), RunDirectory(path), number, tmp_path / "out", scores=True
-    )["export"]
+    directory = RunDirectory(path)
+    later = pipeline_export_trial.export_trial(settings, Recorder(), directory, number, tmp_path / "out", scores=True)
+    record = later.to_record()["export"]
     assert record["verified"], record
     assert record["verification"]["checks"].keys() >= {"weights", "untouched", "kl", "refusals", "modules"}
     adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})

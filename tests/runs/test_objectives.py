@@ -268,7 +268,7 @@ def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
     cache = {"cache_dir": str(tmp_path / "cache")}
-    assert pipeline_run.work(directory.path, "", "", cache, at_work) == 5
+    assert workers.work(directory.path, "", "", cache, at_work) == 5
     assert [trial.number for trial in at_work.trials] == [2, 3, 4]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)

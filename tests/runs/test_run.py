@@ -13,7 +13,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from abliterate.artifacts.result import RunResult
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
@@ -22,6 +21,7 @@ from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import cache_keys, context, stages
 from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.context import StageClock
 from abliterate.scorers.kl import KL
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
@@ -453,14 +453,14 @@ def test_unfinished_thinking_is_said_at_the_baseline(prompt_files: Files, tmp_pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux forgets peaks")
-def test_a_stage_records_its_own_peak_memory(tmp_path: Path) -> None:
-    result = RunResult(RunDirectory(tmp_path), Recorder())
+def test_a_stage_records_its_own_peak_memory() -> None:
+    clock = StageClock()
     for name, size in (("small", 10**6), ("large", 3 * 10**8), ("small again", 10**6)):
-        with result.stage(name):
+        with clock.stage(name):
             torch.ones(size // 4).sum()
-    peaks = {name: one["peak_rss_bytes"] for name, one in result.record["memory"]["stages"].items()}
+    peaks = {name: one["peak_rss_bytes"] for name, one in clock.memory.stages.items()}
     assert peaks["large"] > max(peaks["small"], peaks["small again"]) + 2e8
-    assert result.record["memory"]["peak_rss_bytes"] == peaks["large"]
+    assert clock.memory.peak_rss_bytes == peaks["large"]
 
 
 def test_prompts_that_are_there_twice_are_said(prompt_files: Files, tmp_path: Path) -> None:
@@ -470,8 +470,7 @@ def test_prompts_that_are_there_twice_are_said(prompt_files: Files, tmp_path: Pa
     both.write_text("".join([*lines[:5], lines[0], lines[1]]), encoding="utf-8")
     recorder = Recorder()
     own = quick_settings(prompt_files | {"harmful_eval": str(both)}, tmp_path / "cache")
-    store = context.make_store(own, recorder)
-    context.read_prompts(context.Context(own, recorder, RunResult(None, recorder), store, lambda: None))
+    context.read_prompts(context.Context.of(own, recorder))
     assert any("2 of the 7 prompts in the set harmful_eval are there more than once" in one for one in recorder.warnings)
     assert any("5 of the harmful prompts are in both" in one for one in recorder.warnings)
     assert len(recorder.warnings) == 2

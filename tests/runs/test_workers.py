@@ -155,9 +155,9 @@ def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
 def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     with pytest.raises(InputError, match="holds no study nobody's"):
-        pipeline_run.work(None, url, "nobody's", {}, Recorder())
+        workers.work(None, url, "nobody's", {}, Recorder())
     with pytest.raises(InputError, match=r"can't be opened: .*check --storage"):
-        pipeline_run.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
+        workers.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
 
 
 def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monke
 
     recorder = Recorder()
     with pytest.raises(Interrupted):
-        pipeline_run.work(tmp_path, "", "", {}, recorder, check=check)
+        workers.work(tmp_path, "", "", {}, recorder, check=check)
     assert recorder.notes == ["waiting for the run to compute its directions and baseline"]
 
 
@@ -211,7 +211,7 @@ def test_a_worker_with_another_model_is_refused(finished: tuple[Path, dict[str, 
     config = json.loads((other / "config.json").read_text(encoding="utf-8")) | {"rms_norm_eps": 1e-5}
     (other / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(InputError, match="can't join the run with another model"):
-        pipeline_run.work(
+        workers.work(
             copy_run(path, tmp_path / "run"), "", "", {"model": str(other), "cache_dir": str(tmp_path / "c")}, Recorder()
         )
 
@@ -220,7 +220,7 @@ def test_a_worker_at_a_finished_run_has_nothing_to_do(finished: tuple[Path, dict
     path, result, settings = finished
     recorder = Recorder()
     own = {"cache_dir": settings.cache_dir}
-    assert pipeline_run.work(copy_run(path, tmp_path / "run"), "", "", own, recorder) == len(result["trials"])
+    assert workers.work(copy_run(path, tmp_path / "run"), "", "", own, recorder) == len(result["trials"])
     assert recorder.trials == []
 
 
@@ -253,7 +253,7 @@ def test_a_run_on_two_devices_of_this_machine(
 
     monkeypatch.setattr(stages, "evaluate", slowly)
     recorder = Recorder()
-    result = pipeline_run.run(settings, recorder, RunDirectory(tmp_path / "run"), gpus=2)
+    result = pipeline_run.run(settings, recorder, RunDirectory(tmp_path / "run"), gpus=2).to_record()
     assert [trial["number"] for trial in result["trials"]] == list(range(60))
     assert sorted(trial.number for trial in recorder.trials) == list(range(60))
     study = study_of("", tmp_path / "run" / "study.journal", STUDY_NAME, "watcher", 60, 60)
@@ -316,7 +316,7 @@ def test_a_database_that_goes_away_and_does_not_come_back(
         monkeypatch.setattr(Study, "tell", tell)
         postgres.start()
     assert len(recorder.trials) == 2
-    resumed = pipeline_run.run(settings, Recorder(), directory, resume=True)
+    resumed = pipeline_run.run(settings, Recorder(), directory, resume=True).to_record()
     whole, _ = run_in(
         tmp_path / "whole", quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5}, export={"kind": "none"})
     )

@@ -35,7 +35,7 @@ from abliterate.scorers import Observation, Response, Scorer
 from abliterate.scorers.base import EarlyScorer, Judge, ignores_responses
 from abliterate.settings.schema import ExportSettings, LoadSettings
 from abliterate.types import Kernel, Score, TrialParams
-from conftest import (
+from support.models import (
     PROMPTS,
     logits_of,
     make_directions,

@@ -169,8 +169,8 @@ class Slow:
 
         announce = reporters.JsonReporter.stage
 
-        def slow(reporter: reporters.JsonReporter, name: str, detail: str = "") -> None:
-            announce(reporter, name, detail)
+        def slow(reporter: reporters.JsonReporter, name: str, detail: str = "", *, at_once: bool = False) -> None:
+            announce(reporter, name, detail, at_once=at_once)
             end = time.monotonic() + (self.seconds if name == self.stage else 0)
             while time.monotonic() < end:
                 time.sleep(0.01)

@@ -14,12 +14,12 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from abliterate.directions import Directions
 from abliterate.edits import SvdMemo
-from abliterate.model.architectures import decoder_layers, find_architecture, find_targets
+from abliterate.model.architectures import Architecture, decoder_layers, find_targets, known_architecture, unknown_family
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, demo_path
-from abliterate.model.weights import dense_weight, write_weight
+from abliterate.model.weights import dense_weight
 from abliterate.settings.schema import EditSettings
 from abliterate.types import Kernel, ModelInfo, Prompt, TrialParams
 
@@ -140,6 +140,21 @@ def make_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
             if path.endswith((".bias", "_bias")):
                 parameter.normal_(std=0.1)
     return model.float().eval().requires_grad_(False)
+
+
+def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:
+    """`known_architecture`, but InputError if there is none."""
+    architecture = known_architecture(model_type, layers, components)
+    if architecture is None:
+        raise unknown_family(model_type)
+    return architecture
+
+
+@torch.no_grad()
+def write_weight(module: nn.Module, weight: Tensor) -> None:
+    """Overwrite W of a dense module, in its own dtype; the old values are lost."""
+    target = dense_weight(module)  # a view
+    target.copy_(weight.to(target.dtype))
 
 
 def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[str, str] | None = None) -> LoadedModel:

@@ -39,7 +39,7 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
     def export(folder: Path) -> bool | None:
         settings = load_settings("", {"model": str(folder / "base"), "cache_dir": str(folder / "cache")})
         run, out = RunDirectory(folder / "run"), folder / f"{kind}-{cap}"
-        return pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), run, 0, out)["export"]["verified"]
+        return pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), run, 0, out).export.verified
 
     export(warm)  # what is imported on first use
     if cap:

@@ -55,8 +55,15 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
     front = [trial.number for trial in pareto_front(made_trials(count), Baseline(100, 100))]
     result = {
         "format": 1,
-        "model": {"id": f"model {word}", "n_layers": 10, "d_model": 8},
-        "prompts": {"harmful": {"source": word, "count": 3}},
+        "model": {
+            "id": f"model {word}",
+            "revision": "",
+            "fingerprint": "f",
+            "n_layers": 10,
+            "d_model": 8,
+            "dtype": "float32",
+        },
+        "prompts": {"harmful": {"source": word, "count": 3, "digest": "d"}},
         "baseline": {"refusals": 100, "prompts": 100, "values": {}},
         "trials": [*trials, failed],
         "front": front,
@@ -66,7 +73,7 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         "memory": {"stages": {"load": {"peak_rss_bytes": 2**30, "peak_device_bytes": 2**29}}},
         "caches": {"residuals": {"hits": 1, "misses": 2}},
         "environment": {"versions": {"abliterate": "0"}, "platform": word, "device": "cpu"},
-        "directions": {"sha256": "d"},
+        "directions": {"sha256": "d", "vectors_sha256": "v"},
         "heldout": made_heldout(front[-1], word),
         "later": {"refusals": {"count": 7, "note": word}},
     }

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import Interrupted
+from abliterate.model.loader import demo_path
 from abliterate.pipeline.run import run
 from abliterate.report import draw
 from abliterate.settings.schema import Settings
@@ -49,7 +53,7 @@ DRAW = draw.svg
 
 
 class Recorder:
-    """A reporter that keeps what it is told."""
+    """A reporter that keeps what is reported to it."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -59,7 +63,7 @@ class Recorder:
         self.result: Mapping[str, Any] | None = None
 
     def header(self, fields: Mapping[str, str]) -> None: ...
-    def stage(self, name: str, detail: str = "") -> None:
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.stages.append(name)
 
     def progress(self, done: int, total: int, unit: str) -> None: ...
@@ -104,9 +108,9 @@ def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) ->
 
 
 def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
-    """One run in a directory: its result and what it reported."""
+    """One run in a directory: the content of its `result.json`, and what it reported."""
     recorder = Recorder()
-    return run(settings, recorder, RunDirectory(path), resume=resume, **options), recorder
+    return run(settings, recorder, RunDirectory(path), resume=resume, **options).to_record(), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -122,3 +126,31 @@ def copy_run(source: Path, to: Path) -> Path:
 
 Files = dict[str, str]
 SMALL = {"harmful_heldout": 8, "harmless_heldout": 8, "over_refusal": 6}
+
+
+class Untouched:
+    """The demo model as `transformers` alone loads it: what every measurement of the base model must agree with."""
+
+    def __init__(self) -> None:
+        folder = demo_path() / "model"
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+
+    def ids(self, prompt: str, system: str, prefix: str = "") -> list[int]:
+        """What the model reads: the template's text and the response prefix."""
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text + prefix, add_special_tokens=False)["input_ids"]
+
+    def generate(self, prompts: Sequence[str], settings: Settings, prefix: str = "") -> list[list[int]]:
+        """The ids of the greedy answers, padded after each one's end."""
+        rows = [self.ids(prompt, settings.prompts.system, prefix) for prompt in prompts]
+        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+        count = batch["input_ids"].shape[1]
+        answers = self.model.generate(**batch, do_sample=False, max_new_tokens=settings.response.max_new_tokens)
+        return answers[:, count:].tolist()
+
+    def answers(self, prompts: Sequence[str], settings: Settings, prefix: str = "") -> list[str]:
+        """The texts of the greedy answers."""
+        rows = self.generate(prompts, settings, prefix)
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)

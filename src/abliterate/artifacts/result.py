@@ -242,11 +242,15 @@ class Result(_Part):
 
     def write(self, directory: RunDirectory) -> None:
         """Write `result.json` atomically, with a checksum of everything else in it."""
+        write_json(directory.result, self.with_checksum())
+
+    def with_checksum(self) -> dict[str, Any]:
+        """The content of the file, the checksum of everything else in it included."""
         record = self.to_record()
-        write_json(directory.result, {**record, DIGEST: digest_of(record)})
+        return {**record, DIGEST: digest_of(record)}
 
     def to_record(self) -> dict[str, Any]:
-        """The content of the file, as JSON values. Fields that the run hasn't come to are left out."""
+        """The content of the file but for its checksum, as JSON values. Fields that the run hasn't come to are left out."""
         record = self.model_dump(mode="json", exclude_unset=False)
         record |= {name: part.model_dump(mode="json", exclude_unset=True) for name, part in self._parts().items()}
         record["model"] = record["model"] or {}

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from abliterate.engine.reference import end_ids
 from abliterate.engine.responses import ResponseReader, TextStream, VisibleText, byte_ids
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.model.chat_template import PromptEncoder, Turns, decode_ids
 from abliterate.model.memory import unless_full
 
@@ -108,7 +108,7 @@ class Generator:
             streamer.stopped = True
         except RuntimeError as error:  # for example, probabilities that are NaN
             raise AbliterateError(
-                f"The model gave no answer ({_first_line(error)}); try --temperature 0, or --dtype float32."
+                f"The model gave no answer ({first_line(error)}); try --temperature 0, or --dtype float32."
             ) from error
         reading.finish()
         ended: Ended = "limit" if streamer.count >= limit and not streamer.at_end else "end"
@@ -232,7 +232,3 @@ class _Words:
         piece = text[len(self._given) :]
         self._given += piece
         return piece
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,7 +16,7 @@ from torch import Tensor
 from abliterate.engine.prefill import EditState
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import PACING, Pacing, TrialEngine, Unsupported
-from abliterate.errors import TrialError
+from abliterate.errors import TrialError, first_line
 from abliterate.model.memory import clear_device_cache, memory_errors
 from abliterate.scorers.base import EarlyScorer
 from abliterate.settings.schema import EfficiencySettings
@@ -97,7 +97,7 @@ def trusted_engine(
             break
         # An unknown model's code may fail in any way on the engine's path; the reference still works then.
         except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
-            fault = f"fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'})"
+            fault = f"fails ({type(error).__name__}: {first_line(error)})"
         finally:
             clear()
         if engine is not None and not fault:

@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from abliterate.errors import InputError, Interrupted
+from abliterate.errors import InputError, Interrupted, first_line
 from abliterate.evaluation.teacher_forced import ModelView
 
 
@@ -56,7 +56,7 @@ def check_tasks(tasks: Tasks) -> Ready | None:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"lm-eval can't read its tasks: {_first_line(error)}; check --benchmark-path.") from error
+        raise InputError(f"lm-eval can't read its tasks: {first_line(error)}; check --benchmark-path.") from error
     return Ready(tuple(task_names), tasks.limit, manager)
 
 
@@ -82,7 +82,7 @@ def run_tasks(
     except Interrupted:
         raise
     except Exception as error:
-        reason = f"lm-eval can't run {', '.join(ready.names)}: {_first_line(error)}"
+        reason = f"lm-eval can't run {', '.join(ready.names)}: {first_line(error)}"
         warn(f"{reason}; the figures for held-out prompts are kept.")
         return [], reason
 
@@ -134,7 +134,3 @@ def _results(side: ModelView, tokenizer: PreTrainedTokenizerBase, ready: Ready) 
     )
     assert results is not None
     return results
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

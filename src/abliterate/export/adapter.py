@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from abliterate.edits import Factors
 from abliterate.edits.base import row_norms
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, first_line
 from abliterate.export.base_weights import Matrices
 from abliterate.export.check_weights import RereadAdapter
 from abliterate.export.companions import save_companions
@@ -124,7 +124,7 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
             )  # a wrong choice of modules is detected below
             model = inject_adapter_in_model(lora, empty_model(config, load), low_cpu_mem_usage=True)
     except ValueError as error:
-        return f"PEFT says: {str(error).splitlines()[0].rstrip('.')}"
+        return f"PEFT says: {first_line(error)}"
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     wrong = sorted(adapted ^ expected)
     return f"PEFT takes {wrong[0]} for something else" if wrong else ""

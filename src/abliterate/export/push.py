@@ -9,7 +9,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.export.folder import LOCK
 from abliterate.settings.schema import ExportSettings
 
@@ -49,15 +49,15 @@ def push(folder: Path, settings: ExportSettings) -> str:
         )
     # The Hub's library raises its own errors, those of its HTTP library and of its uploader; all mean that the upload failed.
     except Exception as error:
+        reason = _without_token(first_line(error))
         raise AbliterateError(
-            f"The export could not be pushed to {settings.push} ({_first_line(error)}); it is kept in {folder}: upload it "
+            f"The export could not be pushed to {settings.push} ({reason}); it is kept in {folder}: upload it "
             f"later with hf upload {settings.push} {shlex.quote(str(folder))}."
         ) from error
     return str(address)
 
 
-def _first_line(error: Exception) -> str:
-    """The first line of an error message, without the token if a library has put it there."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+def _without_token(message: str) -> str:
+    """The message without the token, which a library may have put there."""
     token = get_token()
-    return line.replace(token, "…") if token else line
+    return message.replace(token, "…") if token else message

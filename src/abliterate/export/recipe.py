@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from abliterate._version import __version__
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import sketch
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.export.card import FILES, UNTRIED, file_digest
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.files import write_json
@@ -283,7 +283,7 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise InputError(f"The recipe {path} can't be read: {error.strerror}; give another copy.") from error
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if isinstance(error, ValueError) else "nested too deeply"
+        reason = first_line(error) if isinstance(error, ValueError) else "nested too deeply"
         raise InputError(f"The recipe {path} is damaged or no recipe ({reason}); get another copy.") from error
     version = record.get("format") if isinstance(record, dict) else None
     if version is None:
@@ -305,7 +305,7 @@ def _no_number(text: str) -> NoReturn:
 
 def _first(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
-        return repr(str(error).splitlines()[0])
+        return repr(first_line(error))
     first = error.errors()[0]
     key = ".".join(str(step) for step in first["loc"])
     return f"{key!r} is wrong ({first['msg'].removeprefix('Value error, ')})"

@@ -192,14 +192,6 @@ def known_architecture(model_type: str, layers: str = "", components: Mapping[st
     return _row_of(model_type)
 
 
-def find_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture:
-    """`known_architecture`, but InputError if there is none."""
-    architecture = known_architecture(model_type, layers, components)
-    if architecture is None:
-        raise unknown_family(model_type)
-    return architecture
-
-
 def unknown_family(model_type: str, reason: str = "") -> InputError:
     """The error for a family that isn't in the table; `reason`: why its structure is unclear."""
     return InputError(

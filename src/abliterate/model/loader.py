@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.model import architectures, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
@@ -202,10 +202,9 @@ def _first_that_generates(
 
 def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError:
     """The error for missing kernels of a quantization, which are imported in the first pass."""
-    first = str(error).strip().splitlines()[0].rstrip(".")
     return InputError(
-        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first}); install the missing "
-        "package (for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
+        f"The model loads but doesn't run ({quantized.method_of(config) or 'not quantized'}: {first_line(error)}); "
+        "install the missing package (for FP8 pip install kernels), or load its weights dense with --set load.dequantize=true."
     )
 
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.model.checkpoint import quiet_bitsandbytes
 
 
@@ -24,7 +24,7 @@ def check_adapter(path: Path) -> None:
         if config.peft_type is None:
             raise ValueError("its adapter_config.json doesn't name its kind")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"The adapter in {path} can't be read: {_first_line(error)}; export it again.") from error
+        raise InputError(f"The adapter in {path} can't be read: {first_line(error)}; export it again.") from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "XLORA":
         raise InputError(
@@ -41,7 +41,3 @@ def with_adapter(model: Any, path: Path) -> Any:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return PeftModel.from_pretrained(model, str(path)).eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.model.architectures import ATTENTION, MLP, Architecture, unknown_family
 from abliterate.model.experts import is_fused
 from abliterate.model.residuals import first_tensor
@@ -231,7 +231,7 @@ def discover(model: Any, model_type: str) -> Architecture:
         writers = writers_of(layers, calls, d_model)
     except (Unclear, RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         # An unknown model's code may fail in any way; the user then names the modules.
-        raise unknown_family(model_type, str(error).splitlines()[0] if str(error) else type(error).__name__) from error
+        raise unknown_family(model_type, first_line(error)) from error
     pairs = [
         (starred(layer, writer.path), writer)
         for layer, layer_writers in zip(layers, writers, strict=True)

@@ -76,10 +76,3 @@ def dense_weight(module: nn.Module) -> Tensor:
             f"The weights of a {type(module).__name__} are stored as {weight.dtype}, which can't be read; load them in bf16."
         )
     return weight.T if isinstance(module, Conv1D) else weight
-
-
-@torch.no_grad()
-def write_weight(module: nn.Module, weight: Tensor) -> None:
-    """Overwrite W of a dense module, in its own dtype; the old values are lost (docs/design.md §8.8)."""
-    target = dense_weight(module)  # a view
-    target.copy_(weight.to(target.dtype))

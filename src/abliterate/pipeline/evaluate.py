@@ -17,7 +17,7 @@ import torch
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import AbliterateError, InputError, TrialError
+from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
 from abliterate.model import loader
@@ -117,8 +117,9 @@ def evaluate(
             show(heldout)
             benchmarks, failure = _benchmarks(bench, base, edited, ready)
     except (TrialError, torch.OutOfMemoryError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise AbliterateError(f"The candidate can't be measured ({reason}); try a smaller --batch-size or --dtype.") from error
+        raise AbliterateError(
+            f"The candidate can't be measured ({first_line(error)}); try a smaller --batch-size or --dtype."
+        ) from error
     return {**names, "heldout": heldout, "benchmarks": benchmarks, "error": failure}
 
 

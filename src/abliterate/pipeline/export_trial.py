@@ -85,7 +85,7 @@ def export_trial(
     context.clock.count()
     result.timings = context.clock.timings
     where = str(final.parent)
-    reporter.finish(result.to_record(), where, summary(result, where))
+    reporter.finish(result.with_checksum(), where, summary(result, where))
     if result.export.verified is False:
         raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
     return result

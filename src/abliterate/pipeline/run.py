@@ -175,5 +175,5 @@ class _Run:
             self.save()
             write_report(directory, result)
         where = str(directory.path)
-        context.reporter.finish(result.to_record(), where, summary(result, where))
+        context.reporter.finish(result.with_checksum(), where, summary(result, where))
         return result

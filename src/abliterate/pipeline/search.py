@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 from optuna.storages import InMemoryStorage
 
@@ -36,7 +37,8 @@ class Search:
         self.budget = budget
         self.trials: tuple[Trial, ...] = study.trials()
         search = bench.settings.search
-        self._rule = rule or parse_rule(search.select, search.select_max_kl, bench.objectives)
+        self._parse = partial(parse_rule, auto_max_kl=search.select_max_kl, objectives=bench.objectives)
+        self._rule = rule or self._parse(search.select)
 
     def __iter__(self) -> Iterator[Trial]:
         for new in self.rounds():
@@ -55,8 +57,9 @@ class Search:
 
     def finish(self) -> None:
         """Run the trials that are left."""
-        for _ in self.rounds():
-            pass
+        if len(self.trials) < self.budget:
+            for _ in self.rounds():
+                pass
 
     def pick(self, rule: str | SelectionRule = "", choose: Callable[[Sequence[Trial], Trial], Trial] | None = None) -> Trial:
         """The trial of the front that a rule selects (docs/settings.md, `--select`), or a person to whom that is offered.
@@ -68,7 +71,7 @@ class Search:
         if not front:
             raise AbliterateError(no_front(self.baseline, self.bench.objectives))
         if isinstance(rule, str):
-            rule = parse_rule(rule, objectives=self.bench.objectives) if rule else self._rule
+            rule = self._parse(rule) if rule else self._rule
         return choose(front, rule(front)) if choose else rule(front)
 
     def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:

@@ -23,7 +23,7 @@ from abliterate.artifacts.result import DirectionsRecord, Result
 from abliterate.directions import Directions, ResidualMeans, direction_method, needs_means, summarize_residuals
 from abliterate.directions.geometry import Sample
 from abliterate.engine.reference import Progress
-from abliterate.errors import AbliterateError, InputError, TrialError
+from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import capture_residuals, stream_residuals
@@ -171,7 +171,7 @@ def evaluate(bench: Workbench, number: int, params: TrialParams, pruner: Dominan
             with memory_errors():
                 evaluation = once()
     except (TrialError, torch.OutOfMemoryError) as error:
-        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), str(error).splitlines()[0])
+        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), first_line(error))
     seconds = round(time.perf_counter() - started, 3)
     records = {name: score.record for name, score in evaluation.scores.items()}
     values = {name: float(score.value) for name, score in evaluation.scores.items()}

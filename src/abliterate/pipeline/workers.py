@@ -21,13 +21,13 @@ from safetensors.torch import load
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
-from abliterate.search.storage import first_line, open_storage, shared
+from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge

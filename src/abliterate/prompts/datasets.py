@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.prompts.files import DatasetName, parse_source, read_prompts, wrap
 from abliterate.settings.schema import PromptSettings
@@ -35,7 +35,7 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
     # datasets raises many errors of its own, of huggingface_hub and of httpx; they all mean that there is no data set.
     except Exception as error:
         raise InputError(
-            f"The data set {name.name} (split {name.split}) can't be loaded: {_first_line(error)}; without a network, "
+            f"The data set {name.name} (split {name.split}) can't be loaded: {first_line(error)}; without a network, "
             "give a text file in its place (--harmful FILE or --set prompts.harmful=FILE, and likewise for the other sets)."
         ) from error
     if name.column not in rows.column_names:
@@ -51,7 +51,3 @@ def _load_dataset(name: DatasetName, settings: PromptSettings) -> tuple[Prompt, 
     if not prompts:
         raise InputError(f"The data set {name.name} (split {name.split}) holds no prompts; choose another split.")
     return wrap(prompts, settings.prefix, settings.suffix)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -15,7 +15,7 @@ from typing import Any
 
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.files import read_toml
 from abliterate.report.tables import SearchRecord
 from abliterate.search.front import progress as hypervolumes
@@ -137,7 +137,7 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
         importance = importances(search.trials, search.prompts, objectives=search.objectives) if scored else {}
         progress = tuple(_progress(search.trials, base, search.objectives)) if base and scored else ()
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a trial lacks a score or a parameter
-        raise damaged(directory, f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        raise damaged(directory, f"{type(error).__name__}: {first_line(error)}") from error
     if not importance:
         missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
     return Material(result, search, _settings(directory, missing), geometry, answers, importance, progress, missing)

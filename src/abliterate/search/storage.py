@@ -23,7 +23,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import NO_ROOM, AbliterateError
+from abliterate.errors import NO_ROOM, AbliterateError, first_line
 
 Result = TypeVar("Result")
 
@@ -216,8 +216,3 @@ class Silence:
             for trial, beat in beats.items()
         }
         return [trial for trial, (_, since) in self._seen.items() if now - since > self._grace]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, without its full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -24,7 +24,7 @@ from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.objectives import reported_values
 from abliterate.search.space import Space
 from abliterate.search.storage import (
@@ -32,7 +32,6 @@ from abliterate.search.storage import (
     HEARTBEAT,
     Silence,
     disk_refused,
-    first_line,
     heartbeat,
     open_storage,
     patiently,

@@ -11,9 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from abliterate.artifacts.cache import ArtifactStore
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.artifacts.result import Result
 from abliterate.export.check_behaviour import Expected, Precision, compare
 from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path, load_tokenizer
@@ -21,9 +19,8 @@ from abliterate.model.weights import dense_weight
 from abliterate.pipeline import export as pipeline_export
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.export import Picked
-from abliterate.pipeline.workbench import Workbench, load_and_calibrate
-from abliterate.prompts.sets import PromptSets
+from abliterate.pipeline.export import Picked, prompt_records
+from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.search.pruner import DominancePruner
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import Kernel, Trial, TrialParams
@@ -49,23 +46,24 @@ class Case:
 
     context: Context
     bench: Workbench
-    editor: Editor
-    prompts: PromptSets
+    result: Result
     picked: Picked
     recorder: Recorder
+
+    @property
+    def editor(self) -> Editor:
+        """The workbench's."""
+        return self.bench.editor
 
     def verified(self, folder: Path, kind: str, picked: Picked | None = None) -> tuple[bool, dict[str, Any]]:
         """Export, reload, compare."""
         settings = self.context.settings
         export = settings.export.model_copy(update={"kind": kind})
-        context = replace(self.context, settings=settings.model_copy(update={"export": export}))
-        picked = picked or self.picked
-        expected = pipeline_export._expect(
-            context, self.bench, self.editor, self.picked.job, self.prompts, self.picked.expected.trial
-        )
-        pipeline_export.export(context, replace(picked, expected=expected), self.prompts, folder / kind)
-        record = context.result.record["export"]
-        return record["verified"], record["verification"]
+        context = self.context.with_settings(settings.model_copy(update={"export": export}))
+        expected = pipeline_export._expect(self.bench, kind, self.picked.job, self.picked.trial)
+        picked = replace(picked or self.picked, expected=expected)
+        *_, record = pipeline_export.export_and_verify(context, picked, self.result, folder / kind)
+        return record.verified, record.model_dump()["verification"]
 
     def with_factors(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Picked:
         """The pick with other factors in its job than the trial had."""
@@ -79,17 +77,15 @@ def make_case(folder: Path, files: dict[str, str], stored: str, **over: Any) -> 
     load_tokenizer(str(demo_path() / "model"), LoadSettings()).save_pretrained(folder / "base")
     settings = quick_settings(files, folder / "cache", model=str(folder / "base"), **over)
     recorder = Recorder()
-    result = RunResult(RunDirectory(folder), recorder)
-    context = Context(settings, recorder, result, ArtifactStore(folder / "cache", warn=recorder.warn), lambda: None)
-    prompts = read_prompts(context)
-    bench = load_and_calibrate(context, prompts)
-    found = stages.directions(context, *stages.residuals(context, bench, prompts), folder / "directions.safetensors")
-    editor = stages.make_editor(context, bench, found)
-    bench = stages.trial_engine(context, bench, editor, prompts)
-    baseline = stages.baseline(context, bench, prompts)
-    trial = stages.evaluate(context, bench, editor, 0, params(), prompts, DominancePruner(((0.0, 1000),)))  # never stopped
-    picked = pipeline_export.prepare(context, bench, editor, baseline, prompts, trial)
-    return Case(context, bench, editor, prompts, picked, recorder)
+    context = Context.of(settings, recorder)
+    bench = load_calibrated(context, read_prompts(context))
+    stages.find_directions(bench)
+    baseline = stages.baseline(bench)
+    trial = stages.evaluate(bench, 0, params(), DominancePruner.never())
+    result = Result(**bench.record(), prompts=prompt_records(settings, bench.prompts))
+    result.searched([trial], [trial], baseline, bench.objectives)
+    picked = pipeline_export.prepare(bench, settings, result, trial)
+    return Case(context, bench, result, picked, recorder)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,24 @@ from transformers import PreTrainedModel
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
-from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets, missing_components
+from abliterate.model.architectures import ATTENTION, MLP, find_targets, missing_components
 from abliterate.model.chat_template import PromptEncoder
-from abliterate.model.weights import dense_weight, out_features, write_weight
+from abliterate.model.weights import dense_weight, out_features
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import Prompt
 from support.contracts import ArchitectureContract
-from support.models import CPU, FAMILIES, PROMPTS, make_chat, make_loaded, make_model, make_tokenizer, save_model
+from support.models import (
+    CPU,
+    FAMILIES,
+    PROMPTS,
+    find_architecture,
+    make_chat,
+    make_loaded,
+    make_model,
+    make_tokenizer,
+    save_model,
+    write_weight,
+)
 
 NO_SYSTEM = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
-from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_architecture, find_targets, missing_components
+from abliterate.model.architectures import ATTENTION, MLP, Architecture, find_targets, missing_components
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.residuals import capture_residuals
 from abliterate.model.structure import Call, LayerProbe, discover, prove
 from abliterate.pipeline.export_trial import export_trial
 from abliterate.pipeline.run import run
 from abliterate.settings.schema import LoadSettings
-from support.models import CPU, PROMPTS, make_chat, make_model, save_model
+from support.models import CPU, PROMPTS, find_architecture, make_chat, make_model, save_model
 from support.runs import Recorder, quick_settings
 from support.zoo import ZOO, load_specimen, make_specimen
 

@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from abliterate.artifacts.result import RunResult
-from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.model import memory
 from abliterate.model.footprint import row_bytes
 from abliterate.pipeline import batch_size, from_settings, workbench
 from abliterate.pipeline.batch_size import Tuned
-from abliterate.pipeline.context import Context, make_store, read_prompts
+from abliterate.pipeline.context import Context, read_prompts
+from abliterate.pipeline.tune_batch import tune
 from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import Settings
 from abliterate.types import OPERATIONS
@@ -46,16 +45,14 @@ class Machine:
 def made(files: Files, folder: Path, **over: Any) -> tuple[Context, PromptSets, Settings]:
     """A context without a run."""
     settings = quick_settings(files, folder / "cache", **{"evaluation": {"batch_size": 0}, **over})
-    reporter = Recorder()
-    result = RunResult(RunDirectory(folder), reporter)
-    context = Context(settings, reporter, result, make_store(settings, reporter), lambda: None)
+    context = Context.of(settings, Recorder())
     return context, read_prompts(context), settings
 
 
 def measured(files: Files, folder: Path, **over: Any) -> dict[str, Tuned]:
     """What `tune-batch` measures."""
-    context, prompts, _ = made(files, folder, **over)
-    return {one.operation: one for one in workbench.tune_only(context, prompts)}
+    _, _, settings = made(files, folder, **over)
+    return {one.operation: one for one in tune(settings, Recorder())}
 
 
 def test_every_operation_has_a_size_and_few_probes(
@@ -90,7 +87,7 @@ def test_a_cpu_is_never_asked_for_more_than_it_has(
 ) -> None:
     """No error would come: a process that takes too much is killed."""
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     probes = batch_size.Probes(context, loaded, engine, prompts)
     row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
@@ -108,7 +105,7 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     probes = batch_size.Probes(context, loaded, engine, prompts)
     per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
@@ -124,14 +121,14 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
 def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     machine = Machine(monkeypatch)
     sizes = batch_size.batch_sizes(context, loaded, engine, prompts)
     assert machine.rows == []
     assert sizes.by_name == {name: one.size for name, one in tuned.items()}
     assert sizes.row_bytes == tuple(one.row_bytes for one in tuned.values())
-    assert context.result.record["batch_sizes"] == sizes.by_name
+    assert workbench.load_calibrated(context, prompts).record()["batch_sizes"] == sizes.by_name
     reporter = context.reporter
     assert isinstance(reporter, Recorder)
     assert any("batch size" in note and "from the cache" in note for note in reporter.notes)
@@ -153,7 +150,7 @@ def test_another_question_is_measured_anew(
 ) -> None:
     measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path, **over)
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
@@ -163,7 +160,7 @@ def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, m
     measured(prompt_files, tmp_path)
     monkeypatch.setattr("abliterate.pipeline.cache_keys.total_memory", lambda device: 1 << 30)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
@@ -171,7 +168,7 @@ def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, m
 
 def test_a_given_size_is_not_measured(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, evaluation={"batch_size": 7})
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     sizes = batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert set(sizes.by_name.values()) == {7}
@@ -189,7 +186,7 @@ def test_other_prompts_of_the_same_lengths_take_the_same_sizes(
     path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
     swapped["harmful_eval"] = str(path)
     context, prompts, _ = made(swapped, tmp_path)
-    loaded = workbench.load(context, None)
+    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows == []

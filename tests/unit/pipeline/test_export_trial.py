@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from abliterate.artifacts.result import RunResult
+from abliterate.artifacts.result import ModelRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
@@ -27,6 +27,7 @@ from abliterate.export.folder import MARKER
 from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
+from abliterate.objectives import DEFAULT
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
@@ -63,18 +64,18 @@ def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDir
     directory.path.mkdir(parents=True)
     config = loader.load_config(str(base), settings.load)
     sizes = config.get_text_config()
-    result = RunResult(directory, Recorder())
-    result.record["model"] = {
-        "id": base.name,
-        "revision": "",
-        "fingerprint": loader.fingerprint(str(base), config),
-        "dtype": "float32",
-        "quantization": settings.load.quantization,
-    }
+    model = ModelRecord(
+        id=base.name,
+        revision="",
+        fingerprint=loader.fingerprint(str(base), config),
+        dtype="float32",
+        quantization=settings.load.quantization,
+    )
+    result = Result(model=model)
     scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}}
     trial = Trial(0, make_params(0, sizes.num_hidden_layers), "complete", scores)
-    result.trials([trial], [trial], Baseline(9, 12))
-    result.save()
+    result.searched([trial], [trial], Baseline(9, 12), DEFAULT)
+    result.write(directory)
     directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
     save_file({"directions": directions.vectors}, directory.directions)
     return settings, directory
@@ -87,9 +88,9 @@ def expected_logits(settings: Settings, directory: RunDirectory, number: int, dt
     model = AutoModelForCausalLM.from_pretrained(path, **load).float().eval()
     editor = make_editor(make_loaded(model), **settings.edit.model_dump())
     editor.directions = Directions(load_file(directory.directions)["directions"])
-    record = next(one for one in directory.read_result()["trials"] if one["number"] == number)
+    trial = Result.read(directory).trial(number, directory.path)
     edited = copy.deepcopy(model)
-    write_dense(edited, editor, Trial.from_record(record).params, settings.edit.mode)
+    write_dense(edited, editor, trial.params, settings.edit.mode)
     return logits_of(edited)
 
 
@@ -118,10 +119,10 @@ def test_any_trial_is_exported_from_files_alone(
         result = pipeline_export_trial.export_trial(with_kind(settings, kind), recorder, RunDirectory(run), number, final)
     monkeypatch.undo()
     assert contents(run) == before, "the run's own process may be writing there"
-    assert (result["selected"], result["export"]["trial"], result["export"]["verified"]) == (number, number, True)
-    assert result["export"]["verification"]["checks"] == {"weights": True, "untouched": True}
+    assert (result.selected, result.export.trial, result.export.verified) == (number, number, True)
+    assert result.export.verification["checks"] == {"weights": True, "untouched": True}
     marker = json.loads((final / MARKER).read_text(encoding="utf-8"))
-    assert (marker["format"], marker["trial"], marker["export"]) == (1, number, result["export"])
+    assert (marker["format"], marker["trial"], marker["export"]) == (1, number, result.to_record()["export"])
     found, expected = (
         reloaded_logits(settings, kind, final),
         expected_logits(settings, RunDirectory(run), number, torch.float32),
@@ -143,8 +144,8 @@ def test_scores_are_compared_if_asked_for(finished: Finished, tmp_path: Path) ->
         result = pipeline_export_trial.export_trial(
             with_kind(settings, kind), Recorder(), RunDirectory(run), number, final, scores=True
         )
-        record = result["export"]["verification"]
-        assert result["export"]["verified"] is True
+        record = result.export.verification
+        assert result.export.verified is True
         assert set(record["checks"]) == {"weights", "untouched", "kl_from_trial", "kl", "refusals", "modules"}
         trial = first["trials"][number]["scores"]
         assert record["scores"]["refusals"] == trial["refusals"]
@@ -170,9 +171,7 @@ def test_trial_of_another_model_is_not_exported(finished: Finished, tmp_path: Pa
     same = settings.model_copy(update={"model": str(base)})
     number = other_trial(first)
     assert (
-        pipeline_export_trial.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "same")["export"][
-            "verified"
-        ]
+        pipeline_export_trial.export_trial(same, Recorder(), RunDirectory(path), number, tmp_path / "same").export.verified
         is True
     )
     config = (base / "config.json").read_text(encoding="utf-8")
@@ -238,7 +237,7 @@ def test_nothing_is_checked_where_verification_is_off(finished: Finished, tmp_pa
     path, first, settings = finished
     off = with_kind(settings, "merged", verify=False)
     result = pipeline_export_trial.export_trial(off, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
-    assert result["export"]["verified"] is None
+    assert result.export.verified is None
     assert "Checked after" not in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
 
 
@@ -269,10 +268,10 @@ def test_models_of_any_storage(family: str, change: str, kind: str, tmp_path: Pa
     settings, directory = make_run(tmp_path, base)
     recorder = Recorder()
     result = pipeline_export_trial.export_trial(with_kind(settings, kind), recorder, directory, 0, tmp_path / "out")
-    assert result["export"]["verified"] is True, result["export"]
+    assert result.export.verified is True, result.export
     assert any("loaded as a whole" in note for note in recorder.notes) is (change in ("odd", "another dtype"))
     if kind == "merged":
-        assert result["export"]["streamed"] is (change in ("none", "renamed"))
+        assert result.export.streamed is (change in ("none", "renamed"))
     found = reloaded_logits(settings, kind, tmp_path / "out")
     expected = expected_logits(settings, directory, 0, dtype)
     if change == "another dtype":
@@ -286,8 +285,8 @@ def test_svd_is_compared_with_its_own_factors(kind: str, tmp_path: Path) -> None
     base = save_model(make_model("llama"), tmp_path / "base")
     settings, directory = make_run(tmp_path, base, edit={"representation": "svd", "rank": 2})
     result = pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), directory, 0, tmp_path / "out")
-    assert result["export"]["verified"] is True
-    lost = result["export"]["approximation_error"]
+    assert result.export.verified is True
+    lost = result.export.approximation_error
     assert 0.001 < lost["mean"] <= lost["max"] < 0.5
     assert f"misses {lost['mean']:.1%}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     found, expected = reloaded_logits(settings, kind, tmp_path / "out"), expected_logits(settings, directory, 0, torch.float32)
@@ -298,7 +297,7 @@ def test_of_a_quantized_run_the_full_weights_are_edited(tmp_path: Path) -> None:
     base = save_model(make_model("llama"), tmp_path / "base")
     settings, directory = make_run(tmp_path, base, load={"quantization": "bnb_4bit"})
     result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
-    assert (result["export"]["verified"], result["export"]["streamed"]) == (True, True)
+    assert (result.export.verified, result.export.streamed) == (True, True)
     found = reloaded_logits(settings, "merged", tmp_path / "out")
     torch.testing.assert_close(found, expected_logits(settings, directory, 0, torch.float32), **FLOAT32)
 
@@ -312,7 +311,7 @@ def test_of_a_quantized_run_scores_can_be_compared(tmp_path: Path, prompt_files:
     record = pipeline_export_trial.export_trial(
         with_kind(settings, "merged"), Recorder(), RunDirectory(tmp_path / "run"), 0, tmp_path / "out", scores=True
     )
-    assert record["export"]["verified"] is True, record["export"]
+    assert record.export.verified is True, record.export
 
 
 @pytest.mark.parametrize("how", ["other layers", "other width", "not numbers", "other values"])
@@ -393,7 +392,7 @@ def test_a_model_loaded_as_a_whole_is_never_there_twice(tmp_path: Path, monkeypa
 
         monkeypatch.setattr(module, "load_weights", counted)
     result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
-    assert result["export"]["verified"] is True
+    assert result.export.verified is True
     assert max(most) == 1
     assert len(most) >= 3
 
@@ -409,7 +408,7 @@ def test_an_export_that_memory_does_not_hold_twice_is_kept_unchecked(tmp_path: P
 
     monkeypatch.setattr("abliterate.export.merged.RereadMerged", full)
     result = pipeline_export_trial.export_trial(with_kind(settings, "merged"), recorder, directory, 0, tmp_path / "out")
-    assert result["export"]["verified"] is None
+    assert result.export.verified is None
     assert (tmp_path / "out" / "config.json").is_file()
     assert any("not checked" in warning for warning in recorder.warnings)
 

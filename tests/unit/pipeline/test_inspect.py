@@ -19,7 +19,7 @@ from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
-from abliterate.model.architectures import ATTENTION, MLP, find_architecture, find_targets
+from abliterate.model.architectures import ATTENTION, MLP, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
 from abliterate.model.footprint import Shape
 from abliterate.model.thinking import Markup
@@ -30,7 +30,7 @@ from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.terminal.quantities import in_words
 from abliterate.types import BatchSizes, Prompt
-from support.models import _IDS, CPU, make_chat, make_model, make_tokenizer, save_model
+from support.models import _IDS, CPU, find_architecture, make_chat, make_model, make_tokenizer, save_model
 from support.runs import Recorder, quick_settings
 from support.zoo import ZOO, load_specimen, make_specimen
 

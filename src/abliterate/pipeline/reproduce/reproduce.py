@@ -181,7 +181,7 @@ def _conclude(context: Context, result: Result, comparison: Comparison, final: P
     elif comparison.outcome == "identical":
         reporter.note(comparison.sentence())
     where = str(final.parent)
-    reporter.finish(result.to_record(), where, summary(result, where))
+    reporter.finish(result.with_checksum(), where, summary(result, where))
     if comparison.outcome == "different":
         raise AbliterateError(comparison.sentence())
     return result

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import pytest
 from transformers import PreTrainedModel
-from zoo import make_specimen
 
 from abliterate.cli import app
 from abliterate.directions import METHODS, direction_method
@@ -23,10 +22,12 @@ from abliterate.model.architectures import ARCHITECTURES, known_architecture
 from abliterate.pipeline.reproduce.recipe_settings import _leave_scorers
 from abliterate.plugins import GROUP, SEAMS, installed
 from abliterate.scorers import SCORERS, make_scorers
-from conftest import quick_settings, run_in
 from support.contracts import ArchitectureContract
+from support.paths import ROOT
+from support.runs import quick_settings, run_in
+from support.zoo import make_specimen
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 MODULE, TESTS = "\n\n".join(BLOCKS[:-1]), BLOCKS[-1]
 MINE = ModuleType("abliterate_mine")

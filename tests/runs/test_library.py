@@ -1,0 +1,208 @@
+"""The library, used as docs/library.md shows it: a search on the demo model without a run directory, and a whole run."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import abliterate as ab
+from abliterate.errors import InputError
+from abliterate.pipeline.search import Search
+from support.models import logits_of
+from support.paths import ROOT
+from support.runs import Recorder, Untouched, quick_options
+
+Files = dict[str, str]
+QUESTION = "Show me a quick way to snatch the candle."
+PAGE = ROOT / "docs" / "library.md"
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+
+
+def options_of(prompt_files: Files, cache: Path, **over: Any) -> dict[str, Any]:
+    """Keywords for `Settings.load`, of a search of seconds."""
+    options = quick_options(prompt_files, cache, response={"max_new_tokens": 12, "detect_prefix": False}, **over)
+    del options["search"]["trials"]  # a call says how many
+    return options
+
+
+@pytest.fixture(scope="module")
+def searched(
+    prompt_files: Files, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[ab.Workbench, Any, Search, list[int], Recorder]]:
+    """The example's first half: (workbench, directions, search, numbers of the trials in the order they came, reporter)."""
+    settings = ab.Settings.load("quick", **options_of(prompt_files, tmp_path_factory.mktemp("cache")))
+    recorder = Recorder()
+    with ab.load(settings, recorder) as bench:
+        directions = ab.find_directions(bench)
+        study = ab.search(bench, directions, trials=4)
+        assert study.trials == ()  # it runs as it is iterated over
+        came = [trial.number for trial in study]
+        yield bench, directions, study, came, recorder
+
+
+Searched = tuple[ab.Workbench, Any, Search, list[int], Recorder]
+
+
+def test_a_search_gives_each_trial_once(searched: Searched) -> None:
+    bench, directions, study, came, recorder = searched
+    assert came == [0, 1, 2, 3] == [trial.number for trial in study.trials]
+    assert [trial.number for trial in recorder.trials] == came
+    assert list(study) == []  # nothing is left
+    assert directions is bench.directions
+    assert tuple(directions.vectors.shape) == (13, 128)
+    assert bench.baseline is not None
+    assert 0 < bench.baseline.refusals <= 12 == bench.baseline.prompts
+
+
+def test_the_front_and_the_rules_of_select(searched: Searched) -> None:
+    _, _, study, _, recorder = searched
+    stages = list(recorder.stages)
+    front = study.front
+    assert front
+    assert {trial.number for trial in front} <= {trial.number for trial in study.trials if trial.state == "complete"}
+    bound = max(trial.kl for trial in front)
+    fewest = min(trial.refusals for trial in front)
+    assert study.pick(f"kl<={bound}").refusals == fewest
+    assert study.pick("knee") in front
+    assert study.pick("refusals<=12").kl == min(trial.kl for trial in front)
+    assert study.pick() in front
+    with pytest.raises(InputError, match="is not a rule"):
+        study.pick("the best")
+    assert recorder.stages == stages, "what is finished isn't searched again"
+
+
+def test_a_search_goes_on_where_an_iteration_has_stopped(searched: Searched) -> None:
+    bench, directions, study, _, _ = searched
+    other = ab.search(bench, directions, trials=4)
+    first = next(iter(other))
+    assert (first.number, len(other.trials)) == (0, 1)
+    assert not bench.editor.adapters.active
+    assert [trial.params for trial in other.front] == [trial.params for trial in study.front]
+    assert [trial.number for trial in other.trials] == [0, 1, 2, 3]
+    assert [trial.scores for trial in other.trials] == [trial.scores for trial in study.trials]
+
+
+def test_leaving_an_edit_gives_the_base_back(searched: Searched, untouched: Untouched) -> None:
+    bench, _, study, _, _ = searched
+    expected = untouched.answers([QUESTION], bench.settings)
+    assert bench.respond([QUESTION]) == expected
+    with bench.edited(study.pick().params):
+        assert bench.respond([QUESTION]) != expected
+    assert bench.respond([QUESTION]) == expected
+    assert torch.equal(logits_of(bench.loaded.model), logits_of(untouched.model))
+
+
+@pytest.mark.parametrize("kind", ["", "adapter"])
+def test_an_export_is_the_edited_model(kind: str, searched: Searched, tmp_path: Path) -> None:
+    bench, _, study, _, _ = searched
+    trial = study.pick("knee")
+    record = ab.export(bench, trial, tmp_path / "out", kind)
+    assert (record.kind, record.trial, record.verified) == (kind or "merged", trial.number, True)
+    assert {"README.md", "recipe.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with bench.edited(trial.params):
+        edited = logits_of(bench.loaded.model)
+    if not kind:
+        found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval())
+        base = logits_of(bench.loaded.model)
+        assert (found - edited).norm() < 0.1 * (edited - base).norm()  # it is stored in bfloat16
+
+
+def test_an_export_replaces_nobodys_files(searched: Searched, tmp_path: Path) -> None:
+    bench, _, study, _, _ = searched
+    (tmp_path / "mine.txt").write_text("x", encoding="utf-8")
+    with pytest.raises(InputError, match=re.escape(str(tmp_path))):
+        ab.export(bench, study.pick("knee"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_whole_run_is_one_call(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = options_of(prompt_files, tmp_path / "cache", export={"kind": "adapter"})
+    settings = ab.Settings.load("quick", **(options | {"search": options["search"] | {"trials": 2}, "out": "mine"}))
+    result = ab.run(settings)
+    assert json.loads((tmp_path / "mine" / "result.json").read_text(encoding="utf-8"))["selected"] == result.selected
+    assert (len(result.trials), result.export.verified) == (2, True)
+    assert {trial.number for trial in result.trials} >= set(result.front)
+    assert capsys.readouterr().out == ""  # progress goes to standard error
+
+
+def test_the_pages_example_runs(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the demo model, few prompts and few trials; nothing else of it is changed."""
+    monkeypatch.chdir(tmp_path)
+    example = BLOCK.findall(PAGE.read_text(encoding="utf-8"))[0]
+    quick = options_of(prompt_files, tmp_path / "cache")
+    for old, new in (('model="Qwen/Qwen3-0.6B"', "**QUICK"), ("trials=100", "trials=3"), ("kl<=0.05", "kl<=9")):
+        assert old in example
+        example = example.replace(old, new)
+    names: dict[str, Any] = {"QUICK": quick}
+    exec(compile(example, str(PAGE), "exec"), names)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert names["trial"] in names["study"].trials
+    assert not hasattr(names["bench"], "loaded")  # the model is gone
+
+
+def test_the_page_and_the_package_name_the_same_things() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    names = set(re.findall(r"^\| `(\w+)(?:\.load)?\(", page, re.MULTILINE))
+    assert names == {"Settings", "load", "find_directions", "search", "export", "run"}
+    assert names | {"Workbench", "__version__"} == set(ab.__all__)
+    documented = dict(re.findall(r"^\| `([\w.]+)\((.*?)\)`", page, re.MULTILINE))
+    for name, arguments in documented.items():
+        known = inspect.signature(function_of(name)).parameters
+        for argument in arguments.split(", "):
+            called = argument.split("=")[0].strip("*")
+            assert called in known, (name, argument)
+
+
+def function_of(name: str) -> Any:
+    """The function behind a name of the page; `abliterate.search` and `abliterate.export` pass a call on to it."""
+    from abliterate.pipeline.export import export
+    from abliterate.pipeline.search import search
+
+    passed_on: dict[str, Any] = {"search": search, "export": export, "Settings.load": type(ab.Settings).load}
+    return passed_on.get(name) or getattr(ab, name)
+
+
+CALLABLE = """
+import sys
+import abliterate as ab
+heavy = {"torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert len([name for name in sys.modules if name.startswith("abliterate.")]) == 1
+FIRST
+import abliterate.export as e
+from abliterate import search
+import abliterate.search.front
+from abliterate.export import EXPORTERS
+assert e is ab.export is sys.modules["abliterate.export"] and callable(e) and {"merged", "adapter"} <= set(e.EXPORTERS)
+assert EXPORTERS is e.EXPORTERS
+assert search is ab.search is sys.modules["abliterate.search"] and callable(search) and search.front.pareto_front
+from abliterate.pipeline.search import Search
+try:
+    ab.search()
+except TypeError as error:
+    assert "missing 2 required positional arguments: 'bench' and 'directions'" in str(error), error
+try:
+    ab.nothing
+except AttributeError as error:
+    assert str(error) == "module 'abliterate' has no attribute 'nothing'"
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["", "assert callable(ab.search) and callable(ab.export)", "import abliterate.search.study, abliterate.export.job"]
+)
+def test_search_and_export_are_functions_and_packages(first: str) -> None:
+    """Whichever is touched first; and importing the library alone imports nothing heavy."""
+    done = subprocess.run([sys.executable, "-c", CALLABLE.replace("FIRST", first)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
