@@ -131,9 +131,8 @@ def study_identity(
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
         SCORERS: _scorers(settings),
+        OBJECTIVES: [[objective.name, objective.goal] for objective in objectives],
     }
-    if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
-        parts[OBJECTIVES] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
 
 

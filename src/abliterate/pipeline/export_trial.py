@@ -40,6 +40,9 @@ from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
 from abliterate.types import Reporter, Trial
 
+# What every run with a finished trial has recorded, and its export or recipe says.
+_NEEDED = ("model", "baseline", "directions", "identity", "startup_trials", "batch_sizes", "response_prefix", "rendering")
+
 
 @dataclass(frozen=True)
 class StoredEdits:
@@ -67,8 +70,9 @@ def export_trial(
     # A copy in memory: the run's own process may be writing to its result.json.
     result = Result.read(directory).model_copy(update={"selected": number, "timings": {}})
     trial = result.trial(number, directory.path)
-    if result.model is None or result.baseline is None:
-        raise damaged(directory, "it lacks the model or the baseline")
+    lacking = [name for name in _NEEDED if getattr(result, name) is None]
+    if result.model is None or lacking:
+        raise damaged(directory, f"it lacks {', '.join(lacking)}")
     try:
         settings = _as_trials_ran(settings, result.model.dtype)
     except ValidationError as error:

@@ -352,6 +352,15 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("settings.search.storage", "postgresql://there/db", "setting search.storage, which is no part of a recipe"),
     ("settings.export.push", "some/body", "setting export.push, which is no part of a recipe"),
     ("settings.efficiency.residual_cache_dir", "/var", "which is no part of a recipe"),
+    ("settings.evaluation.heldout_scorers", ["/etc/evil.py:Evil"], "which is no part of a recipe"),
+    ("settings.evaluation.judge_model", "/etc", "which is no part of a recipe"),
+    ("settings.evaluation.judge_label", "refusal", "which is no part of a recipe"),
+    ("settings.prompts.harmful_heldout", "/etc/passwd", "which is no part of a recipe"),
+    ("settings.prompts.harmless_heldout", "/etc/passwd", "which is no part of a recipe"),
+    ("settings.prompts.over_refusal", "owner/name:train:text", "which is no part of a recipe"),
+    ("response_prefix", None, "'response_prefix' is wrong"),
+    ("rendering", None, "'rendering' is wrong"),
+    ("batch_sizes", None, "'batch_sizes' is wrong"),
     ("settings.edit.new", 1, "setting 'edit.new' can't be used"),
     ("settings.edit.rank", 0, "setting 'edit.rank' can't be used"),
     ("settings.place", {"x": 1}, "settings 'place' that this version doesn't know"),
@@ -419,14 +428,8 @@ def test_a_source_in_a_recipe_is_never_a_path(
 
 def _with_judges(record: dict[str, Any]) -> None:
     """As if its trials had been scored by judges, too."""
-    record["settings"]["evaluation"] |= {
-        "scorers": ["refusals", "kl", "classifier", "endpoint"],
-        "heldout_scorers": ["classifier", "/etc/evil.py:Evil"],
-        "judge_model": "/etc",
-        "judge_label": "refusal",
-    }
+    record["settings"]["evaluation"]["scorers"] = ["refusals", "kl", "classifier", "endpoint"]
     record["settings"]["search"]["objectives"] = ["classifier:minimize", "endpoint"]
-    record["settings"]["prompts"] |= {"harmful_heldout": "/etc/passwd", "over_refusal": "owner/name:train:text"}
     record["identity"] |= {SCORERS: "another", OBJECTIVES: "another"}
 
 
@@ -444,14 +447,13 @@ def test_a_recipe_makes_no_judge_be_asked(
     here = settings_of(read_recipe(recipe), {"prompts": prompt_files}, "")
     assert here.evaluation == settings.evaluation.model_copy(update={"scorers": ("refusals", "kl")})
     assert here.search.objectives == ("kl",)
-    assert "/etc" not in here.model_dump_json()
     assert here.prompts.harmful_heldout == here.prompts.over_refusal == ""
     result, recorder = again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
     assert result["reproduction"]["outcome"] == "identical"
     assert [text for text in recorder.warnings if "judges ('classifier', 'endpoint'); they aren't run here" in text]
     # Another identity is let pass for judges of trials only, and no other part of it.
     for change in (
-        lambda record: record["settings"]["evaluation"].update(heldout_scorers=["classifier", "mine.py:Words"]),
+        lambda record: None,
         lambda record: (_with_judges(record), record["identity"].update({"edit mode": "another"})),
     ):
         recipe = changed(
