@@ -127,7 +127,7 @@ def test_a_lost_study_is_refused_and_lost_trials_are_made_again(how: str, finish
         journal.write_bytes(b"".join(lines[: 2 * len(lines) // 3]))
         result, recorder = run_in(run, settings, resume=True)
         assert outcomes(result) == outcomes(first)
-        assert any("made again" in warning for warning in recorder.warnings)
+        assert any("are repeated" in warning for warning in recorder.warnings)
         return
     before = (run / "result.json").read_bytes()
     if how == "gone":

@@ -22,7 +22,7 @@ from abliterate.errors import InputError
 from abliterate.export.card import FILES, checked, code, commands, model_card, plain, recipe
 from abliterate.model.loader import demo_path
 from abliterate.objectives import OWN
-from abliterate.pipeline.workers import place_of
+from abliterate.pipeline.workers import study_location
 from abliterate.report.data import gather
 from abliterate.report.page import render
 from abliterate.settings.schema import Settings
@@ -309,7 +309,7 @@ def test_a_databases_password_is_in_no_file_and_no_log(prompt_files: dict[str, s
     assert_nothing_said([PASSWORD], tmp_path, *texts)
     study = (tmp_path / "run" / "study.name").read_text(encoding="utf-8").strip()
     with pytest.raises(InputError, match=f"give --storage URL --study {study} instead of the directory"):
-        place_of(tmp_path / "run", "", "")
+        study_location(tmp_path / "run", "", "")
 
 
 def test_paths_are_in_no_file_that_is_passed_on(

@@ -145,11 +145,11 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120, pause: float =
 def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
     for place in ((None, "", ""), (tmp_path, "sqlite:///x.db", "s")):
         with pytest.raises(InputError, match="a run's directory, or --storage URL and --study NAME"):
-            workers.place_of(*place)
+            workers.study_location(*place)
     with pytest.raises(InputError, match="needs the study's name"):
-        workers.place_of(None, "sqlite:///x.db", "")
+        workers.study_location(None, "sqlite:///x.db", "")
     with pytest.raises(InputError, match="There is no run in"):
-        workers.place_of(tmp_path, "", "")
+        workers.study_location(tmp_path, "", "")
 
 
 def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) -> None:
@@ -162,7 +162,7 @@ def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) ->
 
 def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
-    monkeypatch.setattr(workers, "_LOOK_AGAIN", 0.01)
+    monkeypatch.setattr(workers, "_POLL", 0.01)
     looks = itertools.count()
 
     def check() -> None:
@@ -264,8 +264,8 @@ def test_a_run_on_two_devices_of_this_machine(
 def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
     directory = RunDirectory(tmp_path)  # no run is there
-    with local_workers.local_workers(directory, ["cpu"], "", said.append) as look:
-        wait_for(lambda: bool(look() or said))
+    with local_workers.local_workers(directory, ["cpu"], "", said.append) as check:
+        wait_for(lambda: bool(check() or said))
     assert len(said) == 1
     assert "Worker 1 has ended (There is no run in" in said[0]
     assert "worker-1.log" in said[0]
@@ -273,10 +273,10 @@ def test_a_worker_that_fails_is_said_and_the_run_goes_on(tmp_path: Path) -> None
 
 def test_workers_end_with_the_run(tmp_path: Path) -> None:
     study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
-    with local_workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as look:
+    with local_workers.local_workers(RunDirectory(tmp_path), ["cpu"], "", print) as check:
         log = tmp_path / "worker-1.log"
         wait_for(lambda: "waiting for the run" in log.read_text(encoding="utf-8"))
-        look()
+        check()
     assert "interrupted; the run and its other workers go on" in log.read_text(encoding="utf-8")
 
 

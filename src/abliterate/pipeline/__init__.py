@@ -1,1 +1,1 @@
-"""What `abliterate X` does to a model is `pipeline/X.py`; everything here is usable without a command line."""
+"""What `abliterate X` does to a model is in `pipeline/X.py`; all of it can be used without a command line."""

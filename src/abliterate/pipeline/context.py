@@ -1,4 +1,4 @@
-"""What every stage may use: settings, reporter, the store of artifacts, the clock of stages, the check for an interruption."""
+"""The context that every stage is given: settings, reporter, artifact store, stage clock, and the check for interruptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abliterate.types import Reporter
 
 
 class StageClock:
-    """Seconds and peak memory of each stage, summed and maximized over all sessions of a run."""
+    """The seconds and peak memory of each stage: the sum and the maximum over all sessions of a run."""
 
     def __init__(self, result: Result | None = None) -> None:
         self.timings: dict[str, float] = dict(result.timings) if result else {}
@@ -27,7 +27,7 @@ class StageClock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what happens while active for the stage `name`."""
+        """Time the `with` block, and count its time and memory for the stage `name`."""
         self._meter.restart()
         self._stage, self._counted_to = name, time.perf_counter()
         try:
@@ -51,7 +51,7 @@ class StageClock:
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage may use; nothing is handed from one stage to the next through it."""
+    """The tools that every stage may use. No stage hands a result to the next through it."""
 
     settings: Settings
     reporter: Reporter
@@ -65,12 +65,12 @@ class Context:
         return Context(settings, reporter, make_store(settings, reporter), check)
 
     def with_settings(self, settings: Settings) -> Context:
-        """The same with other settings."""
+        """The same context with other settings."""
         return replace(self, settings=settings)
 
     @contextlib.contextmanager
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> Iterator[None]:
-        """Announce a stage, and record how long it took and its memory peak. `at_once`: as `Reporter.stage`."""
+        """Announce a stage, and record its duration and memory peak. `at_once` is as in `Reporter.stage`."""
         self.reporter.stage(name, detail, at_once=at_once)
         with self.clock.stage(name):
             yield

@@ -1,4 +1,4 @@
-"""The workers of a run on further devices of this machine: started, watched and ended with it."""
+"""Start, watch and stop the workers of a run on further devices of this machine (`--gpus`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from abliterate.errors import InputError
 
 
 class LocalWorkers:
-    """Workers of a run on further devices of this machine: started, watched and ended with it."""
+    """The worker processes of a run on this machine, one per further device."""
 
     def __init__(self, directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._logs = [directory.path / f"worker-{index + 1}.log" for index in range(len(devices))]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         command = [sys.executable, "-m", "abliterate", "worker", str(directory.path)]
-        # The run's settings.toml has no password.
+        # The settings.toml of the run doesn't hold the database's password.
         environment = os.environ | ({"ABLITERATE_SEARCH__STORAGE": url} if url else {})
         for index, device in enumerate(devices):
             with self._logs[index].open("wb") as log:
@@ -35,8 +35,8 @@ class LocalWorkers:
                     env=environment,
                 )
 
-    def look(self) -> None:
-        """Say which of them have failed since the last look: the run goes on without them."""
+    def check(self) -> None:
+        """Warn of each worker that has failed since the last check; the run continues without it."""
         for index, process in list(self._running.items()):
             code = process.poll()
             if code is None:
@@ -48,7 +48,7 @@ class LocalWorkers:
                 self._warn(f"Worker {index + 1} has ended ({last.removeprefix('error: ').rstrip('.')}); see {log.name}.")
 
     def end(self) -> None:
-        """Ask those still there to stop, which they do after the current pass, and wait for them."""
+        """Ask the running workers to stop, which they do after the current pass, and wait for them."""
         for process in self._running.values():
             process.send_signal(signal.SIGTERM)
         for process in self._running.values():
@@ -64,23 +64,23 @@ class LocalWorkers:
 def local_workers(
     directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """`LocalWorkers` on the devices while active; gives what says which of them have failed. `url`: of the study's database."""
-    started = LocalWorkers(directory, devices, url, warn)
+    """Keep workers running on the devices during the `with` block, which gets their `check`. `url` is the study's database."""
+    workers = LocalWorkers(directory, devices, url, warn)
     try:
-        yield started.look
+        yield workers.check
     finally:
-        started.end()
+        workers.end()
 
 
 def devices_of(gpus: int, device: torch.device) -> list[str]:
-    """Devices of the further workers of a run that itself works on `device`: `gpus` − 1 of them.
+    """The `gpus` − 1 devices of the further workers of a run that itself works on `device`.
 
     Raises:
-        InputError: the machine has fewer.
+        InputError: the machine has fewer devices.
     """
     if gpus <= 1:
         return []
-    if device.type == "cpu":  # its cores are shared
+    if device.type == "cpu":  # all workers share its cores
         return ["cpu"] * (gpus - 1)
     count = torch.accelerator.device_count()
     if gpus > count:

@@ -1,6 +1,6 @@
-"""A whole run, in the paper's order: load, calibrate, residuals, directions, baseline, search, pick, export.
+"""Carry out a whole run, in the paper's order: load, calibrate, residuals, directions, baseline, search, pick, export.
 
-Each stage takes and returns values and leaves a named artifact in the run directory; only `Run.save` writes `result.json`.
+Each stage takes and returns values and leaves a named artifact in the run directory; only `_Run.save` writes `result.json`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from abliterate.settings.sources import dump_settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, Reporter, Trial
 
-# A person's choice among the front: given the front, the rule's proposal and the baseline.
+# A person's choice from the front, given the front, the trial that the rule proposes, and the baseline.
 Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
 
 
@@ -48,13 +48,13 @@ def run(
     choose: Choose | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Result:
-    """A whole run, new, continued (`resume`) or begun anew (`restart`); returns what is in its `result.json`.
+    """Carry out a run that is new, continued (`resume`) or begun anew (`restart`); returns the content of its `result.json`.
 
-    `directory`: by default the one that the settings name, or `runs/<model>-<time>`. `gpus`: devices of this machine to search
-    on at once, each in a process of its own. `check` is called at safe points and may raise `Interrupted`.
+    `directory` is by default the directory that the settings name, or `runs/<model>-<time>`. `gpus` is the number of devices
+    to search on, each in a process of its own. `check` is called at safe points and may raise `Interrupted`.
 
     Raises:
-        InputError, AbliterateError: with the sentence a person sees. Interrupted: from `check`; trials are kept.
+        InputError, AbliterateError: with the sentence that a person sees. Interrupted: by `check`; finished trials are kept.
     """
     directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
     with directory.locked():
@@ -71,7 +71,7 @@ def run(
 
 @dataclass
 class _Run:
-    """A run at work in its directory. `result` is what is known so far."""
+    """A run at work in its directory; `result` grows with every stage."""
 
     context: Context
     directory: RunDirectory
@@ -79,15 +79,15 @@ class _Run:
     rule: SelectionRule
 
     def go(self, devices: Sequence[str], choose: Choose | None, *, resume: bool, restart: bool) -> Result:
-        """The stages in their order."""
+        """Carry out the stages in their order."""
         context, directory, result = self.context, self.directory, self.result
-        check_model(context.settings)  # before prompts are fetched: the likeliest mistake is the model's name
+        check_model(context.settings)  # before prompts are fetched, because the model's name is the likeliest mistake
         prompts = read_prompts(context)
         held = read_heldout(context, prompts.all_sets())
-        directory.prepare(resume=resume, restart=restart)  # no earlier: a mistyped option must not move an old run aside
+        directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
         with load_calibrated(context, prompts) as bench:
-            study = self._claim_study(bench)  # before anything of an older run is overwritten
+            study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
 
             residuals = stages.residuals(bench)
@@ -108,7 +108,7 @@ class _Run:
             if (answers := report_data.answers(bench, selected)) is not None:
                 report_data.write_record(directory.answers, answers)
 
-        # One model at a time: the export reads the weights anew.
+        # The workbench is closed by now, so memory holds one model at a time: the export reads the weights anew.
         if picked:
             for record in export_and_verify(context, picked, result, directory.export):
                 result.export = record
@@ -117,13 +117,13 @@ class _Run:
         return self._end(exported=picked is not None)
 
     def save(self) -> None:
-        """Write `result.json`, with the current stage's time so far: an interruption must not lose it."""
+        """Write `result.json`, with the time of the current stage so far, which an interruption must not lose."""
         self.context.clock.count()
         self.result.update(timings=self.context.clock.timings, memory=self.context.clock.memory)
         self.result.write(self.directory)
 
     def _claim_study(self, bench: Workbench) -> Study:
-        """The run's study, new or continued; refused where the options given would change what its trials mean."""
+        """The run's study, new or continued; InputError if the given options would change what its trials mean."""
         settings, directory, result = self.context.settings, self.directory, self.result
         url = settings.search.storage
         name = directory.study_name() if url else STUDY_NAME
@@ -134,7 +134,7 @@ class _Run:
         lost = known - len(study.trials())
         if lost > 0:
             self.context.reporter.warn(
-                f"The study lacks {lost} of the {known} trials that result.json lists; they are made again."
+                f"The study lacks {lost} of the {known} trials that result.json lists; the missing trials are repeated."
             )
         result.update(**bench.record(), prompts=prompt_records(settings, bench.prompts))
         result.update(identity=identity, startup_trials=study.n_startup)
@@ -142,15 +142,15 @@ class _Run:
         return study
 
     def _save_search(self, search: Search) -> None:
-        """Trials, front and caches so far, in `result.json`."""
+        """Write the trials, the front and the cache counts so far to `result.json`."""
         self.result.searched(search.trials, search.front_so_far, search.baseline, search.bench.objectives)
         self.result.caches = search.bench.caches()
         self.save()
 
     def _pick(self, search: Search, choose: Choose | None, held: Heldout | None) -> tuple[Trial, Picked | None]:
-        """The selected trial, and what its export needs, where there is to be one.
+        """The selected trial, and what its export needs; None if the settings want no export.
 
-        It is measured on held-out prompts first: the export's card says what came of it.
+        The trial is first measured on held-out prompts, because the export's card reports the scores.
         """
         result, bench, settings = self.result, search.bench, self.context.settings
         selected = search.pick(self.rule, (lambda front, trial: choose(front, trial, search.baseline)) if choose else None)
@@ -165,7 +165,7 @@ class _Run:
             return selected, prepare(bench, settings, result, selected)
 
     def _end(self, *, exported: bool) -> Result:
-        """The report; then the upload, because a failed upload costs nothing else."""
+        """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
         context, directory, result = self.context, self.directory, self.result
         with context.stage("report"):
             write_report(directory, result)

@@ -1,4 +1,4 @@
-"""The search: ask for parameters → apply the edit → evaluate → tell the sampler, until the budget of trials is used."""
+"""Search for the best edits: ask for parameters, apply the edit, evaluate, report to the sampler, until the budget is used."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from abliterate.types import Baseline, Trial
 
 
 class Search:
-    """The trials of a study on a workbench. Iterating runs those that are left and gives each finished trial once.
+    """The trials of a study on a workbench. Iterating runs the remaining trials and gives each finished trial once.
 
-    `front` and `pick` first run what is left; `trials` and `front_so_far` are what is finished. Other workers may be at the
-    same study: what they finish counts, and what they leave is done again.
+    `front` and `pick` run the remaining trials first; `trials` and `front_so_far` hold the finished trials. Other workers may
+    share the study: trials that they finish count, and trials that they abandon are repeated.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Search:
 
     @property
     def front_so_far(self) -> Sequence[Trial]:
-        """The Pareto-optimal ones of the trials that are finished."""
+        """The Pareto-optimal trials among the finished trials."""
         return pareto_front(self.trials, self.baseline, self.bench.objectives)
 
     @property
@@ -56,13 +56,13 @@ class Search:
         return self.front_so_far
 
     def finish(self) -> None:
-        """Run the trials that are left."""
+        """Run the remaining trials."""
         if len(self.trials) < self.budget:
             for _ in self.rounds():
                 pass
 
     def pick(self, rule: str | SelectionRule = "", choose: Callable[[Sequence[Trial], Trial], Trial] | None = None) -> Trial:
-        """The trial of the front that a rule selects (docs/settings.md, `--select`), or a person to whom that is offered.
+        """The trial of the front that a rule selects (docs/settings.md, `--select`), or that `choose` prefers to it.
 
         Raises:
             InputError: the rule can't be read or no trial meets it. AbliterateError: no trial beats the base model.
@@ -75,9 +75,9 @@ class Search:
         return choose(front, rule(front)) if choose else rule(front)
 
     def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:
-        """Run the trials that are left; gives those that have finished since the last round, and at first those from before.
+        """Run the remaining trials; each round gives the newly finished trials, the first round those of earlier sessions.
 
-        A round is over before the next trial begins, so a caller can make it durable. `watch` is called before each trial.
+        A round ends before the next trial begins, so a caller can save its trials. `watch` is called before each trial.
         """
         context, study, limit = self.bench.context, self.study, self.bench.settings.search.max_consecutive_failures
         with context.stage("search", f"{self.budget} trials"):
@@ -91,7 +91,7 @@ class Search:
                 if numbers != seen:
                     yield self._report(before if seen is None else seen)
                     seen = numbers
-                # Trials from before don't count here: what made them fail may have been mended.
+                # Trials of earlier sessions don't count here, because the cause of their failure may have been removed.
                 stages.check_failures([trial for trial in self.trials if trial.number not in before], limit)
                 if len(self.trials) >= self.budget:
                     return
@@ -109,7 +109,7 @@ class Search:
         return new
 
     def _one_trial(self) -> None:
-        """Ask, evaluate, tell; or wait a moment where other workers are at the last trials."""
+        """Ask for parameters, evaluate, report; or wait a moment while other workers finish the last trials."""
         asked = self.study.ask(self.budget)
         if asked is None:
             time.sleep(POLL)
@@ -123,14 +123,14 @@ class Search:
             raise
         if not self.study.tell(asked, trial, self.baseline.prompts):
             self.bench.context.reporter.warn(
-                f"Trial {asked.number} gave no sign of life for so long that another worker has it."
+                f"Trial {asked.number} sent no heartbeat for so long that another worker has taken it over."
             )
 
 
 def search(bench: Workbench, directions: Directions, trials: int | None = None) -> Search:
-    """A new search in memory for the best edits along `directions`; it runs as it is iterated over.
+    """A new search in memory for the best edits along `directions`, which runs while it is iterated over.
 
-    `trials`: the budget; by default that of the settings. A search that must survive a crash is a run (`abliterate.run`).
+    `trials` is the budget, by default the budget of the settings. Only a run (`abliterate.run`) survives a crash.
 
     Raises:
         AbliterateError: the model refuses none of the prompts, so there is nothing to search for.

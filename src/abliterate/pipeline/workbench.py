@@ -51,14 +51,14 @@ from abliterate.settings.schema import Settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, BatchSizes, Objective, Prompt, Reporter, TrialParams
 
-_SAMPLES = 256  # random trials from which the layers to resume at are chosen
+_SAMPLES = 256  # random trials that decide at which layers trials can resume
 
 
 class Workbench:
-    """A loaded model; then calibrated on prompts (`calibrate`); then ready for edits along directions (`prepare`).
+    """A loaded model, which `calibrate` calibrates on prompts, and `prepare` makes ready for edits along directions.
 
-    `plain` gives whole responses by `generate`; `engine` is what trials are measured by: the fast engine once `prepare` has
-    checked it against `plain`, and `plain` before. `baseline` is the base model's scores, once something has measured them.
+    `plain` generates whole responses by `generate`. `engine` measures trials: it is the fast engine once `prepare` has
+    checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured.
     """
 
     def __init__(self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None) -> None:
@@ -74,7 +74,7 @@ class Workbench:
         self.baseline: Baseline | None = None
 
     def use(self, sizes: BatchSizes, prefix: str) -> None:
-        """Measure with these batch sizes, every response beginning with `prefix`."""
+        """Make the plain engine for these batch sizes and for responses that begin with `prefix`."""
         self.sizes, self.response_prefix = sizes, prefix
         self.chat: PromptEncoder = chat_of(self.settings, self.loaded.tokenizer, self.loaded.device, prefix)
         self.plain: ReferenceEngine = make_engine(self.context, self.loaded.model, self.chat, sizes)
@@ -82,24 +82,24 @@ class Workbench:
 
     @property
     def settings(self) -> Settings:
-        """The settings it was made with."""
+        """The settings that the workbench was made with."""
         return self.context.settings
 
     @property
     def prompts(self) -> PromptSets:
-        """The prompt sets it is calibrated on."""
+        """The prompt sets that the workbench is calibrated on."""
         assert self._prompts is not None, "calibrate the workbench first"
         return self._prompts
 
     @property
     def editor(self) -> Editor:
-        """What turns a trial's parameters into edits on the model."""
+        """The editor, which applies a trial's parameters to the model."""
         assert self._editor is not None, "give the workbench directions first (find_directions)"
         return self._editor
 
     @property
     def directions(self) -> Directions | None:
-        """The directions that it is prepared for."""
+        """The directions that the workbench is prepared for; None before `prepare`."""
         return None if self._editor is None else self._editor.directions
 
     @property
@@ -109,25 +109,25 @@ class Workbench:
         return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives)
 
     def calibrate(self, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None) -> None:
-        """The one warm-up, batch sizes and response prefix, unless these are known from before.
+        """Warm the model up once, and find the batch sizes and the response prefix unless they are known.
 
-        `prefix`, `sizes` {operation: batch size}: those of a run for its workers, or of a recipe.
+        `prefix` and `sizes` ({operation: batch size}) are given by a run to its workers, or by a recipe.
         """
         self._prompts = prompts
         with self.context.stage("calibrate"), self.base():
-            found = batch_size.batch_sizes(self.context, self.loaded, plain_engine(self.context, self.loaded), prompts, sizes)
+            tuned = batch_size.batch_sizes(self.context, self.loaded, plain_engine(self.context, self.loaded), prompts, sizes)
             if prefix is None:
-                prefix = known_prefix(self.context, self.loaded, found, prompts)
-        self.use(found, prefix)
+                prefix = known_prefix(self.context, self.loaded, tuned, prompts)
+        self.use(tuned, prefix)
 
     def note_forms(self) -> None:
-        """Say what the chat template does to the prompts, where it can't keep their form."""
-        for note in dict.fromkeys(self.chat.form(prompt).note for part in self.prompts.all_sets() for prompt in part):
+        """Report how the chat template changes prompts whose form it can't keep."""
+        for note in dict.fromkeys(self.chat.form(prompt).note for each in self.prompts.all_sets() for prompt in each):
             if note:
                 self.context.reporter.note(note)
 
     def make_edits(self, directions: Directions, *, now: bool = True) -> None:
-        """Put hooks on every target, and prepare all modules for edits along `directions`, or each when it is first used."""
+        """Put hooks on every target, and prepare edits along `directions`: all `now`, or each when it is first used."""
         efficiency = self.settings.efficiency
         hooks = EditHooks(self.loaded.targets, incremental=efficiency.use_incremental_adapter_updates)
         memo = SvdMemo(efficiency.max_svd_cache_size if efficiency.enable_svd_cache else 0)
@@ -139,12 +139,12 @@ class Workbench:
             return
         with self.context.stage("prepare edits", self.settings.edit.mode):
             editor.prepare(lambda done, total: reporter.progress(done, total, "modules"))
-            for names, what in ((editor.offloaded, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
+            for names, how in ((editor.offloaded, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
                 if names:
-                    reporter.note(f"the edits of {len(names)} modules are {what} (efficiency.max_kept_mb)")
+                    reporter.note(f"the edits of {len(names)} modules are {how} (efficiency.max_kept_mb)")
 
     def prepare(self, directions: Directions) -> None:
-        """Make edits along `directions` possible, and choose the fastest engine for trials that agrees with `plain`."""
+        """Make edits along `directions` possible, and choose the fastest trial engine that agrees with `plain`."""
         if self.directions is directions:
             return
         self.make_edits(directions)
@@ -156,12 +156,12 @@ class Workbench:
             early_scorer(self.scorers),
             self.prompts.harmful_eval,
             self.prompts.harmless_eval,
-            # Where trials are likely to begin; also an edit for the self-check that leaves lower layers alone.
+            # The layers at which trials are likely to resume.
             resume_layers(editor.first_layers(space.samples(_SAMPLES, seed=0))),
-            editor.budget_bytes,  # prepared edits come first
+            editor.budget_bytes,  # the budget that prepared edits leave
         )
         with context.stage("trial engine"), self._measuring("the self-check's model"):
-            edit = partial(editor.apply_exactly, space.upper_half())  # it skips lower layers
+            edit = partial(editor.apply_exactly, space.upper_half())  # lower layers stay as they are
             switches = self.settings.efficiency
             self.engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
             for note in _left_out(self.engine, setup, self.settings):
@@ -169,7 +169,7 @@ class Workbench:
 
     @contextlib.contextmanager
     def edited(self, params: TrialParams) -> Iterator[None]:
-        """The model under a trial's edits while active; afterwards it is the base model again, always."""
+        """Apply a trial's edits for the `with` block; afterwards the model is always the base model again."""
         with self._measuring("edited"):
             try:
                 self.editor.apply(params)
@@ -179,10 +179,10 @@ class Workbench:
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
-        """The base model while active. Whatever measures the base does so in here.
+        """Guard a measurement of the base model: every such measurement is made inside this `with` block.
 
         Raises:
-            RuntimeError: an edit is on the model: a fault of the caller, which would make the figures wrong in silence.
+            RuntimeError: the model is edited, which is the caller's mistake and would silently falsify the figures.
         """
         with self._measuring("base"):
             if self._editor is not None and self._editor.adapters.active:
@@ -200,25 +200,25 @@ class Workbench:
             self._measured = ""
 
     def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:
-        """Whole responses of the model as it is now: the base, or inside `edited` the edited model.
+        """Whole responses of the base model, or inside `edited` of the edited model.
 
         Raises:
             TrialError: the device is too small for one prompt, or the model's logits are not numbers.
         """
         system = self.settings.prompts.system
-        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt, system) for prompt in prompts]
+        given = [prompt if isinstance(prompt, Prompt) else Prompt(prompt, system) for prompt in prompts]
         with contextlib.nullcontext() if self._measured else self.base():
-            responses = self.plain.respond(asked)
+            responses = self.plain.respond(given)
         assert responses is not None  # only a limit can stop it
         return [response.text for response in responses]
 
     def identity(self, settings: Settings | None = None, objectives: Sequence[Objective] | None = None) -> dict[str, str]:
-        """Hashes of everything that the meaning of a trial depends on, by part; by default with its own settings."""
+        """Hashes, by part, of everything that a trial's meaning depends on; by default under the workbench's settings."""
         sets = self.prompts.all_sets()
         return study_identity(settings or self.settings, self.loaded, self.response_prefix, sets, objectives or self.objectives)
 
     def record(self) -> dict[str, Any]:
-        """What `result.json` says of the model and its calibration: fields of `Result`."""
+        """The fields of `Result` that describe the model and its calibration."""
         return {
             "model": ModelRecord.of(self.loaded.info),
             "environment": Environment.here(device_name(choose_device(self.settings.device))),
@@ -238,7 +238,7 @@ class Workbench:
         }
 
     def close(self) -> None:
-        """Take all edits off and let go of the model, so that its memory is free; the workbench is of no use afterwards."""
+        """Remove all edits and drop the model, which frees its memory; the workbench can't be used afterwards."""
         if self._editor is not None:
             self._editor.clear()
         for name in ("loaded", "chat", "plain", "engine", "scorers", "_editor"):
@@ -254,12 +254,12 @@ class Workbench:
 
 
 def load(settings: Settings, reporter: Reporter | None = None, *, check: Callable[[], None] = lambda: None) -> Workbench:
-    """The model, tokenizer and prompts that the settings name, checked and calibrated; to be used in a `with` statement.
+    """Load, check and calibrate what the settings name: a workbench to be used in a `with` statement.
 
-    `reporter`: where progress goes; by default a progress bar on standard error.
+    `reporter` shows the progress; by default it is a progress bar on standard error.
 
     Raises:
-        InputError: a name in the settings stands for nothing, the model or a prompt set can't be loaded, or too little of the
+        InputError: a name in the settings is unknown, the model or a prompt set can't be loaded, or too little of the
             model can be edited. AbliterateError: the model can't be used.
     """
     check_names(settings)
@@ -271,7 +271,7 @@ def load(settings: Settings, reporter: Reporter | None = None, *, check: Callabl
 def load_calibrated(
     context: Context, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None
 ) -> Workbench:
-    """A workbench that is calibrated on `prompts`; `prefix` and `sizes` as `Workbench.calibrate` takes them."""
+    """A workbench that is calibrated on `prompts`; `prefix` and `sizes` are as in `Workbench.calibrate`."""
     scorers = scorers_of(context.settings)
     objectives = objectives_of(context.settings, scorers)
     bench = open_workbench(context, prompts)
@@ -283,7 +283,7 @@ def load_calibrated(
 
 
 def open_workbench(context: Context, prompts: PromptSets | None = None) -> Workbench:
-    """A workbench whose model is loaded and nothing more; what a run of `prompts` needs is shown, where these are given."""
+    """A workbench with a loaded model that isn't calibrated yet; given `prompts`, the needs of a run on them are shown."""
     settings = context.settings
     device = choose_device(settings.device)
     coverage: Mapping[str, Any] | None = None
@@ -295,7 +295,7 @@ def open_workbench(context: Context, prompts: PromptSets | None = None) -> Workb
 
 
 def probe_inputs(settings: Settings) -> Callable[[PreTrainedTokenizerBase, torch.device], BatchEncoding]:
-    """What the loader's test generation is made with."""
+    """A function that gives the input of the loader's test generation."""
     probe = Prompt("What is 1+1?", settings.prompts.system)
 
     def inputs(tokenizer: PreTrainedTokenizerBase, device: torch.device) -> BatchEncoding:
@@ -305,12 +305,12 @@ def probe_inputs(settings: Settings) -> Callable[[PreTrainedTokenizerBase, torch
 
 
 def named_as(bench: Workbench, model: str, revision: str) -> None:
-    """Call the model by another name in everything that is recorded of it: a directory has another name on each machine."""
+    """Rename the model in all records, because a directory has another name on each machine."""
     bench.loaded = replace(bench.loaded, info=replace(bench.loaded.info, id=model, revision=revision))
 
 
 def _left_out(engine: Engine, setup: EngineSetup, settings: Settings) -> Iterator[str]:
-    """What this model or these scorers don't allow the engine."""
+    """Notes on the shortcuts that this model or these scorers don't allow the engine."""
     if not isinstance(engine, TrialEngine):
         return
     if settings.efficiency.use_shared_prefix and engine.sharing == "none":

@@ -1,6 +1,6 @@
-"""Several processes and machines at one study: what a run shares with its workers, and how a worker joins.
+"""Let several processes and machines work on one study: a run shares its setup, and workers join it (`abliterate worker`).
 
-A worker loads the model and searches; it has directions, prompts, response prefix and baseline from the study's storage.
+A worker loads the model and searches; it reads directions, prompts, response prefix and baseline from the study's storage.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ from abliterate.types import Baseline, Prompt, Reporter
 
 FORMAT = 1
 
-# What a run shares, by name; the setup comes last.
+# The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"
 
-# Settings that name files of the run's machine: their content is shared.
+# Settings that name files of the run's machine; the content of these files is shared.
 _FILES = ("evaluation.markers", "load.chat_template")
 
-_LOOK_AGAIN = 2.0
+# Seconds between two looks into the storage.
+_POLL = 2.0
 
 
 @dataclass(frozen=True)
 class SharedSetup:
-    """Everything that trials of a run depend on, as one worker gives it to others."""
+    """Everything that the trials of a run depend on, in the form in which the run shares it with its workers."""
 
     settings: str
     files: Mapping[str, str]
@@ -57,27 +58,27 @@ class SharedSetup:
     identity: Mapping[str, str]
 
     def to_bytes(self) -> bytes:
-        """JSON, the inverse of `of_bytes`."""
-        sets = {name: [(one.text, one.system) for one in part] for name, part in vars(self.prompts).items()}
+        """The JSON form; the inverse of `of_bytes`."""
+        sets = {name: [(prompt.text, prompt.system) for prompt in prompts] for name, prompts in vars(self.prompts).items()}
         record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": self.baseline.to_record()}
         return json.dumps({**record, "files": dict(self.files), "identity": dict(self.identity)}).encode()
 
     @staticmethod
     def of_bytes(content: bytes) -> SharedSetup:
-        """Inverse of `to_bytes`; InputError where another version of abliterate wrote it."""
+        """The inverse of `to_bytes`; InputError if another version of abliterate wrote the content."""
         record = json.loads(content)
-        found = record.pop("format", None)
-        if found != FORMAT:
+        version = record.pop("format", None)
+        if version != FORMAT:
             raise InputError(
-                f"The study was set up by another version of abliterate (format {found}, not {FORMAT}); install the same "
+                f"The study was set up by another version of abliterate (format {version}, not {FORMAT}); install the same "
                 "version on all machines."
             )
-        sets = {name: tuple(Prompt(*one) for one in part) for name, part in record.pop("prompts").items()}
+        sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
         return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
 
 
 def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Directions, identity: Mapping[str, str]) -> None:
-    """Leave what workers need in the study's storage. No path of this machine, no place of the storage."""
+    """Write everything that workers need to the study's storage, without paths of this machine or the storage's URL."""
     settings = bench.settings
     plain = settings.model_copy(
         update={
@@ -109,16 +110,16 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
 def _file(settings: Settings, name: str) -> Path | None:
     section, option = name.split(".")
     given = getattr(getattr(settings, section), option)
-    if name == "evaluation.markers" and not given:  # the default file may be another in another version
+    if name == "evaluation.markers" and not given:  # the default file may differ between versions
         return config_path("markers.txt")
     return Path(given).expanduser() if given else None
 
 
-def place_of(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
-    """(database or "", journal, name of the study) that a worker is told: by a run's directory, or by both options.
+def study_location(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
+    """(database URL or "", journal, study name) from a worker's options: a run's directory, or `--storage` and `--study`.
 
     Raises:
-        InputError: neither or both, or there is no run.
+        InputError: neither or both of these are given, or the directory holds no run.
     """
     if (run is None) == (not url):
         raise InputError("A worker needs a run's directory, or --storage URL and --study NAME; give one of them.")
@@ -138,10 +139,10 @@ def place_of(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
 def wait_for_setup(
     url: str, journal: Path, name: str, reporter: Reporter, check: Callable[[], None]
 ) -> tuple[SharedSetup, Directions]:
-    """What the run has left in the storage, as soon as it is there.
+    """Wait until the run has written its setup to the storage, and return it with the directions.
 
     Raises:
-        InputError: no such storage or study.
+        InputError: the storage or the study doesn't exist.
     """
     try:
         study = optuna.load_study(study_name=name, storage=open_storage(url, journal))
@@ -151,31 +152,31 @@ def wait_for_setup(
         raise InputError(
             f"The study can't be opened: {first_line(error)}; check --storage and that the database runs."
         ) from error
-    said = False
+    noted = False
     while True:
         directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
         if directions is not None and setup is not None:
             return SharedSetup.of_bytes(setup), Directions(load(directions)["directions"])
-        if not said:
+        if not noted:
             reporter.note("waiting for the run to compute its directions and baseline")
-            said = True
+            noted = True
         check()
-        time.sleep(_LOOK_AGAIN)
+        time.sleep(_POLL)
 
 
 @contextlib.contextmanager
 def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings]:
-    """The run's settings on this machine; `own` options (device, model, …) win. Files are there while active."""
+    """The run's settings, overridden by `own` options (device, model, …); shared files exist during the `with` block."""
     with tempfile.TemporaryDirectory(prefix="abliterate-worker-") as name:
         folder = Path(name)
         (folder / "settings.toml").write_text(setup.settings, encoding="utf-8")
-        over: dict[str, Any] = {"load": {"dtypes": [setup.dtype]}}
+        overrides: dict[str, Any] = {"load": {"dtypes": [setup.dtype]}}
         for option, content in setup.files.items():
             section, leaf = option.split(".")
             path = folder / leaf
             path.write_text(content, encoding="utf-8")
-            over = merge(over, {section: {leaf: str(path)}})
-        yield load_settings(str(folder / "settings.toml"), merge(over, own))
+            overrides = merge(overrides, {section: {leaf: str(path)}})
+        yield load_settings(str(folder / "settings.toml"), merge(overrides, own))
 
 
 def work(
@@ -187,28 +188,28 @@ def work(
     *,
     check: Callable[[], None] = lambda: None,
 ) -> int:
-    """Work at a run's study, named by its directory or by storage and name, until its budget is used; returns its trials.
+    """Work on a run's study, given by its directory or by storage and name, until its budget is used; returns the trial count.
 
-    `own`: this worker's options (device, model, cache), which win over the run's.
+    `own` holds this worker's options (device, model, cache), which override the run's.
     """
-    place = place_of(run_directory, url, name)
-    setup, directions = wait_for_setup(*place, reporter, check)
+    location = study_location(run_directory, url, name)
+    setup, directions = wait_for_setup(*location, reporter, check)
     with settings_of(setup, own) as settings:
         context = Context.of(settings, reporter, check)
         with load_calibrated(context, setup.prompts, setup.prefix) as bench:
-            study = join(bench, place, setup, directions)
+            study = join(bench, location, setup, directions)
             search = Search(bench, study, setup.baseline, settings.search.trials)
             search.finish()
             return len(search.trials)
 
 
-def join(bench: Workbench, place: tuple[str, Path, str], setup: SharedSetup, directions: Directions) -> Study:
-    """Make the workbench ready for the run's trials; returns the study to find them in.
+def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, directions: Directions) -> Study:
+    """Prepare the workbench for the run's trials, and return the study that gives them out.
 
     Raises:
-        InputError: its trials would mean something else than the run's.
+        InputError: trials on this workbench would differ in meaning from the run's.
     """
-    context, (url, journal, name) = bench.context, place
+    context, (url, journal, name) = bench.context, location
     changed = changed_parts(setup.identity, bench.identity())
     if changed:
         raise InputError(
