@@ -1,7 +1,7 @@
-"""`abliterate evaluate`: any candidate against its base on held-out prompts, and on tasks of lm-eval if asked for.
+"""Compare any candidate with its base on held-out prompts, and on tasks of lm-eval if given (`abliterate evaluate`).
 
-A candidate is a model of its own, an adapter on the base, or a trial of a run; the two latter share the base's weights, so only
-a model of its own needs memory for both.
+A candidate is a whole model, an adapter on the base, or a trial of a run. An adapter and a trial share the base's weights, so
+only a whole model needs memory for both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Kind = Literal["model", "adapter", "trial"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is measured: a directory or Hub id, or a run's directory and the number of its trial (None: the selected one)."""
+    """The candidate: a directory or Hub id, or a run's directory and a trial number (None: the selected trial)."""
 
     kind: Kind
     place: str
@@ -47,29 +47,29 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        """As it may appear in results."""
+        """The candidate's name in results, without a path of this machine."""
         name = loader.public_name(self.place) if self.kind != "trial" else Path(self.place).resolve().name
         return name if self.number is None else f"{name}:{self.number}"
 
 
 def parse_candidate(text: str) -> Candidate:
-    """A model directory or id, an adapter directory, RUN or RUN:N.
+    """The candidate that `text` names: a model directory or id, an adapter directory, RUN or RUN:N.
 
     Raises:
-        InputError: nothing of these is there.
+        InputError: `text` names none of these.
     """
-    path = Path(os.path.expanduser(text))  # unlike Path's own, no error where there is no such home
+    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, it raises no error for an unknown home
     head, _, tail = text.rpartition(":")
-    if head and tail.isdecimal() and not os.path.exists(path):  # a name that is too long is none
+    if head and tail.isdecimal() and not os.path.exists(path):  # os.path.exists is False for a name that is too long
         run = Path(os.path.expanduser(head))
         if not _is_run(run):
-            raise InputError(f"There is no run in {head}, so {text} names no trial of one; give the directory of a run.")
+            raise InputError(f"There is no run in {head}, so {text} names no trial; give the directory of a run.")
         return Candidate("trial", str(run), int(tail))
     if _is_run(path):
         return Candidate("trial", str(path))
     if os.path.isfile(path / "adapter_config.json"):
         return Candidate("adapter", str(path))
-    loader.resolve_source(text)  # its sentences say what a path may be
+    loader.resolve_source(text)  # its error sentences explain what a path may be
     return Candidate("model", text)
 
 
@@ -82,9 +82,10 @@ def evaluate(
     check: Callable[[], None] = lambda: None,
     show: Callable[[Mapping[str, Any]], None] = lambda heldout: None,
 ) -> dict[str, Any]:
-    """{base, candidate, heldout, benchmarks, error}: `heldout` as in a run's `result.json`, `error` of the benchmarks.
+    """Measure both, and return {base, candidate, heldout, benchmarks, error}.
 
-    `show` is given `heldout` before the benchmarks begin, which may take hours.
+    `heldout` is as in a run's `result.json`; `error` is the failure of the benchmarks, or "". `show` is given `heldout` before
+    the benchmarks begin, which may take hours.
 
     Raises:
         InputError: prompts, models or the run don't fit together. AbliterateError: the candidate's numbers are not finite.
@@ -102,7 +103,7 @@ def evaluate(
     prompts = _search_prompts(context, required=trial is not None)
     held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
     assert held is not None
-    bench = open_workbench(context)  # what could be edited isn't looked at: nothing is edited for good
+    bench = open_workbench(context)  # nothing is edited for good, so coverage isn't checked
     names = {"base": bench.loaded.info.id, "candidate": candidate.name}
     bench.calibrate(prompts or _stand_in(held))
     try:
@@ -126,7 +127,7 @@ def evaluate(
 def _benchmarks(
     bench: Workbench, base: ModelView, candidate: ModelView, ready: Ready | None
 ) -> tuple[list[dict[str, Any]], str]:
-    """Rows of lm-eval's tasks, and why there are none, or ""."""
+    """The rows of lm-eval's tasks, and the reason if they are missing, or ""."""
     if ready is None:
         return [], ""
     context = bench.context
@@ -135,7 +136,7 @@ def _benchmarks(
 
 
 def _at_revision(settings: Settings, run: Result) -> Settings:
-    """Where BASE is the run's model: the commit that the run loaded."""
+    """The settings with the commit that the run loaded, if BASE is the run's model."""
     if run.model is None or loader.public_name(settings.model) != run.model.id:
         return settings
     load = pinned(settings.load, loader.resolve_source(settings.model), run.model.revision)
@@ -143,7 +144,7 @@ def _at_revision(settings: Settings, run: Result) -> Settings:
 
 
 def _check_candidate(settings: Settings, candidate: Candidate) -> None:
-    """InputError for a candidate that can't be loaded, as far as its config tells: before the base is."""
+    """Raise InputError before the base is loaded if the candidate's config shows that it can't be loaded."""
     if candidate.kind == "adapter":
         check_adapter(Path(candidate.place))
     elif candidate.kind == "model":
@@ -151,7 +152,7 @@ def _check_candidate(settings: Settings, candidate: Candidate) -> None:
 
 
 def _settings_of(settings: Settings, candidate: Candidate) -> Settings:
-    """With the candidate as the model; the base's revision is none of its own."""
+    """The settings with the candidate as the model; the base's revision doesn't apply to it."""
     own = settings.load.model_copy(update={"revision": ""})
     return settings.model_copy(update={"model": candidate.place, "load": own})
 
@@ -164,12 +165,12 @@ def _is_run(path: Path) -> bool:
 def _trial_of(run: Result, candidate: Candidate) -> Trial:
     number = run.selected if candidate.number is None else candidate.number
     if number is None:
-        raise InputError(f"The run in {candidate.place} has chosen no trial yet; name one as {candidate.place}:N.")
+        raise InputError(f"The run in {candidate.place} has chosen no trial yet; name a trial as {candidate.place}:N.")
     return run.trial(number, candidate.place)
 
 
 def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
-    """The sets that directions and search use. Of default ones it is enough to say that they can't be compared with."""
+    """The prompt sets of directions and search; None, with a warning, if default sets can't be loaded and aren't `required`."""
     given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
     try:
         return read_prompts(context)
@@ -184,7 +185,7 @@ def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
 
 
 def _stand_in(held: Heldout) -> PromptSets:
-    """What batch sizes and the response prefix are found with where there is nothing else."""
+    """The held-out prompts as prompt sets, for batch sizes and response prefix where no others can be loaded."""
     return PromptSets(*(2 * (held.sets.harmful, held.sets.harmless)))
 
 
@@ -192,13 +193,13 @@ def _stand_in(held: Heldout) -> PromptSets:
 def _views(
     bench: Workbench, candidate: Candidate, run: Result | None, trial: Trial | None
 ) -> Iterator[tuple[ModelView, ModelView]]:
-    """Base and candidate, ready to be measured."""
+    """The base and the candidate, ready to be measured during the `with` block."""
     context, settings, base = bench.context, bench.settings, ModelView(bench.plain, bench.base)
     if trial is not None:
         assert run is not None
         assert run.model is not None
         if bench.loaded.info.fingerprint != run.model.fingerprint:
-            raise InputError(f"The run in {candidate.place} is of another model ({run.model.id}); give that one as BASE.")
+            raise InputError(f"The run in {candidate.place} is of another model ({run.model.id}); give that model as BASE.")
         bench.make_edits(stages.read_directions(RunDirectory(Path(candidate.place)).directions, run))
         yield views(bench, trial)
         return
@@ -210,7 +211,7 @@ def _views(
     with open_workbench(context.with_settings(_settings_of(settings, candidate))) as other:
         other.use(bench.sizes, bench.response_prefix)
         probe = Prompt("What is 1+1?", settings.prompts.system)
-        sizes = [one.loaded.model.config.get_text_config().vocab_size for one in (bench, other)]
+        sizes = [each.loaded.model.config.get_text_config().vocab_size for each in (bench, other)]
         if sizes[0] != sizes[1] or other.chat.token_ids(probe) != bench.chat.token_ids(probe):
             raise InputError(
                 f"The model {candidate.name} reads prompts as other tokens than the base, so the two can't be compared token "
@@ -220,7 +221,7 @@ def _views(
 
 
 def _with_adapter(bench: Workbench, place: str) -> Any:
-    """The base with a PEFT adapter on it; its own layers are wrapped in place."""
+    """The base with a PEFT adapter, which wraps the base's layers in place."""
     try:
         return with_adapter(bench.loaded.model, Path(place))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

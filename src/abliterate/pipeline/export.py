@@ -1,4 +1,4 @@
-"""Stage 8: from a selected trial to an export on disk that was reloaded and compared with the trial."""
+"""Export a trial to disk, reload the export, and compare it with the trial (stage 8 of a run, and `abliterate.export`)."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ from abliterate.types import BatchSizes, Trial, TrialParams
 
 @dataclass(frozen=True)
 class Picked:
-    """What outlives the loaded model: the trial's export job, and what the export must reproduce.
+    """The selected trial's export job and the outputs that the export must reproduce; both outlive the loaded model.
 
-    `approximation`: what the svd representation loses, for `result.json`; empty where edits are exact. `scorers` to
-    `quantization`: how the trial was measured.
+    `approximation` is the error of the svd representation, for `result.json`; it is empty for exact edits. The fields `scorers`
+    to `quantization` say how the trial was measured.
     """
 
     job: ExportJob
@@ -87,9 +87,9 @@ class Picked:
 
 
 def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) -> Picked:
-    """What an export of `trial` needs once the model is gone; the model card tells what `result` says of the run."""
+    """Collect everything that an export of `trial` needs once the model is gone; the model card is made from `result`."""
     loaded = bench.loaded
-    factors = {name: found.to("cpu") for name, found in bench.editor.factors(trial.params).items()}
+    factors = {name: edit.to("cpu") for name, edit in bench.editor.factors(trial.params).items()}
 
     def weight_of(target: Target) -> Tensor:
         return dense_weight(target.module)
@@ -112,7 +112,7 @@ def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) 
 
 
 def pinned(load: LoadSettings, source: str, revision: str) -> LoadSettings:
-    """At the commit that the run loaded: the Hub's `main` may have moved since. A directory has none."""
+    """`load` at the commit that the run loaded, since the Hub's `main` may have moved; a directory has no commit."""
     return load if Path(source).is_dir() or not revision else load.model_copy(update={"revision": revision})
 
 
@@ -124,14 +124,14 @@ def approximation_of(
     params: TrialParams,
     factors: Mapping[str, Factors],
 ) -> dict[str, float]:
-    """Mean and largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules, of the svd representation; else nothing."""
+    """The mean and the largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules; empty unless the representation is svd."""
     if settings.representation == "exact" or not factors:
         return {}
     exact_settings = settings.model_copy(update={"representation": "exact"})
     errors = []
     for target in targets:
         if target.name in factors:
-            # One module at a time: what an exact editor prepares is large.
+            # One module at a time, because an exact editor prepares large tensors.
             exact = Editor((target,), directions, exact_settings, EditHooks(()), SvdMemo(0), weight_of=weight_of)
             delta = exact.factors(params)[target.name].to("cpu").delta(weight_of(target).float().cpu())
             errors.append(relative_error(delta, factors[target.name]))
@@ -139,7 +139,7 @@ def approximation_of(
 
 
 def card(settings: Settings, result: Result, source: str, trial: Trial, approximation: Mapping[str, float]) -> str:
-    """The model card, of what `result` says of the run; nothing is measured for it."""
+    """The model card, made from the facts in `result`; nothing is measured for it."""
     record, baseline, model = result.to_record(), result.baseline, result.model
     assert baseline is not None
     assert model is not None
@@ -173,14 +173,14 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
 
 
 def _expect(bench: Workbench, kind: str, job: ExportJob, trial: Trial) -> Expected:
-    """What the export of `job`, made from `trial`, must reproduce."""
+    """The outputs that the export of `job`, made from `trial`, must reproduce."""
     model, dtype = bench.loaded.model, getattr(torch, bench.loaded.info.dtype)
-    # The plain engine here and on the export: the verdict must not depend on how trials are made fast.
+    # The plain engine measures both the trial and the export, so the verdict doesn't depend on the trial engine.
     engine, other = bench.plain, make_engine(bench.context, model, bench.chat, bench.sizes.halved())
     inputs = probe_inputs(job.factors)
     with bench.edited(trial.params):
         sets = (bench.prompts.harmless_eval, bench.prompts.harmful_eval)
-        harmless, harmful = (engine.first_logprobs(part).cpu() for part in sets)
+        harmless, harmful = (engine.first_logprobs(prompts).cpu() for prompts in sets)
         noise = float(kl_divergence(harmless, other.first_logprobs(bench.prompts.harmless_eval).cpu()).mean())
         edited = module_outputs(model, inputs, dtype)
     with bench.base():
@@ -204,9 +204,9 @@ def write(
     approximation: Mapping[str, float],
     origin: Origin = "trial",
 ) -> ExportRecord:
-    """Write the export under its final name, with the recipe of the run that `result` tells of; returns its record.
+    """Write the export and its recipe under the export's final name; returns the export's record.
 
-    `origin`: how the job's factors were computed.
+    `result` describes the run for the recipe. `origin` says how the job's factors were computed.
     """
     exporter = EXPORTERS[context.settings.export.kind]
     with (
@@ -214,8 +214,8 @@ def write(
         finished_folder(final, job.key(exporter.kind)) as folder,
     ):
         facts = dict(exporter.write(job, folder))
-        made = export_record(exporter.kind, origin, folder, job.factors)
-        write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, made))
+        entry = export_record(exporter.kind, origin, folder, job.factors)
+        write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, entry))
     if approximation:
         facts["approximation_error"] = dict(approximation)
     record = ExportRecord(kind=exporter.kind, trial=trial.number, path=final.name, verified=None, pushed=None, **facts)
@@ -224,18 +224,18 @@ def write(
 
 
 def verify(context: Context, picked: Picked, final: Path) -> Verification:
-    """Reload the export and compare what it does with what the trial did."""
+    """Reload the export and compare its outputs with the trial's."""
     with context.stage("verify"):
         try:
             return _verify(context, EXPORTERS[context.settings.export.kind], picked, final)
-        except TrialError as error:  # logits that are no numbers, above all: the very thing to be found here
+        except TrialError as error:  # above all NaN logits, a fault that verification is there to find
             return Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
 
 
 def conclude(
     context: Context, record: ExportRecord, final: Path, trial: Trial, n_harmful: int, verdict: Verification
 ) -> ExportRecord:
-    """Put the verdict into the returned record and into the export's card, recipe and own record; warn of a failure."""
+    """Write the verdict to the export's card, recipe and record; returns the record. A failure is a warning."""
     concluded = record.model_copy(update={"verified": verdict.ok, "verification": verdict.record})
     leave_record(final, concluded.model_dump(exclude_unset=True))
     readme = final / "README.md"
@@ -251,7 +251,7 @@ def conclude(
 
 
 def export_and_verify(context: Context, picked: Picked, result: Result, final: Path) -> Iterator[ExportRecord]:
-    """Write the export and, unless switched off, verify it from disk; gives its record after each of the two steps."""
+    """Write the export and, unless switched off, verify it from disk; yields its record after each of the two steps."""
     trial = picked.trial
     record = write(context, picked.job, result, final, trial, picked.approximation)
     yield record
@@ -263,11 +263,11 @@ def export_and_verify(context: Context, picked: Picked, result: Result, final: P
 def export(bench: Workbench, trial: Trial, out: str | Path, kind: str = "") -> ExportRecord:
     """Export a trial of the workbench's model to the folder `out`, and compare the reloaded export with the trial.
 
-    `kind`: `merged` or `adapter`; by default that of the settings. The workbench keeps its model, so memory must hold the
-    export beside it where it is verified.
+    `kind` is `merged` or `adapter`; by default the kind in the settings. The workbench keeps its model, so verifying the export
+    needs memory for both.
 
     Raises:
-        InputError: `out` holds something that is no export of this tool.
+        InputError: `out` holds files that aren't an export of this tool.
     """
     final = Path(out)
     check_output(final)
@@ -296,7 +296,7 @@ def prompt_records(settings: Settings, prompts: PromptSets) -> dict[str, PromptS
 
 
 def write_recipe(settings: Settings, result: Result, directory: RunDirectory, *, exported: bool) -> None:
-    """`recipe.json` in the run directory: that of the run's export, or else of the trial that it selected."""
+    """Write `recipe.json` in the run directory: the recipe of the run's export, or else of its selected trial."""
     if exported:
         write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
         return
@@ -308,7 +308,7 @@ def push_export(context: Context, record: ExportRecord, final: Path) -> ExportRe
     """Upload the export if the settings name a repository and its verification didn't fail; returns the export's record.
 
     Raises:
-        AbliterateError: the upload failed; everything else is done by then, and kept.
+        AbliterateError: the upload failed; everything else is finished and kept.
     """
     settings = context.settings.export
     if not settings.push:
@@ -328,7 +328,7 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path) -
     settings, prompts = context.settings, picked.prompts
     device = choose_device(settings.device)
     run_dtype = picked.dtype
-    # The export's own tokenizer and template: they belong to what a user would load.
+    # A user of the export loads its tokenizer and template, too, so both are taken from the export.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))
     model = exporter.load(final, picked.job, device, run_dtype)
     chat = chat_of(settings, tokenizer, device, picked.response_prefix)
@@ -347,5 +347,5 @@ def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path) -
 
 
 def stored_dtype_of(kind: str, job: ExportJob) -> torch.dtype:
-    """The dtype that the export rounds edited weights to; an adapter holds an edit's factors, in float32."""
+    """The dtype that the export rounds edited weights to; an adapter stores factors in float32."""
     return stored_dtype(loader.load_config(job.source, job.load)) if stores_weights(kind) else torch.float32

@@ -1,8 +1,8 @@
 """Export any complete trial of a finished or running run (`abliterate export RUN --trial N`).
 
-Edits are computed from the base's weight files, one matrix at a time, and the export is checked against their definition: no
-prompts and no accelerator are needed, and the model isn't loaded. Nothing is written to the run directory but the export, so a
-run at work there goes on undisturbed.
+The edits are computed from the base's weight files, one matrix at a time, and the export is checked against their definition;
+this needs no prompts, no accelerator and no loaded model. Only the export is written to the run directory, so a run that is
+in progress there continues undisturbed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
 from abliterate.types import Reporter, Trial
 
-# What every run with a finished trial has recorded, and its export or recipe says.
+# Fields of `Result` that every run with a finished trial has recorded, and that its export or recipe repeats.
 _NEEDED = ("model", "baseline", "directions", "identity", "startup_trials", "batch_sizes", "response_prefix", "rendering")
 
 
 @dataclass(frozen=True)
 class StoredEdits:
-    """A trial's edits of the base's stored matrices: as factors, by definition, and what an approximation loses."""
+    """A trial's edits of the base's stored matrices: factors, definitions, and the error of an approximation."""
 
     factors: Mapping[str, Factors]
     definitions: Mapping[str, Definition]
@@ -61,13 +61,13 @@ def export_trial(
     `scores`: also run the trial and the reloaded export on the run's evaluation prompts, and compare them.
 
     Raises:
-        InputError: `final` is somebody else's, or the model, or with `scores` anything that trials depend on, has changed.
-        AbliterateError: the export isn't what the trial was.
+        InputError: `final` isn't an export of this tool, or the model, or with `scores` anything that trials depend on, has
+            changed. AbliterateError: the export differs from the trial.
     """
     check_kind(settings.export.kind)
     check_output(final)
     check_push(settings.export)
-    # A copy in memory: the run's own process may be writing to its result.json.
+    # The result is copied and never written back, because the run's own process may be writing its result.json.
     result = Result.read(directory).model_copy(update={"selected": number, "timings": {}})
     trial = result.trial(number, directory.path)
     lacking = [name for name in _NEEDED if getattr(result, name) is None]
@@ -92,7 +92,7 @@ def export_trial(
     where = str(final.parent)
     reporter.finish(result.with_checksum(), where, summary(result, where))
     if result.export.verified is False:
-        raise AbliterateError(f"The export in {final} is not what the trial was; see its README.md, and don't use it.")
+        raise AbliterateError(f"The export in {final} differs from the trial; see its README.md, and don't use it.")
     return result
 
 
@@ -106,15 +106,15 @@ def write_and_check(
     final: Path,
     expected: Picked | None,
 ) -> None:
-    """Write the export, compare it with the edits' definition and, if `expected` is given, with what the trial did.
+    """Write the export, and compare it with the edits' definition and, if `expected` is given, with the trial's outputs.
 
-    `result.export` becomes its record.
+    `result.export` is set to the export's record.
     """
-    base.release()  # exporters read it anew
+    base.release()  # exporters read the base anew
     result.export = write(context, job, result, final, trial, edits.approximation, "weight files")
     if not context.settings.export.verify and expected is None:
         return
-    # A model that can't be read file by file is in memory twice here; the export is good whether or not that fits.
+    # A model that can't be read file by file is in memory twice here; running out of memory says nothing about the export.
     verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
     if expected is not None:
         scored = verify(context, replace(expected, job=job), final)
@@ -130,13 +130,13 @@ def write_and_check(
 
 
 def _as_trials_ran(settings: Settings, dtype: str) -> Settings:
-    """With `scores`, in the trials' dtype whatever device this is: the export is compared with them."""
+    """The settings in the trials' dtype, whatever the device here, because `scores` compares the export with the trials."""
     load = LoadSettings.model_validate(settings.load.model_dump() | {"dtypes": [dtype]})
     return settings.model_copy(update={"load": load})
 
 
 def open_base(context: Context, result: Result, number: int) -> tuple[str, Matrices]:
-    """Where the run's model is, and its matrices; InputError where that is another model than the run's."""
+    """The path or id of the run's model, and its matrices; InputError if the model isn't the run's any more."""
     settings, model = context.settings, result.model
     assert model is not None
     source = loader.resolve_source(settings.model)
@@ -150,7 +150,7 @@ def open_base(context: Context, result: Result, number: int) -> tuple[str, Matri
             raise _changed(number, "model")
         model_type = config.get_text_config().model_type
         architecture = known_architecture(model_type, load.decoder_layers, load.components)
-        if architecture is None:  # what its layers do is seen with their weights only
+        if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
             architecture = loader.architecture_of(
                 load_weights(source, dense_load(load), config, stored_dtype(config), None), load
             )
@@ -161,29 +161,29 @@ def open_base(context: Context, result: Result, number: int) -> tuple[str, Matri
 
 
 def edits_of(context: Context, base: Matrices, directions: Directions, trial: Trial) -> StoredEdits:
-    """What the trial does to each matrix. Of a quantized run, too, it is computed from the full-precision weights."""
+    """The trial's edit of each matrix, computed from the full-precision weights even if the run was quantized."""
     settings = context.settings.edit
     method = edit_method(settings.mode)
     factors: dict[str, Factors] = {}
     definitions: dict[str, Definition] = {}
     with context.stage("edits", f"{settings.mode} ({settings.representation})"):
         for index, target in enumerate(base.targets.values()):
-            # An editor for each: what one prepares for a module is dropped before the next is read.
+            # One editor per module, so that its prepared tensors are dropped before the next matrix is read.
             editor = Editor((target,), directions, settings, EditHooks(()), SvdMemo(0), weight_of=base.of)
-            for name, place, coeff in editor.plan(trial.params).values():
+            for name, position, coeff in editor.plan(trial.params).values():
                 factors[name] = editor.factors(trial.params)[name]
-                v = directions.blend(place).of(directions.by_layer().double())
-                # An approximation can only be compared with itself; how far it is from the edit is `lost`. Of fused
-                # experts, only what is exact is ever decomposed.
+                v = directions.blend(position).of(directions.by_layer().double())
+                # An approximation can only be compared with itself; `error` is its distance from the exact edit. Fused
+                # experts have exact factors in every representation.
                 exact = settings.representation == "exact" or factors[name].a.ndim == 3
                 definitions[name] = by_definition(method, v, coeff) if exact else by_factors(factors[name])
             context.reporter.progress(index + 1, len(base.targets), "modules")
-        lost = approximation_of(settings, directions, base.targets.values(), base.of, trial.params, factors)
-    return StoredEdits(factors, definitions, lost)
+        error = approximation_of(settings, directions, base.targets.values(), base.of, trial.params, factors)
+    return StoredEdits(factors, definitions, error)
 
 
 def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> Verification:
-    """Read every exported matrix back, and compare it with what its edit is by definition."""
+    """Read every exported matrix back, and compare it with the definition of its edit."""
 
     def progress(done: int, total: int) -> None:
         context.reporter.progress(done, total, "modules")
@@ -195,7 +195,7 @@ def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> 
 
 
 def job_of(settings: Settings, result: Result, source: str, base: Matrices, edits: StoredEdits, trial: Trial) -> ExportJob:
-    """What an exporter is given of a trial's edits of the stored matrices."""
+    """The export job for a trial's edits of the stored matrices."""
     assert result.model is not None
     return ExportJob(
         source=source,
@@ -211,15 +211,16 @@ def job_of(settings: Settings, result: Result, source: str, base: Matrices, edit
 
 
 def _expected(context: Context, result: Result, directions: Directions, trial: Trial) -> Picked:
-    """The trial again, in memory and on the prompts, for the export to be compared with."""
+    """Repeat the trial on the prompts with the model in memory, so that the export can be compared with it."""
     prompts = read_prompts(context)
     run = context.settings
-    # Refusals and KL are compared, so scorers in files, which may come from anybody, needn't run; what they are still counts.
+    # Only refusals and KL are compared, so custom scorers, which may be a stranger's code, don't run; the run's settings still
+    # decide the identity.
     plain = context.with_settings(without_own_scorers(run))
     with load_calibrated(plain, prompts) as bench:
         try:
             identity = bench.identity(run, result.objectives_or_default())
-        except OSError as error:  # such a file has gone
+        except OSError as error:  # the file of a custom scorer is gone
             raise _changed(trial.number, "set of scorers") from error
         changed = changed_parts(result.identity or identity, identity)
         if changed:
@@ -229,15 +230,15 @@ def _expected(context: Context, result: Result, directions: Directions, trial: T
         return prepare(bench, plain.settings, result, trial)
 
 
-def _changed(number: int, what: str) -> InputError:
+def _changed(number: int, part: str) -> InputError:
     return InputError(
-        f"Trial {number} can't be exported with another {what} than its run's: it would be another trial; put back what was "
+        f"Trial {number} can't be exported with another {part} than its run's: it would be another trial; put back what was "
         "changed, or make a new run."
     )
 
 
 def _both(weights: Verification, scores: Verification) -> Verification:
-    """One record of two checks."""
+    """The verdicts of both checks in one record."""
     ok = weights.ok and scores.ok
     checks = {**weights.record["checks"], **scores.record["checks"]}
     return Verification(ok, {**weights.record, **scores.record, "ok": ok, "checks": checks})

@@ -22,25 +22,25 @@ from abliterate.scorers.refusals import normalize
 from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Prompt, Trial
 
-_LEFT_OUT = {"dropped": "that other sets have", "repeated": "repeated"}
+_LEFT_OUT = {"dropped": "that other sets have", "repeated": "repeated"}  # {count in a set's record: its words in the note}
 
 
 def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, required: bool = False) -> Heldout | None:
-    """The held-out sets without what is in `known` sets; None where they are switched off, or a default can't be loaded.
+    """The held-out sets without prompts of the `known` sets; None if they are switched off, or a default set can't be loaded.
 
     Raises:
-        InputError: a set that was given can't be loaded, or nothing of it is left; with `required`, a default one either.
+        InputError: a given set, or with `required` a default set, can't be loaded or has no prompt that isn't known.
     """
     settings = context.settings
     if not (settings.evaluation.heldout or required):
         return None
-    seen = {normalize(prompt.text) for part in known for prompt in part}
-    found: dict[str, tuple[Prompt, ...]] = {}
+    seen = {normalize(prompt.text) for prompts in known for prompt in prompts}
+    sets: dict[str, tuple[Prompt, ...]] = {}
     record: dict[str, dict[str, Any]] = {}
     with context.stage("held-out prompts"):
         for name, source in heldout_sources(settings).items():
             try:
-                found[name], record[name] = _one_set(source, settings, seen)
+                sets[name], record[name] = _one_set(source, settings, seen)
             except InputError as error:
                 optional = name == "over_refusal"
                 if getattr(settings.prompts, name) or (required and not optional):
@@ -48,16 +48,15 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
                 context.reporter.warn(f"Nothing is measured on {name.replace('_', '-')} prompts: {error}")
                 if not optional:
                     return None
-        sizes = ", ".join(f"{len(part)} {name.replace('_', '-')}" for name, part in found.items())
-        counts = {what: sum(one[name] for one in record.values()) for name, what in _LEFT_OUT.items()}
-        left_out = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        sizes = ", ".join(f"{len(prompts)} {name.replace('_', '-')}" for name, prompts in sets.items())
+        counts = {words: sum(each[name] for each in record.values()) for name, words in _LEFT_OUT.items()}
+        left_out = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
         context.reporter.note(f"held out: {sizes} prompts" + (f" (left out: {left_out})" if left_out else ""))
-    sets = HeldoutSets(found["harmful_heldout"], found["harmless_heldout"], found.get("over_refusal", ()))
-    return Heldout(sets, record)
+    return Heldout(HeldoutSets(sets["harmful_heldout"], sets["harmless_heldout"], sets.get("over_refusal", ())), record)
 
 
 def _one_set(source: str, settings: Settings, seen: set[str]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
-    """A set without what is in `seen`, which grows by it; and its record."""
+    """A set without the prompts in `seen`, and its record; the set's prompts are added to `seen`."""
     loaded = load_prompts(source, settings.prompts)
     own: dict[str, Prompt] = {}
     for prompt in loaded:
@@ -75,7 +74,7 @@ def _one_set(source: str, settings: Settings, seen: set[str]) -> tuple[tuple[Pro
 
 
 def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Heldout | None) -> dict[str, Any] | None:
-    """The trial on held-out prompts, as `result.json` records it; a failure is a warning and None, since the search is done."""
+    """The trial's held-out record for `result.json`; a failure only warns and gives None, because the search is done."""
     if held is None:
         return None
     context = bench.context
@@ -83,20 +82,20 @@ def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Hel
     with context.stage("held-out", sizes):
         try:
             figures = measured(context, *views(bench, trial), held)
-            json.dumps(figures, allow_nan=False)  # a user's scorer may give anything
+            json.dumps(figures, allow_nan=False)  # a custom scorer may return anything
         except Interrupted:
             raise
-        except Exception as error:  # scorers of users and judges among what may fail: no reason to lose hours of search
+        except Exception as error:  # custom scorers and judges may fail in any way, which must not lose hours of search
             known = isinstance(error, AbliterateError | torch.OutOfMemoryError)
-            said = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-            reason = said if known else f"{type(error).__name__}: {said}"
+            cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
+            reason = cause if known else f"{type(error).__name__}: {cause}"
             context.reporter.warn(f"The trial could not be measured on held-out prompts ({reason}); its search scores stand.")
             return None
     return {"trial": trial.number, **figures, **against_search(figures, trial, baseline)}
 
 
 def measured(context: Context, base: ModelView, candidate: ModelView, held: Heldout) -> dict[str, Any]:
-    """`measure` with the settings' scorers, and which prompts it was."""
+    """`measure` with the settings' scorers, and the record of the prompts."""
     scorers = scorers_of(context.settings, heldout=True)
 
     def progress(done: int, total: int) -> None:
@@ -106,15 +105,15 @@ def measured(context: Context, base: ModelView, candidate: ModelView, held: Held
 
 
 def views(bench: Workbench, trial: Trial) -> tuple[ModelView, ModelView]:
-    """One loaded model as base and under the trial's edits. With the plain engine: whole answers, and no fast path to trust."""
+    """One loaded model as base and as edited by the trial, on the plain engine: whole answers, and no fast path to trust."""
     return ModelView(bench.plain, bench.base), ModelView(bench.plain, partial(bench.edited, trial.params))
 
 
-def against_search(found: dict[str, Any], trial: Trial, baseline: Baseline) -> dict[str, Any]:
-    """The trial's scores in the search beside those held out; optimism: by how much the latter are worse."""
+def against_search(figures: dict[str, Any], trial: Trial, baseline: Baseline) -> dict[str, Any]:
+    """The trial's scores in the search, and their optimism: by how much the held-out `figures` are worse."""
     search = {"refusals": rate(trial.refusals, baseline.prompts), "kl": dict(trial.scores["kl"])}
     optimism = {
-        "refusals": found["candidate"]["refusals"]["share"] - search["refusals"]["share"],
-        "kl": found["kl"]["mean"] - trial.kl,
+        "refusals": figures["candidate"]["refusals"]["share"] - search["refusals"]["share"],
+        "kl": figures["kl"]["mean"] - trial.kl,
     }
     return {"search": search, "optimism": optimism}

@@ -1,6 +1,6 @@
 """The stages between a calibrated workbench and the search: residuals, directions, baseline, and one trial.
 
-Each takes and returns values; `pipeline/run.py` has their order.
+Each stage takes and returns values; `pipeline/run.py` calls the stages in their order.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from abliterate.types import Baseline, Objective, Prompt, Trial, TrialParams
 
 FORMAT = "1"  # of directions.safetensors
 FEWER = Objective("refusals", "minimize")
-POINTS = 200  # residuals of each set that are kept, as points of the report's projection
+POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """What the direction method needs of both direction sets, and a sample of each set for the report.
+    """The input of the direction method from both direction sets, and a sample of each set for the report.
 
-    `harmful`, `harmless`: residuals (n_prompts, n_layers+1, d_model) float32, or where means will do, those (n_layers+1,
-    d_model) float64.
+    `harmful` and `harmless` are residuals (n_prompts, n_layers+1, d_model) in float32, or, for a method that needs only means,
+    the means (n_layers+1, d_model) in float64.
     """
 
     harmful: Tensor
@@ -53,23 +53,23 @@ class Residuals:
 
 
 def residuals(bench: Workbench) -> Residuals:
-    """The base model's residuals of both direction sets, from the cache where they are known."""
+    """The base model's residuals on both direction sets; cached residuals are not computed again."""
     context, prompts = bench.context, bench.prompts
     sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
     with context.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"), bench.base():
         info = bench.loaded.info
         size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
         large = size > context.settings.efficiency.max_residuals_mb * 2**20
-        samples = {name: Sample(len(part), POINTS) for name, part in sets.items()}
-        harmful, harmless = (_residuals(bench, name, part, large, samples[name]) for name, part in sets.items())
+        samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
+        harmful, harmless = (_residuals(bench, name, prompt_set, large, samples[name]) for name, prompt_set in sets.items())
     return Residuals(harmful, harmless, samples)
 
 
-def directions(context: Context, found: Residuals) -> Directions:
+def directions(context: Context, residuals: Residuals) -> Directions:
     """One direction per layer, by the method that the settings name."""
     with context.stage("directions", context.settings.directions.method):
         method = direction_method(context.settings.directions.method)
-        computed = Directions(method.compute(found.harmful, found.harmless))
+        computed = Directions(method.compute(residuals.harmful, residuals.harmless))
         if not computed.by_layer().any():
             raise AbliterateError(
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
@@ -79,7 +79,7 @@ def directions(context: Context, found: Residuals) -> Directions:
 
 
 def find_directions(bench: Workbench) -> Directions:
-    """The directions between the harmful and harmless prompts of the workbench, which is then ready for edits along them.
+    """Compute the directions of the workbench's harmful and harmless prompts, and prepare the workbench for edits along them.
 
     Raises:
         AbliterateError: the two sets give the same residuals.
@@ -89,23 +89,23 @@ def find_directions(bench: Workbench) -> Directions:
     return computed
 
 
-def directions_file(found: Directions) -> bytes:
+def directions_file(directions: Directions) -> bytes:
     """The content of `directions.safetensors`."""
-    # One entry: of two, the order would be another at each save, and a run that goes on must write the same bytes.
-    return save({"directions": found.vectors}, metadata={"format": FORMAT})
+    # One entry only: two entries would change their order between saves, and a continued run must write the same bytes.
+    return save({"directions": directions.vectors}, metadata={"format": FORMAT})
 
 
-def directions_record(found: Directions) -> DirectionsRecord:
-    """Hashes of the directions, for `result.json`."""
-    vectors = hashlib.sha256(found.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
-    return DirectionsRecord(sha256=hashlib.sha256(directions_file(found)).hexdigest(), vectors_sha256=vectors)
+def directions_record(directions: Directions) -> DirectionsRecord:
+    """The record of the directions in `result.json`: their hashes."""
+    vectors = hashlib.sha256(directions.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return DirectionsRecord(sha256=hashlib.sha256(directions_file(directions)).hexdigest(), vectors_sha256=vectors)
 
 
 def read_directions(path: Path, result: Result) -> Directions:
     """The directions that the run of `result` left in its directory.
 
     Raises:
-        InputError: the file is missing, unreadable, or not what the run left.
+        InputError: the file is missing or unreadable, or differs from the file that the run left.
     """
     try:
         content = path.read_bytes()
@@ -113,11 +113,11 @@ def read_directions(path: Path, result: Result) -> Directions:
             raise ValueError("another file than the run's")
         if f'"format":"{FORMAT}"'.encode() not in content[:200]:
             raise ValueError("of another version")
-        found = Directions(load(content)["directions"])
+        stored = Directions(load(content)["directions"])
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
-        if all(shape) and (found.n_layers, found.vectors.shape[1]) != shape:
+        if all(shape) and (stored.n_layers, stored.vectors.shape[1]) != shape:
             raise ValueError("directions of another model")
-        return found
+        return stored
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
             f"The directions of the run can't be read or aren't its own ({path.name}); abliterate run --resume computes them "
@@ -126,7 +126,7 @@ def read_directions(path: Path, result: Result) -> Directions:
 
 
 def baseline(bench: Workbench) -> Baseline:
-    """The unedited model's scores, which those of edited models are relative to."""
+    """The unedited model's scores, to which the scores of edited models are relative."""
     context, prompts = bench.context, bench.prompts
     with context.stage("baseline"):
         with bench.base():
@@ -136,26 +136,28 @@ def baseline(bench: Workbench) -> Baseline:
         except TrialError as error:
             raise AbliterateError(f"The unedited model can't be scored: {error}.") from error
         values = {name: float(score.value) for name, score in scores.items() if name not in ("refusals", "kl")}
-        found = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval), values)
+        measured = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval), values)
         unfinished = sum(response.thinking_open for response in observed.responses)
         if unfinished:
             context.reporter.warn(
-                f"{unfinished} of {found.prompts} responses are still inside a thinking block at the limit and count as "
+                f"{unfinished} of {measured.prompts} responses are still inside a thinking block at the limit and count as "
                 "refusals; allow more with --set response.max_new_tokens=N, or have the block closed at once "
                 "(--set response.thinking=skip; where that is not enough, --set response.detect_prefix=false and a "
                 "response.prefix that closes it)."
             )
-        context.reporter.note(f"the model refuses {found.refusals} of {found.prompts} harmful prompts", refusals=found.refusals)
-    if found.refusals == 0 and FEWER in bench.objectives:
+        context.reporter.note(
+            f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts", refusals=measured.refusals
+        )
+    if measured.refusals == 0 and FEWER in bench.objectives:
         raise AbliterateError(
-            f"The model refuses none of the {found.prompts} harmful prompts, so there is nothing to remove; give prompts it "
+            f"The model refuses none of the {measured.prompts} harmful prompts, so there is nothing to remove; give prompts it "
             "refuses with --harmful-eval, or other refusal markers with --markers."
         )
-    return found
+    return measured
 
 
 def evaluate(bench: Workbench, number: int, params: TrialParams, pruner: DominancePruner) -> Trial:
-    """One trial: the model under the edits of `params`, measured until `pruner` knows that it can't be on the front."""
+    """Carry out one trial: edit the model by `params`, and measure it until `pruner` knows that it can't reach the front."""
     started = time.perf_counter()
     sets = (bench.prompts.harmful_eval, bench.prompts.harmless_eval)
     progress = _progress(bench.context, "prompts")
@@ -165,7 +167,7 @@ def evaluate(bench: Workbench, number: int, params: TrialParams, pruner: Dominan
             return trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress)
 
     try:
-        # The engine goes on with smaller batches by itself; what else finds no memory is tried again with all that was freed.
+        # The engine itself continues with smaller batches; any other step that runs out of memory is retried after freeing it.
         evaluation = unless_full(once, bench.loaded.device)
         if evaluation is None:
             with memory_errors():
@@ -179,7 +181,7 @@ def evaluate(bench: Workbench, number: int, params: TrialParams, pruner: Dominan
 
 
 def check_failures(trials: list[Trial], limit: int) -> None:
-    """Stop a study in which the last `limit` trials all failed: the cause is not the parameters."""
+    """Raise AbliterateError if the last `limit` trials all failed, because then the parameters aren't the cause."""
     last = trials[-limit:]
     if len(last) == limit and all(trial.state == "failed" for trial in last):
         raise AbliterateError(
@@ -192,7 +194,7 @@ def _observe_base(bench: Workbench) -> Observation:
     context, prompts = bench.context, bench.prompts
     sets = (prompts.harmful_eval, prompts.harmless_eval)
     key = baseline_key(context.settings, bench.loaded, bench.response_prefix, sets)
-    # Not remembered: in memory the KL scorer keeps a compressed copy of the log-probabilities.
+    # Not kept in memory, where the KL scorer already keeps a compressed copy of the log-probabilities.
     stored = context.store.get("baseline", key, remember=False)
     if stored is not None:
         responses = [Response(*pair) for pair in json.loads(from_bytes(stored["responses"]))]
@@ -212,7 +214,7 @@ def _progress(context: Context, unit: str) -> Progress:
 
 
 def _residuals(bench: Workbench, name: str, prompts: tuple[Prompt, ...], large: bool, sample: Sample) -> Tensor:
-    """What the direction method needs of one set; `large`: the residuals are more than may be held at once."""
+    """The direction method's input from one set; `large`: the residuals exceed `max_residuals_mb`."""
     context, settings, store = bench.context, bench.settings, bench.context.store
     method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
     stream = large and needs_means(method)
