@@ -1,1 +1,1 @@
-"""What lasts: the run directory, `result.json`, and the cache that runs share."""
+"""Everything that outlives a process: the run directory, `result.json`, and the cache that runs share."""

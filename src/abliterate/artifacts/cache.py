@@ -153,17 +153,17 @@ class ArtifactStore:
             except (OSError, ValueError, SafetensorError) as error:
                 yield entry.data, str(error)
 
-    def clear(self, wanted: Callable[[Entry], bool] | None = None) -> tuple[int, int]:
-        """Delete the `wanted` entries, by default all files of ours; returns the number of (entries, bytes) deleted."""
+    def clear(self, chosen: Callable[[Entry], bool] | None = None) -> tuple[int, int]:
+        """Delete the `chosen` entries, by default all files of ours; returns the number of (entries, bytes) deleted."""
         count = freed = 0
         for entry in list(self.entries()):
-            if wanted and not wanted(entry):
+            if chosen and not chosen(entry):
                 continue
             # Sidecar first: a reader must never find a sidecar that promises missing data.
             entry.sidecar.unlink(missing_ok=True)
             entry.data.unlink(missing_ok=True)
             count, freed = count + 1, freed + entry.size
-        for path in [] if wanted else self.leftovers():
+        for path in [] if chosen else self.leftovers():
             freed += path.stat().st_size
             path.unlink(missing_ok=True)
         return count, freed

@@ -1,4 +1,4 @@
-"""The run directory: the names of its files, and who works there."""
+"""The run directory: the names of its files, and the lock of the run that works there."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ class RunDirectory:
 
 
 def default_path(model: str) -> Path:
-    """`runs/<model>-<time>`, where no part of the model's name can lead out of that folder."""
+    """`runs/<model>-<time>`; no part of the model's name can lead out of that folder."""
     return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
@@ -167,10 +167,10 @@ def _model_of(path: Path) -> str | None:
     return None
 
 
-def _refused(what: str, error: OSError) -> AbliterateError:
+def _refused(failure: str, error: OSError) -> AbliterateError:
     if error.errno in NO_ROOM:
-        return AbliterateError(f"{what}: {error.strerror}; free some space and repeat the command.")
-    return InputError(f"{what}: {error.strerror}; fix the cause, or choose another --out.")
+        return AbliterateError(f"{failure}: {error.strerror}; free some space and repeat the command.")
+    return InputError(f"{failure}: {error.strerror}; fix the cause, or choose another --out.")
 
 
 def _is_ours(path: Path) -> bool:

@@ -116,39 +116,39 @@ def prefix_responses(
 
 
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
-    """The response prefix, from the cache where known; says what it is."""
+    """The response prefix, from the cache if it is there; reports the prefix."""
     key = prefix_key(context.settings, loaded, prompts.all_sets())
     known = context.store.get("response-prefix", key)
     prefix = response_prefix(context, loaded, sizes, prompts) if known is None else from_bytes(known["prefix"])
     if known is None:
         context.store.put("response-prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")
     if prefix:
-        how = "" if known is None else " (from the cache)"
-        context.reporter.note(f"response prefix: {prefix!r}{how}", response_prefix=prefix)
+        origin = "" if known is None else " (from the cache)"
+        context.reporter.note(f"response prefix: {prefix!r}{origin}", response_prefix=prefix)
     return prefix
 
 
 def response_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
-    """As given, else what the responses to some prompts of both sets have in common."""
+    """The given prefix, or the common beginning of the responses to a few prompts of both sets."""
     response = context.settings.response
     if not response.detect_prefix:
         return response.prefix
     count = response.prefix_prompts
-    some = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])
+    sample = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])
 
     def chat(prefix: str = "") -> PromptEncoder:
         return chat_of(context.settings, loaded.tokenizer, loaded.device, prefix)
 
     def respond(prefix: str) -> list[str]:
         engine = make_engine(context, loaded.model, chat(prefix), sizes)
-        return prefix_responses(engine, loaded.layers, context.settings.efficiency, some)
+        return prefix_responses(engine, loaded.layers, context.settings.efficiency, sample)
 
     plain = chat()
-    tails = [plain.tail(prompt) for prompt in some]
+    tails = [plain.tail(prompt) for prompt in sample]
     skip = response.thinking == "skip"
-    found, notes = detect_prefix(respond, markup_of(context.settings), tails, skip=skip)
+    prefix, notes = detect_prefix(respond, markup_of(context.settings), tails, skip=skip)
     if notes and (switches := [name for name in plain.template.options if "think" in name or "reason" in name]):
         notes.append(f"the chat template itself has {', '.join(switches)} (load.template_options)")
     for note in notes:
         context.reporter.note(note)
-    return found
+    return prefix

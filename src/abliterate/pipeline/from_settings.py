@@ -1,4 +1,4 @@
-"""Build what the settings alone decide: scorers, objectives, the prompt encoder, and engines for a model."""
+"""Build the objects that the settings alone decide: scorers, objectives, the prompt encoder, and engines for a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from abliterate.types import BatchSizes, Objective
 
 
 def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ...]:
-    """The scorers that the settings name, with their markers; `heldout`: those for held-out prompts only, too."""
+    """The scorers that the settings name, with their markers; with `heldout` also the scorers for held-out prompts only."""
     markers = read_markers(Path(settings.evaluation.markers or config_path("markers.txt")))
     efficient = settings.efficiency.use_efficient_refusal_detection
     names = settings.scorers + (settings.evaluation.heldout_scorers if heldout else ())
@@ -31,12 +31,12 @@ def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ..
 
 
 def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
-    """What the settings search for; `scorers`: as `scorers_of` gives them."""
+    """The objectives that the settings name; `scorers` come from `scorers_of`."""
     return make_objectives(settings.search.objectives, settings.scorers, scorers)
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> PromptEncoder:
-    """A chat with the template options of the settings."""
+    """A prompt encoder with the template options of the settings."""
     return PromptEncoder(tokenizer, device, prefix, settings.load.template_options)
 
 
@@ -46,13 +46,13 @@ def markup_of(settings: Settings) -> Markup:
 
 
 def make_engine(context: Context, model: Any, chat: PromptEncoder, sizes: BatchSizes) -> ReferenceEngine:
-    """An engine for `model`, reading responses as the settings say."""
+    """A plain engine for `model` that reads responses as the settings say."""
     response = context.settings.response
     reader = ResponseReader(chat.tokenizer, markup_of(context.settings))
     return ReferenceEngine(model, chat, reader, max_new_tokens=response.max_new_tokens, sizes=sizes, check=context.check)
 
 
 def plain_engine(context: Context, loaded: LoadedModel) -> ReferenceEngine:
-    """An engine for what is measured before a response prefix is known."""
+    """A plain engine for measurements that come before the response prefix is known."""
     chat = chat_of(context.settings, loaded.tokenizer, loaded.device)
     return make_engine(context, loaded.model, chat, BatchSizes.same(1))

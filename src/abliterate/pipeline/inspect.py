@@ -1,4 +1,4 @@
-"""Inspect a model without changing it: what can be edited, what a run needs and costs (`abliterate inspect`)."""
+"""Inspect a model without changing it: its editable modules, and a run's needs and cost (`abliterate inspect`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
         loaded = open_workbench(context).loaded
         chat = PromptEncoder(loaded.tokenizer, loaded.device)
     else:
-        with context.stage("look at the config", loader.public_name(settings.model)):
+        with context.stage("read the config", loader.public_name(settings.model)):
             loaded = loader.skeleton(settings.model, settings.load, device, measure=True)
     assert loaded is not None
     try:
@@ -40,6 +40,6 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
         if isinstance(loaded, LoadedModel):
             with context.stage("measure speed"):
                 speeds = speeds_of(context, loaded, plain_engine(context, loaded), prompts)
-    except InputError as error:  # a model can be looked at without prompts or a chat template
+    except InputError as error:  # a model can be inspected without prompts or a chat template
         work = Workload.usual(str(error))
     return requirements_of(settings, loaded, device, work, speeds)

@@ -1,6 +1,6 @@
-"""Everything that can be wrong before an hour is spent: names in the settings, the model's files, its coverage, the export.
+"""Check everything that can be checked before an hour is spent: names in the settings, the model, its coverage, the export.
 
-A wrong name that is noticed later would already be part of the run directory, and no corrected one could continue it.
+A wrong name that is noticed later would already be stored in the run directory, and a corrected name couldn't continue the run.
 """
 
 from __future__ import annotations
@@ -31,37 +31,39 @@ from abliterate.settings.schema import Settings
 def check_model(settings: Settings, *, editing: bool = True) -> None:
     """Raise InputError if the model can't be found, or can't be edited or exported as far as its config tells.
 
-    Without `editing`, only what keeps it from being loaded is an error.
+    Without `editing`, only a model that can't be loaded is an error.
     """
-    known = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
-    if editing and known is not None:
-        check_export(settings, known.model.config, known.targets)
-        check_coverage(coverage_of(known.model, known.architecture, known.targets), allow_partial=settings.load.allow_partial)
+    skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
+    if editing and skeleton is not None:
+        check_export(settings, skeleton.model.config, skeleton.targets)
+        coverage = coverage_of(skeleton.model, skeleton.architecture, skeleton.targets)
+        check_coverage(coverage, allow_partial=settings.load.allow_partial)
 
 
 def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
-    """InputError where the kind of export can't hold edits of these modules: said before a run, not after it."""
+    """Raise InputError before a run if the chosen kind of export can't hold edits of these modules."""
     reason = adapter_refusal(settings, config, targets) if settings.export.kind == "adapter" else ""
     if reason:
         raise InputError(f"An adapter can't hold edits of this model ({reason}); choose --export merged, or none.")
 
 
 def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
+    """The reason why an adapter can't hold edits of these modules, or ""."""
     dora = settings.edit.representation == "exact" and scales_rows(edit_method(settings.edit.mode))
     return peft_refusal(config, settings.load, targets, dora=dora)
 
 
 def check_loaded(context: Context, loaded: LoadedModel) -> None:
-    """What `check_model` could not tell without weights, and a warning of what is left out."""
+    """Check what `check_model` couldn't see without weights, and warn of modules that stay unedited."""
     settings = context.settings
     if loaded.architecture.found_by == "structure":
         check_export(settings, loaded.model.config, loaded.targets)
-    found = coverage_of(loaded.model, loaded.architecture, loaded.targets)
-    check_coverage(found, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
+    coverage = coverage_of(loaded.model, loaded.architecture, loaded.targets)
+    check_coverage(coverage, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
 
 
 def check_names(settings: Settings) -> SelectionRule:
-    """InputError for the first name that stands for nothing; returns the rule that `search.select` stands for."""
+    """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
     direction_method(settings.directions.method)
     edit_method(settings.edit.mode)
     check_kind(settings.export.kind)
@@ -78,7 +80,7 @@ def check_names(settings: Settings) -> SelectionRule:
 
 
 def check_components(settings: Settings) -> None:
-    """InputError where `search.max_coeff` has a range for a component that can't exist: it would be left unused."""
+    """Raise InputError if `search.max_coeff` has a range for a component that no model has, which would stay unused."""
     built_in = {name for row in ARCHITECTURES.values() for name in row.components}
     known = sorted({"default", *built_in, *settings.load.components})
     for name in settings.search.max_coeff:

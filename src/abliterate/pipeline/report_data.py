@@ -1,4 +1,4 @@
-"""What a run leaves for the report beside its scores: how the residuals lie (`geometry.json`), and answers (`answers.json`)."""
+"""Data of the report beside the scores: the geometry of residuals (`geometry.json`) and answers (`answers.json`)."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from abliterate.settings.sources import config_path
 from abliterate.types import Prompt, Trial
 
 FORMAT = 1
-# Prompts of each evaluation set whose answers stand side by side.
+# The number of prompts of each evaluation set whose answers are shown side by side.
 ANSWERS = 8
-# Characters of a prompt that stand beside its point.
+# The number of characters of a prompt that are shown beside its point.
 _SHOWN = 120
 
 
 def geometry(context: Context, prompts: PromptSets, residuals: Residuals, directions: Directions) -> dict[str, Any]:
-    """How the two direction sets lie in each layer: the content of `geometry.json`.
+    """The content of `geometry.json`: how the residuals of the two direction sets are placed in each layer.
 
-    Where residuals were only added up, the record has what means can tell, and the reason why there is no more.
+    If only means of the residuals were kept, the record has the figures that means can give, and the reason for the others'
+    absence.
     """
     with context.stage("geometry"):
         sets = (residuals.harmful, residuals.harmless)
-        means = [part.double().mean(dim=0) if part.ndim == 3 else part for part in sets]
+        means = [residual.double().mean(dim=0) if residual.ndim == 3 else residual for residual in sets]
         layers: list[dict[str, Any]] = [
             {"index": index, **{name: rounded(value) for name, value in row.items()}}
             for index, row in enumerate(mean_geometry(means[0], means[1], directions.vectors))
@@ -59,8 +60,8 @@ def geometry(context: Context, prompts: PromptSets, residuals: Residuals, direct
         clamped = (winsorize(harmful, quantile), winsorize(harmless, quantile))
         record["sampled"] = {name: len(sample.places) for name, sample in residuals.samples.items()}
         for name, sample in residuals.samples.items():
-            part: Sequence[Prompt] = getattr(prompts, name)
-            record["prompts"][name] = [part[place].text[:_SHOWN] for place in sample.places]
+            of_set: Sequence[Prompt] = getattr(prompts, name)
+            record["prompts"][name] = [of_set[place].text[:_SHOWN] for place in sample.places]
         for row, (separation, projection) in zip(layers, all_layers(*clamped, context.check), strict=True):
             row |= {"silhouette": rounded(separation.silhouette), "probe": rounded(separation.probe)}
             shown = {"harmful": projection.harmful, "harmless": projection.harmless}
@@ -72,30 +73,30 @@ def geometry(context: Context, prompts: PromptSets, residuals: Residuals, direct
 
 
 def answers(bench: Workbench, trial: Trial) -> dict[str, Any] | None:
-    """Whole answers of the base model and of a trial to some evaluation prompts of both sets: the content of `answers.json`.
+    """The content of `answers.json`: whole answers of the base model and of a trial to a few evaluation prompts of both sets.
 
-    A device that is too small for them costs the answers, not the run: a warning, and None.
+    If the device is too small for them, the run continues without answers: a warning, and None.
     """
     context, prompts = bench.context, bench.prompts
     sets = {"harmful": _spread(prompts.harmful_eval), "harmless": _spread(prompts.harmless_eval)}
-    asked = [prompt for part in sets.values() for prompt in part]
+    shown = [prompt for prompts in sets.values() for prompt in prompts]
     with context.stage("answers", f"trial {trial.number}"):
         try:
-            # The plain engine: answers to be read are whole ones, not cut where they are decided.
+            # The plain engine, because the trial engine cuts a response once its scores are decided.
             with bench.base():
-                base = bench.plain.respond(asked)
+                base = bench.plain.respond(shown)
             with bench.edited(trial.params):
-                edited = bench.plain.respond(asked)
+                edited = bench.plain.respond(shown)
         except TrialError as error:
-            context.reporter.warn(f"There are no answers to look at in the report: {error}")
+            context.reporter.warn(f"The report shows no answers: {error}")
             return None
         assert base is not None
         assert edited is not None
         markers = read_markers(Path(context.settings.evaluation.markers or config_path("markers.txt")))
-        judged = Refusals(markers)
+        scorer = Refusals(markers)
         rows = [
-            {"prompt": prompt.text, "base": _answer(before, judged, markers), "edited": _answer(after, judged, markers)}
-            for prompt, before, after in zip(asked, base, edited, strict=True)
+            {"prompt": prompt.text, "base": _answer(before, scorer, markers), "edited": _answer(after, scorer, markers)}
+            for prompt, before, after in zip(shown, base, edited, strict=True)
         ]
         cut = len(sets["harmful"])
         return {
@@ -110,7 +111,7 @@ def answers(bench: Workbench, trial: Trial) -> dict[str, Any] | None:
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """On one line: a projection has many numbers."""
+    """Write the record as JSON on one line, because a projection has many numbers."""
     write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
 
 
@@ -120,10 +121,10 @@ def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
-def _answer(response: Response, judged: Refusals, markers: Iterable[str]) -> dict[str, Any]:
+def _answer(response: Response, scorer: Refusals, markers: Iterable[str]) -> dict[str, Any]:
     return {
         "text": response.text,
-        "refusal": judged.is_refusal(response),
+        "refusal": scorer.is_refusal(response),
         "thinking_open": response.thinking_open,
         "markers": [list(span) for span in marker_spans(response.text, tuple(markers))],
     }

@@ -1,6 +1,6 @@
-"""What there is to edit in a model, and what a run on it needs and costs.
+"""Describe a model's editable modules, and the memory and time that a run on it needs (`abliterate inspect`).
 
-Works on a loaded model, or from its config alone (a skeleton).
+A loaded model or a skeleton, which is made from the config alone, can be described.
 """
 
 from __future__ import annotations
@@ -32,34 +32,37 @@ from abliterate.settings.schema import Settings
 from abliterate.terminal.quantities import USUAL_TOKENS, in_words
 from abliterate.types import OPERATIONS
 
-# What is assumed of prompts that can't be read: the field's sets, as long as their prompts usually are.
+# The prompt counts that are assumed if prompts can't be read: those of the sets that are usual in the field.
 _USUAL = {"harmful": 400, "harmless": 400, "harmful_eval": 100, "harmless_eval": 100}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The prompts of a run, {set: (number, tokens of the longest, tokens of all)}; `assumed`: why they are guessed, or ""."""
+    """The prompts of a run: {set: (count, tokens of the longest prompt, tokens of all prompts)}.
+
+    `assumed` is the reason if the numbers are guessed, else "".
+    """
 
     sets: Mapping[str, tuple[int, int, int]]
     assumed: str = ""
 
     @staticmethod
     def of(prompts: PromptSets, chat: PromptEncoder) -> Workload:
-        """Counted."""
+        """The workload of these prompts, counted."""
         lengths = {name: [len(chat.token_ids(prompt)) for prompt in getattr(prompts, name)] for name in _USUAL}
-        return Workload({name: (len(some), max(some), sum(some)) for name, some in lengths.items()})
+        return Workload({name: (len(tokens), max(tokens), sum(tokens)) for name, tokens in lengths.items()})
 
     @staticmethod
-    def usual(why: str) -> Workload:
-        """Guessed."""
-        return Workload({name: (count, USUAL_TOKENS, count * USUAL_TOKENS) for name, count in _USUAL.items()}, why)
+    def usual(reason: str) -> Workload:
+        """A usual workload, assumed for `reason`."""
+        return Workload({name: (count, USUAL_TOKENS, count * USUAL_TOKENS) for name, count in _USUAL.items()}, reason)
 
 
 def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> dict[str, Any]:
-    """Show what was loaded and what can't be edited in it; returns the record of its coverage."""
+    """Show the loaded model, and report which parts of it can't be edited; returns the record of its coverage."""
     settings = context.settings
-    found = requirements_of(settings, loaded, device, Workload.of(prompts, PromptEncoder(loaded.tokenizer, loaded.device)))
-    context.reporter.header(in_words(found))
+    record = requirements_of(settings, loaded, device, Workload.of(prompts, PromptEncoder(loaded.tokenizer, loaded.device)))
+    context.reporter.header(in_words(record))
     if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
         stored = checkpoint_quantization(loaded.info.quantization)
         context.reporter.note(
@@ -68,11 +71,11 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device, prompt
     if loaded.architecture.found_by == "structure":
         named = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
         context.reporter.note(
-            f"the family isn't in the table; by what its layers do, these write to the residual stream: {named}"
+            f"the family isn't in the table; by a test of its layers, these modules write to the residual stream: {named}"
         )
-    for component, count in found["coverage"]["layers_without"].items():
+    for component, count in record["coverage"]["layers_without"].items():
         context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")
-    return dict(found["coverage"])
+    return dict(record["coverage"])
 
 
 def requirements_of(
@@ -82,7 +85,7 @@ def requirements_of(
     work: Workload,
     speeds: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The record. `speeds`: tokens a second by operation, where they were measured."""
+    """The record of `abliterate inspect`. `speeds` is {operation: tokens a second}, if they were measured."""
     info, coverage = loaded.info, coverage_of(loaded.model, loaded.architecture, loaded.targets)
     config = loaded.model.config.get_text_config()
     kinds = Counter(getattr(config, "layer_types", None) or ())
@@ -114,7 +117,7 @@ def requirements_of(
 
 
 def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.device, work: Workload) -> dict[str, Any]:
-    """Bytes: of the weights, of one prompt in each operation, of what stays between trials."""
+    """The bytes of the weights, of one prompt in each operation, and of everything kept between trials."""
     model, dtype = loaded.model, getattr(torch, loaded.info.dtype)
     shape = Shape.of(model.config.get_text_config(), dtype)
     weights = _weights_bytes(loaded, dtype)
@@ -130,13 +133,13 @@ def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.de
     left = max(0, usable_memory(device) - reserved - (weights if empty else 0))
     operations = {}
     for name in OPERATIONS:
-        one = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
-        operations[name] = {"bytes_per_prompt": one, "prompts_that_fit": left // one}
+        bytes_per_prompt = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
+        operations[name] = {"bytes_per_prompt": bytes_per_prompt, "prompts_that_fit": left // bytes_per_prompt}
     return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
 
 
 def _weights_bytes(loaded: LoadedModel | Skeleton, dtype: torch.dtype) -> int:
-    """As they are stored; of a skeleton as they would be in `dtype`, or as quantized as their files are."""
+    """The bytes of the weights; a skeleton's weights are counted in `dtype`, or by the size of their quantized files."""
     parameters, info = list(loaded.model.parameters()), loaded.info
     if not any(parameter.is_meta for parameter in parameters):
         return sum(parameter.nbytes for parameter in parameters)
@@ -148,7 +151,7 @@ def _weights_bytes(loaded: LoadedModel | Skeleton, dtype: torch.dtype) -> int:
 def _cost(
     settings: Settings, loaded: LoadedModel | Skeleton, work: Workload, speeds: Mapping[str, float] | None
 ) -> dict[str, Any]:
-    """Tokens that go through the model, and what these take: at most, if every trial were evaluated in full."""
+    """The tokens that pass through the model, and their cost; an upper bound, as if every trial were evaluated in full."""
     response, trials = settings.response.max_new_tokens, settings.search.trials
     harmful, _, harmful_tokens = work.sets["harmful_eval"]
     harmless, _, harmless_tokens = work.sets["harmless_eval"]
@@ -162,8 +165,9 @@ def _cost(
     if speeds:
         once = prompts / speeds["prefill"] + decoded / speeds["decode"]
         seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once, "run_at_most": 0.0}
-    for part in filter(None, (tokens, flop, seconds)):
-        part["run_at_most"] = part["residuals"] + (trials + 1) * part["trial_at_most"]  # type: ignore[index] # and the baseline
+    for cost in filter(None, (tokens, flop, seconds)):
+        # The baseline costs as much as a trial.
+        cost["run_at_most"] = cost["residuals"] + (trials + 1) * cost["trial_at_most"]  # type: ignore[index]
     return {
         "trials": trials,
         "response_tokens": response,
@@ -180,13 +184,13 @@ def _cost(
 
 
 def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:
-    """Parameters that a token is multiplied with: (in the layers, in the head); of routed experts those that it visits."""
+    """(layers, head): the number of parameters that a token is multiplied with, counting only the routed experts it visits."""
     visited, total = visited_experts(loaded.model.config.get_text_config()), 0
     for module in decoder_layers(loaded.model, loaded.architecture).modules():
         if is_fused(module):
             own = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
             total += own * min(visited, n_matrices(module)) // n_matrices(module)
-        elif out_features(module) is not None:  # not what quantized storage holds
+        elif out_features(module) is not None:  # counted by shape, because quantized storage has fewer elements
             total += (out_features(module) or 0) * in_features(module)
     head = loaded.model.get_output_embeddings()
     return total, 0 if head is None else sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)

@@ -12,7 +12,7 @@ from abliterate.types import Reporter
 
 
 def tune(settings: Settings, reporter: Reporter) -> tuple[batch_size.Tuned, ...]:
-    """Measure batch sizes for the settings' model and prompts (`abliterate tune-batch`), whatever is known from before."""
+    """Measure batch sizes for the settings' model and prompts, even if the cache has them."""
     context = Context.of(settings, reporter)
     check_model(settings, editing=False)
     prompts = read_prompts(context)
