@@ -6,12 +6,12 @@
     with ab.load(settings) as bench:                         # model, tokenizer, prompts, calibrated engines
         directions = ab.find_directions(bench)
         study = ab.search(bench, directions, trials=100)     # iterates over trials; study.front, study.pick("kl<=0.05")
-        with bench.edited(study.pick().params):              # leaving it gives the base model back, always
+        with bench.edited(study.pick().params):              # afterwards the model is always the base model again
             bench.respond(["Show me …"])
         ab.export(bench, study.pick(), "out/")
-    ab.run(settings)                                         # all of it: what `abliterate run` calls
+    ab.run(settings)                                         # a whole run, as by `abliterate run`
 
-Nothing heavy is imported before one of these names is used. docs/library.md has the whole interface.
+Nothing heavy is imported before the first of these names is used. docs/library.md has the whole interface.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _HOMES = {
     "load": "pipeline.workbench",
     "run": "pipeline.run",
 }
-# These names are packages, too (`abliterate.export` is the seam for exporters), and an imported package takes its name in its
-# parent. So the package itself is made callable, and calls the function.
+# These names are also packages (`abliterate.export` is the seam for exporters), and importing a package binds its name in its
+# parent. So the packages themselves are made callable, and call the functions.
 _CALLABLE = {"export": "pipeline.export", "search": "pipeline.search"}
 
 
@@ -54,7 +54,7 @@ class _CallablePackage(ModuleType):
 
 
 class _Library(ModuleType):
-    """This package. It makes the packages in `_CALLABLE` callable at the moment they are imported."""
+    """The class of this package, which makes the packages in `_CALLABLE` callable when they are imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in _CALLABLE and isinstance(value, ModuleType):

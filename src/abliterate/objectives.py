@@ -99,7 +99,7 @@ def other_names(values: Iterable[str], objectives: Sequence[Objective] = ()) -> 
 
 
 def other_scores(trial: Trial, before: Mapping[str, float] | None = None) -> list[str]:
-    """`NAME VALUE` for each scorer beside refusals and KL; `before`: the values of the base model."""
+    """`NAME VALUE` for each scorer beside refusals and KL; `before` holds the values of the base model."""
     return [
         f"{name} " + (f"{before[name]:.4g} → " if before and name in before else "") + f"{trial.values[name]:.4g}"
         for name in other_names(trial.values)

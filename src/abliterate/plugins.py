@@ -1,8 +1,8 @@
-"""The seams' registries, and the plugins that add to them: packages with an entry point in the group `abliterate.plugins`.
+"""Registries of implementations, and the plugins that extend them: packages with an entry point in `abliterate.plugins`.
 
-An entry point names a module. The module has any of the dictionaries that `SEAMS` lists, each like the built-in one, for
+An entry point names a module. The module has any of the dictionaries that `SEAMS` lists, each like the built-in dictionary, for
 example `directions = {"median": Median()}`; docs/extending.md shows all five. Plugins are imported once, when a registry is
-first looked into: never by `abliterate --help`, and never by importing this package.
+first used: never by `abliterate --help`, and never by importing this package.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 GROUP = "abliterate.plugins"
 SEAMS = ("architectures", "scorers", "directions", "edits", "exporters")
-# A name stands in settings, in column heads and in rules such as NAME<=X, and ":" would begin a scorer's goal.
+# A name is written in settings, in column heads and in rules such as NAME<=X, and ":" would begin a scorer's goal.
 _NAME = re.compile(r"\w[\w.-]{0,39}")
 _PAGE = "docs/extending.md"
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """One entry point's module: `parts` holds what it adds, by seam and name. `package`, `version`: as pip lists them."""
+    """One entry point's module. `parts` is {seam: {name: implementation}}; `package` and `version` are as pip lists them."""
 
     name: str
     package: str
@@ -43,7 +43,7 @@ class Plugin:
 
 
 class _Installed:
-    """The plugins of this installation, imported at the first look. A failed import is tried again at the next look."""
+    """The plugins of this installation, imported at the first call. A failed import is repeated at the next call."""
 
     def __init__(self) -> None:
         self._plugins: tuple[Plugin, ...] | None = None
@@ -52,7 +52,7 @@ class _Installed:
 
     def __call__(self) -> tuple[Plugin, ...]:
         with self._lock:
-            # A plugin may look into a registry while it is imported: it sees the built-in names only.
+            # A plugin may use a registry while it is imported; it then sees the built-in names only.
             if self._plugins is None and not self._loading:
                 self._loading = True
                 try:
@@ -62,7 +62,7 @@ class _Installed:
             return self._plugins or ()
 
     def forget(self) -> None:
-        """Look again at the next use, after packages were installed or removed."""
+        """Import the plugins again at the next use, because packages were installed or removed."""
         self._plugins = None
 
 
@@ -70,11 +70,11 @@ installed = _Installed()
 
 
 class Registry(MutableMapping[str, T]):
-    """One seam's implementations by name: the built-in ones, then those of plugins.
+    """The implementations of one seam by name: first the built-in implementations, then those of plugins.
 
-    `seam`: the dictionary's name in a plugin's module. `what`: an implementation in the singular, for error sentences.
-    `named`: the attribute that repeats the name; "" where there is none. `needs`: attributes that every implementation has.
-    `reserved`: names that mean something else. Looking anything up raises InputError where an installed plugin is broken.
+    `seam` is the dictionary's name in a plugin's module, and `what` the singular noun in error sentences. `named` is the
+    attribute that repeats the name, or "". `needs` lists attributes that every implementation has, and `reserved` names that
+    have another meaning. Any look-up raises InputError if an installed plugin is broken.
     """
 
     def __init__(
@@ -111,19 +111,19 @@ class Registry(MutableMapping[str, T]):
         return len(self._own) + len(self._plugged())
 
     def find(self, name: str) -> T:
-        """The implementation of that name, or InputError with the names there are."""
+        """The implementation of that name; InputError, with all known names, if there is none."""
         if name not in self:
             names = ", ".join([*self, *self._reserved])
             raise InputError(f"There is no {self.what} {name!r}; choose one of {names}, or install the plugin that has it.")
         return self[name]
 
     def plugin(self, name: str) -> Plugin | None:
-        """The plugin that an implementation comes from; None of a built-in one."""
+        """The plugin that an implementation comes from; None for a built-in implementation."""
         added = self._plugged()
         return added[name][1] if name in added else None
 
     def origin(self, name: str) -> dict[str, str]:
-        """What a record says of an implementation's origin: package and version of a plugin, nothing of a built-in one."""
+        """The record of an implementation's origin: a plugin's package and version, or nothing if it is built in."""
         plugin = self.plugin(name)
         return {} if plugin is None else {"plugin": f"{plugin.package} {plugin.version}"}
 
@@ -139,7 +139,7 @@ class Registry(MutableMapping[str, T]):
         return self._added
 
     def _check(self, name: str, implementation: T, plugin: Plugin, added: Mapping[str, tuple[T, Plugin]]) -> None:
-        """InputError where a plugin's name is taken, or its implementation isn't one."""
+        """Raise InputError if a name of a plugin is taken, or its implementation lacks what the seam needs."""
         other = f"the plugin {added[name][1].title}" if name in added else ""
         if name in self._own or name in self._reserved:
             other = "abliterate itself"
@@ -151,25 +151,25 @@ class Registry(MutableMapping[str, T]):
         lacking = next((part for part in self._needs if not hasattr(implementation, part)), "")
         if lacking:
             raise InputError(f"The {self.what} {name!r} of the plugin {plugin.title} has no {lacking}; see {_PAGE}.")
-        said = getattr(implementation, self._named) if self._named else name
-        if said != name:
+        stated = getattr(implementation, self._named) if self._named else name
+        if stated != name:
             raise InputError(
-                f"The {self.what} {name!r} of the plugin {plugin.title} calls itself {said!r} ({self._named}); both names must "
+                f"The {self.what} {name!r} of the plugin {plugin.title} calls itself {stated!r} ({self._named}); both names must "
                 f"be the same, see {_PAGE}."
             )
 
 
 def _load(point: EntryPoint) -> Plugin:
-    """Import one plugin; InputError where that fails or gives nothing that the seams take."""
+    """Import one plugin; InputError if the import fails or the module adds nothing to any seam."""
     package, version = (point.dist.name, point.dist.version) if point.dist else ("unknown", "")
     plugin = Plugin(point.name, package, version, {})
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output may be JSON lines
             module = point.load()
-    except (Exception, SystemExit) as error:  # whatever a stranger's code raises
-        said = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(". ")
+    except (Exception, SystemExit) as error:  # a stranger's code may raise anything
+        cause = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(". ")
         raise InputError(
-            f"The plugin {plugin.title} can't be imported ({said}); update it, or remove it with pip uninstall {package}."
+            f"The plugin {plugin.title} can't be imported ({cause}); update it, or remove it with pip uninstall {package}."
         ) from error
     parts = {seam: getattr(module, seam) for seam in SEAMS if hasattr(module, seam)}
     if not parts:
@@ -184,5 +184,5 @@ def _load(point: EntryPoint) -> Plugin:
 
 
 def _order(point: EntryPoint) -> tuple[str, str]:
-    """The same order on every machine."""
+    """A sort key that gives the same order on every machine."""
     return (point.dist.name if point.dist else "", point.name)

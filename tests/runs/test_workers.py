@@ -277,7 +277,7 @@ def test_workers_end_with_the_run(tmp_path: Path) -> None:
         log = tmp_path / "worker-1.log"
         wait_for(lambda: "waiting for the run" in log.read_text(encoding="utf-8"))
         check()
-    assert "interrupted; the run and its other workers go on" in log.read_text(encoding="utf-8")
+    assert "interrupted; the run and its other workers continue" in log.read_text(encoding="utf-8")
 
 
 # Databases that can't be reached

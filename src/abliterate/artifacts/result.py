@@ -1,6 +1,6 @@
-"""`result.json`: what a run did, as a typed and versioned value, and the only code that reads and writes the file.
+"""`result.json`: the record of a run as a typed and versioned value, and the only code that reads and writes the file.
 
-Lists and tables elsewhere render `Result.to_record()`, which is the file's content. docs/design.md §6 has the layout.
+Tables elsewhere render `Result.to_record()`, which is the file's content. docs/design.md §6 describes the layout.
 """
 
 from __future__ import annotations
@@ -24,13 +24,12 @@ from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Trial
 FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
-
-# What a record of another shape raises; pydantic takes a ValueError only for a finding.
+# The errors that a malformed record raises; they become ValueErrors, which pydantic reports as validation errors.
 _MALFORMED = (KeyError, TypeError, AttributeError, OverflowError)
 
 
 class OtherVersion(InputError):
-    """A file of a format that this version doesn't read: refused, where a damaged one would be rebuilt."""
+    """The file has a format that this version doesn't read; it is refused, whereas a damaged file is rebuilt."""
 
 
 def _trial(value: Any) -> Trial:
@@ -79,7 +78,7 @@ class _Part(BaseModel):
 
 
 class ModelRecord(_Part):
-    """Which model it was. No path of this machine: results are shared."""
+    """The model of the run. No path of this machine is recorded, because results are shared."""
 
     id: str
     revision: str
@@ -93,12 +92,12 @@ class ModelRecord(_Part):
 
     @staticmethod
     def of(info: ModelInfo) -> ModelRecord:
-        """What of a loaded model's facts is recorded."""
+        """The recorded facts of a loaded model."""
         return ModelRecord(**{name: getattr(info, name) for name in ModelRecord.model_fields})
 
 
 class PromptSetRecord(_Part):
-    """One prompt set. Of a file the name is recorded, not where it lies."""
+    """One prompt set. A file is recorded by its name without its folder."""
 
     source: str
     count: int = Field(ge=0)
@@ -111,14 +110,14 @@ class PromptSetRecord(_Part):
 
 
 class DirectionsRecord(_Part):
-    """Hashes: of the file `directions.safetensors`, and of the vectors alone, which another run can be compared by."""
+    """Hashes of the file `directions.safetensors`, and of the vectors alone, by which two runs can be compared."""
 
     sha256: str
     vectors_sha256: str
 
 
 class ExportRecord(_Part):
-    """The export, with what its exporter and its verification say of it. `verified` None: not checked."""
+    """The export, with further fields from its exporter and its verification. `verified` is None if it wasn't checked."""
 
     kind: str = "none"
     trial: int | None = None
@@ -128,7 +127,7 @@ class ExportRecord(_Part):
 
 
 class Memory(_Part):
-    """Peaks over all sessions, in bytes."""
+    """Peaks of memory over all sessions, in bytes."""
 
     peak_rss_bytes: int = 0
     peak_device_bytes: int = 0
@@ -136,7 +135,7 @@ class Memory(_Part):
 
 
 class Environment(_Part):
-    """What a result depends on beside its inputs."""
+    """The versions, platform and device that a result depends on beside its inputs."""
 
     versions: dict[str, str] = Field(default_factory=dict)
     platform: str = ""
@@ -144,14 +143,14 @@ class Environment(_Part):
 
     @staticmethod
     def here(device: str = "") -> Environment:
-        """This process, with the packages that have plugins."""
+        """The environment of this process, with the packages of installed plugins."""
         versions = {name: metadata.version(name) for name in ("abliterate", *_PACKAGES)}
         versions = {"abliterate": versions.pop("abliterate"), "python": platform.python_version(), **versions}
         versions |= {plugin.package: plugin.version for plugin in installed()}
         return Environment(versions=versions, platform=f"{platform.system()} {platform.machine()}", device=device)
 
 
-# In every file, whether or not the run has come so far.
+# Fields that every file has, even if the run hasn't reached them.
 _ALWAYS = (
     *("format", "model", "prompts", "objectives", "baseline", "trials", "front", "selected", "export", "timings", "memory"),
     *("caches", "environment"),
@@ -159,11 +158,11 @@ _ALWAYS = (
 
 
 class Result(_Part):
-    """The content of `result.json`. Fields that a run hasn't come to are None or empty.
+    """The content of `result.json`. Fields that a run hasn't reached are None or empty.
 
     `trials` are numbered by logical index; `front` and `selected` name trials by number. Timings add up over all sessions of
-    a run, and memory is the peak of all. `plain JSON` fields (`coverage`, `heldout`, `reproduction`) are records that their
-    own modules define.
+    a run, and memory is the peak over all. The fields `coverage`, `heldout` and `reproduction` are plain JSON records that
+    their own modules define.
     """
 
     format: Literal[1] = 1
@@ -192,7 +191,7 @@ class Result(_Part):
     @model_validator(mode="before")
     @classmethod
     def _empty_is_none(cls, value: Any) -> Any:
-        """A file that was begun before its model was loaded has an empty record of it."""
+        """A file that was written before the model was loaded has an empty record of the model."""
         return {**value, "model": value["model"] or None} if isinstance(value, dict) and "model" in value else value
 
     @model_validator(mode="after")
@@ -208,7 +207,7 @@ class Result(_Part):
         """The result in a run directory.
 
         Raises:
-            InputError: there is none, or it is damaged. OtherVersion: another version of abliterate wrote it.
+            InputError: the file is missing or damaged. OtherVersion: another version of abliterate wrote it.
         """
         try:
             record = json.loads(directory.result.read_text(encoding="utf-8"))
@@ -234,13 +233,16 @@ class Result(_Part):
         try:
             return Result.model_validate(record)
         except (ValidationError, RecursionError) as error:
-            raise damaged(directory, _first(error)) from error
+            raise damaged(directory, _first_fault(error)) from error
 
     @staticmethod
     def continued(directory: RunDirectory) -> Result:
-        """What earlier sessions of a run left: an interruption must not make it forget its export.
+        """The result of a run's earlier sessions, so that a continued run remembers, for example, its export.
 
-        A file that can't be read is built anew, since the study has the trials. Raises OtherVersion.
+        A file that can't be read is rebuilt, since the study has the trials.
+
+        Raises:
+            OtherVersion: another version of abliterate wrote the file.
         """
         try:
             return Result.read(directory).model_copy(update={"environment": Environment.here()})
@@ -254,18 +256,18 @@ class Result(_Part):
         write_json(directory.result, self.with_checksum())
 
     def with_checksum(self) -> dict[str, Any]:
-        """The content of the file, the checksum of everything else in it included."""
+        """The content of the file, including the checksum of everything else in it."""
         record = self.to_record()
         return {**record, DIGEST: digest_of(record)}
 
     def to_record(self) -> dict[str, Any]:
-        """The content of the file but for its checksum, as JSON values. Fields that the run hasn't come to are left out."""
+        """The content of the file without its checksum, as JSON values. Fields that the run hasn't reached are left out."""
         record = self.model_dump(mode="json", exclude_unset=False)
-        record |= {name: part.model_dump(mode="json", exclude_unset=True) for name, part in self._parts().items()}
+        record |= {name: model.model_dump(mode="json", exclude_unset=True) for name, model in self._nested().items()}
         record["model"] = record["model"] or {}
         return {name: value for name, value in record.items() if name in _ALWAYS or value is not None}
 
-    def _parts(self) -> dict[str, _Part]:
+    def _nested(self) -> dict[str, _Part]:
         return {"export": self.export, "memory": self.memory, "environment": self.environment}
 
     def update(self, **fields: Any) -> None:
@@ -281,43 +283,45 @@ class Result(_Part):
         self.trials, self.front = list(trials), [trial.number for trial in front]
 
     def objectives_or_default(self) -> tuple[Objective, ...]:
-        """The objectives of the search; the default ones where the file names none."""
+        """The objectives of the search, or the default objectives if the file names none."""
         return tuple(self.objectives) or DEFAULT
 
     @property
     def n_harmful(self) -> int:
-        """Harmful evaluation prompts; 0 before the baseline is known."""
+        """The number of harmful evaluation prompts; 0 before the baseline is known."""
         return self.baseline.prompts if self.baseline else 0
 
     def trial(self, number: int, run: object) -> Trial:
-        """The complete trial of that number. `run`: the directory, for the sentence.
+        """The complete trial of that number; `run` is the directory that error sentences name.
 
         Raises:
-            InputError: it isn't there, failed, or was stopped.
+            InputError: the trial is missing, failed, or was stopped.
         """
         trial = next((trial for trial in self.trials if trial.number == number), None)
         if trial is None:
             raise InputError(f"The run in {run} has no finished trial {number}; see abliterate trials {run}.")
         if trial.state == "stopped":
             raise InputError(
-                f"Trial {number} was stopped because another one is no worse in any objective; choose one that abliterate "
-                f"trials {run} shows as complete."
+                f"Trial {number} was stopped because another trial is no worse in any objective; choose a trial that "
+                f"abliterate trials {run} shows as complete."
             )
         if trial.state == "failed":
             reason = trial.reason.rstrip(".") or "no reason is recorded"
-            raise InputError(f"Trial {number} failed ({reason}); choose one that abliterate trials {run} shows as complete.")
+            raise InputError(
+                f"Trial {number} failed ({reason}); choose a trial that abliterate trials {run} shows as complete."
+            )
         return trial
 
 
-def damaged(directory: RunDirectory, what: str) -> InputError:
-    """The one sentence for a `result.json` that doesn't hold what it must."""
-    return InputError(f"The file {directory.result} is damaged ({what}); abliterate run --resume rebuilds it.")
+def damaged(directory: RunDirectory, fault: str) -> InputError:
+    """The error for a `result.json` whose content is wrong or incomplete."""
+    return InputError(f"The file {directory.result} is damaged ({fault}); abliterate run --resume rebuilds it.")
 
 
-def _first(error: Exception) -> str:
-    """The first thing that is wrong, in a few words."""
+def _first_fault(error: Exception) -> str:
+    """The first fault that validation found, in a few words."""
     if not isinstance(error, ValidationError):
         return type(error).__name__
     first: Mapping[str, Any] = error.errors(include_url=False, include_input=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}".removeprefix(": ")
+    location = ".".join(str(key) for key in first["loc"])
+    return f"{location}: {first['msg']}".removeprefix(": ")

@@ -94,7 +94,7 @@ def _emit_json_error(message: str, exit_code: int) -> None:
 
 @contextlib.contextmanager
 def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
-    """The first Ctrl+C or SIGTERM ends what is inside, with `message`: there is nothing to finish first."""
+    """End the `with` block with `message` at the first Ctrl+C or SIGTERM, because there is nothing to finish first."""
     interrupts = Interrupts()
     try:
         with interrupts.listening(), interrupts.at_once():
@@ -108,7 +108,7 @@ def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Their progress bars and advice would tear ours; their errors still raise."""
+    """Silence the libraries' progress bars and advice, which would tear our output; their errors are still raised."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import huggingface_hub
     import transformers

@@ -18,13 +18,13 @@ from abliterate.terminal.reporters import make_reporter
 def export_trial(
     path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, trust: bool = False, as_json: bool
 ) -> None:
-    """`abliterate export RUN --trial N`: the run's own settings, with another choice at the end."""
+    """`abliterate export RUN --trial N`, with the run's own settings but for the trial and the export."""
     directory = RunDirectory(path)
-    Result.read(directory)  # "no run there" comes first
-    # What trials mean is the run's: here not even the environment may change it. And where its own export was pushed to is
-    # no place for this one.
+    Result.read(directory)  # so that "no run there" is the first error
+    # The run decides what its trials mean, and not even the environment may change that. The repository of the run's own
+    # export isn't used for this export.
     stored = read_toml(directory.settings)
-    own = {name: part for name, part in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
+    own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
     own = own if trust else distrusted(own)
     settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
     if settings.export.kind == "none":
@@ -41,5 +41,5 @@ def export_trial(
     reporter = make_reporter(as_json=as_json)
     if note := code_note(stored, settings, "--trust-remote-code"):
         reporter.warn(note)
-    with ending_at_once(reporter, f"interrupted; no export was made in {final}, repeat the command for one."):
+    with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
         pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)

@@ -1,4 +1,4 @@
-"""`abliterate inspect`: print what a model is and what a run on it needs."""
+"""`abliterate inspect`: print a model's facts, its editable modules, and the needs of a run on it."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     with ending_at_once(reporter, "interrupted; nothing was changed."):
-        found = pipeline_inspect.inspect(settings, reporter, weights=weights)
+        record = pipeline_inspect.inspect(settings, reporter, weights=weights)
     if as_json:
-        json_lines.emit("result", **found)
+        json_lines.emit("result", **record)
         return
-    words, on_terminal = in_words(found), sys.stdout.isatty()
-    if on_terminal:  # the table says the rest
+    words, on_terminal = in_words(record), sys.stdout.isatty()
+    if on_terminal:  # the table shows the other lines
         words["coverage"] = words["coverage"].splitlines()[0]
-    whole, adapter = found["exports"]["merged"], found["exports"]["adapter"]
+    whole, adapter = record["exports"]["merged"], record["exports"]["adapter"]
     streams = "streams the base's files" if whole is not None else "not known without the weight files"
     words["merged"] = f"loads and saves the whole model ({whole})" if whole else streams
     words["adapter"] = f"not possible: {adapter}" if adapter else "possible"
     reporter.header(words)
     if on_terminal:
-        show_table(coverage_table(found["coverage"]))
+        show_table(coverage_table(record["coverage"]))

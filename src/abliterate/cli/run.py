@@ -1,4 +1,4 @@
-"""`abliterate run`: from options to settings, a run directory and the pipeline."""
+"""`abliterate run`: turn options into settings and a run directory, and carry out the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from abliterate.types import Baseline, Trial
 
 @dataclass(frozen=True)
 class RunFlags:
-    """What `abliterate run` is told beside settings."""
+    """The options of `abliterate run` that aren't settings."""
 
     gpus: int = 1
     resume: bool = False
@@ -42,18 +42,18 @@ def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: Ru
 
 
 def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """What the command line says, --set included."""
+    """The settings that the command line gives, including --set."""
     return merge(given_options(given), parse_assignments(assignments))
 
 
 def resolve(
     options: Mapping[str, Any], config: str, flags: RunFlags, entry: Mapping[str, Any] | None = None
 ) -> tuple[Settings, RunDirectory]:
-    """The settings of a run, new or continued, and where it is; `entry`: what a list of runs says of it."""
+    """The settings and the directory of a run, new or continued; `entry` is the run's entry in a list of runs."""
     settings = load_settings(config, options, entry=entry)
     directory = _existing(settings) if flags.resume else None
     if directory:
-        # A continued run starts from its own settings; what is given now, in any way, wins over them.
+        # A continued run begins with its own settings, and every setting given now overrides them.
         settings = load_settings(config, options, stored=directory.settings, entry=entry)
     if flags.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
@@ -62,7 +62,7 @@ def resolve(
 
 
 def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool) -> Result:
-    """One run to its end; `ask`: a person chooses the trial."""
+    """Carry out one run; with `ask`, a person chooses the trial."""
     quiet_libraries()
     reporter = make_reporter(as_json=flags.as_json)
 
@@ -93,7 +93,7 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that were given; the others (None) leave room for lower sources."""
+    """The options that were given; the others are None and are dropped, so that lower sources decide."""
     kept: dict[str, Any] = {}
     for name, value in options.items():
         inner = given_options(value) if isinstance(value, Mapping) else value
@@ -103,7 +103,7 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _existing(settings: Settings) -> RunDirectory | None:
-    """The run that --resume means: in `out`, else the newest of this model; None where there is none yet."""
+    """The run that --resume continues: the run in `out`, else the newest run of this model; None if there is none."""
     path = Path(settings.out) if settings.out else latest_run(settings.model)
     if path is None:
         return None
@@ -112,19 +112,19 @@ def _existing(settings: Settings) -> RunDirectory | None:
 
 
 def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
-    where = directory.path
+    path = directory.path
     if not directory.holds_run:
-        return "interrupted before anything was found; start the run again."
-    text = f"interrupted; finished trials are kept in {where}. Continue with abliterate run --resume --out {where}"
+        return "interrupted before the first result was saved; start the run again."
+    text = f"interrupted; finished trials are kept in {path}. Continue with abliterate run --resume --out {path}"
     best = _best_so_far(directory, settings)
-    return text + (f", or export one now with abliterate export {where} --trial {best.number}." if best else ".")
+    return text + (f", or export a trial now with abliterate export {path} --trial {best.number}." if best else ".")
 
 
 def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:
-    """What the selection rule would pick now, if there is something to pick."""
+    """The trial that the selection rule would pick now, if there is any."""
     try:
         result = Result.read(directory)
-    except InputError:  # none yet, or damaged
+    except InputError:  # the result is missing or damaged
         return None
     front = [trial for trial in result.trials if trial.number in result.front]
     objectives = result.objectives_or_default()

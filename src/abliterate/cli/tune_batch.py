@@ -20,16 +20,16 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     settings = load_settings(config, options_of(given, assignments))
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with ending_at_once(reporter, "interrupted; sizes are kept once all are measured: repeat the command."):
+    with ending_at_once(reporter, "interrupted; batch sizes are kept only once all are measured, so repeat the command."):
         tuning = tune(settings, reporter)
     if as_json:
-        json_lines.emit("result", operations={one.operation: one.to_record() for one in tuning})
+        json_lines.emit("result", operations={tuned.operation: tuned.to_record() for tuned in tuning})
         return
     rows = []
-    for one in tuning:
-        for size, probe in sorted(one.probes.items()):
-            found = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", bytes_text(probe.peak_bytes))
-            rows.append((one.operation, str(size), *found, "← chosen" if size == one.size else ""))
-        if one.size not in one.probes:  # made even afterwards, or taken over from another operation
-            rows.append((one.operation, str(one.size), "", "", "← chosen"))
+    for tuned in tuning:
+        for size, probe in sorted(tuned.probes.items()):
+            cells = ("doesn't fit", "") if probe is None else (f"{probe.tokens_per_second:.0f}", bytes_text(probe.peak_bytes))
+            rows.append((tuned.operation, str(size), *cells, "← chosen" if size == tuned.size else ""))
+        if tuned.size not in tuned.probes:  # evened out after the probes, or taken over from another operation
+            rows.append((tuned.operation, str(tuned.size), "", "", "← chosen"))
     print_table(("operation", "prompts at a time", "tokens/s", "memory", ""), rows, "Short passes over the longest prompts")

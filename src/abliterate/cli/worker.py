@@ -20,7 +20,7 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
-    left = "interrupted; the run and its other workers go on, and do this worker's last trial again."
+    message = "interrupted; the run and its other workers continue, and repeat this worker's last trial."
     try:
         with interrupts.listening():
             trials = workers.work(
@@ -31,8 +31,8 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
         else:
             reporter.note(f"the run has its {trials} trials")
     except Interrupted as error:
-        raise Interrupted(error.exit_code, left) from error
+        raise Interrupted(error.exit_code, message) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=left) from error
+        raise Interrupted(message=message) from error
     finally:
         reporter.close()

@@ -1,4 +1,4 @@
-"""The reporter of library calls: a plain progress bar on standard error, in a notebook as in a terminal."""
+"""The reporter of library calls: a plain progress bar on standard error, in notebooks and terminals alike."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from abliterate.types import Reporter, Table, Trial
 
 
 class ProgressBarReporter:
-    """One bar for each stage that reports progress; warnings stand on lines of their own."""
+    """Shows one bar for each stage that reports progress, and warnings on lines of their own."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self._out = out or sys.stderr
@@ -21,7 +21,7 @@ class ProgressBarReporter:
         self._warnings: set[str] = set()
 
     def header(self, fields: Mapping[str, str]) -> None:
-        """Show nothing: whoever calls a function knows what it is called with."""
+        """Show nothing, because the caller knows what it has asked for."""
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.close()
@@ -34,7 +34,7 @@ class ProgressBarReporter:
         self._bar.update(done - self._bar.n)
 
     def note(self, text: str, **fields: Any) -> None:
-        """Show nothing: the same facts are attributes of what a call returns."""
+        """Show nothing, because the returned values have the same facts as attributes."""
 
     def warn(self, text: str) -> None:
         if text not in self._warnings:
@@ -42,7 +42,7 @@ class ProgressBarReporter:
             tqdm.write(f"warning: {text}", file=self._out)
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        """Trials are what the caller iterates over."""
+        """Show nothing, because the caller iterates over the trials."""
 
     def finish(self, result: Mapping[str, Any], where: str, summary: Sequence[Table | str]) -> None:
         self.close()
@@ -54,5 +54,5 @@ class ProgressBarReporter:
 
 
 def default_reporter() -> Reporter:
-    """What library calls report to where no other reporter is given."""
+    """The reporter of library calls that are given no other."""
     return ProgressBarReporter()

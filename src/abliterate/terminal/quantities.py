@@ -1,21 +1,21 @@
-"""Numbers as words: bytes, counts, durations, and the record of `abliterate inspect`."""
+"""Write numbers for people: bytes, counts, durations, and the record of `abliterate inspect`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-# Tokens of a prompt that are assumed where the prompts can't be read.
+# The tokens of a prompt that are assumed if the prompts can't be read.
 USUAL_TOKENS = 64
 
 
 def in_words(record: Mapping[str, Any]) -> dict[str, str]:
-    """The summary that a person sees, {name: text}."""
+    """The summary that a person sees, as {name: text}."""
     model, coverage, memory, cost = (record[name] for name in ("model", "coverage", "memory", "cost"))
     weights = model["dtype"] + (f", {model['quantization']}" if model["quantization"] != "none" else "")
     size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
     edited = [group for group in coverage["groups"] if group["edited"]]
-    each = ", ".join(f"{name} {bytes_text(one['bytes_per_prompt'])}" for name, one in memory["operations"].items())
+    each = ", ".join(f"{name} {bytes_text(operation['bytes_per_prompt'])}" for name, operation in memory["operations"].items())
     seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
     at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
     words = {
@@ -41,9 +41,9 @@ def _share(coverage: Mapping[str, Any]) -> str:
 
 def _group(group: Mapping[str, Any]) -> str:
     shape = f" of {group['shape'][0]} × {group['shape'][1]}" if group["shape"] else ""
-    many = f", {group['matrices']} matrices" if group["matrices"] != group["layers"] else ""
+    matrices = f", {group['matrices']} matrices" if group["matrices"] != group["layers"] else ""
     size = f"{_count(group['parameters'])} parameters"
-    text = f"{group['component']}: {group['path']} in {group['layers']} layers{many}{shape}, {size}"
+    text = f"{group['component']}: {group['path']} in {group['layers']} layers{matrices}{shape}, {size}"
     return text + (f", left out: {group['left_out']}" if group["left_out"] else "")
 
 

@@ -48,7 +48,7 @@ class PlainReporter:
         for name, value in fields.items():
             first, *more = value.split("\n")
             self._line(f"{name}: {first}")
-            for line in more:  # indented, so that it can't pass for another line of ours
+            for line in more:  # indented, so that it can't be mistaken for another line of ours
                 self._line(f"  {line}")
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
@@ -74,7 +74,7 @@ class PlainReporter:
                 self._line(line)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing, because a plain reporter keeps nothing open."""
 
     def _line(self, text: str) -> None:
         print(printable(text), file=self._out, flush=True)
