@@ -151,11 +151,11 @@ class Registry(MutableMapping[str, T]):
         lacking = next((part for part in self._needs if not hasattr(implementation, part)), "")
         if lacking:
             raise InputError(f"The {self.what} {name!r} of the plugin {plugin.title} has no {lacking}; see {_PAGE}.")
-        stated = getattr(implementation, self._named) if self._named else name
-        if stated != name:
+        own_name = getattr(implementation, self._named) if self._named else name
+        if own_name != name:
             raise InputError(
-                f"The {self.what} {name!r} of the plugin {plugin.title} calls itself {stated!r} ({self._named}); both names must "
-                f"be the same, see {_PAGE}."
+                f"The {self.what} {name!r} of the plugin {plugin.title} calls itself {own_name!r} ({self._named}); both names "
+                f"must be the same, see {_PAGE}."
             )
 
 

@@ -591,5 +591,5 @@ def test_a_copy_of_a_hub_model_is_compared_by_what_comes_out(
     base = str(demo_path() / "model")
     result, recorder = again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "again", model=base, kind="none")
     assert result["reproduction"]["outcome"] == "identical"
-    assert "the other a directory" in recorder.warnings[0]
+    assert "the other is a directory" in recorder.warnings[0]
     assert (result["model"]["id"], result["model"]["revision"]) == ("owner/name", "abc123")

@@ -1,6 +1,6 @@
-"""What was made again beside what its recipe says: files by hash, scores, edits, and whether rounding explains the rest.
+"""Compare a reproduced trial with its recipe: files by hash, scores, edits, and whether rounding explains the differences.
 
-Owns the verdict. Knows nothing of how either was made; measures nothing but the files.
+This module decides the verdict; of its input it measures only the files.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from abliterate.export.check_behaviour import Precision
 from abliterate.export.recipe import Recipe, hashes
 from abliterate.pipeline.export import Picked, stored_dtype_of
 
-# Share by which one matrix's edit may be off where the same residuals were rounded otherwise. Measured on the demo with other
-# batch sizes: 2e-7, 4e-4, 3e-3; other machines round more. A coeff 1 % off is 1 %.
+# The relative difference of one matrix's edit that another rounding of the same residuals explains. Other batch sizes caused
+# 2e-7, 4e-4 and 3e-3 on the demo; other machines round more. A coeff that is 1 % off changes the edit by 1 %.
 EDIT = {"float32": 1e-4, "float16": 5e-3, "bfloat16": 3e-2}
 _EDIT_QUANTIZED = 5e-2
 _WEIGHTS = (".safetensors", ".bin")
@@ -29,10 +29,11 @@ Outcome = Literal["identical", "equivalent", "different"]
 
 @dataclass(frozen=True)
 class Comparison:
-    """`files`: {name: "equal", "other", "missing" or "new"}, None where there is nothing to compare.
+    """The values of the recipe and of its reproduction; pairs are (the recipe's value, the value here).
 
-    Pairs are (the recipe's, here). `edits`: the largest difference of one matrix's edit, as a share, and where; None where
-    the recipe has none. `environment`: what differs of versions and device.
+    `files` is {name: "equal", "other", "missing" or "new"}, or None if no export can be compared. `edits` is the largest
+    relative difference of one matrix's edit, and its module; None if the recipe has no edits. `environment` has the versions
+    and device that differ.
     """
 
     files: Mapping[str, str] | None
@@ -48,30 +49,30 @@ class Comparison:
 
     @property
     def differing(self) -> list[str]:
-        """Files that aren't byte for byte the recipe's."""
+        """The names of files that differ from the recipe's files in any byte."""
         return sorted(name for name, state in (self.files or {}).items() if state != "equal")
 
     @property
     def causes(self) -> list[str]:
-        """Why the outcome is `different`; empty where it isn't."""
-        found = []
+        """The reasons why the outcome is `different`; empty if it isn't."""
+        causes = []
         if abs(self.refusals[1] - self.refusals[0]) > self.tolerance["refusals"]:
-            found.append(f"{self.refusals[1]} refusals instead of {self.refusals[0]}")
+            causes.append(f"{self.refusals[1]} refusals instead of {self.refusals[0]}")
         if abs(self.baseline[1] - self.baseline[0]) > self.tolerance["refusals"]:
-            found.append(f"the unedited model refuses {self.baseline[1]} instead of {self.baseline[0]}")
+            causes.append(f"the unedited model refuses {self.baseline[1]} instead of {self.baseline[0]}")
         if not abs(self.kl[1] - self.kl[0]) <= self.tolerance["kl"]:
-            found.append(f"KL {self.kl[1]:.6f} instead of {self.kl[0]:.6f}")
+            causes.append(f"KL {self.kl[1]:.6f} instead of {self.kl[0]:.6f}")
         if self.edits is not None and not self.edits[0] <= self.tolerance["edits"]:
-            found.append(f"the edit of {self.edits[1]} is {self.edits[0]:.2%} off")
+            causes.append(f"the edit of {self.edits[1]} is {self.edits[0]:.2%} off")
         if any(name.endswith(_WEIGHTS) for name in self.differing) and not self._explained:
-            found.append(f"other bytes in {_some(self.differing)}, though edits, versions and device are the same")
+            causes.append(f"other bytes in {_listed(self.differing)}, though edits, versions and device are the same")
         if self.verified is False:
-            found.append("the export failed its check")
-        return found
+            causes.append("the export failed its check")
+        return causes
 
     @property
     def _explained(self) -> bool:
-        """Whether anything could have rounded otherwise."""
+        """Whether another rounding could explain other bytes."""
         return bool(self.environment) or not self.same_directions or self.edits is None or self.edits[0] > 0
 
     @property
@@ -82,7 +83,7 @@ class Comparison:
         return "identical" if self.same_scores and not self.differing else "equivalent"
 
     def lines(self) -> Iterator[str]:
-        """What was compared, for a person."""
+        """The compared values, as lines for a person."""
         if self.files is not None:
             yield f"{len(self.files) - len(self.differing)} of {len(self.files)} files are the recipe's, byte for byte"
         same = "equal to" if self.same_scores else "the recipe's:"
@@ -94,14 +95,14 @@ class Comparison:
             yield f"another {name}: {ours}, the recipe's {theirs!r}"
 
     def sentence(self) -> str:
-        """The verdict."""
+        """The verdict in one sentence."""
         if self.outcome == "identical":
             return "reproduced: the same scores" + ("" if self.files is None else " and the same files, byte for byte")
         if self.outcome == "equivalent":
-            what = [f"other bytes in {_some(self.differing)}"] if self.differing else []
-            what += [] if self.same_scores else ["scores that differ within rounding"]
-            why = f"; here are {_some([f'another {name}' for name in self.environment])}" if self.environment else ""
-            return f"Reproduced but for rounding: {' and '.join(what)}{why}."
+            differences = [f"other bytes in {_listed(self.differing)}"] if self.differing else []
+            differences += [] if self.same_scores else ["scores that differ within rounding"]
+            reason = f"; here are {_listed([f'another {name}' for name in self.environment])}" if self.environment else ""
+            return f"Reproduced but for rounding: {' and '.join(differences)}{reason}."
         return (
             f"This isn't the recipe's model: {'; '.join(self.causes)}; the versions and the kind of device that the recipe "
             "names may give it, or the recipe was changed."
@@ -126,7 +127,7 @@ class Comparison:
 
 
 def compare(recipe: Recipe, result: Result, picked: Picked, factors: Mapping[str, Factors], final: Path) -> Comparison:
-    """The recipe beside what was made: the result of a run of the one trial, its edits, and the export in `final`."""
+    """Compare the recipe with its reproduction: the result of a run of one trial, the edits, and the export in `final`."""
     trial, stated = picked.expected.trial, recipe.trial.scores
     kind = result.export.kind
     assert result.directions is not None
@@ -135,14 +136,14 @@ def compare(recipe: Recipe, result: Result, picked: Picked, factors: Mapping[str
     precision = Precision(picked.dtype, stored, picked.quantization)
     environment = _environment(recipe, result)
     same_directions = recipe.directions == result.directions.vectors_sha256
-    # Another machine may break a near-tie otherwise even where nothing is rounded coarsely.
+    # Another machine may break a near-tie differently even in float32.
     refusals = max(precision.refusals(recipe.baseline.prompts), 1.0 if environment else 0.0)
-    made: dict[str, Sketch] = {name: sketch(found) for name, found in factors.items()}
-    # Without an export, edits were computed on the loaded model only.
+    sketches: dict[str, Sketch] = {name: sketch(edit) for name, edit in factors.items()}
+    # Without an export, the edits here were computed on the loaded model only.
     same_origin = recipe.export.origin == "trial" or kind != "none"
     return Comparison(
         files=_files(recipe, final) if kind == recipe.export.kind != "none" else None,
-        # Of the scorers that ran here: a recipe's own ones and judges don't.
+        # Only scorers that ran here are compared; custom scorers and judges of a recipe don't run.
         same_scores=all(recipe.trial.model_dump()["scores"].get(name) == score for name, score in trial.scores.items()),
         refusals=(stated.refusals, trial.refusals),
         kl=(stated.kl.mean, trial.kl),
@@ -152,7 +153,7 @@ def compare(recipe: Recipe, result: Result, picked: Picked, factors: Mapping[str
             "kl": precision.kl(stated.kl.mean, picked.expected.noise),
             "edits": _edit_tolerance(picked, same_directions=same_directions),
         },
-        edits=largest_difference(recipe.export.edits, made) if recipe.export.edits and same_origin else None,
+        edits=largest_difference(recipe.export.edits, sketches) if recipe.export.edits and same_origin else None,
         same_directions=same_directions,
         environment=environment,
         verified=result.export.verified,
@@ -160,31 +161,31 @@ def compare(recipe: Recipe, result: Result, picked: Picked, factors: Mapping[str
 
 
 def _edit_tolerance(picked: Picked, *, same_directions: bool) -> float:
-    """Of equal directions, edits are computed in float64 whatever the model's dtype."""
+    """The tolerance of edits; from equal directions they are computed in float64 whatever the model's dtype."""
     if same_directions:
         return EDIT["float32"]
     return max(EDIT[str(picked.dtype).removeprefix("torch.")], 0.0 if picked.quantization == "none" else _EDIT_QUANTIZED)
 
 
 def _files(recipe: Recipe, final: Path) -> dict[str, str]:
-    stated, found = {name: one.model_dump() for name, one in recipe.export.files.items()}, hashes(final)
-    states = {name: "equal" if stated[name] == found[name] else "other" for name in stated.keys() & found.keys()}
-    states |= dict.fromkeys(stated.keys() - found.keys(), "missing") | dict.fromkeys(found.keys() - stated.keys(), "new")
+    stated, made = {name: file.model_dump() for name, file in recipe.export.files.items()}, hashes(final)
+    states = {name: "equal" if stated[name] == made[name] else "other" for name in stated.keys() & made.keys()}
+    states |= dict.fromkeys(stated.keys() - made.keys(), "missing") | dict.fromkeys(made.keys() - stated.keys(), "new")
     return dict(sorted(states.items()))
 
 
 def _environment(recipe: Recipe, result: Result) -> dict[str, tuple[str, str]]:
-    """{name: (the recipe's, here)} of what differs; for the export's versions where these are others than the run's."""
+    """{name: (the recipe's, here)} of the differing versions and device; an export's versions may differ from the run's."""
     here, stated = result.environment, recipe.environment
     theirs = stated.versions | {"platform": stated.platform, "device": stated.device}
     ours = here.versions | {"platform": here.platform, "device": here.device}
-    found = {name: (theirs.get(name, "unknown"), value) for name, value in ours.items() if theirs.get(name) != value}
+    differing = {name: (theirs.get(name, "unknown"), value) for name, value in ours.items() if theirs.get(name) != value}
     for name, value in ours.items():
         version = recipe.export.versions.get(name, value)
-        if name not in found and version != value:
-            found[name] = (version, value)
-    return found
+        if name not in differing and version != value:
+            differing[name] = (version, value)
+    return differing
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _listed(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

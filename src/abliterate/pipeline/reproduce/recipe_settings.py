@@ -1,7 +1,7 @@
-"""The settings that a recipe stands for on this machine.
+"""Turn a recipe into settings on this machine.
 
-Owns what a recipe, a stranger's file, may ask: no place to read or write, no name taken for a path, no code unless the person
-allows it, no model or server to ask. Where things lie is said by the person's own options. Knows no model.
+A recipe is a stranger's file, so it may name no path to read or write, run no code unless the person allows it, and consult no
+model or server; its names are never taken for paths. Only the person's own options give paths.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _OPTIONS = {"evaluation.markers": "--markers", "load.chat_template": "--chat-tem
 
 
 def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
-    """The recipe's settings on this machine: where things lie, and whether foreign code may run, is said by `own` only.
+    """The recipe's settings on this machine; only `own` options give paths and allow foreign code to run.
 
     Raises:
-        InputError: something of the author's machine isn't given, or a setting isn't one of this version's.
+        InputError: a file of the author's isn't given, or this version doesn't know a setting.
     """
     base = load_settings("", own)
     stated = {section: dict(options) for section, options in recipe.settings.items()}
-    for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
-        # These name a place on this machine, or a place to send things to, or no trial depends on them.
+    for name in (f"{section}.{option}" for section, options in stated.items() for option in options):
+        # These settings name a path on this machine or a repository to upload to, or no trial depends on them.
         if name in LEFT_OUT | UNTRIED:
             raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
     _leave_scorers(stated)
@@ -77,9 +77,9 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
 
 
 def left_scorers(recipe: Recipe) -> list[str]:
-    """The scorers that aren't run here: those in files of the author's, by file and class, judges, and plugins'."""
+    """The scorers that aren't run here: custom scorers, by file and class, judges, and scorers of plugins."""
     lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
-    names = [name for found in lists if isinstance(found, list) for name in found]
+    names = [name for scorers in lists if isinstance(scorers, list) for name in scorers]
     return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and _is_left(name)))
 
 
@@ -92,12 +92,12 @@ def _is_left(name: str) -> bool:
 def _leave_scorers(stated: dict[str, dict[str, Any]]) -> None:
     """No name in a recipe runs a file's code, loads another model, asks a server, or needs a scorer that isn't installed.
 
-    A trial needs no objectives; KL stands for those that are gone.
+    A trial needs no objectives, so KL replaces objectives that are dropped.
     """
     for section, option in map(_parts, OWN):
-        found = stated.get(section, {}).get(option)
-        if isinstance(found, list):
-            kept = [name for name in found if not (isinstance(name, str) and _is_left(name))]
+        scorers = stated.get(section, {}).get(option)
+        if isinstance(scorers, list):
+            kept = [name for name in scorers if not (isinstance(name, str) and _is_left(name))]
             stated[section][option] = kept or ([KL] if option == "objectives" else [])
 
 
@@ -117,7 +117,7 @@ def _check_code(load: Mapping[str, Any], *, allowed: bool) -> None:
 
 
 def _model(recipe: Recipe, given: str) -> str:
-    """MODEL as a run is given it. A name in a recipe is never taken for a directory."""
+    """The model to load. A name in a recipe is never taken for a directory."""
     name = recipe.model.id
     if given:
         return given
@@ -137,27 +137,27 @@ def _model(recipe: Recipe, given: str) -> str:
 
 
 def _sources(recipe: Recipe, base: Settings, model: str) -> dict[str, str]:
-    """{set: source}: as given here, else the recipe's if it is a data set or the demo's own file."""
-    found, missing = dict[str, str](), list[str]()
+    """{set: source}: the source given here, else the recipe's if it is a data set or the demo's own file."""
+    sources, missing = dict[str, str](), list[str]()
     for name, demo_file in DEMO_PROMPTS.items():
         given, stated = getattr(base.prompts, name), recipe.prompts.get(name)
         if stated is None:
             raise InputError(f"The recipe doesn't say what its {name} prompts were; it can't be used.")
         if given:
-            found[name] = given
+            sources[name] = given
         elif model == DEMO and stated.source == demo_file:
-            found[name] = ""
+            sources[name] = ""
         elif _is_dataset(stated.source):
-            found[name] = stated.source
+            sources[name] = stated.source
         else:
             missing.append(f"--{name.replace('_', '-')} FILE ({stated.source!r}, {stated.count} prompts)")
     if missing:
         raise InputError(f"The recipe was made with prompt files of its author; give them with {', '.join(missing)}.")
-    return found
+    return sources
 
 
 def _is_dataset(source: str) -> bool:
-    """Whether it can only mean a data set on the Hub: a stranger's recipe must not make us read what lies here."""
+    """Whether `source` can only mean a data set on the Hub, because a stranger's recipe must not make us read local files."""
     parsed = dataset_name(source)
     try:
         validate_repo_id(parsed.name if parsed else "")
@@ -168,17 +168,17 @@ def _is_dataset(source: str) -> bool:
 
 
 def _files(recipe: Recipe, base: Settings) -> dict[str, str]:
-    """{setting: path} of the other files that settings name: as given here; the recipe says which must be."""
-    found = {}
+    """{setting: path} of the other files that settings name, as given here; InputError if the recipe needs a missing file."""
+    paths = {}
     for name in FILES.values():
         section, option = name.split(".")
         if section == "prompts":
             continue
-        found[name] = getattr(getattr(base, section), option)
+        paths[name] = getattr(getattr(base, section), option)
         stated = recipe.files.get(name)
-        if stated is not None and not found[name]:
+        if stated is not None and not paths[name]:
             raise InputError(
                 f"The recipe was made with a file of its author, {stated.name!r} (sha256 {stated.sha256:.12}…); give it with "
                 f"{_OPTIONS[name]} FILE."
             )
-    return found
+    return paths

@@ -1,7 +1,7 @@
-"""`abliterate reproduce`: a trial made again from its recipe, without a search, and compared with what the recipe says of it.
+"""Repeat a trial from its recipe, without a search, and compare it with the recipe's values (`abliterate reproduce`).
 
-Owns the order of the stages, and the checks of model and prompts before anything is computed from them. What a recipe may ask
-of this machine is `pipeline/reproduce/recipe_settings.py`'s, the verdict `pipeline/reproduce/compare.py`'s.
+This module has the order of the stages, and checks model and prompts before they are used. `recipe_settings.py` limits what a
+recipe may ask of this machine, and `compare.py` decides the verdict.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
 from abliterate.types import Reporter, TrialParams
 
-# Parts of an identity that may differ by machine or version: what they change, scores and hashes tell.
+# Parts of an identity that may differ by machine or version; scores and hashes show whether they matter.
 _LOOSE = {"model", "attention implementation"}
 
 
@@ -43,20 +43,20 @@ def reproduce(
     out: Path | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Make a recipe's trial again and compare; returns the result as of a run of that trial, with `reproduction`.
+    """Repeat a recipe's trial and compare; returns the result, as of a run of that trial, with its `reproduction`.
 
-    `own`: options of this machine (model, device, cache, prompt files, consent to the model's code). `kind`: another export
-    than the recipe's, whose files then can't be compared. `out`: where the export goes.
+    `own` holds options of this machine (model, device, cache, prompt files, consent to the model's code). `kind` replaces the
+    recipe's kind of export, whose files then can't be compared. `out` is the folder of the export.
 
     Raises:
-        InputError: the recipe, or what it is to be made from, isn't what it should be. AbliterateError: what came out differs.
+        InputError: the recipe is invalid, or the model or prompts aren't the recipe's. AbliterateError: the trial differs.
     """
     recipe = read_recipe(path)
     settings = settings_of(recipe, own, kind)
     check_names(settings)
     final = out or Path(f"{safe_name(recipe.model.id)}-reproduced")
     if settings.export.kind != "none":
-        _check_place(final, path)
+        _check_folder(final, path)
     context = Context.of(settings, reporter, check)
     check_model(settings)
     prompts = read_prompts(context)
@@ -68,11 +68,11 @@ def reproduce(
         directions = stages.find_directions(bench)
         baseline = stages.baseline(bench)
         with context.stage("trial", str(recipe.trial.number)):
-            never = DominancePruner.never()  # its scores are wanted, whatever they are
+            never = DominancePruner.never()  # the scores are compared, so the trial mustn't be stopped
             trial = stages.evaluate(bench, recipe.trial.number, params_of(recipe), never)
         if trial.state == "failed":
             raise AbliterateError(f"The recipe's trial failed here ({trial.reason}); try another --device.")
-        # The trial as the one trial of a run, for the card, the new recipe and the summary.
+        # The card, the new recipe and the summary need the result of a run; this run has one trial.
         result.searched([trial], [trial], baseline, bench.objectives)
         result.update(selected=trial.number, directions=stages.directions_record(directions))
         picked = prepare(bench, settings, result, trial)
@@ -84,12 +84,12 @@ def reproduce(
 
 
 def params_of(recipe: Recipe) -> TrialParams:
-    """The trial's parameters."""
+    """The parameters of the recipe's trial."""
     return TrialParams.from_record(recipe.trial.params.model_dump())
 
 
-def _check_place(final: Path, path: Path) -> None:
-    """InputError where the export would replace what the recipe lies in, or what is nobody's export."""
+def _check_folder(final: Path, path: Path) -> None:
+    """Raise InputError if the export would replace the recipe's own folder, or files that aren't an export of this tool."""
     folder = path if path.is_dir() else path.parent
     if final.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InputError(f"The folder {final} holds the recipe itself ({RECIPE}); choose another --out.")
@@ -97,22 +97,22 @@ def _check_place(final: Path, path: Path) -> None:
 
 
 def _check_prompts(recipe: Recipe, result: Result) -> None:
-    """InputError naming every set that isn't the recipe's."""
-    found = result.prompts
+    """Raise InputError with every prompt set that isn't the recipe's."""
+    given = result.prompts
     wrong = [
-        f"{name} ({found[name].count} in {found[name].source!r}, the recipe's were {stated.count} in {stated.source!r})"
+        f"{name} ({given[name].count} in {given[name].source!r}, the recipe's were {stated.count} in {stated.source!r})"
         for name, stated in recipe.prompts.items()
-        if name in found and found[name].digest != stated.digest
+        if name in given and given[name].digest != stated.digest
     ]
     if wrong:
-        options = " and ".join(f"--{one.split()[0].replace('_', '-')}" for one in wrong)
+        options = " and ".join(f"--{fault.split()[0].replace('_', '-')}" for fault in wrong)
         raise InputError(
             f"These prompts aren't the recipe's: {'; '.join(wrong)}; give the same texts in the same order with {options}."
         )
 
 
 def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
-    """Call the model as the recipe does; InputError where its trials would mean something else than the recipe's."""
+    """Name the model as the recipe does; InputError if its trials would differ in meaning from the recipe's."""
     info, stated, context = bench.loaded.info, recipe.model, bench.context
     if info.fingerprint != stated.fingerprint:
         if info.fingerprint.startswith("hub:") == stated.on_hub:
@@ -121,26 +121,26 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
                 f"recipe's {stated.fingerprint!r}; give the same files with --model."
             )
         context.reporter.warn(
-            "One of the recipe's model and the one given is the Hub's, the other a directory; whether they are the same, only "
-            "scores and hashes can tell."
+            "Of the recipe's model and the given model, one is on the Hub, the other is a directory; only scores and hashes "
+            "can show whether they are the same."
         )
     if info.quantization != stated.quantization:
         context.reporter.warn(f"The weights are {info.quantization} here, in the recipe {stated.quantization!r}.")
     if recipe.rendering != bench.record()["rendering"]:
         context.reporter.warn(
-            "The chat template writes prompts otherwise than for the recipe, today's date for example; scores and bytes may "
-            "differ because of that."
+            "The chat template renders prompts differently than for the recipe, for example with today's date, so scores and "
+            "bytes may differ."
         )
     identity = bench.identity()
     changed = changed_parts(recipe.identity, identity)
     if set(changed) & _LOOSE - {"model"}:
-        context.reporter.warn("The attention implementation is another one than the recipe's.")
+        context.reporter.warn("The attention implementation differs from the recipe's.")
     loose = _LOOSE
     if left := left_scorers(recipe):
         loose = {*_LOOSE, OBJECTIVES, SCORERS}
         context.reporter.warn(
-            f"The recipe's author had scorers in files or of plugins, or judges ({', '.join(map(repr, left))}); they aren't "
-            "run here, and markers aren't compared: refusals and KL tell whether the trial is the same."
+            f"The recipe names custom scorers, scorers of plugins, or judges ({', '.join(map(repr, left))}); they aren't run "
+            "here, and markers aren't compared, so refusals and KL show whether the trial is the same."
         )
     wrong = [name for name in changed if name not in loose]
     if wrong:
@@ -151,7 +151,7 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
     lacking = {target.component for target in bench.loaded.targets} - set(recipe.trial.params.kernels)
     if lacking:
         raise InputError(f"The recipe has no parameters for {', '.join(sorted(lacking))}; it is of another model or damaged.")
-    # Adapters say what they are for, so the name of a directory on this machine is no use to anybody.
+    # An adapter names its base, and a directory of this machine would mean nothing to others.
     named_as(bench, stated.id, stated.revision)
     result.update(**bench.record(), identity=identity, startup_trials=recipe.startup_trials)
 
@@ -159,7 +159,7 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
 def _export(
     recipe: Recipe, context: Context, result: Result, directions: Directions, picked: Picked, final: Path
 ) -> Mapping[str, Factors]:
-    """Export the way the recipe's export was made: by factors of the loaded model, or of the stored weights; returns these."""
+    """Export as the recipe's export was made, with factors of the loaded model or of the stored weights; returns them."""
     if recipe.export.origin == "trial":
         *_, result.export = export_and_verify(context, picked, result, final)
         return picked.job.factors
@@ -171,7 +171,7 @@ def _export(
 
 
 def _conclude(context: Context, result: Result, comparison: Comparison, final: Path) -> Result:
-    """Say what came of it; AbliterateError where it isn't the recipe's model."""
+    """Report the comparison; AbliterateError if the model isn't the recipe's."""
     reporter = context.reporter
     result.update(reproduction=comparison.to_record(), timings=context.clock.timings, memory=context.clock.memory)
     for line in comparison.lines():
