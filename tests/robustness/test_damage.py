@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -216,8 +217,10 @@ def test_damaged_directions_are_refused(finished: Finished, tmp_path: Path) -> N
         assert "--resume computes them again" in refusal(lambda: stages.read_directions(tmp_path / "d", result))[1], what
     newer = save(load(content), metadata={"format": "2"})
     (tmp_path / "d").write_bytes(newer)
+    assert result.directions is not None
+    known = result.directions.model_copy(update={"sha256": hashlib.sha256(newer).hexdigest()})
     with pytest.raises(InputError, match="--resume"):
-        stages.read_directions(tmp_path / "d", result.model_copy(update={"directions": None}))
+        stages.read_directions(tmp_path / "d", result.model_copy(update={"directions": known}))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"abliterate-x-123\n", b"abliterate-a b-0123456789ab", b"../x"])
