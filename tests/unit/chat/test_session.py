@@ -420,7 +420,7 @@ def another_model(result: dict[str, Any]) -> None:
         (stopped_first, ["--trial", 0], ["Trial 0 was stopped", "abliterate trials"]),
         (stopped_first, ["--trial", 1], ["Trial 1 failed (its logits are not finite)"]),
         (stopped_first, ["--trial", 99], ["no finished trial 99"]),
-        (nothing_finished, [], ["none of its trials has finished yet"]),
+        (nothing_finished, [], ["no trial of it has finished yet; wait for one"]),
         (no_front, [], ["none of its trials beats the model itself", "--trial"]),
         (another_model, [], ["isn't what it was when the run was made"]),
         (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (model.fingerprint: Field required)"]),

@@ -26,7 +26,7 @@ from abliterate.objectives import JUDGES
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.cache_keys import OBJECTIVES_PART, SCORERS_PART
 from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
 from abliterate.pipeline.reproduce.compare import Comparison
 from abliterate.pipeline.reproduce.recipe_settings import settings_of
@@ -430,7 +430,7 @@ def _with_judges(record: dict[str, Any]) -> None:
     """As if its trials had been scored by judges, too."""
     record["settings"]["evaluation"]["scorers"] = ["refusals", "kl", "classifier", "endpoint"]
     record["settings"]["search"]["objectives"] = ["classifier:minimize", "endpoint"]
-    record["identity"] |= {SCORERS: "another", OBJECTIVES: "another"}
+    record["identity"] |= {SCORERS_PART: "another", OBJECTIVES_PART: "another"}
 
 
 def test_a_recipe_makes_no_judge_be_asked(
@@ -459,7 +459,7 @@ def test_a_recipe_makes_no_judge_be_asked(
         recipe = changed(
             path / "recipe.json",
             tmp_path / "other.json",
-            lambda record, change=change: (change(record), record["identity"].update({SCORERS: "another"})),
+            lambda record, change=change: (change(record), record["identity"].update({SCORERS_PART: "another"})),
         )
         with pytest.raises(InputError, match="made with another"):
             again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
