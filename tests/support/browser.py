@@ -1,4 +1,4 @@
-"""A headless Chromium driven over its DevTools pipe: no driver, no port, no package. For what only a browser can tell."""
+"""Drive a headless Chromium over its DevTools pipe, without driver, port or package, for tests that need a browser."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _FLAGS = (
 
 
 def chromium() -> str | None:
-    """Where there is one."""
+    """The path of an installed Chromium or Chrome, if any."""
     return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
 class Browser:
-    """One tab. `requests`: the addresses of everything it asked for; `errors`: what its console and scripts complained of."""
+    """One tab. `requests` has the address of every request; `errors` has the console's and the scripts' errors."""
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
         self._write, self._read = to_browser, from_browser
@@ -45,7 +45,7 @@ class Browser:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, timeout: float = 60, **params: Any) -> dict[str, Any]:
-        """One command of the DevTools protocol, and its result."""
+        """Send one command of the DevTools protocol, and return its result."""
         number = next(self._ids)
         message: dict[str, Any] = {"id": number, "method": method, "params": params}
         if self._session:
@@ -60,7 +60,7 @@ class Browser:
             self._event(answer)
 
     def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
-        """Show a file as a screen of that size would, and wait until it has loaded."""
+        """Open a file in a window of that size, and wait until it has loaded."""
         self.requests.clear()
         self.errors.clear()
         mobile = width < 600
@@ -78,7 +78,7 @@ class Browser:
         return found["result"].get("value")
 
     def wait(self, condition: str, timeout: float = 30) -> None:
-        """Until an expression is true."""
+        """Wait until an expression is true."""
         until = time.monotonic() + timeout
         while not self.evaluate(condition):
             assert time.monotonic() < until, (condition, self.errors)
@@ -90,7 +90,7 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
 
     def screenshot(self, path: Path, *, full: bool = False) -> None:
-        """What is to be seen, or the whole page, as PNG."""
+        """The visible part of the page, or the whole page, as PNG."""
         image = self.call("Page.captureScreenshot", captureBeyondViewport=full, **({"clip": self._whole()} if full else {}))
         path.write_bytes(base64.b64decode(image["data"]))
 
@@ -127,9 +127,9 @@ def browser() -> Iterator[Browser]:
     assert program is not None
     child_in, to_browser = os.pipe()
     from_browser, child_out = os.pipe()
-    # Not pytest's: a browser that outlives the test a moment may still write to it.
+    # Not pytest's folder, because a browser that outlives the test for a moment may still write to it.
     profile = tempfile.mkdtemp(prefix="abliterate-chromium-")
-    # The browser reads at 3 and writes at 4. By way of high numbers: a pipe may itself be 3 or 4 here.
+    # The browser reads from 3 and writes to 4. High numbers come between, because a pipe may itself be 3 or 4 here.
     high_in, high_out = os.dup2(child_in, 100), os.dup2(child_out, 101)
     shell = f'exec 3<&{high_in} 4>&{high_out} {high_in}<&- {high_out}>&-; exec "$@"'
     process = subprocess.Popen(

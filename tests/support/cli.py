@@ -1,4 +1,4 @@
-"""The command line within this process or as a process of its own, and what its ends must look like."""
+"""Run the command line in this process or in a process of its own, and check how it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from abliterate.artifacts.cache import ArtifactStore
 from abliterate.cli import app
 
 Finished = tuple[Path, dict[str, Any], Any]
-# A port where nothing listens: the network is there or not, the Hub is not.
+# A port where nothing listens: the Hub is unreachable, with or without a network.
 NO_HUB = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 QUICK = [
     *("--set", "evaluation.heldout=false"),
@@ -53,7 +53,7 @@ class Invoke:
 
 
 def spawn(arguments: Sequence[object], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    """A process of its own."""
+    """Run the command line as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "abliterate", *map(str, arguments)],
         cwd=folder,
@@ -67,12 +67,12 @@ def spawn(arguments: Sequence[object], folder: Path, **environment: str) -> subp
 
 
 def prompt_options(files: dict[str, str]) -> list[str]:
-    """The four sets as options."""
+    """The four prompt sets as options."""
     return [part for name, path in files.items() for part in (f"--{name.replace('_', '-')}", path)]
 
 
 def assert_sentence(outcome: Outcome, code: int, *parts: str) -> None:
-    """One sentence on standard error with these parts, and no traceback."""
+    """Standard error has one sentence with these parts, and no traceback."""
     assert outcome.code == code, outcome
     assert "Traceback" not in outcome.err + outcome.out
     message = " ".join(outcome.err.split())
@@ -83,17 +83,17 @@ def assert_sentence(outcome: Outcome, code: int, *parts: str) -> None:
 
 
 def forbidden(*args: Any, **kwargs: Any) -> Any:
-    """Stands for what must not be called."""
+    """A stand-in for a function that must not be called."""
     raise AssertionError("must not be called")
 
 
 def assert_json_lines(text: str) -> list[dict[str, Any]]:
-    """Every line parses; returns them."""
+    """Every line parses as JSON; returns the records."""
     return [json.loads(line) for line in text.splitlines()]
 
 
 def filled_cache(root: Path) -> ArtifactStore:
-    """A cache with entries of two models and a stranger's file."""
+    """A cache with entries of two models and a file of another program."""
     store = ArtifactStore(root, warn=print)
     for model in ("one", "two"):
         store.put("residuals", {"model": model}, {"residuals": torch.ones(3)}, f"{model}: 3 prompts")

@@ -1,4 +1,4 @@
-"""What every implementation of a seam must do, as test classes: inherit one, and give it the implementation.
+"""Test classes for implementations of the seams: inherit a class, and give it your implementation.
 
 The tests of the built-in scorers, direction methods, edit methods, exporters and model families do so, and so can a plugin's:
 
@@ -52,11 +52,11 @@ SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1
 
 
 class ScorerContract:
-    """What the trials and `result.json` rely on; give the fixture `scorer`."""
+    """The properties that trials and `result.json` rely on; give the fixture `scorer`."""
 
     @pytest.fixture
     def scorer(self) -> Scorer:
-        """The scorer, new."""
+        """A new instance of the scorer."""
         raise NotImplementedError
 
     def test_its_score_is_a_number_and_a_record(self, scorer: Scorer) -> None:
@@ -67,7 +67,7 @@ class ScorerContract:
         assert score.goal in ("minimize", "maximize", "none")
         assert isinstance(score.value, float)
         json.dumps(score.record, allow_nan=False)
-        assert scorer.score(SEEN) == score  # no state that one observation leaves to the next
+        assert scorer.score(SEEN) == score  # no observation leaves a state to the next
         if ignores_responses(scorer):
             assert scorer.score(Observation((), SEEN.first_logprobs)) == score
 
@@ -85,12 +85,12 @@ class ScorerContract:
 
 
 class DirectionContract:
-    """What the pipeline relies on; give the attribute `method`."""
+    """The properties that the pipeline relies on; give the attribute `method`."""
 
     method: DirectionMethod
 
     def compute(self, harmful: Tensor, harmless: Tensor, quantile: float = 1.0) -> Tensor:
-        """The method on what it says it needs."""
+        """The directions, computed from residuals or means as the method demands."""
         needed = (summarize_residuals(part, self.method, quantile) for part in (harmful, harmless))
         return Directions(self.method.compute(*needed)).vectors
 
@@ -116,7 +116,7 @@ class DirectionContract:
         harmless = torch.randn(40, 3, 12, generator=generator)
         harmful = torch.randn(40, 3, 12, generator=generator)
         harmful[..., 5] += 20
-        # Well above what chance gives (0.3); a projection takes a little of it.
+        # Well above chance (0.3); a projection reduces the component a little.
         assert (self.compute(harmful, harmless, 0.999)[:, 5] > 0.8).all()
 
     def test_equal_sets_have_no_direction(self) -> None:
@@ -125,7 +125,7 @@ class DirectionContract:
 
 
 class EditContract:
-    """What trials, exports and their checks rely on; give the attribute `method`."""
+    """The properties that trials, exports and their checks rely on; give the attribute `method`."""
 
     method: EditMethod
 
@@ -191,7 +191,7 @@ class EditContract:
         assert _relative(found, self.defined(weight, directions, 0.7, 1.0)) <= 1e-6
 
     def test_prepared_parts_blend_linearly(self) -> None:
-        """Preparing the interpolated direction gives the interpolation of what was prepared."""
+        """Preparing an interpolated direction gives the interpolation of the prepared parts."""
         weight, directions = _weight(14, 18), make_directions(3, 14, 1)
         blend, v = directions.blend(1.3), _unit(directions, 1.3)
         table = self.method.prepare(lambda: weight, directions.by_layer().double())
@@ -227,7 +227,7 @@ class Case:
 
 
 class ExporterContract:
-    """What `abliterate export` and its checks rely on; give the attribute `exporter`."""
+    """The properties that `abliterate export` and its checks rely on; give the attribute `exporter`."""
 
     exporter: Exporter
 
@@ -247,7 +247,7 @@ class ExporterContract:
         return self.exporter.write(job, folder)
 
     def check(self, case: Case, folder: Path) -> dict[str, bool]:
-        """The checks of what lies in `folder` against the edits' definition."""
+        """Check the export in `folder` against the edits' definition."""
         base = Matrices(case.job.source, case.job.load, case.job.architecture)
         directions = case.editor.directions
         definitions = {
@@ -277,7 +277,7 @@ class ExporterContract:
         first = hashes(tmp_path / "out")
         self.write(case.job, tmp_path / "again")
         assert hashes(tmp_path / "again") == first
-        self.write(case.job, tmp_path / "out")  # goes on from what a killed export has left
+        self.write(case.job, tmp_path / "out")  # continues from the files of a killed export
         assert hashes(tmp_path / "out") == first
 
     def test_has_card_and_tokenizer_and_says_what_it_is(self, case: Case, tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ class ExporterContract:
 
 
 class ArchitectureContract:
-    """What a row says of a family must be what its layers do; give the fixture `model`, a tiny one with random weights."""
+    """The layers of a family behave as its row claims; give the fixture `model`, a tiny model with random weights."""
 
     @pytest.fixture
     def model(self) -> PreTrainedModel:
@@ -302,7 +302,7 @@ class ArchitectureContract:
 
     @pytest.fixture
     def loaded(self, model: PreTrainedModel) -> LoadedModel:
-        """The model as it is loaded, with the row's modules."""
+        """The loaded model with the row's modules."""
         return make_loaded(model)
 
     def test_the_row_is_found_by_the_models_type(self, model: PreTrainedModel, loaded: LoadedModel) -> None:
@@ -312,7 +312,7 @@ class ArchitectureContract:
         assert loaded.architecture == row
 
     def test_the_row_names_what_writes_to_the_residual_stream(self, loaded: LoadedModel) -> None:
-        """Measured on the layers themselves: no module is left out, and none is named that doesn't write."""
+        """A measurement on the layers: the row leaves out no module that writes, and names no other module."""
         path, calls = find_stack(loaded.model, loaded.info.d_model)
         written = writers_of(loaded.layers, calls, loaded.info.d_model)
         found = {f"{path}.{index}.{writer.path}" for index, layer in enumerate(written) for writer in layer}
@@ -334,7 +334,7 @@ class ArchitectureContract:
 
 
 def _weight(d_out: int, d_in: int, seed: int = 0) -> Tensor:
-    """Rows of very different sizes, as in trained models."""
+    """A matrix whose rows have very different norms, as in trained models."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(d_out, d_in, generator=generator) * torch.logspace(-2, 2, d_out)[:, None]
 

@@ -59,7 +59,7 @@ Observed = tuple[torch.Tensor, list[str]]
 
 
 def no_progress(done: int, total: int) -> None:
-    """Progress nobody looks at."""
+    """A progress callback that shows nothing."""
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class Lab:
     _seen: dict[str, Observed] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def expected(self, params: TrialParams) -> Observed:
-        """What the reference observes under an edit, computed once; leaves the edit on."""
+        """The reference's observation under an edit, computed once; the edit stays on."""
         self.editor.apply(params)
         key = repr(params)
         if key not in self._seen:
@@ -81,7 +81,7 @@ class Lab:
         return self._seen[key]
 
     def engine(self, early: EarlyScorer | None = None, **switches: bool) -> TrialEngine:
-        """A prepared engine with every layer as a possible start."""
+        """A prepared engine that can resume at every layer."""
         self.editor.clear()
         layers = self.loaded.layers
         setup = EngineSetup(
@@ -131,21 +131,21 @@ def last_layer() -> TrialParams:
 
 
 def whole(engine: TrialEngine | ReferenceEngine) -> Observed:
-    """First-token log-probabilities, and responses to their end."""
+    """The first-token log-probabilities, and whole responses."""
     responses = engine.respond(HARMFUL)
     assert responses is not None
     return engine.first_logprobs(HARMLESS), [response.text for response in responses]
 
 
 def assert_same(found: Observed, expected: Observed) -> None:
-    """KL within 1e-5, equal responses."""
+    """KL is within 1e-5, and responses are equal."""
     assert kl_divergence(expected[0], found[0]).max() < 1e-5
     assert (expected[0] - found[0]).abs().max() < 1e-3
     assert found[1] == expected[1]
 
 
 def markers_of(texts: Sequence[str], share: float = 0.5) -> list[str]:
-    """Markers that occur in about this share of the texts: pieces from their middles."""
+    """Markers that occur in about this share of the texts, cut from the middles of texts."""
     normal = [normalize(text) for text in texts]
     chosen = normal[: max(1, round(share * len(normal)))]
     return [text[len(text) // 3 : len(text) // 3 + 3].strip() or text[:2] for text in chosen if text]
@@ -180,14 +180,14 @@ def limited(model: PreTrainedModel, rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 def make_setup(lab: Lab) -> EngineSetup:
-    """What an engine of the lab is made of."""
+    """The setup of an engine in this lab."""
     return EngineSetup(
         lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, (1, 2), pacing=lab.pacing
     )
 
 
 def trusted(lab: Lab, warnings: list[str]) -> TrialEngine | ReferenceEngine:
-    """The engine that the self-check lets through."""
+    """The engine that passes the self-check."""
 
     def edit() -> None:
         lab.editor.apply(last_layer())

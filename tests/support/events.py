@@ -1,4 +1,4 @@
-"""`--json` lines checked against docs/json.schema.json."""
+"""Check `--json` lines against docs/json.schema.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "json.schema.json").read_te
 
 
 def strict(line: str) -> dict[str, Any]:
-    """A line as strict JSON: NaN and infinity are none."""
+    """Parse a line as strict JSON, which has no NaN and no infinity."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is no JSON")
@@ -25,7 +25,7 @@ def strict(line: str) -> dict[str, Any]:
 
 
 def check(part: str, record: Mapping[str, Any]) -> None:
-    """`record` against one part of the schema."""
+    """Check `record` against one part of the schema."""
     schema = {"$ref": f"#/$defs/{part.replace(' ', '%20')}", "$defs": SCHEMA["$defs"]}
     found = [
         f"{'/'.join(map(str, error.absolute_path))}: {error.message}"
@@ -35,7 +35,7 @@ def check(part: str, record: Mapping[str, Any]) -> None:
 
 
 def checked(outcome: Outcome, command: str, code: int = 0, last: str = "result") -> list[dict[str, Any]]:
-    """The lines of a command, each as the schema says, the last one of the kind it must be."""
+    """The lines of a command; each line must match the schema, and the last line must have the right kind."""
     assert outcome.code == code, outcome
     lines = [strict(line) for line in outcome.out.splitlines()]
     for line in lines:

@@ -36,7 +36,7 @@ class Case:
     mode: str
 
     def check(self, kind: str, folder: Path, job: ExportJob | None = None) -> tuple[bool, dict[str, Any]]:
-        """Export `job` (the right one, if none is given), and check what lies there."""
+        """Export `job` (by default the trial's own job), and check the exported files."""
         if not folder.exists():
             write(kind, job or self.job, folder)
         base = Matrices(self.job.source, self.job.load, self.job.architecture)
@@ -58,7 +58,7 @@ class Case:
 
 
 def make_case(folder: Path, family: str = "llama", stored: str = "bfloat16", seed: int = 0, **settings: Any) -> Case:
-    """A case on a tiny model, a row of which is zero."""
+    """A case on a tiny model; one row of an edited matrix is zero."""
     model = make_model(family)
     model = zero_row(model) if family == "llama" else model
     path = save_model(model.to(getattr(torch, stored)), folder / "base")
@@ -68,7 +68,7 @@ def make_case(folder: Path, family: str = "llama", stored: str = "bfloat16", see
 
 
 def raw(folder: Path) -> dict[str, bytes]:
-    """{tensor: its bytes} of all files."""
+    """{tensor: bytes} of all files."""
     found = {}
     for path in shard_files(folder):
         data = path.read_bytes()
@@ -108,14 +108,14 @@ def write(kind: str, job: ExportJob, folder: Path) -> Mapping[str, Any]:
 
 
 def renamed_checkpoint(folder: Path) -> None:
-    """As the Hub has some: saved without the head's prefix, which `transformers` adds as it loads."""
+    """A checkpoint saved without the head's prefix, which `transformers` adds while loading; the Hub has such files."""
     tensors = load_file(folder / "model.safetensors")
     renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
 def odd_checkpoint(folder: Path) -> None:
-    """The same numbers, but not in the dtype that the config says: such files aren't edited in place."""
+    """The same numbers in another dtype than the config's; such files aren't edited in place."""
     tensors = load_file(folder / "model.safetensors")
     odd = {name: tensor.double() if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
     save_file(odd, folder / "model.safetensors", {"format": "pt"})

@@ -1,7 +1,7 @@
-"""A worker without a model: asks, waits as long as a trial may take, tells. Started by tests and measurements as a process.
+"""A worker without a model, for tests and measurements: it asks for parameters, waits as long as a trial takes, and reports.
 
-Prints a line for each trial that it has told: its number, seconds of asking, of telling and of waiting, when it was asked for
-and when told, seconds of asking and telling in which the database was at work, and whether it counted.
+The process prints a line for each reported trial: its number, the seconds of asking, of reporting and of waiting, the times of
+asking and of reporting, the seconds of both in which the database was at work, and whether the trial counted.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace
 
 
 class Clock:
-    """Seconds that a study's database has taken for statements and commits, the heartbeat's not counted."""
+    """The seconds that a study's database took for statements and commits, without the heartbeat's."""
 
     def __init__(self, study: Study) -> None:
         self.seconds = 0.0
         self._thread = threading.get_ident()
         engine = getattr(getattr(study._storage, "_backend", None), "engine", None)
-        if engine is not None:  # a journal has none
+        if engine is not None:  # a journal has no database engine
             for name in ("do_execute", "do_executemany", "do_execute_no_params", "do_commit", "do_rollback"):
                 setattr(engine.dialect, name, partial(self._timed, getattr(engine.dialect, name)))
 
@@ -51,7 +51,7 @@ class Clock:
 
 
 def work(study: Study, budget: int, seconds: float) -> None:
-    """Until the budget is used."""
+    """Carry out fake trials until the budget is used."""
     waits, clock = random.Random(), Clock(study)
     while len(study.trials()) < budget:
         study.fail_silent()

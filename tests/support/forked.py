@@ -1,6 +1,6 @@
-"""The command line in processes of its own that start at once: forked from one that has everything imported.
+"""Run the command line in processes that start at once, because they are forked from a process that has everything imported.
 
-For tests that kill, signal or fill a disk under a run. Stages are seen in the `--json` lines as they come.
+Tests use them to kill a run, signal it, or fill its disk. The `--json` lines show the stages as they begin.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _child(
     out: str,
     err: str,
 ) -> None:
-    """In the child: `work` with its output in files; its end is the process's end."""
+    """In the child: run `work` with its output in files; the process ends with it."""
     os.chdir(folder)
     os.environ.update(environment)
     for name, descriptor in ((out, 1), (err, 2)):
@@ -53,7 +53,7 @@ def _child(
 
 
 def abliterate(arguments: Sequence[str]) -> None:
-    """The command line, as its entry point calls it."""
+    """Run the command line as its entry point does."""
     sys.argv = ["abliterate", *arguments]
     from abliterate.cli import app
 
@@ -61,9 +61,9 @@ def abliterate(arguments: Sequence[str]) -> None:
 
 
 class Forked:
-    """One function at work. `out` and `err` are what it has written so far; `before` runs in the child.
+    """One function in a child process. `out` and `err` are its output so far; `before` runs in the child.
 
-    The function and what it is given travel by name: they are of `support`, not of a test file.
+    The function and its arguments are pickled by name, so they must come from `support`, not from a test file.
     """
 
     def __init__(
@@ -96,11 +96,11 @@ class Forked:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The whole lines of `--json` so far."""
+        """The complete `--json` lines so far."""
         return [json.loads(line) for line in self.out.split("\n")[:-1]]
 
     def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], timeout: float = 60) -> bool:
-        """Wait until the events say so; False where the command ended before."""
+        """Wait until the events meet the condition; False if the command ended before."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
             if seen(self.events):
@@ -111,13 +111,13 @@ class Forked:
         raise AssertionError(f"nothing came of it: {self.out} {self.err}")
 
     def send(self, number: int) -> None:
-        """A signal; too late is no error."""
+        """Send a signal; it is no error if the process has ended already."""
         with contextlib.suppress(ProcessLookupError):
             if self.process.pid:
                 os.kill(self.process.pid, number)
 
     def end(self, timeout: float = 60) -> int:
-        """Wait for its end, and return the exit code (negative: killed by that signal)."""
+        """Wait for the end, and return the exit code (negative: killed by that signal)."""
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
@@ -127,14 +127,14 @@ class Forked:
 
 
 class Command(Forked):
-    """One `abliterate` at work."""
+    """One `abliterate` command in a child process."""
 
     def __init__(self, arguments: Sequence[object], folder: Path, **options: Any) -> None:
         super().__init__(abliterate, [[*map(str, arguments)]], folder, **options)
 
 
 def finish(arguments: Sequence[object], folder: Path, **options: Any) -> Command:
-    """A command that has ended."""
+    """Run a command to its end."""
     command = Command(arguments, folder, **options)
     command.end()
     return command
@@ -147,19 +147,19 @@ def write_config(path: Path, options: Mapping[str, Any]) -> Path:
 
 
 def of_stage(name: str) -> Callable[[list[dict[str, Any]]], bool]:
-    """For `wait_for`: the stage has been announced."""
+    """A condition for `wait_for`: the stage has been announced."""
     return lambda events: any(event["event"] == "stage" and event["name"] == name for event in events)
 
 
 def durations(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Seconds from each stage's announcement to the next one's."""
+    """The seconds from each stage's announcement to the next stage's."""
     stages = [(event["name"], event["time"]) for event in events if event["event"] == "stage"]
     ends = [time for _, time in stages[1:]] + [events[-1]["time"]]
     return {name: end - begin for (name, begin), end in zip(stages, ends, strict=True)}
 
 
 class Slow:
-    """In the child: every stage stops for a moment in short steps, so that a signal surely comes within it."""
+    """In the child: every stage waits for a moment in short steps, so that a signal surely arrives during it."""
 
     def __init__(self, stage: str, seconds: float = 0.5) -> None:
         self.stage, self.seconds = stage, seconds
@@ -179,7 +179,7 @@ class Slow:
 
 
 class Stuck:
-    """In the child: a pass that doesn't end, in the search."""
+    """In the child: a pass of the search that doesn't end."""
 
     def __call__(self) -> None:
         from abliterate.pipeline import stages

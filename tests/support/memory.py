@@ -1,4 +1,4 @@
-"""Bytes of the tensors alive during a pass, counted one by one."""
+"""Count the bytes of the tensors that are alive during a pass, one by one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 
 class LiveBytes(TorchDispatchMode):
-    """While active, counts the bytes of all tensors alive that are not the model's."""
+    """Counts the bytes of all living tensors except the model's during the `with` block."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt_neox": ("GPTNeoXConfig", _SIZES, "gpt_neox.final_layer_norm"),
     "falcon": ("FalconConfig", {k: v for k, v in _SIZES.items() if "key_value" not in k} | {"bias": True}, "transformer.ln_f"),
 }
-# Families whose components are named by the settings: the same, and their components.
+# Families whose components the settings name: as above, and the components.
 NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "qwen3_5": (
         "Qwen3_5TextConfig",
@@ -87,7 +87,7 @@ NAMED: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
 _ROUTED = _SIZES | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _DEEPSEEK = _ROUTED | {"n_routed_experts": 4, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "n_shared_experts": 1}
 _LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-# Families with fused experts: the same as in FAMILIES.
+# Families with fused experts, in the form of FAMILIES.
 EXPERTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_moe": ("Qwen3MoeConfig", _ROUTED | {"head_dim": 8, "num_experts": 4}, "model.norm"),
     "gpt_oss": (
@@ -158,7 +158,7 @@ def write_weight(module: nn.Module, weight: Tensor) -> None:
 
 
 def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[str, str] | None = None) -> LoadedModel:
-    """What `load_model` gives, without a disk; `components` as the settings name them."""
+    """The result of `load_model` without a disk; `components` are as in the settings."""
     config = model.config.get_text_config()
     architecture = find_architecture(config.model_type, "model.layers" if components else "", components)
     n_layers = len(decoder_layers(model, architecture))
@@ -167,12 +167,12 @@ def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[st
 
 
 def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> PromptEncoder:
-    """A chat on the CPU."""
+    """A prompt encoder on the CPU."""
     return PromptEncoder(tokenizer or make_tokenizer(), CPU)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:
-    """A model directory as a user would have it, with tokenizer and licence."""
+    """Save a model directory like a user's, with tokenizer and licence."""
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("the licence of the base\n", encoding="utf-8")
@@ -209,7 +209,7 @@ def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
 
 
 def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
-    """W' by definition, in float64: written down here again, apart from the package."""
+    """W' by definition, in float64; the definition is repeated here, independent of the package."""
     weight, v = weight.double(), v.double()
     if mode == "none":
         return weight - coeff * torch.outer(v, v @ weight)
@@ -223,7 +223,7 @@ def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
 
 
 def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str) -> None:
-    """Write the trial's W' into the weights of `model`, a copy of the editor's."""
+    """Write the trial's W' into the weights of `model`, a copy of the editor's model."""
     for name, index, coeff in editor.plan(params).values():
         module = model.get_submodule(name)
         v = editor.directions.at(index)
@@ -241,7 +241,7 @@ def logits_of(model: nn.Module, chat: PromptEncoder | None = None, prompts: Sequ
 
 
 def save_large(folder: Path) -> tuple[Path, int, int]:
-    """A model of 64 MB in files of 16 MB: where it is, bytes of the largest file, of the largest matrix in float32."""
+    """A model of 64 MB in files of 16 MB: (its path, bytes of the largest file, bytes of the largest matrix in float32)."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4, "num_attention_heads": 8}
     config = transformers.LlamaConfig(vocab_size=len(_TOKENIZER), num_key_value_heads=8, **sizes)
     torch.manual_seed(0)

@@ -28,7 +28,7 @@ class Shown(Words):
 
 
 def brute_force(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> set[int]:
-    """By definition; no KL is smaller than the base's."""
+    """The front by its definition, where no KL is below the base's."""
 
     def value(trial: Trial, one: Objective) -> float:
         raw = {"kl": trial.kl, "refusals": trial.refusals}.get(one.name, trial.values.get(one.name, 0))

@@ -1,6 +1,6 @@
-"""Packers for the tests, element by element from each format's definition, and the checkpoints that hold them.
+"""Pack weights in quantized formats, element by element from each format's definition, and save them as checkpoints.
 
-Nothing here is shared with `abliterate.model.formats`: what unpacks there is packed here, and read back by another loop.
+Nothing here is shared with `abliterate.model.formats`, whose unpacking the tests check with this independent packing.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from abliterate.model.loader import demo_path
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
-Packed = tuple[dict[str, Tensor], Tensor]  # the tensors by the end of their names, and W (d_out, d_in) that they mean
+Packed = tuple[dict[str, Tensor], Tensor]  # ({end of the name: tensor}, the W (d_out, d_in) that the tensors encode)
 
 
 def bit_stream(codes: list[int], bits: int) -> list[int]:
-    """Codes one after the other, lowest bits first, as signed 32-bit words."""
+    """Pack codes one after the other, lowest bits first, into signed 32-bit words."""
     total = sum(code << (index * bits) for index, code in enumerate(codes))
     words = [(total >> (32 * index)) & 0xFFFFFFFF for index in range(-(-len(codes) * bits // 32))]
     return [word - (1 << 32) if word >> 31 else word for word in words]
 
 
 def rows_as_words(codes: Tensor, bits: int) -> Tensor:
-    """Each row (…, n) as words."""
+    """Pack each row (…, n) into words."""
     return torch.tensor([bit_stream(row.tolist(), bits) for row in codes], dtype=torch.int32)
 
 
@@ -81,7 +81,7 @@ def awq(weight: Tensor, *, group: int = 16) -> Packed:
 
 
 def fp8(weight: Tensor, *, block: tuple[int, int] = (16, 16), suffix: str = ".weight_scale_inv") -> Packed:
-    """Blocks of FP8, the last ones cut off where they don't fit."""
+    """FP8 with a scale per block; blocks at the edges are cut off."""
     d_out, d_in = weight.shape
     scales = torch.zeros(-(-d_out // block[0]), -(-d_in // block[1]))
     stored, dense = torch.zeros_like(weight).to(torch.float8_e4m3fn), torch.zeros_like(weight)
@@ -101,7 +101,7 @@ def nearest_fp4(value: float) -> int:
 
 
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(blocks (…, G, 16), scales (…, G), what they mean) of blocks of 32 along the last dimension; 4 bits in code order."""
+    """(blocks (…, G, 16), scales (…, G), W) for blocks of 32 values along the last dimension; 4-bit codes in order."""
     flat = weight.reshape(-1, 32)
     blocks, scales = torch.zeros(len(flat), 16, dtype=torch.uint8), torch.zeros(len(flat), dtype=torch.uint8)
     dense = torch.zeros_like(flat)
@@ -136,7 +136,7 @@ def packed_int4(weight: Tensor, *, group: int = 16) -> Packed:
 def quantize_folder(
     source: Path, folder: Path, pack: Callable[[Tensor], Packed], entry: Mapping[str, Any], *, ends: str = "_proj.weight"
 ) -> dict[str, Tensor]:
-    """A copy of a model directory with every matrix whose name ends so packed; returns {name: what it means now}."""
+    """Copy a model directory and pack every matrix whose name ends so; returns {name: the W it encodes}."""
     shutil.copytree(source, folder)
     tensors, meaning = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith(ends)]:

@@ -1,4 +1,4 @@
-"""Where the repository's parts are."""
+"""The paths of the repository's parts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak memory of exports, in a process of their own: above what the process has when they begin."""
+"""Measure the peak memory of exports in a process of their own, above its memory when they begin."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from support.runs import Recorder, read_status, with_kind
 
 
 def _give_back_at_once() -> None:
-    """By itself, glibc keeps as much as a whole tiny model weighs. And a thread's own heap reserves addresses by the 64 MB."""
+    """Return freed memory at once: glibc would keep a whole tiny model's worth, and each thread's heap reserves 64 MB."""
     mmap_threshold, arena_max = -3, -8
     libc = ctypes.CDLL(None)
     libc.mallopt(mmap_threshold, 65536)
@@ -20,7 +20,7 @@ def _give_back_at_once() -> None:
 
 
 def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
-    """In the child: prints whether the export is verified, and its peak. `cap`: bytes of addresses that it may add; 0: any."""
+    """In the child: print whether the export is verified, and its peak. `cap` limits the added address space; 0 is no limit."""
     import resource
 
     import torch
@@ -41,7 +41,7 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
         run, out = RunDirectory(folder / "run"), folder / f"{kind}-{cap}"
         return pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), run, 0, out).export.verified
 
-    export(warm)  # what is imported on first use
+    export(warm)  # modules imported on first use
     if cap:
         resource.setrlimit(resource.RLIMIT_AS, (read_status("VmSize") + cap,) * 2)
         base = str(real / "base")
@@ -52,7 +52,7 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
         else:
             sys.exit("the cap doesn't bite")
     assert memory._forget_peaks
-    memory._forget_peaks = lambda: None  # a stage forgets the peaks of those before it
+    memory._forget_peaks = lambda: None  # a stage forgets the peaks of earlier stages
     Path("/proc/self/clear_refs").write_text("5")
     before = read_status("VmRSS")
     verified = export(real)
@@ -60,7 +60,7 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
 
 
 def _export_merged(base: Path, out: Path) -> None:
-    """In the child: prints the peak of a merged export of the model in `base`."""
+    """In the child: print the peak of a merged export of the model in `base`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def _export_merged(base: Path, out: Path) -> None:
     loaded = make_loaded(AutoModelForCausalLM.from_pretrained(base), str(base))
     job = make_job(loaded, make_editor(loaded).factors(make_params(0)))
     del loaded
-    EXPORTERS["merged"].write(job, out / "warm")  # what is imported on first use
+    EXPORTERS["merged"].write(job, out / "warm")  # modules imported on first use
     Path("/proc/self/clear_refs").write_text("5")
     before = read_status("VmRSS")
     EXPORTERS["merged"].write(job, out / "real")
@@ -88,10 +88,10 @@ def _peak(process: Forked) -> int:
 
 
 def peak_of_a_later_export(folder: Path, kind: str, cap: int) -> int:
-    """Bytes that `abliterate export` of the run in `folder` takes; `folder/warm` holds a small one to warm up with."""
+    """The bytes that `abliterate export` of the run in `folder` takes; `folder/warm` holds a small run to warm up with."""
     return _peak(Forked(_export_trial, (folder / "warm", folder / "real", kind, cap), folder))
 
 
 def peak_of_a_merged_export(base: Path, out: Path) -> int:
-    """Bytes that the merged export of a random edit takes."""
+    """The bytes that the merged export of a random edit takes."""
     return _peak(Forked(_export_merged, (base, out), out))

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own on loopback, in a temporary folder: Debian's package, started and stopped by tests."""
+"""Start a PostgreSQL server (Debian's package) on loopback in a temporary folder, for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OWNER = "postgres"  # the server refuses to run as root
 
 
 def binaries() -> Path | None:
-    """Where the server's programs are; None where it isn't installed."""
+    """The folder of the server's programs; None if it isn't installed."""
     found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if found:
         return found[-1].parent
@@ -24,7 +24,7 @@ def binaries() -> Path | None:
 
 
 class Server:
-    """One server; databases of tests are apart."""
+    """One server; each test has a database of its own."""
 
     def __init__(self, folder: Path) -> None:
         programs = binaries()
@@ -42,16 +42,16 @@ class Server:
         return f"postgresql+psycopg://{OWNER}{':' + password if password else ''}@127.0.0.1:{self.port}/{database}"
 
     def make(self, database: str) -> str:
-        """A new, empty database: its URL."""
+        """Make a new, empty database, and return its URL."""
         self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", OWNER, database)
         return self.url(database)
 
     def start(self) -> None:
-        """Returns when it answers."""
+        """Start the server, and wait until it answers."""
         self._run("pg_ctl", "-D", str(self._data), "-l", str(self._log), "-o", self._options, "-w", "start")
 
     def stop(self, mode: str = "fast") -> None:
-        """Cuts every connection."""
+        """Stop the server, which cuts every connection."""
         self._run("pg_ctl", "-D", str(self._data), "-m", mode, "-w", "stop")
 
     def _run(self, program: str, *arguments: str) -> None:
@@ -67,7 +67,7 @@ class Server:
 
 @contextlib.contextmanager
 def server() -> Iterator[Server]:
-    """A running server; gone afterwards."""
+    """A running server during the `with` block."""
     with tempfile.TemporaryDirectory(prefix="abliterate-pg-") as name:
         if os.geteuid() == 0:
             shutil.chown(name, OWNER)

@@ -20,7 +20,7 @@ PLOTS = {
 
 
 def made_heldout(trial: int, word: str) -> dict[str, Any]:
-    """A record as a run leaves it of its selected trial."""
+    """A held-out record as a run writes it for its selected trial."""
     few, many, spread = rate(3, 100), rate(97, 100), {"mean": 0.25, "median": 0.125, "max": 0.5}
     side = {"answered": few, "faults": {"empty": 1}, "harmless_refusals": few, "over_refusals": None}
     differ = {"prompt": f"ask {word}", "response": f"Sorry {word}", "judge": False, "markers": True}
@@ -45,7 +45,7 @@ def made_heldout(trial: int, word: str) -> dict[str, Any]:
 
 
 def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory:
-    """A run directory with `count` trials and all artifacts, made of nothing; `word` stands wherever foreign text does."""
+    """A made-up run directory with `count` trials and all artifacts; `word` stands in every place for foreign text."""
     folder.mkdir(parents=True)
     trials = [trial.to_record() for trial in made_trials(count)]
     for trial in trials:

@@ -1,4 +1,4 @@
-"""Whole runs on the demo model with few prompts, and what a test asks of them."""
+"""Whole runs on the demo model with few prompts, and helpers for tests of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from abliterate.types import Trial
 
 
 def interrupt_after(recorder: Recorder, trials: int) -> Callable[[], None]:
-    """A `check` that interrupts within the trial after so many finished ones."""
+    """A `check` that interrupts during the trial after so many finished trials."""
     calls = 0
 
     def check() -> None:
@@ -44,7 +44,7 @@ def other_trial(result: dict[str, Any]) -> int:
 
 
 def read_status(name: str) -> int:
-    """A figure of this process, in bytes."""
+    """A memory figure of this process, in bytes."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name))
 
@@ -83,7 +83,7 @@ class Recorder:
 
 
 def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> dict[str, Any]:
-    """Options of a run of seconds: few prompts, few short trials, the space where edits surely do something."""
+    """Options of a run that takes seconds: few prompts, few short trials, and a space in which edits surely have an effect."""
     options = {
         "model": "demo",
         "cache_dir": str(cache),
@@ -108,13 +108,13 @@ def quick_settings(prompt_files: Mapping[str, str], cache: Path, **over: Any) ->
 
 
 def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: Any) -> tuple[dict[str, Any], Recorder]:
-    """One run in a directory: the content of its `result.json`, and what it reported."""
+    """Run once in a directory, and return the content of `result.json` and the recorder of its reports."""
     recorder = Recorder()
     return run(settings, recorder, RunDirectory(path), resume=resume, **options).to_record(), recorder
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What must be equal between runs: everything of each trial but its seconds."""
+    """The parts of trials that must be equal between runs: everything but the seconds."""
     return [(t["number"], t["params"], t["state"], t["scores"]) for t in result["trials"]]
 
 
@@ -129,7 +129,7 @@ SMALL = {"harmful_heldout": 8, "harmless_heldout": 8, "over_refusal": 6}
 
 
 class Untouched:
-    """The demo model as `transformers` alone loads it: what every measurement of the base model must agree with."""
+    """The demo model as `transformers` alone loads it; every measurement of the base model must agree with it."""
 
     def __init__(self) -> None:
         folder = demo_path() / "model"
@@ -138,13 +138,13 @@ class Untouched:
         self._generated: dict[tuple[Any, ...], list[list[int]]] = {}
 
     def ids(self, prompt: str, system: str, prefix: str = "") -> list[int]:
-        """What the model reads: the template's text and the response prefix."""
+        """The ids that the model reads: the template's text and the response prefix."""
         messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text + prefix, add_special_tokens=False)["input_ids"]
 
     def generate(self, prompts: Sequence[str], settings: Settings, prefix: str = "") -> list[list[int]]:
-        """The ids of the greedy answers, padded after each one's end."""
+        """The ids of the greedy answers, padded after each answer's end."""
         system, length = settings.prompts.system, settings.response.max_new_tokens
         key = (tuple(prompts), system, prefix, length)
         if key not in self._generated:

@@ -1,4 +1,4 @@
-"""`abliterate` at a terminal of the test's own, in a forked process."""
+"""Run `abliterate` in a forked process at a pseudo-terminal of the test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.forked import CONTEXT, abliterate
 
 
 def _at(name: str, arguments: Sequence[str]) -> None:
-    """In the child: a session of its own with this terminal, so that Ctrl+C is a signal."""
+    """In the child: begin a session with this terminal, so that Ctrl+C becomes a signal."""
     import fcntl
     import termios
 
@@ -33,7 +33,7 @@ def _at(name: str, arguments: Sequence[str]) -> None:
 
 
 class AtTerminal:
-    """`abliterate` in a terminal, up to where `question` is shown."""
+    """`abliterate` in a terminal, up to the moment when `question` is shown."""
 
     def __init__(self, arguments: Sequence[object], question: str) -> None:
         import pty
@@ -51,7 +51,7 @@ class AtTerminal:
         assert question in self.seen
 
     def press(self, key: bytes) -> int | None:
-        """The exit code after a key; what is shown is in `seen`."""
+        """Press a key, and return the exit code; the shown text is in `seen`."""
         time.sleep(0.5)  # until the question waits for input
         os.write(self._terminal, key)
         while text := self._read():

@@ -1,6 +1,6 @@
-"""What a forked process has already: everything that a run of the demo imports; imported only, since threads wouldn't survive.
+"""Import everything that a run of the demo imports, for processes forked from here; nothing runs, as threads wouldn't survive.
 
-Objects that stay for good are none of the garbage collector's business: a collection over them takes a third of a second.
+The garbage collector ignores these permanent objects, because a collection over them takes a third of a second.
 """
 
 from __future__ import annotations

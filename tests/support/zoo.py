@@ -33,11 +33,11 @@ NORM, GATE = "norm", "gate"
 
 @dataclass(frozen=True)
 class Specimen:
-    """A tiny model. `layers`: per layer the modules that write to the stream, by hand; `stack`: where the layers are.
+    """A tiny model. `layers` lists by hand, per layer, the modules that write to the stream; `stack` is the layers' path.
 
-    `scales`: {module: what its output is multiplied with on its way, NORM, or GATE (another factor at each position)}; 1
-    where a module isn't named, a tuple where layers differ. `found_by`: table or structure. `unproven`: why its layers can't be
-    looked through. `refused`: what is said of a model that can't be edited.
+    `scales` is {module: the factor of its output on the way to the stream, NORM, or GATE (a factor per position)}; other
+    modules have 1, and layers that differ have a tuple. `found_by` is table or structure. `unproven` is the reason why the
+    layers' structure can't be measured. `refused` is the error sentence for a model that can't be edited.
     """
 
     config: str
@@ -88,7 +88,7 @@ _OMNI_AUDIO |= {"output_dim": 32, "max_source_positions": 16, "n_window": 4}
 _OMNI_IDS = {"vision_start_token_id": 5, "image_token_id": 6, "video_token_id": 7, "audio_token_id": 8}
 _QMLA = _MLA | {"q_lora_rank": 16}
 _SPARSE_TOP = {"first_k_dense_replace": 1}
-# As many as a prompt has tokens: with fewer, answers depend on pads.
+# At least as many as a prompt has tokens, because otherwise answers depend on padding.
 _INDEXER = {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 64}
 _MAMBA2 = {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 16}
 _NEMOTRON = _SIZES | HEAD | _ROUTED | _MAMBA2
@@ -346,7 +346,7 @@ ZOO: dict[str, Specimen] = {
             "self_attn.o_proj feed_forward.experts feed_forward.shared_expert.down_proj",
             "self_attn.o_proj feed_forward.down_proj",
         ),
-        scales={"feed_forward.experts": 4.0},  # each position goes through all four of them, and is changed each time
+        scales={"feed_forward.experts": 4.0},  # each position passes through all four, and each changes it
     ),
     "lfm2_moe": Specimen(
         "Lfm2MoeConfig",
@@ -750,7 +750,7 @@ ZOO: dict[str, Specimen] = {
         unproven="it passes over its cross-attention layers",
         image_token_index=5,
     ),
-    # Not in the table: found by what their layers do
+    # Families outside the table, which are found by measuring their layers
     "gpt_neox_japanese": Specimen(
         "GPTNeoXJapaneseConfig",
         _MHA | {"intermediate_multiple_size": 2},
@@ -770,7 +770,7 @@ ZOO: dict[str, Specimen] = {
 
 
 def _add_towers() -> None:
-    """Vision-language models around text towers that are in the zoo by themselves."""
+    """Add vision-language models around text towers that the zoo also has alone."""
     unindexed = {name: size for name, size in _QWEN3_VISION.items() if "_indexes" not in name}
     parts = {
         "qwen3_5_vl": ("Qwen3_5Config", "qwen3_5", "model.language_model", unindexed),
@@ -807,7 +807,7 @@ _add_towers()
 _NO_COPY = "reaches the residual stream, but not as a copy of itself"
 _STREAMS = "0 lists of 2 modules see hidden states of 32 features, some see"
 _TWO = _SIZES | {"num_hidden_layers": 2}
-# Models that a run refuses, each for another reason; `layers` and `scales` say nothing here.
+# Models that a run refuses, each for another reason; `layers` and `scales` have no meaning here.
 NOT_EDITABLE: dict[str, Specimen] = {
     "deepseek_v4": Specimen(
         "DeepseekV4Config",
@@ -882,13 +882,13 @@ def make_specimen(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 def scale_of(name: str, layer: int, path: str) -> Any:
-    """What is written down for a module of a layer: a factor, NORM or GATE."""
+    """The scale that the specimen states for a module of a layer: a factor, NORM or GATE."""
     scale = ZOO[name].scales.get(path, 1.0)
     return scale[layer] if isinstance(scale, tuple) else scale
 
 
 def load_specimen(name: str, source: str = "") -> LoadedModel:
-    """What `load_model` gives, without a disk."""
+    """The result of `load_model`, without a disk."""
     model = make_specimen(name)
     config = model.config.get_text_config()
     architecture = architecture_of(model, LoadSettings())
@@ -919,7 +919,7 @@ HARMLESS = tuple(Prompt(text, SYSTEM) for text in _HARMLESS)
 
 @dataclass(frozen=True)
 class Lab:
-    """A specimen with an editor, the reference, the engine that is trusted, and what was said on the way to it."""
+    """A specimen with an editor, the reference, the trusted engine, and the reports that were made while choosing it."""
 
     loaded: LoadedModel
     editor: Editor
@@ -929,7 +929,7 @@ class Lab:
 
     @property
     def mechanisms(self) -> str:
-        """What the engine leaves out of the reference's work."""
+        """The shortcuts by which the engine saves work of the reference."""
         if not isinstance(self.engine, TrialEngine):
             return "reference"
         prefix = {"between": "prefix", "left": "prefix (far left)", "none": ""}[self.engine.sharing]
@@ -953,7 +953,7 @@ def make_lab(name: str) -> Lab:
 
 
 def export(lab: Lab, kind: str, base: Path, folder: Path) -> tuple[Mapping[str, Any], PreTrainedModel]:
-    """Export an edit of every module of the model saved in `base`: what is said of it, and the model read back."""
+    """Export an edit of every module of the model saved in `base`; returns the reports and the reloaded model."""
     factors = lab.editor.factors(everywhere(lab.loaded.info.n_layers))
     load = LoadSettings()
     architecture, tokenizer = lab.loaded.architecture, lab.loaded.tokenizer
