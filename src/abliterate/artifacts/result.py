@@ -73,11 +73,11 @@ ObjectiveField = Annotated[
 ]
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True, validate_assignment=False)
 
 
-class ModelRecord(_Part):
+class ModelRecord(_Record):
     """The model of the run. No path of this machine is recorded, because results are shared."""
 
     id: str
@@ -96,7 +96,7 @@ class ModelRecord(_Part):
         return ModelRecord(**{name: getattr(info, name) for name in ModelRecord.model_fields})
 
 
-class PromptSetRecord(_Part):
+class PromptSetRecord(_Record):
     """One prompt set. A file is recorded by its name without its folder."""
 
     source: str
@@ -109,14 +109,14 @@ class PromptSetRecord(_Part):
         return PromptSetRecord(source=public_source(source), count=len(prompts), digest=digest(prompts))
 
 
-class DirectionsRecord(_Part):
+class DirectionsRecord(_Record):
     """Hashes of the file `directions.safetensors`, and of the vectors alone, by which two runs can be compared."""
 
     sha256: str
     vectors_sha256: str
 
 
-class ExportRecord(_Part):
+class ExportRecord(_Record):
     """The export, with further fields from its exporter and its verification. `verified` is None if it wasn't checked."""
 
     kind: str = "none"
@@ -126,7 +126,7 @@ class ExportRecord(_Part):
     pushed: str | None = None
 
 
-class Memory(_Part):
+class Memory(_Record):
     """Peaks of memory over all sessions, in bytes."""
 
     peak_rss_bytes: int = 0
@@ -134,7 +134,7 @@ class Memory(_Part):
     stages: dict[str, dict[str, int]] = Field(default_factory=dict)
 
 
-class Environment(_Part):
+class Environment(_Record):
     """The versions, platform and device that a result depends on beside its inputs."""
 
     versions: dict[str, str] = Field(default_factory=dict)
@@ -157,7 +157,7 @@ _ALWAYS = (
 )
 
 
-class Result(_Part):
+class Result(_Record):
     """The content of `result.json`. Fields that a run hasn't reached are None or empty.
 
     `trials` are numbered by logical index; `front` and `selected` name trials by number. Timings add up over all sessions of
@@ -267,7 +267,7 @@ class Result(_Part):
         record["model"] = record["model"] or {}
         return {name: value for name, value in record.items() if name in _ALWAYS or value is not None}
 
-    def _nested(self) -> dict[str, _Part]:
+    def _nested(self) -> dict[str, _Record]:
         return {"export": self.export, "memory": self.memory, "environment": self.environment}
 
     def update(self, **fields: Any) -> None:

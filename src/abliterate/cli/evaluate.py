@@ -29,7 +29,7 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     options, stored = cli_run.options_of(given, assignments), {}
     skipped: list[str] = []
     if candidate.kind == "trial":
-        directory = RunDirectory(Path(candidate.place))
+        directory = RunDirectory(Path(candidate.source))
         Result.read(directory)  # so that "no run there" is the first error
         stored = read_toml(directory.settings)
         own, skipped = to_measure(stored)

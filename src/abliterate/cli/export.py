@@ -24,9 +24,11 @@ def export_trial(
     # The run decides what its trials mean, and not even the environment may change that. The repository of the run's own
     # export isn't used for this export.
     stored = read_toml(directory.settings)
-    own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")}
-    own = own if trust else distrusted(own)
-    settings = load_settings(str(directory.settings), own | {"export": {"kind": kind, "push": push}})
+    options = {
+        name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")
+    }
+    options = options if trust else distrusted(options)
+    settings = load_settings(str(directory.settings), options | {"export": {"kind": kind, "push": push}})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
     if out is not None and not str(out).strip("."):

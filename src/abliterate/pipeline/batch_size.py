@@ -185,9 +185,9 @@ def batch_sizes(
     cached = context.store.get("batch-sizes", probes.key)
     if cached is not None:
         sizes = json.loads(from_bytes(cached["sizes"]))
-        known = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
-        _report(context, known, "from the cache")
-        return known
+        cached_sizes = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
+        _report(context, cached_sizes, "from the cache")
+        return cached_sizes
     return sizes_of(_measure(context, loaded, probes))
 
 
@@ -200,8 +200,8 @@ def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, pr
     """Tokens a second by operation, measured here before, or else measured now and kept for later runs."""
     probes = Probes(context, loaded, engine, prompts)
     cached = context.store.get("batch-sizes", probes.key)
-    known = json.loads(from_bytes(cached["sizes"])).get("tokens_per_second") if cached is not None else None
-    return known or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
+    speeds = json.loads(from_bytes(cached["sizes"])).get("tokens_per_second") if cached is not None else None
+    return speeds or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
 
 
 def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tuned, ...]:

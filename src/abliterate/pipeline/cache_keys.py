@@ -57,7 +57,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     """Everything that batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device
     return model_key(settings, loaded) | {
-        "lengths": {name: list(part) for name, part in lengths.items()},
+        "lengths": {name: list(numbers) for name, numbers in lengths.items()},
         "limits": [settings.evaluation.max_batch_size, efficiency.max_kept_mb],
         "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
         "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
@@ -67,7 +67,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
 def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
     """Everything that the response prefix depends on."""
     return model_key(settings, loaded) | {
-        "prompts": [digest(part) for part in sets],
+        "prompts": [digest(prompts) for prompts in sets],
         "response": settings.response.model_dump(),
     }
 
@@ -76,7 +76,7 @@ def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: Pro
     """Everything that the base model's observation depends on; a response may end at a marker, so markers are part of it."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
-        "prompts": [digest(part) for part in sets],
+        "prompts": [digest(prompts) for prompts in sets],
         "response": settings.response.model_dump(),
         "response_prefix": prefix,
         "generation": generation.to_diff_dict() if generation is not None else None,
@@ -117,7 +117,7 @@ def study_identity(
     info = loaded.info
     parts: dict[str, Any] = {
         "model": [info.fingerprint, info.dtype, info.quantization],
-        "set of prompts": [digest(part) for part in sets],
+        "set of prompts": [digest(prompts) for prompts in sets],
         "tokenizer": [tokenizer_digest(loaded.tokenizer), loaded.tokenizer.chat_template],
         "attention implementation": str(loaded.model.config._attn_implementation),
         "set of template options": settings.load.template_options,
@@ -158,9 +158,9 @@ def _scorers(settings: Settings) -> list[Any]:
     """Everything that scores depend on: names, markers, a custom scorer's content, a plugin's version, a classifier's model."""
     evaluation, names = settings.evaluation, []
     for name in settings.scorers:
-        path, _, wanted = name.rpartition(":")
+        path, _, class_name = name.rpartition(":")
         content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_custom(name) else ""
-        names.append(" ".join([f"{wanted} {content}" if content else name, *SCORERS.origin(name).values()]))
+        names.append(" ".join([f"{class_name} {content}" if content else name, *SCORERS.origin(name).values()]))
     judges = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
     # Only the model that is asked, which the environment names: the same model may be served at another address.
     judges += [[os.environ.get(MODEL, "")]] if "endpoint" in names else []

@@ -118,12 +118,12 @@ def prefix_responses(
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
     """The response prefix, from the cache if it is there; reports the prefix."""
     key = prefix_key(context.settings, loaded, prompts.all_sets())
-    known = context.store.get("response-prefix", key)
-    prefix = response_prefix(context, loaded, sizes, prompts) if known is None else from_bytes(known["prefix"])
-    if known is None:
+    cached = context.store.get("response-prefix", key)
+    prefix = response_prefix(context, loaded, sizes, prompts) if cached is None else from_bytes(cached["prefix"])
+    if cached is None:
         context.store.put("response-prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")
     if prefix:
-        origin = "" if known is None else " (from the cache)"
+        origin = "" if cached is None else " (from the cache)"
         context.reporter.note(f"response prefix: {prefix!r}{origin}", response_prefix=prefix)
     return prefix
 

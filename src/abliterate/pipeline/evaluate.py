@@ -42,13 +42,13 @@ class Candidate:
     """The candidate: a directory or Hub id, or a run's directory and a trial number (None: the selected trial)."""
 
     kind: Kind
-    place: str
+    source: str
     number: int | None = None
 
     @property
     def name(self) -> str:
         """The candidate's name in results, without a path of this machine."""
-        name = loader.public_name(self.place) if self.kind != "trial" else Path(self.place).resolve().name
+        name = loader.public_name(self.source) if self.kind != "trial" else Path(self.source).resolve().name
         return name if self.number is None else f"{name}:{self.number}"
 
 
@@ -92,7 +92,7 @@ def evaluate(
     """
     scorers_of(settings, heldout=True)
     choose_device(settings.device)
-    run = Result.read(RunDirectory(Path(candidate.place))) if candidate.kind == "trial" else None
+    run = Result.read(RunDirectory(Path(candidate.source))) if candidate.kind == "trial" else None
     trial = _trial_of(run, candidate) if run else None
     if run:
         settings = _at_revision(settings, run)
@@ -146,15 +146,15 @@ def _at_revision(settings: Settings, run: Result) -> Settings:
 def _check_candidate(settings: Settings, candidate: Candidate) -> None:
     """Raise InputError before the base is loaded if the candidate's config shows that it can't be loaded."""
     if candidate.kind == "adapter":
-        check_adapter(Path(candidate.place))
+        check_adapter(Path(candidate.source))
     elif candidate.kind == "model":
         check_model(_settings_of(settings, candidate), editing=False)
 
 
 def _settings_of(settings: Settings, candidate: Candidate) -> Settings:
     """The settings with the candidate as the model; the base's revision doesn't apply to it."""
-    own = settings.load.model_copy(update={"revision": ""})
-    return settings.model_copy(update={"model": candidate.place, "load": own})
+    load = settings.load.model_copy(update={"revision": ""})
+    return settings.model_copy(update={"model": candidate.source, "load": load})
 
 
 def _is_run(path: Path) -> bool:
@@ -165,17 +165,17 @@ def _is_run(path: Path) -> bool:
 def _trial_of(run: Result, candidate: Candidate) -> Trial:
     number = run.selected if candidate.number is None else candidate.number
     if number is None:
-        raise InputError(f"The run in {candidate.place} has chosen no trial yet; name a trial as {candidate.place}:N.")
-    return run.trial(number, candidate.place)
+        raise InputError(f"The run in {candidate.source} has chosen no trial yet; name a trial as {candidate.source}:N.")
+    return run.trial(number, candidate.source)
 
 
 def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
     """The prompt sets of directions and search; None, with a warning, if default sets can't be loaded and aren't `required`."""
-    given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
+    are_given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
     try:
         return read_prompts(context)
     except InputError as error:
-        if required or given:
+        if required or are_given:
             raise
         context.reporter.warn(
             f"The held-out prompts aren't compared with those that directions and search use by default, which can't be "
@@ -199,13 +199,13 @@ def _views(
         assert run is not None
         assert run.model is not None
         if bench.loaded.info.fingerprint != run.model.fingerprint:
-            raise InputError(f"The run in {candidate.place} is of another model ({run.model.id}); give that model as BASE.")
-        bench.make_edits(stages.read_directions(RunDirectory(Path(candidate.place)).directions, run))
+            raise InputError(f"The run in {candidate.source} is of another model ({run.model.id}); give that model as BASE.")
+        bench.make_edits(stages.read_directions(RunDirectory(Path(candidate.source)).directions, run))
         yield views(bench, trial)
         return
     if candidate.kind == "adapter":
         with context.stage("load the adapter", candidate.name):
-            peft = _with_adapter(bench, candidate.place)
+            peft = _with_adapter(bench, candidate.source)
         yield replace(base, active=peft.disable_adapter), replace(base, active=contextlib.nullcontext)
         return
     with open_workbench(context.with_settings(_settings_of(settings, candidate))) as other:
@@ -220,12 +220,12 @@ def _views(
         yield base, ModelView(other.plain, other.base)
 
 
-def _with_adapter(bench: Workbench, place: str) -> Any:
+def _with_adapter(bench: Workbench, source: str) -> Any:
     """The base with a PEFT adapter, which wraps the base's layers in place."""
     try:
-        return with_adapter(bench.loaded.model, Path(place))
+        return with_adapter(bench.loaded.model, Path(source))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise InputError(
-            f"The adapter in {place} doesn't fit the base: {first}; give the base that it was made from."
+            f"The adapter in {source} doesn't fit the base: {first}; give the base that it was made from."
         ) from error

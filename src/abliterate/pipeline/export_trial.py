@@ -122,7 +122,7 @@ def write_and_check(
     if verdict is None:
         context.reporter.warn(
             f"The export was written but not checked, because memory doesn't hold it beside the base; free some and repeat "
-            f"abliterate export, or look at {final.name} before using it."
+            f"abliterate export, or inspect {final.name} before using it."
         )
         return
     assert result.baseline is not None

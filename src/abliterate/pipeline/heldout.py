@@ -86,9 +86,9 @@ def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Hel
         except Interrupted:
             raise
         except Exception as error:  # custom scorers and judges may fail in any way, which must not lose hours of search
-            known = isinstance(error, AbliterateError | torch.OutOfMemoryError)
+            is_own_error = isinstance(error, AbliterateError | torch.OutOfMemoryError)
             cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
-            reason = cause if known else f"{type(error).__name__}: {cause}"
+            reason = cause if is_own_error else f"{type(error).__name__}: {cause}"
             context.reporter.warn(f"The trial could not be measured on held-out prompts ({reason}); its search scores stand.")
             return None
     return {"trial": trial.number, **figures, **against_search(figures, trial, baseline)}

@@ -85,5 +85,5 @@ def devices_of(gpus: int, device: torch.device) -> list[str]:
     count = torch.accelerator.device_count()
     if gpus > count:
         raise InputError(f"This machine has {count} devices of type {device.type}, not {gpus}; give a smaller --gpus.")
-    own = device.index or 0
-    return [f"{device.type}:{index}" for index in range(count) if index != own][: gpus - 1]
+    own_index = device.index or 0
+    return [f"{device.type}:{index}" for index in range(count) if index != own_index][: gpus - 1]

@@ -82,9 +82,9 @@ def check_names(settings: Settings) -> SelectionRule:
 def check_components(settings: Settings) -> None:
     """Raise InputError if `search.max_coeff` has a range for a component that no model has, which would stay unused."""
     built_in = {name for row in ARCHITECTURES.values() for name in row.components}
-    known = sorted({"default", *built_in, *settings.load.components})
+    components = sorted({"default", *built_in, *settings.load.components})
     for name in settings.search.max_coeff:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
-            remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(known)}."
+        if name not in components:
+            near = difflib.get_close_matches(name, components, n=1, cutoff=0.3)
+            remedy = f"did you mean {near[0]}?" if near else f"choose among {', '.join(components)}."
             raise InputError(f"The setting search.max_coeff names {name!r}, which is no component; {remedy}")

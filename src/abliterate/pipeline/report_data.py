@@ -60,8 +60,8 @@ def geometry(context: Context, prompts: PromptSets, residuals: Residuals, direct
         clamped = (winsorize(harmful, quantile), winsorize(harmless, quantile))
         record["sampled"] = {name: len(sample.places) for name, sample in residuals.samples.items()}
         for name, sample in residuals.samples.items():
-            of_set: Sequence[Prompt] = getattr(prompts, name)
-            record["prompts"][name] = [of_set[place].text[:_SHOWN] for place in sample.places]
+            prompt_set: Sequence[Prompt] = getattr(prompts, name)
+            record["prompts"][name] = [prompt_set[place].text[:_SHOWN] for place in sample.places]
         for row, (separation, projection) in zip(layers, all_layers(*clamped, context.check), strict=True):
             row |= {"silhouette": rounded(separation.silhouette), "probe": rounded(separation.probe)}
             shown = {"harmful": projection.harmful, "harmless": projection.harmless}

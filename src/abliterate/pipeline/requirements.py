@@ -130,11 +130,11 @@ def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.de
         settings, shape, loaded, work.sets["harmful_eval"][0], work.sets["harmless_eval"][0], max(longest.values())
     )
     empty = any(parameter.is_meta for parameter in model.parameters())
-    left = max(0, usable_memory(device) - reserved - (weights if empty else 0))
+    free = max(0, usable_memory(device) - reserved - (weights if empty else 0))
     operations = {}
     for name in OPERATIONS:
         bytes_per_prompt = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
-        operations[name] = {"bytes_per_prompt": bytes_per_prompt, "prompts_that_fit": left // bytes_per_prompt}
+        operations[name] = {"bytes_per_prompt": bytes_per_prompt, "prompts_that_fit": free // bytes_per_prompt}
     return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
 
 
@@ -188,8 +188,8 @@ def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:
     visited, total = visited_experts(loaded.model.config.get_text_config()), 0
     for module in decoder_layers(loaded.model, loaded.architecture).modules():
         if is_fused(module):
-            own = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
-            total += own * min(visited, n_matrices(module)) // n_matrices(module)
+            parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+            total += parameters * min(visited, n_matrices(module)) // n_matrices(module)
         elif out_features(module) is not None:  # counted by shape, because quantized storage has fewer elements
             total += (out_features(module) or 0) * in_features(module)
     head = loaded.model.get_output_embeddings()

@@ -129,12 +129,12 @@ class _Run:
         name = directory.study_name() if url else STUDY_NAME
         study = open_study(url, directory.journal, bench.space, settings.seed, name)
         identity = bench.identity()
-        known = len(result.trials)
-        study.claim(identity, begun=known > 0)
-        lost = known - len(study.trials())
+        listed = len(result.trials)
+        study.claim(identity, begun=listed > 0)
+        lost = listed - len(study.trials())
         if lost > 0:
             self.context.reporter.warn(
-                f"The study lacks {lost} of the {known} trials that result.json lists; the missing trials are repeated."
+                f"The study lacks {lost} of the {listed} trials that result.json lists; the missing trials are repeated."
             )
         result.update(**bench.record(), prompts=prompt_records(settings, bench.prompts))
         result.update(identity=identity, startup_trials=study.n_startup)

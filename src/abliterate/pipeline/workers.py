@@ -109,10 +109,10 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
 
 def _file(settings: Settings, name: str) -> Path | None:
     section, option = name.split(".")
-    given = getattr(getattr(settings, section), option)
-    if name == "evaluation.markers" and not given:  # the default file may differ between versions
+    path = getattr(getattr(settings, section), option)
+    if name == "evaluation.markers" and not path:  # the default file may differ between versions
         return config_path("markers.txt")
-    return Path(given).expanduser() if given else None
+    return Path(path).expanduser() if path else None
 
 
 def study_location(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
@@ -218,16 +218,16 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
         )
     study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
     bench.prepare(directions)
-    own = stages.baseline(bench)
-    if own.refusals != setup.baseline.refusals:
+    here = stages.baseline(bench)
+    if here.refusals != setup.baseline.refusals:
         context.reporter.warn(
-            f"On this machine the model refuses {own.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
+            f"On this machine the model refuses {here.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
             "be off by as much."
         )
     for name, value in setup.baseline.values.items():
-        if not math.isclose(own.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
+        if not math.isclose(here.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
             context.reporter.warn(
-                f"On this machine the scorer {name} gives the model {own.value(name):.6g}, in the run {value:.6g}; its trials "
+                f"On this machine the scorer {name} gives the model {here.value(name):.6g}, in the run {value:.6g}; its trials "
                 "may be off by as much."
             )
     return study

@@ -108,8 +108,8 @@ def _parts(name: str) -> tuple[str, str]:
 
 def _check_code(load: Mapping[str, Any], *, allowed: bool) -> None:
     # An attention implementation with a slash is a repository of kernels, which transformers would run.
-    wanted = load.get("trust_remote_code") or "/" in str(load.get("attn_implementation", ""))
-    if wanted and not allowed:
+    runs_code = load.get("trust_remote_code") or "/" in str(load.get("attn_implementation", ""))
+    if runs_code and not allowed:
         raise InputError(
             "The recipe's model runs code of its own from the Hub; read that code, and if you trust it repeat the command with "
             "--trust-remote-code."

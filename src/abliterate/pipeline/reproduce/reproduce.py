@@ -98,11 +98,11 @@ def _check_folder(final: Path, path: Path) -> None:
 
 def _check_prompts(recipe: Recipe, result: Result) -> None:
     """Raise InputError with every prompt set that isn't the recipe's."""
-    given = result.prompts
+    sets = result.prompts
     wrong = [
-        f"{name} ({given[name].count} in {given[name].source!r}, the recipe's were {stated.count} in {stated.source!r})"
+        f"{name} ({sets[name].count} in {sets[name].source!r}, the recipe's were {stated.count} in {stated.source!r})"
         for name, stated in recipe.prompts.items()
-        if name in given and given[name].digest != stated.digest
+        if name in sets and sets[name].digest != stated.digest
     ]
     if wrong:
         options = " and ".join(f"--{fault.split()[0].replace('_', '-')}" for fault in wrong)
