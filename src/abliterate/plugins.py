@@ -139,7 +139,7 @@ class Registry(MutableMapping[str, T]):
         return self._added
 
     def _check(self, name: str, implementation: T, plugin: Plugin, added: Mapping[str, tuple[T, Plugin]]) -> None:
-        """Raise InputError if a name of a plugin is taken, or its implementation lacks what the seam needs."""
+        """Raise InputError if a name of a plugin is taken, or its implementation lacks an attribute that the seam needs."""
         other = f"the plugin {added[name][1].title}" if name in added else ""
         if name in self._own or name in self._reserved:
             other = "abliterate itself"

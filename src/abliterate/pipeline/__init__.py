@@ -1,1 +1,1 @@
-"""What `abliterate X` does to a model is in `pipeline/X.py`; all of it can be used without a command line."""
+"""The work behind each command: `pipeline/X.py` has the work of `abliterate X`, and can be used without a command line."""

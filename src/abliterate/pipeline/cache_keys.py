@@ -1,4 +1,4 @@
-"""What results depend on: the keys of cached artifacts, and the identity of a study.
+"""Name everything that results depend on: the keys of cached artifacts, and the identity of a study.
 
 A part that is missing here gives wrong values in silence. Keys can be written as JSON and name no path of this machine.
 """

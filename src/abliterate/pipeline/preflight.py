@@ -54,7 +54,7 @@ def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Colle
 
 
 def check_loaded(context: Context, loaded: LoadedModel) -> None:
-    """Check what `check_model` couldn't see without weights, and warn of modules that stay unedited."""
+    """Repeat the checks of `check_model` that need weights, and warn of modules that stay unedited."""
     settings = context.settings
     if loaded.architecture.found_by == "structure":
         check_export(settings, loaded.model.config, loaded.targets)

@@ -32,7 +32,7 @@ from abliterate.settings.schema import Settings
 from abliterate.terminal.quantities import USUAL_TOKENS, in_words
 from abliterate.types import OPERATIONS
 
-# The prompt counts that are assumed if prompts can't be read: those of the sets that are usual in the field.
+# The prompt counts that are assumed if prompts can't be read; they are usual in the field.
 _USUAL = {"harmful": 400, "harmless": 400, "harmful_eval": 100, "harmless_eval": 100}
 
 

@@ -148,7 +148,7 @@ class _Run:
         self.save()
 
     def _pick(self, search: Search, choose: Choose | None, held: Heldout | None) -> tuple[Trial, Picked | None]:
-        """The selected trial, and what its export needs; None if the settings want no export.
+        """The selected trial, and the input of its export; None if the settings want no export.
 
         The trial is first measured on held-out prompts, because the export's card reports the scores.
         """

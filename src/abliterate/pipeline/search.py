@@ -75,7 +75,7 @@ class Search:
         return choose(front, rule(front)) if choose else rule(front)
 
     def measure(self, params: TrialParams) -> Trial:
-        """Any parameter set, measured in full as trials are, and not told to the sampler."""
+        """Measure any parameters in full, as trials are measured, without reporting them to the sampler."""
         return stages.evaluate(self.bench, len(self.trials), params, DominancePruner.never(self.bench.objectives))
 
     def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:

@@ -190,10 +190,10 @@ class Workbench:
             yield
 
     @contextlib.contextmanager
-    def _measuring(self, what: str) -> Iterator[None]:
+    def _measuring(self, state: str) -> Iterator[None]:
         if self._measured:
-            raise RuntimeError(f"the model can't be measured as {what} while it is measured as {self._measured}")
-        self._measured = what
+            raise RuntimeError(f"the model can't be measured as {state} while it is measured as {self._measured}")
+        self._measured = state
         try:
             yield
         finally:
@@ -254,7 +254,7 @@ class Workbench:
 
 
 def load(settings: Settings, reporter: Reporter | None = None, *, check: Callable[[], None] = lambda: None) -> Workbench:
-    """Load, check and calibrate what the settings name: a workbench to be used in a `with` statement.
+    """Load, check and calibrate the settings' model and prompts: a workbench to be used in a `with` statement.
 
     `reporter` shows the progress; by default it is a progress bar on standard error.
 

@@ -21,7 +21,7 @@ class ProgressBarReporter:
         self._warnings: set[str] = set()
 
     def header(self, fields: Mapping[str, str]) -> None:
-        """Show nothing, because the caller knows what it has asked for."""
+        """Show nothing, because the caller knows the arguments of the call."""
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.close()
