@@ -50,7 +50,7 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
         for kind, counted in rig.bench.caches()["adapters"].items():
             adapters[kind] += counted - before_trial[kind]
         edit_seconds += edit_time(rig, study[number].params, study[max(0, number - step)].params)
-        limit = pruner.limit(trial.kl)
+        limit = pruner.limit({"kl": trial.kl}, "refusals")
         figures = {"number": number, "state": trial.state, "refusals": trial.refusals, "kl": trial.kl, "limit": limit}
         trials.append(figures | {"seconds": trial.seconds})
     counts = {"passes": rig.counters.passes - before[0], "tokens": rig.counters.tokens - before[1]}

@@ -22,16 +22,17 @@ import psutil
 import torch
 from benchmark_page import command, update_page
 from rig import Quiet
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from abliterate.artifacts.result import ModelRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.directions import Directions
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.model.memory import PeakMeter
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline.export_trial import export_trial
+from abliterate.pipeline.stages import directions_file, directions_record
 from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
 
@@ -64,14 +65,22 @@ def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
     folder.mkdir()
     config = loader.load_config(str(base), settings.load)
     fingerprint = loader.fingerprint(str(base), config)
-    result = Result(model=ModelRecord(id=base.name, revision="", fingerprint=fingerprint, dtype="bfloat16"))
+    result = Result(
+        model=ModelRecord(id=base.name, revision="", fingerprint=fingerprint, dtype="bfloat16"),
+        batch_sizes={"residuals": 1, "prefill": 1, "decode": 1},
+        response_prefix="",
+        rendering="",
+        identity={},
+        startup_trials=1,
+    )
     kernel = Kernel(max_coeff=1.0, position=0.75 * layers, min_coeff=0.5, distance=0.25 * layers)
     scores = {"refusals": 0, "kl": {"mean": 0.0, "median": 0.0, "max": 0.0}}
     trial = Trial(0, TrialParams("per layer", 0.0, dict.fromkeys(COMPONENTS, kernel)), "complete", scores)
     result.searched([trial], [trial], Baseline(1, 1), DEFAULT)
+    directions = Directions(torch.nn.functional.normalize(torch.randn(layers + 1, width), dim=1))
+    result.directions = directions_record(directions)
     result.write(directory)
-    vectors = torch.nn.functional.normalize(torch.randn(layers + 1, width), dim=1)
-    save_file({"directions": vectors}, directory.directions)
+    directory.directions.write_bytes(directions_file(directions))
 
 
 def export(kind: str, folder: Path) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 
 Scope = Literal["global", "per layer"]
 TrialState = Literal["complete", "stopped", "failed"]
-Direction = Literal["minimize", "maximize"]
-Goal = Literal[Direction, "none"]
+Sense = Literal["minimize", "maximize"]
+Goal = Literal[Sense, "none"]
 Operation = Literal["residuals", "prefill", "decode"]
 # Options of a chat template by name, such as `enable_thinking`.
 TemplateOptions = Mapping[str, str | bool | int | float]
@@ -85,7 +85,7 @@ class Objective:
     """A scorer, by its name, that a search minimizes or maximizes."""
 
     name: str
-    goal: Direction
+    goal: Sense
 
     def cost(self, value: float) -> float:
         """`value` as a cost, of which less is better."""
@@ -96,7 +96,7 @@ class Objective:
 class Trial:
     """One finished trial. `number` is its logical index: the number of trials before it, without interrupted ones.
 
-    `scores`: each scorer's record; `values`: each scorer's number, for refusals the share. Earlier versions wrote no values.
+    `scores`: each scorer's record; `values`: each scorer's number, for refusals the share.
     """
 
     number: int
@@ -145,7 +145,7 @@ class Trial:
             scores=record["scores"],
             seconds=float(record["seconds"]),
             reason=record["reason"],
-            values=record.get("values", {}),
+            values=record["values"],
         )
 
 
@@ -215,8 +215,8 @@ class Baseline:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Baseline:
-        """The inverse of `to_record`; earlier versions wrote no values."""
-        return Baseline(int(record["refusals"]), int(record["prompts"]), record.get("values", {}))
+        """The inverse of `to_record`."""
+        return Baseline(int(record["refusals"]), int(record["prompts"]), record["values"])
 
 
 class Reporter(Protocol):

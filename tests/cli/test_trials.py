@@ -45,7 +45,7 @@ def run(finished: Finished, tmp_path: Path) -> Path:
     """A run directory with `TRIALS`."""
     path = copy_run(finished[0], tmp_path / "run")
     record = {"trials": [trial.to_record() for trial in TRIALS], "front": list(FRONT), "selected": 3}
-    changed = {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12}}
+    changed = {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12, "values": {}}}
     write_json(path / "result.json", changed | {"sha256": digest_of(changed)})
     return path
 

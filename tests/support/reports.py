@@ -64,7 +64,7 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
             "dtype": "float32",
         },
         "prompts": {"harmful": {"source": word, "count": 3, "digest": "d"}},
-        "baseline": {"refusals": 100, "prompts": 100},
+        "baseline": {"refusals": 100, "prompts": 100, "values": {}},
         "trials": [*trials, failed],
         "front": front,
         "selected": front[-1],

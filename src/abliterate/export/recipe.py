@@ -183,9 +183,9 @@ class Recipe(_Part):
     settings: dict[str, dict[str, Any]]
     prompts: dict[Name, PromptsPart]
     files: dict[Name, FilePart]
-    response_prefix: str | None
-    rendering: str | None
-    batch_sizes: BatchSizesPart | None
+    response_prefix: str
+    rendering: str
+    batch_sizes: BatchSizesPart
     startup_trials: int
     identity: dict[Name, str]
     directions: str
@@ -230,15 +230,10 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
         "model": {name: model[name] for name in ModelPart.model_fields},
         "seed": settings.seed,
         "settings": _settings(settings),
-        "prompts": record.get("prompts", {}),
+        "prompts": record["prompts"],
         "files": files,
-        # A run of an earlier version didn't record these.
-        "response_prefix": record.get("response_prefix"),
-        "rendering": record.get("rendering"),
-        "batch_sizes": record.get("batch_sizes"),
-        "startup_trials": record.get("startup_trials") or settings.search.n_startup_trials,
-        "identity": record.get("identity", {}),
-        "directions": record.get("directions", {}).get("vectors_sha256", ""),
+        **{name: record[name] for name in ("response_prefix", "rendering", "batch_sizes", "startup_trials", "identity")},
+        "directions": record["directions"]["vectors_sha256"],
         "baseline": {name: value for name, value in record["baseline"].items() if name in BaselinePart.model_fields},
         "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
@@ -276,7 +271,7 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a file, a run directory or an export.
 
     Raises:
-        InputError: there is no recipe, or it has another format version, is damaged, or isn't of the layout below.
+        InputError: there is no recipe, or it has another format version, is damaged, or isn't of the layout of `Recipe`.
     """
     path = path / RECIPE if path.is_dir() else path
     try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
@@ -38,6 +39,9 @@ from abliterate.search.study import changed_parts
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
 from abliterate.types import Reporter, Trial
+
+# What every run with a finished trial has recorded, and its export or recipe says.
+_NEEDED = ("model", "baseline", "directions", "identity", "startup_trials", "batch_sizes", "response_prefix", "rendering")
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,14 @@ def export_trial(
     # A copy in memory: the run's own process may be writing to its result.json.
     result = Result.read(directory).model_copy(update={"selected": number, "timings": {}})
     trial = result.trial(number, directory.path)
-    if result.model is None or result.baseline is None:
-        raise damaged(directory, "it lacks the model or the baseline")
-    context = Context.of(_as_trials_ran(settings, result.model.dtype), reporter)
+    lacking = [name for name in _NEEDED if getattr(result, name) is None]
+    if result.model is None or lacking:
+        raise damaged(directory, f"it lacks {', '.join(lacking)}")
+    try:
+        settings = _as_trials_ran(settings, result.model.dtype)
+    except ValidationError as error:
+        raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
+    context = Context.of(settings, reporter)
     directions = stages.read_directions(directory.directions, result)
     source, base = open_base(context, result, number)
     if {target.component for target in base.targets.values()} - set(trial.params.kernels):

@@ -109,9 +109,9 @@ def read_directions(path: Path, result: Result) -> Directions:
     """
     try:
         content = path.read_bytes()
-        if result.directions is not None and hashlib.sha256(content).hexdigest() != result.directions.sha256:
+        if result.directions is None or hashlib.sha256(content).hexdigest() != result.directions.sha256:
             raise ValueError("another file than the run's")
-        if b'"format":' in content[:200] and f'"format":"{FORMAT}"'.encode() not in content[:200]:
+        if f'"format":"{FORMAT}"'.encode() not in content[:200]:
             raise ValueError("of another version")
         found = Directions(load(content)["directions"])
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)

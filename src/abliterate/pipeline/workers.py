@@ -59,9 +59,7 @@ class SharedSetup:
     def to_bytes(self) -> bytes:
         """JSON, the inverse of `of_bytes`."""
         sets = {name: [(one.text, one.system) for one in part] for name, part in vars(self.prompts).items()}
-        base = self.baseline
-        scores = [base.refusals, base.prompts, *([dict(base.values)] if base.values else [])]  # as earlier versions read it
-        record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": scores}
+        record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": self.baseline.to_record()}
         return json.dumps({**record, "files": dict(self.files), "identity": dict(self.identity)}).encode()
 
     @staticmethod
@@ -75,7 +73,7 @@ class SharedSetup:
                 "version on all machines."
             )
         sets = {name: tuple(Prompt(*one) for one in part) for name, part in record.pop("prompts").items()}
-        return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline(*record.pop("baseline")), **record)
+        return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
 
 
 def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Directions, identity: Mapping[str, str]) -> None:

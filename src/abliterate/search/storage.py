@@ -88,16 +88,13 @@ class CheckedJournal(JournalFileBackend):
 
 
 def check_journal(journal: Path) -> None:
-    """Raise a ValueError that names the first damaged line, because a flipped byte must not become a trial's score.
-
-    A record without a checksum is only checked to be JSON.
-    """
+    """Raise a ValueError that names the first damaged line, because a flipped byte must not become a trial's score."""
     if not journal.exists():
         return
     for number, line in enumerate(journal.read_bytes().split(b"\n")[:-1], 1):
         try:
             record = json.loads(line)
-            sound = record.pop(_CHECKSUM, None) in (None, _checksum(record))
+            sound = record.pop(_CHECKSUM, None) == _checksum(record)
         except (ValueError, AttributeError, RecursionError):
             sound = False
         if not sound:

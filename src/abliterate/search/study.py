@@ -119,12 +119,12 @@ class Study:
 
     def fail_interrupted(self) -> int:
         """Mark the trials that this worker left unfinished when it last ended as interrupted; returns their number."""
-        stale = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER, self._worker) == self._worker]
+        stale = [frozen for frozen in self._running() if frozen.user_attrs[_WORKER] == self._worker]
         return sum(self._interrupt(frozen._trial_id) for frozen in stale)
 
     def fail_silent(self) -> int:
         """Mark other workers' trials without a heartbeat for `search.grace_seconds` as interrupted; returns their number."""
-        others = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER, self._worker) != self._worker]
+        others = [frozen for frozen in self._running() if frozen.user_attrs[_WORKER] != self._worker]
         silent = self._silence.of({frozen._trial_id: frozen.user_attrs.get(BEAT) for frozen in others})
         return sum(self._interrupt(trial_id) for trial_id in silent)
 
@@ -160,8 +160,8 @@ class Study:
         """Record a finished trial with refusals out of `n_prompts`; on return it is durable.
 
         The sampler sees the objectives, by default mean KL and the share of refusals, and for a pruned trial its bound: over 20
-        seeds that gave exactly the fronts of full evaluation (docs/sampler.md). False means that other workers took this
-        worker for dead, and the trial is theirs now.
+        seeds that gave exactly the fronts of full evaluation (docs/generated/sampler.md). False means that other workers took
+        this worker for dead, and the trial is theirs now.
         """
         record = json.dumps(trial.to_record(), allow_nan=False)
         values = None if trial.state == "failed" else reported_values(trial, self._space.objectives, n_prompts)
@@ -195,7 +195,7 @@ class Study:
 
         Returns the trial's id, or None if another worker has the slot, and how many workers came before.
         """
-        mine = [frozen for frozen in self._running() if frozen.user_attrs.get(_WORKER) == self._worker] if next(tries) else []
+        mine = [frozen for frozen in self._running() if frozen.user_attrs[_WORKER] == self._worker] if next(tries) else []
         claimed = next((frozen for frozen in mine if _slot(frozen) == slot), None)
         if claimed is None:
             begun = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_SLOT: slot, _WORKER: self._worker})
@@ -236,8 +236,8 @@ class Study:
 
 
 def _slot(frozen: FrozenTrial) -> int:
-    """The slot of a begun trial; -1 if an earlier version began it."""
-    return int(frozen.user_attrs.get(_SLOT, -1))
+    """The slot of a begun trial."""
+    return int(frozen.user_attrs[_SLOT])
 
 
 def _free(taken: Container[int], skipped: int) -> int:
@@ -246,9 +246,9 @@ def _free(taken: Container[int], skipped: int) -> int:
 
 
 def check_format(attributes: Mapping[str, Any]) -> None:
-    """InputError: another version of abliterate made the study with these attributes. The first version wrote no format."""
-    study_format = attributes.get(_FORMAT, FORMAT)
-    if study_format != FORMAT:
+    """InputError: another version of abliterate made the study with these attributes, which are empty in a new study."""
+    study_format = attributes.get(_FORMAT)
+    if study_format != FORMAT and attributes:
         raise InputError(
             f"The study has format {study_format}, this version reads format {FORMAT}; continue it with the version of "
             "abliterate that made it, or start over with --restart."

@@ -26,7 +26,7 @@ from abliterate.objectives import JUDGES
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.cache_keys import OBJECTIVES_PART, SCORERS_PART
 from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
 from abliterate.pipeline.reproduce.compare import Comparison
 from abliterate.pipeline.reproduce.recipe_settings import settings_of
@@ -48,11 +48,11 @@ def options(files: dict[str, str]) -> list[str]:
 
 
 def again(recipe: Path, files: dict[str, str], cache: Path, out: Path, **over: Any) -> tuple[dict[str, Any], Recorder]:
-    """Reproduce in this process; the result and what was reported."""
+    """Reproduce in this process: the result as JSON values, and what was reported."""
     recorder = Recorder()
     kind = over.pop("kind", "")
     own = {"model": "", "prompts": files, "cache_dir": str(cache), **over}
-    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out), recorder
+    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out).to_record(), recorder
 
 
 def changed(recipe: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -352,6 +352,15 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("settings.search.storage", "postgresql://there/db", "setting search.storage, which is no part of a recipe"),
     ("settings.export.push", "some/body", "setting export.push, which is no part of a recipe"),
     ("settings.efficiency.residual_cache_dir", "/var", "which is no part of a recipe"),
+    ("settings.evaluation.heldout_scorers", ["/etc/evil.py:Evil"], "which is no part of a recipe"),
+    ("settings.evaluation.judge_model", "/etc", "which is no part of a recipe"),
+    ("settings.evaluation.judge_label", "refusal", "which is no part of a recipe"),
+    ("settings.prompts.harmful_heldout", "/etc/passwd", "which is no part of a recipe"),
+    ("settings.prompts.harmless_heldout", "/etc/passwd", "which is no part of a recipe"),
+    ("settings.prompts.over_refusal", "owner/name:train:text", "which is no part of a recipe"),
+    ("response_prefix", None, "'response_prefix' is wrong"),
+    ("rendering", None, "'rendering' is wrong"),
+    ("batch_sizes", None, "'batch_sizes' is wrong"),
     ("settings.edit.new", 1, "setting 'edit.new' can't be used"),
     ("settings.edit.rank", 0, "setting 'edit.rank' can't be used"),
     ("settings.place", {"x": 1}, "settings 'place' that this version doesn't know"),
@@ -419,15 +428,9 @@ def test_a_source_in_a_recipe_is_never_a_path(
 
 def _with_judges(record: dict[str, Any]) -> None:
     """As if its trials had been scored by judges, too."""
-    record["settings"]["evaluation"] |= {
-        "scorers": ["refusals", "kl", "classifier", "endpoint"],
-        "heldout_scorers": ["classifier", "/etc/evil.py:Evil"],
-        "judge_model": "/etc",
-        "judge_label": "refusal",
-    }
+    record["settings"]["evaluation"]["scorers"] = ["refusals", "kl", "classifier", "endpoint"]
     record["settings"]["search"]["objectives"] = ["classifier:minimize", "endpoint"]
-    record["settings"]["prompts"] |= {"harmful_heldout": "/etc/passwd", "over_refusal": "owner/name:train:text"}
-    record["identity"] |= {SCORERS: "another", OBJECTIVES: "another"}
+    record["identity"] |= {SCORERS_PART: "another", OBJECTIVES_PART: "another"}
 
 
 def test_a_recipe_makes_no_judge_be_asked(
@@ -444,20 +447,19 @@ def test_a_recipe_makes_no_judge_be_asked(
     here = settings_of(read_recipe(recipe), {"prompts": prompt_files}, "")
     assert here.evaluation == settings.evaluation.model_copy(update={"scorers": ("refusals", "kl")})
     assert here.search.objectives == ("kl",)
-    assert "/etc" not in here.model_dump_json()
     assert here.prompts.harmful_heldout == here.prompts.over_refusal == ""
     result, recorder = again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
     assert result["reproduction"]["outcome"] == "identical"
     assert [text for text in recorder.warnings if "judges ('classifier', 'endpoint'); they aren't run here" in text]
     # Another identity is let pass for judges of trials only, and no other part of it.
     for change in (
-        lambda record: record["settings"]["evaluation"].update(heldout_scorers=["classifier", "mine.py:Words"]),
+        lambda record: None,
         lambda record: (_with_judges(record), record["identity"].update({"edit mode": "another"})),
     ):
         recipe = changed(
             path / "recipe.json",
             tmp_path / "other.json",
-            lambda record, change=change: (change(record), record["identity"].update({SCORERS: "another"})),
+            lambda record, change=change: (change(record), record["identity"].update({SCORERS_PART: "another"})),
         )
         with pytest.raises(InputError, match="made with another"):
             again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
@@ -502,7 +504,7 @@ def test_where_an_export_may_go(finished: Finished, tmp_path: Path, invoke: Invo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     assert_sentence(invoke("reproduce", run, *options(prompt_files), "-o", "mine"), 2, "no export of abliterate")
-    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "no export of kind 'other'")
+    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "There is no export kind 'other'")
     assert hashes(run / "model") == hashes(finished[0] / "model")
 
 

@@ -35,13 +35,10 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
         InputError: something of the author's machine isn't given, or a setting isn't one of this version's.
     """
     base = load_settings("", own)
-    # Recipes of earlier versions have what no trial depends on.
-    stated = {
-        section: {option: value for option, value in options.items() if f"{section}.{option}" not in UNTRIED}
-        for section, options in recipe.settings.items()
-    }
+    stated = {section: dict(options) for section, options in recipe.settings.items()}
     for name in (f"{section}.{option}" for section, part in stated.items() for option in part):
-        if name in LEFT_OUT:  # a place on this machine, or one to send things to
+        # These name a place on this machine, or a place to send things to, or no trial depends on them.
+        if name in LEFT_OUT | UNTRIED:
             raise InputError(f"The recipe has the setting {name}, which is no part of a recipe; get another copy.")
     _leave_scorers(stated)
     load, machine = stated.setdefault("load", {}), base.load

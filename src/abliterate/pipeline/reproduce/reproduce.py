@@ -18,7 +18,7 @@ from abliterate.export import check_output
 from abliterate.export.recipe import RECIPE, Recipe, read_recipe
 from abliterate.files import safe_name
 from abliterate.pipeline import export_trial, stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.cache_keys import OBJECTIVES_PART, SCORERS_PART
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records
 from abliterate.pipeline.preflight import check_model, check_names
@@ -62,7 +62,7 @@ def reproduce(
     prompts = read_prompts(context)
     result = Result(prompts=prompt_records(settings, prompts))
     _check_prompts(recipe, result)
-    sizes = recipe.batch_sizes.model_dump() if recipe.batch_sizes else None
+    sizes = recipe.batch_sizes.model_dump()
     with load_calibrated(context, prompts, recipe.response_prefix, sizes) as bench:
         _check_bench(recipe, bench, result)
         directions = stages.find_directions(bench)
@@ -126,18 +126,18 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
         )
     if info.quantization != stated.quantization:
         context.reporter.warn(f"The weights are {info.quantization} here, in the recipe {stated.quantization!r}.")
-    if recipe.rendering not in (None, bench.record()["rendering"]):
+    if recipe.rendering != bench.record()["rendering"]:
         context.reporter.warn(
             "The chat template writes prompts otherwise than for the recipe, today's date for example; scores and bytes may "
             "differ because of that."
         )
     identity = bench.identity()
-    changed = changed_parts(recipe.identity, identity) if recipe.identity else []
+    changed = changed_parts(recipe.identity, identity)
     if set(changed) & _LOOSE - {"model"}:
         context.reporter.warn("The attention implementation is another one than the recipe's.")
     loose = _LOOSE
     if left := left_scorers(recipe):
-        loose = {*_LOOSE, OBJECTIVES, SCORERS}
+        loose = {*_LOOSE, OBJECTIVES_PART, SCORERS_PART}
         context.reporter.warn(
             f"The recipe's author had scorers in files or of plugins, or judges ({', '.join(map(repr, left))}); they aren't "
             "run here, and markers aren't compared: refusals and KL tell whether the trial is the same."
