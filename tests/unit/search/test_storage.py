@@ -203,9 +203,7 @@ def test_what_was_asked_is_asked_again(impatient: None) -> None:
 
 
 def test_patience_ends_with_a_sentence(impatient: None) -> None:
-    with pytest.raises(
-        AbliterateError, match=r"answered for 0 s .*its finished trials are kept, so continue with --resume"
-    ):
+    with pytest.raises(AbliterateError, match=r"answered for 0 s .*its finished trials are kept, so continue with --resume"):
         patiently(lost_times(100, lambda: None), patience=0.2)
 
 
