@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Literal
 
-from abliterate.types import Baseline, Direction, Objective, Trial
+from abliterate.types import Baseline, Objective, Sense, Trial
 
 Vector = tuple[float, ...]
 KL, REFUSALS = "kl", "refusals"
@@ -22,7 +22,7 @@ JUDGES = (CLASSIFIER, "endpoint")
 DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
 
 
-def split(text: str) -> tuple[str, Direction | Literal[""]]:
+def split(text: str) -> tuple[str, Sense | Literal[""]]:
     """(scorer, goal) of `NAME`, `NAME:minimize` or `NAME:maximize`; the goal is "" if none is named."""
     name, _, goal = text.rpartition(":")
     if not name or name.endswith(".py"):  # a class in a file may have such a name

@@ -11,8 +11,8 @@ from typing import Any, Literal, Protocol
 
 Scope = Literal["global", "per layer"]
 TrialState = Literal["complete", "stopped", "failed"]
-Direction = Literal["minimize", "maximize"]
-Goal = Literal[Direction, "none"]
+Sense = Literal["minimize", "maximize"]
+Goal = Literal[Sense, "none"]
 Operation = Literal["residuals", "prefill", "decode"]
 # Options of a chat template by name, such as `enable_thinking`.
 TemplateOptions = Mapping[str, str | bool | int | float]
@@ -85,7 +85,7 @@ class Objective:
     """A scorer, by its name, that a search minimizes or maximizes."""
 
     name: str
-    goal: Direction
+    goal: Sense
 
     def cost(self, value: float) -> float:
         """`value` as a cost, of which less is better."""

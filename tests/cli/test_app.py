@@ -22,7 +22,6 @@ from abliterate.cli import run as cli_run
 from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import workbench
 from abliterate.settings.sources import config_path
 from support.cli import (
     QUICK,
@@ -96,7 +95,7 @@ def test_bad_input_is_one_sentence(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], part: str
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(workbench, "load", forbidden)  # found before a model is loaded
+        patch.setattr(loader, "load_model", forbidden)  # found before a model is loaded
         assert_sentence(invoke(*arguments), 2, part)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "runs"])  # nothing is left of a run that never began
     assert not list(tmp_path.glob("runs/*"))

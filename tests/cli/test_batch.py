@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import tomli_w
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import batch
 from abliterate.errors import InputError
 from abliterate.model import hub
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import run as pipeline_run
-from abliterate.pipeline import stages, workbench
+from abliterate.pipeline import stages
 from support.cli import Invoke, Outcome, assert_json_lines, assert_sentence
 from support.models import make_model as tiny_model
 from support.models import save_model
@@ -118,20 +119,20 @@ def test_one_failing_does_not_stop_the_rest(
         {"model": "other", "out": "mine"},
     ]
     listed = write_list(tmp_path / "l.toml", runs, **common)
-    real, held, alive = workbench.load, [], []
+    real, held, alive = pipeline_run.load_calibrated, [], []
 
     def load(context: Any, prompts: Any) -> Any:
         alive.append([one() is not None for one in held])
         if context.settings.model == str(tiny):
-            loaded = real(context, prompts)
-            held.append(weakref.ref(loaded.model))
+            bench = real(context, prompts)
+            held.append(weakref.ref(bench.loaded.model))
             raise RuntimeError("a bug")  # with the model in the frames of its traceback
-        loaded = real(context, prompts)
-        held.append(weakref.ref(loaded.model))
-        return loaded
+        bench = real(context, prompts)
+        held.append(weakref.ref(bench.loaded.model))
+        return bench
 
     with monkeypatch.context() as patch:
-        patch.setattr(workbench, "load", load)
+        patch.setattr(pipeline_run, "load_calibrated", load)
         freed: list[Any] = []
         clear = batch.clear_device_cache
         patch.setattr(batch, "clear_device_cache", lambda device: freed.append(device) or clear(device))
@@ -147,8 +148,9 @@ def test_one_failing_does_not_stop_the_rest(
     assert (three["state"], "RuntimeError: a bug" in three["message"], three["exit_code"]) == ("failed", True, 1)
     assert (four["state"], four["directory"], four["export"]) == ("done", "mine", None)
     for done in (two, four):
-        result = RunDirectory(Path(done["directory"])).read_result()
-        assert (done["trial"], done["refusals_before"]) == (result["selected"], result["baseline"]["refusals"])
+        result = Result.read(RunDirectory(Path(done["directory"])))
+        assert result.baseline is not None
+        assert (done["trial"], done["refusals_before"]) == (result.selected, result.baseline.refusals)
     kinds = [event["event"] for event in assert_json_lines(outcome.out)]
     assert [kind for kind in kinds if kind in ("run", "result", "failed", "summary", "error")] == [
         *("run", "failed", "run", "result", "run", "failed", "run", "result", "summary", "error"),
@@ -179,7 +181,8 @@ def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, 
     path, result, settings = finished
     directory = RunDirectory(shutil.copytree(path, tmp_path / "run"))
     found = batch._finished(settings, directory)
-    assert found == {name: part for name, part in result.items() if name != "sha256"}
+    assert found is not None
+    assert found.to_record() == {name: part for name, part in result.items() if name != "sha256"}
     assert batch._finished(settings.model_copy(update={"device": "cpu", "out": "elsewhere"}), directory)
     for change in (
         {"seed": 5},
@@ -219,7 +222,7 @@ def test_an_interruption_ends_all_with_a_summary(
     assert [one["state"] for one in summary(outcome)] == ["failed", "interrupted", "not begun"]
     assert (summary(outcome)[1]["exit_code"], summary(outcome)[1]["directory"]) == (code, "runs/l/demo")
     assert assert_json_lines(outcome.out)[-1]["event"] == "error"
-    assert len(RunDirectory(Path("runs/l/demo")).read_result()["trials"]) == 1  # what was finished is kept
+    assert len(Result.read(RunDirectory(Path("runs/l/demo"))).trials) == 1  # what was finished is kept
     assert not (tmp_path / "never").exists()
 
 

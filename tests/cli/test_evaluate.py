@@ -138,7 +138,7 @@ def test_a_chat_and_an_export_run_no_code_of_a_run(
         loads.append(load)
         raise InputError("Seen.")
 
-    def open_base(context: Any, number: int) -> None:
+    def open_base(context: Any, result: Any, number: int) -> None:
         load_model("", context.settings.load)
 
     monkeypatch.setattr(chat_open.loader, "load_model", load_model)
@@ -154,12 +154,12 @@ def test_a_chat_and_an_export_run_no_code_of_a_run(
         assert loads[-1].trust_remote_code
     assert len(loads) == 4
 
-    def load_and_calibrate(context: Any, *rest: Any) -> None:
+    def load_calibrated(context: Any, *rest: Any) -> None:
         scorers_of(context.settings)
         raise InputError("Seen.")
 
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline_export_trial, "load_and_calibrate", load_and_calibrate)
+    monkeypatch.setattr(pipeline_export_trial, "load_calibrated", load_calibrated)
     change(hostile, load={"attn_implementation": ""})
     assert_sentence(invoke(*export, "--verify"), 2, "Seen.")
     assert not (hostile / "was run").exists()
@@ -182,7 +182,7 @@ def test_the_candidate_is_looked_at_before_the_base_is_loaded(
     monkeypatch: pytest.MonkeyPatch,
     invoke: Invoke,
 ) -> None:
-    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "open_workbench", forbidden)
     assert_sentence(invoke("evaluate", "demo", "pt"), 2, "The model pt can't be fetched from the Hub")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -190,7 +190,7 @@ def test_the_candidate_is_looked_at_before_the_base_is_loaded(
     assert_sentence(invoke("evaluate", "demo", broken), 2, "broken", "can't be loaded")
     for head in (str(tmp_path), "nothing", "owner/name", "~nobody-of-that-name/x", "x" * 5000):
         assert_sentence(invoke("evaluate", "demo", f"{head}:3"), 2, "There is no run in", "names no trial of one")
-    assert_sentence(invoke("evaluate", "demo", f"{finished[0]}:999"), 2, "no complete trial 999")
+    assert_sentence(invoke("evaluate", "demo", f"{finished[0]}:999"), 2, "no finished trial 999")
     assert_sentence(invoke("evaluate", "demo", f"{finished[0]}:²"), 2)
 
 
@@ -207,7 +207,7 @@ def test_an_adapter_that_would_not_act_is_refused(
     adapter = get_peft_model(make_model("llama"), config(task_type="CAUSAL_LM", num_virtual_tokens=4, **options))
     adapter.peft_config["default"].base_model_name_or_path = str(base)
     adapter.save_pretrained(str(tmp_path / "adapter"))
-    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "open_workbench", forbidden)
     monkeypatch.setattr(chat_open.loader, "open_model", forbidden)
     for command in (("evaluate", base, tmp_path / "adapter"), ("chat", tmp_path / "adapter")):
         assert_sentence(invoke(*command), 2, "acts outside the model's layers", adapter.peft_config["default"].peft_type.value)

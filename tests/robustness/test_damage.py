@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import sys
@@ -206,15 +207,18 @@ def test_damaged_settings_are_refused_or_change_nothing_of_a_trial(
 
 
 def test_damaged_directions_are_refused(finished: Finished, tmp_path: Path) -> None:
-    path, first, _ = finished
+    path = finished[0]
+    result = Result.read(RunDirectory(path))
     content = (path / "directions.safetensors").read_bytes()
     for what, damaged in damages(content, 3, 10):
         (tmp_path / "d").write_bytes(damaged)
-        assert "--resume computes them again" in refusal(lambda: stages.read_directions(tmp_path / "d", first))[1], what
+        assert "--resume computes them again" in refusal(lambda: stages.read_directions(tmp_path / "d", result))[1], what
     newer = save(load(content), metadata={"format": "2"})
     (tmp_path / "d").write_bytes(newer)
+    assert result.directions is not None
+    known = result.directions.model_copy(update={"sha256": hashlib.sha256(newer).hexdigest()})
     with pytest.raises(InputError, match="--resume"):
-        stages.read_directions(tmp_path / "d", {name: value for name, value in first.items() if name != "directions"})
+        stages.read_directions(tmp_path / "d", result.model_copy(update={"directions": known}))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"\xff\xfe", b"abliterate-x-123\n", b"abliterate-a b-0123456789ab", b"../x"])

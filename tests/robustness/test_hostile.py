@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.cli import app
 from abliterate.errors import InputError
@@ -145,7 +146,7 @@ def test_the_report_escapes(finished: Finished) -> None:
     path, first, _ = finished
     result = {**first, "model": first["model"] | {"id": HOSTILE}}
     result["trials"] = [{**trial, "state": "failed", "reason": HOSTILE} for trial in first["trials"]]
-    page = render(gather(RunDirectory(path), {**result, "front": [], "selected": None}))
+    page = render(gather(RunDirectory(path), Result.model_validate({**result, "front": [], "selected": None})))
     assert "<img src=x" not in page
     assert html.escape(HOSTILE.split("\n")[0]) in page
 

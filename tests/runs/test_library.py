@@ -173,36 +173,37 @@ def function_of(name: str) -> Any:
     return passed_on.get(name) or getattr(ab, name)
 
 
-CALLABLE = """
+LIGHT = """
 import sys
 import abliterate as ab
 heavy = {"torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich"}
-assert not heavy & set(sys.modules), heavy & set(sys.modules)
-assert len([name for name in sys.modules if name.startswith("abliterate.")]) == 1
-FIRST
-import abliterate.export as e
+assert [name for name in sys.modules if name.startswith("abliterate.")] == ["abliterate._version"]
+assert callable(ab.search)
 from abliterate import search
-import abliterate.search.front
-from abliterate.export import EXPORTERS
-assert e is ab.export is sys.modules["abliterate.export"] and callable(e) and {"merged", "adapter"} <= set(e.EXPORTERS)
-assert EXPORTERS is e.EXPORTERS
-assert search is ab.search is sys.modules["abliterate.search"] and callable(search) and search.front.pareto_front
-from abliterate.pipeline.search import Search
-try:
-    ab.search()
-except TypeError as error:
-    assert "missing 2 required positional arguments: 'bench' and 'directions'" in str(error), error
-try:
-    ab.nothing
-except AttributeError as error:
-    assert str(error) == "module 'abliterate' has no attribute 'nothing'"
+import abliterate.search as same
+assert search is same is ab.search
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 
 
-@pytest.mark.parametrize(
-    "first", ["", "assert callable(ab.search) and callable(ab.export)", "import abliterate.search.study, abliterate.export.job"]
-)
-def test_search_and_export_are_functions_and_packages(first: str) -> None:
-    """Whichever is touched first; and importing the library alone imports nothing heavy."""
-    done = subprocess.run([sys.executable, "-c", CALLABLE.replace("FIRST", first)], capture_output=True, text=True, check=False)
+def test_the_library_alone_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_search_and_export_are_functions_and_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    import abliterate.export as e
+    from abliterate import search
+    from abliterate.export import EXPORTERS
+
+    for found, name, needs in ((e, "export", "'bench', 'trial', and 'out'"), (search, "search", "'bench' and 'directions'")):
+        assert found is getattr(ab, name) is sys.modules[f"abliterate.{name}"]
+        monkeypatch.delitem(vars(ab), name)  # as before the package is imported
+        assert found is getattr(ab, name)
+        with pytest.raises(TypeError, match=f"required positional arguments: {needs}"):
+            found()  # type: ignore[operator]
+    assert EXPORTERS is e.EXPORTERS
+    assert {"merged", "adapter"} <= set(e.EXPORTERS)
+    assert inspect.ismodule(search.study)
+    with pytest.raises(AttributeError, match="module 'abliterate' has no attribute 'nothing'"):
+        _ = ab.nothing

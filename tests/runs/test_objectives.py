@@ -188,8 +188,8 @@ def test_the_front_is_the_one_without_stops(prompt_files: Files, tmp_path: Path)
         assert one["values"]["sure"] == pytest.approx(other["values"]["sure"], abs=1e-5)
 
 
-def test_the_readmes_scorer_keeps_answers_length(prompt_files: Files, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_pages_scorer_keeps_answers_length(prompt_files: Files, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = next(found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Length" in found)
     own = written(tmp_path, code)
     search = {"trials": 2, "objectives": ["refusals", "kl", f"{own}:Length"]}

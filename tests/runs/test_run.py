@@ -17,6 +17,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.export.merged import Merged
+from abliterate.files import digest_of
 from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import cache_keys, context, stages
@@ -65,6 +66,7 @@ def test_leaves_every_artifact(finished: Finished) -> None:
 def test_result_has_the_documented_layout(finished: Finished) -> None:
     path, returned, _ = finished
     result = read_result(path)
+    assert result.pop("sha256") == digest_of(result)
     assert result == json.loads(json.dumps(returned))
     assert result["format"] == 1
     assert {"id", "revision", "fingerprint"} <= set(result["model"])

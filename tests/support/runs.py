@@ -135,6 +135,7 @@ class Untouched:
         folder = demo_path() / "model"
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self._generated: dict[tuple[Any, ...], list[list[int]]] = {}
 
     def ids(self, prompt: str, system: str, prefix: str = "") -> list[int]:
         """What the model reads: the template's text and the response prefix."""
@@ -144,11 +145,15 @@ class Untouched:
 
     def generate(self, prompts: Sequence[str], settings: Settings, prefix: str = "") -> list[list[int]]:
         """The ids of the greedy answers, padded after each one's end."""
-        rows = [self.ids(prompt, settings.prompts.system, prefix) for prompt in prompts]
-        batch = self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
-        count = batch["input_ids"].shape[1]
-        answers = self.model.generate(**batch, do_sample=False, max_new_tokens=settings.response.max_new_tokens)
-        return answers[:, count:].tolist()
+        system, length = settings.prompts.system, settings.response.max_new_tokens
+        key = (tuple(prompts), system, prefix, length)
+        if key not in self._generated:
+            batch = self.tokenizer.pad(
+                {"input_ids": [self.ids(prompt, system, prefix) for prompt in prompts]}, return_tensors="pt"
+            )
+            found = self.model.generate(**batch, do_sample=False, max_new_tokens=length)
+            self._generated[key] = found[:, batch["input_ids"].shape[1] :].tolist()
+        return self._generated[key]
 
     def answers(self, prompts: Sequence[str], settings: Settings, prefix: str = "") -> list[str]:
         """The texts of the greedy answers."""

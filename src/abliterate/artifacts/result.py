@@ -25,6 +25,10 @@ FORMAT = 1
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 
+# What a record of another shape raises; pydantic takes a ValueError only for a finding.
+_MALFORMED = (KeyError, TypeError, AttributeError, OverflowError)
+
+
 class OtherVersion(InputError):
     """A file of a format that this version doesn't read: refused, where a damaged one would be rebuilt."""
 
@@ -35,7 +39,7 @@ def _trial(value: Any) -> Trial:
     try:
         trial = Trial.from_record(value)
         sound = trial.state == "failed" or trial.refusals >= 0 <= trial.kl
-    except (KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not sound:
         raise ValueError("a score is negative")
@@ -47,7 +51,7 @@ def _baseline(value: Any) -> Baseline | None:
         return value
     try:
         baseline = Baseline.from_record(value) if value else None
-    except (KeyError, TypeError, AttributeError) as error:
+    except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if baseline is not None and min(baseline.refusals, baseline.prompts) < 0:
         raise ValueError("a count is negative")
@@ -55,7 +59,10 @@ def _baseline(value: Any) -> Baseline | None:
 
 
 def _objective(value: Any) -> Objective:
-    return value if isinstance(value, Objective) else Objective(**value)
+    try:
+        return value if isinstance(value, Objective) else Objective(**value)
+    except _MALFORMED as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 TrialField = Annotated[Trial, BeforeValidator(_trial), PlainSerializer(Trial.to_record)]
@@ -189,7 +196,9 @@ class Result(_Part):
         return {**value, "model": value["model"] or None} if isinstance(value, dict) and "model" in value else value
 
     @model_validator(mode="after")
-    def _numbers_exist(self) -> Result:
+    def _is_sound(self) -> Result:
+        if self.trials and (self.model is None or self.baseline is None):
+            raise ValueError("it has trials and lacks the model or the baseline")
         if not {*self.front, *([] if self.selected is None else [self.selected])} <= {trial.number for trial in self.trials}:
             raise ValueError("front or selected name a trial that isn't there")
         return self
@@ -295,10 +304,8 @@ class Result(_Part):
                 f"trials {run} shows as complete."
             )
         if trial.state == "failed":
-            raise InputError(
-                f"Trial {number} failed ({trial.reason.rstrip('.')}); choose one that abliterate trials {run} shows as "
-                "complete."
-            )
+            reason = trial.reason.rstrip(".") or "no reason is recorded"
+            raise InputError(f"Trial {number} failed ({reason}); choose one that abliterate trials {run} shows as complete.")
         return trial
 
 

@@ -55,7 +55,7 @@ __all__ = [
     "ResidualMeans",
     "compute_directions",
     "direction_method",
-    "needed_of",
     "needs_means",
+    "summarize_residuals",
     "winsorize",
 ]

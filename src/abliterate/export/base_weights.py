@@ -164,7 +164,7 @@ def checkpoint_folder(source: str, load: LoadSettings) -> Path:
     """The directory with the model's files: `source` itself, or the Hub's snapshot, whose missing files are fetched.
 
     Raises:
-        Unfit: there are no safetensors weights. InputError: a file can't be fetched.
+        NotStreamable: there are no safetensors weights. InputError: a file can't be fetched.
     """
     folder = Path(source)
     if folder.is_dir():

@@ -271,7 +271,7 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe in a file, a run directory or an export.
 
     Raises:
-        InputError: there is no recipe, or it has another format version, is damaged, or isn't of the layout below.
+        InputError: there is no recipe, or it has another format version, is damaged, or isn't of the layout of `Recipe`.
     """
     path = path / RECIPE if path.is_dir() else path
     try:

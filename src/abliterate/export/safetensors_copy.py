@@ -44,7 +44,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     """{name: position} of the tensors of a safetensors file, in the order of the bytes.
 
     Raises:
-        Unfit: the file has no valid header, or is shorter than its header says.
+        NotStreamable: the file has no valid header, or is shorter than its header says.
     """
     try:
         with path.open("rb") as file:
@@ -67,7 +67,7 @@ def shard_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint, as `transformers` would choose them.
 
     Raises:
-        Unfit: there are no safetensors weights, or the index names missing files.
+        NotStreamable: there are no safetensors weights, or the index names missing files.
     """
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
@@ -78,7 +78,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def shards_of(index: Path) -> list[str]:
-    """The file names in an index; Unfit if it is missing or invalid."""
+    """The file names in an index; NotStreamable if it is missing or invalid."""
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -86,7 +86,7 @@ def shards_of(index: Path) -> list[str]:
 
 
 def check_dtype(name: str, stored: Stored, dtype: torch.dtype, dimensions: int = 0) -> None:
-    """Unfit unless a tensor is stored in `dtype` and has the given number of dimensions (0: any number)."""
+    """NotStreamable unless a tensor is stored in `dtype` and has the given number of dimensions (0: any number)."""
     if _FLOATS.get(stored.dtype) != dtype or (dimensions and len(stored.shape) != dimensions):
         raise NotStreamable(f"{name} is stored as {stored.dtype} of shape {stored.shape}")
 

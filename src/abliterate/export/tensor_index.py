@@ -47,7 +47,7 @@ def find_places(
     """{target: its matrix, or the matrices of its experts in order}.
 
     Raises:
-        Unfit: a matrix is missing in the files, isn't stored in `dtype`, or has another shape than in the model.
+        NotStreamable: a matrix is missing in the files, isn't stored in `dtype`, or has another shape than in the model.
     """
     by_parameter = {parameter_name(target): target for target in targets}
     tensors = {tensor: (path, stored) for path in files for tensor, stored in read_header(path).items()}
@@ -125,7 +125,7 @@ class _Rules:
         """(the parameter that a tensor is loaded into, whether it is one matrix of the stack there).
 
         Raises:
-            Unfit: the parameter is computed from the tensor, and by its name it is one of those to edit.
+            NotStreamable: the parameter is computed from the tensor, and by its name it is one of those to edit.
         """
         prefix = self._model.base_model_prefix
         renamed, pattern = self._loading.rename_source_key(tensor, self._renamings, self._converters, prefix, self._parameters)

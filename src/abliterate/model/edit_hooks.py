@@ -78,7 +78,7 @@ class EditHooks:
                 adapter.resume()
                 continue
             self.misses += 1
-            adapter.off()  # if `make` fails, the module is unedited, not half edited
+            adapter.off()  # if `make_factors` fails, the module is unedited, not half edited
             adapter.write(key, make_factors())
 
     def suspend(self) -> None:

@@ -1,4 +1,4 @@
-"""Reads a module's matrix as W (d_out, d_in), whether it is a Linear, a Conv1D, or quantized in one of `storages`.
+"""Reads a module's matrix as W (d_out, d_in), whether it is a Linear, a Conv1D, or quantized in one of `model/formats`.
 
 For fused experts, W holds all experts' matrices (E, d_out, d_in).
 """

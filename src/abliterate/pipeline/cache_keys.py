@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,8 @@ from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
 from abliterate.objectives import DEFAULT, is_custom
 from abliterate.prompts.files import digest
-from abliterate.scorers import SCORERS as registered
+from abliterate.scorers import SCORERS
+from abliterate.scorers.judges import MODEL
 from abliterate.scorers.refusals import read_markers
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
@@ -33,7 +35,7 @@ PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
 # The names of two parts of a study's identity.
-OBJECTIVES, SCORERS = "set or order of objectives", "set of scorers or markers"
+OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"
 
 
 def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -130,8 +132,8 @@ def study_identity(
         "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
-        SCORERS: _scorers(settings),
-        OBJECTIVES: [[objective.name, objective.goal] for objective in objectives],
+        SCORERS_PART: _scorers(settings),
+        OBJECTIVES_PART: [[objective.name, objective.goal] for objective in objectives],
     }
     return {name: _digest(part) for name, part in parts.items()}
 
@@ -158,9 +160,11 @@ def _scorers(settings: Settings) -> list[Any]:
     for name in settings.scorers:
         path, _, wanted = name.rpartition(":")
         content = hashlib.sha256(Path(path).read_bytes()).hexdigest() if is_custom(name) else ""
-        names.append(" ".join([f"{wanted} {content}" if content else name, *registered.origin(name).values()]))
-    judge = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
-    return [names, sorted(_markers(settings)), *judge]
+        names.append(" ".join([f"{wanted} {content}" if content else name, *SCORERS.origin(name).values()]))
+    judges = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
+    # Only the model that is asked, which the environment names: the same model may be served at another address.
+    judges += [[os.environ.get(MODEL, "")]] if "endpoint" in names else []
+    return [names, sorted(_markers(settings)), *judges]
 
 
 def _markers(settings: Settings) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
@@ -72,7 +73,11 @@ def export_trial(
     lacking = [name for name in _NEEDED if getattr(result, name) is None]
     if result.model is None or lacking:
         raise damaged(directory, f"it lacks {', '.join(lacking)}")
-    context = Context.of(_as_trials_ran(settings, result.model.dtype), reporter)
+    try:
+        settings = _as_trials_ran(settings, result.model.dtype)
+    except ValidationError as error:
+        raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
+    context = Context.of(settings, reporter)
     directions = stages.read_directions(directory.directions, result)
     source, base = open_base(context, result, number)
     if {target.component for target in base.targets.values()} - set(trial.params.kernels):

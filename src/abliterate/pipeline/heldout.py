@@ -37,7 +37,7 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
     seen = {normalize(prompt.text) for part in known for prompt in part}
     found: dict[str, tuple[Prompt, ...]] = {}
     record: dict[str, dict[str, Any]] = {}
-    with context.stage("held-out prompts"):
+    with context.stage("held-out prompts", at_once=True):
         for name, source in heldout_sources(settings).items():
             try:
                 found[name], record[name] = _one_set(source, settings, seen)

@@ -18,7 +18,7 @@ from abliterate.search.pruner import DominancePruner
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.search.storage import POLL
 from abliterate.search.study import STUDY_NAME, Study
-from abliterate.types import Baseline, Trial
+from abliterate.types import Baseline, Trial, TrialParams
 
 
 class Search:
@@ -73,6 +73,10 @@ class Search:
         if isinstance(rule, str):
             rule = self._parse(rule) if rule else self._rule
         return choose(front, rule(front)) if choose else rule(front)
+
+    def measure(self, params: TrialParams) -> Trial:
+        """Any parameter set, measured in full as trials are, and not told to the sampler."""
+        return stages.evaluate(self.bench, len(self.trials), params, DominancePruner.never(self.bench.objectives))
 
     def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:
         """Run the trials that are left; gives those that have finished since the last round, and at first those from before.

@@ -256,7 +256,7 @@ class Workbench:
 def load(settings: Settings, reporter: Reporter | None = None, *, check: Callable[[], None] = lambda: None) -> Workbench:
     """The model, tokenizer and prompts that the settings name, checked and calibrated; to be used in a `with` statement.
 
-    `reporter`: where progress goes; by default one line at a time on standard error.
+    `reporter`: where progress goes; by default a progress bar on standard error.
 
     Raises:
         InputError: a name in the settings stands for nothing, the model or a prompt set can't be loaded, or too little of the

@@ -8,7 +8,7 @@ import optuna
 
 from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import SearchSettings
-from abliterate.types import Direction, Kernel, Objective, TrialParams
+from abliterate.types import Kernel, Objective, Sense, TrialParams
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -23,7 +23,7 @@ class Space:
     objectives: tuple[Objective, ...] = DEFAULT
 
     @property
-    def goals(self) -> list[Direction]:
+    def goals(self) -> list[Sense]:
         """The objectives' goals as Optuna names them."""
         return [objective.goal for objective in self.objectives]
 

@@ -160,8 +160,8 @@ class Study:
         """Record a finished trial with refusals out of `n_prompts`; on return it is durable.
 
         The sampler sees the objectives, by default mean KL and the share of refusals, and for a pruned trial its bound: over 20
-        seeds that gave exactly the fronts of full evaluation (docs/sampler.md). False means that other workers took this
-        worker for dead, and the trial is theirs now.
+        seeds that gave exactly the fronts of full evaluation (docs/generated/sampler.md). False means that other workers took
+        this worker for dead, and the trial is theirs now.
         """
         record = json.dumps(trial.to_record(), allow_nan=False)
         values = None if trial.state == "failed" else reported_values(trial, self._space.objectives, n_prompts)

@@ -1,7 +1,7 @@
 """Print the lines of `--json`: one object of strict JSON a line, in ASCII, each with `event`, `format` and `time`.
 
-docs/json.schema.json describes the fields of every line, and docs/json.md describes them to a person. This module imports
-nothing heavy, since the command line imports it at its start.
+docs/json.schema.json describes the fields of every line, and docs/generated/json.md describes them to a person. This module
+imports nothing heavy, since the command line imports it at its start.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+# Tokens of a prompt that are assumed where the prompts can't be read.
 USUAL_TOKENS = 64
 
 

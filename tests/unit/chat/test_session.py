@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.chat.display import JsonDisplay, PlainDisplay, TerminalDisplay, visible
 from abliterate.chat.generate import Reply, Sampling, _Reading
@@ -110,6 +111,14 @@ def model_of(session: Session) -> Any:
 
 @torch.no_grad()
 def logits(session: Session) -> Tensor:
+    """Of the model as the side that answers has it."""
+    (side,) = session._sides()
+    with session._active(side):
+        return bare_logits(session)
+
+
+def bare_logits(session: Session) -> Tensor:
+    """Of the model as it is between two answers."""
     return model_of(session)(torch.arange(5, 25)[None]).logits
 
 
@@ -120,7 +129,7 @@ def complete(result: dict[str, Any]) -> list[Trial]:
 def test_answers_are_those_of_the_reference(session: Session, finished: Finished) -> None:
     path, result, settings = finished
     loaded = loader.load_model("demo", settings.load, CPU, lambda t, d: PromptEncoder(t, d).encode([Prompt("Hi")]), print)
-    directions = stages.read_directions(RunDirectory(path).directions, result)
+    directions = stages.read_directions(RunDirectory(path).directions, Result.read(RunDirectory(path)))
     editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
     chat = PromptEncoder(loaded.tokenizer, CPU)
     reader = ResponseReader(loaded.tokenizer, MARKUP)
@@ -145,6 +154,7 @@ def test_base_is_the_base_bit_for_bit_and_trials_differ(session: Session, finish
         assert session.mode == "edited"
         edited = say(session, ASKED[0])
         seen.append(logits(session))
+        assert torch.equal(bare_logits(session), base)
         session.reset()
         session.switch("base")
         assert say(session, ASKED[0]) == say(plain, ASKED[0])
@@ -410,10 +420,10 @@ def another_model(result: dict[str, Any]) -> None:
         (stopped_first, ["--trial", 0], ["Trial 0 was stopped", "abliterate trials"]),
         (stopped_first, ["--trial", 1], ["Trial 1 failed (its logits are not finite)"]),
         (stopped_first, ["--trial", 99], ["no finished trial 99"]),
-        (nothing_finished, [], ["none of its trials has finished yet"]),
+        (nothing_finished, [], ["no trial of it has finished yet; wait for one"]),
         (no_front, [], ["none of its trials beats the model itself", "--trial"]),
         (another_model, [], ["isn't what it was when the run was made"]),
-        (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (KeyError: 'fingerprint')"]),
+        (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (model.fingerprint: Field required)"]),
         (lambda result: None, ["--set", "edit.mode=none"], ["The settings edit belong to the run"]),
         (lambda result: None, ["--temperature", "-1"], ["--temperature needs a number from 0"]),
     ],
@@ -574,10 +584,11 @@ def test_ctrl_c_in_a_pipe_ends(session: Session) -> None:
 # Twelve tokens a second, so that there is time to press a key.
 SLOW = """
 import time
-from abliterate import chat_voice, cli
-feed = chat_voice._Reading.feed
-chat_voice._Reading.feed = lambda reading, token: (time.sleep(0.08), feed(reading, token))[1]
-cli.main()
+from abliterate.chat import generate
+from abliterate.cli import app
+feed = generate._Reading.feed
+generate._Reading.feed = lambda reading, token: (time.sleep(0.08), feed(reading, token))[1]
+app.main()
 """
 
 

@@ -19,10 +19,10 @@ from support.models import make_directions, make_editor, make_loaded, make_model
 MODES = sorted(METHODS)
 
 
-def with_room(editor: Editor, room: float) -> Editor:
-    """The same editor with other room."""
+def with_budget(editor: Editor, budget: float) -> Editor:
+    """The same editor with another budget of bytes."""
     parts = (editor._targets, editor.directions, editor._settings, editor.adapters)
-    made = Editor(*parts, SvdMemo(100), room)
+    made = Editor(*parts, SvdMemo(100), budget)
     made.prepare()
     return made
 
@@ -32,7 +32,7 @@ def held(editor: Editor) -> int:
     return sum(
         tensor.nbytes
         for name, prepared in editor._prepared.items()
-        if name not in editor.parked
+        if name not in editor.offloaded
         for tensor in (prepared.a, prepared.p, prepared.norms)
     )
 
@@ -59,38 +59,38 @@ def test_directions_are_one_tensor_for_all_modules(mode: str) -> None:
 
 @pytest.mark.parametrize("accelerator", [False, True])
 @pytest.mark.parametrize("options", [{"mode": mode} for mode in MODES] + [{"representation": "svd"}], ids=str)
-def test_edits_are_the_same_whatever_the_room(
+def test_edits_are_the_same_whatever_the_budget(
     options: dict[str, Any], accelerator: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With an accelerator: here too everything lies in main memory, but by the way of what is parked there."""
+    """With an accelerator: here too everything lies in main memory, but by the way of what is offloaded there."""
     monkeypatch.setattr("abliterate.model.editor._has_own_memory", lambda device: accelerator)
     plain = make_editor(make_loaded(make_model("llama")), **options)
     plain.prepare()
     whole_size = held(plain)
-    for room in (0, whole_size // 3, whole_size - 1, whole_size, 10**9):
-        editor = with_room(plain, room)
-        assert held(editor) <= room
-        assert editor.room == room - held(editor)
-        short = room < whole_size
-        assert bool(editor.parked) == (short and accelerator)
+    for budget in (0, whole_size // 3, whole_size - 1, whole_size, 10**9):
+        editor = with_budget(plain, budget)
+        assert held(editor) <= budget
+        assert editor.budget_bytes == budget - held(editor)
+        short = budget < whole_size
+        assert bool(editor.offloaded) == (short and accelerator)
         assert bool(editor.unprepared) == (short and not accelerator)
-        if room:
-            assert held(editor) > 0, "what there is room for is kept"
+        if budget:
+            assert held(editor) > 0, "what fits into the budget is kept"
         for seed in range(4):
             assert_equal_factors(editor.factors(make_params(seed)), plain.factors(make_params(seed)))
-        assert held(editor) <= room
+        assert held(editor) <= budget
 
 
-def test_modules_without_room_are_prepared_in_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_beyond_the_budget_are_prepared_in_each_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_editor(make_loaded(make_model("llama")))
     prepared: list[int] = []
     prepare = plain._method.prepare
     monkeypatch.setattr(type(plain._method), "prepare", lambda self, *args: prepared.append(1) or prepare(*args))
-    editor = with_room(plain, 0)
+    editor = with_budget(plain, 0)
     assert len(prepared) == 6
     editor.factors(make_params(0))
     assert len(prepared) > 6
-    ample = with_room(plain, 10**9)
+    ample = with_budget(plain, 10**9)
     prepared.clear()
     ample.factors(make_params(0))
     assert prepared == []

@@ -131,7 +131,7 @@ def test_any_trial_is_exported_from_files_alone(
     assert recorder.warnings == []
     card = (final / "README.md").read_text(encoding="utf-8")
     assert "is what the trial was, within rounding" in card
-    assert f"{result['export']['verification']['weight_error']['max']:.1e}" in card
+    assert f"{result.export.verification['weight_error']['max']:.1e}" in card
     assert "No prompts were run on it" in card
     assert "12 harmless prompts" in card
 
@@ -187,10 +187,10 @@ def test_trials_that_are_not_complete_are_not_exported(state: str, finished: Fin
     run = copy_run(path, tmp_path / "run")
     number = other_trial(first)
     record = copy.deepcopy(first)
-    record["trials"][number]["state"] = state
+    record["trials"][number] |= {"state": state, "reason": "out of memory" if state == "failed" else ""}
     record["sha256"] = digest_of(record)
     write_json(run / "result.json", record)
-    with pytest.raises(InputError, match="was stopped" if state == "stopped" else "no finished trial"):
+    with pytest.raises(InputError, match="was stopped" if state == "stopped" else r"failed \(out of memory\)"):
         pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), number, tmp_path / "out")
 
 

@@ -23,7 +23,7 @@ from abliterate.evaluation.heldout import HeldoutSets, fault_of, first_differenc
 from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, drift
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import heldout
-from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.context import Context
 from abliterate.prompts import sets
 from abliterate.prompts.files import DatasetName, parse_source
 from abliterate.scorers import Response, make_scorers
@@ -301,7 +301,7 @@ def test_what_can_not_be_evaluated(
     invoke: Invoke,
 ) -> None:
     folder, _, _ = measured
-    assert_sentence(invoke("evaluate", "demo", f"{folder}:99"), 2, "no complete trial 99")
+    assert_sentence(invoke("evaluate", "demo", f"{folder}:99"), 2, "no finished trial 99")
     assert_sentence(invoke("evaluate", "demo", tmp_path / "nothing"), 2, "There is no model directory")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -315,7 +315,9 @@ def test_what_can_not_be_evaluated(
 def test_sets_that_are_given_must_be_there_and_default_ones_may_fail(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sets, "heldout_sources", lambda settings: dict.fromkeys(sets.HUB_HELDOUT, str(tmp_path / "gone.txt")))
+    monkeypatch.setattr(
+        heldout, "heldout_sources", lambda settings: dict.fromkeys(sets.HUB_HELDOUT, str(tmp_path / "gone.txt"))
+    )
     over = {"evaluation": {"heldout": True}, "search": {"trials": 3}, "export": {"kind": "none"}}
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
     assert "heldout" not in result
@@ -348,7 +350,7 @@ def test_what_other_sets_have_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "more2.txt").write_text("Weigh a drum\n", encoding="utf-8")
     settings = Settings.model_validate({"model": "demo", "prompts": prompts})
     recorder = Recorder()
-    context = pipeline_run.Context(settings, recorder, pipeline_run.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+    context = Context(settings, recorder, None, lambda: None)  # type: ignore[arg-type]
     found = heldout.read_heldout(context, [[Prompt("paint the fence!")]])
     assert found is not None
     assert [prompt.text for prompt in found.sets.harmful] == ["Mend a chair", "Lift a lamp"]

@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import app
 from abliterate.engine.reference import ReferenceEngine
@@ -267,7 +268,8 @@ def test_partial_run_says_what_it_leaves_out(tmp_path: Path, prompt_files: dict[
     with contextlib.suppress(AbliterateError):  # what a random model refuses is chance: there may be no front
         pipeline_run.run(settings, recorder, directory)
     assert any("14.3% of the parameters" in warning and "mlp.experts" in warning for warning in recorder.warnings)
-    coverage = directory.read_result()["coverage"]
+    coverage = Result.read(directory).coverage
+    assert coverage is not None
     assert coverage["share"] == pytest.approx(1 / 7)
     assert [group["path"] for group in coverage["groups"] if not group["edited"]] == ["mlp.experts"]
 

@@ -26,7 +26,7 @@ from abliterate.objectives import JUDGES
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.cache_keys import OBJECTIVES_PART, SCORERS_PART
 from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
 from abliterate.pipeline.reproduce.compare import Comparison
 from abliterate.pipeline.reproduce.recipe_settings import settings_of
@@ -48,11 +48,11 @@ def options(files: dict[str, str]) -> list[str]:
 
 
 def again(recipe: Path, files: dict[str, str], cache: Path, out: Path, **over: Any) -> tuple[dict[str, Any], Recorder]:
-    """Reproduce in this process; the result and what was reported."""
+    """Reproduce in this process: the result as JSON values, and what was reported."""
     recorder = Recorder()
     kind = over.pop("kind", "")
     own = {"model": "", "prompts": files, "cache_dir": str(cache), **over}
-    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out), recorder
+    return pipeline_reproduce_reproduce.reproduce(recipe, own, recorder, kind=kind, out=out).to_record(), recorder
 
 
 def changed(recipe: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -430,7 +430,7 @@ def _with_judges(record: dict[str, Any]) -> None:
     """As if its trials had been scored by judges, too."""
     record["settings"]["evaluation"]["scorers"] = ["refusals", "kl", "classifier", "endpoint"]
     record["settings"]["search"]["objectives"] = ["classifier:minimize", "endpoint"]
-    record["identity"] |= {SCORERS: "another", OBJECTIVES: "another"}
+    record["identity"] |= {SCORERS_PART: "another", OBJECTIVES_PART: "another"}
 
 
 def test_a_recipe_makes_no_judge_be_asked(
@@ -459,7 +459,7 @@ def test_a_recipe_makes_no_judge_be_asked(
         recipe = changed(
             path / "recipe.json",
             tmp_path / "other.json",
-            lambda record, change=change: (change(record), record["identity"].update({SCORERS: "another"})),
+            lambda record, change=change: (change(record), record["identity"].update({SCORERS_PART: "another"})),
         )
         with pytest.raises(InputError, match="made with another"):
             again(recipe, prompt_files, Path(settings.cache_dir), tmp_path / "out" / "again", kind="none")
@@ -504,7 +504,7 @@ def test_where_an_export_may_go(finished: Finished, tmp_path: Path, invoke: Invo
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     assert_sentence(invoke("reproduce", run, *options(prompt_files), "-o", "mine"), 2, "no export of abliterate")
-    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "no export of kind 'other'")
+    assert_sentence(invoke("reproduce", run, "--kind", "other"), 2, "There is no export kind 'other'")
     assert hashes(run / "model") == hashes(finished[0] / "model")
 
 

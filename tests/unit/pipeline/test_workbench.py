@@ -16,7 +16,7 @@ from abliterate.model import edit_hooks
 from abliterate.pipeline import stages
 from abliterate.pipeline.workbench import Workbench, load
 from abliterate.search.pruner import DominancePruner
-from abliterate.types import Baseline, Prompt, TrialParams
+from abliterate.types import Baseline, Kernel, Prompt, TrialParams
 from support.models import logits_of
 from support.runs import Recorder, Untouched, quick_settings
 
@@ -36,8 +36,9 @@ def bench(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def params(bench: Workbench) -> TrialParams:
-    """An edit that is far from the base model."""
-    return bench.space.upper_half()
+    """An edit that is far from the base model: its answers are others, too."""
+    kernel = Kernel(max_coeff=1.5, position=5.0, min_coeff=1.0, distance=4.0)
+    return TrialParams("per layer", 5.0, dict.fromkeys(bench.space.components, kernel))
 
 
 @pytest.fixture(autouse=True)

@@ -20,17 +20,16 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.evaluate import _cells
 from abliterate.errors import InputError, Interrupted, TrialError
 from abliterate.evaluation import lm_eval
-from abliterate.evaluation.lm_eval import Tasks, check_tasks, run_tasks
+from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
 from abliterate.pipeline import evaluate as pipeline_evaluate
 from abliterate.pipeline import export_trial as pipeline_export_trial
-from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.cache_keys import _scorers
 from abliterate.report.tables import heldout_table
 from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
@@ -403,7 +402,7 @@ def test_an_own_scorer_in_a_run(
     adapter = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
     export = [adapter, Recorder(), RunDirectory(tmp_path / "run"), result["trials"][0]["number"]]
     verified = pipeline_export_trial.export_trial(*export, tmp_path / "adapter", scores=True)
-    assert verified["export"]["verified"] is True
+    assert verified.export.verified is True
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     Path(own).write_text(OWN + "\n# changed\n", encoding="utf-8")
@@ -486,10 +485,17 @@ def _both(value: float, stderr: float | None) -> dict[str, Any]:
     return {name: {"value": value, "stderr": stderr} for name in ("base", "candidate")}
 
 
-def context() -> Any:
-    """A context without a store."""
-    recorder = Recorder()
-    return pipeline_run.Context(Settings(model="demo"), recorder, pipeline_run.RunResult(None, recorder), None, lambda: None)  # type: ignore[arg-type]
+def benchmark(model: PreTrainedModel, ready: Ready, recorder: Recorder) -> tuple[list[dict[str, Any]], str]:
+    """The tasks on a model as its own candidate."""
+    side = ModelView(make_engine(model, 3), contextlib.nullcontext)
+    return run_tasks(side, side, make_tokenizer(), ready, recorder.warn, lambda: None)
+
+
+def tiny_task() -> Ready:
+    """The stub's one task, looked up."""
+    ready = check_tasks(Tasks(("tiny",)))
+    assert ready is not None
+    return ready
 
 
 class TaskManager:
@@ -517,14 +523,14 @@ def test_how_lm_eval_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     calls: dict[str, Any] = {}
     stub_lm_eval(monkeypatch, lambda **options: calls.update(options) or RESULTS)
     model = make_model("llama")
-    side = ModelView(make_engine(model, 3), contextlib.nullcontext)
     ready = check_tasks(Tasks(("ti*", "tiny"), 5, tmp_path))
-    rows = run_tasks(context(), side, side, make_tokenizer(), ready)
+    assert ready is not None
+    rows = benchmark(model, ready, Recorder())
     assert rows == (lm_eval.table(RESULTS, RESULTS), "")
     assert (calls["tasks"], calls["limit"], calls["task_manager"].folder) == (["tiny"], 5, str(tmp_path))
     assert calls["model"]["pretrained"] is model
     assert calls["model"]["batch_size"] == 3
-    assert run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks())) == ([], "")
+    assert check_tasks(Tasks()) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval isn't installed (the extra eval)")
@@ -564,7 +570,7 @@ def test_a_mistyped_task_is_said_before_anything_is_loaded(
     invoke: Invoke,
 ) -> None:
     stub_lm_eval(monkeypatch, forbidden)
-    monkeypatch.setattr(pipeline_evaluate, "load", forbidden)
+    monkeypatch.setattr(pipeline_evaluate, "open_workbench", forbidden)
     assert_sentence(invoke("evaluate", "demo", "demo", "--benchmark", "tiny", "--benchmark", "tinny"), 2, "no task 'tinny'")
 
     def broken(include_path: str | None) -> None:
@@ -580,11 +586,11 @@ def test_a_benchmark_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatc
         raise error
 
     stub_lm_eval(monkeypatch, fails)
-    side, at = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext), context()
-    rows, reason = run_tasks(at, side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+    recorder = Recorder()
+    rows, reason = benchmark(make_model("llama"), tiny_task(), recorder)
     assert rows == []
     assert reason == f"lm-eval can't run tiny: {error}"
-    assert at.reporter.warnings == [f"{reason}; the figures for held-out prompts are kept."]
+    assert recorder.warnings == [f"{reason}; the figures for held-out prompts are kept."]
 
 
 def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -592,9 +598,8 @@ def test_an_interrupted_benchmark_is_no_failed_one(monkeypatch: pytest.MonkeyPat
         raise Interrupted
 
     stub_lm_eval(monkeypatch, stopped)
-    side = ModelView(make_engine(make_model("llama"), 3), contextlib.nullcontext)
     with pytest.raises(Interrupted):
-        run_tasks(context(), side, side, make_tokenizer(), check_tasks(Tasks(("tiny",))))
+        benchmark(make_model("llama"), tiny_task(), Recorder())
 
 
 def test_held_out_figures_survive_a_failing_benchmark(

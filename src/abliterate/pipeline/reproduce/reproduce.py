@@ -18,7 +18,7 @@ from abliterate.export import check_output
 from abliterate.export.recipe import RECIPE, Recipe, read_recipe
 from abliterate.files import safe_name
 from abliterate.pipeline import export_trial, stages
-from abliterate.pipeline.cache_keys import OBJECTIVES, SCORERS
+from abliterate.pipeline.cache_keys import OBJECTIVES_PART, SCORERS_PART
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records
 from abliterate.pipeline.preflight import check_model, check_names
@@ -137,7 +137,7 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
         context.reporter.warn("The attention implementation is another one than the recipe's.")
     loose = _LOOSE
     if left := left_scorers(recipe):
-        loose = {*_LOOSE, OBJECTIVES, SCORERS}
+        loose = {*_LOOSE, OBJECTIVES_PART, SCORERS_PART}
         context.reporter.warn(
             f"The recipe's author had scorers in files or of plugins, or judges ({', '.join(map(repr, left))}); they aren't "
             "run here, and markers aren't compared: refusals and KL tell whether the trial is the same."

@@ -1,0 +1,63 @@
+"""Every input that an artifact depends on is part of its key: a key without it would give wrong values in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from abliterate.model.loader import LoadedModel
+from abliterate.pipeline.cache_keys import SCORERS_PART, baseline_key, means_key, prefix_key, residuals_key, study_identity
+from abliterate.scorers.judges import MODEL
+from abliterate.settings.schema import Settings
+from abliterate.types import Prompt
+from support.models import PROMPTS, make_loaded, make_model
+
+OTHERS = (Prompt("Another prompt", "You are a helpful assistant."),)
+Key = Callable[[Settings, LoadedModel, str, tuple[Prompt, ...]], dict[str, Any]]
+KEYS: dict[str, Key] = {
+    "residuals": residuals_key,
+    "means": means_key,
+    "baseline": lambda settings, loaded, prefix, prompts: baseline_key(settings, loaded, prefix, (prompts, PROMPTS)),
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> LoadedModel:
+    return make_loaded(make_model("llama"))
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_keys_know_the_prompts_and_the_prefix(name: str, loaded: LoadedModel) -> None:
+    key, settings = KEYS[name], Settings()
+    first = key(settings, loaded, "", PROMPTS)
+    assert first == key(settings, loaded, "", PROMPTS)
+    assert first != key(settings, loaded, "Sure", PROMPTS)
+    assert first != key(settings, loaded, "", (*PROMPTS[:-1], *OTHERS)), "as many prompts, with other texts"
+    assert first != key(settings, loaded, "", (PROMPTS[1], PROMPTS[0], *PROMPTS[2:])), "the same prompts in another order"
+
+
+def test_the_baselines_key_knows_how_the_model_generates(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets = (PROMPTS, OTHERS)
+    first = baseline_key(Settings(), loaded, "", sets)
+    monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.3)
+    assert baseline_key(Settings(), loaded, "", sets) != first
+
+
+def test_the_prefixs_key_knows_how_responses_are_read(loaded: LoadedModel) -> None:
+    sets = (PROMPTS, OTHERS)
+    keep = Settings(response={"thinking": "keep"})  # type: ignore[arg-type]
+    assert prefix_key(Settings(), loaded, sets) != prefix_key(keep, loaded, sets)
+
+
+def test_a_study_knows_which_model_judges(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment names the endpoint's model, so the settings alone don't tell it."""
+
+    def scorers(names: tuple[str, ...], model: str) -> str:
+        monkeypatch.setenv(MODEL, model)
+        settings = Settings(evaluation={"scorers": names})  # type: ignore[arg-type]
+        return study_identity(settings, loaded, "", (PROMPTS,))[SCORERS_PART]
+
+    assert scorers(("endpoint",), "a") != scorers(("endpoint",), "b")
+    assert scorers((), "a") == scorers((), "b"), "no judge is asked"
