@@ -55,7 +55,7 @@ class Terminal:
         shown = subprocess.run(["tmux", "-L", self._server, "capture-pane", "-p"], capture_output=True, text=True, check=True)
         return "\n".join(line.rstrip() for line in shown.stdout.rstrip().split("\n"))
 
-    def wait(self, seen: Callable[[str], bool], seconds: float = 60) -> str:
+    def wait(self, seen: Callable[[str], bool], seconds: float = 180) -> str:
         """The screen as soon as `seen` accepts it."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

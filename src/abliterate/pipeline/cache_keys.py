@@ -133,8 +133,9 @@ def study_identity(
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),
-        OBJECTIVES_PART: [[objective.name, objective.goal] for objective in objectives],
     }
+    if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
+        parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
 
 

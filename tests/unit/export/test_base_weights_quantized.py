@@ -228,9 +228,9 @@ def test_a_run_on_fp8_and_any_trial_of_it(prompt_files: dict[str, str], tmp_path
     again = pipeline_export_trial.export_trial(
         settings, Recorder(), RunDirectory(tmp_path / "run"), number, tmp_path / "later", scores=True
     )
-    assert again["export"]["verified"], again["export"]
-    assert again["export"]["verification"]["checks"].keys() >= {"weights", "untouched", "kl", "refusals", "modules"}
-    assert again["export"]["dequantized"] == "fp8"
+    assert again.export.verified, again.export
+    assert again.export.verification["checks"].keys() >= {"weights", "untouched", "kl", "refusals", "modules"}
+    assert again.export.dequantized == "fp8"
     assert "**dequantized**" in (tmp_path / "later" / "README.md").read_text(encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import push
 from abliterate.export.folder import LOCK, MARKER
+from abliterate.files import digest_of
 from abliterate.pipeline import export as pipeline_export
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
@@ -71,7 +72,9 @@ def test_a_run_pushes_its_export(
     run = copy_run(path, tmp_path / "run")
     result, recorder = run_in(run, pushed(settings), resume=True)
     assert result["export"]["pushed"] == "https://huggingface.co/me/model"
-    assert json.loads((run / "result.json").read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    written = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    assert written.pop("sha256") == digest_of(result)
+    assert written == json.loads(json.dumps(result))
     assert json.loads((run / "model" / MARKER).read_text(encoding="utf-8"))["export"] == result["export"]
     assert "huggingface.co/me/model" in (run / "report.html").read_text(encoding="utf-8")
     (create, created), (upload, uploaded) = hub.calls
@@ -87,14 +90,14 @@ def test_a_run_pushes_its_export(
 def test_nothing_is_pushed_unasked(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
     path, first, settings = finished
     result = pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(path), first["selected"], tmp_path / "out")
-    assert (hub.calls, result["export"]["pushed"]) == ([], None)
+    assert (hub.calls, result.export.pushed) == ([], None)
 
 
 def test_a_later_export_is_pushed(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
     path, first, settings = finished
     public = pushed(settings, push_private=False)
     result = pipeline_export_trial.export_trial(public, Recorder(), RunDirectory(path), other_trial(first), tmp_path / "out")
-    assert result["export"]["pushed"] == "https://huggingface.co/me/model"
+    assert result.export.pushed == "https://huggingface.co/me/model"
     assert json.loads((tmp_path / "out" / MARKER).read_text(encoding="utf-8"))["export"]["pushed"] is not None
     assert hub.calls[0][1]["private"] is False
 
@@ -158,7 +161,7 @@ def test_without_a_token_nothing_begins(
 ) -> None:
     path, first, settings = finished
     monkeypatch.setattr(push, "get_token", lambda: None)
-    monkeypatch.setattr(workbench, "load", forbidden)
+    monkeypatch.setattr(workbench, "open_workbench", forbidden)
     monkeypatch.setattr(pipeline_export, "finished_folder", forbidden)
     quick = quick_settings(prompt_files, tmp_path / "cache", export={"push": "me/model"})
     with pytest.raises(InputError, match="hf auth login, or set HF_TOKEN"):
@@ -185,7 +188,7 @@ def test_bad_usage_is_one_sentence(
     arguments: list[str],
     part: str,
 ) -> None:
-    monkeypatch.setattr(workbench, "load", forbidden)
+    monkeypatch.setattr(workbench, "open_workbench", forbidden)
     assert_sentence(invoke(*arguments), 2, part)
     assert not list(tmp_path.glob("runs/*"))
 

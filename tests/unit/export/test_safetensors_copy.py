@@ -209,11 +209,11 @@ def copies(monkeypatch: pytest.MonkeyPatch, killed_at: int = 99) -> list[str]:
     seen: list[str] = []
 
     def copy(source: Path, target: Path, edits: Any) -> None:
-        seen.append(base_weights.name)
+        seen.append(source.name)
         if len(seen) == killed_at:
-            target.write_bytes(base_weights.read_bytes()[:20])
+            target.write_bytes(source.read_bytes()[:20])
             os._exit(9)
-        copy_edited(base_weights, target, edits)
+        copy_edited(source, target, edits)
 
     monkeypatch.setattr(merged, "copy_edited", copy)
     return seen
@@ -229,9 +229,11 @@ def killed_export(job: ExportJob, final: Path, monkeypatch: pytest.MonkeyPatch) 
     """An export in a process that dies at the third file."""
     child = os.fork()
     if child == 0:
-        copies(monkeypatch, killed_at=3)
-        export(job, final)
-        os._exit(0)
+        try:
+            copies(monkeypatch, killed_at=3)
+            export(job, final)
+        finally:
+            os._exit(0)  # whatever happens, the child must not go on with the tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 

@@ -329,13 +329,13 @@ import sys, abliterate.pipeline.run
 print(*[name for name in ("peft", "bitsandbytes") if name in sys.modules])
 import torch, transformers
 transformers.utils.logging.disable_progress_bar()
-from abliterate.model.chat_template import Chat
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.export import EXPORTERS
 from abliterate.model import loader
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import Prompt
 load = LoadSettings(quantization="bnb_8bit")
-loader.load_model("demo", load, torch.device("cpu"), lambda t, at: Chat(t, at).encode([Prompt("Hi")]), print)
+loader.load_model("demo", load, torch.device("cpu"), lambda t, at: PromptEncoder(t, at).encode([Prompt("Hi")]), print)
 import peft
 """
 
