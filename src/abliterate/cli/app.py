@@ -112,7 +112,7 @@ def evaluate(
 
 def chat(
     target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a Hub id, local directory, or demo.")],
-    trial: Annotated[int | None, for_model("--trial", help="Another trial than the one that the run picked.")] = None,
+    trial: Annotated[int | None, for_model("--trial", help="Another trial than the one that the run selected.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     system: Annotated[Text, for_answers(help="System prompt. Default: the run's.")] = None,
@@ -128,7 +128,7 @@ def chat(
     cache_dir: CacheDir = None,
     assignments: Assignments = None,
 ) -> None:
-    """Talk to a trial of RUN beside its base, or to MODEL; /help lists the commands. In a pipe, every line is a message."""
+    """Talk to a trial of RUN beside its base, or to MODEL; see /help. In a pipe, each line is a message or a command."""
     given = shared(None, device, dtype, cache_dir) | {"prompts": {"system": system}}
     from abliterate.cli import chat as cli_chat
 
@@ -144,7 +144,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_MODEL = "Hub id, local directory, or demo. Default: the setting model."
+_MODEL = "Hub id, local directory, or demo. Default: the model in the settings."
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 
@@ -179,7 +179,7 @@ def run(
     device: Device = None,
     dtype: Dtype = None,
     allow_partial: Annotated[
-        bool, for_model("--allow-partial", help="Run even if the edit reaches less than half of the writing modules.")
+        bool, for_model("--allow-partial", help="Run even if less than half of the writing parameters are edited.")
     ] = False,
     harmful: Annotated[Text, for_prompts(help="Harmful prompts for the direction: file or dataset:split:column.")] = None,
     harmless: Annotated[Text, for_prompts(help="Harmless prompts for the direction.")] = None,
@@ -201,7 +201,7 @@ def run(
         ),
     ] = None,
     select: Annotated[
-        Text, for_search(help="How to pick a trial: auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X.")
+        Text, for_search(help="Rule that selects a trial: auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X.")
     ] = None,
     storage: Annotated[Text, for_search(help="Optuna RDB URL of the study. Default: a journal file.")] = None,
     out: Annotated[
@@ -213,13 +213,15 @@ def run(
     push: Annotated[Text, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
     as_json: Json = False,
     batch_size: BatchSize = None,
-    gpus: Annotated[int, for_efficiency(min=1, help="Devices of this machine to search on at once.")] = 1,
+    gpus: Annotated[int, for_efficiency(min=1, help="Devices of this machine to search on at once; unmeasured on GPUs.")] = 1,
     cache_dir: CacheDir = None,
-    reference: Annotated[bool, for_efficiency("--reference", help="Turn every efficiency off, for comparison.")] = False,
+    reference: Annotated[
+        bool, for_efficiency("--reference", help="Turn efficiencies off, to compare with plain generate.")
+    ] = False,
     config: Config = "",
     assignments: Assignments = None,
 ) -> None:
-    """Find the best ablation of MODEL and export the edited model; several models run one after the other."""
+    """Search for the best ablation of MODEL and export the edited model; several models run one after the other."""
     if resume and restart:
         raise InputError("The options --resume and --restart contradict each other; give one.")
     given = {
@@ -292,18 +294,18 @@ def tune_batch(
 def trials(
     run_directory: Run,
     front: Annotated[bool, for_filters("--front", help="Only trials on the front.")] = False,
-    state: Annotated[str, for_filters(help="Only complete, stopped or failed trials.")] = "",
+    state: Annotated[str, for_filters(help="Only trials in this state: complete, stopped (pruned) or failed.")] = "",
     max_kl: Annotated[float | None, for_filters(help="Only trials with at most this mean KL.")] = None,
     max_refusals: Annotated[int | None, for_filters(help="Only complete trials with at most this many refusals.")] = None,
     where: Annotated[
         list[str] | None, for_filters(metavar="NAME<=X", help="Only trials whose score NAME is at most X; or NAME>=X.")
     ] = None,
     sort: Annotated[str, for_filters(help="Order: number, kl, refusals, seconds or the name of another scorer.")] = "number",
-    limit: Annotated[int | None, for_filters(help="Only the first trials, this many, in that order.")] = None,
-    as_csv: Annotated[bool, for_output("--csv", help="Write one line a trial, for spreadsheets.")] = False,
+    limit: Annotated[int | None, for_filters(help="Show at most this many trials.")] = None,
+    as_csv: Annotated[bool, for_output("--csv", help="Write the trials as CSV, for spreadsheets.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show the front of a run and its trials, or only the trials that the options name, even while the run goes on."""
+    """Show the trials of a run and its front; filters leave trials out. Works while the run goes on, too."""
     from abliterate.cli.trials import TrialFilter, show_trials
 
     wanted = TrialFilter(front, state, max_kl, max_refusals, sort, limit, tuple(where or ()))
@@ -325,7 +327,7 @@ def report(
 
 def export(
     run_directory: Run,
-    trial: Annotated[int, for_model("--trial", help="Number of the trial.")],
+    trial: Annotated[int, for_model("--trial", help="Number of a complete trial.")],
     trust_remote_code: Annotated[
         bool, for_model("--trust-remote-code", help="Run the model's own code, if the run did.")
     ] = False,
@@ -335,7 +337,7 @@ def export(
     push: Annotated[str, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Export any complete trial of a finished or running run and check its weights; neither prompts nor a GPU are needed."""
+    """Export any complete trial of a finished or running run and check its weights; needs no prompts and no GPU."""
     from abliterate.cli import export as cli_export
 
     trust = trust_remote_code

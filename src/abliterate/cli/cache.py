@@ -1,4 +1,4 @@
-"""`abliterate cache`: list, clear and check the entries of the residual cache. As light at import as `cli`."""
+"""`abliterate cache`: list, clear and check the entries of the cache. As light at import as `cli`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from abliterate.errors import AbliterateError, InputError
 if TYPE_CHECKING:
     from abliterate.artifacts.cache import ArtifactStore, Entry
 
-cache_app = typer.Typer(help="List, clear and check the cache of residuals.", no_args_is_help=True)
+cache_app = typer.Typer(help="List, clear and check the cache of residuals, calibrations and baselines.", no_args_is_help=True)
 
 
 @cache_app.command("ls", cls=Command)

@@ -25,7 +25,7 @@ Device = Annotated[Text, for_model("--device", help="Device: auto, cpu, cuda, cu
 Dtype = Annotated[Text, for_model("--dtype", help="Number format: auto, float32, bfloat16 or float16.")]
 BatchSize = Annotated[int | None, for_efficiency("--batch-size", help="Prompts at a time. Default: measured.")]
 CacheDir = Annotated[Text, for_efficiency("--cache-dir", help="Folder of the cache.")]
-Json = Annotated[bool, for_output("--json", help="Write JSON lines; the last line is the result.")]
+Json = Annotated[bool, for_output("--json", help="Write JSON lines; the last is the result or error.")]
 Config = Annotated[str, for_general("-c", "--config", help="TOML file, or a preset: quick, thorough.")]
 Assignments = Annotated[
     list[str] | None, for_general("--set", metavar="KEY=VALUE", help="Set any setting of the configuration; repeatable.")

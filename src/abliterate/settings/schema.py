@@ -174,7 +174,7 @@ class EvaluationSettings(_Section):
 
 
 class EfficiencySettings(_Section):
-    """One switch per optimization; `--reference` turns them off. No switch may change a result."""
+    """One switch per optimization; `--reference` turns them off. No switch but `use_amp_for_residuals` may change the front."""
 
     enable_residual_cache: bool = True
     residual_cache_dir: str = ""
