@@ -99,7 +99,7 @@ class Forked:
         """The complete `--json` lines so far."""
         return [json.loads(line) for line in self.out.split("\n")[:-1]]
 
-    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], timeout: float = 60) -> bool:
+    def wait_for(self, seen: Callable[[list[dict[str, Any]]], bool], timeout: float = 120) -> bool:
         """Wait until the events meet the condition; False if the command ended before."""
         end = time.monotonic() + timeout
         while time.monotonic() < end:
@@ -116,7 +116,7 @@ class Forked:
             if self.process.pid:
                 os.kill(self.process.pid, number)
 
-    def end(self, timeout: float = 60) -> int:
+    def end(self, timeout: float = 180) -> int:
         """Wait for the end, and return the exit code (negative: killed by that signal)."""
         self.process.join(timeout)
         if self.process.is_alive():
