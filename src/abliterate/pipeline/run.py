@@ -11,6 +11,7 @@ from pathlib import Path
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
+from abliterate.directions import Directions
 from abliterate.export import check_output
 from abliterate.files import write_atomically
 from abliterate.model.devices import choose_device
@@ -86,31 +87,22 @@ class _Run:
         held = read_heldout(context, prompts.all_sets())
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
-        with load_calibrated(context, prompts) as bench:
+        with load_calibrated(context, prompts) as bench:  # steps 1 and 2 of docs/design.md §2
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
-
-            residuals = stages.residuals(bench)
-            directions = stages.directions(context, residuals)
-            write_atomically(directory.directions, stages.directions_file(directions))
-            result.directions = stages.directions_record(directions)
-            report_data.write_record(directory.geometry, report_data.geometry(context, prompts, residuals, directions))
-            del residuals
+            directions = self._find_directions(bench)  # 3 and 4
             bench.prepare(directions)
-            baseline = stages.baseline(bench)
-
+            baseline = stages.baseline(bench)  # 5
             publish(bench, study, baseline, directions, result.identity or {})
-            search = Search(bench, study, baseline, context.settings.search.trials, self.rule)
-            with local_workers(directory, devices, context.settings.search.storage, context.reporter.warn) as watch:
-                for _ in search.rounds(watch):
-                    self._save_search(search)
-            selected, picked = self._pick(search, choose, held)
+            search = self._search(bench, study, baseline, devices)  # 6
+            selected = self._select(search, choose, held)  # 7
+            picked = self._prepare_export(bench, selected)
             if (answers := report_data.answers(bench, selected)) is not None:
                 report_data.write_record(directory.answers, answers)
 
         # The workbench is closed by now, so memory holds one model at a time: the export reads the weights anew.
         if picked:
-            for record in export_and_verify(context, picked, result, directory.export):
+            for record in export_and_verify(context, picked, result, directory.export):  # 8
                 result.export = record
                 self.save()
         write_recipe(context.settings, result, directory, exported=picked is not None)
@@ -141,28 +133,45 @@ class _Run:
         study.fail_interrupted()
         return study
 
-    def _save_search(self, search: Search) -> None:
-        """Write the trials, the front and the cache counts so far to `result.json`."""
-        self.result.searched(search.trials, search.front_so_far, search.baseline, search.bench.objectives)
-        self.result.caches = search.bench.caches()
-        self.save()
+    def _find_directions(self, bench: Workbench) -> Directions:
+        """Residuals and directions, with what the report shows of them."""
+        context, directory = self.context, self.directory
+        residuals = stages.residuals(bench)
+        directions = stages.directions(context, residuals)
+        write_atomically(directory.directions, stages.directions_file(directions))
+        self.result.directions = stages.directions_record(directions)
+        report_data.write_record(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
+        return directions
 
-    def _pick(self, search: Search, choose: Choose | None, held: Heldout | None) -> tuple[Trial, Picked | None]:
-        """The selected trial, and the input of its export; None if the settings want no export.
+    def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:
+        """The finished search; `result.json` is written after every trial, so that none is lost."""
+        settings = self.context.settings.search
+        search = Search(bench, study, baseline, settings.trials, self.rule)
+        with local_workers(self.directory, devices, settings.storage, self.context.reporter.warn) as watch:
+            for _ in search.rounds(watch):
+                self.result.searched(search.trials, search.front_so_far, baseline, bench.objectives)
+                self.result.caches = bench.caches()
+                self.save()
+        return search
 
-        The trial is first measured on held-out prompts, because the export's card reports the scores.
-        """
-        result, bench, settings = self.result, search.bench, self.context.settings
-        selected = search.pick(self.rule, (lambda front, trial: choose(front, trial, search.baseline)) if choose else None)
-        result.update(selected=selected.number, heldout=None)
+    def _select(self, search: Search, choose: Choose | None, held: Heldout | None) -> Trial:
+        """The selected trial, measured on held-out prompts: the export's card shows these figures."""
+        baseline = search.baseline
+        selected = search.pick(self.rule, (lambda front, trial: choose(front, trial, baseline)) if choose else None)
+        self.result.update(selected=selected.number, heldout=None)
         self.save()
-        result.heldout = evaluate_trial(bench, search.baseline, selected, held)
-        if result.heldout is not None:
+        self.result.heldout = evaluate_trial(search.bench, baseline, selected, held)
+        if self.result.heldout is not None:
             self.save()
+        return selected
+
+    def _prepare_export(self, bench: Workbench, selected: Trial) -> Picked | None:
+        """What the export of the selected trial needs once the model is gone; None if nothing is to be exported."""
+        settings = self.context.settings
         if settings.export.kind == "none":
-            return selected, None
+            return None
         with self.context.stage("pick", f"trial {selected.number}"):
-            return selected, prepare(bench, settings, result, selected)
+            return prepare(bench, settings, self.result, selected)
 
     def _end(self, *, exported: bool) -> Result:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
