@@ -15,7 +15,7 @@ from abliterate.types import Baseline, Objective, Sense, Trial
 Vector = tuple[float, ...]
 KL, REFUSALS = "kl", "refusals"
 # Settings that name scorers; each scorer may be a class in a file.
-OWN = ("evaluation.scorers", "search.objectives")
+SETTINGS_NAMING_SCORERS = ("evaluation.scorers", "search.objectives")
 # Scorers that consult another model, from a path, the Hub, or a server.
 CLASSIFIER = "classifier"
 JUDGES = (CLASSIFIER, "endpoint")

@@ -52,7 +52,7 @@ def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
     edited, count = 0, 40 if family in KINDS else 6
     for params in trials(lab, count):
         expected = lab.expected(params)
-        edited += bool(lab.editor.adapters.active)
+        edited += bool(lab.editor.hooks.active)
         assert_same(whole(engine), expected)
     assert edited > 0.75 * count
 

@@ -108,7 +108,7 @@ def test_edited_logits_are_the_dense_ones(lab: Lab) -> None:
     base = logits_of(lab.loaded.model)
     dense = copy.deepcopy(lab.loaded.model)
     lab.editor.apply(everywhere(n_layers))
-    assert lab.editor.adapters.active == {target.name for target in lab.loaded.targets}
+    assert lab.editor.hooks.active == {target.name for target in lab.loaded.targets}
     write_dense(dense, lab.editor, everywhere(n_layers), "full")
     found = logits_of(lab.loaded.model)
     torch.testing.assert_close(found, logits_of(dense), **CLOSE)

@@ -22,7 +22,7 @@ from abliterate.cli import app
 from abliterate.errors import InputError
 from abliterate.export.card import FILES, checked, code, commands, model_card, plain, recipe
 from abliterate.model.loader import demo_path
-from abliterate.objectives import OWN
+from abliterate.objectives import SETTINGS_NAMING_SCORERS
 from abliterate.pipeline.workers import study_location
 from abliterate.report.data import gather
 from abliterate.report.page import render
@@ -350,7 +350,12 @@ def test_paths_are_in_no_file_that_is_passed_on(
     }
     # Any setting for a prompt set or a file is among them.
     may_be_paths = {name for name, text in texts_of(load_settings("", stated).model_dump()) if "secretdir" in text}
-    assert may_be_paths >= {*(f"prompts.{name}" for name in _PROMPT_SETS), *FILES.values(), *OWN, "evaluation.judge_model"}
+    assert may_be_paths >= {
+        *(f"prompts.{name}" for name in _PROMPT_SETS),
+        *FILES.values(),
+        *SETTINGS_NAMING_SCORERS,
+        "evaluation.judge_model",
+    }
     config = write_config(folder / "quick.toml", quick_options({}, folder / "cache", **stated))
     out = folder / "outdir" / "run"
     first = finish(["run", "-c", config, "-o", out], tmp_path)

@@ -86,7 +86,7 @@ def test_a_search_goes_on_where_an_iteration_has_stopped(searched: Searched) -> 
     other = ab.search(bench, directions, trials=4)
     first = next(iter(other))
     assert (first.number, len(other.trials)) == (0, 1)
-    assert not bench.editor.adapters.active
+    assert not bench.editor.hooks.active
     assert [trial.params for trial in other.front] == [trial.params for trial in study.front]
     assert [trial.number for trial in other.trials] == [0, 1, 2, 3]
     assert [trial.scores for trial in other.trials] == [trial.scores for trial in study.trials]

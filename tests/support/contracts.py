@@ -324,7 +324,7 @@ class ArchitectureContract:
         params = TrialParams("per layer", 1.0, kernels)
         base, dense = logits_of(loaded.model), copy.deepcopy(loaded.model)
         editor.apply(params)
-        assert editor.adapters.active == {target.name for target in loaded.targets}
+        assert editor.hooks.active == {target.name for target in loaded.targets}
         write_dense(dense, editor, params, "full")
         found = logits_of(loaded.model)
         torch.testing.assert_close(found, logits_of(dense), rtol=1e-3, atol=2e-5)

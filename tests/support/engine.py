@@ -85,7 +85,7 @@ class Lab:
         self.editor.clear()
         layers = self.loaded.layers
         setup = EngineSetup(
-            self.reference, layers, self.editor.adapters, early, HARMFUL, HARMLESS, range(len(layers)), pacing=self.pacing
+            self.reference, layers, self.editor.hooks, early, HARMFUL, HARMLESS, range(len(layers)), pacing=self.pacing
         )
         return setup.engine(EfficiencySettings(**switches))  # type: ignore[arg-type]
 
@@ -181,9 +181,7 @@ def limited(model: PreTrainedModel, rows: int, monkeypatch: pytest.MonkeyPatch) 
 
 def make_setup(lab: Lab) -> EngineSetup:
     """The setup of an engine in this lab."""
-    return EngineSetup(
-        lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, (1, 2), pacing=lab.pacing
-    )
+    return EngineSetup(lab.reference, lab.loaded.layers, lab.editor.hooks, None, HARMFUL, HARMLESS, (1, 2), pacing=lab.pacing)
 
 
 def trusted(lab: Lab, warnings: list[str]) -> TrialEngine | ReferenceEngine:
@@ -191,6 +189,6 @@ def trusted(lab: Lab, warnings: list[str]) -> TrialEngine | ReferenceEngine:
 
     def edit() -> None:
         lab.editor.apply(last_layer())
-        assert lab.editor.adapters.first_layer == 2
+        assert lab.editor.hooks.first_layer == 2
 
     return trusted_engine(make_setup(lab), EfficiencySettings(), edit, lab.editor.clear, warnings.append)

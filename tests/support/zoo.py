@@ -946,7 +946,7 @@ def make_lab(name: str) -> Lab:
     editor = make_editor(loaded)
     warnings: list[str] = []
     n_layers = loaded.info.n_layers
-    setup = EngineSetup(reference, loaded.layers, editor.adapters, None, HARMFUL, HARMLESS, range(n_layers))
+    setup = EngineSetup(reference, loaded.layers, editor.hooks, None, HARMFUL, HARMLESS, range(n_layers))
     edited = last_layers(n_layers)
     engine = trusted_engine(setup, EfficiencySettings(), lambda: editor.apply(edited), editor.clear, warnings.append)
     return Lab(loaded, editor, reference, engine, tuple(warnings))

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from abliterate._version import __version__
 from abliterate.model.loader import public_name
-from abliterate.objectives import CLASSIFIER, DEFAULT, OWN, is_custom, public
+from abliterate.objectives import CLASSIFIER, DEFAULT, SETTINGS_NAMING_SCORERS, is_custom, public
 from abliterate.prompts.files import public_source
 from abliterate.report.tables import heldout_table, score_table, verification_table
 from abliterate.settings.schema import Settings
@@ -109,7 +109,7 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
         run += ["--set", f"load.revision={_toml(revision)}"]
     for name, value in (*changed_settings(settings), *_judge(settings)):
         shown = public_source(value) if name in FILES.values() else value
-        shown = [public(scorer) for scorer in value] if name in OWN else shown
+        shown = [public(scorer) for scorer in value] if name in SETTINGS_NAMING_SCORERS else shown
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
     return [" ".join(map(_quoted, line)) for line in ([*run, "--export", "none", "-o", "run"], export)]

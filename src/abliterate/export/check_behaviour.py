@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 from abliterate.edits import Factors
 from abliterate.model.experts import down_outputs, is_fused
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
-from abliterate.model.weights import place_of
+from abliterate.model.weights import device_and_dtype
 from abliterate.scorers.base import Observation, Scorer
 from abliterate.scorers.kl import kl_divergence
 from abliterate.types import Trial
@@ -232,7 +232,7 @@ def _find(model: nn.Module, name: str) -> nn.Module:
 
 
 def _output(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
-    device, own = place_of(module)
+    device, own = device_and_dtype(module)
     # Offloaded weights are on no device, and their own hook moves the input. Some modules of a half-precision model are kept
     # in float32.
     x = x.to(torch.device("cpu") if device.type == "meta" else device, own or dtype)

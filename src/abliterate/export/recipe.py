@@ -24,7 +24,7 @@ from abliterate.errors import InputError, first_line
 from abliterate.export.card import FILES, UNTRIED, file_digest
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.files import write_json
-from abliterate.objectives import OWN, public
+from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
 from abliterate.prompts.files import public_source
 from abliterate.settings.schema import Settings
 from abliterate.types import Trial
@@ -316,7 +316,7 @@ def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
     dumped = settings.model_dump(mode="json")
     return {
         section: {
-            name: list(map(public, value)) if f"{section}.{name}" in OWN else value
+            name: list(map(public, value)) if f"{section}.{name}" in SETTINGS_NAMING_SCORERS else value
             for name, value in options.items()
             if f"{section}.{name}" not in LEFT_OUT | UNTRIED
         }

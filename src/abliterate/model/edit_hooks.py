@@ -1,7 +1,7 @@
 """Forward hooks apply the current trial's edits to the model: a row scale plus a low-rank update per module.
 
 An unedited module has no hook and costs nothing. Base weights are never written, so clearing all edits restores the base model
-bit for bit. PEFT is the exchange format (`export/adapter.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
+bit for bit. PEFT is the exchange format (`export/edit.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
 decode step on a small model (docs/design.md §5.8).
 """
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
-from abliterate.model.experts import ExpertsAdapter, is_fused
+from abliterate.model.experts import ExpertsEdit, is_fused
 from abliterate.model.offload import held
-from abliterate.model.weights import place_of
+from abliterate.model.weights import device_and_dtype
 
 
 class LowRankEdit(Protocol):
@@ -40,8 +40,8 @@ class EditHooks:
 
     def __init__(self, targets: Iterable[Target], *, incremental: bool = True) -> None:
         targets = tuple(targets)
-        self._adapters: dict[str, _Adapter | ExpertsAdapter] = {
-            target.name: ExpertsAdapter(target.module) if is_fused(target.module) else _Adapter(target.module)
+        self._edits: dict[str, _ModuleEdit | ExpertsEdit] = {
+            target.name: ExpertsEdit(target.module) if is_fused(target.module) else _ModuleEdit(target.module)
             for target in targets
         }
         self._layers = {target.name: target.layer for target in targets}
@@ -53,7 +53,7 @@ class EditHooks:
     @property
     def active(self) -> frozenset[str]:
         """Names of the modules that are edited now."""
-        return frozenset(name for name, adapter in self._adapters.items() if adapter.is_on)
+        return frozenset(name for name, edit in self._edits.items() if edit.is_on)
 
     @property
     def first_layer(self) -> int | None:
@@ -68,33 +68,33 @@ class EditHooks:
         self.version += 1
         if not self._incremental:
             self.clear()
-        for name, adapter in self._adapters.items():
+        for name, edit in self._edits.items():
             if name not in wanted:
-                adapter.off()
+                edit.off()
                 continue
             key, make_factors = wanted[name]
-            if adapter.key == key:
+            if edit.key == key:
                 self.hits += 1
-                adapter.resume()
+                edit.resume()
                 continue
             self.misses += 1
-            adapter.off()  # if `make_factors` fails, the module is unedited, not half edited
-            adapter.write(key, make_factors())
+            edit.off()  # if `make_factors` fails, the module is unedited, not half edited
+            edit.write(key, make_factors())
 
     def suspend(self) -> None:
         """The base model, bit for bit; the factors stay, so that the next `apply` writes only what differs from this one."""
         self.version += 1
-        for adapter in self._adapters.values():
-            adapter.suspend()
+        for edit in self._edits.values():
+            edit.suspend()
 
     def clear(self) -> None:
         """Switch every edit off and forget its factors: the base model."""
         self.version += 1
-        for adapter in self._adapters.values():
-            adapter.off()
+        for edit in self._edits.values():
+            edit.off()
 
 
-class _Adapter:
+class _ModuleEdit:
     """One module's edit, in the dtype of the module's input."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -105,7 +105,7 @@ class _Adapter:
     def write(self, key: Hashable, factors: LowRankEdit) -> None:
         bias = held(self._module, "bias") if getattr(self._module, "bias", None) is not None else None
         # A quantized weight doesn't show the compute dtype; the factors then stay float32 until the first input.
-        device, dtype = place_of(self._module)
+        device, dtype = device_and_dtype(self._module)
         options: Any = {"device": device, "dtype": dtype or torch.float32}
         self._a, self._b = factors.a.to(**options), factors.b.to(**options)
         # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import Blend, Directions
-from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, prepare, svd_factors
+from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, prepare, scales_rows, svd_factors
 from abliterate.errors import InputError
 from abliterate.model.architectures import Target
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.experts import is_fused
-from abliterate.model.weights import dense_weight, place_of
+from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.settings.schema import EditSettings
 from abliterate.types import TrialParams
 
@@ -28,7 +28,7 @@ EditKey = tuple[str, float, float]
 
 
 class Editor:
-    """Applies trials to the modules of `adapters`. `clear` gives the base model back.
+    """Applies trials to the modules of `hooks`. `clear` gives the base model back.
 
     `budget_bytes` is the memory that prepared modules may take beside their weights; whatever remains of it is for others to
     use. First come, first served: every trial visits the modules in the same order, so an LRU cache smaller than the model
@@ -43,19 +43,19 @@ class Editor:
         targets: Sequence[Target],
         directions: Directions,
         settings: EditSettings,
-        adapters: EditHooks,
+        hooks: EditHooks,
         memo: SvdMemo,
         budget_bytes: float = inf,
         weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
     ) -> None:
         self._targets = tuple(targets)
-        if settings.representation == "svd" and settings.mode == "full":
+        if settings.representation == "svd" and scales_rows(edit_method(settings.mode)):
             _refuse_fused_experts(self._targets)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
         self._method: EditMethod = edit_method(settings.mode)
-        self.adapters = adapters
+        self.hooks = hooks
         self.memo = memo
         self.budget_bytes = budget_bytes
         self._weight_of = weight_of
@@ -73,7 +73,7 @@ class Editor:
     def apply(self, params: TrialParams) -> None:
         """Put exactly the trial's edits on the model."""
         keys = self.plan(params)
-        self.adapters.apply({name: (key, partial(self._factors, key)) for name, key in keys.items()})
+        self.hooks.apply({name: (key, partial(self._factors, key)) for name, key in keys.items()})
 
     def apply_exactly(self, params: TrialParams) -> None:
         """`apply` with the exact factors whatever the representation, because decomposing every module is expensive.
@@ -82,15 +82,15 @@ class Editor:
         """
         keys = self.plan(params)
         self.clear()
-        self.adapters.apply({name: (key, partial(self._exact, key)) for name, key in keys.items()})
+        self.hooks.apply({name: (key, partial(self._exact, key)) for name, key in keys.items()})
 
     def suspend(self) -> None:
         """The base model again, bit for bit; factors that the next trial shares with this one need not be written again."""
-        self.adapters.suspend()
+        self.hooks.suspend()
 
     def clear(self) -> None:
         """Give the base model back, and forget the factors."""
-        self.adapters.clear()
+        self.hooks.clear()
 
     def factors(self, params: TrialParams) -> dict[str, Factors]:
         """{module: factors} of a trial as they are applied; modules that are off are left out."""
@@ -131,7 +131,7 @@ class Editor:
     def _prepare(self, target: Target) -> Prepared:
         prepared = self._prepared.get(target.name)
         if prepared is None:
-            device, _ = place_of(target.module)
+            device, _ = device_and_dtype(target.module)
             if device.type in ("mps", "meta"):  # mps has no float64; meta has no weights, so they are read from elsewhere
                 device = torch.device("cpu")
             prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))

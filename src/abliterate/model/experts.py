@@ -62,7 +62,7 @@ def down_outputs(module: nn.Module, x: Tensor) -> Tensor:
     return _down(module, x.contiguous(), experts, (experts + 1).int())
 
 
-class ExpertsAdapter:
+class ExpertsEdit:
     """The edit of one layer's fused experts, in the dtype of their input. `off` restores the module.
 
     Raises:

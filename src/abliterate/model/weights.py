@@ -51,7 +51,7 @@ def stored_weight(module: nn.Module) -> Tensor:
     return module.down_proj if is_fused(module) else module.weight  # type: ignore[return-value]
 
 
-def place_of(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | None]:
     """The device of W, and the dtype of its products; None for a quantized W, which doesn't show it."""
     if is_fused(module) or storage_of(module) is None:
         weight = stored_weight(module)

@@ -110,7 +110,7 @@ def answers(bench: Workbench, trial: Trial) -> dict[str, Any] | None:
         }
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
+def write_one_line(path: Path, record: dict[str, Any]) -> None:
     """Write the record as JSON on one line, because a projection has many numbers."""
     write_atomically(path, json.dumps(record, allow_nan=False) + "\n")
 

@@ -98,7 +98,7 @@ class _Run:
             selected = self._select(search, choose, held)  # 7
             picked = self._prepare_export(bench, selected)
             if (answers := report_data.answers(bench, selected)) is not None:
-                report_data.write_record(directory.answers, answers)
+                report_data.write_one_line(directory.answers, answers)
 
         # The workbench is closed by now, so memory holds one model at a time: the export reads the weights anew.
         if picked:
@@ -140,7 +140,7 @@ class _Run:
         directions = stages.directions(context, residuals)
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
-        report_data.write_record(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
+        report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
         return directions
 
     def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:

@@ -152,7 +152,7 @@ class Workbench:
         setup = EngineSetup(
             self.plain,
             self.loaded.layers,
-            editor.adapters,
+            editor.hooks,
             early_scorer(self.scorers),
             self.prompts.harmful_eval,
             self.prompts.harmless_eval,
@@ -185,7 +185,7 @@ class Workbench:
             RuntimeError: the model is edited, which is the caller's mistake and would silently falsify the figures.
         """
         with self._measuring("base"):
-            if self._editor is not None and self._editor.adapters.active:
+            if self._editor is not None and self._editor.hooks.active:
                 raise RuntimeError("an edit is on the model that is to be measured as the base")
             yield
 
@@ -234,7 +234,7 @@ class Workbench:
         return {
             "residuals": dict(self.context.store.counts("residuals")),
             "svd": {"hits": editor.memo.hits, "misses": editor.memo.misses},
-            "adapters": {"hits": editor.adapters.hits, "misses": editor.adapters.misses},
+            "adapters": {"hits": editor.hooks.hits, "misses": editor.hooks.misses},
         }
 
     def close(self) -> None:
@@ -304,7 +304,7 @@ def probe_inputs(settings: Settings) -> Callable[[PreTrainedTokenizerBase, torch
     return inputs
 
 
-def named_as(bench: Workbench, model: str, revision: str) -> None:
+def rename_model(bench: Workbench, model: str, revision: str) -> None:
     """Rename the model in all records, because a directory has another name on each machine."""
     bench.loaded = replace(bench.loaded, info=replace(bench.loaded.info, id=model, revision=revision))
 

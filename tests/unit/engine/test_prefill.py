@@ -34,7 +34,7 @@ def engine_with(lab: Lab, room: float) -> TrialEngine:
     """An engine that may keep so many bytes, with every layer as a possible start."""
     lab.editor.clear()
     starts = range(len(lab.loaded.layers))
-    setup = EngineSetup(lab.reference, lab.loaded.layers, lab.editor.adapters, None, HARMFUL, HARMLESS, starts, room)
+    setup = EngineSetup(lab.reference, lab.loaded.layers, lab.editor.hooks, None, HARMFUL, HARMLESS, starts, room)
     return setup.engine(EfficiencySettings())
 
 

@@ -159,7 +159,7 @@ def test_layers_below_the_edit_do_not_run(llama: Lab) -> None:
         for index, layer in enumerate(llama.loaded.layers)
     ]
     llama.editor.apply(last_layer())
-    assert llama.editor.adapters.first_layer == 2
+    assert llama.editor.hooks.first_layer == 2
     engine.first_logprobs(HARMLESS)
     for handle in handles:
         handle.remove()

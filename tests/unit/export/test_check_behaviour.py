@@ -173,7 +173,7 @@ def test_export_of_no_numbers_does_not_verify(case: Case, tmp_path: Path) -> Non
 
 
 def test_expecting_leaves_the_base_model(case: Case) -> None:
-    assert case.editor.adapters.active == frozenset()
+    assert case.editor.hooks.active == frozenset()
 
 
 class Counts:

@@ -67,7 +67,7 @@ def test_nothing_wanted_is_identity_bit_for_bit(family: str) -> None:
     base = logits_of(loaded.model)
     editor = make_editor(loaded)
     editor.apply(OFF)
-    assert editor.adapters.active == frozenset()
+    assert editor.hooks.active == frozenset()
     assert torch.equal(logits_of(loaded.model), base)
 
 
@@ -99,7 +99,7 @@ def test_incremental_equals_reset(options: dict[str, object]) -> None:
         params = OFF if seed == 3 else make_params(seed)
         kept.apply(params)
         reset.apply(params)
-        assert kept.adapters.active == reset.adapters.active
+        assert kept.hooks.active == reset.hooks.active
         assert torch.equal(logits_of(loaded.model), logits_of(again.model))
 
 
@@ -130,8 +130,8 @@ def test_without_incremental_everything_is_written() -> None:
     editor = make_editor(loaded, incremental=False)
     editor.apply(make_params(0))
     editor.apply(make_params(0))
-    assert editor.adapters.hits == 0
-    assert editor.adapters.misses == 2 * len(editor.plan(make_params(0)))
+    assert editor.hooks.hits == 0
+    assert editor.hooks.misses == 2 * len(editor.plan(make_params(0)))
 
 
 def test_failing_maker_leaves_the_module_off() -> None:

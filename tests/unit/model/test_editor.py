@@ -21,7 +21,7 @@ MODES = sorted(METHODS)
 
 def with_budget(editor: Editor, budget: float) -> Editor:
     """The same editor with another budget of bytes."""
-    parts = (editor._targets, editor.directions, editor._settings, editor.adapters)
+    parts = (editor._targets, editor.directions, editor._settings, editor.hooks)
     made = Editor(*parts, SvdMemo(100), budget)
     made.prepare()
     return made

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from abliterate.model import loader
-from abliterate.model.weights import dense_weight, place_of
+from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.settings.schema import LoadSettings
 from support.models import CPU, PROMPTS, logits_of, make_chat, make_editor, save_model, write_dense
 from support.runs import outcomes, quick_settings, run_in
@@ -32,7 +32,7 @@ def test_offloaded_modules_are_read_and_edited(name: str, tmp_path: Path) -> Non
     assert elsewhere
     for target in loaded.targets:
         assert torch.equal(dense_weight(target.module), dense_weight(model.get_submodule(target.name)))
-        assert place_of(target.module)[0] == CPU
+        assert device_and_dtype(target.module)[0] == CPU
     editor = make_editor(loaded)
     base = logits_of(loaded.model)
     torch.testing.assert_close(base, logits_of(model))

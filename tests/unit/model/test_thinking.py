@@ -278,7 +278,7 @@ def test_engine_reads_what_the_reference_reads(lab: tuple[LoadedModel, Editor], 
     editor.clear()
     reference = reference_of(loaded, LETTERS, prefix)
     scorer = Refusals(["ra", "ve", "us"])
-    setup = EngineSetup(reference, loaded.layers, editor.adapters, scorer, QUESTIONS, QUESTIONS, range(3))
+    setup = EngineSetup(reference, loaded.layers, editor.hooks, scorer, QUESTIONS, QUESTIONS, range(3))
     engine = setup.engine(EfficiencySettings())
     assert isinstance(engine, TrialEngine)
     opened, flags, hidden = set(), set(), 0

@@ -54,7 +54,7 @@ def _base_before_and_after(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     assert torch.equal(logits_of(bench.loaded.model), expected)
     assert hooks(bench) == []
-    assert not bench.editor.adapters.active
+    assert not bench.editor.hooks.active
 
 
 def hooks(bench: Workbench) -> list[str]:
@@ -99,7 +99,7 @@ def test_the_base_can_be_measured_once_the_edit_is_off(bench: Workbench, params:
             pass
         off()
         with bench.base():
-            assert not bench.editor.adapters.active
+            assert not bench.editor.hooks.active
 
 
 @pytest.mark.parametrize("outer", ["base", "edited"])
@@ -142,7 +142,7 @@ def test_an_edit_that_fails_half_way_is_taken_off(
 ) -> None:
     """Memory runs out while the edit is put on the model, after a few modules."""
     written: list[int] = []
-    write = edit_hooks._Adapter.write
+    write = edit_hooks._ModuleEdit.write
 
     def full(self: Any, *args: Any) -> None:
         written.append(1)
@@ -151,7 +151,7 @@ def test_an_edit_that_fails_half_way_is_taken_off(
         write(self, *args)
 
     bench.editor.clear()
-    monkeypatch.setattr(edit_hooks._Adapter, "write", full)
+    monkeypatch.setattr(edit_hooks._ModuleEdit, "write", full)
     with pytest.raises(torch.OutOfMemoryError), bench.edited(params):
         raise AssertionError("it is not on")
     assert len(written) == 3
@@ -187,7 +187,7 @@ def test_a_trial_out_of_memory_gives_the_base_back(
 
 def test_the_same_edit_again_is_not_written_again(bench: Workbench, params: TrialParams) -> None:
     first = edited_logits(bench, params)
-    edits, modules = bench.editor.adapters, len(bench.editor.plan(params))
+    edits, modules = bench.editor.hooks, len(bench.editor.plan(params))
     hits, misses = edits.hits, edits.misses
     assert torch.equal(edited_logits(bench, params), first)
     assert (edits.hits - hits, edits.misses - misses) == (modules, 0)

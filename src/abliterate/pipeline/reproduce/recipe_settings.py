@@ -18,7 +18,7 @@ from abliterate.errors import InputError
 from abliterate.export.card import FILES, UNTRIED
 from abliterate.export.recipe import LEFT_OUT, Recipe
 from abliterate.model.loader import DEMO
-from abliterate.objectives import JUDGES, KL, OWN, is_custom, split
+from abliterate.objectives import JUDGES, KL, SETTINGS_NAMING_SCORERS, is_custom, split
 from abliterate.prompts.files import dataset_name
 from abliterate.prompts.sets import DEMO_PROMPTS
 from abliterate.scorers import SCORERS
@@ -78,7 +78,7 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
 
 def left_scorers(recipe: Recipe) -> list[str]:
     """The scorers that aren't run here: custom scorers, by file and class, judges, and scorers of plugins."""
-    lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, OWN)]
+    lists = [recipe.settings.get(section, {}).get(option) for section, option in map(_parts, SETTINGS_NAMING_SCORERS)]
     names = [name for scorers in lists if isinstance(scorers, list) for name in scorers]
     return list(dict.fromkeys(split(name)[0] for name in names if isinstance(name, str) and _is_left(name)))
 
@@ -94,7 +94,7 @@ def _leave_scorers(stated: dict[str, dict[str, Any]]) -> None:
 
     A trial needs no objectives, so KL replaces objectives that are dropped.
     """
-    for section, option in map(_parts, OWN):
+    for section, option in map(_parts, SETTINGS_NAMING_SCORERS):
         scorers = stated.get(section, {}).get(option)
         if isinstance(scorers, list):
             kept = [name for name in scorers if not (isinstance(name, str) and _is_left(name))]

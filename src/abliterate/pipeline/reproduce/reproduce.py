@@ -24,7 +24,7 @@ from abliterate.pipeline.export import Picked, export_and_verify, prepare, promp
 from abliterate.pipeline.preflight import check_model, check_names
 from abliterate.pipeline.reproduce.compare import Comparison, compare
 from abliterate.pipeline.reproduce.recipe_settings import left_scorers, settings_of
-from abliterate.pipeline.workbench import Workbench, load_calibrated, named_as
+from abliterate.pipeline.workbench import Workbench, load_calibrated, rename_model
 from abliterate.report.tables import summary
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
@@ -152,7 +152,7 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
     if lacking:
         raise InputError(f"The recipe has no parameters for {', '.join(sorted(lacking))}; it is of another model or damaged.")
     # An adapter names its base, and a directory of this machine would mean nothing to others.
-    named_as(bench, stated.id, stated.revision)
+    rename_model(bench, stated.id, stated.revision)
     result.update(**bench.record(), identity=identity, startup_trials=recipe.startup_trials)
 
 
