@@ -133,7 +133,7 @@ class Study:
         return self._finished(self._all())
 
     def ask(self, budget: int | None = None) -> Asked | None:
-        """The next trial's parameters, all suggested before work starts; None if all slots of the budget are taken."""
+        """The next trial's parameters, all suggested before work starts; None if no slot of the budget can be had now."""
         while True:
             everything = self._all()
             running = [frozen for frozen in everything if frozen.state == TrialState.RUNNING]
@@ -142,7 +142,10 @@ class Study:
             while (slot := _free(taken, skipped)) < (math.inf if budget is None else budget):
                 trial_id, passed = patiently(partial(self._take, slot, itertools.count()))
                 if trial_id is not None:
-                    return patiently(partial(self._suggested, slot, trial_id, bool(running)))
+                    try:
+                        return patiently(partial(self._suggested, slot, trial_id, bool(running)))
+                    except UpdateFinishedTrialError:  # on a slow machine others took this worker for dead: ask again later
+                        return None
                 # Workers that look at the same moment see the same free slots. A worker that lost a slot skips as many free
                 # slots as there were workers before it, so n workers begin about 2 n trials, and not n².
                 skipped += passed

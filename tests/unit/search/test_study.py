@@ -283,3 +283,22 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", full)
     with pytest.raises(AbliterateError, match=r"No space left.*--resume"):
         finish(study, asked)
+
+
+def test_a_worker_that_is_taken_for_dead_while_it_asks_asks_again(tmp_path: Path) -> None:
+    """Another worker ends its trial between two parameters: the slot is free again, and the search goes on."""
+    slow, other = (open_study("", tmp_path / "study.journal", SPACE, 0, worker=name) for name in ("slow", "other"))
+    suggest = slow._space.suggest
+
+    class Interrupted(Space):
+        def suggest(self, trial: optuna.Trial) -> TrialParams:
+            trial.suggest_categorical("scope", ["global", "per layer"])
+            assert other._interrupt(trial._trial_id)
+            return suggest(trial)
+
+    slow._space = Interrupted(SETTINGS, 12, COMPONENTS)
+    assert slow.ask(1) is None
+    slow._space = SPACE
+    asked = slow.ask(1)
+    assert asked is not None
+    assert asked.number == 0
