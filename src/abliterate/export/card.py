@@ -156,7 +156,6 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
     model, environment = record["model"], record["environment"]
     revision = f", revision {code(model['revision'])}" if model["revision"] else ""
     yield "base", f"{plain(model['id'])}{revision}, fingerprint `{model['fingerprint']}`"
-    # A run of an earlier version didn't record its prompts.
     sets = record.get("prompts", {})
     for title, name in FILES.items():
         section, option = name.split(".")
@@ -262,7 +261,7 @@ KL(trial‖export) of the first token: {divergences}. Largest error of one modul
 def model_card(facts: Mapping[str, Any]) -> str:
     """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
 
-    `n_harmless`: None where it wasn't recorded. `on_hub`: whether `base` is the name of a model on the Hub.
+    `n_harmless`: None if the result doesn't name its prompts. `on_hub`: whether `base` is the name of a model on the Hub.
     `quantized`: how the base's files are quantized, or ""; `dense`: whether this export has weights of its own.
     `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial.
     `approximation` {"mean", "max"}: the share of each matrix's change that a low-rank representation loses; empty if exact.

@@ -336,7 +336,7 @@ def test_card_says_what_was_measured() -> None:
     assert "(exact)" in card
     assert card.endswith("the recipe")
     assert "90 harmless prompts" in card
-    assert ", harmless prompts" in model_card(facts | {"n_harmless": None})  # a run of an earlier version
+    assert ", harmless prompts" in model_card(facts | {"n_harmless": None})  # a result without its prompts
     assert "base_model" not in model_card(facts | {"on_hub": False})  # a directory's name is no Hub id
     lossy = model_card(facts | {"representation": "svd", "approximation": {"mean": 0.034, "max": 0.0712}})
     assert "(svd, which misses 3.4% of a matrix's change on average, 7.1% at most)" in lossy

@@ -29,6 +29,7 @@ from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.pipeline import stages
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Trial
@@ -71,13 +72,21 @@ def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDir
         dtype="float32",
         quantization=settings.load.quantization,
     )
-    result = Result(model=model)
+    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
+    result = Result(
+        model=model,
+        directions=stages.directions_record(directions),
+        identity={},
+        startup_trials=1,
+        batch_sizes={"residuals": 1, "prefill": 1, "decode": 1},
+        response_prefix="",
+        rendering="",
+    )
     scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}}
     trial = Trial(0, make_params(0, sizes.num_hidden_layers), "complete", scores)
     result.searched([trial], [trial], Baseline(9, 12), DEFAULT)
     result.write(directory)
-    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
-    save_file({"directions": directions.vectors}, directory.directions)
+    directory.directions.write_bytes(stages.directions_file(directions))
     return settings, directory
 
 
@@ -192,18 +201,6 @@ def test_trials_that_are_not_complete_are_not_exported(state: str, finished: Fin
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="was stopped" if state == "stopped" else r"failed \(out of memory\)"):
         pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), number, tmp_path / "out")
-
-
-def test_runs_of_earlier_versions_are_exported(finished: Finished, tmp_path: Path) -> None:
-    """They recorded neither prompts nor how many trials were random."""
-    path, first, settings = finished
-    run = copy_run(path, tmp_path / "run")
-    record = {name: value for name, value in first.items() if name not in ("prompts", "startup_trials", "sha256")}
-    write_json(run / "result.json", record | {"exports": []})
-    pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
-    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "| harmful prompts, scores | not recorded |" in card
-    assert "first token, harmless prompts" in card
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
