@@ -79,10 +79,11 @@ def make_case(folder: Path, files: dict[str, str], stored: str, **over: Any) -> 
     recorder = Recorder()
     context = Context.of(settings, recorder)
     bench = load_calibrated(context, read_prompts(context))
-    stages.find_directions(bench)
+    directions = stages.find_directions(bench)
     baseline = stages.baseline(bench)
     trial = stages.evaluate(bench, 0, params(), DominancePruner.never())
-    result = Result(**bench.record(), prompts=prompt_records(settings, bench.prompts))
+    parts = {"identity": bench.identity(), "startup_trials": 1, "directions": stages.directions_record(directions)}
+    result = Result(**bench.record(), **parts, prompts=prompt_records(settings, bench.prompts))
     result.searched([trial], [trial], baseline, bench.objectives)
     picked = pipeline_export.prepare(bench, settings, result, trial)
     return Case(context, bench, result, picked, recorder)
