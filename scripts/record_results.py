@@ -20,7 +20,7 @@ from record_interrupted import WIDTH, Terminal, in_order
 
 from support.browser import browser
 
-DOCS, HEIGHT = ROOT / "docs" / "generated", 240
+DOCS, HEIGHT = ROOT / "docs" / "generated", 300
 PAGE = """\
 # What a run's results look like
 
