@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import re
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import abliterate as ab
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.pipeline.search import Search
 from support.models import logits_of
 from support.paths import ROOT
@@ -57,7 +58,7 @@ def test_a_search_gives_each_trial_once(searched: Searched) -> None:
     bench, directions, study, came, recorder = searched
     assert came == [0, 1, 2, 3] == [trial.number for trial in study.trials]
     assert [trial.number for trial in recorder.trials] == came
-    assert list(study) == []  # nothing is left
+    assert [trial.number for trial in study] == list(range(len(study.trials)))  # they are there again, and nothing is left
     assert directions is bench.directions
     assert tuple(directions.vectors.shape) == (13, 128)
     assert bench.baseline is not None
@@ -148,7 +149,8 @@ def test_the_pages_example_runs(prompt_files: Files, tmp_path: Path, monkeypatch
     exec(compile(example, str(PAGE), "exec"), names)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert names["trial"] in names["study"].trials
-    assert not hasattr(names["bench"], "loaded")  # the model is gone
+    with pytest.raises(AbliterateError, match="closed"):  # the model is gone
+        _ = names["bench"].loaded
 
 
 def test_the_page_and_the_package_name_the_same_things() -> None:
@@ -207,3 +209,36 @@ def test_search_and_export_are_functions_and_packages(monkeypatch: pytest.Monkey
     assert inspect.ismodule(search.study)
     with pytest.raises(AttributeError, match="module 'abliterate' has no attribute 'nothing'"):
         _ = ab.nothing
+
+
+def test_a_search_belongs_to_its_directions(searched: Searched, tmp_path: Path) -> None:
+    """Another search may change the workbench's directions: what the first one picks is measured and exported along its own."""
+    bench, directions, study, _, _ = searched
+    bench.prepare(type(directions)(directions.vectors.flip(0).contiguous()))
+    assert bench.directions is not directions
+    trial = study.pick("knee")
+    assert bench.directions is directions
+    again = study.measure(trial.params)
+    assert (again.refusals, again.kl) == (trial.refusals, trial.kl)
+
+
+def test_only_complete_trials_are_exported_and_kinds_are_known(searched: Searched, tmp_path: Path) -> None:
+    bench, _, study, _, _ = searched
+    trial = study.pick("knee")
+    with pytest.raises(InputError, match="being stopped"):
+        ab.export(bench, dataclasses.replace(trial, state="stopped"), tmp_path / "out")
+    for kind in ("gguf", "none"):
+        with pytest.raises(InputError, match=kind):
+            ab.export(bench, trial, tmp_path / "out", kind=kind)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_running_search_says_so(searched: Searched) -> None:
+    bench, directions, _, _, _ = searched
+    study = ab.search(bench, directions, trials=2)
+    for trial in study:
+        if trial.number == 0:
+            with pytest.raises(AbliterateError, match="front_so_far"):
+                _ = study.front
+            assert len(study.front_so_far) <= 1
+    assert len(study.trials) == 2

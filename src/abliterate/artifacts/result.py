@@ -74,7 +74,11 @@ ObjectiveField = Annotated[
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True, validate_assignment=False)
+    model_config = ConfigDict(
+        extra="allow",
+        arbitrary_types_allowed=True,
+        ser_json_inf_nan="constants",  # so that writing them fails: null would hide them
+    )
 
 
 class ModelRecord(_Record):
@@ -271,8 +275,10 @@ class Result(_Record):
         return {"export": self.export, "memory": self.memory, "environment": self.environment}
 
     def update(self, **fields: Any) -> None:
-        """Set several fields."""
+        """Set several fields; KeyError for a name that the format doesn't have."""
         for name, value in fields.items():
+            if name not in type(self).model_fields:
+                raise KeyError(name)
             setattr(self, name, value)
 
     def searched(

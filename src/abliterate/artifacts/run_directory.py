@@ -90,10 +90,11 @@ class RunDirectory:
         self.check(resume=resume, restart=restart)
         try:
             if restart and self.holds_run:
+                self._made = True  # so that `remove_if_empty` puts the old run back, wherever an interruption comes
                 self._moved = _free_name(self.path.absolute())
                 self.path.rename(self._moved)
                 self._drop_lock(self._moved)
-            self._made = not self.path.exists()
+            self._made = self._made or not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _refused(f"The directory {self.path} can't be made or moved", error) from error
@@ -124,10 +125,12 @@ class RunDirectory:
     def remove_if_empty(self) -> None:
         """Undo `prepare` after a run that failed before its first artifact: remove its directory, put the old run back."""
         with contextlib.suppress(OSError):
-            if self._made and not any(self.path.iterdir()):
+            if not self._made or (self.path.exists() and any(self.path.iterdir())):
+                return
+            if self.path.exists():
                 self.path.rmdir()
-                if self._moved:
-                    self._moved.rename(self.path)
+            if self._moved:
+                self._moved.rename(self.path)
 
     def study_name(self) -> str:
         """The name of the run's study in a database, made up once, so that no two runs share a study by accident."""

@@ -89,7 +89,6 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
         raise Interrupted(message=_how_to_continue(directory, settings)) from error
     finally:
         reporter.close()
-        directory.remove_if_empty()
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

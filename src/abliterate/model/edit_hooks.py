@@ -1,7 +1,7 @@
 """Forward hooks apply the current trial's edits to the model: a row scale plus a low-rank update per module.
 
 An unedited module has no hook and costs nothing. Base weights are never written, so clearing all edits restores the base model
-bit for bit. PEFT is the exchange format (`export/edit.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
+bit for bit. PEFT is the exchange format (`export/adapter.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
 decode step on a small model (docs/design.md §5.8).
 """
 

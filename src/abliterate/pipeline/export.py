@@ -16,11 +16,12 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.edits import Factors, SvdMemo
 from abliterate.edits.svd import relative_error
-from abliterate.errors import AbliterateError, TrialError
+from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.export import (
     EXPORTERS,
     Exporter,
     ExportJob,
+    check_kind,
     check_output,
     checked,
     finished_folder,
@@ -54,6 +55,7 @@ from abliterate.objectives import other_names
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of, make_engine
+from abliterate.pipeline.preflight import check_export
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.sets import PromptSets, prompt_sources
 from abliterate.scorers import Scorer
@@ -218,7 +220,9 @@ def write(
         write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, entry))
     if approximation:
         facts["approximation_error"] = dict(approximation)
-    record = ExportRecord(kind=exporter.kind, trial=trial.number, path=final.name, verified=None, pushed=None, **facts)
+    record = ExportRecord(
+        **{"kind": exporter.kind, "trial": trial.number, "path": final.name, "verified": None, "pushed": None} | facts
+    )
     leave_record(final, record.model_dump(exclude_unset=True))
     return record
 
@@ -232,14 +236,17 @@ def verify(context: Context, picked: Picked, final: Path) -> Verification:
             return Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
 
 
-def conclude(
-    context: Context, record: ExportRecord, final: Path, trial: Trial, n_harmful: int, verdict: Verification
-) -> ExportRecord:
-    """Write the verdict to the export's card, recipe and record; returns the record. A failure is a warning."""
-    concluded = record.model_copy(update={"verified": verdict.ok, "verification": verdict.record})
-    leave_record(final, concluded.model_dump(exclude_unset=True))
+def concluded(record: ExportRecord, verdict: Verification) -> ExportRecord:
+    """The record with the verdict."""
+    return record.model_copy(update={"verified": verdict.ok, "verification": verdict.record})
+
+
+def conclude(context: Context, record: ExportRecord, final: Path, trial: Trial, n_harmful: int, verdict: Verification) -> None:
+    """Write the verdict, which `record` has, to the export's card, recipe and own record. A failure is a warning."""
+    leave_record(final, record.model_dump(exclude_unset=True))
     readme = final / "README.md"
-    write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
+    if readme.exists():  # an exporter of a plugin may write none
+        write_atomically(readme, readme.read_text(encoding="utf-8") + checked(verdict.record, trial, n_harmful))
     mark_verified(final, verdict.ok)
     if not verdict.ok:
         failed = [name for name, passed in verdict.record["checks"].items() if not passed]
@@ -247,17 +254,21 @@ def conclude(
             f"The export reloaded from disk differs from the trial by more than rounding explains "
             f"({', '.join(failed) or verdict.record['reason']}); see {final.name}/README.md before using it."
         )
-    return concluded
 
 
 def export_and_verify(context: Context, picked: Picked, result: Result, final: Path) -> Iterator[ExportRecord]:
-    """Write the export and, unless switched off, verify it from disk; yields its record after each of the two steps."""
+    """Write the export and, unless switched off, verify it from disk; yields its record after each of the two steps.
+
+    The verdict is yielded before the export's own files get it, so that a caller can save it first.
+    """
     trial = picked.trial
     record = write(context, picked.job, result, final, trial, picked.approximation)
     yield record
     if context.settings.export.verify:
         verdict = verify(context, picked, final)
-        yield conclude(context, record, final, trial, len(picked.prompts.harmful_eval), verdict)
+        record = concluded(record, verdict)
+        yield record
+        conclude(context, record, final, trial, len(picked.prompts.harmful_eval), verdict)
 
 
 def export(bench: Workbench, trial: Trial, out: str | Path, kind: str = "") -> ExportRecord:
@@ -267,21 +278,28 @@ def export(bench: Workbench, trial: Trial, out: str | Path, kind: str = "") -> E
     needs memory for both.
 
     Raises:
-        InputError: `out` holds files that aren't an export of this tool.
+        InputError: `out` holds files that aren't an export of this tool, the kind is unknown or can't hold the edits, or the
+            trial wasn't measured in full.
     """
     final = Path(out)
     check_output(final)
     settings = bench.settings
     kind = kind or (settings.export.kind if settings.export.kind != "none" else "merged")
+    if kind == "none" or trial.state != "complete":
+        raise InputError(
+            f"Trial {trial.number} can't be exported as {kind!r}, being {trial.state}; choose a complete trial, and merged or "
+            "adapter."
+        )
+    check_kind(kind)
     settings = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": kind})})
-    assert bench.directions is not None
+    check_export(settings, bench.loaded.model.config, bench.loaded.targets)
     baseline = bench.baseline or stages.baseline(bench)
     result = Result(
         **bench.record(),
         prompts=prompt_records(settings, bench.prompts),
         identity=bench.identity(),
         startup_trials=settings.search.n_startup_trials,
-        directions=stages.directions_record(bench.directions),
+        directions=stages.directions_record(bench.editor.directions),
     )
     result.searched([trial], [trial], baseline, bench.objectives)
     result.selected = trial.number

@@ -31,8 +31,19 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import stages
-from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.export import Picked, approximation_of, card, conclude, pinned, prepare, push_export, verify, write
+from abliterate.pipeline.context import Context, StageClock, read_prompts
+from abliterate.pipeline.export import (
+    Picked,
+    approximation_of,
+    card,
+    conclude,
+    concluded,
+    pinned,
+    prepare,
+    push_export,
+    verify,
+    write,
+)
 from abliterate.pipeline.workbench import load_calibrated
 from abliterate.report.tables import summary
 from abliterate.search.study import changed_parts
@@ -77,7 +88,7 @@ def export_trial(
         settings = _as_trials_ran(settings, result.model.dtype)
     except ValidationError as error:
         raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
-    context = Context.of(settings, reporter)
+    context = replace(Context.of(settings, reporter), clock=StageClock(result))
     directions = stages.read_directions(directory.directions, result)
     source, base = open_base(context, result, number)
     if {target.component for target in base.targets.values()} - set(trial.params.kernels):
@@ -88,7 +99,7 @@ def export_trial(
     write_and_check(context, result, job, base, edits, trial, final, expected)
     result.export = push_export(context, result.export, final)
     context.clock.count()
-    result.timings = context.clock.timings
+    result.update(timings=context.clock.timings, memory=context.clock.memory)
     where = str(final.parent)
     reporter.finish(result.with_checksum(), where, summary(result, where))
     if result.export.verified is False:
@@ -126,7 +137,8 @@ def write_and_check(
         )
         return
     assert result.baseline is not None
-    result.export = conclude(context, result.export, final, trial, result.baseline.prompts, verdict)
+    result.export = concluded(result.export, verdict)
+    conclude(context, result.export, final, trial, result.baseline.prompts, verdict)
 
 
 def _as_trials_ran(settings: Settings, dtype: str) -> Settings:

@@ -58,16 +58,19 @@ def run(
         InputError, AbliterateError: with the sentence that a person sees. Interrupted: by `check`; finished trials are kept.
     """
     directory = directory or RunDirectory(Path(settings.out) if settings.out else default_path(settings.model))
-    with directory.locked():
-        rule = check_names(settings)
-        devices = devices_of(gpus, choose_device(settings.device))
-        directory.check(resume=resume, restart=restart)
-        if settings.export.kind != "none" and not restart:
-            check_output(directory.export)
-        result = Result.continued(directory) if resume else Result()
-        reporter = reporter or default_reporter()
-        context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
-        return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
+    reporter = reporter or default_reporter()
+    try:
+        with directory.locked():
+            rule = check_names(settings)
+            devices = devices_of(gpus, choose_device(settings.device))
+            directory.check(resume=resume, restart=restart)
+            if settings.export.kind != "none" and not restart:
+                check_output(directory.export)
+            result = Result.continued(directory) if resume else Result()
+            context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
+            return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
+    finally:
+        directory.remove_if_empty()
 
 
 @dataclass

@@ -22,10 +22,10 @@ from abliterate.types import Baseline, Trial, TrialParams
 
 
 class Search:
-    """The trials of a study on a workbench. Iterating runs the remaining trials and gives each finished trial once.
+    """The trials of a study on a workbench. Iterating gives every trial once, and runs the remaining trials.
 
-    `front` and `pick` run the remaining trials first; `trials` and `front_so_far` hold the finished trials. Other workers may
-    share the study: trials that they finish count, and trials that they abandon are repeated.
+    `front` and `pick` run the remaining trials first; `trials` and `front_so_far` hold the finished trials, also during the
+    search. Other workers may share the study: trials that they finish count, and trials that they abandon are repeated.
     """
 
     def __init__(
@@ -39,10 +39,16 @@ class Search:
         search = bench.settings.search
         self._parse = partial(parse_rule, auto_max_kl=search.select_max_kl, objectives=bench.objectives)
         self._rule = rule or self._parse(search.select)
+        self._directions = bench.editor.directions
+        self._running = False
 
     def __iter__(self) -> Iterator[Trial]:
-        for new in self.rounds():
-            yield from new
+        given: set[int] = set()
+        for _ in [()] if len(self.trials) >= self.budget else self.rounds():
+            for trial in self.trials:
+                if trial.number not in given:
+                    given.add(trial.number)
+                    yield trial
 
     @property
     def front_so_far(self) -> Sequence[Trial]:
@@ -68,6 +74,7 @@ class Search:
             InputError: the rule can't be read or no trial meets it. AbliterateError: no trial beats the base model.
         """
         front = self.front
+        self.bench.prepare(self._directions)  # another search may have changed them, and the trial is exported next
         if not front:
             raise AbliterateError(no_front(self.baseline, self.bench.objectives))
         if isinstance(rule, str):
@@ -76,13 +83,26 @@ class Search:
 
     def measure(self, params: TrialParams) -> Trial:
         """Measure any parameters in full, as trials are measured, without reporting them to the sampler."""
+        self.bench.prepare(self._directions)
         return stages.evaluate(self.bench, len(self.trials), params, DominancePruner.never(self.bench.objectives))
 
     def rounds(self, watch: Callable[[], None] = lambda: None) -> Iterator[Sequence[Trial]]:
-        """Run the remaining trials; each round gives the newly finished trials, the first round those of earlier sessions.
+        """Run the remaining trials; each round gives the newly finished trials, and none in the first round.
 
         A round ends before the next trial begins, so a caller can save its trials. `watch` is called before each trial.
+
+        Raises:
+            AbliterateError: the search is running already, or its last trials all failed.
         """
+        if self._running:
+            raise AbliterateError("The search is running; ask it for front_so_far or trials until it has finished.")
+        self._running = True
+        try:
+            yield from self._rounds(watch)
+        finally:
+            self._running = False
+
+    def _rounds(self, watch: Callable[[], None]) -> Iterator[Sequence[Trial]]:
         context, study, limit = self.bench.context, self.study, self.bench.settings.search.max_consecutive_failures
         with context.stage("search", f"{self.budget} trials"):
             before = {trial.number for trial in study.trials()}
@@ -119,6 +139,7 @@ class Search:
             time.sleep(POLL)
             return
         try:
+            self.bench.prepare(self._directions)
             pruner = DominancePruner.of(self.trials, self.baseline, self.bench.objectives)
             with self.study.at_work(asked):
                 trial = stages.evaluate(self.bench, asked.number, asked.params, pruner)

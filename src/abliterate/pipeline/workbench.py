@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -29,6 +30,7 @@ from abliterate.engine.prefill import resume_layers
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
 from abliterate.engine.trial_engine import TrialEngine
+from abliterate.errors import AbliterateError
 from abliterate.evaluation.trial import early_scorer
 from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
@@ -51,6 +53,8 @@ from abliterate.settings.schema import Settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, BatchSizes, Objective, Prompt, Reporter, TrialParams
 
+# The attributes that hold the model, which a closed workbench doesn't have.
+_FREED = ("loaded", "chat", "plain", "engine", "scorers")
 _SAMPLES = 256  # random trials that decide at which layers trials can resume
 
 
@@ -70,7 +74,8 @@ class Workbench:
         self.use(BatchSizes.same(1), "")
         self._prompts: PromptSets | None = None
         self._editor: Editor | None = None
-        self._measured = ""
+        self._prepared = False
+        self._measured: tuple[str, int] | None = None  # what the model is measured as, and by which thread
         self.baseline: Baseline | None = None
 
     def use(self, sizes: BatchSizes, prefix: str) -> None:
@@ -79,6 +84,7 @@ class Workbench:
         self.chat: PromptEncoder = chat_of(self.settings, self.loaded.tokenizer, self.loaded.device, prefix)
         self.plain: ReferenceEngine = make_engine(self.context, self.loaded.model, self.chat, sizes)
         self.engine: Engine = self.plain
+        self._prepared = False
 
     @property
     def settings(self) -> Settings:
@@ -88,13 +94,15 @@ class Workbench:
     @property
     def prompts(self) -> PromptSets:
         """The prompt sets that the workbench is calibrated on."""
-        assert self._prompts is not None, "calibrate the workbench first"
+        if self._prompts is None:
+            raise AbliterateError("The workbench has no prompts yet; call calibrate, or make it by load.")
         return self._prompts
 
     @property
     def editor(self) -> Editor:
         """The editor, which applies a trial's parameters to the model."""
-        assert self._editor is not None, "give the workbench directions first (find_directions)"
+        if self._editor is None:
+            raise AbliterateError("The workbench has no directions yet; call find_directions, or prepare with your own.")
         return self._editor
 
     @property
@@ -113,11 +121,12 @@ class Workbench:
 
         `prefix` and `sizes` ({operation: batch size}) are given by a run to its workers, or by a recipe.
         """
-        self._prompts = prompts
         with self.context.stage("calibrate"), self.base():
             tuned = batch_size.batch_sizes(self.context, self.loaded, plain_engine(self.context, self.loaded), prompts, sizes)
             if prefix is None:
                 prefix = known_prefix(self.context, self.loaded, tuned, prompts)
+        self._forget_edits()  # the trial engine and the scorers know the prompts of before
+        self._prompts, self.baseline = prompts, None
         self.use(tuned, prefix)
 
     def note_forms(self) -> None:
@@ -128,6 +137,7 @@ class Workbench:
 
     def make_edits(self, directions: Directions, *, now: bool = True) -> None:
         """Put hooks on every target, and prepare edits along `directions`: all `now`, or each when it is first used."""
+        self._forget_edits()
         efficiency = self.settings.efficiency
         hooks = EditHooks(self.loaded.targets, incremental=efficiency.use_incremental_adapter_updates)
         memo = SvdMemo(efficiency.max_svd_cache_size if efficiency.enable_svd_cache else 0)
@@ -145,7 +155,7 @@ class Workbench:
 
     def prepare(self, directions: Directions) -> None:
         """Make edits along `directions` possible, and choose the fastest trial engine that agrees with `plain`."""
-        if self.directions is directions:
+        if self._prepared and self.directions is directions:
             return
         self.make_edits(directions)
         editor, space, context = self.editor, self.space, self.context
@@ -166,16 +176,30 @@ class Workbench:
             self.engine = trusted_engine(setup, switches, edit, editor.clear, context.reporter.warn)
             for note in _left_out(self.engine, setup, self.settings):
                 context.reporter.note(note)
+        self._prepared = True
+
+    def _forget_edits(self) -> None:
+        """Take earlier hooks off, and with them the engine that was made for them.
+
+        Raises:
+            RuntimeError: the model is being measured.
+        """
+        if self._measured:
+            raise RuntimeError(f"the edits can't be changed while the model is measured as {self._measured[0]}")
+        if self._editor is not None:
+            self._editor.clear()
+        self._editor, self.engine, self._prepared = None, self.plain, False
 
     @contextlib.contextmanager
     def edited(self, params: TrialParams) -> Iterator[None]:
         """Apply a trial's edits for the `with` block; afterwards the model is always the base model again."""
+        editor = self.editor
         with self._measuring("edited"):
             try:
-                self.editor.apply(params)
+                editor.apply(params)
                 yield
             finally:
-                self.editor.suspend()
+                editor.suspend()
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:
@@ -192,22 +216,24 @@ class Workbench:
     @contextlib.contextmanager
     def _measuring(self, state: str) -> Iterator[None]:
         if self._measured:
-            raise RuntimeError(f"the model can't be measured as {state} while it is measured as {self._measured}")
-        self._measured = state
+            raise RuntimeError(f"the model can't be measured as {state} while it is measured as {self._measured[0]}")
+        self._measured = (state, threading.get_ident())
         try:
             yield
         finally:
-            self._measured = ""
+            self._measured = None
 
     def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:
         """Whole responses of the base model, or inside `edited` of the edited model.
 
         Raises:
             TrialError: the device is too small for one prompt, or the model's logits are not numbers.
+            RuntimeError: something else is measuring the model, in this thread or another one.
         """
         system = self.settings.prompts.system
         given = [prompt if isinstance(prompt, Prompt) else Prompt(prompt, system) for prompt in prompts]
-        with contextlib.nullcontext() if self._measured else self.base():
+        inside = self._measured in {(state, threading.get_ident()) for state in ("base", "edited")}
+        with contextlib.nullcontext() if inside else self.base():
             responses = self.plain.respond(given)
         assert responses is not None  # only a limit can stop it
         return [response.text for response in responses]
@@ -241,10 +267,17 @@ class Workbench:
         """Remove all edits and drop the model, which frees its memory; the workbench can't be used afterwards."""
         if self._editor is not None:
             self._editor.clear()
-        for name in ("loaded", "chat", "plain", "engine", "scorers", "_editor"):
+        for name in _FREED:
             self.__dict__.pop(name, None)
         self._editor = None
         gc.collect()
+
+    if not TYPE_CHECKING:  # or a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            if name in _FREED:
+                raise AbliterateError("The workbench is closed, and its model is gone; load the model again.")
+            raise AttributeError(name)
 
     def __enter__(self) -> Workbench:
         return self
@@ -275,10 +308,14 @@ def load_calibrated(
     scorers = scorers_of(context.settings)
     objectives = objectives_of(context.settings, scorers)
     bench = open_workbench(context, prompts)
-    check_loaded(context, bench.loaded)
-    bench.scorers, bench.objectives = scorers, objectives
-    bench.calibrate(prompts, prefix, sizes)
-    bench.note_forms()
+    try:
+        check_loaded(context, bench.loaded)
+        bench.scorers, bench.objectives = scorers, objectives
+        bench.calibrate(prompts, prefix, sizes)
+        bench.note_forms()
+    except BaseException:  # in a notebook the traceback would keep the model
+        bench.close()
+        raise
     return bench
 
 

@@ -33,7 +33,7 @@ from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
 from abliterate.types import Baseline, Prompt, Reporter
 
-FORMAT = 1
+FORMAT = 2
 
 # The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from abliterate.errors import AbliterateError
 from abliterate.model import edit_hooks
 from abliterate.pipeline import stages
 from abliterate.pipeline.workbench import Workbench, load
@@ -250,3 +251,47 @@ def test_closing_frees_the_model(prompt_files: Files, tmp_path: Path) -> None:
         used(alive, ValueError("stop"))
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
+
+
+def test_edits_cannot_be_changed_while_the_model_is_measured(bench: Workbench, params: TrialParams) -> None:
+    """Otherwise the old hooks would stay on, and nobody would know of them."""
+    before = logits_of(bench.loaded.model)
+    assert bench.directions is not None
+    other = type(bench.directions)(bench.directions.vectors.flip(0).contiguous())
+    with bench.edited(params):
+        for change in (bench.prepare, bench.make_edits, lambda directions: bench.calibrate(bench.prompts)):
+            with pytest.raises(RuntimeError, match="measured as edited"):
+                change(other)
+    assert torch.equal(logits_of(bench.loaded.model), before)
+
+
+def test_a_preparation_that_was_interrupted_begins_anew(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the engine of other hooks, layers that are edited would be skipped."""
+    from abliterate.pipeline import workbench
+
+    directions, engine = bench.directions, bench.engine
+    assert directions is not None
+    assert engine is not bench.plain
+    other = type(directions)(directions.vectors.clone())
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workbench, "trusted_engine", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench.prepare(other)
+    assert bench.engine is bench.plain
+    bench.prepare(other)
+    assert bench.engine is not bench.plain
+    bench.prepare(directions)
+
+
+def test_misuse_is_one_sentence(prompt_files: Files, tmp_path: Path, params: TrialParams) -> None:
+    settings = quick_settings(prompt_files, tmp_path / "cache", response={"max_new_tokens": 4, "detect_prefix": False})
+    bench = load(settings, Recorder())
+    with bench, pytest.raises(AbliterateError, match="no directions yet"), bench.edited(params):
+        pass
+    for use in (lambda: bench.respond(["Hi"]), lambda: bench.loaded, lambda: stages.residuals(bench)):
+        with pytest.raises(AbliterateError, match=r"closed.*load the model again"):
+            use()
