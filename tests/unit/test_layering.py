@@ -20,7 +20,7 @@ artifacts engine / evaluation / report / export / pipeline / chat / cli / __init
 RANK = {unit: rank for rank, units in enumerate(RANKS.split("/")) for unit in units.split()}
 NO_TORCH = ("_version", "types", "errors", "files", "objectives", "plugins", "settings", "terminal", "search")
 ONLY_TORCH = ("directions", "edits")
-RICH = ("terminal/reporters.py", "terminal/tables.py", "chat/display.py", "report/terminal.py")
+RICH = ("terminal/reporters.py", "terminal/tables.py", "chat/display.py")
 HEAVY = ("torch", "transformers", "optuna", "peft", "datasets", "pydantic", "pydantic_settings", "rich")
 
 
