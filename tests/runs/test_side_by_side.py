@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from abliterate.search.space import Space
-from abliterate.search.study import open_study
+from abliterate.search.storage import open_storage
+from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import SearchSettings
 from support.forked import Command, of_stage
 from support.runs import outcomes
@@ -52,13 +53,12 @@ def test_two_resumes_of_one_run_at_the_same_time(whole: Whole, tmp_path: Path) -
 
 def test_the_journals_lock_of_a_killed_run_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a relative path, as by default, and in a directory that was moved: Optuna alone would wait for ever."""
-    monkeypatch.setattr("abliterate.search.storage._DEAD_LOCK", 3)
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     journal = Path("run") / "study.journal"
     space = Space(SearchSettings(), 12, ("attn.o_proj",))
-    open_study("", journal, space, 0).ask()
+    Study(open_storage("", journal, dead_lock=3), STUDY_NAME, space, 0).ask()
     for target in ("run/study.journal", "/nowhere/study.journal", str(journal.absolute())):
         os.symlink(target, "run/study.journal.lock")
-        open_study("", journal, space, 0).ask()
+        Study(open_storage("", journal, dead_lock=3), STUDY_NAME, space, 0).ask()
         assert not os.path.lexists("run/study.journal.lock")

@@ -10,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from abliterate.pipeline import local_workers, stages, workers
 from abliterate.pipeline import run as pipeline_run
 from abliterate.search import storage
 from abliterate.search.storage import shared
-from abliterate.search.study import STUDY_NAME, Study
+from abliterate.search.study import STUDY_NAME, Study, open_study
 from abliterate.settings.schema import Settings
 from abliterate.types import Trial
 from support import fake_worker
@@ -43,12 +44,6 @@ def postgres() -> Iterator[Server]:
         pytest.skip("PostgreSQL isn't installed (apt-get install postgresql)")
     with server() as running:
         yield running
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short pauses."""
-    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
 
 
 # Processes
@@ -152,7 +147,7 @@ def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
         workers.study_location(tmp_path, "", "")
 
 
-def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) -> None:
+def test_a_worker_at_no_study_or_no_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/study.db"
     with pytest.raises(InputError, match="holds no study nobody's"):
         workers.work(None, url, "nobody's", {}, Recorder())
@@ -160,9 +155,8 @@ def test_a_worker_at_no_study_or_no_database(tmp_path: Path, impatient: None) ->
         workers.work(None, "postgresql+psycopg://postgres@127.0.0.1:9/x", "s", {}, Recorder())
 
 
-def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path) -> None:
     study_of("", tmp_path / "study.journal", STUDY_NAME, "run", 4, 60)
-    monkeypatch.setattr(workers, "_POLL", 0.01)
     looks = itertools.count()
 
     def check() -> None:
@@ -171,7 +165,7 @@ def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path, monke
 
     recorder = Recorder()
     with pytest.raises(Interrupted):
-        workers.work(tmp_path, "", "", {}, recorder, check=check)
+        workers.work(tmp_path, "", "", {}, recorder, check=check, poll=0.01)
     assert recorder.notes == ["waiting for the run to compute its directions and baseline"]
 
 
@@ -292,11 +286,10 @@ def test_an_unreachable_database_at_the_start_is_a_sentence(tmp_path: Path, prom
 
 
 def test_a_database_that_goes_away_and_does_not_come_back(
-    tmp_path: Path, prompt_files: dict[str, str], postgres: Server, monkeypatch: pytest.MonkeyPatch, impatient: None
+    tmp_path: Path, prompt_files: dict[str, str], postgres: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ends with a sentence; continued, it is the uninterrupted one."""
-    monkeypatch.setattr(storage, "PATIENCE", 0.5)
-    monkeypatch.setattr(storage.patiently, "__defaults__", (*storage.patiently.__defaults__[:-1], 0.5))  # type: ignore[index]
+    monkeypatch.setattr(pipeline_run, "open_study", partial(open_study, patience=0.5, pause=0.01))
     options = {"search": {"trials": 5, "storage": postgres.make("away")}, "export": {"kind": "none"}}
     settings = quick_settings(prompt_files, tmp_path / "cache", **options)
     directory = RunDirectory(tmp_path / "run")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from abliterate.edits import METHODS, Factors
 from abliterate.export import EXPORTERS, ExportJob
 from abliterate.export.base_weights import Matrices
-from abliterate.export.check_weights import by_definition, by_factors, check_weights
+from abliterate.export.check_weights import CHUNK, ROUNDING, by_definition, by_factors, check_weights
 from abliterate.export.safetensors_copy import read_header, shard_files
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
@@ -35,7 +35,9 @@ class Case:
     params: TrialParams
     mode: str
 
-    def check(self, kind: str, folder: Path, job: ExportJob | None = None) -> tuple[bool, dict[str, Any]]:
+    def check(
+        self, kind: str, folder: Path, job: ExportJob | None = None, *, chunk: int = CHUNK, rounding: float = ROUNDING
+    ) -> tuple[bool, dict[str, Any]]:
         """Export `job` (by default the trial's own job), and check the exported files."""
         if not folder.exists():
             write(kind, job or self.job, folder)
@@ -43,13 +45,13 @@ class Case:
         directions = self.editor.directions
         table = directions.by_layer().double()
         definitions = {
-            name: by_definition(METHODS[self.mode], directions.blend(index).of(table), coeff)
+            name: by_definition(METHODS[self.mode], directions.blend(index).of(table), coeff, chunk=chunk)
             if self.editor._settings.representation == "exact"
             else by_factors(self.job.factors[name])
             for name, index, coeff in self.editor.plan(self.params).values()
         }
         reread = EXPORTERS[kind].reread(folder, self.job, base)
-        verdict = check_weights(base, reread, definitions, lambda done, total: None)
+        verdict = check_weights(base, reread, definitions, lambda done, total: None, chunk=chunk, rounding=rounding)
         return verdict.ok, verdict.record
 
     def with_factors(self, change: Callable[[dict[str, Factors]], dict[str, Factors]]) -> ExportJob:

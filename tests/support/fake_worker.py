@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.search.space import Space
-from abliterate.search.storage import POLL
+from abliterate.search.storage import FIRST_PAUSE, POLL
 from abliterate.search.study import Study, open_study
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial
@@ -24,10 +24,10 @@ from abliterate.types import Trial
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 
 
-def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace: float) -> Study:
+def study_of(url: str, journal: Path, name: str, worker: str, trials: int, grace: float, pause: float = FIRST_PAUSE) -> Study:
     """The study of the fake workers."""
     settings = SearchSettings(trials=trials, ei_candidates=8, grace_seconds=grace)
-    return open_study(url, journal, Space(settings, 12, COMPONENTS), 0, name, worker)
+    return open_study(url, journal, Space(settings, 12, COMPONENTS), 0, name, worker, pause=pause)
 
 
 class Clock:

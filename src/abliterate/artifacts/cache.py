@@ -56,17 +56,27 @@ class Entry:
 
 _Memory = dict[tuple[str, str], dict[str, Tensor]]
 _PROCESS: dict[str, _Memory] = {}
-_MEMORY_LIMIT = 2**30
+_MEMORY_LIMIT = 2**30  # bytes
 
 
 class ArtifactStore:
     """Reads and writes entries; counts hits and misses per kind.
 
-    `in_memory` also keeps tensors that are read or written (1 GiB at most), so that later runs of this process skip the disk.
+    `in_memory` also keeps tensors that are read or written, at most `memory_limit` bytes, so that later runs of this process
+    skip the disk.
     """
 
-    def __init__(self, root: Path, *, warn: Callable[[str], None], enabled: bool = True, in_memory: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        warn: Callable[[str], None],
+        enabled: bool = True,
+        in_memory: bool = False,
+        memory_limit: int = _MEMORY_LIMIT,
+    ) -> None:
         self.root = root
+        self._memory_limit = memory_limit
         self._warn = warn
         self._enabled = enabled
         self._memory: _Memory | None = _PROCESS.setdefault(str(root.absolute()), {}) if in_memory else None
@@ -127,7 +137,8 @@ class ArtifactStore:
         if self._memory is None:
             return
         self._memory[(kind, digest)] = tensors
-        while len(self._memory) > 1 and sum(t.nbytes for kept in self._memory.values() for t in kept.values()) > _MEMORY_LIMIT:
+        limit = self._memory_limit
+        while len(self._memory) > 1 and sum(t.nbytes for kept in self._memory.values() for t in kept.values()) > limit:
             del self._memory[next(iter(self._memory))]  # the oldest
 
     def counts(self, kind: str) -> dict[str, int]:

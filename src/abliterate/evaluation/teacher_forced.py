@@ -52,8 +52,15 @@ class Drift:
     candidate: Tensor
 
 
-def drift(base: ModelView, candidate: ModelView, rows: Sequence[TeacherForced], progress: Callable[[int], None]) -> list[Drift]:
-    """One `Drift` per row, on the CPU. `progress(done)` counts rows.
+def drift(
+    base: ModelView,
+    candidate: ModelView,
+    rows: Sequence[TeacherForced],
+    progress: Callable[[int], None],
+    *,
+    budget: int = BUDGET,
+) -> list[Drift]:
+    """One `Drift` per row, on the CPU. `progress(done)` counts rows; `budget` is the most bytes of logits held.
 
     Raises:
         TrialError: a logit is not a number, a KL is not finite, or a single row doesn't fit.
@@ -62,7 +69,7 @@ def drift(base: ModelView, candidate: ModelView, rows: Sequence[TeacherForced], 
     config = base.engine.model.config.get_text_config()
     # Both models' logits in their own dtype, and one row's logits three times in float32.
     per_row = 2 * longest * config.vocab_size * 4
-    size = max(1, min(base.engine.sizes.prefill, BUDGET // per_row))
+    size = max(1, min(base.engine.sizes.prefill, budget // per_row))
     batches = Batches(size, base.engine.chat.device, row_bytes=per_row)
     done = 0
 

@@ -121,18 +121,18 @@ CHUNK = 1 << 16
 # The error of an entry, relative to its row's norm, that float32 factors and sums explain: twice the largest error seen. That
 # was 5e-7, in rows that lie nearly along the direction (their closed form divides by little); in other rows the error is 3e-8
 # (tests/unit/export/test_check_weights.py).
-_ROUNDING = 1e-6
+ROUNDING = 1e-6
 
 # W (d_out, d_in) → the function that gives rows of W'.
 Definition = Callable[[Tensor], Rows]
 
 
-def by_definition(method: EditMethod, v: Tensor, coeff: float) -> Definition:
+def by_definition(method: EditMethod, v: Tensor, coeff: float, *, chunk: int = CHUNK) -> Definition:
     """W' by the edit method, for the unit direction `v` (d_out) in float64: rows along v are sensitive to its last bits."""
 
     def define(weight: Tensor) -> Rows:
         a = torch.zeros(weight.shape[1], dtype=torch.float64)
-        for rows in chunks(weight):
+        for rows in chunks(weight, chunk):
             a += method.along(weight[rows].double(), v[rows])
         return lambda rows: method.dense_rows(weight[rows].double(), v[rows], a, coeff)
 
@@ -151,9 +151,18 @@ def by_factors(factors: Factors) -> Definition:
 
 
 def check_weights(
-    base: Matrices, reread: Reread, definitions: Mapping[str, Definition], progress: Callable[[int, int], None]
+    base: Matrices,
+    reread: Reread,
+    definitions: Mapping[str, Definition],
+    progress: Callable[[int, int], None],
+    *,
+    chunk: int = CHUNK,
+    rounding: float = ROUNDING,
 ) -> Verification:
-    """Compare every edited matrix with its definition; all other tensors must be the base's."""
+    """Compare every edited matrix with its definition; all other tensors must be the base's.
+
+    `chunk` and `rounding` are explained at `CHUNK` and `ROUNDING`.
+    """
     comparisons: dict[str, _Comparison] = {}
     for done, (name, target) in enumerate(base.targets.items(), start=1):
         count = base.count(target) if name in definitions else 0
@@ -161,7 +170,7 @@ def check_weights(
             weight = base.matrix(target, index)
             rows = reread.rows(target, index, weight)
             label = name if count == 1 else f"{name}[{index}]"  # experts
-            comparisons[label] = _compare(weight, definitions[name](weight), rows, reread.dtype)
+            comparisons[label] = _compare(weight, definitions[name](weight), rows, reread.dtype, chunk, rounding)
         progress(done, len(base.targets))
     off = sorted(name for name, comparison in comparisons.items() if not comparison.ok)
     checks = {"weights": not off, "untouched": reread.untouched()}
@@ -177,9 +186,9 @@ def check_weights(
     return Verification(all(checks.values()), record)
 
 
-def chunks(weight: Tensor) -> Iterator[slice]:
-    """Slices over the rows of a matrix, of about `CHUNK` entries each."""
-    step = max(1, CHUNK // weight.shape[1])
+def chunks(weight: Tensor, chunk: int) -> Iterator[slice]:
+    """Slices over the rows of a matrix, of about `chunk` entries each."""
+    step = max(1, chunk // weight.shape[1])
     return (slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step))
 
 
@@ -205,14 +214,14 @@ class _Comparison:
         return -self.sums["along"] / change if change > 0 and math.isfinite(self.sums["along"]) else 0.0
 
 
-def _compare(weight: Tensor, expected: Rows, exported: Rows, dtype: torch.dtype) -> _Comparison:
-    """An entry may be off by half a step of the storage format, plus the share of its row's norm that `_ROUNDING` allows."""
+def _compare(weight: Tensor, expected: Rows, exported: Rows, dtype: torch.dtype, chunk: int, rounding: float) -> _Comparison:
+    """An entry may be off by half a step of the storage format, plus the share of its row's norm that `rounding` allows."""
     comparison, info = _Comparison(), torch.finfo(dtype)
-    for rows in chunks(weight):
+    for rows in chunks(weight, chunk):
         old, new = weight[rows].double(), expected(rows)
         error = exported(rows) - new
         norms = torch.maximum(old.norm(dim=1), new.norm(dim=1))[:, None]
-        bound = info.eps / 2 * new.abs() + info.smallest_normal * info.eps + _ROUNDING * norms
+        bound = info.eps / 2 * new.abs() + info.smallest_normal * info.eps + rounding * norms
         comparison.ok &= bool((error.abs() <= bound).all())  # false for NaN
         terms = {"error": error.square(), "whole": new.square(), "change": (new - old).square(), "along": error * (new - old)}
         for name, term in terms.items():

@@ -36,18 +36,21 @@ class Merged:
 
     kind = "merged"
 
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
+
     def write(self, job: ExportJob, folder: Path) -> Mapping[str, Any]:
         """Write the model. The edit is computed in float32 on the stored weights; quantized weights are made dense first."""
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         facts: dict[str, Any] = {"dtype": str(matrices.dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
         if matrices.whole is None:
-            stream(job, matrices, folder)
+            stream(job, matrices, folder, self._chunk)
             facts["streamed"] = True
         else:
             empty(folder)  # a killed export of another version may have streamed files into it
             check_room(sum(parameter.nbytes for parameter in matrices.whole.parameters()), folder)
-            edit_weights(matrices, job)
+            edit_weights(matrices, job, self._chunk)
             matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
             facts |= {"streamed": False, "reason": matrices.reason}
         if matrices.dequantized:
@@ -63,15 +66,15 @@ class Merged:
         return RereadMerged(folder, job, base)
 
 
-def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
+def stream(job: ExportJob, matrices: Matrices, folder: Path, chunk: int) -> None:
     """Copy the checkpoint's files one after the other and edit matrices on the way."""
     edits: dict[str, EditTensor] = {}
     for name, factors in job.factors.items():
         for place, single in zip(matrices.places[name], factors.parts(), strict=True):
             if place.in_stack:
-                edits[place.tensor] = partial(edit_stack, factors=factors, transposed=place.transposed)
+                edits[place.tensor] = partial(edit_stack, factors=factors, transposed=place.transposed, chunk=chunk)
             else:
-                edits[place.tensor] = partial(edit_stored, factors=single, transposed=place.transposed)
+                edits[place.tensor] = partial(edit_stored, factors=single, transposed=place.transposed, chunk=chunk)
     files, base = matrices.files, matrices.files[0].parent
     check_room(missing_bytes(files, folder), folder)
     for path in files:
@@ -86,10 +89,10 @@ def stream(job: ExportJob, matrices: Matrices, folder: Path) -> None:
             shutil.copyfile(code, folder / code.name)
 
 
-def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
-    """Replace W by W', in float32 and by chunks of rows; `transposed`: W is stored as (d_in, d_out)."""
+def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool, chunk: int) -> None:
+    """Replace W by W', in float32 and by rows of about `chunk` entries; `transposed`: W is stored as (d_in, d_out)."""
     weight = stored.T if transposed else stored
-    step = max(1, CHUNK // weight.shape[1])
+    step = max(1, chunk // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         scale = None if factors.row_scale is None else factors.row_scale[rows]
@@ -97,16 +100,16 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
         weight[rows] = (old + Factors(scale, factors.a, factors.b[rows]).delta(old)).to(weight.dtype)
 
 
-def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool) -> None:
+def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool, chunk: int) -> None:
     """Replace each matrix of fused experts as `edit_stored` does."""
     for expert, expert_factors in zip(stored, factors.parts(), strict=True):
-        edit_stored(expert, expert_factors, transposed=transposed)
+        edit_stored(expert, expert_factors, transposed=transposed, chunk=chunk)
 
 
 @torch.no_grad()
-def edit_weights(matrices: Matrices, job: ExportJob) -> None:
+def edit_weights(matrices: Matrices, job: ExportJob, chunk: int) -> None:
     """Replace the matrices that `job.factors` names in the model that was loaded as a whole."""
     for name, factors in job.factors.items():
         weight = dense_weight(matrices.targets[name].module)
         edit = edit_stack if weight.ndim == 3 else edit_stored
-        edit(weight, factors, transposed=False)
+        edit(weight, factors, transposed=False, chunk=chunk)

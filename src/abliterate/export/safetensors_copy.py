@@ -107,19 +107,20 @@ def check_room(needed: int, folder: Path) -> None:
         )
 
 
-def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor]) -> None:
+def copy_edited(source: Path, target: Path, edits: Mapping[str, EditTensor], *, piece: int = _PIECE) -> None:
     """Copy a safetensors file; the tensors in `edits` are read, edited, and written at the same position in the same dtype.
 
-    All other bytes, the header's included, are those of the source. One tensor to edit is in memory at a time.
+    All other bytes, the header's included, are those of the source; `piece` of them are copied at a time. One tensor to edit is
+    in memory at a time.
     """
     with source.open("rb") as old, target.open("wb") as new:
         for name, stored in read_header(source).items():
             if name in edits:
-                _copy(old, new, stored.start - old.tell())
+                _copy(old, new, stored.start - old.tell(), piece)
                 data, tensor = _read(old, stored)
                 edits[name](tensor)
                 new.write(data)
-        _copy(old, new, source.stat().st_size - old.tell())
+        _copy(old, new, source.stat().st_size - old.tell(), piece)
         new.flush()
         os.fsync(new.fileno())  # after a crash, a file with its final name counts as finished
 
@@ -141,10 +142,10 @@ def _read(file: BinaryIO, stored: Stored) -> tuple[bytearray, Tensor]:
     return data, tensor
 
 
-def _copy(old: BinaryIO, new: BinaryIO, count: int) -> None:
+def _copy(old: BinaryIO, new: BinaryIO, count: int, piece: int) -> None:
     while count > 0:
-        piece = old.read(min(count, _PIECE))
-        if not piece:
+        data = old.read(min(count, piece))
+        if not data:
             raise AbliterateError(_SHORTER)
-        new.write(piece)
-        count -= len(piece)
+        new.write(data)
+        count -= len(data)

@@ -137,9 +137,9 @@ def study_location(run: Path | None, url: str, name: str) -> tuple[str, Path, st
 
 
 def wait_for_setup(
-    url: str, journal: Path, name: str, reporter: Reporter, check: Callable[[], None]
+    url: str, journal: Path, name: str, reporter: Reporter, check: Callable[[], None], poll: float = _POLL
 ) -> tuple[SharedSetup, Directions]:
-    """Wait until the run has written its setup to the storage, and return it with the directions.
+    """Wait until the run has written its setup to the storage, and return it with the directions; look every `poll` seconds.
 
     Raises:
         InputError: the storage or the study doesn't exist.
@@ -161,7 +161,7 @@ def wait_for_setup(
             reporter.note("waiting for the run to compute its directions and baseline")
             noted = True
         check()
-        time.sleep(_POLL)
+        time.sleep(poll)
 
 
 @contextlib.contextmanager
@@ -187,13 +187,14 @@ def work(
     reporter: Reporter,
     *,
     check: Callable[[], None] = lambda: None,
+    poll: float = _POLL,
 ) -> int:
     """Work on a run's study, given by its directory or by storage and name, until its budget is used; returns the trial count.
 
-    `own` holds this worker's options (device, model, cache), which override the run's.
+    `own` holds this worker's options (device, model, cache), which override the run's. `poll` is as in `wait_for_setup`.
     """
     location = study_location(run_directory, url, name)
-    setup, directions = wait_for_setup(*location, reporter, check)
+    setup, directions = wait_for_setup(*location, reporter, check, poll)
     with settings_of(setup, own) as settings:
         context = Context.of(settings, reporter, check)
         with load_calibrated(context, setup.prompts, setup.prefix) as bench:

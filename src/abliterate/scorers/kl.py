@@ -59,12 +59,12 @@ class SomeTokens:
         """Bytes of the tensors."""
         return self.tokens.nbytes + self.logprobs.nbytes
 
-    def chunks(self, width: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-        """A few rows of `width` log-probabilities at a time: the slice of rows, and their tokens.
+    def chunks(self, width: int, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+        """A few rows of `width` log-probabilities at a time, about `chunk` of them: the slice of rows, and their tokens.
 
         The tokens come as the index (k) of each token's row within the slice, tokens (k) int64, and log-probabilities (k).
         """
-        step, offset = max(1, CHUNK // width), 0
+        step, offset = max(1, chunk // width), 0
         for start in range(0, len(self.counts), step):
             counts = torch.tensor(self.counts[start : start + step])
             entries = slice(offset, offset + int(counts.sum()))
@@ -89,14 +89,14 @@ class LikelyTokens:
         """Bytes of the tensors."""
         return self.likely.nbytes + self.rest.nbytes + self.never.nbytes
 
-    def kl(self, edited: Tensor) -> Tensor:
+    def kl(self, edited: Tensor, chunk: int = CHUNK) -> Tensor:
         """KL(base‖edited) per row, (n) float64 ≥ 0, all rare tokens taken as one: Σ p (log p − log q) + P (log P − log Q).
 
         It is a lower bound of `kl_divergence` (data processing inequality), too small by P·KL within the bucket, which is at
         most P times the spread of log p − log q among the rare tokens. Q is summed over the rare tokens and not taken as
         1 − the others, so nothing cancels. If the bucket is empty, the result has the bits of `kl_divergence`.
         """
-        chunks = zip(self.likely.chunks(edited.shape[1]), self.never.chunks(edited.shape[1]), strict=True)
+        chunks = zip(self.likely.chunks(edited.shape[1], chunk), self.never.chunks(edited.shape[1], chunk), strict=True)
         return torch.cat([self._chunk_kl(edited[likely[0]], *likely, never[1:3]) for likely, never in chunks])
 
     def _chunk_kl(
@@ -133,19 +133,19 @@ class RoundedLogprobs:
         """Bytes of the tensors."""
         return self.codes.nbytes + self.low.nbytes + self.step.nbytes + self.exact.nbytes
 
-    def kl(self, edited: Tensor) -> Tensor:
+    def kl(self, edited: Tensor, chunk: int = CHUNK) -> Tensor:
         """KL(base‖edited) per row, (n) float64 ≥ 0.
 
         Rounding log p by up to δ = step/2 changes p (log p − log q) by up to p·δ·e^δ·(1 + |log p − log q|); `rounded_mass`
         is the probability that may be rounded so that this change stays below `WITHIN`.
         """
         values = []
-        for chunk, row_indices, tokens, logprobs in self.exact.chunks(edited.shape[1]):
-            codes = self.codes[chunk]
-            base = (codes.float() - (_NEVER + 1)).mul_(self.step[chunk]).add_(self.low[chunk])
+        for rows, row_indices, tokens, logprobs in self.exact.chunks(edited.shape[1], chunk):
+            codes = self.codes[rows]
+            base = (codes.float() - (_NEVER + 1)).mul_(self.step[rows]).add_(self.low[rows])
             base.masked_fill_(codes == _NEVER, -torch.inf)
             base[row_indices, tokens] = logprobs
-            values.append(kl_divergence(base, edited[chunk]))
+            values.append(kl_divergence(base, edited[rows]))
         return torch.cat(values)
 
 

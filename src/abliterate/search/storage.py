@@ -33,19 +33,22 @@ HEARTBEAT, GRACE, PATIENCE = 10.0, 60.0, 300.0
 POLL = 1.0
 BEAT = "heartbeat"
 _PIECE = 32_000  # characters, fewer than the 64 KiB that a MySQL text may have
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0
+FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds before a lost database is asked again; the pause doubles each time
 _CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each record of a journal
 _DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
 
 
-def open_storage(url: str, journal: Path) -> BaseStorage:
-    """The journal, or the database at `url`. If it can't be reached or read, the driver's own error is raised."""
+def open_storage(url: str, journal: Path, *, dead_lock: int = _DEAD_LOCK) -> BaseStorage:
+    """The journal, or the database at `url`. If it can't be reached or read, the driver's own error is raised.
+
+    `dead_lock` is as in `CheckedJournal`.
+    """
     if not url:
         drop_torn_line(journal)
         check_journal(journal)
-        return JournalStorage(CheckedJournal(journal))
+        return JournalStorage(CheckedJournal(journal, dead_lock))
     # `pool_pre_ping` notices connections that a restart of the server cut before they are used.
     return RDBStorage(url, {} if url.startswith("sqlite") else {"pool_pre_ping": True})
 
@@ -63,16 +66,16 @@ def drop_torn_line(journal: Path) -> None:
 class CheckedJournal(JournalFileBackend):
     """A journal whose records carry a checksum, and in which a full disk leaves no half line.
 
-    Its lock counts as abandoned after `_DEAD_LOCK` seconds. Its path is absolute, because for a relative path Optuna looks up
+    Its lock counts as abandoned after `dead_lock` seconds. Its path is absolute, because for a relative path Optuna looks up
     the lock's age in the wrong folder and waits for ever for a killed process.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dead_lock: int = _DEAD_LOCK) -> None:
         absolute = str(path.absolute())
         lock = Path(absolute + ".lock")
         if lock.is_symlink() and not lock.exists():  # the lock of a killed run whose directory was moved afterwards
             lock.unlink(missing_ok=True)
-        super().__init__(absolute, JournalFileSymlinkLock(absolute, grace_period=_DEAD_LOCK))
+        super().__init__(absolute, JournalFileSymlinkLock(absolute, grace_period=dead_lock))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         try:
@@ -105,13 +108,20 @@ def _checksum(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def patiently(work: Callable[[], Result], check: Callable[[], None] = lambda: None, patience: float = PATIENCE) -> Result:
+def patiently(
+    work: Callable[[], Result],
+    check: Callable[[], None] = lambda: None,
+    patience: float = PATIENCE,
+    pause: float = FIRST_PAUSE,
+) -> Result:
     """The result of `work`, which must be idempotent: it is retried while the database can't be reached.
+
+    The first retry comes after `pause` seconds, and each pause is twice the one before.
 
     Raises:
         AbliterateError: the database is away for longer than `patience` seconds, or the disk of a journal refuses.
     """
-    end, pause = time.monotonic() + patience, _FIRST_PAUSE
+    end = time.monotonic() + patience
     while True:
         try:
             return work()
@@ -177,17 +187,20 @@ def heartbeat(storage: BaseStorage, trial_id: int, interval: float = HEARTBEAT) 
         thread.join()
 
 
-def share(study: optuna.Study, name: str, content: bytes) -> None:
-    """Leave `content` in the storage for all workers of the study, in pieces that any database accepts."""
+def share(study: optuna.Study, name: str, content: bytes, patience: float = PATIENCE, pause: float = FIRST_PAUSE) -> None:
+    """Leave `content` in the storage for all workers of the study, in pieces that any database accepts.
+
+    `patience` and `pause` are as in `patiently`.
+    """
     text = base64.b64encode(content).decode("ascii")
     pieces = [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)] or [""]
     whole = [len(pieces), hashlib.sha256(content).hexdigest()]
-    if patiently(lambda: study.user_attrs).get(name) == whole:
+    if patiently(lambda: study.user_attrs, patience=patience, pause=pause).get(name) == whole:
         return
     for index, piece in enumerate(pieces):
-        patiently(partial(study.set_user_attr, f"{name}:{index}", piece))
+        patiently(partial(study.set_user_attr, f"{name}:{index}", piece), patience=patience, pause=pause)
     # Written last, so that readers see all of the content or none of it.
-    patiently(partial(study.set_user_attr, name, whole))
+    patiently(partial(study.set_user_attr, name, whole), patience=patience, pause=pause)
 
 
 def shared(study: optuna.Study, name: str) -> bytes | None:

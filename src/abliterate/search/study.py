@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,10 @@ from abliterate.objectives import reported_values
 from abliterate.search.space import Space
 from abliterate.search.storage import (
     BEAT,
+    FIRST_PAUSE,
     HEARTBEAT,
+    PATIENCE,
+    Result,
     Silence,
     disk_refused,
     heartbeat,
@@ -62,13 +65,24 @@ class Study:
 
     The budget of trials consists of slots 0, 1, …. A worker takes a slot by beginning a trial for it, and the slot is free
     again if that trial is interrupted or its worker dies. If two workers take a slot at the same time, it belongs to the trial
-    with the lower number in the storage.
+    with the lower number in the storage. `patience` and `pause` are as in `patiently`.
     """
 
-    def __init__(self, storage: BaseStorage, name: str, space: Space, seed: int, worker: str = RUN) -> None:
+    def __init__(
+        self,
+        storage: BaseStorage,
+        name: str,
+        space: Space,
+        seed: int,
+        worker: str = RUN,
+        *,
+        patience: float = PATIENCE,
+        pause: float = FIRST_PAUSE,
+    ) -> None:
         self._space = space
         self._seed = seed
         self._worker = worker
+        self._patience, self._pause = patience, pause
         self._silence = Silence(space.settings.grace_seconds)
         self._reported: dict[int, Trial] = {}
         # This sampler is never used, because `ask` sets its own.
@@ -140,10 +154,10 @@ class Study:
             taken = {_slot(frozen) for frozen in running} | {trial.number for trial in self._finished(everything)}
             skipped = 0
             while (slot := _free(taken, skipped)) < (math.inf if budget is None else budget):
-                trial_id, passed = patiently(partial(self._take, slot, itertools.count()))
+                trial_id, passed = self._patiently(partial(self._take, slot, itertools.count()))
                 if trial_id is not None:
                     try:
-                        return patiently(partial(self._suggested, slot, trial_id, bool(running)))
+                        return self._patiently(partial(self._suggested, slot, trial_id, bool(running)))
                     except UpdateFinishedTrialError:  # on a slow machine others took this worker for dead: ask again later
                         return None
                 # Workers that look at the same moment see the same free slots. A worker that lost a slot skips as many free
@@ -179,7 +193,7 @@ class Study:
                 return stored.state == state and stored.user_attrs.get(_RECORD) == record
             return True
 
-        return patiently(once)
+        return self._patiently(once)
 
     def give_up(self, asked: Asked) -> None:
         """Mark a trial as interrupted, so that a resume runs it again."""
@@ -191,7 +205,7 @@ class Study:
 
     def share(self, name: str, content: bytes) -> None:
         """Leave `content` in the storage for other workers."""
-        share(self._study, name, content)
+        share(self._study, name, content, self._patience, self._pause)
 
     def _take(self, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
         """Begin a trial for a slot; a retry finds the trial that the first try began.
@@ -216,14 +230,17 @@ class Study:
     def _interrupt(self, trial_id: int) -> bool:
         """Mark a running trial as interrupted; returns whether it was still running."""
         try:
-            patiently(partial(self._storage.set_trial_user_attr, trial_id, _INTERRUPTED, True))
-            patiently(partial(self._storage.set_trial_state_values, trial_id, state=TrialState.FAIL))
+            self._patiently(partial(self._storage.set_trial_user_attr, trial_id, _INTERRUPTED, True))
+            self._patiently(partial(self._storage.set_trial_state_values, trial_id, state=TrialState.FAIL))
         except UpdateFinishedTrialError:
             return False
         return True
 
+    def _patiently(self, work: Callable[[], Result]) -> Result:
+        return patiently(work, patience=self._patience, pause=self._pause)
+
     def _all(self) -> list[FrozenTrial]:
-        return patiently(lambda: self._study.get_trials(deepcopy=False))
+        return self._patiently(lambda: self._study.get_trials(deepcopy=False))
 
     def _running(self) -> list[FrozenTrial]:
         return [frozen for frozen in self._all() if frozen.state in (TrialState.RUNNING, TrialState.WAITING)]
@@ -263,15 +280,27 @@ def changed_parts(stored: Mapping[str, str], identity: Mapping[str, str]) -> lis
     return sorted(name for name in {*stored, *identity} if stored.get(name) != identity.get(name))
 
 
-def open_study(url: str, journal: Path, space: Space, seed: int, name: str = STUDY_NAME, worker: str = RUN) -> Study:
+def open_study(
+    url: str,
+    journal: Path,
+    space: Space,
+    seed: int,
+    name: str = STUDY_NAME,
+    worker: str = RUN,
+    *,
+    patience: float = PATIENCE,
+    pause: float = FIRST_PAUSE,
+) -> Study:
     """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
+
+    `patience` and `pause` are as in `patiently`.
 
     Raises:
         InputError: the storage can't be reached or read.
         AbliterateError: the disk refuses.
     """
     try:
-        return Study(open_storage(url, journal), name, space, seed, worker)
+        return Study(open_storage(url, journal), name, space, seed, worker, patience=patience, pause=pause)
     except (OSError, AbliterateError) as error:
         if not url:
             raise disk_refused(error) from error

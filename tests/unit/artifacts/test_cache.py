@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from abliterate.artifacts.cache import ArtifactStore, default_root, key_digest
 KEY = {"model": "m", "prompts": ["a", "b"], "dtype": "float32"}
 
 
-def make_store(root: Path, **options: bool) -> tuple[ArtifactStore, list[str]]:
+def make_store(root: Path, **options: Any) -> tuple[ArtifactStore, list[str]]:
     warnings: list[str] = []
     return ArtifactStore(root, warn=warnings.append, **options), warnings
 
@@ -292,9 +293,8 @@ def test_in_memory_reads_the_disk_once(filled: Path) -> None:
     assert make_store(filled)[0].get("residuals", KEY) is None
 
 
-def test_memory_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abliterate.artifacts.cache._MEMORY_LIMIT", 100)
-    store, _ = make_store(tmp_path, enabled=False, in_memory=True)
+def test_memory_has_an_end(tmp_path: Path) -> None:
+    store, _ = make_store(tmp_path, enabled=False, in_memory=True, memory_limit=100)
     for number in range(3):
         store.put("residuals", {"k": number}, {"t": torch.zeros(10)})
     assert [store.get("residuals", {"k": number}) is not None for number in range(3)] == [False, True, True]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate.directions import Directions
-from abliterate.export import check_weights as export_check_weights
 from abliterate.export.safetensors_copy import INDEX, SINGLE, read_header, shard_files
 from support.exports import Case, make_case, odd_checkpoint
 
@@ -22,17 +21,16 @@ from support.exports import Case, make_case, odd_checkpoint
 @pytest.mark.parametrize("mode", ["full", "pre", "none"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_correct_exports_pass(
-    family: str, stored: str, mode: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export_check_weights, "CHUNK", 300)  # several chunks a matrix
-    ok, record = make_case(tmp_path, family, stored, mode=mode).check(kind, tmp_path / "out")
+def test_correct_exports_pass(family: str, stored: str, mode: str, kind: str, tmp_path: Path) -> None:
+    chunk = 300  # several chunks a matrix
+    ok, record = make_case(tmp_path, family, stored, mode=mode).check(kind, tmp_path / "out", chunk=chunk)
     assert ok, record
     assert record["checks"] == {"weights": True, "untouched": True}
     step = torch.finfo(torch.float32 if kind == "adapter" else getattr(torch, stored)).eps
     assert record["weight_error"]["max"] < step
-    monkeypatch.setattr(export_check_weights, "_ROUNDING", 1e-7)  # as little is enough, where no row lies along the direction
-    assert make_case(tmp_path / "again", family, stored, mode=mode).check(kind, tmp_path / "again" / "out")[0]
+    case, folder = make_case(tmp_path / "again", family, stored, mode=mode), tmp_path / "again" / "out"
+    # As little is enough, where no row lies along the direction.
+    assert case.check(kind, folder, chunk=chunk, rounding=1e-7)[0]
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])

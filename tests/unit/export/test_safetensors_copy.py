@@ -81,14 +81,14 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     assert reloaded.lm_head.weight.data_ptr() == reloaded.model.embed_tokens.weight.data_ptr()
 
 
-def test_large_matrices_are_edited_by_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_matrices_are_edited_by_chunks(tmp_path: Path) -> None:
     model = make_model("gpt2")
     loaded = make_loaded(model, str(save_model(model, tmp_path / "base")))
     editor = make_editor(loaded)
     editor.apply(make_params(0))
     expected = logits_of(loaded.model)
-    monkeypatch.setattr(merged, "CHUNK", 100)
-    facts = write("merged", make_job(loaded, editor.factors(make_params(0))), tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    facts = merged.Merged(chunk=100).write(make_job(loaded, editor.factors(make_params(0))), tmp_path / "out")
     assert facts["streamed"] is True
     found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -191,13 +191,13 @@ def test_only_matrices_of_floats_are_edited(tensor: torch.Tensor, tmp_path: Path
         check_dtype("a.weight", read_header(tmp_path / SINGLE)["a.weight"], torch.float32, 2)
 
 
-def test_copies_keep_every_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("abliterate.export.safetensors_copy._PIECE", 7)
+def test_copies_keep_every_byte(tmp_path: Path) -> None:
     tensors = {"z": torch.randn(5, 3), "a": torch.arange(6, dtype=torch.int64), "m": torch.randn(2, 2).bfloat16()}
     save_file(tensors, tmp_path / "old", {"format": "pt", "note": "kept"})
-    copy_edited(tmp_path / "old", tmp_path / "new", {})
+    copy_edited(tmp_path / "old", tmp_path / "new", {}, piece=7)
     assert (tmp_path / "new").read_bytes() == (tmp_path / "old").read_bytes()
-    copy_edited(tmp_path / "old", tmp_path / "new", {"m": lambda tensor: tensor.fill_(2)})  # type: ignore[dict-item,return-value]
+    edits = {"m": lambda tensor: tensor.fill_(2)}
+    copy_edited(tmp_path / "old", tmp_path / "new", edits, piece=7)  # type: ignore[arg-type]
     found = load_file(tmp_path / "new")
     assert found["m"].tolist() == [[2, 2], [2, 2]]
     assert torch.equal(found["z"], tensors["z"])

@@ -147,8 +147,7 @@ def test_logits_held_at_once_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         teacher_forced, "answer_logits", lambda model, part, device: fed.append(len(part)) or real(model, part, device)
     )
-    monkeypatch.setattr(teacher_forced, "BUDGET", 1)
-    small = drift(one, two, rows, lambda done: None)
+    small = drift(one, two, rows, lambda done: None, budget=1)
     assert set(fed) == {1}
     for a, b in zip(whole, small, strict=True):
         torch.testing.assert_close(a.kl, b.kl, rtol=1e-3, atol=1e-6)

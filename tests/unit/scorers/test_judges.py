@@ -421,7 +421,7 @@ def test_what_fails_at_the_end_costs_nothing_else(
     """A judge that can't be reached, then a scorer that raises: each costs its own figures and nothing else."""
     monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
     monkeypatch.setenv(MODEL, "judge-1")
-    monkeypatch.setattr(judges, "PAUSE", 0.0)
+    monkeypatch.setitem(SCORERS, "endpoint", lambda making: Endpoint(lambda seconds: None))
     over = {
         "prompts": heldout_files,
         "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},

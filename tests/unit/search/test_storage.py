@@ -22,10 +22,12 @@ from abliterate.types import Trial
 from support.fake_worker import study_of
 
 
-def two(tmp_path: Path, kind: str, grace: float = 60.0, trials: int = 6) -> tuple[Study, Study]:
+def two(
+    tmp_path: Path, kind: str, grace: float = 60.0, trials: int = 6, pause: float = storage.FIRST_PAUSE
+) -> tuple[Study, Study]:
     """Two workers at the same new study."""
     url = f"sqlite:///{tmp_path}/study.db" if kind == "database" else ""
-    first, second = (study_of(url, tmp_path / "study.journal", "s", name, trials, grace) for name in ("a", "b"))
+    first, second = (study_of(url, tmp_path / "study.journal", "s", name, trials, grace, pause) for name in ("a", "b"))
     return first, second
 
 
@@ -190,24 +192,21 @@ def lost_times(count: int, work: Callable[..., Any]) -> Callable[..., Any]:
     return losing
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short pauses."""
-    monkeypatch.setattr(storage, "_FIRST_PAUSE", 0.01)
+SHORT = 0.01  # seconds before the first retry
 
 
-def test_what_was_asked_is_asked_again(impatient: None) -> None:
+def test_what_was_asked_is_asked_again() -> None:
     calls: list[int] = []
-    assert patiently(lost_times(3, lambda: calls.append(1) or 7)) == 7
+    assert patiently(lost_times(3, lambda: calls.append(1) or 7), pause=SHORT) == 7
     assert len(calls) == 4
 
 
-def test_patience_ends_with_a_sentence(impatient: None) -> None:
+def test_patience_ends_with_a_sentence() -> None:
     with pytest.raises(AbliterateError, match=r"answered for 0 s .*its finished trials are kept, so continue with --resume"):
-        patiently(lost_times(100, lambda: None), patience=0.2)
+        patiently(lost_times(100, lambda: None), patience=0.2, pause=SHORT)
 
 
-def test_what_is_wrong_is_not_asked_again(impatient: None) -> None:
+def test_what_is_wrong_is_not_asked_again() -> None:
     calls: list[int] = []
 
     def wrong() -> None:
@@ -215,24 +214,22 @@ def test_what_is_wrong_is_not_asked_again(impatient: None) -> None:
         raise KeyError("x")
 
     with pytest.raises(KeyError):
-        patiently(wrong)
+        patiently(wrong, pause=SHORT)
     assert calls == [1]
 
 
-def test_waiting_can_be_interrupted(impatient: None) -> None:
+def test_waiting_can_be_interrupted() -> None:
     def check() -> None:
         raise Interrupted(130)
 
     with pytest.raises(Interrupted):
-        patiently(lost_times(100, lambda: None), check)
+        patiently(lost_times(100, lambda: None), check, pause=SHORT)
 
 
 @BOTH
-def test_lost_answers_lose_and_double_nothing(
-    tmp_path: Path, kind: str, impatient: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lost_answers_lose_and_double_nothing(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each thing that is written is written, and its answer lost, once or twice."""
-    first, second = two(tmp_path, kind)
+    first, second = two(tmp_path, kind, pause=SHORT)
     for name in ("create_new_trial", "set_trial_user_attr", "set_trial_state_values"):
         monkeypatch.setattr(first._storage, name, lost_times(2, getattr(first._storage, name)))
     asked = first.ask(6)
