@@ -35,25 +35,12 @@ def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: fl
     return means.mean()
 
 
-def compute_directions(harmful: Tensor, harmless: Tensor, method: str, quantile: float = 1.0) -> Directions:
-    """Directions from residuals (n_prompts, n_layers+1, d_model) float32.
-
-    Raises:
-        InputError: the method is unknown.
-    """
-    chosen = direction_method(method)
-    return Directions(
-        chosen.compute(summarize_residuals(harmful, chosen, quantile), summarize_residuals(harmless, chosen, quantile))
-    )
-
-
 __all__ = [
     "METHODS",
     "Blend",
     "DirectionMethod",
     "Directions",
     "ResidualMeans",
-    "compute_directions",
     "direction_method",
     "needs_means",
     "summarize_residuals",

@@ -8,27 +8,16 @@ decode step on a small model (docs/design.md §5.8).
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from abliterate.model.architectures import Target
-from abliterate.model.experts import ExpertsEdit, is_fused
+from abliterate.model.experts import ExpertsEdit, LowRankEdit, is_fused
 from abliterate.model.offload import held
 from abliterate.model.weights import device_and_dtype
-
-
-class LowRankEdit(Protocol):
-    """W' = diag(row_scale) W + b a, with the shapes of `edits.Factors`."""
-
-    @property
-    def row_scale(self) -> Tensor | None: ...
-    @property
-    def a(self) -> Tensor: ...
-    @property
-    def b(self) -> Tensor: ...
 
 
 # {module: (key, function that makes the factors)}. Equal keys mean equal factors, so an unchanged module isn't written again.

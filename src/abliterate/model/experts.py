@@ -27,8 +27,8 @@ _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
 _DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
 
 
-class StackEdit(Protocol):
-    """W'_e = diag(row_scale_e) W_e + b_e a_e; tensors as in `edits.Factors`, with a leading dimension of experts."""
+class LowRankEdit(Protocol):
+    """W' = diag(row_scale) W + b a, with the shapes of `edits.Factors`; those of fused experts begin with the experts."""
 
     @property
     def row_scale(self) -> Tensor | None: ...
@@ -85,7 +85,7 @@ class ExpertsEdit:
         """Whether the module computes with the edit now."""
         return _EDIT in vars(self._module)
 
-    def write(self, key: Hashable, factors: StackEdit) -> None:
+    def write(self, key: Hashable, factors: LowRankEdit) -> None:
         """Make the edit of these factors, and switch it on."""
         weight = self._module.down_proj
         place = {"device": home_of(self._module, weight), "dtype": weight.dtype}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.directions import METHODS, Blend, Directions, compute_directions, needs_means, winsorize
+from abliterate.directions import METHODS, Blend, Directions, direction_method, needs_means, summarize_residuals, winsorize
 from abliterate.errors import InputError
 from abliterate.types import Kernel
 from support.contracts import DirectionContract
@@ -18,6 +18,12 @@ from support.contracts import DirectionContract
 def residuals(*rows: list[float]) -> torch.Tensor:
     """(n_prompts, 1, d) from one row a prompt."""
     return torch.tensor(rows)[:, None, :]
+
+
+def compute_directions(harmful: torch.Tensor, harmless: torch.Tensor, method: str, quantile: float = 1.0) -> Directions:
+    """Directions from residuals (n_prompts, n_layers+1, d_model) that are not yet winsorized."""
+    chosen = direction_method(method)
+    return Directions(chosen.compute(*(summarize_residuals(part, chosen, quantile) for part in (harmful, harmless))))
 
 
 def test_mean_difference_by_hand() -> None:
