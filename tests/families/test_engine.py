@@ -49,7 +49,7 @@ def lab(family: str) -> Lab:
 
 def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
     engine = lab.engine()
-    edited, count = 0, 40 if family in KINDS else 6
+    edited, count = 0, 24 if family in KINDS else 6
     for params in trials(lab, count):
         expected = lab.expected(params)
         edited += bool(lab.editor.hooks.active)
@@ -57,7 +57,7 @@ def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
     assert edited > 0.75 * count
 
 
-def test_flags_and_stops_are_the_references(lab: Lab) -> None:
+def test_flags_and_stops_are_the_references(family: str, lab: Lab) -> None:
     lab.editor.clear()
     markers = markers_of(whole(lab.reference)[1])
     scorers = make_scorers(["refusals", "kl"], markers)
@@ -65,7 +65,9 @@ def test_flags_and_stops_are_the_references(lab: Lab) -> None:
     for scorer in scorers:
         scorer.setup(Observation(lab.reference.respond(HARMFUL) or [], lab.reference.first_logprobs(HARMLESS)))
     counts = set()
-    for params in trials(lab, 6):
+    for number, params in enumerate(trials(lab, 6)):
+        if number > 2 and len(counts) > 1 and family not in KINDS:
+            break
         lab.editor.apply(params)
         # The reference never stops, so one evaluation of it serves all limits.
         expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, 1),)), no_progress)

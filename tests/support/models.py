@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,13 @@ def make_loaded(model: PreTrainedModel, source: str = "", components: Mapping[st
 
 
 def make_chat(tokenizer: PreTrainedTokenizerBase | None = None) -> PromptEncoder:
-    """A prompt encoder on the CPU."""
-    return PromptEncoder(tokenizer or make_tokenizer(), CPU)
+    """A prompt encoder on the CPU; without a tokenizer the same one each time, because reading the demo's takes long."""
+    return PromptEncoder(tokenizer, CPU) if tokenizer else _chat()
+
+
+@cache
+def _chat() -> PromptEncoder:
+    return PromptEncoder(make_tokenizer(), CPU)
 
 
 def save_model(model: PreTrainedModel, folder: Path) -> Path:
@@ -232,10 +238,15 @@ def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str
         write_weight(module, torch.stack(edited).view(weight.shape))
 
 
+@cache
+def _encoded() -> Mapping[str, Tensor]:
+    return make_chat().encode(PROMPTS)
+
+
 @torch.no_grad()
 def logits_of(model: nn.Module, chat: PromptEncoder | None = None, prompts: Sequence[Prompt] = PROMPTS) -> Tensor:
     """Logits of the last position of each prompt, (n, vocabulary)."""
-    batch = (chat or make_chat()).encode(prompts)
+    batch = _encoded() if chat is None and prompts is PROMPTS else (chat or make_chat()).encode(prompts)
     positions = (batch["attention_mask"].cumsum(-1) - 1).clamp_min(0)
     return model(batch["input_ids"], attention_mask=batch["attention_mask"], position_ids=positions).logits[:, -1]
 
