@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,22 @@ from abliterate.cli.run import given_options
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
 from abliterate.terminal import json_lines
-from abliterate.terminal.interrupts import Interrupts
+from abliterate.terminal.interrupts import Interrupts, end_with
 from abliterate.terminal.reporters import make_reporter
 
 
-def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool) -> None:
-    """`abliterate worker`."""
+def work(
+    run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool, end_with_input: bool = False
+) -> None:
+    """`abliterate worker`. With `end_with_input` it ends when its standard input does, which is a pipe from the run."""
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
     message = "interrupted; the run and its other workers continue, and repeat this worker's last trial."
     try:
         with interrupts.listening():
+            if end_with_input:
+                end_with(sys.stdin.fileno())
             trials = workers.work(
                 run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
             )

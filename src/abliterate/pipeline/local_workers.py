@@ -22,14 +22,14 @@ class LocalWorkers:
         self._warn = warn
         self._logs = [directory.path / f"worker-{index + 1}.log" for index in range(len(devices))]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        command = [sys.executable, "-m", "abliterate", "worker", str(directory.path)]
+        command = [sys.executable, "-m", "abliterate", "worker", str(directory.path), "--end-with-input"]
         # The settings.toml of the run doesn't hold the database's password.
         environment = os.environ | ({"ABLITERATE_SEARCH__STORAGE": url} if url else {})
         for index, device in enumerate(devices):
             with self._logs[index].open("wb") as log:
                 self._running[index] = subprocess.Popen(
                     [*command, "--device", device],
-                    stdin=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE,  # it ends when this process does, even if that is killed
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
@@ -42,6 +42,7 @@ class LocalWorkers:
             if code is None:
                 continue
             del self._running[index]
+            _close(process)
             if code != 0:
                 log = self._logs[index]
                 last = (log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
@@ -57,7 +58,13 @@ class LocalWorkers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            _close(process)
         self._running.clear()
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +36,7 @@ BEAT = "heartbeat"
 _PIECE = 32_000  # characters, fewer than the 64 KiB that a MySQL text may have
 FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds before a lost database is asked again; the pause doubles each time
 _CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each record of a journal
+_SCHEMA_PATIENCE = 30.0  # seconds in which a new database's tables must be there, whoever creates them
 _DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -50,7 +52,38 @@ def open_storage(url: str, journal: Path, *, dead_lock: int = _DEAD_LOCK) -> Bas
         check_journal(journal)
         return JournalStorage(CheckedJournal(journal, dead_lock))
     # `pool_pre_ping` notices connections that a restart of the server cut before they are used.
-    return RDBStorage(url, {} if url.startswith("sqlite") else {"pool_pre_ping": True})
+    return make_schema(partial(RDBStorage, url, {} if url.startswith("sqlite") else {"pool_pre_ping": True}))
+
+
+def make_schema(connect: Callable[[], Result], patience: float = _SCHEMA_PATIENCE) -> Result:
+    """The result of `connect`, which creates missing tables; it is repeated if another process creates them at this moment.
+
+    Optuna looks whether a table is there and creates it in two steps, so of several processes at a new database all but one
+    would fail. The pauses are random, so that they don't meet again. Any other error is raised at once.
+    """
+    end = time.monotonic() + patience
+    while True:
+        try:
+            return connect()
+        except Exception as error:
+            if not _is_schema_race(error) or time.monotonic() >= end:
+                raise
+        time.sleep(random.uniform(0.02, 0.3))
+
+
+def _is_schema_race(error: BaseException) -> bool:
+    """Whether an error in creating tables means that another process is creating them."""
+    from sqlalchemy import exc
+
+    cause: BaseException | None = error
+    while cause is not None:
+        # SQLite calls an existing table and a locked file operational, as it does a file that can't be opened.
+        if isinstance(cause, exc.OperationalError):
+            return any(words in str(cause) for words in ("already exists", "is locked", "deadlock", "Deadlock"))
+        if isinstance(cause, exc.DBAPIError):
+            return not cause.connection_invalidated
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def drop_torn_line(journal: Path) -> None:

@@ -1,4 +1,4 @@
-"""Handle Ctrl+C and SIGTERM: the first signal stops the run at the next safe point, the second stops it at once.
+"""Handle Ctrl+C, SIGTERM and SIGHUP: the first signal stops the run at the next safe point, the second stops it at once.
 
 A safe point is a call of `check`: after each pass, at each stage, and at each reported step of progress. While the user is
 asked a question, and in stages that have no safe points and lose nothing, the first signal stops the run at once, too.
@@ -7,13 +7,34 @@ asked a question, and in stages that have no safe points and lose nothing, the f
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any, cast
 
 from abliterate.errors import INTERRUPTED, TERMINATED, Interrupted
 from abliterate.types import Reporter
+
+
+def end_with(descriptor: int, patience: float = 20.0) -> None:
+    """Let this process end as SIGTERM ends it when the pipe `descriptor` ends, whose other end the parent process holds open.
+
+    A pipe ends when the process at its other end is gone, however it went. If no safe point comes within `patience` seconds,
+    the process ends at once.
+    """
+
+    def watch() -> None:
+        # Not by a Python stream: a thread that waits in one can't be left behind when the interpreter ends.
+        while os.read(descriptor, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(patience)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="end with the run").start()
 
 
 class Interrupts:
@@ -31,7 +52,7 @@ class Interrupts:
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Handle signals while active; the old handlers come back afterwards."""
-        old = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, self._handle) for number in _handled()}
         try:
             yield
         finally:
@@ -58,6 +79,13 @@ class Interrupts:
         self._exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if self._asking:
             self.check()
+
+
+def _handled() -> tuple[signal.Signals, ...]:
+    """The signals that stop a run. A closed terminal's isn't among them where the user has it ignored (`nohup`)."""
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    ignored = hangup is None or signal.getsignal(hangup) is signal.SIG_IGN
+    return (signal.SIGINT, signal.SIGTERM) if ignored else (signal.SIGINT, signal.SIGTERM, hangup)
 
 
 class _Watched:

@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from abliterate.errors import AbliterateError, Interrupted
 from abliterate.search import storage
@@ -254,3 +254,56 @@ def test_what_is_shared_is_there_as_a_whole_or_not(tmp_path: Path, kind: str) ->
     assert shared(second._study, "x") == b""
     second._study.set_user_attr("x:0", "AAAA")  # one piece of the next
     assert shared(first._study, "x") is None
+
+
+# A new database
+
+
+def refusing(error: Exception, times: int) -> tuple[Callable[[], str], list[int]]:
+    """A function that raises so many times before it returns, and the list of its calls."""
+    calls: list[int] = []
+
+    def connect() -> str:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return "connected"
+
+    return connect, calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("CREATE TABLE studies", {}, Exception("table studies already exists")),
+        OperationalError("INSERT", {}, Exception("database is locked")),
+        OperationalError("CREATE TABLE studies", {}, Exception("(1050, \"Table 'studies' already exists\")")),
+        ProgrammingError("CREATE TABLE alembic_version", {}, Exception('relation "alembic_version" already exists')),
+        IntegrityError("INSERT INTO version_info", {}, Exception("duplicate key value violates unique constraint")),
+    ],
+)
+def test_creating_tables_is_repeated_where_another_process_creates_them(error: Exception) -> None:
+    connect, calls = refusing(error, 2)
+    assert storage.make_schema(connect) == "connected"
+    assert len(calls) == 3
+    wrapped = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    wrapped.__cause__ = error
+    connect, calls = refusing(wrapped, 1)
+    assert storage.make_schema(connect) == "connected"
+    with pytest.raises(type(error)):
+        storage.make_schema(refusing(error, 10**6)[0], patience=0.1)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OperationalError("connect", {}, Exception("connection refused")),
+        OperationalError("connect", {}, Exception("unable to open database file")),
+        RuntimeError("The runtime optuna version is no longer compatible with the table schema"),
+    ],
+)
+def test_what_is_no_race_is_raised_at_once(error: Exception) -> None:
+    connect, calls = refusing(error, 1)
+    with pytest.raises(type(error)):
+        storage.make_schema(connect)
+    assert len(calls) == 1
