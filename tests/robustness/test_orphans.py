@@ -10,11 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import InputError
+from abliterate.pipeline.run import run
 from abliterate.search.study import STUDY_NAME
 from support import fake_worker, orphan
 from support.fake_worker import study_of
 from support.forked import Forked
 from support.postgres import Server, binaries, server
+from support.runs import Recorder, quick_settings
 
 
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -73,3 +77,16 @@ def test_eight_processes_begin_at_one_new_database(kind: str, tmp_path: Path, re
     assert codes == [0] * 8, [process.err[-600:] for process in processes if process.err]
     watcher = study_of(url, tmp_path / "no.journal", "s", "watcher", 8, 60)
     assert [trial.number for trial in watcher.trials()] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////no/such/folder/study.db", "postgresql+psycopg://postgres@127.0.0.1:9/x", "nonsense", "foo://x/y"]
+)
+def test_a_database_that_cant_be_opened_is_known_before_anything_is_loaded(
+    url: str, tmp_path: Path, prompt_files: dict[str, str]
+) -> None:
+    recorder = Recorder()
+    with pytest.raises(InputError, match=r"storage URL given can't be opened: .*check --storage"):
+        run(quick_settings(prompt_files, tmp_path / "cache", search={"storage": url}), recorder, RunDirectory(tmp_path / "run"))
+    assert recorder.stages == []
+    assert not (tmp_path / "run").exists()

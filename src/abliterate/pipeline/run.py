@@ -28,7 +28,7 @@ from abliterate.prompts.sets import Heldout
 from abliterate.report.page import write_report
 from abliterate.report.tables import summary
 from abliterate.search.selection import SelectionRule
-from abliterate.search.study import STUDY_NAME, Study, open_study
+from abliterate.search.study import STUDY_NAME, Study, check_database, open_study
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import dump_settings
 from abliterate.terminal.progress_bar import default_reporter
@@ -64,6 +64,7 @@ def run(
             rule = check_names(settings)
             devices = devices_of(gpus, choose_device(settings.device))
             directory.check(resume=resume, restart=restart)
+            check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:
                 check_output(directory.export)
             result = Result.continued(directory) if resume else Result()

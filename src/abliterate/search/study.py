@@ -301,15 +301,28 @@ def open_study(
     """
     try:
         return Study(open_storage(url, journal), name, space, seed, worker, patience=patience, pause=pause)
-    except (OSError, AbliterateError) as error:
-        if not url:
-            raise disk_refused(error) from error
-        raise InputError(f"The study at the storage URL given can't be opened: {first_line(error)}.") from error
-    # SQLAlchemy, its drivers and the journal each raise their own errors; all mean that there is no usable study.
     except Exception as error:
-        location = "at the storage URL given" if url else f"in {journal}"
-        remedy = "check --storage and that the database runs" if url else "start over with --restart"
-        raise InputError(f"The study {location} can't be opened: {first_line(error)}; {remedy}.") from error
+        raise _unusable(error, url, journal) from error
+
+
+def check_database(url: str) -> None:
+    """Raise InputError if the database at `url` can't be opened; a run asks before it loads a model, which may take minutes."""
+    if url:
+        try:
+            open_storage(url, Path())
+        except Exception as error:
+            raise _unusable(error, url, Path()) from error
+
+
+def _unusable(error: Exception, url: str, journal: Path) -> AbliterateError:
+    """The sentence for a study that can't be opened: SQLAlchemy, its drivers and the journal each raise errors of their own."""
+    if isinstance(error, OSError | AbliterateError):
+        if not url:
+            return disk_refused(error)
+        return InputError(f"The study at the storage URL given can't be opened: {first_line(error)}.")
+    location = "at the storage URL given" if url else f"in {journal}"
+    remedy = "check --storage and that the database runs" if url else "start over with --restart"
+    return InputError(f"The study {location} can't be opened: {first_line(error)}; {remedy}.")
 
 
 def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int, *, liar: bool) -> TPESampler:
