@@ -642,3 +642,4 @@ def test_held_out_figures_survive_a_failing_benchmark(
     outcome = invoke("evaluate", "demo", "demo", *options)
     assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
     assert re.search(r"KL of the first token, mean +0 +0\.0000", outcome.out)
+    assert re.search(r"harmless answers unchanged +8/8", outcome.out)
