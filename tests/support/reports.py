@@ -44,6 +44,9 @@ class Pictures:
         return {"drawn": {name: self._drawn[place] for name, place in places.items()}, "script": self._script}
 
 
+PICTURES = Pictures()
+
+
 def made_heldout(trial: int, word: str) -> dict[str, Any]:
     """A held-out record as a run writes it for its selected trial."""
     few, many, spread = rate(3, 100), rate(97, 100), {"mean": 0.25, "median": 0.125, "max": 0.5}

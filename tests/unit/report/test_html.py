@@ -22,7 +22,7 @@ from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline
 from support.cli import Finished, Invoke, assert_sentence
-from support.reports import DRAWN, HOSTILE, PLOTS, Pictures, made_run, made_trials
+from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
 
 
@@ -30,7 +30,7 @@ from support.runs import copy_run, quick_settings, run_in
 def _pictures() -> Iterator[None]:
     """Pages have pictures here, but of equal plots the same ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "_drawn", Pictures().drawn)
+        patch.setattr(draw, "_drawn", PICTURES.drawn)
         yield
 
 
