@@ -15,6 +15,7 @@ from abliterate.settings.schema import EfficiencySettings, Settings
 from abliterate.settings.sources import merge
 from support.runs import outcomes, quick_settings, run_in
 
+pytestmark = pytest.mark.usefixtures("lean")
 # All trials random: their parameters then depend on the seed alone, so scores can be compared one by one.
 FEW = {
     "search": {"trials": 3, "startup_trials": 3},
@@ -98,12 +99,17 @@ def test_exact_switches_give_the_same_trials(expected: dict[str, Any], prompt_fi
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_memo_of_svd_edits_changes_no_trial_and_hits_only_when_on(prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_the_memo_of_svd_edits_and_residual_cache_dir_change_no_trial(prompt_files: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for switch in ("", *MEMO):
         switches = {"use_incremental_adapter_updates": False, **({switch: MEMO[switch]} if switch else {})}
+        if not switch:  # nor does another place of residuals
+            switches["residual_cache_dir"] = str(tmp_path / "there")
         settings = few_settings(prompt_files, tmp_path / "cache", efficiency=switches, **GRID)
         found[switch], _ = run_in(tmp_path / f"run {switch}", settings)
+        if not switch:
+            assert len(list((tmp_path / "there" / "residuals").glob("*.safetensors"))) == 2
+            assert not (tmp_path / "cache").exists()
     assert outcomes(found[""]) == outcomes(found["enable_svd_cache"]) == outcomes(found["max_svd_cache_size"])
     hits = {switch: result["caches"]["svd"]["hits"] for switch, result in found.items()}
     assert hits[""] > hits["enable_svd_cache"] == 0
@@ -140,14 +146,6 @@ def test_amp_within_tolerance(expected: dict[str, Any], prompt_files: dict[str, 
     # bfloat16 turns directions by about a degree: 10 % of the KL, and a refusal or two at the edge
     assert_close(result, expected, kl=0.1, refusals=2)
     assert outcomes(result) != outcomes(expected)  # it was on
-
-
-def test_residual_cache_dir_is_used(expected: dict[str, Any], prompt_files: dict[str, str], tmp_path: Path) -> None:
-    settings = few_settings(prompt_files, tmp_path / "cache", efficiency={"residual_cache_dir": str(tmp_path / "there")})
-    result, _ = run_in(tmp_path / "run", settings)
-    assert len(list((tmp_path / "there" / "residuals").glob("*.safetensors"))) == 2
-    assert not (tmp_path / "cache").exists()
-    assert outcomes(result) == outcomes(expected)
 
 
 def test_in_memory_residuals_are_not_read_again(tmp_path: Path) -> None:

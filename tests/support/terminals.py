@@ -6,12 +6,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from support.forked import CONTEXT, abliterate
 
 
-def _at(name: str, arguments: Sequence[str]) -> None:
+def _at(name: str, arguments: Sequence[str], before: Callable[[], None] | None) -> None:
     """In the child: begin a session with this terminal, so that Ctrl+C becomes a signal."""
     import fcntl
     import termios
@@ -25,6 +25,8 @@ def _at(name: str, arguments: Sequence[str]) -> None:
     sys.stdin, sys.stdout, sys.stderr = (
         os.fdopen(descriptor, mode, encoding="utf-8", closefd=False) for descriptor, mode in ((0, "r"), (1, "w"), (2, "w"))
     )
+    if before is not None:
+        before()
     try:
         abliterate(arguments)
     finally:
@@ -33,13 +35,13 @@ def _at(name: str, arguments: Sequence[str]) -> None:
 
 
 class AtTerminal:
-    """`abliterate` in a terminal, up to the moment when `question` is shown."""
+    """`abliterate` in a terminal, up to the moment when `question` is shown; `before` runs in its process."""
 
-    def __init__(self, arguments: Sequence[object], question: str) -> None:
+    def __init__(self, arguments: Sequence[object], question: str, before: Callable[[], None] | None = None) -> None:
         import pty
 
         self._terminal, inside = pty.openpty()
-        self._process = CONTEXT.Process(target=_at, args=(os.ttyname(inside), [*map(str, arguments)]), daemon=True)
+        self._process = CONTEXT.Process(target=_at, args=(os.ttyname(inside), [*map(str, arguments)], before), daemon=True)
         self._process.start()
         timer = threading.Timer(120, self._process.kill)
         timer.daemon = True
