@@ -65,10 +65,15 @@ def few_settings(files: dict[str, str], cache: Path, **over: Any) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def expected(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the run with the default switches."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def expected(prompt_files: dict[str, str], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run with the default switches."""
-    folder = tmp_path_factory.mktemp("expected")
-    return run_in(folder / "run", few_settings(prompt_files, folder / "cache"))[0]
+    return run_in(tmp_path_factory.mktemp("expected") / "run", few_settings(prompt_files, cache))[0]
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], kl: float, refusals: int = 0) -> None:
@@ -124,9 +129,10 @@ def test_tuning_switches_give_the_same_scores(expected: dict[str, Any], prompt_f
 
 @pytest.mark.parametrize("off", [("use_trial_engine",), *GROUPS], ids=["engine", *map(str, range(5))])
 def test_engine_switches_give_the_same_scores(
-    expected: dict[str, Any], prompt_files: dict[str, str], tmp_path: Path, off: tuple[str, ...]
+    expected: dict[str, Any], cache: Path, prompt_files: dict[str, str], tmp_path: Path, off: tuple[str, ...]
 ) -> None:
-    settings = few_settings(prompt_files, tmp_path / "cache", efficiency=dict.fromkeys(off, False))
+    switches = dict.fromkeys(off, False) | {"residual_cache_dir": str(cache)}  # no residual depends on them; a baseline does
+    settings = few_settings(prompt_files, tmp_path / "cache", efficiency=switches)
     result, recorder = run_in(tmp_path / "run", settings)
     assert_close(result, expected, kl=1e-4)
     assert recorder.warnings == []

@@ -343,11 +343,11 @@ def test_a_trial_is_not_lost_to_memory_anywhere(finished: Finished, tmp_path: Pa
 
         monkeypatch.setattr(owner, name, once)
 
-    fail_once(Editor, "apply", 2)  # the first is for the engine's check of itself
-    fail_once(KL, "score", 3)  # the first is the base's; in another trial
+    fail_once(Editor, "apply", 2)
+    fail_once(KL, "score", 4)  # in the trial after that, as the first is the base's
     result, _ = run_in(tmp_path / "run", with_kind(finished[2], "none"))
     assert outcomes(result) == outcomes(finished[1])
-    assert calls["apply"] > 2 < calls["score"]
+    assert (calls["apply"], calls["score"]) == (6, 6), "both trials were repeated"
 
 
 def test_nothing_but_failures_ends_with_advice(

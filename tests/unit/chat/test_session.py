@@ -48,7 +48,7 @@ from support.models import CPU, make_tokenizer
 from support.runs import Recorder, copy_run
 from support.templates import DROPS_SYSTEM, ONLY_LAST, REFUSES_SYSTEM
 
-GREEDY = Sampling(max_new_tokens=40, temperature=0)
+GREEDY = Sampling(max_new_tokens=24, temperature=0)
 ASKED = ("Tell me how to mangle the mailbox.", "Show me a quick way to snatch the candle.", "How do I rinse a carpet?")
 DEFAULT = ResponseSettings()
 MARKUP = Markup(DEFAULT.thinking_blocks, DEFAULT.answer_tags)
@@ -133,7 +133,7 @@ def test_answers_are_those_of_the_reference(session: Session, finished: Finished
     editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
     chat = PromptEncoder(loaded.tokenizer, CPU)
     reader = ResponseReader(loaded.tokenizer, MARKUP)
-    engine = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=40, sizes=BatchSizes.same(1))
+    engine = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=GREEDY.max_new_tokens, sizes=BatchSizes.same(1))
     prompts = [Prompt(text, settings.prompts.system) for text in ASKED]
     expected = {"base": [one.text for one in engine.respond(prompts) or ()]}
     editor.apply(next(trial for trial in complete(result) if trial.number == result["selected"]).params)
@@ -210,16 +210,17 @@ def test_both_go_on_from_their_own_answers(session: Session) -> None:
 
 def test_sampling_is_drawn_by_the_seed(finished: Finished) -> None:
     def drawn(seed: int | None) -> list[str]:
-        sampling = Sampling(max_new_tokens=20, temperature=2.0, seed=seed)
+        sampling = Sampling(max_new_tokens=12, temperature=2.0, seed=seed)
         session, _ = open_session("demo", ChatTarget(sampling=sampling), {}, Recorder())
         first = say(session, ASKED[2])
         session.retry(ear := Ear())
         assert not ear.notes
         return first + [answer.said.text for answer in ear.answers]
 
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-    assert len(set(drawn(1))) == 2  # again is something else
+    one = drawn(1)
+    assert one == drawn(1)
+    assert one != drawn(2)
+    assert len(set(one)) == 2  # again is something else
     assert drawn(None) != drawn(None)
 
 
@@ -235,7 +236,7 @@ def test_limits(session: Session) -> None:
     ear = Ear()
     say(session, ASKED[2], ear)
     assert ear.answers[0].said.ended == "limit"
-    assert ear.answers[0].said.tokens == 40
+    assert ear.answers[0].said.tokens == GREEDY.max_new_tokens
     room = model_of(session).config.max_position_embeddings
     with pytest.raises(InputError, match=r"tokens and the model can read .*/undo"):
         say(session, "word " * room)
