@@ -396,7 +396,8 @@ def test_a_run_of_a_thinking_template(prompt_files: dict[str, str], tmp_path: Pa
     # What the demo model answers after a block isn't what it was trained to answer, so other markers.
     markers = tmp_path / "markers.txt"
     markers.write_text("the\nyou", encoding="utf-8")
-    chosen = few(prompt_files, tmp_path, model, evaluation={"markers": str(markers), "batch_size": 12})
+    over = {"evaluation": {"markers": str(markers), "batch_size": 12}, "response": {"max_new_tokens": 12, "prefix_prompts": 4}}
+    chosen = few(prompt_files, tmp_path, model, **over)
     fast, said = run_in(tmp_path / "fast", chosen)
     slow, _ = run_in(tmp_path / "slow", chosen.model_copy(update={"efficiency": chosen.efficiency.reference()}))
     assert any("template opens a thinking block <think>, which is skipped" in note for note in said.notes)
