@@ -44,9 +44,11 @@ from abliterate.settings.schema import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 from support.cli import Finished, Invoke, Outcome, assert_sentence
 from support.events import checked
+from support.forked import CONTEXT
 from support.models import CPU, make_tokenizer
 from support.runs import Recorder, copy_run
 from support.templates import DROPS_SYSTEM, ONLY_LAST, REFUSES_SYSTEM
+from support.terminals import PASS_ON, Unhurried, serve
 
 GREEDY = Sampling(max_new_tokens=24, temperature=0)
 ASKED = ("Tell me how to mangle the mailbox.", "Show me a quick way to snatch the candle.", "How do I rinse a carpet?")
@@ -582,17 +584,6 @@ def test_ctrl_c_in_a_pipe_ends(session: Session) -> None:
     assert ended.value.exit_code == 130
 
 
-# Twelve tokens a second, so that there is time to press a key.
-SLOW = """
-import time
-from abliterate.chat import generate
-from abliterate.cli import app
-feed = generate._Reading.feed
-generate._Reading.feed = lambda reading, token: (time.sleep(0.08), feed(reading, token))[1]
-app.main()
-"""
-
-
 def test_ctrl_d_ends(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     class Ended:
         interactive = True
@@ -641,10 +632,15 @@ def terminal(finished: Finished, tmp_path: Path) -> Iterator[Callable[..., Termi
     opened: list[Terminal] = []
 
     def start() -> Terminal:
-        environment = f"env OMP_NUM_THREADS=1 PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-        (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
-        command = [environment, sys.executable, str(tmp_path / "slow.py"), "chat", str(finished[0])]
-        opened.append(Terminal(tmp_path, " ".join([*command, "--cache-dir", str(tmp_path / "cache")])))
+        place = tmp_path / "socket"
+        command = ["chat", str(finished[0]), "--cache-dir", str(tmp_path / "cache")]
+        forked = CONTEXT.Process(target=serve, args=(str(place), command, Unhurried()), daemon=True)
+        forked.start()
+        while not place.exists():
+            assert forked.is_alive()
+            time.sleep(0.01)
+        (tmp_path / "pass_on.py").write_text(PASS_ON, encoding="utf-8")
+        opened.append(Terminal(tmp_path, f"{sys.executable} -S -E {tmp_path / 'pass_on.py'} {place}"))
         return opened[-1]
 
     yield start
