@@ -28,6 +28,7 @@ from support.runs import Recorder, interrupt_after, outcomes, quick_settings, ru
 
 pytestmark = pytest.mark.usefixtures("lean")
 Files = dict[str, str]
+SHORT = {"response": {"max_new_tokens": 10}, "export": {"kind": "none"}}
 # Without responses, so that trials can be stopped: how sure the model is of its first token.
 SURE = """
 from abliterate.types import Score
@@ -179,10 +180,10 @@ def test_mistakes_are_found_before_anything_is_loaded(
 
 def test_the_front_is_the_one_without_stops(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
     own = written(tmp_path, SURE)
-    search = {"trials": 10, "startup_trials": 10, "objectives": ["refusals", "kl", f"{own}:Sure"]}
+    search = {"trials": 8, "startup_trials": 8, "objectives": ["refusals", "kl", f"{own}:Sure"]}
     results = {}
     for stops in (True, False):
-        over = {"search": search, "efficiency": {"use_certified_stop": stops}, "export": {"kind": "none"}}
+        over = {"search": search, "efficiency": {"use_certified_stop": stops}, **SHORT}
         settings = quick_settings(prompt_files, cache, **over)
         results[stops], _ = run_in(tmp_path / str(stops), settings)
     with_stops, without = results[True], results[False]
@@ -246,7 +247,7 @@ def test_a_model_that_refuses_nothing_can_be_searched_for_something_else(
     own = written(tmp_path, SURE)
     markers = tmp_path / "markers.txt"
     markers.write_text("no answer has this\n", encoding="utf-8")
-    shared = {"evaluation": {"markers": str(markers)}, "export": {"kind": "none"}}
+    shared = {"evaluation": {"markers": str(markers)}, **SHORT}
     for place, objectives in enumerate((["refusals", "kl"], ["kl", "refusals", f"{own}:Sure"])):
         over = {**shared, "search": {"trials": 1, "objectives": objectives}}
         with pytest.raises(AbliterateError, match="refuses none"):
@@ -268,7 +269,7 @@ def test_a_worker_takes_over(prompt_files: Files, cache: Path, tmp_path: Path) -
     """A run is interrupted, a worker told by its directory does the rest: the trials are those of a run alone."""
     own = written(tmp_path, SURE)
     search = {"trials": 4, "startup_trials": 2, "objectives": ["kl", f"{own}:Sure", "refusals"]}
-    settings = quick_settings(prompt_files, cache, search=search, export={"kind": "none"})
+    settings = quick_settings(prompt_files, cache, search=search, **SHORT)
     alone, _ = run_in(tmp_path / "alone", settings)
     seen, at_work = Recorder(), Recorder()
     directory = RunDirectory(tmp_path / "run")
