@@ -17,7 +17,9 @@ pytest.register_assert_rewrite("support")  # before its first import
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from abliterate.engine import self_check
 from abliterate.model.loader import demo_path
+from abliterate.pipeline import report_data
 from abliterate.report import draw
 from abliterate.settings.schema import Settings
 from support.cli import Invoke
@@ -38,6 +40,20 @@ def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draw, "svg", lambda specs: (dict.fromkeys(specs, ""), ""))
+        yield
+
+
+@pytest.fixture
+def lean() -> Iterator[None]:
+    """Runs write no answers for their report, and their engine checks itself on two rows of two tokens.
+
+    This takes a third of a short run's time. It is for runs whose tests look at neither, as
+    `pytest.mark.usefixtures("lean")`; the fixtures of wider scopes are set up before it, with both.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_data, "answers", lambda bench, trial: None)
+        patch.setattr(self_check, "ROWS", 2)
+        patch.setattr(self_check, "TOKENS", 2)
         yield
 
 

@@ -158,6 +158,33 @@ def durations(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: end - begin for (name, begin), end in zip(stages, ends, strict=True)}
 
 
+class Lean:
+    """In the child: a report without pictures, which take a second each, and without answers."""
+
+    def __call__(self) -> None:
+        from abliterate.pipeline import report_data
+        from abliterate.report import draw
+
+        report_data.answers = lambda bench, trial: None
+        draw.svg = lambda specs: (dict.fromkeys(specs, ""), "")
+
+
+class OfHub:
+    """In the child: the Hub is at a port of this machine, as its variables of the environment say it to a new interpreter."""
+
+    def __init__(self, port: int, home: str) -> None:
+        self.port, self.home = port, home
+
+    def __call__(self) -> None:
+        import importlib
+
+        from huggingface_hub import constants, hf_api
+
+        os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{self.port}", HF_HUB_OFFLINE="0", HF_HOME=self.home)
+        importlib.reload(constants)
+        hf_api.api.endpoint = constants.ENDPOINT  # copied when it was imported
+
+
 class Slow:
     """In the child: every stage waits for a moment in short steps, so that a signal surely arrives during it."""
 
