@@ -139,12 +139,9 @@ SHORT = {"tmpfs": ("load", 2, "export"), "fsync": ("residuals", "report")}
     ],
     indirect=["disk"],
 )
-def test_a_full_disk_loses_nothing(
-    moments: tuple[str | int, ...], disk: Disk, finished: Finished, prompt_files: Files, tmp_path: Path
-) -> None:
+def test_a_full_disk_loses_nothing(moments: tuple[str | int, ...], disk: Disk, finished: Finished, prompt_files: Files) -> None:
     _, first, settings = finished
-    cache = copy_run(Path(settings.cache_dir), tmp_path / "cache")
-    own = quick_settings(prompt_files, cache, export={"kind": "adapter"}, search={"trials": 3})
+    own = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"}, search={"trials": 3})
     run, told = disk.place / "run", 0
     for moment in moments:
         recorder = Filling(disk, moment)

@@ -228,7 +228,7 @@ def test_a_failing_scorer_fails_the_trial_with_a_sentence(
         "return Score(self.name, abs", 'assert words == self.base, "another"\n        return Score(self.name, abs'
     )
     install(code)
-    over = {"evaluation": {"scorers": ["refusals", "kl", "length"]}, "export": {"kind": "none"}, "search": {"trials": 2}}
+    over = {"evaluation": {"scorers": ["refusals", "kl", "length"]}, "export": {"kind": "none"}, "search": {"trials": 3}}
     settings = quick_settings(prompt_files, Path(finished[2].cache_dir), **over)
     result, _ = run_in(tmp_path / "run", settings)
     failed = [trial["reason"] for trial in result["trials"] if trial["state"] == "failed"]

@@ -56,8 +56,8 @@ def test_the_journals_lock_of_a_killed_run_is_no_obstacle(tmp_path: Path, monkey
     Path("run").mkdir()
     journal = Path("run") / "study.journal"
     space = Space(SearchSettings(), 12, ("attn.o_proj",))
-    Study(open_storage("", journal, dead_lock=3), STUDY_NAME, space, 0).ask()
+    Study(open_storage("", journal, dead_lock=1), STUDY_NAME, space, 0).ask()
     for target in ("run/study.journal", "/nowhere/study.journal", str(journal.absolute())):
         os.symlink(target, "run/study.journal.lock")
-        Study(open_storage("", journal, dead_lock=3), STUDY_NAME, space, 0).ask()
+        Study(open_storage("", journal, dead_lock=1), STUDY_NAME, space, 0).ask()
         assert not os.path.lexists("run/study.journal.lock")
