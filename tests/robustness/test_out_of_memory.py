@@ -42,7 +42,15 @@ class FlakyDevice:
 
 def settings_in(files: dict[str, str], cache: Path, batch_size: int) -> Settings:
     """A short run with an export that is verified."""
-    return quick_settings(files, cache, evaluation={"batch_size": batch_size}, export={"kind": "adapter"})
+    over = {"response": {"max_new_tokens": 8}, "search": {"trials": 2}, "export": {"kind": "adapter"}}
+    return quick_settings(files, cache, evaluation={"batch_size": batch_size}, **over)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a run with all the memory it wants."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return run_in(folder / "run", settings_in(prompt_files, folder / "cache", 12))[0]
 
 
 # A given size, and one that is tuned on the flaky device itself.
@@ -54,12 +62,11 @@ def test_a_run_survives_running_out_of_memory(
     seed: int,
     most: int,
     batch_size: int,
-    finished: tuple[Path, dict[str, Any], Settings],
+    undisturbed: dict[str, Any],
     prompt_files: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    undisturbed = finished[1]  # with all the memory it wants
     device = FlakyDevice(monkeypatch, seed, most)
     result, recorder = run_in(tmp_path / "run", settings_in(prompt_files, tmp_path / "cache", batch_size))
     assert device.failed > 10
