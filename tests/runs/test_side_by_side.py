@@ -50,6 +50,7 @@ def test_two_resumes_of_one_run_at_the_same_time(whole: Whole, tmp_path: Path) -
     assert third.end() in (0, 1), third.err  # one trial may have found nothing
 
 
+@pytest.mark.filterwarnings("ignore:The value of `grace_period` might be too small")
 def test_the_journals_lock_of_a_killed_run_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a relative path, as by default, and in a directory that was moved: Optuna alone would wait for ever."""
     monkeypatch.chdir(tmp_path)
