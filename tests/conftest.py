@@ -26,7 +26,7 @@ from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
 from support.paths import TESTS
-from support.runs import DRAW, SMALL, Files, Untouched, quick_options, quick_settings, run_in
+from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
@@ -95,11 +95,14 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def whole(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """A run by the command line that nothing interrupted: (its options as a file, directory, events)."""
+    """A run by the command line that nothing interrupted: (its options as a file, directory, events).
+
+    It knows `SECRETS`, and the folder has all that it wrote, its output included.
+    """
     folder = tmp_path_factory.mktemp("whole")
     options = quick_options(prompt_files, folder / "cache", search={"trials": 6}, export={"kind": "adapter"})
     config = write_config(folder / "quick.toml", options)
-    command = finish(["run", "demo", "-c", config, "-o", "run", "--json"], folder)
+    command = finish(["--debug", "run", "demo", "-c", config, "-o", "run", "--json"], folder, environment=SECRETS)
     assert command.end() == 0, command.err
     return config, folder / "run", command.events
 
