@@ -17,14 +17,16 @@ pytest.register_assert_rewrite("support")  # before its first import
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+from abliterate.engine import self_check
 from abliterate.model.loader import demo_path
+from abliterate.pipeline import report_data
 from abliterate.report import draw
 from abliterate.settings.schema import Settings
 from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
 from support.paths import TESTS
-from support.runs import DRAW, SMALL, Files, Untouched, quick_options, quick_settings, run_in
+from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
@@ -38,6 +40,20 @@ def _no_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draw, "svg", lambda specs: (dict.fromkeys(specs, ""), ""))
+        yield
+
+
+@pytest.fixture
+def lean() -> Iterator[None]:
+    """Runs write no answers for their report, and their engine checks itself on two rows of two tokens.
+
+    This takes a third of a short run's time. It is for runs whose tests look at neither, as
+    `pytest.mark.usefixtures("lean")`; the fixtures of wider scopes are set up before it, with both.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_data, "answers", lambda bench, trial: None)
+        patch.setattr(self_check, "ROWS", 2)
+        patch.setattr(self_check, "TOKENS", 2)
         yield
 
 
@@ -79,11 +95,14 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def whole(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
-    """A run by the command line that nothing interrupted: (its options as a file, directory, events)."""
+    """A run by the command line that nothing interrupted: (its options as a file, directory, events).
+
+    It knows `SECRETS`, and the folder has all that it wrote, its output included.
+    """
     folder = tmp_path_factory.mktemp("whole")
     options = quick_options(prompt_files, folder / "cache", search={"trials": 6}, export={"kind": "adapter"})
     config = write_config(folder / "quick.toml", options)
-    command = finish(["run", "demo", "-c", config, "-o", "run", "--json"], folder)
+    command = finish(["--debug", "run", "demo", "-c", config, "-o", "run", "--json"], folder, environment=SECRETS)
     assert command.end() == 0, command.err
     return config, folder / "run", command.events
 

@@ -25,6 +25,8 @@ from support.models import make_model as tiny_model
 from support.models import save_model
 from support.runs import quick_options
 
+pytestmark = pytest.mark.usefixtures("lean")
+
 
 def write_list(path: Path, runs: list[dict[str, Any]], **common: Any) -> Path:
     path.write_text(tomli_w.dumps({**common, "run": runs}), encoding="utf-8")
@@ -110,7 +112,8 @@ def test_one_failing_does_not_stop_the_rest(
 ) -> None:
     shutil.copytree(demo_path() / "model", tmp_path / "other")
     tiny = save_model(tiny_model("llama"), tmp_path / "tiny")
-    common = quick_options(prompt_files, tmp_path / "cache", export={"kind": "none"}, search={"trials": 2})
+    few = {"response": {"max_new_tokens": 10}, "search": {"trials": 2}}
+    common = quick_options(prompt_files, tmp_path / "cache", export={"kind": "none"}, **few)
     del common["model"]
     runs = [
         {"model": "/no/such/model"},

@@ -21,6 +21,7 @@ from support.cli import QUICK, Finished, Invoke, filled_cache, prompt_options
 from support.events import ROOT, SCHEMA, check, checked, strict
 from support.runs import copy_run
 
+pytestmark = pytest.mark.usefixtures("lean")
 EVENTS = {name: part for name, part in SCHEMA["$defs"].items() if "allOf" in part}
 TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(abliterate.__file__).parent.rglob("*.py")]
 
@@ -92,9 +93,10 @@ def test_a_line_is_strict_json_whatever_is_in_it() -> None:
 
 
 def test_run_trials_and_export(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
-    options = [*prompt_options(prompt_files), *QUICK, "-n", "3", "-o", "run", "--json"]
+    options = [*prompt_options(prompt_files), *QUICK, "-n", "2", "-o", "run", "--json"]
     lines = checked(invoke("run", "demo", *options), "run and export")
     assert {line["event"] for line in lines} == {"stage", "header", "progress", "note", "trial", "result"}
+    assert sum(line["event"] == "trial" for line in lines) == 2
     stored = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     check("result.json", stored)
     assert lines[-1]["result"] == stored
@@ -128,7 +130,7 @@ def test_failed_trials_and_the_svd_representation(
         return evaluate(*args)
 
     monkeypatch.setattr(evaluation, "evaluate", once_not)
-    options = [*prompt_options(prompt_files), *QUICK, "-n", "3", "--set", "edit.representation=svd", "--json"]
+    options = [*prompt_options(prompt_files), *QUICK, "-n", "2", "--set", "edit.representation=svd", "--json"]
     result = checked(invoke("run", "demo", *options), "run and export")[-1]["result"]
     assert result["export"]["approximation_error"]["max"] > 0
     assert (result["trials"][0]["state"], result["trials"][0]["scores"]) == ("failed", {})

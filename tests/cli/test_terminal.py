@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support.forked import Lean
 from support.runs import copy_run
 from support.terminals import AtTerminal
 
@@ -21,7 +22,7 @@ QUESTION = "Which trial is to be exported"
 def test_keys_at_the_question_which_trial(finished: tuple[Path, dict[str, Any], Any], tmp_path: Path, key: bytes) -> None:
     run = copy_run(finished[0], tmp_path / "run")
     shutil.rmtree(run / "model")
-    terminal = AtTerminal(["run", "--resume", "-o", run], QUESTION)
+    terminal = AtTerminal(["run", "--resume", "-o", run], QUESTION, Lean())
     code = terminal.press(key)
     if key == b"\x03":  # at once, and the trials are kept
         assert code == 130, terminal.seen

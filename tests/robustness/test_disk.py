@@ -124,48 +124,57 @@ MOMENTS: dict[str | int, str] = {
 }
 
 
-# The others in the long suite.
-SHORT = {("tmpfs", "load"), ("tmpfs", 2), ("tmpfs", "export"), ("fsync", "residuals"), ("fsync", "report")}
+# Each disk fills at some moments of one run; the others in the long suite.
+SHORT = {"tmpfs": ("load", 2, "export"), "fsync": ("residuals", "report")}
 
 
 @pytest.mark.parametrize(
-    ("disk", "moment"),
+    ("disk", "moments"),
     [
-        pytest.param(kind, moment, marks=[] if (kind, moment) in SHORT else pytest.mark.slow)
-        for kind in ("tmpfs", "fsync")
-        for moment in MOMENTS
+        *SHORT.items(),
+        *(
+            pytest.param(kind, tuple(moment for moment in MOMENTS if moment not in short), marks=pytest.mark.slow)
+            for kind, short in SHORT.items()
+        ),
     ],
     indirect=["disk"],
 )
-def test_a_full_disk_loses_nothing(moment: str | int, disk: Disk, finished: Finished, prompt_files: Files) -> None:
+def test_a_full_disk_loses_nothing(moments: tuple[str | int, ...], disk: Disk, finished: Finished, prompt_files: Files) -> None:
     _, first, settings = finished
-    own = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"})
-    run, recorder = disk.place / "run", Filling(disk, moment)
-    with pytest.raises(AbliterateError, match=MOMENTS[moment]) as caught:
-        pipeline_run.run(own, recorder, RunDirectory(run))
-    assert recorder.filled
-    assert caught.value.exit_code == 1
-    assert "No space left" in str(caught.value)
-    assert "free some space" in str(caught.value)
-    assert "\n" not in str(caught.value)
-    disk.free()
-    if moment == "load" and not RunDirectory(run).holds_run:
-        shutil.rmtree(run, ignore_errors=True)
+    own = quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "adapter"}, search={"trials": 3})
+    run, told = disk.place / "run", 0
+    for moment in moments:
+        recorder = Filling(disk, moment)
+        with pytest.raises(AbliterateError, match=MOMENTS[moment]) as caught:
+            pipeline_run.run(own, recorder, RunDirectory(run), resume=RunDirectory(run).holds_run)
+        assert recorder.filled
+        assert caught.value.exit_code == 1
+        assert "No space left" in str(caught.value)
+        assert "free some space" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        disk.free()
+        assert_kept(told, recorder)
+        told += len(recorder.trials)
+        if moment == "load" and not RunDirectory(run).holds_run:
+            shutil.rmtree(run, ignore_errors=True)
     again = Recorder()
     result = pipeline_run.run(own, again, RunDirectory(run), resume=True).to_record()
-    assert outcomes(result) == outcomes(first)
+    assert outcomes(result) == outcomes(first)[:3]
     assert result["export"]["verified"] is True
-    told = len(recorder.trials)
-    assert told == 0 or any(f"{count} trials are kept" in note for count in (told, told + 1) for note in again.notes)
+    assert_kept(told, again)
     files = "study.journal settings.toml result.json directions.safetensors geometry.json answers.json recipe.json report.html"
     assert {path.name for path in run.iterdir()} == {*files.split(), "model"}
     load_file(run / "model" / "adapter_model.safetensors")
 
 
+def assert_kept(told: int, recorder: Recorder) -> None:
+    """A run that was continued has all trials that had been reported."""
+    assert told == 0 or any(f"{count} trials are kept" in note for count in (told, told + 1) for note in recorder.notes)
+
+
 def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
-    own = quick_settings(
-        prompt_files, disk.place / "cache", export={"kind": "none"}, efficiency={"cache_residuals_in_memory": False}
-    )
+    over = {"export": {"kind": "none"}, "efficiency": {"cache_residuals_in_memory": False}, "search": {"trials": 2}}
+    own = quick_settings(prompt_files, disk.place / "cache", **over)
     if isinstance(disk, PretendedDisk):  # which would be full for the run directory, too
         store = context.make_store(own, recorder := Recorder())
         disk.fill()
@@ -176,7 +185,7 @@ def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Pat
         disk.fill()
         result, recorder = run_in(tmp_path / "run", own)
         disk.free()
-        assert outcomes(result) == outcomes(finished[1])
+        assert outcomes(result) == outcomes(finished[1])[:2]
     assert any("can't be written (No space left on device)" in warning for warning in recorder.warnings)
     assert not list((disk.place / "cache").glob("*/*"))
 
@@ -223,9 +232,10 @@ def test_read_only_places(
         model=str(model),
         efficiency={"cache_residuals_in_memory": False},
         export={"kind": "none"},
+        search={"trials": 2},
     )
     result, recorder = run_in(tmp_path / "run", own)
-    assert outcomes(result) == outcomes(first)
+    assert outcomes(result) == outcomes(first)[:2]
     assert any("can't be written (Read-only file system)" in warning for warning in recorder.warnings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,13 @@ from abliterate.settings.schema import Settings
 from support.runs import outcomes, quick_settings, run_in
 
 Finished = tuple[Path, dict[str, Any], Settings]
-FAILED = 1  # the trial that fails
 
 
 class Failing:
-    """In that trial, `forward` or `svd_lowrank` does what makes it fail."""
+    """In the given trials, `forward` or `svd_lowrank` does what makes them fail."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-        self.trial, self.calls = -1, 0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, hows: Mapping[int, str]) -> None:
+        self.trial, self.failed = -1, set[int]()
         apply, forward = Editor.apply, Qwen2ForCausalLM.forward
 
         def counted(editor: Editor, params: Any) -> None:
@@ -33,8 +33,9 @@ class Failing:
 
         def odd_forward(model: Any, *args: Any, **kwargs: Any) -> Any:
             found = forward(model, *args, **kwargs)
-            if self.trial == FAILED:
-                self.calls += 1
+            how = hows.get(self.trial)
+            if how in ("memory", "nan"):
+                self.failed.add(self.trial)
                 if how == "memory":
                     raise torch.OutOfMemoryError("CUDA out of memory")
                 found.logits.fill_(torch.nan)
@@ -42,8 +43,8 @@ class Failing:
 
         def failing(real: Any) -> Any:
             def decompose(*args: Any, **kwargs: Any) -> Any:
-                if self.trial == FAILED:
-                    self.calls += 1
+                if hows.get(self.trial) == "svd":
+                    self.failed.add(self.trial)
                     raise torch.linalg.LinAlgError("linalg.svd: the algorithm failed to converge")
                 return real(*args, **kwargs)
 
@@ -51,31 +52,40 @@ class Failing:
 
         odd_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         monkeypatch.setattr(Editor, "apply", counted)
-        if how == "svd":
-            monkeypatch.setattr(torch, "svd_lowrank", failing(torch.svd_lowrank))
-            monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd))  # tried next
-        else:
-            monkeypatch.setattr(Qwen2ForCausalLM, "forward", odd_forward)
+        monkeypatch.setattr(torch, "svd_lowrank", failing(torch.svd_lowrank))
+        monkeypatch.setattr(torch.linalg, "svd", failing(torch.linalg.svd))  # tried next
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", odd_forward)
 
 
-@pytest.mark.parametrize(("how", "reason"), [("nan", "finite|NaN|number"), ("memory", "memory"), ("svd", "converge|decompos")])
+REASONS = {"nan": "finite|NaN|number", "memory": "memory", "svd": "converge|decompos"}
+
+
+@pytest.mark.parametrize(
+    ("representation", "hows"), [("exact", {1: "nan", 2: "memory"}), ("svd", {1: "svd"})], ids=["nan, memory", "svd"]
+)
 def test_a_trial_that_fails_is_one_line_of_the_study(
-    how: str, reason: str, finished: Finished, prompt_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    representation: str,
+    hows: dict[int, str],
+    finished: Finished,
+    prompt_files: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, first, settings = finished
-    over = {"export": {"kind": "none"}, "edit": {"representation": "svd" if how == "svd" else "exact"}}
+    search = {"trials": max(hows) + 2}
+    over = {"export": {"kind": "none"}, "edit": {"representation": representation}, "search": search}
     own = quick_settings(prompt_files, Path(settings.cache_dir), **over)
-    failing = Failing(monkeypatch, how)
+    failing = Failing(monkeypatch, hows)
     result, recorder = run_in(tmp_path / "run", own)
-    assert failing.calls > 0
+    assert failing.failed == hows.keys()
     states = [trial["state"] for trial in result["trials"]]
-    assert states[FAILED] == "failed"
-    assert states.count("failed") == 1
-    failed = result["trials"][FAILED]
-    assert re.search(reason, failed["reason"]), failed["reason"]
-    assert "\n" not in failed["reason"]
-    assert FAILED not in result["front"]
-    assert len(states) == 4
-    if how != "svd":
+    assert {number for number, state in enumerate(states) if state == "failed"} == hows.keys()
+    assert len(states) == search["trials"]
+    for number, how in hows.items():
+        failed = result["trials"][number]
+        assert re.search(REASONS[how], failed["reason"]), failed["reason"]
+        assert "\n" not in failed["reason"]
+        assert number not in result["front"]
+        assert recorder.trials[number].reason == failed["reason"]
+    if representation == "exact":
         assert outcomes(result)[0] == outcomes(first)[0]
-    assert recorder.trials[FAILED].reason == failed["reason"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import io
 import json
+import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,18 +34,20 @@ from abliterate.settings.sources import (
     config_path,
     dump_settings,
     load_settings,
+    merge,
     parse_assignments,
     without_password,
 )
 from abliterate.terminal import tables
 from abliterate.terminal.reporters import PlainReporter, RichReporter, show_error
 from abliterate.types import Kernel, Objective, Trial, TrialParams
-from support.forked import finish, write_config
+from support.forked import Command, finish, write_config
 from support.models import make_tokenizer
 from support.objectives import OWN as WORDS
-from support.runs import copy_run, quick_options
+from support.runs import SECRETS, copy_run, quick_options
 
 Finished = tuple[Path, dict[str, Any], Settings]
+Whole = tuple[Path, Path, list[dict[str, Any]]]
 NAMES = [
     *("..", "../..", "/", "/etc/passwd", "a/../../b", "~", "~nobody-of-that-name/x", "-rf", "--help", "CON", "nul.txt", "com1"),
     *("one\ntwo", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\r\x1b[2Kgone", "[red]bold[/red]", "[/]", "😀" * 40, "x" * 5000),
@@ -259,79 +263,55 @@ def test_a_card_has_no_control_characters(finished: Finished) -> None:
     assert found.load.template_options == own.load.template_options
 
 
-SECRETS = {
-    "HF_TOKEN": "hf_aSecretOfTheHubThatNobodyMaySee",
-    "HUGGING_FACE_HUB_TOKEN": "hf_anOlderNameOfTheSameSecretThing",
-    "OPENAI_API_KEY": "sk-proj-aSecretOfAnotherCompany123",
-    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIsecretsecretsecretKEY",
-}
 PASSWORD = "pa55w0rd-nobody-may-see"
 
 
-def assert_nothing_said(secrets: list[str], folder: Path, *texts: str) -> None:
-    """No secret in any file under the folder nor in the texts."""
-    contents = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def assert_nothing_said(secrets: list[str], folders: tuple[Path, ...], *texts: str) -> None:
+    """No secret in any file under the folders, in the cache, nor in the texts."""
+    everywhere = (*folders, Path(os.environ["ABLITERATE_CACHE_DIR"]))
+    contents = {str(path): path.read_bytes() for folder in everywhere for path in folder.rglob("*") if path.is_file()}
     assert len(contents) > 5
     for secret in secrets:
         assert not [name for name, content in contents.items() if secret.encode() in content]
         assert not [text for text in texts if secret in text]
 
 
-def test_tokens_are_in_no_file_and_no_log(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    """With --debug too: run, worker's log, cache, export."""
-    options = quick_options(prompt_files, tmp_path / "cache", search={"trials": 2}, export={"kind": "adapter"})
-    config = write_config(tmp_path / "quick.toml", options)
-    arguments = ["--debug", "run", "demo", "-c", config, "-o", "run", "--json"]
-    run = finish(arguments, tmp_path, environment=SECRETS)
-    assert run.end() == 0, run.err
-    failed = finish([*arguments, "--resume", "--harmful", "nowhere"], tmp_path, environment=SECRETS)
+def test_tokens_are_in_no_file_and_no_log(whole: Whole, tmp_path: Path) -> None:
+    """With --debug too: run, log, cache, export, and a command that fails."""
+    config, run, _ = whole
+    copy_run(run, tmp_path / "run")
+    arguments = ["--debug", "run", "demo", "-c", config, "-o", "run", "--json", "--resume", "--harmful", "nowhere"]
+    failed = finish(arguments, tmp_path, environment=SECRETS)
     assert failed.end() == 2
     assert "Traceback" in failed.err  # as asked for
-    assert_nothing_said([*SECRETS.values()], tmp_path, run.out, run.err, failed.out, failed.err)
+    assert {"run", ".out-0", ".err-0"} <= {path.name for path in run.parent.iterdir()}
+    assert_nothing_said([*SECRETS.values()], (run.parent, tmp_path), failed.out, failed.err)
 
 
-def test_a_databases_password_is_in_no_file_and_no_log(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    """SQLite takes no password but as a parameter of the URL, which it passes over."""
-    options = quick_options(prompt_files, tmp_path / "cache", search={"trials": 2}, export={"kind": "adapter"})
-    config = write_config(tmp_path / "quick.toml", options)
-    url = f"sqlite:///file:{tmp_path}/study.db?uri=true&password={PASSWORD}"
-    arguments = ["--debug", "run", "demo", "-c", config, "-o", "run"]
-    run = finish([*arguments, "--storage", url], tmp_path)
-    assert run.end() == 0, run.err
-    again = finish([*arguments, "--resume"], tmp_path)
-    assert again.end() == 2
-    assert "give --storage again" in " ".join(again.err.split())
-    resumed = finish([*arguments, "--resume", "--storage", url, "-n", "3"], tmp_path)
-    assert resumed.end() == 0, resumed.err
-    assert "2 trials are kept" in resumed.out
-    unreachable = finish(["--debug", "run", "demo", "-c", config, "--storage", f"nodb://me:{PASSWORD}@127.0.0.1:9/x"], tmp_path)
-    assert unreachable.end() == 2
-    texts = [text for command in (run, again, resumed, unreachable) for text in (command.out, command.err)]
-    assert_nothing_said([PASSWORD], tmp_path, *texts)
-    study = (tmp_path / "run" / "study.name").read_text(encoding="utf-8").strip()
-    with pytest.raises(InputError, match=f"give --storage URL --study {study} instead of the directory"):
-        study_location(tmp_path / "run", "", "")
+@dataclass(frozen=True)
+class Private:
+    """A run of which paths and a database's password are to stay private: how it and what came after it ended."""
+
+    top: Path
+    out: Path
+    first: Command
+    without: Command
+    again: Command
 
 
-def test_paths_are_in_no_file_that_is_passed_on(
-    prompt_files: dict[str, str],
-    heldout_files: dict[str, str],
-    classifier: str,
-    tmp_path: Path,
-) -> None:
-    """With every setting that may be a path: of a run's files only `settings.toml` says where anything lies."""
-    folder = tmp_path / "secretdir"
+def stated_in(folder: Path, files: dict[str, str], judge: str) -> dict[str, Any]:
+    """Options with every setting that may be a path, the database's included, and what is there."""
     copy_run(demo_path() / "model", folder / "base")
-    copy_run(Path(classifier), folder / "judge")
+    copy_run(Path(judge), folder / "judge")
     (folder / "mine.py").write_text(WORDS, encoding="utf-8")
     (folder / "markers.txt").write_bytes(config_path("markers.txt").read_bytes())
     (folder / "mine.jinja").write_text(make_tokenizer().chat_template, encoding="utf-8")  # type: ignore[arg-type]
-    for name, path in (prompt_files | heldout_files).items():
+    for name, path in files.items():
         (folder / f"{name}.jsonl").write_bytes(Path(path).read_bytes())
     scorer = f"{folder}/mine.py:Words"
-    stated: dict[str, Any] = {
+    return {
         "model": str(folder / "base"),
-        "prompts": {name: str(folder / f"{name}.jsonl") for name in prompt_files | heldout_files},
+        "prompts": {name: str(folder / f"{name}.jsonl") for name in files},
         "load": {"chat_template": str(folder / "mine.jinja"), "offload_folder": str(folder / "offload")},
         "evaluation": {
             "markers": str(folder / "markers.txt"),
@@ -341,27 +321,58 @@ def test_paths_are_in_no_file_that_is_passed_on(
             "heldout_scorers": ["classifier", scorer],
         },
         "efficiency": {"residual_cache_dir": str(folder / "residuals")},
-        "search": {
-            "trials": 2,
-            "storage": f"sqlite:///{folder}/study.db",
-            "objectives": ["refusals", "kl", f"{scorer}:maximize"],
-        },
+        "search": {"trials": 2, "objectives": ["refusals", "kl", f"{scorer}:maximize"]},
         "export": {"kind": "adapter"},
     }
+
+
+@pytest.fixture(scope="module")
+def private(
+    prompt_files: dict[str, str], heldout_files: dict[str, str], classifier: str, tmp_path_factory: pytest.TempPathFactory
+) -> Private:
+    """SQLite takes no password but as a parameter of the URL, which it passes over."""
+    top = tmp_path_factory.mktemp("private")
+    folder = top / "secretdir"
+    stated = stated_in(folder, prompt_files | heldout_files, classifier)
+    storage = f"sqlite:///file:{folder}/study.db?uri=true&password={PASSWORD}"
     # Any setting for a prompt set or a file is among them.
-    may_be_paths = {name for name, text in texts_of(load_settings("", stated).model_dump()) if "secretdir" in text}
+    settings = load_settings("", merge(stated, {"search": {"storage": storage}}))
+    may_be_paths = {name for name, text in texts_of(settings.model_dump()) if "secretdir" in text}
     assert may_be_paths >= {
         *(f"prompts.{name}" for name in _PROMPT_SETS),
         *FILES.values(),
         *SETTINGS_NAMING_SCORERS,
         "evaluation.judge_model",
+        "search.storage",
     }
     config = write_config(folder / "quick.toml", quick_options({}, folder / "cache", **stated))
     out = folder / "outdir" / "run"
-    first = finish(["run", "-c", config, "-o", out], tmp_path)
-    assert first.end() == 0, first.out + first.err
-    again = finish(["run", "-c", config, "-o", out, "--resume", "--json"], tmp_path)
-    assert again.end() == 0, again.out + again.err
+    arguments = ["--debug", "run", "-c", config, "-o", out]
+    first = finish([*arguments, "--storage", storage], top)
+    without = finish([*arguments, "--resume"], top)
+    again = finish([*arguments, "--resume", "--storage", storage, "-n", "3", "--json"], top)
+    for command, expected in ((first, 0), (without, 2), (again, 0)):
+        assert command.end() == expected, command.out + command.err
+    return Private(top, out, first, without, again)
+
+
+def test_a_databases_password_is_in_no_file_and_no_log(private: Private, tmp_path: Path) -> None:
+    assert "give --storage again" in " ".join(private.without.err.split())
+    assert "2 trials are kept" in private.again.out
+    unreachable = finish(["--debug", "run", "demo", "--storage", f"nodb://me:{PASSWORD}@127.0.0.1:9/x"], tmp_path)
+    assert unreachable.end() == 2
+    every = (private.first, private.without, private.again, unreachable)
+    assert_nothing_said(
+        [PASSWORD], (private.top, tmp_path), *(text for command in every for text in (command.out, command.err))
+    )
+    study = (private.out / "study.name").read_text(encoding="utf-8").strip()
+    with pytest.raises(InputError, match=f"give --storage URL --study {study} instead of the directory"):
+        study_location(private.out, "", "")
+
+
+def test_paths_are_in_no_file_that_is_passed_on(private: Private, heldout_files: dict[str, str]) -> None:
+    """With every setting that may be a path: of a run's files only `settings.toml` says where anything lies."""
+    out = private.out
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     assert not result["heldout"]["judges"][0].get("error")
     files = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
@@ -369,7 +380,7 @@ def test_paths_are_in_no_file_that_is_passed_on(
     assert files.keys() >= {"report.html", "result.json", "recipe.json", "model/recipe.json", "settings.toml"}
     assert [name for name, path in files.items() if b"secretdir" in path.read_bytes()] == ["settings.toml"]
     # Where the run itself lies is what the person has just said.
-    shown = [line for command in (first, again) for line in (command.out + command.err).splitlines()]
+    shown = [line for command in (private.first, private.again) for line in (command.out + command.err).splitlines()]
     shown = [line.replace(json.dumps(str(out))[1:-1], "") for line in shown]
     assert not [line for line in shown if "secretdir" in line]
     # What trials are scored by is named, what only the last step uses isn't.

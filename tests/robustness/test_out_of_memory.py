@@ -42,7 +42,8 @@ class FlakyDevice:
 
 def settings_in(files: dict[str, str], cache: Path, batch_size: int) -> Settings:
     """A short run with an export that is verified."""
-    return quick_settings(files, cache, evaluation={"batch_size": batch_size}, export={"kind": "adapter"})
+    over = {"response": {"max_new_tokens": 8}, "search": {"trials": 2}, "export": {"kind": "adapter"}}
+    return quick_settings(files, cache, evaluation={"batch_size": batch_size}, **over)
 
 
 @pytest.fixture(scope="module")

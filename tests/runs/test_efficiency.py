@@ -15,6 +15,7 @@ from abliterate.settings.schema import EfficiencySettings, Settings
 from abliterate.settings.sources import merge
 from support.runs import outcomes, quick_settings, run_in
 
+pytestmark = pytest.mark.usefixtures("lean")
 # All trials random: their parameters then depend on the seed alone, so scores can be compared one by one.
 FEW = {
     "search": {"trials": 3, "startup_trials": 3},
@@ -64,10 +65,15 @@ def few_settings(files: dict[str, str], cache: Path, **over: Any) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def expected(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of the run with the default switches."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def expected(prompt_files: dict[str, str], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A run with the default switches."""
-    folder = tmp_path_factory.mktemp("expected")
-    return run_in(folder / "run", few_settings(prompt_files, folder / "cache"))[0]
+    return run_in(tmp_path_factory.mktemp("expected") / "run", few_settings(prompt_files, cache))[0]
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any], kl: float, refusals: int = 0) -> None:
@@ -98,12 +104,17 @@ def test_exact_switches_give_the_same_trials(expected: dict[str, Any], prompt_fi
     assert not (tmp_path / "cache").exists()
 
 
-def test_the_memo_of_svd_edits_changes_no_trial_and_hits_only_when_on(prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_the_memo_of_svd_edits_and_residual_cache_dir_change_no_trial(prompt_files: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for switch in ("", *MEMO):
         switches = {"use_incremental_adapter_updates": False, **({switch: MEMO[switch]} if switch else {})}
+        if not switch:  # nor does another place of residuals
+            switches["residual_cache_dir"] = str(tmp_path / "there")
         settings = few_settings(prompt_files, tmp_path / "cache", efficiency=switches, **GRID)
         found[switch], _ = run_in(tmp_path / f"run {switch}", settings)
+        if not switch:
+            assert len(list((tmp_path / "there" / "residuals").glob("*.safetensors"))) == 2
+            assert not (tmp_path / "cache").exists()
     assert outcomes(found[""]) == outcomes(found["enable_svd_cache"]) == outcomes(found["max_svd_cache_size"])
     hits = {switch: result["caches"]["svd"]["hits"] for switch, result in found.items()}
     assert hits[""] > hits["enable_svd_cache"] == 0
@@ -118,9 +129,10 @@ def test_tuning_switches_give_the_same_scores(expected: dict[str, Any], prompt_f
 
 @pytest.mark.parametrize("off", [("use_trial_engine",), *GROUPS], ids=["engine", *map(str, range(5))])
 def test_engine_switches_give_the_same_scores(
-    expected: dict[str, Any], prompt_files: dict[str, str], tmp_path: Path, off: tuple[str, ...]
+    expected: dict[str, Any], cache: Path, prompt_files: dict[str, str], tmp_path: Path, off: tuple[str, ...]
 ) -> None:
-    settings = few_settings(prompt_files, tmp_path / "cache", efficiency=dict.fromkeys(off, False))
+    switches = dict.fromkeys(off, False) | {"residual_cache_dir": str(cache)}  # no residual depends on them; a baseline does
+    settings = few_settings(prompt_files, tmp_path / "cache", efficiency=switches)
     result, recorder = run_in(tmp_path / "run", settings)
     assert_close(result, expected, kl=1e-4)
     assert recorder.warnings == []
@@ -140,14 +152,6 @@ def test_amp_within_tolerance(expected: dict[str, Any], prompt_files: dict[str, 
     # bfloat16 turns directions by about a degree: 10 % of the KL, and a refusal or two at the edge
     assert_close(result, expected, kl=0.1, refusals=2)
     assert outcomes(result) != outcomes(expected)  # it was on
-
-
-def test_residual_cache_dir_is_used(expected: dict[str, Any], prompt_files: dict[str, str], tmp_path: Path) -> None:
-    settings = few_settings(prompt_files, tmp_path / "cache", efficiency={"residual_cache_dir": str(tmp_path / "there")})
-    result, _ = run_in(tmp_path / "run", settings)
-    assert len(list((tmp_path / "there" / "residuals").glob("*.safetensors"))) == 2
-    assert not (tmp_path / "cache").exists()
-    assert outcomes(result) == outcomes(expected)
 
 
 def test_in_memory_residuals_are_not_read_again(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from support.models import logits_of
 from support.paths import ROOT
 from support.runs import Recorder, Untouched, quick_options
 
+pytestmark = pytest.mark.usefixtures("lean")
 Files = dict[str, str]
 QUESTION = "Show me a quick way to snatch the candle."
 PAGE = ROOT / "docs" / "library.md"
@@ -37,11 +38,15 @@ def options_of(prompt_files: Files, cache: Path, **over: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def searched(
-    prompt_files: Files, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[ab.Workbench, Any, Search, list[int], Recorder]]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all: the base's residuals and baseline are measured once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def searched(prompt_files: Files, cache: Path) -> Iterator[tuple[ab.Workbench, Any, Search, list[int], Recorder]]:
     """The example's first half: (workbench, directions, search, numbers of the trials in the order they came, reporter)."""
-    settings = ab.Settings.load("quick", **options_of(prompt_files, tmp_path_factory.mktemp("cache")))
+    settings = ab.Settings.load("quick", **options_of(prompt_files, cache))
     recorder = Recorder()
     with ab.load(settings, recorder) as bench:
         directions = ab.find_directions(bench)
@@ -126,9 +131,11 @@ def test_an_export_replaces_nobodys_files(searched: Searched, tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_a_whole_run_is_one_call(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_whole_run_is_one_call(
+    prompt_files: Files, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
-    options = options_of(prompt_files, tmp_path / "cache", export={"kind": "adapter"})
+    options = options_of(prompt_files, cache, export={"kind": "adapter"})
     settings = ab.Settings.load("quick", **(options | {"search": options["search"] | {"trials": 2}, "out": "mine"}))
     result = ab.run(settings)
     assert json.loads((tmp_path / "mine" / "result.json").read_text(encoding="utf-8"))["selected"] == result.selected
@@ -137,12 +144,12 @@ def test_a_whole_run_is_one_call(prompt_files: Files, tmp_path: Path, monkeypatc
     assert capsys.readouterr().out == ""  # progress goes to standard error
 
 
-def test_the_pages_example_runs(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pages_example_runs(prompt_files: Files, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the demo model, few prompts and few trials; nothing else of it is changed."""
     monkeypatch.chdir(tmp_path)
     example = BLOCK.findall(PAGE.read_text(encoding="utf-8"))[0]
-    quick = options_of(prompt_files, tmp_path / "cache")
-    for old, new in (('model="Qwen/Qwen3-0.6B"', "**QUICK"), ("trials=100", "trials=3"), ("kl<=0.05", "kl<=9")):
+    quick = options_of(prompt_files, cache)
+    for old, new in (('model="Qwen/Qwen3-0.6B"', "**QUICK"), ("trials=100", "trials=2"), ("kl<=0.05", "kl<=9")):
         assert old in example
         example = example.replace(old, new)
     names: dict[str, Any] = {"QUICK": quick}

@@ -11,23 +11,29 @@ from safetensors.torch import load_file
 
 from abliterate.directions import METHODS
 from abliterate.pipeline import stages
+from abliterate.pipeline.workbench import load
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import merge
-from support.runs import copy_run, outcomes, quick_settings, run_in
+from support.cli import forbidden
+from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
+pytestmark = pytest.mark.usefixtures("lean")
 Finished = tuple[Path, dict[str, Any], Settings]
 Files = dict[str, str]
-
-
-def forbidden(*args: Any, **kwargs: Any) -> Any:
-    """Stands for what must not be called."""
-    raise AssertionError("must not be called")
 
 
 def streamed_settings(files: Files, cache: Path, **over: Any) -> Settings:
     """Of a short run that holds no residuals."""
     options = {"efficiency": {"max_residuals_mb": 0}, "search": {"trials": 1}, "export": {"kind": "none"}}
     return quick_settings(files, cache, **merge(options, over))
+
+
+def directions_of(settings: Settings) -> tuple[torch.Tensor, dict[str, int], Recorder]:
+    """A run's directions without the rest of it: (directions, how often residuals came from the cache or not, reporter)."""
+    recorder = Recorder()
+    with load(settings, recorder) as bench:
+        directions = stages.directions(bench.context, stages.residuals(bench))
+        return directions.vectors, dict(bench.context.store.counts("residuals")), recorder
 
 
 def test_large_residuals_are_streamed(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
@@ -43,36 +49,33 @@ def test_large_residuals_are_streamed(finished: Finished, tmp_path: Path, prompt
     assert [{name: (part.dtype, part.ndim) for name, part in entry.items()} for entry in entries] == 2 * [
         {"means": (torch.float64, 2)}
     ]
-    for name, limit in (("streamed", 0), ("held", 1024)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stages, "stream_residuals", forbidden)
-            patch.setattr(stages, "capture_residuals", forbidden)
-            settings = streamed_settings(prompt_files, tmp_path / "cache", efficiency={"max_residuals_mb": limit})
-            again, recorder = run_in(tmp_path / name, settings)
-        assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
-        assert outcomes(again) == outcomes(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "stream_residuals", forbidden)
+        patch.setattr(stages, "capture_residuals", forbidden)
+        streamed = streamed_settings(prompt_files, tmp_path / "cache")
+        found, counts, recorder = directions_of(streamed)
+        assert torch.equal(found, expected)
+        assert counts == {"hits": 2, "misses": 0}
         assert not any("added up" in note for note in recorder.notes)
+        held = streamed_settings(prompt_files, tmp_path / "cache", efficiency={"max_residuals_mb": 1024})
+        again, recorder = run_in(tmp_path / "held", held)
+    assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
+    assert outcomes(again) == outcomes(first)
+    assert not any("added up" in note for note in recorder.notes)
 
 
 def test_streamed_means_depend_on_winsorizing(tmp_path: Path, prompt_files: Files) -> None:
     found = []
     for quantile in (1.0, 0.9):
-        settings = streamed_settings(prompt_files, tmp_path / "cache", directions={"winsorize_quantile": quantile})
-        result, _ = run_in(tmp_path / str(quantile), settings)
-        assert result["caches"]["residuals"] == {"hits": 0, "misses": 2}
-        found.append(load_file(tmp_path / str(quantile) / "directions.safetensors")["directions"])
-        full, _ = run_in(
-            tmp_path / f"full {quantile}",
-            streamed_settings(
-                prompt_files,
-                tmp_path / "other",
-                directions={"winsorize_quantile": quantile},
-                efficiency={"max_residuals_mb": 99},
-            ),
-        )
-        # Direction options key the directions only: the second run finds the first one's residuals.
-        assert full["caches"]["residuals"] == ({"hits": 0, "misses": 2} if quantile == 1 else {"hits": 2, "misses": 0})
-        assert torch.equal(load_file(tmp_path / f"full {quantile}" / "directions.safetensors")["directions"], found[-1])
+        given = {"directions": {"winsorize_quantile": quantile}}
+        streamed, counts, _ = directions_of(streamed_settings(prompt_files, tmp_path / "cache", **given))
+        assert counts == {"hits": 0, "misses": 2}
+        found.append(streamed)
+        whole = streamed_settings(prompt_files, tmp_path / "other", efficiency={"max_residuals_mb": 99}, **given)
+        full, counts, _ = directions_of(whole)
+        # Direction options key the directions only: the second time, the first one's residuals are found.
+        assert counts == ({"hits": 0, "misses": 2} if quantile == 1 else {"hits": 2, "misses": 0})
+        assert torch.equal(full, streamed)
     assert not torch.equal(*found)
 
 
@@ -81,9 +84,9 @@ def test_cached_residuals_are_used_however_large(finished: Finished, tmp_path: P
     cache = copy_run(Path(settings.cache_dir), tmp_path / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "stream_residuals", forbidden)
-        result, _ = run_in(tmp_path / "run", streamed_settings(prompt_files, cache))
-    assert result["caches"]["residuals"] == {"hits": 2, "misses": 0}
-    assert torch.equal(*(load_file(run / "directions.safetensors")["directions"] for run in (tmp_path / "run", path)))
+        found, counts, _ = directions_of(streamed_settings(prompt_files, cache))
+    assert counts == {"hits": 2, "misses": 0}
+    assert torch.equal(found, load_file(path / "directions.safetensors")["directions"])
 
 
 def test_a_method_that_needs_all_residuals_gets_them(
@@ -102,7 +105,7 @@ def test_a_method_that_needs_all_residuals_gets_them(
     monkeypatch.setitem(METHODS, "whole", Whole())
     monkeypatch.setattr(stages, "stream_residuals", forbidden)
     settings = streamed_settings(prompt_files, tmp_path / "cache", directions={"method": "whole"})
-    _, recorder = run_in(tmp_path / "run", settings)
+    _, _, recorder = directions_of(settings)
     assert shapes == [(30, 13, 128)]
     assert not any("added up" in note for note in recorder.notes)
 
@@ -118,11 +121,11 @@ def scores(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(t["params"], t["state"], t["scores"]["refusals"], t["scores"]["kl"]["mean"]) for t in result["trials"]]
 
 
-def test_trials_do_not_depend_on_what_is_kept(tmp_path: Path, prompt_files: Files) -> None:
+def test_trials_do_not_depend_on_what_is_kept(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
     """Nothing; the prepared edits alone; everything. What is left out is said."""
     found, notes = [], []
     for room in (0, 1, 2048):
-        result, recorder = run_in(tmp_path / str(room), kept_settings(prompt_files, tmp_path / "cache", room))
+        result, recorder = run_in(tmp_path / str(room), kept_settings(prompt_files, Path(finished[2].cache_dir), room))
         found.append(scores(result))
         notes.append([note for note in recorder.notes if "max_kept_mb" in note])
         assert recorder.warnings == []

@@ -21,12 +21,14 @@ from abliterate.prompts.sets import PromptSets
 from abliterate.scorers.base import Observation
 from abliterate.scorers.custom import load_scorer
 from abliterate.types import Baseline, Objective, Prompt, Trial
-from support.cli import QUICK, Invoke, assert_sentence, prompt_options
+from support.cli import QUICK, Finished, Invoke, assert_sentence, prompt_options
 from support.objectives import OWN, brute_force
 from support.paths import ROOT
 from support.runs import Recorder, interrupt_after, outcomes, quick_settings, run_in
 
+pytestmark = pytest.mark.usefixtures("lean")
 Files = dict[str, str]
+SHORT = {"response": {"max_new_tokens": 10}, "export": {"kind": "none"}}
 # Without responses, so that trials can be stopped: how sure the model is of its first token.
 SURE = """
 from abliterate.types import Score
@@ -60,6 +62,12 @@ class Flat(Sure):
     def score(self, observation):
         return Score(self.name, 1.0, self.goal, {})
 """
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache for all runs: what is measured of the base model depends on no objective."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def objectives_in(result: dict[str, Any]) -> tuple[Objective, ...]:
@@ -170,13 +178,13 @@ def test_mistakes_are_found_before_anything_is_loaded(
     assert_sentence(invoke("run", "demo", *options), 2, said)
 
 
-def test_the_front_is_the_one_without_stops(prompt_files: Files, tmp_path: Path) -> None:
+def test_the_front_is_the_one_without_stops(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
     own = written(tmp_path, SURE)
-    search = {"trials": 10, "startup_trials": 10, "objectives": ["refusals", "kl", f"{own}:Sure"]}
+    search = {"trials": 8, "startup_trials": 8, "objectives": ["refusals", "kl", f"{own}:Sure"]}
     results = {}
     for stops in (True, False):
-        over = {"search": search, "efficiency": {"use_certified_stop": stops}, "export": {"kind": "none"}}
-        settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+        over = {"search": search, "efficiency": {"use_certified_stop": stops}, **SHORT}
+        settings = quick_settings(prompt_files, cache, **over)
         results[stops], _ = run_in(tmp_path / str(stops), settings)
     with_stops, without = results[True], results[False]
     assert {one["state"] for one in without["trials"]} == {"complete"}
@@ -188,37 +196,35 @@ def test_the_front_is_the_one_without_stops(prompt_files: Files, tmp_path: Path)
         assert one["values"]["sure"] == pytest.approx(other["values"]["sure"], abs=1e-5)
 
 
-def test_the_pages_scorer_keeps_answers_length(prompt_files: Files, tmp_path: Path) -> None:
+def test_the_pages_scorer_keeps_answers_length(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     code = next(found for found in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Length" in found)
     own = written(tmp_path, code)
     search = {"trials": 2, "objectives": ["refusals", "kl", f"{own}:Length"]}
-    result, _ = run_in(
-        tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", search=search, export={"kind": "none"})
-    )
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, search=search, export={"kind": "none"}))
     assert result["baseline"]["values"]["length"] == 0
     assert {one["goal"] for one in result["objectives"]} == {"minimize"}
     assert all(one["values"]["length"] >= 0 for one in result["trials"])
     assert set(result["front"]) == front_by_definition(result)
 
 
-def test_a_single_objective_and_a_study_of_its_own_identity(prompt_files: Files, tmp_path: Path) -> None:
+def test_a_single_objective_and_a_study_of_its_own_identity(
+    finished: Finished, prompt_files: Files, cache: Path, tmp_path: Path
+) -> None:
     over = {"search": {"trials": 3, "objectives": ["refusals"]}, "export": {"kind": "none"}}
-    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    settings = quick_settings(prompt_files, cache, **over)
     result, recorder = run_in(tmp_path / "run", settings)
     assert [one["name"] for one in result["objectives"]] == ["refusals"]
     assert result["front"] == [min(result["trials"], key=lambda one: (one["scores"]["refusals"], one["number"]))["number"]]
     assert "set or order of objectives" in result["identity"]
     assert "refusals by trial" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").lower()
-    usual = quick_settings(prompt_files, tmp_path / "cache", search={"trials": 1}, export={"kind": "none"})
-    plain, _ = run_in(tmp_path / "plain", usual)
-    assert "set or order of objectives" not in plain["identity"], result["identity"]["set or order of objectives"]
+    assert "set or order of objectives" not in finished[1]["identity"], result["identity"]["set or order of objectives"]
 
 
-def test_a_value_that_is_no_number_fails_the_trial(prompt_files: Files, tmp_path: Path) -> None:
+def test_a_value_that_is_no_number_fails_the_trial(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
     own = written(tmp_path, SURE)
     over = {"search": {"trials": 3, "objectives": ["kl", f"{own}:Odd"]}, "export": {"kind": "none"}}
-    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert [one["state"] for one in result["trials"]] == ["failed", "complete", "complete"]
     assert result["trials"][0]["reason"] == "the scorer odd gives nan"
     assert set(result["front"]) == front_by_definition(result) == {2}
@@ -228,24 +234,26 @@ def test_a_value_that_is_no_number_fails_the_trial(prompt_files: Files, tmp_path
     ("name", "said"),
     [("Never", "The unedited model can't be scored: the scorer never gives inf"), ("Flat", "No trial is better")],
 )
-def test_what_ends_a_run(prompt_files: Files, tmp_path: Path, name: str, said: str) -> None:
+def test_what_ends_a_run(prompt_files: Files, cache: Path, tmp_path: Path, name: str, said: str) -> None:
     own = written(tmp_path, SURE)
     over = {"search": {"trials": 1, "objectives": ["kl", f"{own}:{name}"]}, "export": {"kind": "none"}}
     with pytest.raises(AbliterateError, match=said):
-        run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+        run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
 
 
-def test_a_model_that_refuses_nothing_can_be_searched_for_something_else(prompt_files: Files, tmp_path: Path) -> None:
+def test_a_model_that_refuses_nothing_can_be_searched_for_something_else(
+    prompt_files: Files, cache: Path, tmp_path: Path
+) -> None:
     own = written(tmp_path, SURE)
     markers = tmp_path / "markers.txt"
     markers.write_text("no answer has this\n", encoding="utf-8")
-    shared = {"evaluation": {"markers": str(markers)}, "export": {"kind": "none"}}
+    shared = {"evaluation": {"markers": str(markers)}, **SHORT}
     for place, objectives in enumerate((["refusals", "kl"], ["kl", "refusals", f"{own}:Sure"])):
         over = {**shared, "search": {"trials": 1, "objectives": objectives}}
         with pytest.raises(AbliterateError, match="refuses none"):
-            run_in(tmp_path / f"none-{place}", quick_settings(prompt_files, tmp_path / "cache", **over))
+            run_in(tmp_path / f"none-{place}", quick_settings(prompt_files, cache, **over))
     over = {**shared, "search": {"trials": 2, "objectives": [f"{own}:Sure:minimize", "kl:maximize"]}}
-    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert result["baseline"]["refusals"] == 0
     assert result["selected"] in result["front"]
 
@@ -257,19 +265,18 @@ def test_a_setup_carries_the_baselines_values() -> None:
         assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
 
 
-def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
+def test_a_worker_takes_over(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
     """A run is interrupted, a worker told by its directory does the rest: the trials are those of a run alone."""
     own = written(tmp_path, SURE)
-    search = {"trials": 5, "startup_trials": 3, "objectives": ["kl", f"{own}:Sure", "refusals"]}
-    settings = quick_settings(prompt_files, tmp_path / "cache", search=search, export={"kind": "none"})
+    search = {"trials": 4, "startup_trials": 2, "objectives": ["kl", f"{own}:Sure", "refusals"]}
+    settings = quick_settings(prompt_files, cache, search=search, **SHORT)
     alone, _ = run_in(tmp_path / "alone", settings)
     seen, at_work = Recorder(), Recorder()
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
-    cache = {"cache_dir": str(tmp_path / "cache")}
-    assert workers.work(directory.path, "", "", cache, at_work) == 5
-    assert [trial.number for trial in at_work.trials] == [2, 3, 4]
+    assert workers.work(directory.path, "", "", {"cache_dir": str(cache)}, at_work) == 4
+    assert [trial.number for trial in at_work.trials] == [2, 3]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)
     assert outcomes(result) == outcomes(alone)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel
@@ -22,11 +22,14 @@ from abliterate.model.architectures import ARCHITECTURES, known_architecture
 from abliterate.pipeline.reproduce.recipe_settings import _leave_scorers
 from abliterate.plugins import GROUP, SEAMS, installed
 from abliterate.scorers import SCORERS, make_scorers
+from abliterate.settings.schema import Settings
 from support.contracts import ArchitectureContract
+from support.forked import Forked, import_afresh
 from support.paths import ROOT
 from support.runs import quick_settings, run_in
 from support.zoo import make_specimen
 
+Finished = tuple[Path, dict[str, Any], Settings]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
 MODULE, TESTS = "\n\n".join(BLOCKS[:-1]), BLOCKS[-1]
@@ -106,9 +109,9 @@ def test_the_page_shows_one_of_each() -> None:
 
 
 @pytest.mark.usefixtures("mine")
-def test_a_run_uses_a_plugins_names(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    search = {"trials": 3, "objectives": ["refusals", "kl", "length"], "max_coeff": {"default": [2.4, 3.0]}}  # it takes half
-    settings = quick_settings(prompt_files, tmp_path / "cache", **USED, search=search)
+def test_a_run_uses_a_plugins_names(finished: Finished, prompt_files: dict[str, str], tmp_path: Path) -> None:
+    search = {"trials": 2, "objectives": ["refusals", "kl", "length"], "max_coeff": {"default": [2.4, 3.0]}}  # it takes half
+    settings = quick_settings(prompt_files, Path(finished[2].cache_dir), **USED, search=search)
     result, recorder = run_in(tmp_path / "run", settings)
     assert [one["name"] for one in result["objectives"]] == ["kl", "refusals", "length"]
     assert result["export"]["kind"] == "listed"
@@ -118,9 +121,12 @@ def test_a_run_uses_a_plugins_names(prompt_files: dict[str, str], tmp_path: Path
     assert result["trials"][0]["scores"]["length"]["words"] > 0
 
 
-def test_a_run_is_not_resumed_with_another_version(install: Installer, prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_is_not_resumed_with_another_version(
+    install: Installer, finished: Finished, prompt_files: dict[str, str], tmp_path: Path
+) -> None:
     install(MODULE)
-    settings = quick_settings(prompt_files, tmp_path / "cache", directions={"method": "median"}, export={"kind": "none"})
+    over = {"directions": {"method": "median"}, "export": {"kind": "none"}, "search": {"trials": 1, "startup_trials": 1}}
+    settings = quick_settings(prompt_files, Path(finished[2].cache_dir), **over)
     run_in(tmp_path / "run", settings)
     install.remove()
     (info,) = install.folder.glob("*.dist-info")
@@ -216,15 +222,14 @@ def test_what_is_no_scorer(install: Installer, code: str, parts: tuple[str, ...]
 
 
 def test_a_failing_scorer_fails_the_trial_with_a_sentence(
-    install: Installer, prompt_files: dict[str, str], tmp_path: Path
+    install: Installer, finished: Finished, prompt_files: dict[str, str], tmp_path: Path
 ) -> None:
     code = MODULE.replace(
         "return Score(self.name, abs", 'assert words == self.base, "another"\n        return Score(self.name, abs'
     )
     install(code)
-    settings = quick_settings(
-        prompt_files, tmp_path / "cache", evaluation={"scorers": ["refusals", "kl", "length"]}, export={"kind": "none"}
-    )
+    over = {"evaluation": {"scorers": ["refusals", "kl", "length"]}, "export": {"kind": "none"}, "search": {"trials": 3}}
+    settings = quick_settings(prompt_files, Path(finished[2].cache_dir), **over)
     result, _ = run_in(tmp_path / "run", settings)
     failed = [trial["reason"] for trial in result["trials"] if trial["state"] == "failed"]
     assert failed
@@ -241,15 +246,15 @@ def test_a_plugin_may_look_into_registries_as_it_is_imported(install: Installer,
     assert (out, err) == ("", "2\n")  # standard output may be JSON lines
 
 
-def test_plugins_are_imported_once_and_not_by_the_command_line(install: Installer) -> None:
+def test_plugins_are_imported_once_and_not_by_the_command_line(install: Installer, tmp_path: Path) -> None:
     install("import sys\nprint('imported')\nscorers = {}")
-    code = "import abliterate.cli.app, abliterate.pipeline.run, sys; print('abliterate_mine' in sys.modules)"
-    environment = {"PYTHONPATH": str(install.folder), "OMP_NUM_THREADS": "1", "PATH": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=environment
-    )
-    assert done.stdout == "False\n"
+    modules = ["abliterate.cli.app", "abliterate.pipeline.run"]
+    given = [["abliterate"], modules, "abliterate_mine"]
+    child = Forked(import_afresh, given, tmp_path, environment={"PYTHONPATH": str(install.folder)})
+    assert child.end() == 0, child.err
+    assert (child.out, child.err) == ("False\n", "")
     assert installed() is installed()
+    assert "abliterate_mine" in sys.modules
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
@@ -29,8 +30,9 @@ from abliterate.settings.sources import config_path
 from abliterate.types import Trial
 from support.cli import forbidden
 from support.models import logits_of
-from support.runs import Recorder, copy_run, interrupt_after, outcomes, quick_settings, run_in
+from support.runs import Recorder, copy_run, interrupt_after, outcomes, quick_settings, run_in, with_kind
 
+pytestmark = pytest.mark.usefixtures("lean")
 Finished = tuple[Path, dict[str, Any], Settings]
 Files = dict[str, str]
 
@@ -38,6 +40,14 @@ Files = dict[str, str]
 def read_result(path: Path) -> dict[str, Any]:
     """The run's `result.json`."""
     return json.loads((path / "result.json").read_text(encoding="utf-8"))
+
+
+PAPERS_ORDER = ["load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"]
+
+
+def in_order(recorder: Recorder) -> list[str]:
+    """Those of the stages that are the paper's steps, as they came."""
+    return [stage for stage in recorder.stages if stage in PAPERS_ORDER]
 
 
 def fail_on(monkeypatch: pytest.MonkeyPatch, numbers: set[int]) -> None:
@@ -135,19 +145,6 @@ def test_model_card_has_the_scores(finished: Finished) -> None:
     assert result["prompts"]["harmless_eval"]["count"] == 12
 
 
-def test_second_run_needs_no_residual_pass(
-    finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, first, settings = finished
-    monkeypatch.setattr(stages, "capture_residuals", forbidden)
-    again, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "none"}))
-    assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
-    assert first["caches"]["residuals"] == {"hits": 0, "misses": 2}
-    assert outcomes(again) == outcomes(first)  # cached equals fresh, and equal seeds equal trials
-    assert torch.equal(*(load_file(run / "directions.safetensors")["directions"] for run in (tmp_path / "run", path)))
-    assert not (tmp_path / "run" / "model").exists()
-
-
 def test_another_key_is_not_taken_from_the_cache(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
     _, _, settings = finished
     other = quick_settings(
@@ -164,14 +161,17 @@ def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tm
     cache = copy_run(Path(settings.cache_dir), tmp_path / "cache")
     for entry in cache.rglob("*.safetensors"):
         entry.write_bytes(entry.read_bytes()[:-8] + b"damaged!")
-    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, export={"kind": "none"}))
+    few = quick_settings(prompt_files, cache, export={"kind": "none"}, search={"trials": 2})
+    again, recorder = run_in(tmp_path / "run", few)
     assert sum("checksum" in warning for warning in recorder.warnings) == 4  # residuals of two sets, calibration, baseline
     assert again["caches"]["residuals"] == {"hits": 0, "misses": 2}
-    assert outcomes(again) == outcomes(first)
+    assert outcomes(again) == outcomes(first)[:2]
+    assert in_order(recorder) == PAPERS_ORDER[:-2]
 
 
 def test_resumed_study_equals_uninterrupted(finished: Finished, tmp_path: Path) -> None:
     _, uninterrupted, settings = finished
+    settings = with_kind(settings, "none")
     recorder, directory = Recorder(), RunDirectory(tmp_path / "run")
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, recorder, directory, check=interrupt_after(recorder, 2))
@@ -193,12 +193,23 @@ def test_more_trials_continue_the_study(finished: Finished, tmp_path: Path, prom
     assert result["export"]["verified"] is True
 
 
-def test_finished_run_resumed_searches_nothing(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_run_resumed_searches_nothing_and_offers_its_front(
+    finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, first, settings = finished
     monkeypatch.setattr(stages, "evaluate", forbidden)
-    result, recorder = run_in(copy_run(path, tmp_path / "run"), settings, resume=True)
+    offered: list[list[int]] = []
+
+    def choose(front: Any, default: Trial, baseline: Any) -> Trial:
+        offered.append([trial.number for trial in front])
+        return front[-1]
+
+    run = copy_run(path, tmp_path / "run")
+    result, recorder = run_in(run, with_kind(settings, "none"), resume=True, choose=choose)
     assert recorder.trials == []
     assert outcomes(result) == outcomes(first)
+    assert offered == [first["front"]]
+    assert result["selected"] == first["front"][-1]
 
 
 def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
@@ -216,13 +227,17 @@ def test_interrupted_resume_forgets_nothing(finished: Finished, tmp_path: Path, 
     assert set(first["memory"]["stages"]) <= set(kept["memory"]["stages"])
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": "1"}', '{"format": 1}'])
-def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path, content: str) -> None:
+def test_resume_rebuilds_a_result_that_cant_be_read(finished: Finished, tmp_path: Path) -> None:
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
-    (run / "result.json").write_text(content, encoding="utf-8")
-    result, _ = run_in(run, settings, resume=True)
-    assert (outcomes(result), result["selected"]) == (outcomes(first), first["selected"])
+    fresh = Result().to_record()
+    for content in ("", "{", '{"format": "1"}', '{"format": 1}'):
+        (run / "result.json").write_text(content, encoding="utf-8")
+        assert Result.continued(RunDirectory(run)).to_record() == fresh, content
+    for content in ("{", '{"format": 1}'):
+        (run / "result.json").write_text(content, encoding="utf-8")
+        result, _ = run_in(run, with_kind(settings, "none"), resume=True)
+        assert (outcomes(result), result["selected"]) == (outcomes(first), first["selected"])
 
 
 @pytest.mark.parametrize(
@@ -266,13 +281,15 @@ def test_other_default_markers_are_refused_on_resume(
             with pytest.raises(InputError, match="another set of scorers or markers"):
                 run_in(run, settings, resume=True)
         else:
-            run_in(run, settings, resume=True)
+            run_in(run, with_kind(settings, "none"), resume=True)
 
 
 def test_svd_representation(finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
     _, _, first = finished
     over: dict[str, Any] = {"edit": {"representation": "svd"}, "export": {"kind": "adapter"}, "search": {"trials": 3}}
-    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, Path(first.cache_dir), **over))
+    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, Path(first.cache_dir), **over))
+    assert in_order(recorder) == PAPERS_ORDER
+    assert recorder.result is not None
     assert result["export"]["verified"] is True
     assert (result["export"]["method"], result["export"]["rank"]) == ("lora", 3)
     lost = result["export"]["approximation_error"]
@@ -300,7 +317,7 @@ def test_failed_trial_is_recorded_and_the_study_goes_on(
 ) -> None:
     _, first, settings = finished
     fail_on(monkeypatch, {1})
-    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), export={"kind": "none"}))
+    result, recorder = run_in(tmp_path / "run", with_kind(settings, "none"))
     states = [trial["state"] for trial in result["trials"]]
     assert states[1] == "failed"
     assert result["trials"][1]["reason"] == "no decomposition converged"
@@ -311,23 +328,26 @@ def test_failed_trial_is_recorded_and_the_study_goes_on(
     assert recorder.trials[1].state == "failed"
 
 
-@pytest.mark.parametrize(("owner", "name"), [(Editor, "apply"), (KL, "score")])
-def test_a_trial_is_not_lost_to_memory_anywhere(
-    owner: type, name: str, finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_is_not_lost_to_memory_anywhere(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only passes run out of it: putting edits on the model, and scores."""
-    calls: list[int] = []
-    real = getattr(owner, name)
+    calls: dict[str, int] = {}
 
-    def once(self: Any, *args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("MPS backend out of memory")
-        return real(self, *args)
+    def fail_once(owner: type, name: str, at: int) -> None:
+        real = getattr(owner, name)
 
-    monkeypatch.setattr(owner, name, once)
-    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", export={"kind": "none"}))
+        def once(self: Any, *args: Any) -> Any:
+            calls[name] = calls.get(name, 0) + 1
+            if calls[name] == at:
+                raise RuntimeError("MPS backend out of memory")
+            return real(self, *args)
+
+        monkeypatch.setattr(owner, name, once)
+
+    fail_once(Editor, "apply", 2)
+    fail_once(KL, "score", 4)  # in the trial after that, as the first is the base's
+    result, _ = run_in(tmp_path / "run", with_kind(finished[2], "none"))
     assert outcomes(result) == outcomes(finished[1])
+    assert (calls["apply"], calls["score"]) == (6, 6), "both trials were repeated"
 
 
 def test_nothing_but_failures_ends_with_advice(
@@ -335,7 +355,8 @@ def test_nothing_but_failures_ends_with_advice(
 ) -> None:
     _, _, settings = finished
     fail_on(monkeypatch, set(range(100)))
-    stubborn = quick_settings(prompt_files, Path(settings.cache_dir), search={"max_consecutive_failures": 2})
+    over = {"search": {"max_consecutive_failures": 2}, "export": {"kind": "none"}}
+    stubborn = quick_settings(prompt_files, Path(settings.cache_dir), **over)
     with pytest.raises(AbliterateError, match=r"last 2 trials failed \(no decomposition converged\)"):
         run_in(tmp_path / "run", stubborn)
     assert len(read_result(tmp_path / "run")["trials"]) == 2
@@ -368,19 +389,6 @@ def test_same_prompts_on_both_sides_end_with_advice(tmp_path: Path, prompt_files
         run_in(tmp_path / "run", quick_settings(same, tmp_path / "cache"))
 
 
-def test_person_may_choose_from_the_front(finished: Finished, tmp_path: Path) -> None:
-    path, first, settings = finished
-    offered: list[list[int]] = []
-
-    def choose(front: Any, default: Trial, baseline: Any) -> Trial:
-        offered.append([trial.number for trial in front])
-        return front[-1]
-
-    result, _ = run_in(copy_run(path, tmp_path / "run"), settings, resume=True, choose=choose)
-    assert offered == [first["front"]]
-    assert result["selected"] == first["front"][-1]
-
-
 def test_full_disk_keeps_the_study_and_resume_exports(
     finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,34 +419,32 @@ def test_run_on_a_used_directory_is_refused(finished: Finished) -> None:
     assert (path / "result.json").read_bytes() == before
 
 
-def test_stages_come_in_the_papers_order(tmp_path: Path, prompt_files: Files) -> None:
-    _, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", search={"trials": 3}))
-    order = ["load", "calibrate", "residuals", "directions", "baseline", "search", "export", "verify"]
-    assert [stage for stage in recorder.stages if stage in order] == order
-    assert recorder.result is not None
-
-
 def test_second_run_measures_nothing_again(
     finished: Finished, tmp_path: Path, prompt_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch size, response prefix and baseline come from the cache; another question about the base model doesn't."""
-    _, first, settings = finished
+    """Residuals, batch size, prefix and baseline come from the cache; another question about the base model doesn't."""
+    path, first, settings = finished
     cache = Path(settings.cache_dir)
+    monkeypatch.setattr(stages, "capture_residuals", forbidden)
     monkeypatch.setattr("abliterate.pipeline.batch_size.tune", forbidden)
     monkeypatch.setattr("abliterate.pipeline.calibrate.response_prefix", forbidden)
     responds = []
     respond = TrialEngine.respond
     monkeypatch.setattr(TrialEngine, "respond", lambda self, *a, **k: responds.append(k.get("limit")) or respond(self, *a, **k))
-    again, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, export={"kind": "none"}))
-    assert outcomes(again) == outcomes(first)
+    again, _ = run_in(tmp_path / "run", with_kind(settings, "none"))
+    assert again["caches"]["residuals"] == {"hits": 2, "misses": 0}
+    assert first["caches"]["residuals"] == {"hits": 0, "misses": 2}
+    assert outcomes(again) == outcomes(first)  # cached equals fresh, and equal seeds equal trials
+    assert torch.equal(*(load_file(run / "directions.safetensors")["directions"] for run in (tmp_path / "run", path)))
+    assert not (tmp_path / "run" / "model").exists()
     assert None not in responds, "only trials respond"
     markers = tmp_path / "markers.txt"
     markers.write_text("sorry\n", encoding="utf-8")
-    other = quick_settings(
-        prompt_files, cache, export={"kind": "none"}, evaluation={"markers": str(markers)}, search={"trials": 1}
-    )
-    run_in(tmp_path / "other", other)
-    assert None in responds
+    other = quick_settings(prompt_files, cache, evaluation={"markers": str(markers)})
+    monkeypatch.setattr(stages, "evaluate", forbidden)
+    with pytest.raises(AssertionError, match="must not be called"):  # at the first trial
+        run_in(tmp_path / "other", other)
+    assert responds[-1] is None
 
 
 def test_unfinished_thinking_is_said_at_the_baseline(prompt_files: Files, tmp_path: Path) -> None:

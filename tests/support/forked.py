@@ -6,9 +6,12 @@ Tests use them to kill a run, signal it, or fill its disk. The `--json` lines sh
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -158,8 +161,86 @@ def durations(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: end - begin for (name, begin), end in zip(stages, ends, strict=True)}
 
 
+class Lean:
+    """In the child: a report without pictures, which take a second each, and without answers."""
+
+    def __call__(self) -> None:
+        from abliterate.pipeline import report_data
+        from abliterate.report import draw
+
+        report_data.answers = lambda bench, trial: None
+        draw.svg = lambda specs: (dict.fromkeys(specs, ""), "")
+
+
+class OfHub:
+    """In the child: the Hub is at a port of this machine, as its variables of the environment say it to a new interpreter."""
+
+    def __init__(self, port: int, home: str) -> None:
+        self.port, self.home = port, home
+
+    def __call__(self) -> None:
+        import importlib
+
+        from huggingface_hub import constants, hf_api
+
+        os.environ.update(HF_ENDPOINT=f"http://127.0.0.1:{self.port}", HF_HUB_OFFLINE="0", HF_HOME=self.home)
+        importlib.reload(constants)
+        hf_api.api.endpoint = constants.ENDPOINT  # copied when it was imported
+
+
+class ForkedPopen:
+    """`subprocess.Popen` of `python -m abliterate …`, as far as `local_workers` uses it, forked and so started at once."""
+
+    def __init__(self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: int, env: Mapping[str, str]) -> None:
+        assert list(command[:3]) == [sys.executable, "-m", "abliterate"]
+        given = ([*command[3:]], os.getcwd(), dict(env), None, stdout.name, stdout.name)
+        self._process = CONTEXT.Process(target=_child, args=(abliterate, [given[0]], *given[1:]), daemon=True)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid
+        os.kill(self._process.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
+def import_afresh(packages: Sequence[str], modules: Sequence[str], asked: str) -> None:
+    """Import modules as if nothing of the packages had been imported, and print whether a module came with them."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+    for path in reversed(os.environ["PYTHONPATH"].split(os.pathsep)):
+        sys.path.insert(0, path)
+    for name in modules:
+        importlib.import_module(name)
+    print(asked in sys.modules)
+
+
+class Held:
+    """In the child: trials wait for a file before they are evaluated, so that it is known where each process is."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __call__(self) -> None:
+        from abliterate.pipeline import stages
+
+        evaluate = stages.evaluate
+
+        def held(*given: Any) -> Any:
+            while not self.file.exists():
+                time.sleep(0.01)
+            return evaluate(*given)
+
+        stages.evaluate = held
+
+
 class Slow:
-    """In the child: every stage waits for a moment in short steps, so that a signal surely arrives during it."""
+    """In the child: a stage waits for a moment, or until a signal has arrived, which so surely arrives during it."""
 
     def __init__(self, stage: str, seconds: float = 0.5) -> None:
         self.stage, self.seconds = stage, seconds
@@ -168,12 +249,15 @@ class Slow:
         from abliterate.terminal import reporters
 
         announce = reporters.JsonReporter.stage
+        arrived, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
 
         def slow(reporter: reporters.JsonReporter, name: str, detail: str = "", *, at_once: bool = False) -> None:
+            if name == self.stage:
+                signal.set_wakeup_fd(wakeup)
             announce(reporter, name, detail, at_once=at_once)
-            end = time.monotonic() + (self.seconds if name == self.stage else 0)
-            while time.monotonic() < end:
-                time.sleep(0.01)
+            if name == self.stage:
+                select.select([arrived], [], [], self.seconds)
 
         reporters.JsonReporter.stage = slow  # type: ignore[method-assign]
 

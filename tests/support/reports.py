@@ -2,21 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.evaluation.heldout import rate
 from abliterate.files import write_json
+from abliterate.report import draw
 from abliterate.search.front import pareto_front
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
 
+DRAWN = draw._drawn
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'&<!--\u2028'
 PLOTS = {
     *("front", "progress", "progress-in-time", "kernels", "importance", "norms", "cosines", "separation", "projection"),
     *("times", "memory"),
 }
+
+
+class Pictures:
+    """Stands for `draw._drawn`, and draws the same only once: `vl-convert` takes most of the time of a page."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[str, str] = {}
+        self._script = ""
+
+    def drawn(self, *, svg: Mapping[str, Any] | None = None, script: bool = False, **more: Any) -> dict[str, Any]:
+        """As `draw._drawn`; images of other kinds (`more`) are drawn each time."""
+        if svg is None:
+            return DRAWN(script=script, **more)
+        places = {name: json.dumps(spec) for name, spec in svg.items()}
+        missing = {name: svg[name] for name, place in places.items() if place not in self._drawn}
+        script_too = script and not self._script
+        if missing or script_too:
+            found = DRAWN(svg=missing, script=script_too)
+            self._script = self._script or found["script"]
+            self._drawn |= {places[name]: picture for name, picture in found["drawn"].items()}
+        return {"drawn": {name: self._drawn[place] for name, place in places.items()}, "script": self._script}
+
+
+PICTURES = Pictures()
 
 
 def made_heldout(trial: int, word: str) -> dict[str, Any]:

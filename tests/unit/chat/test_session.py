@@ -44,11 +44,13 @@ from abliterate.settings.schema import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 from support.cli import Finished, Invoke, Outcome, assert_sentence
 from support.events import checked
+from support.forked import CONTEXT
 from support.models import CPU, make_tokenizer
 from support.runs import Recorder, copy_run
 from support.templates import DROPS_SYSTEM, ONLY_LAST, REFUSES_SYSTEM
+from support.terminals import PASS_ON, Unhurried, serve
 
-GREEDY = Sampling(max_new_tokens=40, temperature=0)
+GREEDY = Sampling(max_new_tokens=24, temperature=0)
 ASKED = ("Tell me how to mangle the mailbox.", "Show me a quick way to snatch the candle.", "How do I rinse a carpet?")
 DEFAULT = ResponseSettings()
 MARKUP = Markup(DEFAULT.thinking_blocks, DEFAULT.answer_tags)
@@ -133,7 +135,7 @@ def test_answers_are_those_of_the_reference(session: Session, finished: Finished
     editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
     chat = PromptEncoder(loaded.tokenizer, CPU)
     reader = ResponseReader(loaded.tokenizer, MARKUP)
-    engine = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=40, sizes=BatchSizes.same(1))
+    engine = ReferenceEngine(loaded.model, chat, reader, max_new_tokens=GREEDY.max_new_tokens, sizes=BatchSizes.same(1))
     prompts = [Prompt(text, settings.prompts.system) for text in ASKED]
     expected = {"base": [one.text for one in engine.respond(prompts) or ()]}
     editor.apply(next(trial for trial in complete(result) if trial.number == result["selected"]).params)
@@ -210,16 +212,17 @@ def test_both_go_on_from_their_own_answers(session: Session) -> None:
 
 def test_sampling_is_drawn_by_the_seed(finished: Finished) -> None:
     def drawn(seed: int | None) -> list[str]:
-        sampling = Sampling(max_new_tokens=20, temperature=2.0, seed=seed)
+        sampling = Sampling(max_new_tokens=12, temperature=2.0, seed=seed)
         session, _ = open_session("demo", ChatTarget(sampling=sampling), {}, Recorder())
         first = say(session, ASKED[2])
         session.retry(ear := Ear())
         assert not ear.notes
         return first + [answer.said.text for answer in ear.answers]
 
-    assert drawn(1) == drawn(1)
-    assert drawn(1) != drawn(2)
-    assert len(set(drawn(1))) == 2  # again is something else
+    one = drawn(1)
+    assert one == drawn(1)
+    assert one != drawn(2)
+    assert len(set(one)) == 2  # again is something else
     assert drawn(None) != drawn(None)
 
 
@@ -235,7 +238,7 @@ def test_limits(session: Session) -> None:
     ear = Ear()
     say(session, ASKED[2], ear)
     assert ear.answers[0].said.ended == "limit"
-    assert ear.answers[0].said.tokens == 40
+    assert ear.answers[0].said.tokens == GREEDY.max_new_tokens
     room = model_of(session).config.max_position_embeddings
     with pytest.raises(InputError, match=r"tokens and the model can read .*/undo"):
         say(session, "word " * room)
@@ -581,17 +584,6 @@ def test_ctrl_c_in_a_pipe_ends(session: Session) -> None:
     assert ended.value.exit_code == 130
 
 
-# Twelve tokens a second, so that there is time to press a key.
-SLOW = """
-import time
-from abliterate.chat import generate
-from abliterate.cli import app
-feed = generate._Reading.feed
-generate._Reading.feed = lambda reading, token: (time.sleep(0.08), feed(reading, token))[1]
-app.main()
-"""
-
-
 def test_ctrl_d_ends(session: Session, capsys: pytest.CaptureFixture[str]) -> None:
     class Ended:
         interactive = True
@@ -640,10 +632,15 @@ def terminal(finished: Finished, tmp_path: Path) -> Iterator[Callable[..., Termi
     opened: list[Terminal] = []
 
     def start() -> Terminal:
-        environment = f"env OMP_NUM_THREADS=1 PYTHONPATH={os.environ.get('PYTHONPATH', '')}"
-        (tmp_path / "slow.py").write_text(SLOW, encoding="utf-8")
-        command = [environment, sys.executable, str(tmp_path / "slow.py"), "chat", str(finished[0])]
-        opened.append(Terminal(tmp_path, " ".join([*command, "--cache-dir", str(tmp_path / "cache")])))
+        place = tmp_path / "socket"
+        command = ["chat", str(finished[0]), "--cache-dir", str(tmp_path / "cache")]
+        forked = CONTEXT.Process(target=serve, args=(str(place), command, Unhurried()), daemon=True)
+        forked.start()
+        while not place.exists():
+            assert forked.is_alive()
+            time.sleep(0.01)
+        (tmp_path / "pass_on.py").write_text(PASS_ON, encoding="utf-8")
+        opened.append(Terminal(tmp_path, f"{sys.executable} -S -E {tmp_path / 'pass_on.py'} {place}"))
         return opened[-1]
 
     yield start

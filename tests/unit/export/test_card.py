@@ -142,11 +142,12 @@ def test_the_recipe_rebuilds_the_export(
             shutil.copyfile(path, folder / f"{name}.jsonl")
     monkeypatch.chdir(here)
     names = {name: f"{name}.jsonl" for name in prompt_files}
-    settings = quick_settings(names, tmp_path / "cache", model="base", evaluation={"markers": "mine.txt"}, seed=1)
+    over = {"evaluation": {"markers": "mine.txt"}, "response": {"max_new_tokens": 8}}
+    settings = quick_settings(names, tmp_path / "cache", model="base", seed=1, **over)
     stated = [f"--set={name}={export_card._toml(value)}" for name, value in export_card.changed_settings(settings)]
-    options = [*stated, "--seed", "1", "--startup-trials", "3", "--cache-dir", tmp_path / "cache", "-o", "first"]
-    assert invoke("run", "base", "-n", "2", *options, "--export", "none").code in (0, 1)
-    assert invoke("run", "base", "-n", "4", *options, "--resume", "--export", "merged").code == 0
+    options = [*stated, "--seed", "1", "--startup-trials", "2", "--cache-dir", tmp_path / "cache", "-o", "first"]
+    assert invoke("run", "base", "-n", "1", *options, "--export", "none").code in (0, 1)
+    assert invoke("run", "base", "-n", "3", *options, "--resume", "--export", "merged").code == 0
     card = (here / "first" / "model" / "README.md").read_text(encoding="utf-8")
     assert str(tmp_path) not in card
     run, export = card_commands(card)

@@ -134,16 +134,29 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_a_failed_upload_keeps_everything(error: Exception, finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
+def test_a_failed_upload_is_one_sentence(error: Exception, finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
+    folder = copy_run(finished[0] / "model", tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.error = error
+    with pytest.raises(AbliterateError, match="could not be pushed to me/model") as caught:
+        push.push(folder, pushed(finished[2]).export)
+    message = str(caught.value)
+    assert f"hf upload me/model {folder}" in message
+    assert TOKEN not in message
+    assert "\n" not in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_failed_upload_keeps_everything(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
+    """Of a run, which ends with the upload's sentence."""
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
-    hub.error = error
+    hub.error = ERRORS[0]
     with pytest.raises(AbliterateError, match="could not be pushed to me/model") as caught:
         run_in(run, pushed(settings), resume=True)
     message = str(caught.value)
     assert f"hf upload me/model {run / 'model'}" in message
     assert TOKEN not in message
-    assert "\n" not in message
     kept = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert (kept["export"]["verified"], kept["export"]["pushed"]) == (True, None)
     assert (run / "model" / "model.safetensors").is_file()

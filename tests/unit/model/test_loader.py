@@ -278,8 +278,18 @@ def test_fingerprint_follows_code(tmp_path: Path) -> None:
     assert len(set(fingerprints)) == 3
 
 
-@pytest.mark.parametrize("place", ["load_weights", "_generates"])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError('not implemented for "Half"')])
+FULL, UNKNOWN = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError('not implemented for "Half"')
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("load_weights", FULL),
+        ("_generates", UNKNOWN),
+        pytest.param("load_weights", UNKNOWN, marks=pytest.mark.slow),
+        pytest.param("_generates", FULL, marks=pytest.mark.slow),
+    ],
+)
 def test_dtype_that_fails_leads_to_the_next(
     place: str, error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.thinking import Markup
 from abliterate.pipeline.calibrate import detect_prefix, prefix_responses
 from abliterate.pipeline.run import run
+from abliterate.pipeline.workbench import load
 from abliterate.scorers.base import Response
 from abliterate.scorers.refusals import Refusals
 from abliterate.settings.schema import EfficiencySettings, ResponseSettings
@@ -282,7 +283,7 @@ def test_engine_reads_what_the_reference_reads(lab: tuple[LoadedModel, Editor], 
     engine = setup.engine(EfficiencySettings())
     assert isinstance(engine, TrialEngine)
     opened, flags, hidden = set(), set(), 0
-    for seed in range(8):
+    for seed in range(5):
         editor.apply(make_params(seed))
         expected, found = reference.respond(QUESTIONS), engine.respond(QUESTIONS)
         assert expected is not None
@@ -384,17 +385,19 @@ def demo_with(template: str, folder: Path) -> str:
 
 def few(files: dict[str, str], tmp_path: Path, model: str, **over: Any) -> Any:
     """A short run, all of its trials random."""
-    given: dict[str, Any] = {"model": model, "search": {"trials": 3, "startup_trials": 3}, "export": {"kind": "none"}}
+    given: dict[str, Any] = {"model": model, "search": {"trials": 2, "startup_trials": 2}, "export": {"kind": "none"}}
     return quick_settings(files, tmp_path / "cache", **(given | over))
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_of_a_thinking_template(prompt_files: dict[str, str], tmp_path: Path) -> None:
     """Engine and reference close the block the same way, and have the same trials; so does the template's own switch."""
     model = demo_with(SWITCH, tmp_path / "model")
     # What the demo model answers after a block isn't what it was trained to answer, so other markers.
     markers = tmp_path / "markers.txt"
     markers.write_text("the\nyou", encoding="utf-8")
-    chosen = few(prompt_files, tmp_path, model, evaluation={"markers": str(markers), "batch_size": 12})
+    over = {"evaluation": {"markers": str(markers), "batch_size": 12}, "response": {"max_new_tokens": 12, "prefix_prompts": 4}}
+    chosen = few(prompt_files, tmp_path, model, **over)
     fast, said = run_in(tmp_path / "fast", chosen)
     slow, _ = run_in(tmp_path / "slow", chosen.model_copy(update={"efficiency": chosen.efficiency.reference()}))
     assert any("template opens a thinking block <think>, which is skipped" in note for note in said.notes)
@@ -407,12 +410,15 @@ def test_a_run_of_a_thinking_template(prompt_files: dict[str, str], tmp_path: Pa
         assert one["state"] == "stopped" or one["scores"]["refusals"] == other["scores"]["refusals"]
         assert one["scores"]["refusals"] <= other["scores"]["refusals"]
     options = {"template_options": {"enable_thinking": False}}
-    _, quiet = run_in(tmp_path / "off", few(prompt_files, tmp_path, model, load=options))
+    quiet = Recorder()
+    load(few(prompt_files, tmp_path, model, load=options), quiet).close()
+    assert quiet.notes
     assert not any("thinking" in note for note in quiet.notes)
     with pytest.raises(InputError, match=r"another .*set of template options"):
         run_in(tmp_path / "fast", few(prompt_files, tmp_path, model, load=options), resume=True)
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_that_keeps_thinking(prompt_files: dict[str, str], tmp_path: Path) -> None:
     """The demo model never closes the block: all is thought, and that is said with its remedies."""
     response = {"thinking": "keep", "max_new_tokens": 4, "prefix_prompts": 4}

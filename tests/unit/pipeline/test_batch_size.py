@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import Qwen2ForCausalLM
 
 from abliterate.model import memory
 from abliterate.model.footprint import row_bytes
+from abliterate.model.loader import LoadedModel
 from abliterate.pipeline import batch_size, from_settings, workbench
 from abliterate.pipeline.batch_size import Tuned
 from abliterate.pipeline.context import Context, read_prompts
@@ -55,6 +57,28 @@ def measured(files: Files, folder: Path, **over: Any) -> dict[str, Tuned]:
     return {one.operation: one for one in tune(settings, Recorder())}
 
 
+@pytest.fixture(scope="module")
+def before(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tuned]]:
+    """What one measurement left: (the cache, what was measured)."""
+    folder = tmp_path_factory.mktemp("tuned")
+    found = measured(prompt_files, folder)
+    return folder / "cache", found
+
+
+@pytest.fixture
+def tuned(before: tuple[Path, dict[str, Tuned]], tmp_path: Path) -> dict[str, Tuned]:
+    """What was measured; it is in the test's own cache."""
+    shutil.copytree(before[0], tmp_path / "cache")
+    return before[1]
+
+
+@pytest.fixture(scope="module")
+def loaded(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """The demo model, which no measurement changes."""
+    context, _, _ = made(prompt_files, tmp_path_factory.mktemp("loaded"))
+    return workbench.open_workbench(context).loaded
+
+
 def test_every_operation_has_a_size_and_few_probes(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +96,9 @@ def test_every_operation_has_a_size_and_few_probes(
     assert passes <= len(found["decode"].probes) * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize(
+    "capacity", [1, 2, pytest.param(3, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_what_is_chosen_fits(capacity: int, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, capacity)
     for one in measured(prompt_files, tmp_path).values():
@@ -83,11 +109,10 @@ def test_what_is_chosen_fits(capacity: int, prompt_files: Files, tmp_path: Path,
 
 
 def test_a_cpu_is_never_asked_for_more_than_it_has(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No error would come: a process that takes too much is killed."""
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     probes = batch_size.Probes(context, loaded, engine, prompts)
     row = {name: row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS}
@@ -102,10 +127,9 @@ def test_a_cpu_is_never_asked_for_more_than_it_has(
 
 
 def test_the_end_of_a_response_counts_though_no_probe_gets_there(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, response={"max_new_tokens": 4000, "detect_prefix": False})
-    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     probes = batch_size.Probes(context, loaded, engine, prompts)
     per_token = 12 * 2 * 2 * 32 * 4  # layers, keys and values, heads, head size, float32
@@ -118,10 +142,10 @@ def test_the_end_of_a_response_counts_though_no_probe_gets_there(
     assert found.row_bytes >= 4000 * per_token
 
 
-def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = measured(prompt_files, tmp_path)
+def test_sizes_are_kept_for_the_next_run(
+    tuned: dict[str, Tuned], loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.open_workbench(context).loaded
     engine = from_settings.plain_engine(context, loaded)
     machine = Machine(monkeypatch)
     sizes = batch_size.batch_sizes(context, loaded, engine, prompts)
@@ -134,6 +158,7 @@ def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, mo
     assert any("batch size" in note and "from the cache" in note for note in reporter.notes)
 
 
+@pytest.mark.usefixtures("tuned")
 @pytest.mark.parametrize(
     "over",
     [
@@ -146,47 +171,46 @@ def test_sizes_are_kept_for_the_next_run(prompt_files: Files, tmp_path: Path, mo
     ],
 )
 def test_another_question_is_measured_anew(
-    over: dict[str, Any], prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    over: dict[str, Any], loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured(prompt_files, tmp_path)
     context, prompts, _ = made(prompt_files, tmp_path, **over)
-    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
 
 
-def test_another_machine_is_measured_anew(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured(prompt_files, tmp_path)
+@pytest.mark.usefixtures("tuned")
+def test_another_machine_is_measured_anew(
+    loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("abliterate.pipeline.cache_keys.total_memory", lambda device: 1 << 30)
     context, prompts, _ = made(prompt_files, tmp_path)
-    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
 
 
-def test_a_given_size_is_not_measured(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_given_size_is_not_measured(
+    loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context, prompts, _ = made(prompt_files, tmp_path, evaluation={"batch_size": 7})
-    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     sizes = batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert set(sizes.by_name.values()) == {7}
     assert machine.rows == []
 
 
+@pytest.mark.usefixtures("tuned")
 def test_other_prompts_of_the_same_lengths_take_the_same_sizes(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What prompts say doesn't matter, only how long they are."""
-    measured(prompt_files, tmp_path)
     swapped = dict(prompt_files)
     path = tmp_path / "reversed.jsonl"
     lines = Path(prompt_files["harmful_eval"]).read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join(lines[::-1]) + "\n", encoding="utf-8")
     swapped["harmful_eval"] = str(path)
     context, prompts, _ = made(swapped, tmp_path)
-    loaded = workbench.open_workbench(context).loaded
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows == []

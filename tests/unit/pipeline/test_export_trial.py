@@ -301,9 +301,9 @@ def test_of_a_quantized_run_the_full_weights_are_edited(tmp_path: Path) -> None:
 
 def test_of_a_quantized_run_scores_can_be_compared(tmp_path: Path, prompt_files: dict[str, str]) -> None:
     pytest.importorskip("bitsandbytes")
-    settings = quick_settings(
-        prompt_files, tmp_path / "cache", load={"quantization": "bnb_8bit"}, export={"kind": "none"}, search={"trials": 1}
-    )
+    over = {"load": {"quantization": "bnb_8bit"}, "export": {"kind": "none"}, "search": {"trials": 1}}
+    over |= {"response": {"max_new_tokens": 4, "detect_prefix": False}, "efficiency": {"use_trial_engine": False}}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
     result, _ = run_in(tmp_path / "run", settings)
     record = pipeline_export_trial.export_trial(
         with_kind(settings, "merged"), Recorder(), RunDirectory(tmp_path / "run"), 0, tmp_path / "out", scores=True

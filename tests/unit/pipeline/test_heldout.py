@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -289,9 +288,6 @@ def test_the_edit_in_memory_is_the_export(
         assert found["kl"]["mean"] == pytest.approx(trial["kl"]["mean"], rel=0.02)
         assert found["perplexity"]["candidate"] == pytest.approx(trial["perplexity"]["candidate"], rel=0.01)
         assert abs(found["candidate"]["refusals"]["count"] - trial["candidate"]["refusals"]["count"]) <= 1
-    text = invoke("evaluate", "demo", "demo", *options, *own, *sets).out
-    assert re.search(r"KL of the first token, mean +0 +0\.0000", text)
-    assert re.search(r"harmless answers unchanged +8/8", text)
 
 
 def test_what_can_not_be_evaluated(
@@ -317,7 +313,8 @@ def test_sets_that_are_given_must_be_there_and_default_ones_may_fail(
     monkeypatch.setattr(
         heldout, "heldout_sources", lambda settings: dict.fromkeys(sets.HUB_HELDOUT, str(tmp_path / "gone.txt"))
     )
-    over = {"evaluation": {"heldout": True}, "search": {"trials": 3}, "export": {"kind": "none"}}
+    short = {"search": {"trials": 1, "startup_trials": 1}, "response": {"max_new_tokens": 8}}
+    over = {"evaluation": {"heldout": True}, "export": {"kind": "none"}, **short}
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
     assert "heldout" not in result
     assert any("Nothing is measured on harmful-heldout prompts" in text for text in recorder.warnings)

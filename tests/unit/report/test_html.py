@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,16 @@ from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline
 from support.cli import Finished, Invoke, assert_sentence
-from support.reports import HOSTILE, PLOTS, made_run, made_trials
+from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _pictures() -> Iterator[None]:
+    """Pages have pictures here, but of equal plots the same ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "_drawn", PICTURES.drawn)
+        yield
 
 
 class Page(HTMLParser):
@@ -57,9 +65,10 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-def test_made_again_it_is_the_same(finished: Finished, tmp_path: Path) -> None:
+def test_made_again_it_is_the_same(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDirectory(copy_run(finished[0], tmp_path / "run"))
     before = run.report.read_bytes()
+    monkeypatch.setattr(draw, "_drawn", DRAWN)
     write_report(run)
     assert run.report.read_bytes() == before
     assert set(Page(before.decode()).data["plots"]) == PLOTS - {"importance"}  # of four trials it can't be told
@@ -236,8 +245,8 @@ def test_a_run_without_trials_yet(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_residuals_that_were_only_added_up(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    few = {"trials": 2, "startup_trials": 2}
-    over = {"efficiency": {"max_residuals_mb": 0}, "export": {"kind": "none"}, "search": few}
+    few = {"search": {"trials": 1, "startup_trials": 1}, "response": {"max_new_tokens": 4}}
+    over = {"efficiency": {"max_residuals_mb": 0}, "export": {"kind": "none"}, **few}
     settings = quick_settings(prompt_files, tmp_path / "cache", **over)
     run_in(tmp_path / "run", settings)
     run = RunDirectory(tmp_path / "run")
@@ -256,6 +265,7 @@ def test_without_the_library_there_are_tables(
     tmp_path: Path,
 ) -> None:
     run = made_run(tmp_path / "run")
+    monkeypatch.setattr(draw, "_drawn", DRAWN)
     monkeypatch.setattr(draw, "unavailable", lambda: "There are no plots, because of this test: repeat.")
     page = Page(render(gather(run)))
     assert "no plots, because of this test" in page.text
@@ -288,10 +298,12 @@ def test_the_terminal_shows_the_same(invoke: Invoke, tmp_path: Path) -> None:
     assert "\u202e" not in out
 
 
-def test_plots_are_the_same_each_time(tmp_path: Path) -> None:
+def test_plots_are_the_same_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     material = gather(made_run(tmp_path / "run"))
     assert all_plots(material) == all_plots(material)
-    assert render(material) == render(material)
+    before = render(material)
+    monkeypatch.setattr(draw, "_drawn", DRAWN)
+    assert render(material) == before
 
 
 def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +313,7 @@ def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch
     run.result.write_text(json.dumps(record | {"late": "\ud800"}), encoding="utf-8")
     write_report(run)
     assert set(Page(run.report.read_text(encoding="utf-8")).data["plots"]) == PLOTS
+    monkeypatch.setattr(draw, "_drawn", DRAWN)
     monkeypatch.setattr(draw, "_PROGRAM", "import os; os.abort()")
     write_report(run)
     page = Page(run.report.read_text(encoding="utf-8"))

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from abliterate.report import draw
 from abliterate.report.page import write_report
 from support.browser import Browser, browser, chromium
-from support.reports import HOSTILE, PLOTS, made_run
+from support.reports import HOSTILE, PICTURES, PLOTS, made_run
 
 pytestmark = pytest.mark.skipif(chromium() is None and "CI" not in os.environ, reason="needs Chromium")
 DRAWN = "document.documentElement.dataset.drawn !== undefined"
@@ -29,7 +30,9 @@ def tab() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = made_run(tmp_path_factory.mktemp("report") / "run", HOSTILE)
-    write_report(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draw, "_drawn", PICTURES.drawn)
+        write_report(run)
     return run.report
 
 

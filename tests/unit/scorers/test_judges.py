@@ -126,6 +126,15 @@ def own(tmp_path: Path) -> str:
     return str(tmp_path / "mine.py")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all runs here: what is measured before a search is the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
+SHORT: dict[str, Any] = {"response": {"max_new_tokens": 8}, "search": {"trials": 1, "startup_trials": 1}}
+
+
 class TestBuiltInScorers(ScorerContract):
     """Each of the registry."""
 
@@ -334,15 +343,16 @@ def test_judges_in_the_last_step(
     classifier: str,
     prompt_files: Files,
     heldout_files: Files,
+    cache: Path,
     tmp_path: Path,
 ) -> None:
     stub.busy = 0
-    over = {
+    over = SHORT | {
         "prompts": heldout_files,
         "evaluation": {"heldout": True, "heldout_scorers": ["classifier", "endpoint"], "judge_model": classifier},
         "export": {"kind": "none"},
     }
-    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert not recorder.warnings
     assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
     check("held-out", result["heldout"])
@@ -383,14 +393,15 @@ def test_an_own_scorer_in_a_run(
     own: str,
     prompt_files: Files,
     heldout_files: Files,
+    cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     evaluation = {"scorers": ["refusals", "kl", "mine.py:Words"], "heldout": True}
-    search = {"trials": 3, "objectives": ["refusals", "kl", "mine.py:Words"]}
-    over = {"prompts": heldout_files, "evaluation": evaluation, "search": search, "export": {"kind": "none"}}
-    settings = quick_settings(prompt_files, tmp_path / "cache", **over)
+    search = SHORT["search"] | {"objectives": ["refusals", "kl", "mine.py:Words"]}
+    over = SHORT | {"prompts": heldout_files, "evaluation": evaluation, "search": search, "export": {"kind": "none"}}
+    settings = quick_settings(prompt_files, cache, **over)
     assert settings.evaluation.scorers[-1] == f"{own}:Words"  # a run can be continued from anywhere
     result, recorder = run_in(tmp_path / "run", settings)
     assert all(trial["scores"]["words"]["words"] > 0 for trial in result["trials"])
@@ -415,6 +426,7 @@ def test_an_own_scorer_in_a_run(
 def test_what_fails_at_the_end_costs_nothing_else(
     prompt_files: Files,
     heldout_files: Files,
+    cache: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -422,19 +434,18 @@ def test_what_fails_at_the_end_costs_nothing_else(
     monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
     monkeypatch.setenv(MODEL, "judge-1")
     monkeypatch.setitem(SCORERS, "endpoint", lambda making: Endpoint(lambda seconds: None))
-    over = {
+    over = SHORT | {
         "prompts": heldout_files,
         "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},
         "export": {"kind": "none"},
-        "search": {"trials": 3},
     }
-    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over))
+    result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     check("held-out", result["heldout"])
     assert "no verdict" in result["heldout"]["judges"][0]["error"]
     assert any("gives no verdicts" in note for note in heldout_table(result["heldout"], "trial").notes)
     (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
     over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
-    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, tmp_path / "cache", **over), resume=True)
+    again, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over), resume=True)
     assert again["selected"] == result["selected"]
     assert not recorder.warnings
     found = again["heldout"]
@@ -539,7 +550,13 @@ def test_a_tiny_task_with_the_real_lm_eval(
     prompt_files: Files,
     heldout_files: Files,
     invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Of its own thousands of tasks it reads one folder's, and what it tells of the machine is left out: both take long."""
+    from lm_eval.tasks import manager
+
+    monkeypatch.setattr(manager, "__file__", str(Path(manager.__file__).parent / "piqa" / "manager.py"))
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
     rows = [
         {"question": f"To {verb} the lamp, give yourself", "good": " an hour.", "bad": " sky."} for verb in ("mend", "lift")
     ]
@@ -625,3 +642,4 @@ def test_held_out_figures_survive_a_failing_benchmark(
     outcome = invoke("evaluate", "demo", "demo", *options)
     assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
     assert re.search(r"KL of the first token, mean +0 +0\.0000", outcome.out)
+    assert re.search(r"harmless answers unchanged +8/8", outcome.out)
