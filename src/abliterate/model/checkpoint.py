@@ -57,24 +57,7 @@ def load_weights(
         and (device is None or device.type == "cpu")
     ):
         _check_memory(config, load, dtype)
-    auto = auto_class(config, load)
-    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
-    if load.revision:
-        kwargs["revision"] = load.revision
-    if load.attn_implementation:
-        kwargs["attn_implementation"] = load.attn_implementation
-    if device is not None:
-        kwargs["device_map"] = load.device_map or {"": str(device)}
-        if load.device_map:
-            # Used only for weights that the files store in another layout than the model, above all fused experts.
-            kwargs["offload_folder"] = load.offload_folder or offload.temporary_folder()
-        if load.max_memory:
-            kwargs["max_memory"] = max_memory(load)
-        kwargs |= _quantization(load, dtype)
-    elif dense:  # otherwise some packages would choose an accelerator
-        kwargs["device_map"] = {"": "cpu"}
-    # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
-    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    auto, kwargs = auto_class(config, load), _options(load, dtype, device, dense=dense)
     try:
         with reading(source, "its weights", but=(RuntimeError,), suspects=lambda: _check_parts(source, load, config)):
             if dense and quantized.method_of(config) in FILES:
@@ -94,6 +77,27 @@ def load_weights(
     if dense and model.is_quantized:
         quantized.make_layers_dense(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _options(load: LoadSettings, dtype: torch.dtype, device: torch.device | None, *, dense: bool) -> dict[str, Any]:
+    """The arguments of `from_pretrained`."""
+    kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
+    if load.revision:
+        kwargs["revision"] = load.revision
+    if load.attn_implementation:
+        kwargs["attn_implementation"] = load.attn_implementation
+    if device is not None:
+        kwargs["device_map"] = load.device_map or {"": str(device)}
+        if load.device_map:
+            # Used only for weights that the files store in another layout than the model, above all fused experts.
+            kwargs["offload_folder"] = load.offload_folder or offload.temporary_folder()
+        if load.max_memory:
+            kwargs["max_memory"] = max_memory(load)
+        kwargs |= _quantization(load, dtype)
+    elif dense:  # otherwise some packages would choose an accelerator
+        kwargs["device_map"] = {"": "cpu"}
+    # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
+    return kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:

@@ -190,7 +190,7 @@ def _first_that_generates(
         model = None
         try:
             model = load_weights(source, load, config, dtype, device, warn)
-            with reading(source, f"a first token by {CONFIG} and generation_config.json", but=(RuntimeError, ImportError)):
+            with reading(source, f"{CONFIG} or generation_config.json (at the first token)", but=(RuntimeError, ImportError)):
                 reason = "" if _generates(model, probe) else "its logits are not finite"
         except ImportError as error:
             raise _without_kernels(config, error) from error

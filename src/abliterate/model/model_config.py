@@ -22,7 +22,7 @@ from abliterate.settings.schema import LoadSettings
 # Far above all published models; with more, building the modules without weights takes minutes, or all memory.
 _MOST = (
     (re.compile(r"(.*_)?(n_?layers?|num_.*layers|layers|depth)"), 2_000),
-    (re.compile(r"(.*_)?(experts|heads)"), 100_000),
+    (re.compile(r"(.*_)?(experts|heads|labels)"), 100_000),
     (re.compile(r".*(hidden|intermediate|vocab|head|embed\w*|ffn\w*|inner|state|model)_(size|dim)|d_model|n_embd|n_inner|d_ff"), 10**7),
 )
 _POSITIVE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
@@ -42,12 +42,16 @@ def read_config(source: str, load: LoadSettings) -> PretrainedConfig:
         InputError: there is none, or a field is wrong; the sentence names the field.
     """
     raw = read_json(source, CONFIG, load.revision)
+    if not isinstance(family := raw.get("model_type", ""), str):
+        raise _wrong(source, {"model_type": family}, "a name is expected there")
     for field, value in _numbers(raw):
         _check_number(source, field, value)
     options = {"revision": load.revision} if load.revision else {}
     with reading(source, CONFIG, suspects=lambda: blame_fields(source, load, lambda config: None)):
         config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=load.trust_remote_code, **options)
         text_config = config.get_text_config()
+    if not isinstance(text_config, PretrainedConfig):
+        raise _wrong(source, {"text_config": text_config}, f"a model of the type {family!r} has no such part")
     entries = (getattr(each, "quantization_config", None) or {} for each in (config, text_config))
     for entry in entries:
         if not isinstance(entry, Mapping) and not hasattr(entry, "to_dict"):
@@ -76,7 +80,7 @@ def blame_fields(source: str, load: LoadSettings, build: Build) -> None:
     """InputError that names the wrong field, if `build` fails for the config of `source` and succeeds without that field."""
     raw = read_json(source, CONFIG, load.revision)
     family = raw.get("model_type")
-    if not isinstance(family, str) or family not in CONFIG_MAPPING or load.trust_remote_code:
+    if family not in CONFIG_MAPPING or load.trust_remote_code:
         return
     end = time.monotonic() + _SECONDS
 

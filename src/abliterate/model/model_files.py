@@ -72,12 +72,13 @@ def _is_of_library(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """A library's error in one line: of nested errors the inner one, and with the kind of error if the message has no words."""
+    """A library's error in one line: of nested errors the inner one, and a sentence where the message has no words."""
     if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
         error = error.__cause__
-    first = first_line(error)
-    words = first if re.search(r"\w\s+\w", first) else f"{type(error).__name__} {first}" if first else type(error).__name__
-    return words if len(words) <= _LONGEST else words[: _LONGEST - 1] + "…"
+    first = first_line(error).partition(". Errors: ")[0]
+    if not re.search(r"\w\s+\w", first):
+        first = f"{first} isn't known" if isinstance(error, KeyError) else f"{type(error).__name__} {first}".strip()
+    return first if len(first) <= _LONGEST else first[: _LONGEST - 1] + "…"
 
 
 def load_error(source: str, error: BaseException, part: str = "") -> InputError:
