@@ -1,4 +1,4 @@
-"""A model's bad files end every command with one sentence and exit code 2, before any weights are loaded where that is possible."""
+"""A model's bad files end every command with one sentence and exit code 2, before any weights are loaded if possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ COMMANDS = ("run", "inspect", "inspect --no-weights", "evaluate BASE", "evaluate
 
 
 def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}', encoding="utf-8")
+    (folder / "adapter_config.json").write_text(
+        '{"base_model_name_or_path": "owner/base", "peft_type": "LORA"}', encoding="utf-8"
+    )
 
 
 def adapter_alone(folder: Path) -> None:
@@ -54,7 +56,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "layers": (config(num_hidden_layers=10), COMMANDS, "num_hidden_layers"),
     "dtype": (config(dtype="bf16"), COMMANDS, "dtype"),
     "wild": (config(num_hidden_layers=10**8), COMMANDS, "no model has more than 2000"),
-    "fewer layers": (config(num_hidden_layers=6, layer_types=["full_attention"] * 6), LOADING, "more layers than its config.json"),
+    "fewer layers": (
+        config(num_hidden_layers=6, layer_types=["full_attention"] * 6),
+        LOADING,
+        "more layers than its config.json",
+    ),
     "tokenizer": (
         lambda folder: (folder / "tokenizer.json").unlink(),
         (*LOADING, "inspect --no-weights"),

@@ -131,7 +131,7 @@ class Template:
 
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """InputError if the `with` block takes longer. Only the main thread has such a limit, and only where the system has timers."""
+    """InputError if the `with` block takes longer; only the main thread has this limit, if the system has timers."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

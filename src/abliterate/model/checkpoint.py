@@ -124,7 +124,7 @@ def _on_meta(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
 def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
     """The model with random weights in float32, on the CPU. torch.OutOfMemoryError if main memory is too small."""
     _check_memory(config, load, torch.float32)
-    with reading(config.name_or_path, CONFIG):
+    with reading(config.name_or_path or "", CONFIG):
         model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     model = model.float().eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -211,7 +211,7 @@ def max_memory(load: LoadSettings) -> dict[int | str, str]:
 def _check_parts(source: str, load: LoadSettings, config: PretrainedConfig) -> None:
     """InputError that names the file, if reading one of the files that the weights are loaded with fails by itself."""
     empty_model(config, load)
-    options = {"revision": load.revision} if load.revision else {}
+    options: dict[str, Any] = {"revision": load.revision} if load.revision else {}
     with reading(source, "generation_config.json"), contextlib.suppress(OSError):  # it needn't exist
         GenerationConfig.from_pretrained(source, **options)
     for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
@@ -235,8 +235,8 @@ def _check_complete(
     layers = _left_out(unexpected, [name for name, _ in model.named_parameters()])
     if layers:
         raise InputError(
-            f"The weights of the model in {source} are of a model with more layers than its config.json describes, because it has "
-            f"no place for {named(layers)}; correct the number of layers, or download config.json again."
+            f"The weights of the model in {source} are of a model with more layers than its config.json describes, because it "
+            f"has no place for {named(layers)}; correct the number of layers, or download config.json again."
         )
     if unexpected and not method:  # the files of quantized checkpoints hold scales, too
         warn(

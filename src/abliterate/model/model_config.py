@@ -23,11 +23,12 @@ from abliterate.settings.schema import LoadSettings
 _MOST = (
     (re.compile(r"(.*_)?(n_?layers?|num_.*layers|layers|depth)"), 2_000),
     (re.compile(r"(.*_)?(experts|heads|labels)"), 100_000),
-    (re.compile(r".*(hidden|intermediate|vocab|head|embed\w*|ffn\w*|inner|state|model)_(size|dim)|d_model|n_embd|n_inner|d_ff"), 10**7),
+    (re.compile(r".*(hidden|intermediate|vocab|head|embed\w*|ffn\w*|inner|state|model)_(size|dim)"), 10**7),
+    (re.compile(r"d_model|d_ff|n_embd|n_inner"), 10**7),
 )
 _POSITIVE = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 # Of all parameters together: 1000 times the largest published model.
-MOST_PARAMETERS = 10**15
+_MOST_PARAMETERS = 10**15
 _SECONDS = 10.0
 # Without these fields, another model would be built.
 _KEPT = frozenset(("model_type", "architectures", "auto_map", "transformers_version"))
@@ -59,12 +60,12 @@ def read_config(source: str, load: LoadSettings) -> PretrainedConfig:
     return config
 
 
-def _numbers(raw: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, int]]:
+def _numbers(raw: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, float]]:
     for name, value in raw.items():
         if isinstance(value, Mapping) and inside.count(".") < 3:
             yield from _numbers(value, f"{inside}{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield inside + name, value  # type: ignore[misc]
+            yield inside + name, value
 
 
 def _check_number(source: str, field: str, value: float) -> None:
@@ -79,7 +80,7 @@ def _check_number(source: str, field: str, value: float) -> None:
 def blame_fields(source: str, load: LoadSettings, build: Build) -> None:
     """InputError that names the wrong field, if `build` fails for the config of `source` and succeeds without that field."""
     raw = read_json(source, CONFIG, load.revision)
-    family = raw.get("model_type")
+    family = str(raw.get("model_type"))
     if family not in CONFIG_MAPPING or load.trust_remote_code:
         return
     end = time.monotonic() + _SECONDS
@@ -95,8 +96,9 @@ def blame_fields(source: str, load: LoadSettings, build: Build) -> None:
     if error is None:
         return
     wrong: dict[str, Any] = {}
-    for name in raw:
-        if name not in _KEPT and time.monotonic() < end and failure({key: value for key, value in raw.items() if key != name}) is None:
+    for name in sorted(raw.keys() - _KEPT):
+        left = {key: value for key, value in raw.items() if key != name}
+        if time.monotonic() < end and failure(left) is None:
             wrong |= _inner(raw, name, failure) or {name: raw[name]}
     if wrong:
         raise _wrong(source, wrong, reason_of(error)) from error
@@ -114,8 +116,8 @@ def _inner(raw: Mapping[str, Any], name: str, failure: Callable[[Mapping[str, An
 def _wrong(source: str, fields: Mapping[str, Any], reason: str) -> InputError:
     shown = [f"{name} ({_short(value)})" for name, value in sorted(fields.items())[:3]]
     return InputError(
-        f"The model in {source} can't be loaded, because in {CONFIG} the field {' or '.join(shown)} is wrong: {reason}; correct it, "
-        "or download the file again."
+        f"The model in {source} can't be loaded, because in {CONFIG} the field {' or '.join(shown)} is wrong: {reason}; "
+        "correct it, or download the file again."
     )
 
 
@@ -134,9 +136,8 @@ def d_model_of(source: str, config: PretrainedConfig) -> int:
 
 def check_parameters(source: str, count: int) -> None:
     """InputError for more parameters than any model has."""
-    if count > MOST_PARAMETERS:
+    if count > _MOST_PARAMETERS:
         raise InputError(
-            f"The model in {source} can't be loaded, because {CONFIG} describes {count:.0e} parameters, more than any model has; "
-            "correct its sizes, or download the file again."
+            f"The model in {source} can't be loaded, because {CONFIG} describes {count:.0e} parameters, more than any "
+            "model has; correct its sizes, or download the file again."
         )
-

@@ -1,4 +1,4 @@
-"""What a model's directory holds and what is wrong with it; every library call that reads a model's files goes through `reading`.
+"""What a model's directory holds and what is wrong with it; every library call that reads its files goes through `reading`.
 
 Libraries raise errors of any kind for a file that is damaged, and a user can only act on a sentence that names the file.
 """
@@ -89,10 +89,14 @@ def load_error(source: str, error: BaseException, part: str = "") -> InputError:
         return _unusable(source, damaged or f"{named}{reason_of(error)}")
     if isinstance(error, OSError):
         if "safetensors" in str(error):
-            return _no_safetensors(source, "its repository holds none")
+            reason = (
+                "pickles (pytorch_model.bin) aren't opened, because opening one can run code; name a copy in safetensors, or "
+                "have it converted (huggingface.co/spaces/safetensors/convert)"
+            )
+            return _no_safetensors(source, reason)
         return InputError(
-            f"The model {source} can't be fetched from the Hub: {reason_of(error)}; check the id and the network, or download it "
-            "elsewhere and give its local directory."
+            f"The model {source} can't be fetched from the Hub: {reason_of(error)}; check the id and the network, or "
+            "download it elsewhere and give its local directory."
         )
     return _unusable(source, f"{named}{reason_of(error)}")
 
@@ -147,12 +151,13 @@ def check_folder(folder: Path, name: str) -> None:
     if (folder / ADAPTER).is_file():
         if is_adapter(folder):
             raise InputError(
-                f"The directory {name} holds an adapter{_base_of(folder)}, not a model; merge it into its base first (with PEFT's "
-                "merge_and_unload), or give the base: chat and evaluate take the adapter as it is."
+                f"The directory {name} holds an adapter{_base_of(folder)}, not a model; merge it into its base first (with "
+                "PEFT's merge_and_unload), or give the base: chat and evaluate take the adapter as it is."
             )
         raise InputError(
             f"The directory {name} holds a model and an adapter ({ADAPTER}), which would be loaded into the model unasked and "
-            f"wouldn't be exported; merge it first (with PEFT's merge_and_unload), or move {ADAPTER} and the adapter's weights away."
+            f"wouldn't be exported; merge it first (with PEFT's merge_and_unload), or move {ADAPTER} and the adapter's weights "
+            "away."
         )
     if (folder / CONFIG).is_symlink() and not (folder / CONFIG).exists():
         raise _unusable(name, f"{CONFIG} is a link to a file that isn't there")
@@ -177,8 +182,8 @@ def check_hub_adapter(source: str, revision: str = "") -> None:
         return
     if found is not None:
         raise InputError(
-            f"The repository {source} holds an adapter ({ADAPTER}), which would be loaded into a model unasked; download it, merge "
-            "it into its base (with PEFT's merge_and_unload), and give that directory."
+            f"The repository {source} holds an adapter ({ADAPTER}), which would be loaded into a model unasked; download it, "
+            "merge it into its base (with PEFT's merge_and_unload), and give that directory."
         )
 
 
@@ -200,43 +205,36 @@ def check_weight_files(source: str, config: PretrainedConfig) -> None:
         return
     if damaged := damaged_file(folder):
         raise _unusable(source, damaged)
-    raise _no_safetensors(source, _other_weights(names))
+    raise _other_weights(source, names)
 
 
-def _other_weights(names: set[str]) -> str:
-    """What a directory holds instead of safetensors that transformers would load."""
-    kinds = (
-        ("pickles", r"(?!training_args|optimizer|scheduler|rng_state|adapter_model).*\.(bin|pt|pth|ckpt)"),
-        ("a GGUF file", r".*\.gguf"),
-        (f"safetensors of another name than {SINGLE}", r"(?!adapter_model).*\.safetensors"),
-        ("another framework's weights", r".*\.(h5|msgpack|onnx|npz|tflite|mlmodel|mlpackage)"),
+def _other_weights(source: str, names: set[str]) -> InputError:
+    """The error that says what a directory holds instead of the safetensors that transformers loads, and what to do."""
+    path = source.replace("'", "\\'")
+    convert = (
+        "which aren't opened, because opening one can run code; if you trust their author, convert them with python -c "
+        f"\"from transformers import AutoModelForCausalLM as M; M.from_pretrained('{path}', dtype='auto', "
+        f"use_safetensors=False).save_pretrained('{path}')\""
     )
-    for kind, pattern in kinds:
-        found = sorted(name for name in names if re.fullmatch(pattern, name))
-        if found:
-            return f"it holds {kind} ({named(found)})"
-    return "it holds no weights at all"
+    made_from = "which can't be edited; give the model in safetensors from which it was made"
+    kinds = (
+        (r"(?!training_args|optimizer|scheduler|rng_state|adapter_model).*\.(bin|pt|pth|ckpt)", "pickles", convert),
+        (r".*\.gguf", "a GGUF file", made_from),
+        (
+            r"(?!adapter_model).*\.safetensors",
+            f"safetensors of another name than {SINGLE}",
+            f"which transformers doesn't read; rename or convert them to {SINGLE}",
+        ),
+        (r".*\.(h5|msgpack|onnx|npz|tflite)", "another framework's weights", made_from),
+    )
+    for pattern, kind, remedy in kinds:
+        if found := sorted(name for name in names if re.fullmatch(pattern, name)):
+            return _no_safetensors(source, f"it holds {kind} ({named(found)}), {remedy}")
+    return _no_safetensors(source, "it holds no weights at all; download them, too")
 
 
-def _no_safetensors(source: str, instead: str) -> InputError:
-    if "pickles" in instead:
-        remedy = (
-            "which aren't opened, because opening one can run code; if you trust their author, convert them with python -c "
-            f'"from transformers import AutoModelForCausalLM as M; M.from_pretrained({source!r}, dtype=\'auto\', '
-            f"use_safetensors=False).save_pretrained({source!r})\""
-        )
-    elif "another name" in instead:
-        remedy = f"which transformers doesn't read; rename or convert them to {SINGLE}"
-    elif "at all" in instead:
-        remedy = "only its config; download the model's weights, too"
-    elif "its repository" in instead:
-        remedy = (
-            "and pickles (pytorch_model.bin) aren't opened, because opening one can run code; name a copy in safetensors, or have it "
-            "converted (huggingface.co/spaces/safetensors/convert)"
-        )
-    else:
-        remedy = "which can't be edited; give the model in safetensors from which it was made"
-    return InputError(f"The model in {source} can't be loaded, because it has no weights in safetensors: {instead}, {remedy}.")
+def _no_safetensors(source: str, reason: str) -> InputError:
+    return InputError(f"The model in {source} can't be loaded, because it has no weights in safetensors: {reason}.")
 
 
 def named(names: list[str], at_most: int = 3) -> str:

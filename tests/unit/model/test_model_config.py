@@ -87,7 +87,9 @@ def test_a_field_inside_of_an_object_is_named(tmp_path: Path) -> None:
     assert 'text_config.hidden_activation ("nothing") is wrong' in wrong(
         tmp_path / "a", "gemma3_vl", text_config={"hidden_activation": "nothing"}
     )
-    assert "text_config.hidden_size (1000000000) is wrong" in wrong(tmp_path / "b", "gemma3_vl", text_config={"hidden_size": 10**9})
+    assert "text_config.hidden_size (1000000000) is wrong" in wrong(
+        tmp_path / "b", "gemma3_vl", text_config={"hidden_size": 10**9}
+    )
     assert "vision_config" in wrong(tmp_path / "c", "gemma3_vl", vision_config={"num_attention_heads": "4"})
 
 
@@ -98,7 +100,9 @@ def test_other_families(tmp_path: Path) -> None:
 
 
 def test_too_many_parameters_in_all(tmp_path: Path) -> None:
-    text = wrong(tmp_path, hidden_size=10**6, intermediate_size=10**7, vocab_size=10**7, num_hidden_layers=100, layer_types=None)
+    text = wrong(
+        tmp_path, hidden_size=10**6, intermediate_size=10**7, vocab_size=10**7, num_hidden_layers=100, layer_types=None
+    )
     assert "parameters, more than any model has" in text
 
 

@@ -121,13 +121,19 @@ def test_an_adapters_damage_is_a_sentence(folder: Path) -> None:
 
 
 WEIGHTS = {
-    "pickle": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickles (pytorch_model.bin), which aren't"),
+    "pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        "pickles (pytorch_model.bin), which aren't",
+    ),
     "pickles": (
         lambda f: [(f / "model.safetensors").unlink(), *((f / f"pytorch_model-{n}.bin").touch() for n in "12345")],
         "pytorch_model-3.bin and 2 more), which aren't opened, because opening one can run code",
     ),
     "original": (lambda f: (f / "model.safetensors").rename(f / "consolidated.00.pth"), "pickles (consolidated.00.pth)"),
-    "gguf": (lambda f: (f / "model.safetensors").rename(f / "model-Q4_K_M.gguf"), "a GGUF file (model-Q4_K_M.gguf), which can't"),
+    "gguf": (
+        lambda f: (f / "model.safetensors").rename(f / "model-Q4_K_M.gguf"),
+        "a GGUF file (model-Q4_K_M.gguf), which can't",
+    ),
     "mistral": (
         lambda f: (f / "model.safetensors").rename(f / "consolidated.safetensors"),
         "(consolidated.safetensors), which transformers doesn't read; rename or convert",
@@ -221,7 +227,9 @@ def test_a_tokenizer_of_another_model(folder: Path) -> None:
 def test_tensors_of_more_layers_than_the_config_has_are_named(folder: Path) -> None:
     """And not loaded without them, as transformers does with at most a warning."""
     updated("config.json", num_hidden_layers=2)(folder)
-    with pytest.raises(InputError, match=r"more layers than its config.json describes, .* model\.layers\.2\.\S+, .* and 6 more;"):
+    with pytest.raises(
+        InputError, match=r"more layers than its config.json describes, .* model\.layers\.2\.\S+, .* and 6 more;"
+    ):
         load(folder)
 
 
@@ -242,7 +250,9 @@ def test_other_unexpected_tensors_are_a_warning(folder: Path) -> None:
 
 def test_unnamed_tensors_are_named_beside_those_that_are_missing(folder: Path) -> None:
     tensors(lambda stored: {f"tensor_{index}": tensor for index, tensor in enumerate(stored.values())})(folder)
-    with pytest.raises(InputError, match=r"incomplete: .* lack .*, and hold tensor_0, tensor_1, tensor_10 and \d+ more, which it"):
+    with pytest.raises(
+        InputError, match=r"incomplete: .* lack .*, and hold tensor_0, tensor_1, tensor_10 and \d+ more, which it"
+    ):
         load(folder)
 
 
@@ -267,7 +277,10 @@ TEMPLATES = {
     "overflow": ("{{ 'x' * 10**30 }}", "can't render a prompt"),
     "syntax": ("{% if %}", "can't be read"),
     "depth": ("{{" + "(" * 5000, "can't be read"),
-    "endless": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "doesn't end: it has rendered"),
+    "endless": (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "doesn't end: it has rendered",
+    ),
 }
 
 
@@ -307,7 +320,13 @@ def test_what_is_not_the_files_fault_passes() -> None:
         with library_errors(lambda error: InputError("A sentence."), but=(RuntimeError,)):
             raise error
 
-    own = (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt(), InputError("Ours."), RuntimeError("x"))
+    own = (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        KeyboardInterrupt(),
+        InputError("Ours."),
+        RuntimeError("x"),
+    )
     for error in own:
         with pytest.raises(type(error)) as caught:
             fail(error)
