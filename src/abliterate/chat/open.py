@@ -25,6 +25,7 @@ from abliterate.files import read_toml
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
+from abliterate.model.model_files import ADAPTER, CONFIG, is_adapter, read_json
 from abliterate.model.peft import check_adapter, with_adapter
 from abliterate.objectives import other_scores
 from abliterate.pipeline import stages
@@ -37,7 +38,6 @@ from abliterate.settings.sources import load_settings, merge
 from abliterate.settings.untrusted import code_note, distrusted
 from abliterate.types import Reporter
 
-_ADAPTER = "adapter_config.json"
 # Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
 _FREE = ("cache_dir", "device", "load", "prompts", "response", "seed")
 
@@ -64,9 +64,9 @@ def open_session(
         return _open_run(RunDirectory(path), wanted, given, reporter)
     if wanted.trial is not None:
         raise InputError(f"The option --trial needs a run, but {target} is no run directory; name one, or omit --trial.")
-    if target != DEMO and path.is_dir() and not (path / "config.json").is_file():
-        if (path / _ADAPTER).is_file():
-            return _open_adapter(path, wanted, given, reporter)
+    if target != DEMO and is_adapter(path):
+        return _open_adapter(path, wanted, given, reporter)
+    if target != DEMO and path.is_dir() and not any((path / name).is_file() for name in (CONFIG, ADAPTER)):
         raise InputError(
             f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another directory."
         )
@@ -130,11 +130,10 @@ def _open_adapter(
     if is_run(str(run.path)):
         settings = _run_settings(run, given, reporter)
     else:
-        try:
-            base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"The adapter in {path} can't be read: {error}; export it again.") from error
-        settings = load_settings("", {**given, "model": str(base)})
+        base = read_json(str(path), ADAPTER).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise InputError(f"The adapter in {path} can't be used, because its {ADAPTER} names no base; export it again.")
+        settings = load_settings("", {**given, "model": base})
     model, _, fields = _load(settings, loader.resolve_source(settings.model), reporter)
     tokenizer = loader.load_tokenizer(str(path), settings.load.model_copy(update={"revision": ""}))
     tuned = with_adapter(model, path)

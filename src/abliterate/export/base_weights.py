@@ -15,10 +15,11 @@ from transformers.utils import cached_file
 from abliterate.export.safetensors_copy import INDEX, SINGLE, NotStreamable, read_header, read_matrix, shard_files, shards_of
 from abliterate.export.tensor_index import TensorLocation, find_places, parameter_name
 from abliterate.model.architectures import Architecture, Target, find_targets
-from abliterate.model.checkpoint import dense_load, empty_model, load_error, load_weights
+from abliterate.model.checkpoint import dense_load, empty_model, load_weights
 from abliterate.model.experts import fused_weight, is_fused
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import load_config
+from abliterate.model.model_files import load_error
 from abliterate.model.quantized import method_of
 from abliterate.model.weights import dense_weight, in_features, n_matrices, out_features
 from abliterate.settings.schema import LoadSettings

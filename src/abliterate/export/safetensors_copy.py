@@ -56,7 +56,7 @@ def read_header(path: Path) -> dict[str, Stored]:
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), begin + start, begin + end)
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         raise NotStreamable(f"{path.name} has no safetensors header") from error
     if max((stored.end for stored in tensors.values()), default=begin) > path.stat().st_size:
         raise NotStreamable(f"{path.name} is shorter than its header says")
@@ -80,8 +80,8 @@ def shard_files(folder: Path) -> list[Path]:
 def shards_of(index: Path) -> list[str]:
     """The file names in an index; NotStreamable if it is missing or invalid."""
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise NotStreamable(f"there is neither {SINGLE} nor {INDEX}") from error
 
 

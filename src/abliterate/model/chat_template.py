@@ -5,7 +5,10 @@ What a template does with a message is found out with one probe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +29,12 @@ Messages = list[dict[str, Any]]
 Turns = Sequence[tuple[str, str]]
 
 # Exceptions of a template given messages in a form that it isn't written for: `+` of a string and a list is a TypeError.
-FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError)
+FAILURES = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    MemoryError,  # of `'a' * 10**15`
+)
+# A template takes milliseconds; nested loops of a hostile one would never end.
+_RENDER_SECONDS = 10.0
 
 # Names that `transformers` passes to every template beside the special tokens; users don't set them.
 _GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now", "namespace", "dict"}
@@ -85,9 +93,10 @@ class Template:
 
     def render(self, messages: Messages) -> str:
         """The text that the model continues. An exception of the template is one of `FAILURES`."""
-        rendered = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
-        )
+        with _at_most(_RENDER_SECONDS):
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
+            )
         assert isinstance(rendered, str)
         return rendered
 
@@ -120,6 +129,28 @@ class Template:
         )
 
 
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """InputError if the `with` block takes longer; only the main thread has this limit, if the system has timers."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise InputError(
+            f"The model's chat template doesn't end: it has rendered one conversation for {seconds:g} seconds; give another "
+            "template with --set load.chat_template=FILE."
+        )
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _system_note(reason: str) -> str:
     why = "leaves the system prompt out" if reason in ("", "system") else f"takes no system prompt ({reason})"
     return f"the chat template {why}; the system prompt is put before the user's text"
@@ -139,7 +170,7 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
                 "template with --set load.chat_template=FILE."
             )
         return str(named["default"])
-    return tokenizer.chat_template
+    return str(tokenizer.chat_template)
 
 
 class _Generation(ext.Extension):
@@ -157,7 +188,7 @@ def _variables(source: str) -> frozenset[str]:
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, ext.loopcontrols])
     try:
         names = meta.find_undeclared_variables(environment.parse(source))
-    except TemplateError as error:
+    except FAILURES as error:  # a RecursionError, too
         raise InputError(
             f"The model's chat template can't be read ({error}); give another template with --set load.chat_template=FILE."
         ) from error

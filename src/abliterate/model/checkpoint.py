@@ -5,22 +5,27 @@ No other module loads weights; the error sentences for weights that can't be loa
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import re
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import PretrainedConfig, PreTrainedModel
+from safetensors import safe_open
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate.errors import InputError
 from abliterate.model import offload, quantized
 from abliterate.model.formats import FILES
-from abliterate.model.memory import free_memory
+from abliterate.model.memory import free_memory, is_out_of_memory
+from abliterate.model.model_config import blame_fields, check_parameters
+from abliterate.model.model_files import CONFIG, check_weight_files, named, reading
 from abliterate.settings.schema import LoadSettings
 
 # The share of free main memory that weights may take.
@@ -28,7 +33,12 @@ _WEIGHTS_SHARE = 0.9
 
 
 def load_weights(
-    source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
+    source: str,
+    load: LoadSettings,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
     """The model with the weights of `source` in `dtype`. `device` None: as stored, on the CPU.
 
@@ -37,6 +47,7 @@ def load_weights(
             torch.OutOfMemoryError: they don't fit, as far as that is known beforehand.
     """
     quiet_bitsandbytes()
+    check_weight_files(source, config)
     quantized.check(config, load, device)
     dense = quantized.is_made_dense(config, load, device)
     if (
@@ -46,7 +57,30 @@ def load_weights(
         and (device is None or device.type == "cpu")
     ):
         _check_memory(config, load, dtype)
-    auto = auto_class(config, load)
+    auto, kwargs = auto_class(config, load), _options(load, dtype, device, dense=dense)
+    try:
+        with reading(source, "its weights", but=(RuntimeError,), suspects=lambda: _check_parts(source, load, config)):
+            if dense and quantized.method_of(config) in FILES:
+                model, loading = _from_files(source, load, config, kwargs)
+            else:
+                model, loading = auto.from_pretrained(source, **kwargs)
+    except RuntimeError as error:
+        if "conversion of the weights" not in str(error):  # out of memory and the like
+            if not is_out_of_memory(error):
+                empty_model(config, load)  # if the config is at fault, this says so
+            raise
+        raise InputError(
+            f"The model in {source} is incomplete: tensors that the loader joins, such as experts, don't fit together; "
+            "download it again, or check that weights and config belong together."
+        ) from error
+    _check_complete(source, loading, model, quantized.method_of(config), warn)
+    if dense and model.is_quantized:
+        quantized.make_layers_dense(model, dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _options(load: LoadSettings, dtype: torch.dtype, device: torch.device | None, *, dense: bool) -> dict[str, Any]:
+    """The arguments of `from_pretrained`."""
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
         kwargs["revision"] = load.revision
@@ -58,34 +92,30 @@ def load_weights(
             # Used only for weights that the files store in another layout than the model, above all fused experts.
             kwargs["offload_folder"] = load.offload_folder or offload.temporary_folder()
         if load.max_memory:
-            kwargs["max_memory"] = {int(k) if k.isdigit() else k: v for k, v in load.max_memory.items()}
+            kwargs["max_memory"] = max_memory(load)
         kwargs |= _quantization(load, dtype)
     elif dense:  # otherwise some packages would choose an accelerator
         kwargs["device_map"] = {"": "cpu"}
     # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
-    kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        if dense and quantized.method_of(config) in FILES:
-            model, loading = _from_files(source, load, config, kwargs)
-        else:
-            model, loading = auto.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, SyntaxError, SafetensorError) as error:
-        raise load_error(source, error) from error
-    except RuntimeError as error:
-        if "conversion of the weights" not in str(error):  # out of memory and the like
-            raise
-        raise InputError(
-            f"The model in {source} is incomplete: tensors that the loader joins, such as experts, don't fit together; "
-            "download it again, or check that weights and config belong together."
-        ) from error
-    _check_complete(source, loading, quantized.method_of(config))
-    if dense and model.is_quantized:
-        quantized.make_layers_dense(model, dtype)
-    return model.eval().requires_grad_(False)
+    return kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
-    """The model without weights (on the meta device), for its modules and their names."""
+    """The model without weights (on the meta device), for its modules and their names.
+
+    Raises:
+        InputError: the config describes no model; the sentence names the wrong field if it can be found.
+    """
+    source = config.name_or_path
+    if not source:  # a config that is made in memory has no file to blame
+        return _on_meta(config, load)
+    with reading(source, CONFIG, suspects=lambda: blame_fields(source, load, lambda changed: _on_meta(changed, load))):
+        model = _on_meta(config, load)
+    check_parameters(source, sum(parameter.numel() for parameter in model.parameters()))
+    return model
+
+
+def _on_meta(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     return model
@@ -94,7 +124,8 @@ def empty_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel
 def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedModel:
     """The model with random weights in float32, on the CPU. torch.OutOfMemoryError if main memory is too small."""
     _check_memory(config, load, torch.float32)
-    model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
+    with reading(config.name_or_path or "", CONFIG):
+        model: PreTrainedModel = auto_class(config, load).from_config(config, trust_remote_code=load.trust_remote_code)
     model = model.float().eval().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # scales begin at 1: a channel-wise scaled output would look like a copy
@@ -160,26 +191,98 @@ def _check_memory(config: PretrainedConfig, load: LoadSettings, dtype: torch.dty
         )
 
 
-def load_error(source: str, error: Exception) -> InputError:
-    """The error when `source` can't be loaded."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    if Path(source).is_dir():
-        return InputError(f"The model in {source} can't be loaded: {first}.")
-    return InputError(
-        f"The model {source} can't be fetched from the Hub: {first}; check the id and the network, or download it "
-        "elsewhere and give its local directory."
-    )
+def max_memory(load: LoadSettings) -> dict[int | str, str]:
+    """`load.max_memory` as accelerate reads it; InputError for a device that isn't there."""
+    limits: dict[int | str, str] = {int(name) if name.isdecimal() else name: size for name, size in load.max_memory.items()}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    mps = accelerator is not None and accelerator.type == "mps"
+    there = ["mps"] if mps else [*range(torch.accelerator.device_count() if accelerator is not None else 0)]
+    for name, size in limits.items():
+        if name not in (*there, "cpu", "disk"):
+            raise InputError(
+                f"The setting load.max_memory names the device {name}, which isn't there; the devices here are "
+                f"{', '.join(map(str, (*there, 'cpu')))}: correct the setting."
+            )
+        if not re.fullmatch(r"\d+(\.\d+)? ?[KMG]i?B", size, re.IGNORECASE):
+            raise InputError(f"The setting load.max_memory has {size!r} for {name}; write sizes as 20GiB or 900MB.")
+    return limits
 
 
-def _check_complete(source: str, loading: dict[str, Any], method: str) -> None:
-    """InputError if tensors are missing: transformers fills them with random numbers and at most warns."""
+def _check_parts(source: str, load: LoadSettings, config: PretrainedConfig) -> None:
+    """InputError that names the file, if reading one of the files that the weights are loaded with fails by itself."""
+    empty_model(config, load)
+    options: dict[str, Any] = {"revision": load.revision} if load.revision else {}
+    with reading(source, "generation_config.json"), contextlib.suppress(OSError):  # it needn't exist
+        GenerationConfig.from_pretrained(source, **options)
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
+        with reading(source, path.name), safe_open(path, "pt"):
+            pass
+
+
+def _check_complete(
+    source: str, loading: dict[str, Any], model: PreTrainedModel, method: str, warn: Callable[[str], None]
+) -> None:
+    """InputError if tensors are missing, which transformers would fill with random numbers, or whole layers are left out."""
     wrong = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    unexpected = sorted(loading["unexpected_keys"])
     if wrong:
-        named = ", ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise InputError(
-            f"The model in {source} is incomplete: its weight files lack {named}, or store them in another shape than "
-            "config.json says; download it again, or check that weights and config belong together"
+            f"The model in {source} is incomplete: its weight files lack {named(wrong)}, or store them in another shape than "
+            + f"config.json says{f', and hold {named(unexpected)}, which it has no place for' if unexpected else ''}; "
+            + "download it again, or check that weights and config belong together"
             + (f" (it is quantized as {method}; --set load.dequantize=true reads it without its kernels)." if method else ".")
+        )
+    layers = _left_out(unexpected, [name for name, _ in model.named_parameters()])
+    if layers:
+        raise InputError(
+            f"The weights of the model in {source} are of a model with more layers than its config.json describes, because it "
+            f"has no place for {named(layers)}; correct the number of layers, or download config.json again."
+        )
+    if unexpected and not method:  # the files of quantized checkpoints hold scales, too
+        warn(
+            f"The model has no place for {len(unexpected)} tensors of its weight files ({named(unexpected)}), which are left "
+            "out; check that weights and config belong together."
+        )
+
+
+def _left_out(unexpected: Collection[str], parameters: Collection[str]) -> list[str]:
+    """The tensors of layers that the model doesn't have, but that are like its own.
+
+    A layer that predicts further tokens isn't: it has tensors beside those of a usual layer, and transformers leaves it out.
+    """
+    own = {_layer_and_rest(name) for name in parameters}
+    numbers, rests = {layer for layer, _ in own}, {(_unnumbered(layer), rest) for layer, rest in own}
+    alike: dict[str, bool] = {}
+    for layer, rest in map(_layer_and_rest, unexpected):
+        if layer not in numbers:
+            alike[layer] = alike.get(layer, True) and (_unnumbered(layer), rest) in rests
+    return [name for name in unexpected if alike.get(_layer_and_rest(name)[0])]
+
+
+def _layer_and_rest(name: str) -> tuple[str, str]:
+    """A tensor's name up to its first number, and from there on with # for numbers; ("", name) if it has no number."""
+    found = re.match(r"(.*?\.\d+\.)(.*)", name)
+    return (found[1], re.sub(r"\b\d+\b", "#", found[2])) if found else ("", name)
+
+
+def _unnumbered(layer: str) -> str:
+    return layer.rstrip(".0123456789")
+
+
+def check_not_empty(source: str, model: PreTrainedModel) -> None:
+    """InputError if the embedding, or most matrices, hold only zeros, as files do that were never filled."""
+    matrices = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.is_floating_point() and not parameter.is_meta
+    }
+    # Most matrices have something else than zeros in their first row, so that the others needn't be read.
+    empty = [name for name, matrix in matrices.items() if not matrix[:1].any() and not matrix.any()]
+    embedding = model.get_input_embeddings().weight
+    if 2 * len(empty) > len(matrices) or any(matrices[name] is embedding for name in empty):
+        raise InputError(
+            f"The weights of the model in {source} are empty: {len(empty)} of its {len(matrices)} matrices hold only zeros "
+            f"({named(empty)}); download them again."
         )
 
 

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError, first_line
-from abliterate.model import architectures, quantized
+from abliterate.model import architectures, model_files, quantized
 from abliterate.model.architectures import Architecture, Target
-from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
+from abliterate.model.checkpoint import check_not_empty, empty_model, load_weights, max_memory, random_model
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
+from abliterate.model.model_config import d_model_of, read_config
+from abliterate.model.model_files import CONFIG, reading
 from abliterate.model.structure import discover
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
@@ -80,8 +82,7 @@ def resolve_source(model: str) -> str:
         return str(demo_path() / "model")
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"The directory {model} holds no model: it has no config.json; name another directory.")
+        model_files.check_folder(path, model)
         return str(path)
     if path.exists():
         raise InputError(f"The path {model} is a file; give the directory that holds config.json and the weights.")
@@ -99,7 +100,6 @@ def load_model(
     """
     source = resolve_source(name)
     config, tokenizer, model, dtype = open_model(source, load, device, probe_inputs, warn)
-    text_config = config.get_text_config()
     architecture = architecture_of(model, load)
     info = ModelInfo(
         id=public_name(name),
@@ -108,7 +108,7 @@ def load_model(
         fingerprint=fingerprint(source, config),
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
-        d_model=text_config.hidden_size,
+        d_model=d_model_of(source, config),
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(dtype).removeprefix("torch."),
         device=str(device),
@@ -122,28 +122,35 @@ def open_model(
     source: str, load: LoadSettings, device: torch.device, probe_inputs: Callable[..., Any], warn: Callable[[str], None]
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, PreTrainedModel, torch.dtype]:
     """Load any model that generates, as `load_model` does, but without modules to edit and without hashes of files."""
-    config = _from_hub(AutoConfig, source, load)
+    config = load_config(source, load)
     tokenizer = load_tokenizer(source, load)
+    model_files.check_vocabulary(source, tokenizer, config)
     model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
     return config, tokenizer, model, dtype
 
 
-def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bool = False) -> Skeleton | None:
+def skeleton(
+    name: str, load: LoadSettings, device: torch.device, *, measure: bool = False, weights: bool = False
+) -> Skeleton | None:
     """The model that a config describes, without reading weights; None for a family that isn't in the table.
 
     `measure`: for such a family, examine its layers with random weights, which shows the same structure, if memory suffices.
+    `weights`: the weights will be loaded later, so it is an error if there are none, or none that can be loaded so.
 
     Raises:
         InputError: there is no such model, or it can't be edited. torch.OutOfMemoryError: memory is too small to measure.
     """
     source = resolve_source(name)
     config = load_config(source, load)
-    text_config = config.get_text_config()
+    if weights:
+        model_files.check_weight_files(source, config)
+        max_memory(load)
+    model_type, d_model = config.get_text_config().model_type, d_model_of(source, config)
     model = empty_model(config, load)
-    architecture = architectures.known_architecture(text_config.model_type, load.decoder_layers, load.components)
+    architecture = architectures.known_architecture(model_type, load.decoder_layers, load.components)
     if architecture is None and not measure:
         return None
-    architecture = architecture or discover(random_model(config, load), text_config.model_type)
+    architecture = architecture or discover(random_model(config, load), model_type)
     info = ModelInfo(
         id=public_name(name),
         source=source,
@@ -151,7 +158,7 @@ def skeleton(name: str, load: LoadSettings, device: torch.device, *, measure: bo
         fingerprint="",
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
-        d_model=text_config.hidden_size,
+        d_model=d_model,
         n_parameters=sum(parameter.numel() for parameter in model.parameters()),
         dtype=str(_dtype(load.dtypes[0], config, device)).removeprefix("torch."),
         device=str(device),
@@ -182,13 +189,15 @@ def _first_that_generates(
     for dtype in dict.fromkeys(_dtype(label, config, device) for label in load.dtypes):
         model = None
         try:
-            model = load_weights(source, load, config, dtype, device)
-            reason = "" if _generates(model, probe) else "its logits are not finite"
+            model = load_weights(source, load, config, dtype, device, warn)
+            with reading(source, f"{CONFIG} or generation_config.json (at the first token)", but=(RuntimeError, ImportError)):
+                reason = "" if _generates(model, probe) else "its logits are not finite"
         except ImportError as error:
             raise _without_kernels(config, error) from error
         except RuntimeError as error:  # also out of memory; an InputError, for wrong input, isn't caught
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         if model is not None and not reason:
+            check_not_empty(source, model)
             return model, dtype
         # Outside the `except` block: inside it, the traceback keeps the model alive.
         del model
@@ -209,13 +218,22 @@ def _without_kernels(config: PretrainedConfig, error: ImportError) -> InputError
 
 
 def load_config(source: str, load: LoadSettings) -> PretrainedConfig:
-    """The model's config; InputError, in this module's words, if there is none."""
-    return _from_hub(AutoConfig, source, load)
+    """The model's config; InputError if there is none, or a field of it is wrong."""
+    if not Path(source).is_dir():
+        skip_retries_without_network()
+        model_files.check_hub_adapter(source, load.revision)
+    return read_config(source, load)
 
 
 def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
     """The tokenizer with left padding, a pad token, and the chat template of the settings if they name one."""
-    tokenizer = _from_hub(AutoTokenizer, source, load)
+    if not Path(source).is_dir():
+        skip_retries_without_network()
+    with reading(source, "the tokenizer's files"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=load.trust_remote_code, **({"revision": load.revision} if load.revision else {})
+        )
+    model_files.check_tokenizer(source, tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -234,7 +252,7 @@ def _processor_template(source: str, load: LoadSettings) -> str | None:
     try:
         path = cached_file(source, "chat_template.json", revision=load.revision or None)
         content = json.loads(Path(path or "").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     template = content.get("chat_template") if isinstance(content, dict) else None
     return template if isinstance(template, str) else None
@@ -256,16 +274,6 @@ def fingerprint(source: str, config: PretrainedConfig) -> str:
 def public_name(name: str) -> str:
     """The model's name for results: only the last part of a local path, so that no private path is published."""
     return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
-
-
-def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
-    kwargs: dict[str, Any] = {"revision": load.revision} if load.revision else {}
-    if not Path(source).is_dir():
-        skip_retries_without_network()
-    try:
-        return auto.from_pretrained(source, trust_remote_code=load.trust_remote_code, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise load_error(source, error) from error
 
 
 def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:

@@ -6,8 +6,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import InputError, first_line
+from abliterate.errors import InputError
 from abliterate.model.checkpoint import quiet_bitsandbytes
+from abliterate.model.model_files import damaged_file, library_errors, reason_of
 
 
 def check_adapter(path: Path) -> None:
@@ -19,12 +20,10 @@ def check_adapter(path: Path) -> None:
     quiet_bitsandbytes()
     from peft import PeftConfig
 
-    try:
+    with library_errors(lambda error: _unreadable(path, damaged_file(path) or reason_of(error))):
         config = PeftConfig.from_pretrained(str(path))
-        if config.peft_type is None:
-            raise ValueError("its adapter_config.json doesn't name its kind")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"The adapter in {path} can't be read: {first_line(error)}; export it again.") from error
+    if config.peft_type is None:
+        raise _unreadable(path, "its adapter_config.json doesn't name its kind")
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning or kind == "XLORA":
         raise InputError(
@@ -34,10 +33,18 @@ def check_adapter(path: Path) -> None:
 
 
 def with_adapter(model: Any, path: Path) -> Any:
-    """The model with the adapter, as PEFT's `PeftModel`. Errors are PEFT's own."""
+    """The model with the adapter, as PEFT's `PeftModel`. InputError if they don't belong together."""
     quiet_bitsandbytes()
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    def sentence(error: BaseException) -> InputError:
+        reason = damaged_file(path) or reason_of(error)
+        return InputError(f"The adapter in {path} doesn't fit the base: {reason}; give the base that it was made from.")
+
+    with warnings.catch_warnings(), library_errors(sentence):
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         return PeftModel.from_pretrained(model, str(path)).eval()
+
+
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(f"The adapter in {path} can't be read: {reason}; export it again.")

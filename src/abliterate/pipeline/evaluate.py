@@ -22,6 +22,7 @@ from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
+from abliterate.model.model_files import is_adapter
 from abliterate.model.peft import check_adapter, with_adapter
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context, read_prompts
@@ -67,7 +68,7 @@ def parse_candidate(text: str) -> Candidate:
         return Candidate("trial", str(run), int(tail))
     if _is_run(path):
         return Candidate("trial", str(path))
-    if os.path.isfile(path / "adapter_config.json"):
+    if is_adapter(path):
         return Candidate("adapter", str(path))
     loader.resolve_source(text)  # its error sentences explain what a path may be
     return Candidate("model", text)
@@ -205,7 +206,7 @@ def _views(
         return
     if candidate.kind == "adapter":
         with context.stage("load the adapter", candidate.name):
-            peft = _with_adapter(bench, candidate.source)
+            peft = with_adapter(bench.loaded.model, Path(candidate.source))
         yield replace(base, active=peft.disable_adapter), replace(base, active=contextlib.nullcontext)
         return
     with open_workbench(context.with_settings(_settings_of(settings, candidate))) as other:
@@ -218,14 +219,3 @@ def _views(
                 "by token; give the base that it was made from."
             )
         yield base, ModelView(other.plain, other.base)
-
-
-def _with_adapter(bench: Workbench, source: str) -> Any:
-    """The base with a PEFT adapter, which wraps the base's layers in place."""
-    try:
-        return with_adapter(bench.loaded.model, Path(source))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise InputError(
-            f"The adapter in {source} doesn't fit the base: {first}; give the base that it was made from."
-        ) from error

@@ -11,6 +11,7 @@ from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import LoadedModel
+from abliterate.model.model_files import check_vocabulary, is_lone_config
 from abliterate.pipeline.batch_size import speeds_of
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import plain_engine
@@ -32,9 +33,15 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
         with context.stage("read the config", loader.public_name(settings.model)):
             loaded = loader.skeleton(settings.model, settings.load, device, measure=True)
     assert loaded is not None
+    source, tokenizer = loaded.info.source, None
+    if not weights and not is_lone_config(source):
+        tokenizer = loader.load_tokenizer(source, settings.load)
+        check_vocabulary(source, tokenizer, loaded.model.config)
     try:
         if not weights:
-            chat = PromptEncoder(loader.load_tokenizer(loaded.info.source, settings.load), torch.device("cpu"))
+            if tokenizer is None:
+                raise InputError("The directory holds a config without a tokenizer.")
+            chat = PromptEncoder(tokenizer, torch.device("cpu"))
         prompts = read_prompts(context)
         work = Workload.of(prompts, chat)
         if isinstance(loaded, LoadedModel):

@@ -33,7 +33,7 @@ def check_model(settings: Settings, *, editing: bool = True) -> None:
 
     Without `editing`, only a model that can't be loaded is an error.
     """
-    skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
+    skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"), weights=True)
     if editing and skeleton is not None:
         check_export(settings, skeleton.model.config, skeleton.targets)
         coverage = coverage_of(skeleton.model, skeleton.architecture, skeleton.targets)

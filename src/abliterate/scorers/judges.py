@@ -24,6 +24,7 @@ import torch
 from abliterate.errors import InputError, TrialError
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import public_name
+from abliterate.model.model_files import library_errors
 from abliterate.scorers.base import Observation, Response
 from abliterate.types import Goal, Prompt, Score
 
@@ -108,9 +109,10 @@ class Classifier(_Judge):
 
             skip_retries_without_network()
             try:
-                model = AutoModelForSequenceClassification.from_pretrained(self._source).eval()
-                tokenizer = AutoTokenizer.from_pretrained(self._source)
-            except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+                with library_errors(lambda error: TrialError(_not_loaded(self._source, error))):
+                    model = AutoModelForSequenceClassification.from_pretrained(self._source).eval()
+                    tokenizer = AutoTokenizer.from_pretrained(self._source)
+            except (RuntimeError, MemoryError) as error:  # out of memory
                 raise TrialError(_not_loaded(self._source, error)) from error
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
@@ -120,7 +122,7 @@ class Classifier(_Judge):
         return self._loaded
 
 
-def _not_loaded(source: str, error: Exception) -> str:
+def _not_loaded(source: str, error: BaseException) -> str:
     """The reason in a form fit for results: libraries quote whole paths, so a local file is called by its name only."""
     name = public_name(source)
     is_path = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source
