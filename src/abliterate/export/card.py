@@ -358,17 +358,20 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     if "weight_error" in record:
         error = record["weight_error"]["max"]
         largest = f"{error:.1e}" if error is not None else "infinite"
-        differs = ", ".join(map(code, record.get("differs", ())))
-        rest = (
-            "Everything else is the base's."
-            if record["checks"]["untouched"]
-            else f"**Other parts differ from the base's, or are missing{f': {differs}' if differs else ''}.**"
-        )
         figures.append(
             "Every edited matrix was compared with the edit's definition, computed anew from the base's: largest relative "
-            f"error {largest}. {rest}"
+            f"error {largest}. {_rest(record)}"
         )
     return _CHECKED.format(verdict=verdict, figures="\n\n".join(figures))
+
+
+def _rest(record: Mapping[str, Any]) -> str:
+    """The sentence on everything that wasn't edited."""
+    if record["checks"]["untouched"]:
+        loaded = record.get("loaded_in")
+        return f"Everything else is the base's{f', as transformers loads it in {loaded}' if loaded else ''}."
+    differs = ", ".join(map(code, record.get("differs", ())))
+    return f"**Other parts differ from the base's, or are missing{f': {differs}' if differs else ''}.**"
 
 
 def missing_section(names: Sequence[str]) -> str:

@@ -36,10 +36,12 @@ class RereadMerged:
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
         self._folder, self._job, self._base, self._edited = folder, job, base, base.tensors(job.factors)
-        if base.whole is not None:  # never two models in memory
+        whole = base.whole is not None
+        if whole:  # never two models in memory
             base.let_go()
         self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
+        self.loaded_in = str(self.dtype).removeprefix("torch.") if whole else ""
 
     def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
         matrix = self._out.matrix(self._out.targets[target.name], index)
@@ -57,8 +59,8 @@ class RereadMerged:
         base, folder = self._base.digests, self._folder
         exported = digests(self._out.whole or load_weights(str(folder), self._out.load, self._out.config, self.dtype, None))
         changed = [name for name in base if name not in self._edited and exported.get(name) != base[name]]
-        config = config_file(self._job.source, self._base.load).read_text(encoding="utf-8")
-        plain = (folder / "config.json").read_text(encoding="utf-8") == dense_config(config)
+        config = config_file(self._job.source, self._base.load).read_bytes()
+        plain = (folder / "config.json").read_bytes() == dense_config(config)
         unloaded = find_unloaded(self._job.source, self._base.load, self._base.config)
         return [*changed, *sorted(exported.keys() - base.keys()), *lost(folder, unloaded), *([] if plain else ["config.json"])]
 
@@ -194,7 +196,7 @@ def check_weights(
     checks = {"weights": not off, "untouched": reread.untouched()}
     worst = max(comparisons, key=lambda name: comparisons[name].relative_error, default="")
     error = comparisons[worst].relative_error if worst else 0.0
-    differs = list(getattr(reread, "differing", ()))
+    further = {"differs": list(getattr(reread, "differing", ())), "loaded_in": getattr(reread, "loaded_in", "")}
     record = {
         "ok": all(checks.values()),
         "checks": checks,
@@ -202,7 +204,7 @@ def check_weights(
         "weight_error": {"max": error if math.isfinite(error) else None, "module": worst, "off": off},
         "lost_to_storage": max((comparison.lost for comparison in comparisons.values()), default=0.0) + 0.0,  # no −0.0
     }
-    return Verification(all(checks.values()), record | ({"differs": differs} if differs else {}))
+    return Verification(all(checks.values()), record | {name: value for name, value in further.items() if value})
 
 
 def chunks(weight: Tensor, chunk: int) -> Iterator[slice]:

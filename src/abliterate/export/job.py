@@ -65,7 +65,8 @@ class Reread(Protocol):
     def untouched(self) -> bool:
         """Whether everything that isn't edited is the base's, files beside the weights included.
 
-        A sequence `differing` names the tensors and files that aren't, for the export's card; it may be left out.
+        Two attributes for the export's card may be left out: `differing`, the names of tensors and files that aren't the
+        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored.
         """
 
 

@@ -74,8 +74,7 @@ class Merged:
         unloaded = find_unloaded(job.source, matrices.load, matrices.config)
         carry_over(folder, unloaded)
         # The base's, because every version of transformers writes configs in a form that older ones misread.
-        config = config_file(job.source, job.load).read_text(encoding="utf-8")
-        (folder / "config.json").write_text(dense_config(config), encoding="utf-8")
+        (folder / "config.json").write_bytes(dense_config(config_file(job.source, job.load).read_bytes()))
         return unloaded.missing
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

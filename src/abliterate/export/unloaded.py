@@ -93,11 +93,11 @@ def lost(folder: Path, unloaded: Unloaded) -> list[str]:
     return [*unloaded.missing, *wrong]
 
 
-def dense_config(text: str) -> str:
-    """The text of a config.json without its quantization; otherwise it stays as it is, whatever version wrote it."""
-    record = json.loads(text)
+def dense_config(config: bytes) -> bytes:
+    """The content of a config.json without its quantization; otherwise it stays as it is, whatever version wrote it."""
+    record = json.loads(config)
     plain = _without_quantization(record)
-    return text if plain == record else json.dumps(plain, indent=2, ensure_ascii=False) + "\n"
+    return config if plain == record else (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _without_quantization(record: dict[str, Any]) -> dict[str, Any]:
