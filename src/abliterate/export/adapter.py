@@ -87,7 +87,7 @@ class Adapter:
             return PeftModel.from_pretrained(base, str(folder)).eval()  # type: ignore[return-value]
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
-        return RereadAdapter(folder, base)
+        return RereadAdapter(folder, job)
 
 
 def _sort_modules(path: Path) -> None:

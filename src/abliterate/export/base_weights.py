@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
@@ -133,13 +134,15 @@ def stored_dtype(config: object) -> torch.dtype:
 
 
 def digests(model: PreTrainedModel) -> dict[str, str]:
-    """{tensor: a hash of its shape, dtype and bytes}."""
-    hashes = {}
-    for name, tensor in model.state_dict().items():
-        digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        hashes[name] = digest.hexdigest()
-    return hashes
+    """{tensor: its `tensor_digest`}."""
+    return {name: tensor_digest(tensor) for name, tensor in model.state_dict().items()}
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """A hash of a tensor's shape, dtype and bytes."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def targets_by_name(model: PreTrainedModel, architecture: Architecture) -> dict[str, Target]:
@@ -171,8 +174,7 @@ def checkpoint_folder(source: str, load: LoadSettings) -> Path:
     if folder.is_dir():
         return folder
     skip_retries_without_network()
-    config = fetched(source, load, "config.json")
-    assert config is not None
+    config = config_file(source, load)
     if fetched(source, load, SINGLE, optional=True) is None:
         index = fetched(source, load, INDEX, optional=True)
         if index is None:
@@ -180,6 +182,13 @@ def checkpoint_folder(source: str, load: LoadSettings) -> Path:
         for name in shards_of(index):
             fetched(source, load, name)
     return config.parent
+
+
+def config_file(source: str, load: LoadSettings) -> Path:
+    """The path of a model's config.json, which is fetched if it is missing."""
+    path = Path(source) / "config.json" if Path(source).is_dir() else fetched(source, load, "config.json")
+    assert path is not None, "fetching a file that isn't optional raises"
+    return path
 
 
 def fetched(source: str, load: LoadSettings, name: str, *, optional: bool = False) -> Path | None:
@@ -192,3 +201,13 @@ def fetched(source: str, load: LoadSettings, name: str, *, optional: bool = Fals
     except OSError as error:
         raise load_error(source, error) from error
     return Path(path) if path is not None else None
+
+
+def listed_files(source: str, load: LoadSettings) -> list[str] | None:
+    """The names of all files of a Hub model at the revision of the settings; None if the Hub can't tell now."""
+    skip_retries_without_network()
+    try:
+        return list(HfApi().list_repo_files(source, revision=load.revision or None))
+    # The Hub's library raises its own errors and those of its HTTP library; all mean that there is no answer.
+    except Exception:
+        return None

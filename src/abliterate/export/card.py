@@ -9,13 +9,14 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from abliterate._version import __version__
+from abliterate.export.base_card import front_lines
 from abliterate.model.loader import public_name
 from abliterate.objectives import CLASSIFIER, DEFAULT, SETTINGS_NAMING_SCORERS, is_custom, public
 from abliterate.prompts.files import public_source
@@ -193,14 +194,13 @@ def _toml(value: Any) -> str:
 
 _CARD = """\
 ---
-{base_model}tags:
-{tags}
+{front}
 ---
 
 # {base}, {title}
 
 This is {base}{revision} after directional ablation: the direction along which the model separates {separated} \
-was removed from matrices that write to the residual stream. No training took place.{dequantized}
+was removed from matrices that write to the residual stream. No training took place.{dequantized}{adapter}
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
 
@@ -219,7 +219,6 @@ made with abliterate {version}. Parameters:
 
 # The card's words if the model refuses fewer of the harmful prompts than the base, and if it doesn't.
 _LESS = {
-    "tags": "- abliterated\n- abliterate",
     "title": "with refusal ablated",
     "separated": "prompts it refuses\nfrom prompts it answers",
     "altered": "**Its safety behaviour was altered on purpose.** It refuses less than the base model, also where the base\n"
@@ -227,12 +226,19 @@ _LESS = {
 }
 
 _NOT_LESS = {
-    "tags": "- abliterate",
     "title": "with a direction ablated",
     "separated": "one set of prompts\n(called harmful) from another (called harmless)",
     "altered": "**Its behaviour was altered on purpose**, by a search over {named}. Of the harmful prompts\n"
     "below it refuses {compared} the base model does.",
 }
+
+_ADAPTER = """
+
+This is an adapter for PEFT, not a whole model: `PeftModel.from_pretrained(base, this folder)` loads it onto the base."""
+
+_DORA = """ Its kind is
+**DoRA**, which vLLM and llama.cpp don't load. A run with `--set edit.mode=pre` makes a plain LoRA, which they do, and
+`abliterate export --kind merged` a whole model."""
 
 _HELDOUT = """
 ## On prompts that were held out
@@ -252,6 +258,13 @@ _CHECKED = """
 {figures}
 """
 
+_MISSING = """
+## What is missing
+
+**{count} tensors of the base aren't in this export**, because `transformers` doesn't load them and the base's format can't be
+read without it: {names}.
+"""
+
 _SCORES = """\
 {table}
 
@@ -263,6 +276,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
 
     `n_harmless`: None if the result doesn't name its prompts. `on_hub`: whether `base` is the name of a model on the Hub.
     `quantized`: how the base's files are quantized, or ""; `dense`: whether this export has weights of its own.
+    `base_card`: the base's `front_matter`; `adapter`: "dora" or "lora" if the export is an adapter, else "".
     `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial.
     `approximation` {"mean", "max"}: the share of each matrix's change that a low-rank representation loses; empty if exact.
     """
@@ -280,13 +294,17 @@ def model_card(facts: Mapping[str, Any]) -> str:
         dequantized = (
             f"\n\nThe base's weights are quantized ({stored}). This model is **dequantized**: all its weights are dense."
         )
+    adapter = facts.get("adapter", "")
+    base_model = [f"base_model: {name}"] if facts["on_hub"] else []
     named = ", ".join(f"{code(objective.name)} ({objective.goal}d)" for objective in facts["objectives"])
+    tags = ("abliterated", "abliterate") if facts["after"] < facts["before"] else ("abliterate",)
     texts = _wording(facts["before"], facts["after"], named) | {
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
         "scores": _scores(facts),
         "dequantized": dequantized,
         "heldout": _heldout(facts.get("heldout")),
-        "base_model": f"base_model: {name}\n" if facts["on_hub"] else "",
+        "adapter": (_ADAPTER if adapter else "") + (_DORA if adapter == "dora" else ""),
+        "front": "\n".join([*base_model, *front_lines(facts.get("base_card", {}), tags)]),
         "revision": revision,
         "params": params,
         "approximation": approximation,
@@ -340,12 +358,25 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     if "weight_error" in record:
         error = record["weight_error"]["max"]
         largest = f"{error:.1e}" if error is not None else "infinite"
-        rest = "Everything else is the base's." if record["checks"]["untouched"] else "**Other parts differ from the base's.**"
         figures.append(
             "Every edited matrix was compared with the edit's definition, computed anew from the base's: largest relative "
-            f"error {largest}. {rest}"
+            f"error {largest}. {_rest(record)}"
         )
     return _CHECKED.format(verdict=verdict, figures="\n\n".join(figures))
+
+
+def _rest(record: Mapping[str, Any]) -> str:
+    """The sentence on everything that wasn't edited."""
+    if record["checks"]["untouched"]:
+        loaded = record.get("loaded_in")
+        return f"Everything else is the base's{f', as transformers loads it in {loaded}' if loaded else ''}."
+    differs = ", ".join(map(code, record.get("differs", ())))
+    return f"**Other parts differ from the base's, or are missing{f': {differs}' if differs else ''}.**"
+
+
+def missing_section(names: Sequence[str]) -> str:
+    """The section of a card on the tensors of the base that the export lacks."""
+    return _MISSING.format(count=len(names), names=", ".join(map(code, names)))
 
 
 def _score_table(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from abliterate.edits import EditMethod, Factors
-from abliterate.export.base_weights import Matrices, digests
+from abliterate.export.base_weights import Matrices, config_file, digests
 from abliterate.export.check_behaviour import Verification
+from abliterate.export.companions import changed_companions
 from abliterate.export.job import ExportJob, Reread, Rows
 from abliterate.export.safetensors_copy import INDEX, SINGLE, read_header
+from abliterate.export.unloaded import dense_config, find_unloaded, lost
 from abliterate.model.architectures import Target
 from abliterate.model.checkpoint import load_weights
 
@@ -32,29 +35,40 @@ class RereadMerged:
     """The `Reread` of a model directory, whose files are compared with the base's byte by byte if they were streamed."""
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
-        self._folder, self._base, self._edited = folder, base, base.tensors(job.factors)
-        if base.whole is not None:  # never two models in memory
+        self._folder, self._job, self._base, self._edited = folder, job, base, base.tensors(job.factors)
+        whole = base.whole is not None
+        if whole:  # never two models in memory
             base.let_go()
         self._out = Matrices(str(folder), job.load.model_copy(update={"revision": ""}), job.architecture)
         self.dtype = self._out.dtype
+        self.loaded_in = str(self.dtype).removeprefix("torch.") if whole else ""
 
     def rows(self, target: Target, index: int, weight: Tensor) -> Rows:
         matrix = self._out.matrix(self._out.targets[target.name], index)
         return lambda rows: matrix[rows].double()
 
     def untouched(self) -> bool:
-        base = self._base.digests
-        if base:
-            exported = digests(
-                self._out.whole or load_weights(str(self._folder), self._out.load, self._out.config, self.dtype, None)
-            )
-            unedited = base.keys() - self._edited
-            return exported.keys() == base.keys() and all(exported[name] == base[name] for name in unedited)
+        return not self.differing
+
+    @cached_property
+    def differing(self) -> list[str]:
+        found = self._of_a_whole_model() if self._base.digests else self._of_files()
+        return [*found, *changed_companions(self._job, self._folder)]
+
+    def _of_a_whole_model(self) -> list[str]:
+        base, folder = self._base.digests, self._folder
+        exported = digests(self._out.whole or load_weights(str(folder), self._out.load, self._out.config, self.dtype, None))
+        changed = [name for name in base if name not in self._edited and exported.get(name) != base[name]]
+        config = config_file(self._job.source, self._base.load).read_bytes()
+        plain = (folder / "config.json").read_bytes() == dense_config(config)
+        unloaded = find_unloaded(self._job.source, self._base.load, self._base.config)
+        return [*changed, *sorted(exported.keys() - base.keys()), *lost(folder, unloaded), *([] if plain else ["config.json"])]
+
+    def _of_files(self) -> list[str]:
         files = self._base.files
         plain = ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]
-        return all(_same_bytes(path, self._folder / path.name, self._edited) for path in files) and all(
-            (files[0].parent / name).read_bytes() == (self._folder / name).read_bytes() for name in plain
-        )
+        changed = [path.name for path in files if not _same_bytes(path, self._folder / path.name, self._edited)]
+        return changed + [name for name in plain if (files[0].parent / name).read_bytes() != (self._folder / name).read_bytes()]
 
 
 class RereadAdapter:
@@ -62,7 +76,8 @@ class RereadAdapter:
 
     dtype = torch.float32
 
-    def __init__(self, folder: Path, base: Matrices) -> None:
+    def __init__(self, folder: Path, job: ExportJob) -> None:
+        self._folder, self._job = folder, job
         self._tensors = load_file(folder / "adapter_model.safetensors")
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         self._scaling, self._dora = config["lora_alpha"] / config["r"], bool(config["use_dora"])
@@ -83,8 +98,13 @@ class RereadAdapter:
         return edited
 
     def untouched(self) -> bool:
+        return not self.differing
+
+    @cached_property
+    def differing(self) -> list[str]:
         # The files hold tensors for the modules that the config names, and no others.
-        return set(self._tensors) == {key for name in self._modules for key in self._keys(name)}
+        wrong = set(self._tensors) ^ {key for name in self._modules for key in self._keys(name)}
+        return [*sorted(wrong), *changed_companions(self._job, self._folder)]
 
     def _keys(self, module: str) -> list[str]:
         """The names of a module's tensors in PEFT's file."""
@@ -176,6 +196,7 @@ def check_weights(
     checks = {"weights": not off, "untouched": reread.untouched()}
     worst = max(comparisons, key=lambda name: comparisons[name].relative_error, default="")
     error = comparisons[worst].relative_error if worst else 0.0
+    further = {"differs": list(getattr(reread, "differing", ())), "loaded_in": getattr(reread, "loaded_in", "")}
     record = {
         "ok": all(checks.values()),
         "checks": checks,
@@ -183,7 +204,7 @@ def check_weights(
         "weight_error": {"max": error if math.isfinite(error) else None, "module": worst, "off": off},
         "lost_to_storage": max((comparison.lost for comparison in comparisons.values()), default=0.0) + 0.0,  # no −0.0
     }
-    return Verification(all(checks.values()), record)
+    return Verification(all(checks.values()), record | {name: value for name, value in further.items() if value})
 
 
 def chunks(weight: Tensor, chunk: int) -> Iterator[slice]:

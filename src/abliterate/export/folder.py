@@ -60,6 +60,7 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
         with _claimed(final, key) as partial:
             yield partial
             (partial / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
+            _follow_umask(partial)
             _rename(partial, final)
             # After the rename: a kill in between leaves a finished export with a lock file in it, which does no harm. The other
             # way round it left a hidden folder that no export would take.
@@ -136,6 +137,14 @@ def empty(partial: Path) -> None:
             shutil.rmtree(path)
         elif path.name != LOCK:
             path.unlink()
+
+
+def _follow_umask(partial: Path) -> None:
+    """Give every file the mode of a new file; safetensors writes under temporary names, which only their owner can read."""
+    mode = (partial / MARKER).stat().st_mode & 0o777
+    for path in partial.rglob("*"):
+        if path.is_file() and path.stat().st_mode & 0o777 != mode:
+            path.chmod(mode)
 
 
 def _rename(partial: Path, final: Path) -> None:

@@ -28,7 +28,8 @@ Rows = Callable[[slice], Tensor]
 class ExportJob:
     """One trial's edits, {module name: factors}, and where the base model comes from.
 
-    `fingerprint` identifies the base's content.
+    `fingerprint` identifies the base's content. `tokenizer` is the one that trials used, with settings of its own for running;
+    exports get the base's files instead.
     """
 
     source: str
@@ -44,7 +45,8 @@ class ExportJob:
     def key(self, kind: str) -> str:
         """A hash that is equal for exports of `kind` with equal files; the card, which is written last, does not count."""
         versions = f"{__version__} {transformers.__version__}"
-        digest = hashlib.sha256(f"{versions} {kind} {self.fingerprint} {self.load.revision}".encode())
+        made_of = f"{self.fingerprint} {self.load.revision} {self.load.chat_template}"
+        digest = hashlib.sha256(f"{versions} {kind} {made_of}".encode())
         for name, factors in sorted(self.factors.items()):
             digest.update(name.encode())
             for tensor in (factors.row_scale, factors.a, factors.b):
@@ -61,7 +63,11 @@ class Reread(Protocol):
         """Rows of W' of one matrix of a target, given the base's `weight` (d_out, d_in)."""
 
     def untouched(self) -> bool:
-        """Whether everything that isn't edited is the base's."""
+        """Whether everything that isn't edited is the base's, files beside the weights included.
+
+        Two attributes for the export's card may be left out: `differing`, the names of tensors and files that aren't the
+        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored.
+        """
 
 
 class Exporter(Protocol):

@@ -1,7 +1,8 @@
 """Export a merged model: the base's own files with every edited matrix replaced, in the dtype that they are stored in.
 
-The files are streamed if they hold the matrices under the model's names. If `transformers` renames or converts tensors as it
-loads them, or if the weights aren't safetensors, the model is loaded and saved as a whole.
+The files are streamed if they hold the matrices under the model's names. If `transformers` converts tensors as it loads them,
+or if they aren't stored in the dtype that the config names, the model is loaded and saved as a whole; what its class doesn't
+load is carried over from the base's files.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from abliterate.edits import Factors
-from abliterate.export.base_weights import Matrices
+from abliterate.export.base_weights import Matrices, config_file
+from abliterate.export.card import missing_section
 from abliterate.export.check_weights import RereadMerged
 from abliterate.export.companions import save_companions
 from abliterate.export.folder import empty
 from abliterate.export.job import ExportJob, Reread, check_modules
 from abliterate.export.safetensors_copy import INDEX, SINGLE, EditTensor, check_room, copy_edited, missing_bytes
+from abliterate.export.unloaded import carry_over, dense_config, find_unloaded
 from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.loader import load_config
 from abliterate.model.weights import dense_weight
@@ -43,20 +46,36 @@ class Merged:
         """Write the model. The edit is computed in float32 on the stored weights; quantized weights are made dense first."""
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
+        missing: tuple[str, ...] = ()
         facts: dict[str, Any] = {"dtype": str(matrices.dtype).removeprefix("torch."), "edited_modules": len(job.factors)}
         if matrices.whole is None:
             stream(job, matrices, folder, self._chunk)
             facts["streamed"] = True
         else:
-            empty(folder)  # a killed export of another version may have streamed files into it
-            check_room(sum(parameter.nbytes for parameter in matrices.whole.parameters()), folder)
-            edit_weights(matrices, job, self._chunk)
-            matrices.whole.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
-            facts |= {"streamed": False, "reason": matrices.reason}
+            missing = self._save_whole(job, matrices, matrices.whole, folder)
+            facts |= {"streamed": False, "reason": matrices.reason} | ({"missing": list(missing)} if missing else {})
         if matrices.dequantized:
             facts["dequantized"] = matrices.dequantized
         save_companions(job, folder)
+        if missing:
+            with (folder / "README.md").open("a", encoding="utf-8") as card:
+                card.write(missing_section(missing))
         return facts
+
+    def _save_whole(self, job: ExportJob, matrices: Matrices, model: PreTrainedModel, folder: Path) -> tuple[str, ...]:
+        """Save the model that was loaded as a whole, edited; returns the names of the base's tensors that aren't in it."""
+        empty(folder)  # a killed export of another version may have streamed files into it
+        check_room(sum(parameter.nbytes for parameter in model.parameters()), folder)
+        edit_weights(matrices, job, self._chunk)
+        # The base's own is copied later. Saving refuses some that models ship, such as a temperature without sampling.
+        model.generation_config = GenerationConfig()
+        model.save_pretrained(folder, max_shard_size=job.export.max_shard_size)
+        (folder / "generation_config.json").unlink(missing_ok=True)
+        unloaded = find_unloaded(job.source, matrices.load, matrices.config)
+        carry_over(folder, unloaded)
+        # The base's, because every version of transformers writes configs in a form that older ones misread.
+        (folder / "config.json").write_bytes(dense_config(config_file(job.source, job.load).read_bytes()))
+        return unloaded.missing
 
     def load(self, folder: Path, job: ExportJob, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         load = dense_load(job.load).model_copy(update={"revision": ""})
@@ -84,9 +103,6 @@ def stream(job: ExportJob, matrices: Matrices, folder: Path, chunk: int) -> None
             unfinished.rename(folder / path.name)
     for name in ["config.json"] if files[0].name == SINGLE else ["config.json", INDEX]:
         shutil.copyfile(base / name, folder / name)
-    if job.load.trust_remote_code:  # the config names the files with the model's code
-        for code in base.glob("*.py"):
-            shutil.copyfile(code, folder / code.name)
 
 
 def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool, chunk: int) -> None:

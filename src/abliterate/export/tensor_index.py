@@ -41,6 +41,13 @@ def parameter_name(target: Target) -> str:
     return f"{target.name}.{'down_proj' if is_fused(target.module) else 'weight'}"
 
 
+def unloaded_tensors(tensors: Iterable[str], model: PreTrainedModel) -> list[str]:
+    """The tensors that the model's class has no parameter or buffer for, such as those of layers that only predict further
+    tokens; transformers drops them without a word. The order is that of the names."""
+    rules = _Rules(model, ())
+    return [tensor for tensor in rules.in_order(tensors) if rules.rename(tensor)[0] not in rules.parameters]
+
+
 def find_places(
     files: list[Path], model: PreTrainedModel, targets: Iterable[Target], dtype: torch.dtype
 ) -> dict[str, tuple[TensorLocation, ...]]:
@@ -115,11 +122,16 @@ class _Rules:
         rules = get_model_conversion_mapping(model)
         self._converters = [rule for rule in rules if isinstance(rule, loading.WeightConverter)]
         self._renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
-        self._parameters = model.state_dict()
+        self.parameters = model.state_dict()
 
-    def in_order(self, tensors: Mapping[str, Any]) -> list[str]:
+    def in_order(self, tensors: Iterable[str]) -> list[str]:
         """The tensors in the order in which transformers loads them."""
         return sorted(tensors, key=self._loading.dot_natural_key)
+
+    def rename(self, tensor: str) -> tuple[str, str | None]:
+        """(the parameter that a tensor is loaded into, the pattern of the converter that it passes through, if any)."""
+        prefix = self._model.base_model_prefix
+        return self._loading.rename_source_key(tensor, self._renamings, self._converters, prefix, self.parameters)  # type: ignore[no-any-return]
 
     def follow(self, tensor: str) -> tuple[str, bool]:
         """(the parameter that a tensor is loaded into, whether it is one matrix of the stack there).
@@ -127,8 +139,7 @@ class _Rules:
         Raises:
             NotStreamable: the parameter is computed from the tensor, and by its name it is one of those to edit.
         """
-        prefix = self._model.base_model_prefix
-        renamed, pattern = self._loading.rename_source_key(tensor, self._renamings, self._converters, prefix, self._parameters)
+        renamed, pattern = self.rename(tensor)
         if pattern is None:
             return renamed, False
         rule = next(rule for rule in self._converters if pattern in rule.source_patterns)

@@ -29,6 +29,7 @@ from abliterate.export import (
     model_card,
     stores_weights,
 )
+from abliterate.export.base_card import front_matter
 from abliterate.export.base_weights import stored_dtype
 from abliterate.export.card import recipe
 from abliterate.export.check_behaviour import (
@@ -55,7 +56,7 @@ from abliterate.objectives import other_names
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of, make_engine
-from abliterate.pipeline.preflight import check_export
+from abliterate.pipeline.preflight import adapter_method, check_export
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.sets import PromptSets, prompt_sources
 from abliterate.scorers import Scorer
@@ -152,6 +153,8 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "on_hub": not Path(source).is_dir(),
         "quantized": checkpoint_quantization(model.quantization),
         "dense": stores_weights(settings.export.kind),
+        "base_card": front_matter(source, pinned(settings.load, source, model.revision)),
+        "adapter": adapter_method(settings),
         "revision": model.revision,
         "n_harmful": baseline.prompts,
         "n_harmless": harmless.count if harmless else None,

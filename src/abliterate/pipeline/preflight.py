@@ -49,8 +49,27 @@ def check_export(settings: Settings, config: PretrainedConfig, targets: Collecti
 
 def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
     """The reason why an adapter can't hold edits of these modules, or ""."""
-    dora = settings.edit.representation == "exact" and scales_rows(edit_method(settings.edit.mode))
-    return peft_refusal(config, settings.load, targets, dora=dora)
+    return peft_refusal(config, settings.load, targets, dora=_is_dora(settings))
+
+
+def adapter_method(settings: Settings) -> str:
+    """PEFT's name for the adapter that these settings export: "dora" or "lora"; "" if they export none."""
+    if settings.export.kind != "adapter":
+        return ""
+    return "dora" if _is_dora(settings) else "lora"
+
+
+def note_adapter(context: Context) -> None:
+    """Say at the start of a run which programs can't load the adapter that it will export."""
+    if adapter_method(context.settings) == "dora":
+        context.reporter.note(
+            "the adapter will be DoRA, which PEFT loads but vLLM and llama.cpp don't; --set edit.mode=pre makes a plain LoRA, "
+            "and --export merged a whole model"
+        )
+
+
+def _is_dora(settings: Settings) -> bool:
+    return settings.edit.representation == "exact" and scales_rows(edit_method(settings.edit.mode))
 
 
 def check_loaded(context: Context, loaded: LoadedModel) -> None:

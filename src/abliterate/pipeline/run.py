@@ -20,7 +20,7 @@ from abliterate.pipeline.context import Context, StageClock, make_store, read_pr
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records, push_export, write_recipe
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
-from abliterate.pipeline.preflight import check_model, check_names
+from abliterate.pipeline.preflight import check_model, check_names, note_adapter
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
@@ -86,6 +86,7 @@ class _Run:
     def go(self, devices: Sequence[str], choose: Choose | None, *, resume: bool, restart: bool) -> Result:
         """Carry out the stages in their order."""
         context, directory, result = self.context, self.directory, self.result
+        note_adapter(context)
         check_model(context.settings)  # before prompts are fetched, because the model's name is the likeliest mistake
         prompts = read_prompts(context)
         held = read_heldout(context, prompts.all_sets())

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import EXPORTERS, ExportJob, companions, finished_folder, model_card
+from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
 from abliterate.objectives import DEFAULT
-from abliterate.settings.schema import ExportSettings, LoadSettings
+from abliterate.settings.schema import ExportSettings
 from abliterate.types import Objective
 from support.contracts import ExporterContract
 from support.exports import FLOAT32, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
@@ -125,29 +125,6 @@ def test_companions_are_carried_over(kind: str, tmp_path: Path) -> None:
     assert (generation.eos_token_id, generation.repetition_penalty) == ([3, 2], 1.25)
     assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "the licence of the base\n"
     assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == "the card"
-
-
-def test_processor_of_the_pinned_revision_overwrites_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-
-    class Processor:
-        def save_pretrained(self, folder: Path) -> None:
-            (folder / "processor_config.json").write_text("{}", encoding="utf-8")
-            (folder / "chat_template.jinja").write_text("the processor's own", encoding="utf-8")
-
-    def from_pretrained(source: str, **options: Any) -> Processor:
-        asked.append(options)
-        return Processor()
-
-    monkeypatch.setattr(companions.AutoProcessor, "from_pretrained", from_pretrained)
-    job, _, loaded = trial_of(make_model("llama"), tmp_path)
-    loaded.tokenizer.chat_template = "{{ 'given by hand' }}"
-    (tmp_path / "out").mkdir()
-    load = LoadSettings(revision="abc123", trust_remote_code=True)
-    companions.save_companions(replace(job, load=load), tmp_path / "out")
-    assert asked == [{"revision": "abc123", "trust_remote_code": True}]
-    assert (tmp_path / "out" / "processor_config.json").is_file()
-    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ 'given by hand' }}"
 
 
 @pytest.mark.parametrize("mode", ["full", "pre", "none"])
@@ -355,15 +332,3 @@ def test_card_says_what_was_measured() -> None:
         for part in ("refuses less", "refusal ablated", "it refuses from", "- abliterated"):
             assert part not in other
     assert "It refuses less" in model_card(words)
-
-
-def test_a_tokenizers_files_do_not_tell_how_it_was_loaded(tmp_path: Path) -> None:
-    """Off the network transformers notes `local_files_only`; exports of one trial must have the same bytes."""
-    job, _, loaded = trial_of(make_model("llama"), tmp_path)
-    written = []
-    for offline in (False, True):
-        loaded.tokenizer.init_kwargs["local_files_only"] = offline
-        write("merged", replace(job, tokenizer=loaded.tokenizer), tmp_path / str(offline))
-        written.append((tmp_path / str(offline) / "tokenizer_config.json").read_bytes())
-        assert loaded.tokenizer.init_kwargs["local_files_only"] is offline
-    assert written[0] == written[1]
