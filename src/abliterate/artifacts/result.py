@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, model_validator
 
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, as_command
 from abliterate.files import DIGEST, digest_of, write_json
 from abliterate.objectives import DEFAULT
 from abliterate.plugins import installed
@@ -218,9 +218,9 @@ class Result(_Record):
         except FileNotFoundError as error:
             raise InputError(f"There is no run in {directory.path}: it has no result.json.") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"The file {directory.result} can't be read: {error}; abliterate run --resume rebuilds it."
-            ) from error
+            fault = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            remedy = directory.resuming("rebuilds it")
+            raise InputError(f"The file {directory.result} can't be read: {fault}; {remedy}.") from error
         version = record.get("format") if isinstance(record, dict) else None
         if isinstance(version, int) and version != FORMAT:
             raise OtherVersion(
@@ -305,23 +305,23 @@ class Result(_Record):
         """
         trial = next((trial for trial in self.trials if trial.number == number), None)
         if trial is None:
-            raise InputError(f"The run in {run} has no finished trial {number}; see abliterate trials {run}.")
+            raise InputError(f"The run in {run} has no finished trial {number}; see {as_command('trials', run)}.")
         if trial.state == "stopped":
             raise InputError(
                 f"Trial {number} was stopped because another trial is no worse in any objective; choose a trial that "
-                f"abliterate trials {run} shows as complete."
+                f"{as_command('trials', run)} shows as complete."
             )
         if trial.state == "failed":
             reason = trial.reason.rstrip(".") or "no reason is recorded"
             raise InputError(
-                f"Trial {number} failed ({reason}); choose a trial that abliterate trials {run} shows as complete."
+                f"Trial {number} failed ({reason}); choose a trial that {as_command('trials', run)} shows as complete."
             )
         return trial
 
 
 def damaged(directory: RunDirectory, fault: str) -> InputError:
     """The error for a `result.json` whose content is wrong or incomplete."""
-    return InputError(f"The file {directory.result} is damaged ({fault}); abliterate run --resume rebuilds it.")
+    return InputError(f"The file {directory.result} is damaged ({fault}); {directory.resuming('rebuilds it')}.")
 
 
 def _first_fault(error: Exception) -> str:

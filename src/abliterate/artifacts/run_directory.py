@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from abliterate.errors import NO_ROOM, AbliterateError, InputError
+from abliterate.errors import NO_ROOM, AbliterateError, InputError, as_command
 from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
+from abliterate.settings import untrusted
 
 # A run that works in a directory holds this lock file; the kernel releases it however the process ends.
 LOCK = ".lock"
@@ -65,6 +66,18 @@ class RunDirectory:
         """Whether a run has left its study here. Other files don't count, because anybody's files may have their names."""
         return os.path.exists(self.journal) or os.path.exists(self.study)  # False for a path that is too long
 
+    def resuming(self, effect: str, *further: str) -> str:
+        """The end of a sentence: the command that continues the run, with `further` options, and its effect.
+
+        The command repeats what the run's settings may do only if a person says so.
+        """
+        options: list[str] = []
+        with contextlib.suppress(InputError):  # settings that can't be read ask for nothing
+            stored = read_toml(self.settings)
+            options = untrusted.options(stored, untrusted.requests(stored, self.path))
+        trusted = " (if you trust the run, since these options let it do what its files can't)" if options else ""
+        return f"{as_command('run', '--resume', '--out', self.path, *options, *further)} {effect}{trusted}"
+
     def check(self, *, resume: bool, restart: bool) -> None:
         """Raise InputError if `prepare` would; nothing is changed.
 
@@ -110,8 +123,8 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
         except BlockingIOError as error:
             raise InputError(
-                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out (abliterate worker "
-                f"{self.path} would help it)."
+                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out "
+                f"({as_command('worker', self.path)} would help it)."
             ) from error
         except OSError as error:
             raise _refused(f"The directory {self.path} can't be written to", error) from error

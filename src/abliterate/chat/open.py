@@ -34,7 +34,7 @@ from abliterate.pipeline.from_settings import chat_of, markup_of
 from abliterate.pipeline.workbench import open_workbench, probe_inputs
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings, merge
-from abliterate.settings.untrusted import code_note, distrusted
+from abliterate.settings.untrusted import code_note, unsaid, without
 from abliterate.types import Reporter
 
 _ADAPTER = "adapter_config.json"
@@ -180,8 +180,9 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: R
         )
     stored = read_toml(directory.settings)
     own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
-    settings = load_settings(str(directory.settings), merge(distrusted(own), given))
-    if note := code_note(stored, settings):
+    left_out = unsaid(own, load_settings("", given), directory.path)
+    settings = load_settings(str(directory.settings), merge(without(own, left_out), given))
+    if note := code_note(left_out):
         reporter.warn(note)
     return settings
 

@@ -353,12 +353,13 @@ def worker(
     as_json: Json = False,
     batch_size: BatchSize = None,
     cache_dir: CacheDir = None,
+    assignments: Assignments = None,
 ) -> None:
     """Help a run on this device or machine: take trials from its budget until the budget is used up."""
     own = {"model": model, "device": device, "cache_dir": cache_dir, "evaluation": {"batch_size": batch_size}}
     from abliterate.cli import worker
 
-    worker.work(run_directory, storage, study, own, as_json=as_json)
+    worker.work(run_directory, storage, study, own, assignments or [], as_json=as_json)
 
 
 # The order of `abliterate --help`: that in which a person meets the commands.

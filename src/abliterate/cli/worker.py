@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.exit import quiet_libraries
-from abliterate.cli.run import given_options
+from abliterate.cli.run import options_of
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
 from abliterate.terminal import json_lines
@@ -15,8 +15,11 @@ from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter
 
 
-def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool) -> None:
+def work(
+    run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], assignments: list[str], *, as_json: bool
+) -> None:
     """`abliterate worker`."""
+    options = options_of(own, assignments)
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
@@ -24,7 +27,7 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     try:
         with interrupts.listening():
             trials = workers.work(
-                run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
+                run_directory, url, study, options, interrupts.watched(reporter), check=interrupts.check
             )
         if as_json:
             json_lines.emit("result", trials=trials)

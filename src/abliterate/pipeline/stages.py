@@ -20,6 +20,7 @@ from torch import Tensor
 
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.artifacts.result import DirectionsRecord, Result
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions, ResidualMeans, direction_method, needs_means, summarize_residuals
 from abliterate.directions.geometry import Sample
 from abliterate.engine.reference import Progress
@@ -120,8 +121,8 @@ def read_directions(path: Path, result: Result) -> Directions:
         return stored
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
-            f"The directions of the run can't be read or aren't its own ({path.name}); abliterate run --resume computes them "
-            "again."
+            f"The directions of the run can't be read or aren't its own ({path.name}); "
+            f"{RunDirectory(path.parent).resuming('computes them again')}."
         ) from error
 
 

@@ -108,8 +108,10 @@ class Classifier(_Judge):
 
             skip_retries_without_network()
             try:
-                model = AutoModelForSequenceClassification.from_pretrained(self._source).eval()
-                tokenizer = AutoTokenizer.from_pretrained(self._source)
+                # Without the option, transformers asks on the terminal whether to run a model's own code.
+                plain = {"trust_remote_code": False}
+                model = AutoModelForSequenceClassification.from_pretrained(self._source, **plain).eval()
+                tokenizer = AutoTokenizer.from_pretrained(self._source, **plain)
             except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
                 raise TrialError(_not_loaded(self._source, error)) from error
             if tokenizer.pad_token_id is None:
