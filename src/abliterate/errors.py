@@ -15,6 +15,15 @@ TERMINATED = 143
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def disk_remedy(error: OSError) -> str:
+    """What a person can do about a disk that refuses, as the middle of a sentence."""
+    if error.errno in NO_ROOM:
+        return "free some space"
+    if error.errno == errno.EROFS:
+        return "make the disk writable"
+    return "get permission to write there" if error.errno in (errno.EACCES, errno.EPERM) else "fix the cause"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

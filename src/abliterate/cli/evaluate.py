@@ -12,7 +12,6 @@ from abliterate.cli import exit
 from abliterate.cli import run as cli_run
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.lm_eval import Tasks
-from abliterate.files import read_toml
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
 from abliterate.report.tables import heldout_table
@@ -28,18 +27,18 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     candidate = parse_candidate(text)
     options = cli_run.options_of(given, assignments)
     left_out: tuple[Request, ...] = ()
+    doubt = ""
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.source))
-        Result.read(directory)  # so that "no run there" is the first error
-        stored = read_toml(directory.settings)
+        doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
+        stored = directory.stored_settings()
         left_out = unsaid(stored, load_settings(config, options), directory.path)
         options = merge(to_measure(without(stored, left_out)), options)
     settings = load_settings(config, options)
     exit.quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    for note in (scorers_note(left_out), code_note(left_out)):
-        if note:
-            reporter.warn(note)
+    for note in filter(None, (doubt, scorers_note(left_out), code_note(left_out))):
+        reporter.warn(note)
 
     def show(heldout: Mapping[str, Any]) -> None:
         if not as_json:

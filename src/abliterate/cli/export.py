@@ -8,7 +8,6 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.errors import InputError
-from abliterate.files import read_toml
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.sources import load_settings
 from abliterate.settings.untrusted import code_note, unsaid, without
@@ -20,10 +19,10 @@ def export_trial(
 ) -> None:
     """`abliterate export RUN --trial N`, with the run's own settings but for the trial and the export."""
     directory = RunDirectory(path)
-    Result.read(directory)  # so that "no run there" is the first error
+    doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
     # The run decides what its trials mean, and not even the environment may change that. The repository of the run's own
     # export isn't used for this export.
-    stored = read_toml(directory.settings)
+    stored = directory.stored_settings()
     options = {
         name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")
     }
@@ -44,7 +43,7 @@ def export_trial(
         )
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    if note := code_note(left_out, "--trust-remote-code"):
+    for note in filter(None, (doubt, code_note(left_out, "--trust-remote-code"))):
         reporter.warn(note)
     with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
         pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)

@@ -55,6 +55,7 @@ def resolve(
     directory = _existing(settings) if flags.resume else None
     if directory:
         # A continued run begins with its own settings, and every setting given now overrides them.
+        directory.stored_settings()
         own, settings = settings, load_settings(config, options, stored=directory.settings, entry=entry)
         check_storage(settings.search.storage)
         untrusted.check(settings, own, directory.path)

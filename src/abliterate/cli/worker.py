@@ -26,9 +26,7 @@ def work(
     message = "interrupted; the run and its other workers continue, and repeat this worker's last trial."
     try:
         with interrupts.listening():
-            trials = workers.work(
-                run_directory, url, study, options, interrupts.watched(reporter), check=interrupts.check
-            )
+            trials = workers.work(run_directory, url, study, options, interrupts.watched(reporter), check=interrupts.check)
         if as_json:
             json_lines.emit("result", trials=trials)
         else:

@@ -182,7 +182,7 @@ class _Run:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
         context, directory, result = self.context, self.directory, self.result
         with context.stage("report"):
-            write_report(directory, result)
+            write_report(directory, result, context.reporter.warn)
         self.save()
         if exported and context.settings.export.push:
             result.export = push_export(context, result.export, directory.export)

@@ -31,8 +31,8 @@ from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
 from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
-from abliterate.settings.schema import Settings
 from abliterate.settings import untrusted
+from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
 from abliterate.types import Baseline, Prompt, Reporter
 
@@ -155,6 +155,7 @@ def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any]
     study = directory.study_name() if directory.study.exists() else STUDY_NAME
     if not directory.settings.exists():
         return "", directory.journal, study
+    directory.stored_settings()
     settings, mine = load_settings(str(directory.settings), own), load_settings("", own)
     stored = settings.search.storage
     check_storage(stored, f"--storage URL --study {study} instead of the directory")

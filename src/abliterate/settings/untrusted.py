@@ -80,7 +80,7 @@ def unsaid(stored: Mapping[str, Any], own: Settings, place: Path | None = None) 
 
 
 def check(settings: Settings, own: Settings, place: Path | None = None) -> None:
-    """Raise InputError, with all that is asked for and the options that allow it, if `settings` ask for what `own` don't say."""
+    """Raise InputError if `settings` ask for what `own` don't say; the sentence lists it all, with the options that allow it."""
     values = settings.model_dump(mode="json")
     asked = unsaid(values, own, place)
     if asked:
@@ -163,9 +163,12 @@ def scorers_note(asked: Iterable[Request]) -> str:
 def code_note(asked: Sequence[Request], option: str = "") -> str:
     """A note on code that comes with the run's model and isn't run; "" if there is none. `option` is what allows it."""
     code = [request for request in asked if request.setting.startswith("load.")]
-    return code and (
-        f"The run allows code that comes with its model, which isn't run here unless you allow it "
-        f"({option or shlex.join(options({}, code))})."
+    return (
+        code
+        and (
+            f"The run allows code that comes with its model, which isn't run here unless you allow it "
+            f"({option or shlex.join(options({}, code))})."
+        )
     ) or ""
 
 
