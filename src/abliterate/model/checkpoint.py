@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedMode
 
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     """The auto class that loads the whole model, including a vision part, which an export would lose otherwise."""
+    _check_kernels(config, load)
     if load.trust_remote_code:
         return transformers.AutoModelForCausalLM
     composite = config.get_text_config() is not config
@@ -117,6 +119,19 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     if type(config) in getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ()) and not hasattr(config, "talker_config"):
         return transformers.AutoModelForMultimodalLM
     raise _no_decoder(config)
+
+
+def _check_kernels(config: PretrainedConfig, load: LoadSettings) -> None:
+    """Replace attention kernels from the Hub, which are code, in a config by what the settings name; InputError if nothing."""
+    for part in (config, config.get_text_config()):
+        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        if "/" in kernel and load.attn_implementation:
+            part._attn_implementation = load.attn_implementation
+        elif "/" in kernel:
+            raise InputError(
+                f"The model's config.json asks for the attention kernels {kernel}, which are code from the Hub; allow them with "
+                f"{shlex.join(['--set', f'load.attn_implementation={kernel}'])}, or use --set load.attn_implementation=sdpa."
+            )
 
 
 def _no_decoder(config: PretrainedConfig) -> InputError:

@@ -118,6 +118,8 @@ def read_directions(path: Path, result: Result) -> Directions:
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
         if all(shape) and (stored.n_layers, stored.vectors.shape[1]) != shape:
             raise ValueError("directions of another model")
+        if any(trial.params.direction_index > stored.n_layers - 1 for trial in result.trials):
+            raise ValueError("directions of fewer layers than the trials use")
         return stored
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(

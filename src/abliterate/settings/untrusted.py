@@ -80,7 +80,7 @@ def unsaid(stored: Mapping[str, Any], own: Settings, place: Path | None = None) 
 
 
 def check(settings: Settings, own: Settings, place: Path | None = None) -> None:
-    """Raise InputError if `settings` ask for what `own` don't say; the sentence lists it all, with the options that allow it."""
+    """Raise InputError, with all that is asked for and the options for it, if `settings` ask for what `own` don't say."""
     values = settings.model_dump(mode="json")
     asked = unsaid(values, own, place)
     if asked:
