@@ -128,9 +128,10 @@ def _check_kernels(config: PretrainedConfig, load: LoadSettings) -> None:
         if "/" in kernel and load.attn_implementation:
             part._attn_implementation = load.attn_implementation
         elif "/" in kernel:
+            allow = shlex.join(["--set", f"load.attn_implementation={kernel}"])
             raise InputError(
-                f"The model's config.json asks for the attention kernels {kernel}, which are code from the Hub; allow them with "
-                f"{shlex.join(['--set', f'load.attn_implementation={kernel}'])}, or use --set load.attn_implementation=sdpa."
+                f"The model's config.json asks for the attention kernels {kernel}, which are code from the Hub; allow them "
+                f"with {allow}, or choose --set load.attn_implementation=sdpa."
             )
 
 

@@ -163,13 +163,10 @@ def scorers_note(asked: Iterable[Request]) -> str:
 def code_note(asked: Sequence[Request], option: str = "") -> str:
     """A note on code that comes with the run's model and isn't run; "" if there is none. `option` is what allows it."""
     code = [request for request in asked if request.setting.startswith("load.")]
-    return (
-        code
-        and (
-            f"The run allows code that comes with its model, which isn't run here unless you allow it "
-            f"({option or shlex.join(options({}, code))})."
-        )
-    ) or ""
+    if not code:
+        return ""
+    allow = option or shlex.join(options({}, code))
+    return f"The run allows code that comes with its model, which isn't run here unless you allow it ({allow})."
 
 
 def _actions(asked: Iterable[Request]) -> str:

@@ -355,7 +355,7 @@ def test_kernels_that_a_config_names_are_code(kernel: Any, tmp_path: Path) -> No
     config = json.loads(path.read_text(encoding="utf-8")) | {"attn_implementation": kernel}
     path.write_text(json.dumps(config), encoding="utf-8")
     for work in (lambda: loader.skeleton(str(tmp_path), LoadSettings(), CPU), lambda: load(tmp_path)):
-        with pytest.raises(InputError, match="kernels owner/kernel.*, which are code from the Hub; allow them with --set load"):
+        with pytest.raises(InputError, match=r"kernels owner/kernel.*, which are code from the Hub; allow them with --set"):
             work()
     found = loader.skeleton(str(tmp_path), LoadSettings(attn_implementation="eager"), CPU)
     assert found is not None
