@@ -223,14 +223,17 @@ def test_what_the_person_says_again_is_done(
     refused = invoke("run", "--resume", "-o", hostile)
     options = offered(refused.err, "repeat the command with ")
     watched.assert_nothing()
-    for missing in range(0, len(options), 2):  # each is needed
-        fewer = options[:missing] + options[missing + 2 :]
-        assert_sentence(invoke("run", "--resume", "-o", hostile, *fewer), 2, options[missing + 1].partition("=")[0])
+    pairs = list(zip(options[::2], options[1::2], strict=True))
+    for words in ("evil.py", "trust_remote_code", "owner/kernel", REPO, "push_private"):  # each is needed
+        fewer = [word for pair in pairs if words not in pair[1] for word in pair]
+        assert len(fewer) < len(options)
+        assert_sentence(invoke("run", "--resume", "-o", hostile, *fewer), 2, words)
     assert seen == []
     assert_sentence(invoke("run", "--resume", "-o", hostile, *options), 2, "Seen.")
     assert watched.ran.exists()
     (settings,) = seen
-    assert settings.model_dump(mode="json") == read_toml(hostile / "settings.toml") | {"out": str(hostile)}
+    ours = {"out": str(hostile), "cache_dir": settings.cache_dir}  # the tests' cache is in the environment
+    assert settings.model_dump(mode="json") == read_toml(hostile / "settings.toml") | ours
 
 
 def test_the_environment_and_a_configuration_file_are_the_persons(
@@ -276,8 +279,10 @@ def test_hints_to_resume_have_the_options_that_a_run_needs(
     (hostile / "directions.safetensors").write_bytes(b"")
     for command in (["trials", hostile], ["report", hostile], ["export", hostile, "--trial", "0"], ["chat", hostile]):
         outcome = invoke(*command)
-        assert_sentence(outcome, 2, "result.json can't be read", "if you trust the run")
-        said = " ".join(outcome.err.split())
+        said = " ".join(outcome.err.split()).partition("error: ")[2]
+        assert outcome.code == 2
+        assert "result.json can't be read" in said
+        assert "(if you trust the run, " in said
         assert shlex.split(said.partition("; ")[2].partition(" rebuilds it")[0]) == again
 
 

@@ -357,7 +357,7 @@ class Result(_Record):
         return {name: value for name, value in record.items() if name in _ALWAYS or value is not None}
 
     def _nested(self) -> dict[str, _Record]:
-        return {"export": self.export, "memory": self.memory, "environment": self.environment}
+        return {"export": self.export, "memory": self.memory}
 
     def update(self, **fields: Any) -> None:
         """Set several fields; KeyError for a name that the format doesn't have."""

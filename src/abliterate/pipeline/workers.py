@@ -72,7 +72,7 @@ class SharedSetup:
         try:
             record = json.loads(content)
             version = record.pop("format", None)
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise _strange(error) from error
         if version != FORMAT:
             raise InputError(
