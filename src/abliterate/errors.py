@@ -4,6 +4,7 @@ The command line prints that sentence and exits with that code.
 """
 
 import errno
+import shlex
 
 DONE = 0
 FAILED = 1
@@ -14,9 +15,23 @@ TERMINATED = 143
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def disk_remedy(error: OSError) -> str:
+    """What a person can do about a disk that refuses, as the middle of a sentence."""
+    if error.errno in NO_ROOM:
+        return "free some space"
+    if error.errno == errno.EROFS:
+        return "make the disk writable"
+    return "get permission to write there" if error.errno in (errno.EACCES, errno.EPERM) else "fix the cause"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's message without its full stop, or the error's type where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def as_command(*words: object) -> str:
+    """An `abliterate` command for a sentence, quoted so that it can be pasted into a shell."""
+    return shlex.join(["abliterate", *map(str, words)])
 
 
 class AbliterateError(Exception):

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from abliterate.errors import NO_ROOM, AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, disk_remedy
 
 try:
     import fcntl
@@ -80,10 +80,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             temporary.unlink(missing_ok=True)
-        remedy = "free some space" if error.errno in NO_ROOM else "fix the cause"
         raise AbliterateError(
-            f"The file {path} can't be written: {error.strerror}; {remedy} and repeat the command (a run continues with "
-            "--resume)."
+            f"The file {path} can't be written: {error.strerror}; {disk_remedy(error)} and repeat the command (a run continues "
+            "with --resume)."
         ) from error
 
 

@@ -10,13 +10,42 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 Scope = Literal["global", "per layer"]
+SCOPES: tuple[Scope, ...] = ("global", "per layer")
 TrialState = Literal["complete", "stopped", "failed"]
+STATES: tuple[TrialState, ...] = ("complete", "stopped", "failed")
 Sense = Literal["minimize", "maximize"]
 Goal = Literal[Sense, "none"]
 Operation = Literal["residuals", "prefill", "decode"]
 # Options of a chat template by name, such as `enable_thinking`.
 TemplateOptions = Mapping[str, str | bool | int | float]
 OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
+# Coeffs and layer positions beyond this mean nothing (a coeff of 1 removes a direction) and overflow when they are squared.
+LARGEST = 1e6
+# The same for scores, of which hypervolumes are products, and for counts.
+LARGEST_SCORE, LARGEST_COUNT = 1e100, 2**53
+
+
+def number(value: Any, low: float = -LARGEST_SCORE, high: float = LARGEST_SCORE) -> Any:
+    """A number of a record, as it is. TypeError: it is no number. ValueError: it is outside [low, high], infinite or NaN."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{str(value)[:40]!r} is no number")
+    if not low <= value <= high:
+        raise ValueError(f"{value} is outside {low:g} to {high:g}")
+    return value
+
+
+def count(value: Any, high: int = LARGEST_COUNT) -> int:
+    """A whole number of a record, from 0. TypeError: it is none. ValueError: it is outside [0, high]."""
+    if isinstance(value, float):
+        raise TypeError(f"{value} is no whole number")
+    return int(number(value, 0, high))
+
+
+def _values(record: Any) -> Mapping[str, float]:
+    """The numbers of scorers. AttributeError, TypeError or ValueError if one of them is none."""
+    for value in record.values():
+        number(value)
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +94,16 @@ class TrialParams:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> TrialParams:
-        """The inverse of `to_record`; KeyError or TypeError if a field is missing."""
+        """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
         kernels = {name: Kernel(**kernel) for name, kernel in record["kernels"].items()}
-        return TrialParams(record["scope"], float(record["direction_index"]), kernels)
+        for kernel in kernels.values():
+            for value in (kernel.max_coeff, kernel.min_coeff, kernel.position):
+                number(value, -LARGEST, LARGEST)
+            if number(kernel.distance, 0, LARGEST) == 0:
+                raise ValueError("a kernel has no distance")
+        if record["scope"] not in SCOPES:
+            raise ValueError(f"there is no scope {str(record['scope'])[:40]!r}")
+        return TrialParams(record["scope"], float(number(record["direction_index"], 0, LARGEST)), kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,16 +173,23 @@ class Trial:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Trial:
-        """The inverse of `to_record`."""
-        return Trial(
-            number=int(record["number"]),
+        """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
+        trial = Trial(
+            number=count(record["number"]),
             params=TrialParams.from_record(record["params"]),
             state=record["state"],
             scores=record["scores"],
-            seconds=float(record["seconds"]),
+            seconds=float(number(record["seconds"], 0)),
             reason=record["reason"],
-            values=record["values"],
+            values=_values(record["values"]),
         )
+        if trial.state not in STATES or not isinstance(trial.reason, str):
+            raise ValueError("its state or its reason can't be read")
+        if trial.state != "failed":
+            count(trial.scores["refusals"])
+            for name in ("mean", "median", "max"):
+                number(trial.scores["kl"][name])
+        return trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +258,8 @@ class Baseline:
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Baseline:
-        """The inverse of `to_record`."""
-        return Baseline(int(record["refusals"]), int(record["prompts"]), record["values"])
+        """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
+        return Baseline(count(record["refusals"]), count(record["prompts"]), _values(record["values"]))
 
 
 class Reporter(Protocol):

@@ -22,7 +22,6 @@ from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline.from_settings import scorers_of
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.sources import merge
-from abliterate.settings.untrusted import distrusted, to_measure, without_own_scorers
 from support.cli import Invoke, assert_sentence, forbidden
 from support.models import make_model, save_model
 from support.runs import copy_run
@@ -163,16 +162,6 @@ def test_a_chat_and_an_export_run_no_code_of_a_run(
     change(hostile, load={"attn_implementation": ""})
     assert_sentence(invoke(*export, "--verify"), 2, "Seen.")
     assert not (hostile / "was run").exists()
-
-
-def test_stored_settings_of_another_shape_are_their_readers_business(finished: Finished) -> None:
-    stored = {"load": 3, "evaluation": "x", "search": {"objectives": "words"}, "prompts": []}
-    assert to_measure(stored) == ({"load": 3, "evaluation": {}, "prompts": []}, [])
-    assert distrusted(stored) == stored
-    assert distrusted({"seed": 1}) == {"seed": 1}
-    own = Settings.model_validate({"search": {"objectives": ["a.py:B"]}, "evaluation": {"scorers": ["kl", "a.py:B"]}})
-    assert without_own_scorers(own).scorers == ("kl", "refusals")
-    assert without_own_scorers(finished[2]).scorers == finished[2].scorers
 
 
 def test_the_candidate_is_looked_at_before_the_base_is_loaded(

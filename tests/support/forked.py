@@ -192,9 +192,9 @@ class ForkedPopen:
     """`subprocess.Popen` of `python -m abliterate …`, as far as `local_workers` uses it, forked and so started at once."""
 
     def __init__(self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: int, env: Mapping[str, str]) -> None:
-        assert list(command[:3]) == [sys.executable, "-m", "abliterate"]
+        assert list(command[:4]) == [sys.executable, "-P", "-m", "abliterate"]
         self.stdin = None  # a forked child ends with its parent in any case
-        arguments = [argument for argument in command[3:] if argument != "--end-with-input"]
+        arguments = [argument for argument in command[4:] if argument != "--end-with-input"]
         given = (arguments, os.getcwd(), dict(env), None, stdout.name, stdout.name)
         self._process = CONTEXT.Process(target=_child, args=(abliterate, [given[0]], *given[1:]), daemon=True)
         self._process.start()

@@ -6,22 +6,36 @@ Tables elsewhere render `Result.to_record()`, which is the file's content. docs/
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, as_command
 from abliterate.files import DIGEST, digest_of, write_json
 from abliterate.objectives import DEFAULT
 from abliterate.plugins import installed
 from abliterate.prompts.files import digest, public_source
-from abliterate.types import Baseline, ModelInfo, Objective, Prompt, Trial
+from abliterate.types import LARGEST_COUNT, Baseline, ModelInfo, Objective, Prompt, Trial
 
 FORMAT = 1
+# More layers than any model has; pages and plots have a row for each.
+_MOST_LAYERS = 10_000
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
 
 # The errors that a malformed record raises; they become ValueErrors, which pydantic reports as validation errors.
@@ -37,11 +51,11 @@ def _trial(value: Any) -> Trial:
         return value
     try:
         trial = Trial.from_record(value)
-        sound = trial.state == "failed" or trial.refusals >= 0 <= trial.kl
+        sound = trial.state == "failed" or trial.kl >= 0
     except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not sound:
-        raise ValueError("a score is negative")
+        raise ValueError("its KL is negative")
     return trial
 
 
@@ -52,16 +66,19 @@ def _baseline(value: Any) -> Baseline | None:
         baseline = Baseline.from_record(value) if value else None
     except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if baseline is not None and min(baseline.refusals, baseline.prompts) < 0:
-        raise ValueError("a count is negative")
+    if baseline is not None and baseline.refusals > baseline.prompts:
+        raise ValueError("more refusals than prompts")
     return baseline
 
 
 def _objective(value: Any) -> Objective:
     try:
-        return value if isinstance(value, Objective) else Objective(**value)
+        objective = value if isinstance(value, Objective) else Objective(**value)
     except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+    if not isinstance(objective.name, str) or objective.goal not in ("minimize", "maximize"):
+        raise ValueError("no name, or no goal")
+    return objective
 
 
 TrialField = Annotated[Trial, BeforeValidator(_trial), PlainSerializer(Trial.to_record)]
@@ -71,6 +88,10 @@ BaselineField = Annotated[
 ObjectiveField = Annotated[
     Objective, BeforeValidator(_objective), PlainSerializer(lambda value: {"name": value.name, "goal": value.goal})
 ]
+
+
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -88,9 +109,9 @@ class ModelRecord(_Record):
     revision: str
     fingerprint: str
     family: str = ""
-    n_layers: int = 0
-    d_model: int = 0
-    n_parameters: int = 0
+    n_layers: int = Field(0, ge=0, le=_MOST_LAYERS)
+    d_model: Count = 0
+    n_parameters: Count = 0
     dtype: str
     quantization: str = "none"
 
@@ -133,9 +154,9 @@ class ExportRecord(_Record):
 class Memory(_Record):
     """Peaks of memory over all sessions, in bytes."""
 
-    peak_rss_bytes: int = 0
-    peak_device_bytes: int = 0
-    stages: dict[str, dict[str, int]] = Field(default_factory=dict)
+    peak_rss_bytes: Count = 0
+    peak_device_bytes: Count = 0
+    stages: dict[str, dict[str, Count]] = Field(default_factory=dict)
 
 
 class Environment(_Record):
@@ -152,6 +173,38 @@ class Environment(_Record):
         versions = {"abliterate": versions.pop("abliterate"), "python": platform.python_version(), **versions}
         versions |= {plugin.package: plugin.version for plugin in installed()}
         return Environment(versions=versions, platform=f"{platform.system()} {platform.machine()}", device=device)
+
+
+class _Group(_Record):
+    """A row of the table of coverage."""
+
+    component: str
+    path: str
+    layers: Count
+    matrices: Count
+    shape: list[Count] | None
+    parameters: Count
+    edited: bool
+    left_out: str | None = None
+
+
+class _Coverage(_Record):
+    share: float = Field(ge=0, le=1)
+    untold: str | None = None
+    groups: list[_Group]
+
+
+def _coverage(value: Any) -> Any:
+    """The record of coverage as it is, if a table can be made of it."""
+    if value is not None:
+        _Coverage.model_validate(value)
+    return value
+
+
+def _caches(value: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    if not all({"hits", "misses"} <= counts.keys() for counts in value.values()):
+        raise ValueError("no hits or no misses")
+    return value
 
 
 # Fields that every file has, even if the run hasn't reached them.
@@ -178,19 +231,21 @@ class Result(_Record):
     front: list[int] = Field(default_factory=list)
     selected: int | None = None
     export: ExportRecord = Field(default_factory=lambda: ExportRecord(kind="none", path=None, verified=None, pushed=None))
-    timings: dict[str, float] = Field(default_factory=dict)
+    timings: dict[str, Seconds] = Field(default_factory=dict)
     memory: Memory = Field(default_factory=lambda: Memory(peak_rss_bytes=0, peak_device_bytes=0, stages={}))
-    caches: dict[str, dict[str, int]] = Field(default_factory=dict)
+    caches: Annotated[dict[str, dict[str, Count]], AfterValidator(_caches)] = Field(default_factory=dict)
     environment: Environment = Field(default_factory=Environment.here)
-    coverage: dict[str, JsonValue] | None = None
-    batch_sizes: dict[str, int] | None = None
+    coverage: Annotated[dict[str, JsonValue] | None, BeforeValidator(_coverage)] = None
+    batch_sizes: dict[str, Count] | None = None
     response_prefix: str | None = None
     rendering: str | None = None
     identity: dict[str, str] | None = None
-    startup_trials: int | None = None
+    startup_trials: Count | None = None
     directions: DirectionsRecord | None = None
     heldout: dict[str, Any] | None = None
     reproduction: dict[str, Any] | None = None
+    # Whether the file that this was read from had a checksum.
+    _checked: bool = PrivateAttr(True)
 
     @model_validator(mode="before")
     @classmethod
@@ -202,9 +257,36 @@ class Result(_Record):
     def _is_sound(self) -> Result:
         if self.trials and (self.model is None or self.baseline is None):
             raise ValueError("it has trials and lacks the model or the baseline")
-        if not {*self.front, *([] if self.selected is None else [self.selected])} <= {trial.number for trial in self.trials}:
-            raise ValueError("front or selected name a trial that isn't there")
+        complete = {trial.number for trial in self.trials if trial.state == "complete"}
+        if not {*self.front, *([] if self.selected is None else [self.selected])} <= complete:
+            raise ValueError("front or selected name a trial that isn't there or isn't complete")
+        if len({trial.number for trial in self.trials}) < len(self.trials):
+            raise ValueError("two trials have one number")
+        for trial in self.trials:
+            self._check_trial(trial)
         return self
+
+    def _check_trial(self, trial: Trial) -> None:
+        """Raise ValueError for a trial that doesn't fit the run's model, prompts and objectives."""
+        last = (self.model.n_layers or _MOST_LAYERS) - 1 if self.model else 0
+        if trial.params.direction_index > last:
+            raise ValueError(f"trial {trial.number} has a direction of layer {trial.params.direction_index:g}, beyond {last}")
+        if trial.state != "failed" and self.baseline is not None and trial.refusals > self.baseline.prompts:
+            raise ValueError(f"trial {trial.number} has more refusals than prompts")
+        for objective in self.objectives:
+            try:
+                if trial.state != "failed" and self.baseline is not None:
+                    trial.value(objective.name)
+                    self.baseline.value(objective.name)
+            except KeyError as error:
+                raise ValueError(f"trial {trial.number} or the baseline has no score {objective.name}") from error
+
+    @property
+    def doubt(self) -> str:
+        """A sentence that says that nothing vouches for the figures; "" where the file had a checksum, or there is no file."""
+        if self._checked:
+            return ""
+        return "The file result.json has no checksum: it is old, or somebody changed it, so its figures may be anything."
 
     @staticmethod
     def read(directory: RunDirectory) -> Result:
@@ -214,13 +296,13 @@ class Result(_Record):
             InputError: the file is missing or damaged. OtherVersion: another version of abliterate wrote it.
         """
         try:
-            record = json.loads(directory.result.read_text(encoding="utf-8"))
+            record = json.loads(directory.result.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
         except FileNotFoundError as error:
             raise InputError(f"There is no run in {directory.path}: it has no result.json.") from error
         except (OSError, ValueError, RecursionError) as error:
-            raise InputError(
-                f"The file {directory.result} can't be read: {error}; abliterate run --resume rebuilds it."
-            ) from error
+            fault = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+            remedy = directory.resuming("rebuilds it")
+            raise InputError(f"The file {directory.result} can't be read: {fault}; {remedy}.") from error
         version = record.get("format") if isinstance(record, dict) else None
         if isinstance(version, int) and version != FORMAT:
             raise OtherVersion(
@@ -229,15 +311,18 @@ class Result(_Record):
             )
         if version != FORMAT:
             raise damaged(directory, "it has no format")
-        if record.pop(DIGEST, digest_of(record)) != digest_of(record):
+        checked = DIGEST in record
+        if checked and record.pop(DIGEST) != digest_of(record):
             raise damaged(directory, "its checksum is wrong")
         missing = [name for name in ("model", "baseline", "trials", "front", "selected", "export") if name not in record]
         if missing:
             raise damaged(directory, f"it lacks {', '.join(missing)}")
         try:
-            return Result.model_validate(record)
+            result = Result.model_validate(record)
         except (ValidationError, RecursionError) as error:
             raise damaged(directory, _first_fault(error)) from error
+        result._checked = checked
+        return result
 
     @staticmethod
     def continued(directory: RunDirectory) -> Result:
@@ -272,7 +357,7 @@ class Result(_Record):
         return {name: value for name, value in record.items() if name in _ALWAYS or value is not None}
 
     def _nested(self) -> dict[str, _Record]:
-        return {"export": self.export, "memory": self.memory, "environment": self.environment}
+        return {"export": self.export, "memory": self.memory}
 
     def update(self, **fields: Any) -> None:
         """Set several fields; KeyError for a name that the format doesn't have."""
@@ -305,23 +390,32 @@ class Result(_Record):
         """
         trial = next((trial for trial in self.trials if trial.number == number), None)
         if trial is None:
-            raise InputError(f"The run in {run} has no finished trial {number}; see abliterate trials {run}.")
+            raise InputError(f"The run in {run} has no finished trial {number}; see {as_command('trials', run)}.")
         if trial.state == "stopped":
             raise InputError(
                 f"Trial {number} was stopped because another trial is no worse in any objective; choose a trial that "
-                f"abliterate trials {run} shows as complete."
+                f"{as_command('trials', run)} shows as complete."
             )
         if trial.state == "failed":
             reason = trial.reason.rstrip(".") or "no reason is recorded"
             raise InputError(
-                f"Trial {number} failed ({reason}); choose a trial that abliterate trials {run} shows as complete."
+                f"Trial {number} failed ({reason}); choose a trial that {as_command('trials', run)} shows as complete."
             )
         return trial
 
 
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_number(text)
+
+
 def damaged(directory: RunDirectory, fault: str) -> InputError:
     """The error for a `result.json` whose content is wrong or incomplete."""
-    return InputError(f"The file {directory.result} is damaged ({fault}); abliterate run --resume rebuilds it.")
+    return InputError(f"The file {directory.result} is damaged ({fault}); {directory.resuming('rebuilds it')}.")
 
 
 def _first_fault(error: Exception) -> str:

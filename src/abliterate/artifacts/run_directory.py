@@ -9,10 +9,11 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from abliterate.errors import NO_ROOM, AbliterateError, InputError
+from abliterate.errors import NO_ROOM, AbliterateError, InputError, as_command, disk_remedy
 from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
+from abliterate.settings import untrusted
 
 # A run that works in a directory holds this lock file; the kernel releases it however the process ends.
 LOCK = ".lock"
@@ -65,6 +66,28 @@ class RunDirectory:
         """Whether a run has left its study here. Other files don't count, because anybody's files may have their names."""
         return os.path.exists(self.journal) or os.path.exists(self.study)  # False for a path that is too long
 
+    def stored_settings(self) -> dict[str, Any]:
+        """The settings that the run wrote. InputError: the file can't be read, or isn't what a run writes."""
+        stored = read_toml(self.settings)
+        if not (isinstance(stored.get("model"), str) and stored["model"]):
+            what = "names no model" if stored else "is empty"
+            raise InputError(
+                f"The file {self.settings} {what}, so it isn't as the run wrote it; put it back, or make a new run."
+            )
+        return stored
+
+    def resuming(self, effect: str, *further: str) -> str:
+        """The end of a sentence: the command that continues the run, with `further` options, and its effect.
+
+        The command repeats what the run's settings may do only if a person says so.
+        """
+        options: list[str] = []
+        with contextlib.suppress(InputError):  # settings that can't be read ask for nothing
+            stored = read_toml(self.settings)
+            options = untrusted.options(stored, untrusted.requests(stored, self.path))
+        trusted = " (if you trust the run, since these options let it do what its files can't)" if options else ""
+        return f"{as_command('run', '--resume', '--out', self.path, *options, *further)} {effect}{trusted}"
+
     def check(self, *, resume: bool, restart: bool) -> None:
         """Raise InputError if `prepare` would; nothing is changed.
 
@@ -110,8 +133,8 @@ class RunDirectory:
                     path.unlink(missing_ok=True)
         except BlockingIOError as error:
             raise InputError(
-                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out (abliterate worker "
-                f"{self.path} would help it)."
+                f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out "
+                f"({as_command('worker', self.path)} would help it)."
             ) from error
         except OSError as error:
             raise _refused(f"The directory {self.path} can't be written to", error) from error
@@ -173,7 +196,7 @@ def _model_of(path: Path) -> str | None:
 def _refused(failure: str, error: OSError) -> AbliterateError:
     if error.errno in NO_ROOM:
         return AbliterateError(f"{failure}: {error.strerror}; free some space and repeat the command.")
-    return InputError(f"{failure}: {error.strerror}; fix the cause, or choose another --out.")
+    return InputError(f"{failure}: {error.strerror}; {disk_remedy(error)}, or choose another --out.")
 
 
 def _is_ours(path: Path) -> bool:

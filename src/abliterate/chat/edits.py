@@ -9,7 +9,7 @@ from typing import Any
 
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, as_command
 from abliterate.pipeline.workbench import Workbench
 from abliterate.search.selection import parse_rule
 from abliterate.settings.schema import Settings
@@ -83,7 +83,7 @@ def first_trial(result: Result, settings: Settings, path: Path) -> Trial:
     front = sorted((trial for trial in complete if trial.number in result.front), key=lambda trial: trial.kl)
     if not front:
         why = "none of its trials beats the model itself" if complete else "no trial of it has finished yet"
-        how = f"name one with --trial (abliterate trials {path} shows them)" if complete else "wait for one"
+        how = f"name one with --trial ({as_command('trials', path)} shows them)" if complete else "wait for one"
         raise InputError(f"The run in {path} has nothing to chat with, because {why}; {how}, or chat with its model.")
     rule = parse_rule(settings.search.select, settings.search.select_max_kl, result.objectives_or_default())
     return rule.preview(front) or front[0]

@@ -21,7 +21,6 @@ from abliterate.chat.session import Edits, Session
 from abliterate.engine.responses import ResponseReader
 from abliterate.errors import InputError
 from abliterate.export.folder import MARKER
-from abliterate.files import read_toml
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
@@ -35,7 +34,7 @@ from abliterate.pipeline.from_settings import chat_of, markup_of
 from abliterate.pipeline.workbench import open_workbench, probe_inputs
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings, merge
-from abliterate.settings.untrusted import code_note, distrusted
+from abliterate.settings.untrusted import code_note, unsaid, without
 from abliterate.types import Reporter
 
 # Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
@@ -90,6 +89,8 @@ def _open_run(
             "trial, or chat with its model."
         )
     result, path = Result.read(directory), directory.path
+    if result.doubt:
+        reporter.warn(result.doubt)
     trial = first_trial(result, settings, path) if wanted.trial is None else result.trial(wanted.trial, path)
     if result.model is None or result.baseline is None:
         raise damaged(directory, "it lacks the model or the baseline")
@@ -177,10 +178,11 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: R
             f"The settings {', '.join(foreign)} belong to the run, whose trials would change with them; only load, "
             "prompts.system and response can be set for a chat with a run."
         )
-    stored = read_toml(directory.settings)
+    stored = directory.stored_settings()
     own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
-    settings = load_settings(str(directory.settings), merge(distrusted(own), given))
-    if note := code_note(stored, settings):
+    left_out = unsaid(own, load_settings("", given), directory.path)
+    settings = load_settings(str(directory.settings), merge(without(own, left_out), given))
+    if note := code_note(left_out):
         reporter.warn(note)
     return settings
 

@@ -353,13 +353,14 @@ def worker(
     as_json: Json = False,
     batch_size: BatchSize = None,
     cache_dir: CacheDir = None,
+    assignments: Assignments = None,
     end_with_input: Annotated[bool, typer.Option("--end-with-input", hidden=True)] = False,
 ) -> None:
     """Help a run on this device or machine: take trials from its budget until the budget is used up."""
     own = {"model": model, "device": device, "cache_dir": cache_dir, "evaluation": {"batch_size": batch_size}}
     from abliterate.cli import worker
 
-    worker.work(run_directory, storage, study, own, as_json=as_json, end_with_input=end_with_input)
+    worker.work(run_directory, storage, study, own, assignments or [], as_json=as_json, end_with_input=end_with_input)
 
 
 # The order of `abliterate --help`: that in which a person meets the commands.

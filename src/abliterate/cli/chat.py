@@ -20,7 +20,7 @@ from abliterate.settings.sources import load_settings
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import PlainReporter, make_reporter
-from abliterate.types import Reporter
+from abliterate.types import LARGEST_COUNT, Reporter
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class ChatOptions:
         """InputError for an invalid value."""
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"The option --temperature needs a number from 0 upwards, not {self.temperature}.")
+        if (self.seed or 0) > LARGEST_COUNT:
+            raise InputError(f"The option --seed needs a number up to {LARGEST_COUNT}, not {self.seed}.")
 
 
 def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignments: list[str], *, as_json: bool) -> None:

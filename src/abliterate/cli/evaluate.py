@@ -12,12 +12,11 @@ from abliterate.cli import exit
 from abliterate.cli import run as cli_run
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.lm_eval import Tasks
-from abliterate.files import read_toml
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
 from abliterate.report.tables import heldout_table
 from abliterate.settings.sources import load_settings, merge
-from abliterate.settings.untrusted import code_note, scorers_note, to_measure
+from abliterate.settings.untrusted import Request, code_note, scorers_note, to_measure, unsaid, without
 from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import make_reporter
 from abliterate.terminal.tables import print_table, show_table
@@ -26,20 +25,20 @@ from abliterate.terminal.tables import print_table, show_table
 def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
     """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's settings where no others are given."""
     candidate = parse_candidate(text)
-    options, stored = cli_run.options_of(given, assignments), {}
-    skipped: list[str] = []
+    options = cli_run.options_of(given, assignments)
+    left_out: tuple[Request, ...] = ()
+    doubt = ""
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.source))
-        Result.read(directory)  # so that "no run there" is the first error
-        stored = read_toml(directory.settings)
-        own, skipped = to_measure(stored)
-        options = merge(own, options)
+        doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
+        stored = directory.stored_settings()
+        left_out = unsaid(stored, load_settings(config, options), directory.path)
+        options = merge(to_measure(without(stored, left_out)), options)
     settings = load_settings(config, options)
     exit.quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    for note in (scorers_note(skipped, settings), code_note(stored, settings)):
-        if note:
-            reporter.warn(note)
+    for note in filter(None, (doubt, scorers_note(left_out), code_note(left_out))):
+        reporter.warn(note)
 
     def show(heldout: Mapping[str, Any]) -> None:
         if not as_json:

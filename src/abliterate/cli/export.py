@@ -8,10 +8,9 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.errors import InputError
-from abliterate.files import read_toml
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.sources import load_settings
-from abliterate.settings.untrusted import code_note, distrusted
+from abliterate.settings.untrusted import code_note, unsaid, without
 from abliterate.terminal.reporters import make_reporter
 
 
@@ -20,15 +19,18 @@ def export_trial(
 ) -> None:
     """`abliterate export RUN --trial N`, with the run's own settings but for the trial and the export."""
     directory = RunDirectory(path)
-    Result.read(directory)  # so that "no run there" is the first error
+    doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
     # The run decides what its trials mean, and not even the environment may change that. The repository of the run's own
     # export isn't used for this export.
-    stored = read_toml(directory.settings)
+    stored = directory.stored_settings()
     options = {
         name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "export", "out")
     }
-    options = options if trust else distrusted(options)
-    settings = load_settings(str(directory.settings), options | {"export": {"kind": kind, "push": push}})
+    own = load_settings("")
+    # Custom scorers don't run here, and their names are part of what the run's trials mean.
+    left_out = [request for request in unsaid(options, own) if request.setting.startswith("load.") and not trust]
+    export = {"kind": kind, "push": push, "push_private": own.export.push_private}
+    settings = load_settings(str(directory.settings), without(options, left_out) | {"export": export})
     if settings.export.kind == "none":
         raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
     if out is not None and not str(out).strip("."):
@@ -36,12 +38,12 @@ def export_trial(
     final = out or path / f"model-trial-{number}"
     if final.resolve() == directory.export.resolve():
         raise InputError(
-            f"The folder {final} is the run's own export; choose another --out, or change the run's choice with "
-            f"abliterate run --resume --out {path} --select trial:{number}."
+            f"The folder {final} is the run's own export; choose another --out; "
+            f"{directory.resuming('changes the choice of the run', '--select', f'trial:{number}')}."
         )
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    if note := code_note(stored, settings, "--trust-remote-code"):
+    for note in filter(None, (doubt, code_note(left_out, "--trust-remote-code"))):
         reporter.warn(note)
     with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
         pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)

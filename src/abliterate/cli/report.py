@@ -21,17 +21,21 @@ def report(path: Path, png: Path | None, terminal: bool) -> None:
     directory = RunDirectory(path)
     material = gather(directory)
     # Without a warning, a page that says less than the last one would replace it unnoticed.
-    for name in ("settings", "geometry", "answers"):
-        if name in material.missing:
-            print(f"warning: {printable(material.missing[name])}", file=sys.stderr)
+    for text in (material.doubt, *(material.missing.get(name, "") for name in ("settings", "geometry", "answers"))):
+        if text:
+            _warn(text)
     pictures = {} if png is None else _pictures(material, png)
-    write_atomically(directory.report, render(material))
+    write_atomically(directory.report, render(material, _warn))
     if terminal:
         show(material)
     print(printable(str(directory.report)))
     for picture, content in pictures.items():
         write_atomically(picture, content)
         print(printable(str(picture)))
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {printable(text)}", file=sys.stderr)
 
 
 def _pictures(material: Material, folder: Path) -> dict[Path, bytes]:

@@ -11,10 +11,11 @@ from typing import Any
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
 from abliterate.cli.exit import quiet_libraries
-from abliterate.errors import InputError, Interrupted
+from abliterate.errors import InputError, Interrupted, as_command
 from abliterate.pipeline import run as pipeline_run
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
+from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
 from abliterate.terminal.interrupts import Interrupts
@@ -54,7 +55,10 @@ def resolve(
     directory = _existing(settings) if flags.resume else None
     if directory:
         # A continued run begins with its own settings, and every setting given now overrides them.
-        settings = load_settings(config, options, stored=directory.settings, entry=entry)
+        directory.stored_settings()
+        own, settings = settings, load_settings(config, options, stored=directory.settings, entry=entry)
+        check_storage(settings.search.storage)
+        untrusted.check(settings, own, directory.path)
     if flags.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     check_storage(settings.search.storage)
@@ -114,9 +118,14 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
     path = directory.path
     if not directory.holds_run:
         return "interrupted before the first result was saved; start the run again."
-    text = f"interrupted; finished trials are kept in {path}. Continue with abliterate run --resume --out {path}"
-    best = _best_so_far(directory, settings)
-    return text + (f", or export a trial now with abliterate export {path} --trial {best.number}." if best else ".")
+    values = settings.model_dump(mode="json")
+    asked = untrusted.requests(values, path)
+    again = as_command("run", "--resume", "--out", path, *untrusted.options(values, asked))
+    text = f"interrupted; finished trials are kept in {path}. Continue with {again}"
+    if (best := _best_so_far(directory, settings)) is None:
+        return f"{text}."
+    trust = ["--trust-remote-code"] if untrusted.code_note(asked) else []
+    return f"{text}, or export a trial now with {as_command('export', path, '--trial', best.number, *trust)}."
 
 
 def _best_so_far(directory: RunDirectory, settings: Settings) -> Trial | None:

@@ -122,6 +122,8 @@ def show_trials(path: Path, wanted: TrialFilter, *, as_json: bool, as_csv: bool)
     directory = RunDirectory(path)
     result = _read(directory)
     search = SearchRecord.of(result)
+    if result.doubt:
+        print(f"warning: {result.doubt}", file=sys.stderr)
     wanted.check(search.others)
     chosen = wanted.of(search.trials, search.front, search.objectives)
     if as_json:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.exit import quiet_libraries
-from abliterate.cli.run import given_options
+from abliterate.cli.run import options_of
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
 from abliterate.terminal import json_lines
@@ -17,9 +17,17 @@ from abliterate.terminal.reporters import make_reporter
 
 
 def work(
-    run_directory: Path | None, url: str, study: str, own: Mapping[str, Any], *, as_json: bool, end_with_input: bool = False
+    run_directory: Path | None,
+    url: str,
+    study: str,
+    own: Mapping[str, Any],
+    assignments: list[str],
+    *,
+    as_json: bool,
+    end_with_input: bool = False,
 ) -> None:
     """`abliterate worker`. With `end_with_input` it ends when its standard input does, which is a pipe from the run."""
+    options = options_of(own, assignments)
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     interrupts = Interrupts()
@@ -28,9 +36,7 @@ def work(
         with interrupts.listening():
             if end_with_input:
                 end_with(sys.stdin.fileno())
-            trials = workers.work(
-                run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
-            )
+            trials = workers.work(run_directory, url, study, options, interrupts.watched(reporter), check=interrupts.check)
         if as_json:
             json_lines.emit("result", trials=trials)
         else:

@@ -38,6 +38,8 @@ UNTRIED = {
     *("evaluation.heldout_scorers", "evaluation.judge_model", "evaluation.judge_label"),
 }
 
+_VERSIONS = ("abliterate", "torch", "transformers", "optuna")
+
 # Settings that may name a file. The card gives the file's name without its folder, and a hash of its content.
 FILES = {
     "harmful prompts, direction": "prompts.harmful",
@@ -156,22 +158,22 @@ def _flat(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     model, environment = record["model"], record["environment"]
     revision = f", revision {code(model['revision'])}" if model["revision"] else ""
-    yield "base", f"{plain(model['id'])}{revision}, fingerprint `{model['fingerprint']}`"
+    yield "base", f"{plain(model['id'])}{revision}, fingerprint {code(model['fingerprint'])}"
     sets = record.get("prompts", {})
     for title, name in FILES.items():
         section, option = name.split(".")
         if section == "prompts":
             used = sets.get(option)
-            yield title, f"{code(used['source'])}, {used['count']}, sha256 `{used['digest']}`" if used else "not recorded"
+            yield title, f"{code(used['source'])}, {used['count']}, sha256 {code(used['digest'])}" if used else "not recorded"
         elif path := getattr(getattr(settings, section), option):
             yield title, f"{code(public_source(path))}, sha256 `{file_digest(path)}`"
     for name in filter(is_custom, settings.scorers):
         yield "scorer", f"{code(public(name))}, sha256 `{file_digest(name.rpartition(':')[0])}`"
     if sizes := record.get("batch_sizes"):
-        yield "batch sizes", ", ".join(f"{name} {size}" for name, size in sizes.items())
-    versions = environment["versions"]
-    yield "versions", ", ".join(f"{name} {versions[name]}" for name in ("abliterate", "torch", "transformers", "optuna"))
-    yield "device", f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}"
+        yield "batch sizes", ", ".join(f"{plain(name)} {size}" for name, size in sizes.items())
+    versions = {name: plain(environment["versions"].get(name, "unknown")) for name in _VERSIONS}
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+    yield "device", plain(f"{environment['device']}, {model['dtype']}, quantization {model['quantization']}")
 
 
 def file_digest(path: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from abliterate._version import __version__
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, disk_remedy
 from abliterate.files import write_json
 
 try:
@@ -168,5 +168,5 @@ def _rename(partial: Path, final: Path) -> None:
 def _disk_sentence(final: Path, error: OSError) -> str:
     return (
         f"The export to {final.name} could not be written ({error.strerror or error}); nothing half-written is left there: "
-        "free some space and repeat the command (a run continues with --resume), or choose another --out."
+        f"{disk_remedy(error)} and repeat the command (a run continues with --resume), or choose another --out."
     )

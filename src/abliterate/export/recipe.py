@@ -27,7 +27,7 @@ from abliterate.files import write_json
 from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
 from abliterate.prompts.files import public_source
 from abliterate.settings.schema import Settings
-from abliterate.types import Trial
+from abliterate.types import LARGEST, LARGEST_COUNT, LARGEST_SCORE, Trial
 
 # The weights that an export's edits were computed on: the model's as trials ran it, or the stored ones (`abliterate export`).
 Origin = Literal["trial", "weight files"]
@@ -55,6 +55,9 @@ def _inside(name: str) -> str:
 
 
 Name = Annotated[str, AfterValidator(_printable)]
+Bounded = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+Figure = Annotated[float, Field(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
 class _Part(BaseModel):
@@ -80,7 +83,7 @@ class PromptsPart(_Part):
     """One prompt set; `source`: a data set, or the name of a file without its folder."""
 
     source: Name
-    count: int
+    count: Whole
     digest: Name
 
 
@@ -94,17 +97,17 @@ class FilePart(_Part):
 class KernelPart(_Part):
     """A kernel, as in `types.Kernel`."""
 
-    max_coeff: float
-    position: float
-    min_coeff: float
-    distance: float = Field(gt=0)
+    max_coeff: Bounded
+    position: Bounded
+    min_coeff: Bounded
+    distance: float = Field(gt=0, le=LARGEST)
 
 
 class ParamsPart(_Part):
     """The parameters of a trial, as in `types.TrialParams`."""
 
     scope: Literal["global", "per layer"]
-    direction_index: float = Field(ge=0)
+    direction_index: float = Field(ge=0, le=LARGEST)
     kernels: dict[Name, KernelPart] = Field(min_length=1)
 
 
@@ -112,21 +115,21 @@ class KlPart(BaseModel):
     """The figures of the KL, of which the mean is compared."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
-    mean: float
+    mean: Figure
 
 
 class ScoresPart(BaseModel):
     """The scores that every trial has; those of other scorers may stand beside them."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False, strict=True)
-    refusals: int
+    refusals: Whole
     kl: KlPart
 
 
 class TrialPart(_Part):
     """The trial to make again."""
 
-    number: int = Field(ge=0)
+    number: Whole
     params: ParamsPart
     state: Literal["complete"]
     scores: ScoresPart
@@ -135,8 +138,8 @@ class TrialPart(_Part):
 class BaselinePart(_Part):
     """The scores of the unedited model, as in `types.Baseline`."""
 
-    refusals: int
-    prompts: int
+    refusals: Whole
+    prompts: Whole
 
 
 class HashPart(_Part):
@@ -154,15 +157,15 @@ class ExportPart(_Part):
     versions: dict[Name, Name] = {}
     verified: bool | None = None
     files: dict[Annotated[Name, AfterValidator(_inside)], HashPart] = {}
-    edits: dict[Name, tuple[float, float, float]] = {}
+    edits: dict[Name, tuple[Figure, Figure, Figure]] = {}
 
 
 class BatchSizesPart(_Part):
     """The batch size of each operation, in prompts."""
 
-    residuals: int = Field(ge=1)
-    prefill: int = Field(ge=1)
-    decode: int = Field(ge=1)
+    residuals: int = Field(ge=1, le=LARGEST_COUNT)
+    prefill: int = Field(ge=1, le=LARGEST_COUNT)
+    decode: int = Field(ge=1, le=LARGEST_COUNT)
 
 
 class EnvironmentPart(_Part):
@@ -179,14 +182,14 @@ class Recipe(_Part):
     format: Literal[1]
     environment: EnvironmentPart
     model: ModelPart
-    seed: int
+    seed: Whole
     settings: dict[str, dict[str, Any]]
     prompts: dict[Name, PromptsPart]
     files: dict[Name, FilePart]
     response_prefix: str
     rendering: str
     batch_sizes: BatchSizesPart
-    startup_trials: int
+    startup_trials: Whole
     identity: dict[Name, str]
     directions: str
     baseline: BaselinePart

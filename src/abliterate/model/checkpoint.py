@@ -9,6 +9,7 @@ import contextlib
 import copy
 import logging
 import re
+import shlex
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ def random_model(config: PretrainedConfig, load: LoadSettings) -> PreTrainedMode
 
 def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     """The auto class that loads the whole model, including a vision part, which an export would lose otherwise."""
+    _check_kernels(config, load)
     if load.trust_remote_code:
         return transformers.AutoModelForCausalLM
     composite = config.get_text_config() is not config
@@ -148,6 +150,20 @@ def auto_class(config: PretrainedConfig, load: LoadSettings) -> Any:
     if type(config) in getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING", ()) and not hasattr(config, "talker_config"):
         return transformers.AutoModelForMultimodalLM
     raise _no_decoder(config)
+
+
+def _check_kernels(config: PretrainedConfig, load: LoadSettings) -> None:
+    """Replace attention kernels from the Hub, which are code, in a config by what the settings name; InputError if nothing."""
+    for part in (config, config.get_text_config()):
+        kernel = str(getattr(part, "_attn_implementation", None) or "")
+        if "/" in kernel and load.attn_implementation:
+            part._attn_implementation = load.attn_implementation
+        elif "/" in kernel:
+            allow = shlex.join(["--set", f"load.attn_implementation={kernel}"])
+            raise InputError(
+                f"The model's config.json asks for the attention kernels {kernel}, which are code from the Hub; allow them "
+                f"with {allow}, or choose --set load.attn_implementation=sdpa."
+            )
 
 
 def _no_decoder(config: PretrainedConfig) -> InputError:

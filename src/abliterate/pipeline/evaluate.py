@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from abliterate.artifacts.result import Result
+from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
@@ -201,7 +201,10 @@ def _views(
         assert run.model is not None
         if bench.loaded.info.fingerprint != run.model.fingerprint:
             raise InputError(f"The run in {candidate.source} is of another model ({run.model.id}); give that model as BASE.")
-        bench.make_edits(stages.read_directions(RunDirectory(Path(candidate.source)).directions, run))
+        directory = RunDirectory(Path(candidate.source))
+        if {target.component for target in bench.loaded.targets} - set(trial.params.kernels):
+            raise damaged(directory, f"trial {trial.number} lacks a kernel")
+        bench.make_edits(stages.read_directions(directory.directions, run))
         yield views(bench, trial)
         return
     if candidate.kind == "adapter":

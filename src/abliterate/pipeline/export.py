@@ -59,6 +59,7 @@ from abliterate.pipeline.from_settings import chat_of, make_engine
 from abliterate.pipeline.preflight import adapter_method, check_export
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.sets import PromptSets, prompt_sources
+from abliterate.report.tables import heldout_fault
 from abliterate.scorers import Scorer
 from abliterate.scorers.kl import kl_divergence
 from abliterate.settings.schema import EditSettings, LoadSettings, Settings
@@ -146,7 +147,8 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
     record, baseline, model = result.to_record(), result.baseline, result.model
     assert baseline is not None
     assert model is not None
-    heldout = result.heldout
+    heldout = result.heldout or {}
+    of_trial = heldout.get("trial") == trial.number and heldout_fault(heldout) is None
     harmless = result.prompts.get("harmless_eval")
     facts = {
         "base": model.id,
@@ -171,7 +173,7 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "number": trial.number,
         "seed": settings.seed,
         "params": trial.params.to_record(),
-        "heldout": heldout if heldout and heldout["trial"] == trial.number else None,
+        "heldout": heldout if of_trial else None,
         "recipe": recipe(settings, record, settings.export.kind, trial.number),
     }
     return model_card(facts)

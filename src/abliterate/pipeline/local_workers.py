@@ -18,11 +18,14 @@ from abliterate.errors import InputError
 class LocalWorkers:
     """The worker processes of a run on this machine, one per further device."""
 
-    def __init__(self, directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None], options: Sequence[str]
+    ) -> None:
         self._warn = warn
         self._logs = [directory.path / f"worker-{index + 1}.log" for index in range(len(devices))]
         self._running: dict[int, subprocess.Popen[bytes]] = {}
-        command = [sys.executable, "-m", "abliterate", "worker", str(directory.path), "--end-with-input"]
+        # -P: files of the current folder, which may be a stranger's run, must not be imported.
+        command = [sys.executable, "-P", "-m", "abliterate", "worker", str(directory.path), "--end-with-input", *options]
         # The settings.toml of the run doesn't hold the database's password.
         environment = os.environ | ({"ABLITERATE_SEARCH__STORAGE": url} if url else {})
         for index, device in enumerate(devices):
@@ -69,10 +72,13 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def local_workers(
-    directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None]
+    directory: RunDirectory, devices: Sequence[str], url: str, warn: Callable[[str], None], options: Sequence[str] = ()
 ) -> Iterator[Callable[[], None]]:
-    """Keep workers running on the devices during the `with` block, which gets their `check`. `url` is the study's database."""
-    workers = LocalWorkers(directory, devices, url, warn)
+    """Keep workers running on the devices during the `with` block, which gets their `check`.
+
+    `url` is the study's database, and `options` are further options of the command `abliterate worker`.
+    """
+    workers = LocalWorkers(directory, devices, url, warn, options)
     try:
         yield workers.check
     finally:

@@ -29,6 +29,7 @@ from abliterate.report.page import write_report
 from abliterate.report.tables import summary
 from abliterate.search.selection import SelectionRule
 from abliterate.search.study import STUDY_NAME, Study, check_database, open_study
+from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import dump_settings
 from abliterate.terminal.progress_bar import default_reporter
@@ -152,7 +153,8 @@ class _Run:
         """The finished search; `result.json` is written after every trial, so that none is lost."""
         settings = self.context.settings.search
         search = Search(bench, study, baseline, settings.trials, self.rule)
-        with local_workers(self.directory, devices, settings.storage, self.context.reporter.warn) as watch:
+        warn, trusted = self.context.reporter.warn, untrusted.to_share(self.context.settings)
+        with local_workers(self.directory, devices, settings.storage, warn, trusted) as watch:
             for _ in search.rounds(watch):
                 self.result.searched(search.trials, search.front_so_far, baseline, bench.objectives)
                 self.result.caches = bench.caches()
@@ -182,7 +184,7 @@ class _Run:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
         context, directory, result = self.context, self.directory, self.result
         with context.stage("report"):
-            write_report(directory, result)
+            write_report(directory, result, context.reporter.warn)
         self.save()
         if exported and context.settings.export.push:
             result.export = push_export(context, result.export, directory.export)

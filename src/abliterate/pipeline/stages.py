@@ -20,6 +20,7 @@ from torch import Tensor
 
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.artifacts.result import DirectionsRecord, Result
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions, ResidualMeans, direction_method, needs_means, summarize_residuals
 from abliterate.directions.geometry import Sample
 from abliterate.engine.reference import Progress
@@ -117,11 +118,13 @@ def read_directions(path: Path, result: Result) -> Directions:
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
         if all(shape) and (stored.n_layers, stored.vectors.shape[1]) != shape:
             raise ValueError("directions of another model")
+        if any(trial.params.direction_index > stored.n_layers - 1 for trial in result.trials):
+            raise ValueError("directions of fewer layers than the trials use")
         return stored
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
-            f"The directions of the run can't be read or aren't its own ({path.name}); abliterate run --resume computes them "
-            "again."
+            f"The directions of the run can't be read or aren't its own ({path.name}); "
+            f"{RunDirectory(path.parent).resuming('computes them again')}."
         ) from error
 
 

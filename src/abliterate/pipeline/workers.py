@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import shlex
 import tempfile
 import time
 import uuid
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from safetensors import SafetensorError
 from safetensors.torch import load
 
 from abliterate.artifacts.run_directory import RunDirectory
@@ -29,6 +31,7 @@ from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
 from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
+from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
 from abliterate.types import Baseline, Prompt, Reporter
@@ -65,16 +68,34 @@ class SharedSetup:
 
     @staticmethod
     def of_bytes(content: bytes) -> SharedSetup:
-        """The inverse of `to_bytes`; InputError if another version of abliterate wrote the content."""
-        record = json.loads(content)
-        version = record.pop("format", None)
+        """The inverse of `to_bytes`; InputError if another version of abliterate or another program wrote the content."""
+        try:
+            record = json.loads(content)
+            version = record.pop("format", None)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise _strange(error) from error
         if version != FORMAT:
             raise InputError(
                 f"The study was set up by another version of abliterate (format {version}, not {FORMAT}); install the same "
                 "version on all machines."
             )
-        sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
-        return SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
+        try:
+            sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
+            setup = SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
+            texts = [setup.settings, setup.dtype, setup.prefix, *setup.files.values(), *setup.identity.values()]
+            texts += [text for prompts in sets.values() for prompt in prompts for text in (prompt.text, prompt.system)]
+            if not all(isinstance(text, str) for text in texts) or set(setup.files) - set(_FILES):
+                raise ValueError("a text is no text, or a file is none that a run shares")  # whose name might lead anywhere
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise _strange(error) from error
+        return setup
+
+
+def _strange(error: Exception) -> InputError:
+    return InputError(
+        f"The study's setup can't be read ({type(error).__name__}: {first_line(error)}); check --storage and --study, or "
+        "continue the run itself with --resume, which writes it again."
+    )
 
 
 def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Directions, identity: Mapping[str, str]) -> None:
@@ -115,11 +136,12 @@ def _file(settings: Settings, name: str) -> Path | None:
     return Path(path).expanduser() if path else None
 
 
-def study_location(run: Path | None, url: str, name: str) -> tuple[str, Path, str]:
+def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any] | None = None) -> tuple[str, Path, str]:
     """(database URL or "", journal, study name) from a worker's options: a run's directory, or `--storage` and `--study`.
 
     Raises:
-        InputError: neither or both of these are given, or the directory holds no run.
+        InputError: neither or both of these are given, or the directory holds no run, or it names a database that lies
+            elsewhere and that neither the environment nor the `own` options name.
     """
     if (run is None) == (not url):
         raise InputError("A worker needs a run's directory, or --storage URL and --study NAME; give one of them.")
@@ -130,9 +152,19 @@ def study_location(run: Path | None, url: str, name: str) -> tuple[str, Path, st
     directory = RunDirectory(run)
     if not directory.holds_run:
         raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
-    stored = load_settings(str(directory.settings)).search.storage if directory.settings.exists() else ""
     study = directory.study_name() if directory.study.exists() else STUDY_NAME
+    if not directory.settings.exists():
+        return "", directory.journal, study
+    directory.stored_settings()
+    settings, mine = load_settings(str(directory.settings), own), load_settings("", own)
+    stored = settings.search.storage
     check_storage(stored, f"--storage URL --study {study} instead of the directory")
+    asked = untrusted.unsaid({"search": {"storage": stored}}, mine, directory.path)
+    if asked:
+        raise InputError(
+            f"The run in {run} keeps its study in the database {stored}, which only you may have opened; if you trust the run, "
+            f"give {shlex.join(['--storage', stored, '--study', study])} instead of the directory."
+        )
     return stored, directory.journal, study
 
 
@@ -156,7 +188,10 @@ def wait_for_setup(
     while True:
         directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
         if directions is not None and setup is not None:
-            return SharedSetup.of_bytes(setup), Directions(load(directions)["directions"])
+            try:
+                return SharedSetup.of_bytes(setup), Directions(load(directions)["directions"])
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise _strange(error) from error
         if not noted:
             reporter.note("waiting for the run to compute its directions and baseline")
             noted = True
@@ -176,7 +211,9 @@ def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings
             path = folder / leaf
             path.write_text(content, encoding="utf-8")
             overrides = merge(overrides, {section: {leaf: str(path)}})
-        yield load_settings(str(folder / "settings.toml"), merge(overrides, own))
+        settings = load_settings(str(folder / "settings.toml"), merge(overrides, own))
+        untrusted.check(settings, load_settings("", own))
+        yield settings
 
 
 def work(
@@ -193,7 +230,7 @@ def work(
 
     `own` holds this worker's options (device, model, cache), which override the run's. `poll` is as in `wait_for_setup`.
     """
-    location = study_location(run_directory, url, name)
+    location = study_location(run_directory, url, name, own)
     setup, directions = wait_for_setup(*location, reporter, check, poll)
     with settings_of(setup, own) as settings:
         context = Context.of(settings, reporter, check)

@@ -44,6 +44,8 @@ class Material:
     importance: Mapping[str, Mapping[str, float]]
     progress: tuple[Mapping[str, float], ...]
     missing: Mapping[str, str]
+    # Why its figures may be anything; empty where a checksum vouches for them.
+    doubt: str = ""
 
     @property
     def trials(self) -> tuple[Trial, ...]:
@@ -140,7 +142,8 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
         raise damaged(directory, f"{type(error).__name__}: {first_line(error)}") from error
     if not importance:
         missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
-    return Material(result, search, _settings(directory, missing), geometry, answers, importance, progress, missing)
+    settings = _settings(directory, missing)
+    return Material(result, search, settings, geometry, answers, importance, progress, missing, run.doubt)
 
 
 def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> list[dict[str, float]]:
@@ -210,6 +213,8 @@ def _settings(directory: RunDirectory, missing: dict[str, str]) -> dict[str, Any
     except InputError:
         missing["settings"] = f"The file {directory.settings.name} isn't in the run directory or can't be read."
         return {}
+    if not stored:
+        missing["settings"] = f"The file {directory.settings.name} is empty, so it isn't as the run wrote it."
     return {name: _public(name, value) for name, value in _flat(stored) if name not in ("out", "cache_dir")}
 
 

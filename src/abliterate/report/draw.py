@@ -91,6 +91,18 @@ def _drawn(**asked: Any) -> dict[str, Any]:
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise Undrawable(
-            f"There are no plots, because vl-convert failed ({type(error).__name__}); abliterate report RUN tries again, pip "
-            "install --upgrade vl-convert-python may help."
+            f"There are no plots, because vl-convert failed ({type(error).__name__}); abliterate report RUN tries again, "
+            f"{_remedy()} may help."
         ) from error
+
+
+def _remedy() -> str:
+    """What may help where vl-convert fails: its engine reserves much more address space than it uses."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return "pip install --upgrade vl-convert-python"
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "pip install --upgrade vl-convert-python"
+    return f"a larger limit on address space (ulimit -v; it is {limit / 2**30:.0f} GiB)"

@@ -5,7 +5,7 @@ The page's policy forbids every request. With JavaScript its plots are interacti
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 
 from abliterate.artifacts.result import Result
@@ -21,17 +21,19 @@ from abliterate.report.sections import layer_text, sections, summary
 _POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
 
 
-def write_report(directory: RunDirectory, result: Result | None = None) -> None:
-    """Write the page of a run; `result`: its result, where it is at hand.
+def write_report(
+    directory: RunDirectory, result: Result | None = None, warn: Callable[[str], None] = lambda text: None
+) -> None:
+    """Write the page of a run; `result`: its result, where it is at hand. `warn` gets a sentence if there are no plots.
 
     Raises:
         InputError: there is no run, or its `result.json` is damaged.
     """
-    write_atomically(directory.report, render(gather(directory, result)))
+    write_atomically(directory.report, render(gather(directory, result), warn))
 
 
-def render(material: Material) -> str:
-    """The page as text. All text from outside is escaped where it becomes HTML, JSON or a picture."""
+def render(material: Material, warn: Callable[[str], None] = lambda text: None) -> str:
+    """The page as text. All text from outside is escaped where it becomes HTML, JSON or a picture. `warn` as above."""
     plots = {plot.name: plot for plot in all_plots(material)}
     stills: dict[str, str] = {}
     library = why = ""
@@ -40,6 +42,7 @@ def render(material: Material) -> str:
             stills, library = draw.svg({name: plot.spec for name, plot in plots.items()})
     except draw.Undrawable as error:
         plots, why = {}, str(error)
+        warn(why)
     parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
     title = escape(f"abliterate: {material.result['model'].get('id', '')}")
     links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)

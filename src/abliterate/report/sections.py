@@ -41,7 +41,7 @@ def heldout(material: Material) -> str:
         )
     try:
         return _section(record, material.search.baseline)
-    except (AttributeError, KeyError, TypeError, ValueError):  # another version's record
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # another version's record
         return missing("This version can't read all that was measured on held-out prompts:") + pairs(record, "As it stands")
 
 
@@ -51,7 +51,7 @@ def in_the_end(material: Material) -> str:
     try:
         of_selected = record["trial"] == material.search.selected
         return f"; on held-out prompts it refuses {rate_text(record['candidate']['refusals'])}" if of_selected else ""
-    except (KeyError, TypeError, ValueError):
+    except (ArithmeticError, KeyError, TypeError, ValueError):
         return ""
 
 

@@ -243,7 +243,7 @@ def summary(result: Result, where: str) -> tuple[Table | str, ...]:
     refusals = f"{base.refusals}/{base.prompts} → {refusals_text(trial, base.prompts)}"
     tables.append(f"selected trial {trial.number}: refusals {refusals}, KL {trial.kl:.4f}{others}")
     heldout = result.heldout
-    if heldout and heldout["trial"] == trial.number:
+    if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
         tables.append(heldout_table(heldout, f"trial {trial.number}"))
     export = result.export
     if export.path:
@@ -298,6 +298,18 @@ def heldout_table(record: Mapping[str, Any], candidate: str) -> Table:
     title = "On held-out prompts: counts with 95 % intervals, KL in nats"
     table = Table(title, columns, rows, notes=tuple(failed))
     return table if record["search"] else table.without(("search",))
+
+
+def heldout_fault(record: Mapping[str, Any]) -> Exception | None:
+    """The error of a record that another version wrote, or anybody; None if this version can read it."""
+    try:
+        table = heldout_table(record, "")
+        texts = [text for row in table.texts for text in row] + [prompts["source"] for prompts in record["prompts"].values()]
+        "".join(texts + list(table.notes))
+        sum(prompts["count"] for prompts in record["prompts"].values())
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def _answer_rows(record: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:

@@ -17,6 +17,7 @@ from abliterate.report.tables import (
     coverage_table,
     front_table,
     geometry_table,
+    heldout_fault,
     heldout_table,
     importance_table,
     kernel_table,
@@ -155,12 +156,10 @@ def _heldout(material: Material) -> None:
     if not record or record.get("trial") != material.search.selected:
         print("Nothing was measured on held-out prompts.")
         return
-    try:
-        table = heldout_table(record, f"trial {record['trial']}")
-    except (AttributeError, KeyError, TypeError, ValueError):  # another version's record
+    if heldout_fault(record) is not None:
         print("This version can't read the figures on held-out prompts.")
         return
-    show_table(table)
+    show_table(heldout_table(record, f"trial {record['trial']}"))
 
 
 def _answers(material: Material) -> None:

@@ -109,9 +109,11 @@ class Classifier(_Judge):
 
             skip_retries_without_network()
             try:
+                # Without the option, transformers asks on the terminal whether to run a model's own code.
+                plain = {"trust_remote_code": False}
                 with library_errors(lambda error: TrialError(_not_loaded(self._source, error))):
-                    model = AutoModelForSequenceClassification.from_pretrained(self._source).eval()
-                    tokenizer = AutoTokenizer.from_pretrained(self._source)
+                    model = AutoModelForSequenceClassification.from_pretrained(self._source, **plain).eval()
+                    tokenizer = AutoTokenizer.from_pretrained(self._source, **plain)
             except (RuntimeError, MemoryError) as error:  # out of memory
                 raise TrialError(_not_loaded(self._source, error)) from error
             if tokenizer.pad_token_id is None:

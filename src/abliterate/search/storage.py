@@ -24,7 +24,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import NO_ROOM, AbliterateError, first_line
+from abliterate.errors import AbliterateError, disk_remedy, first_line
 
 Result = TypeVar("Result")
 
@@ -177,8 +177,7 @@ def disk_refused(error: AbliterateError | OSError) -> AbliterateError:
     """The error for a user whose journal can't be written."""
     if isinstance(error, AbliterateError):
         return error
-    remedy = "free some space" if error.errno in NO_ROOM else "fix the cause"
-    return AbliterateError(f"The study can't be written ({error.strerror}); {remedy}, then continue with --resume.")
+    return AbliterateError(f"The study can't be written ({error.strerror}); {disk_remedy(error)}, then continue with --resume.")
 
 
 def is_lost(error: BaseException) -> bool:

@@ -251,8 +251,22 @@ class Study:
                 continue
             # The record is written before the state; a trial that a kill left in between was marked as interrupted later.
             if frozen.state == TrialState.COMPLETE or not frozen.user_attrs.get(_INTERRUPTED):
-                self._reported[frozen._trial_id] = Trial.from_record(json.loads(frozen.user_attrs[_RECORD]))
+                self._reported[frozen._trial_id] = _trial(frozen, self._space)
         return tuple(sorted(self._reported.values(), key=lambda trial: trial.number))
+
+
+def _trial(frozen: FrozenTrial, space: Space) -> Trial:
+    """The record of a finished trial. InputError if no run in this space can have written it."""
+    try:
+        trial = Trial.from_record(json.loads(frozen.user_attrs[_RECORD]))
+        if set(space.components) - set(trial.params.kernels) or trial.params.direction_index > space.n_layers - 1:
+            raise ValueError("its parameters are of another model")
+        return trial
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"The study's trial {frozen.number} can't be read ({type(error).__name__}: {first_line(error)}); put the study "
+            "back, or start over with --restart."
+        ) from error
 
 
 def _slot(frozen: FrozenTrial) -> int:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from abliterate.objectives import split
+from abliterate.types import LARGEST, LARGEST_COUNT
 
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
@@ -134,7 +135,7 @@ class SearchSettings(_Section):
     max_coeff: dict[str, Interval] = {"default": (0.8, 1.5), "mlp.down_proj": (-0.25, 1.5)}
     position: Interval = (0.6, 1.0)
     min_fraction: Interval = (0.0, 1.0)
-    distance: float = Field(0.6, gt=0)
+    distance: float = Field(0.6, gt=0, le=1000)
     storage: str = ""
     select: str = "auto"
     select_max_kl: float = Field(0.1, gt=0)
@@ -148,6 +149,8 @@ class SearchSettings(_Section):
         for name, (low, high) in (intervals | {f"max_coeff.{k}": v for k, v in self.max_coeff.items()}).items():
             if not low <= high:
                 raise ValueError(f"{name} must be [low, high] with low ≤ high, not [{low}, {high}]")
+            if max(abs(low), abs(high)) > LARGEST:
+                raise ValueError(f"{name} must lie within ±{LARGEST:g}, not [{low}, {high}]")
             if name in intervals and not (low >= 0 and high <= 1):
                 raise ValueError(f"{name} must lie within [0, 1], not [{low}, {high}]")
         if "default" not in self.max_coeff:
@@ -221,7 +224,7 @@ class Settings(BaseSettings):
     )
 
     model: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_COUNT)
     device: str = "auto"
     out: str = ""
     cache_dir: str = ""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
 
+from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError, InputError, as_command
+from abliterate.export import folder as export_folder
 from abliterate.files import safe_name, write_atomically, write_json
+from abliterate.search.storage import disk_refused
 
 
 def make_run(path: Path) -> RunDirectory:
@@ -221,3 +226,54 @@ def test_a_lock_file_alone_is_no_run_of_anybodys(tmp_path: Path) -> None:
 def test_windows_devices_are_no_names(name: str) -> None:
     assert safe_name(name) == f"model-{name}"
     assert safe_name(f"{name}x") == f"{name}x" or "." in name
+
+
+@pytest.mark.parametrize("name", ["my run", "it's", "a;b", "$HOME", "run"])
+def test_commands_in_sentences_can_be_pasted(name: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path / name)
+    path = str(run.path)
+    assert shlex.split(as_command("trials", run.path)) == ["abliterate", "trials", path]
+    sentence = str(damaged(run, "a fault"))
+    again = sentence.partition("(a fault); ")[2].removesuffix(" rebuilds it.")
+    assert shlex.split(again) == ["abliterate", "run", "--resume", "--out", path]
+    with pytest.raises(InputError) as caught:
+        Result().trial(3, run.path)
+    assert shlex.split(str(caught.value).partition("; see ")[2].removesuffix(".")) == ["abliterate", "trials", path]
+    with run.locked(), pytest.raises(InputError) as caught, RunDirectory(run.path).locked():
+        raise AssertionError
+    assert shlex.split(str(caught.value).partition("(abliterate ")[2].partition(" would")[0]) == ["worker", path]
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EROFS, "make the disk writable"),
+        (errno.EACCES, "get permission to write there"),
+        (errno.EIO, "fix the cause"),
+    ],
+)
+def test_a_disk_that_refuses_is_told_what_helps(
+    number: int, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(number, os.strerror(number))
+
+    def refuse(*args: object, **options: object) -> None:
+        raise error
+
+    said = [str(disk_refused(error)), export_folder._disk_sentence(tmp_path, error)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        with pytest.raises(AbliterateError) as caught:
+            write_atomically(tmp_path / "x", "x")
+        said.append(str(caught.value))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(AbliterateError) as caught:
+            RunDirectory(tmp_path / "new").prepare(resume=False, restart=False)
+        said.append(str(caught.value))
+    for sentence in said:
+        assert remedy in sentence
+        assert os.strerror(number) in sentence
+        assert ("free some space" in sentence) == (remedy == "free some space")

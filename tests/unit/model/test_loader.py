@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import weakref
@@ -355,3 +356,18 @@ def test_the_pipeline_imports_neither_peft_nor_bitsandbytes_and_both_are_quiet()
     done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.split() == []
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("kernel", ["owner/kernel", {"": "owner/kernel@v2:attention"}])
+def test_kernels_that_a_config_names_are_code(kernel: Any, tmp_path: Path) -> None:
+    """A model's own file can't choose code from the Hub; a person can, or can choose another attention."""
+    path = save_model(make_model("llama"), tmp_path) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"attn_implementation": kernel}
+    path.write_text(json.dumps(config), encoding="utf-8")
+    for work in (lambda: loader.skeleton(str(tmp_path), LoadSettings(), CPU), lambda: load(tmp_path)):
+        with pytest.raises(InputError, match=r"kernels owner/kernel.*, which are code from the Hub; allow them with --set"):
+            work()
+    found = loader.skeleton(str(tmp_path), LoadSettings(attn_implementation="eager"), CPU)
+    assert found is not None
+    assert found.model.config._attn_implementation == "eager"
+    assert load(tmp_path, attn_implementation="eager").model.config._attn_implementation == "eager"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -347,3 +348,45 @@ def test_the_front_of_other_objectives_says_what_it_shows(names: str, said: str,
     assert "The base model has" in page.text
     assert ("own 2.5." in page.text) == ("own" in names)
     assert "front" in page.data["plots"]
+
+
+def test_plots_that_cant_be_drawn_are_a_warning(
+    finished: Finished, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where address space is limited, where the engine isn't installed, and where it dies: told, and the page is there."""
+    resource = pytest.importorskip("resource")
+    run = copy_run(finished[0], tmp_path / "run")
+    python = tmp_path / "python"
+    for program, words in (
+        (f'#!/bin/sh\nulimit -v 10485760\nexec {sys.executable} "$@"\n', "vl-convert failed"),
+        ("#!/bin/sh\nkill -9 $$\n", "vl-convert failed"),
+        ("", "vl-convert-python isn't installed"),
+    ):
+        (run / "report.html").unlink()
+        python.write_text(program, encoding="utf-8")
+        python.chmod(0o755)
+        with monkeypatch.context() as patch:
+            patch.setattr(draw.sys, "executable", str(python))
+            if not program:
+                patch.setattr(draw.importlib.util, "find_spec", lambda name: None)
+            outcome = invoke("report", run, "--no-terminal")
+        assert outcome.code == 0
+        (warning,) = outcome.err.splitlines()
+        assert warning.startswith("warning: There are no plots, because ")
+        assert words in warning
+        assert words in (run / "report.html").read_text(encoding="utf-8")
+    assert "There are no plots" not in invoke("report", run, "--no-terminal").err
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (10 * 2**30, -1))
+    assert draw._remedy() == "a larger limit on address space (ulimit -v; it is 10 GiB)"
+
+
+def test_a_run_warns_of_plots_that_cant_be_drawn(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def undrawable(specs: object) -> None:
+        raise draw.Undrawable("There are no plots, because of this test.")
+
+    monkeypatch.setattr(draw, "svg", undrawable)
+    run = copy_run(finished[0], tmp_path / "run")
+    result, recorder = run_in(run, finished[2], resume=True)
+    assert recorder.warnings.count("There are no plots, because of this test.") == 1
+    assert "because of this test" in (run / "report.html").read_text(encoding="utf-8")
+    assert result["selected"] == finished[1]["selected"]

@@ -295,3 +295,17 @@ def test_reference_turns_every_switch_off_that_an_honest_peer_lacks() -> None:
     assert [name for name, value in switches.items() if value] == ["use_global_warmup"]
     assert len(switches) >= 9
     assert reference.max_svd_cache_size == EfficiencySettings().max_svd_cache_size
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("search.max_coeff={default = [0.8, 1e300]}", "max_coeff.default must lie within ±1e+06"),
+        ('search.max_coeff={default = [0.8, 1.0], "mlp.down_proj" = [-1e7, 1.0]}', "max_coeff.mlp.down_proj must lie within"),
+        ("search.distance=1e308", "search.distance"),
+        ("seed=100000000000000000000000000000", "seed"),
+    ],
+)
+def test_numbers_that_overflow_are_refused(option: str, words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        load_settings("", parse_assignments([option]))

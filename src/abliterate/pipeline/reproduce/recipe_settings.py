@@ -22,6 +22,7 @@ from abliterate.objectives import JUDGES, KL, SETTINGS_NAMING_SCORERS, is_custom
 from abliterate.prompts.files import dataset_name
 from abliterate.prompts.sets import DEMO_PROMPTS
 from abliterate.scorers import SCORERS
+from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
 
@@ -107,9 +108,7 @@ def _parts(name: str) -> tuple[str, str]:
 
 
 def _check_code(load: Mapping[str, Any], *, allowed: bool) -> None:
-    # An attention implementation with a slash is a repository of kernels, which transformers would run.
-    runs_code = load.get("trust_remote_code") or "/" in str(load.get("attn_implementation", ""))
-    if runs_code and not allowed:
+    if untrusted.requests({"load": load}) and not allowed:
         raise InputError(
             "The recipe's model runs code of its own from the Hub; read that code, and if you trust it repeat the command with "
             "--trust-remote-code."

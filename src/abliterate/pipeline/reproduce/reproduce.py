@@ -151,6 +151,12 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
     lacking = {target.component for target in bench.loaded.targets} - set(recipe.trial.params.kernels)
     if lacking:
         raise InputError(f"The recipe has no parameters for {', '.join(sorted(lacking))}; it is of another model or damaged.")
+    last = info.n_layers - 1
+    if recipe.trial.params.direction_index > last:
+        raise InputError(
+            f"The recipe's direction is that of layer {recipe.trial.params.direction_index:g}, and the model's last layer is "
+            f"{last}; it is of another model or damaged."
+        )
     # An adapter names its base, and a directory of this machine would mean nothing to others.
     rename_model(bench, stated.id, stated.revision)
     result.update(**bench.record(), identity=identity, startup_trials=recipe.startup_trials)
