@@ -268,7 +268,10 @@ def test_a_worker_takes_over(prompt_files: Files, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
     cache = {"cache_dir": str(tmp_path / "cache")}
-    assert workers.work(directory.path, "", "", cache, at_work) == 5
+    with pytest.raises(InputError, match=r"mine\.py:Sure; if you trust it, repeat the command with --set"):
+        workers.work(directory.path, "", "", cache, at_work)
+    said_again = cache | {"search": {"objectives": search["objectives"]}}
+    assert workers.work(directory.path, "", "", said_again, at_work) == 5
     assert [trial.number for trial in at_work.trials] == [2, 3, 4]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)

@@ -59,6 +59,13 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
+def checked_run(folder: Path, *words: str) -> RunDirectory:
+    """A made run whose result has a checksum, without which there would be a warning."""
+    run = made_run(folder, *words)
+    Result.read(run).write(run)
+    return run
+
+
 def test_made_again_it_is_the_same(finished: Finished, tmp_path: Path) -> None:
     run = RunDirectory(copy_run(finished[0], tmp_path / "run"))
     before = run.report.read_bytes()
@@ -257,7 +264,7 @@ def test_without_the_library_there_are_tables(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    run = made_run(tmp_path / "run")
+    run = checked_run(tmp_path / "run")
     monkeypatch.setattr(draw, "unavailable", lambda: "There are no plots, because of this test: repeat.")
     page = Page(render(gather(run)))
     assert "no plots, because of this test" in page.text
@@ -267,8 +274,7 @@ def test_without_the_library_there_are_tables(
 
 
 def test_plots_as_images(invoke: Invoke, tmp_path: Path) -> None:
-    run = made_run(tmp_path / "run", HOSTILE)
-    Result.read(run).write(run)  # with a checksum, without which there would be a warning
+    run = checked_run(tmp_path / "run", HOSTILE)
     outcome = invoke("report", run.path, "--png", tmp_path / "png")
     assert outcome.code == 0, outcome
     assert outcome.out.splitlines()[0] == str(run.report)  # in a pipe nothing else is shown
@@ -312,7 +318,7 @@ def test_what_a_drawing_cant_hold_is_no_end_of_a_run(tmp_path: Path, monkeypatch
 
 
 def test_a_page_that_says_less_is_warned_of(invoke: Invoke, tmp_path: Path) -> None:
-    run = made_run(tmp_path / "run")
+    run = checked_run(tmp_path / "run")
     assert invoke("report", run.path).err == ""
     run.geometry.write_text("{", encoding="utf-8")
     found = invoke("report", run.path)
