@@ -185,10 +185,10 @@ class Trial:
         )
         if trial.state not in STATES or not isinstance(trial.reason, str):
             raise ValueError("its state or its reason can't be read")
-        if trial.state != "failed":
+        if trial.state != "failed" or trial.scores:
             count(trial.scores["refusals"])
-            for name in ("mean", "median", "max"):
-                number(trial.scores["kl"][name])
+            for value in (trial.scores["kl"]["mean"], *trial.scores["kl"].values()):
+                number(value)
         return trial
 
 

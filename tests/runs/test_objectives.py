@@ -275,7 +275,11 @@ def test_a_worker_takes_over(prompt_files: Files, cache: Path, tmp_path: Path) -
     directory = RunDirectory(tmp_path / "run")
     with pytest.raises(Interrupted):
         pipeline_run.run(settings, seen, directory, check=interrupt_after(seen, 2))
-    assert workers.work(directory.path, "", "", {"cache_dir": str(cache)}, at_work) == 4
+    own = {"cache_dir": str(cache)}
+    with pytest.raises(InputError, match=r"mine\.py:Sure; if you trust it, repeat the command with --set"):
+        workers.work(directory.path, "", "", own, at_work)
+    said_again = own | {"search": {"objectives": search["objectives"]}}
+    assert workers.work(directory.path, "", "", said_again, at_work) == 4
     assert [trial.number for trial in at_work.trials] == [2, 3]
     assert not at_work.warnings
     result, _ = run_in(tmp_path / "run", settings, resume=True)

@@ -28,7 +28,7 @@ from pydantic import (
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError, as_command
 from abliterate.files import DIGEST, digest_of, write_json
-from abliterate.objectives import DEFAULT
+from abliterate.objectives import DEFAULT, KL
 from abliterate.plugins import installed
 from abliterate.prompts.files import digest, public_source
 from abliterate.types import LARGEST_COUNT, Baseline, ModelInfo, Objective, Prompt, Trial
@@ -51,7 +51,9 @@ def _trial(value: Any) -> Trial:
         return value
     try:
         trial = Trial.from_record(value)
-        sound = trial.state == "failed" or trial.kl >= 0
+        sound = not trial.scores or trial.kl >= 0
+        if trial.scores and not {"median", "max"} <= trial.scores[KL].keys():
+            raise KeyError("median or max of the KL")
     except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
     if not sound:
@@ -257,9 +259,9 @@ class Result(_Record):
     def _is_sound(self) -> Result:
         if self.trials and (self.model is None or self.baseline is None):
             raise ValueError("it has trials and lacks the model or the baseline")
-        complete = {trial.number for trial in self.trials if trial.state == "complete"}
-        if not {*self.front, *([] if self.selected is None else [self.selected])} <= complete:
-            raise ValueError("front or selected name a trial that isn't there or isn't complete")
+        scored = {trial.number for trial in self.trials if trial.scores}
+        if not {*self.front, *([] if self.selected is None else [self.selected])} <= scored:
+            raise ValueError("front or selected name a trial that isn't there or has no scores")
         if len({trial.number for trial in self.trials}) < len(self.trials):
             raise ValueError("two trials have one number")
         for trial in self.trials:
@@ -271,13 +273,14 @@ class Result(_Record):
         last = (self.model.n_layers or _MOST_LAYERS) - 1 if self.model else 0
         if trial.params.direction_index > last:
             raise ValueError(f"trial {trial.number} has a direction of layer {trial.params.direction_index:g}, beyond {last}")
-        if trial.state != "failed" and self.baseline is not None and trial.refusals > self.baseline.prompts:
+        if not trial.scores or self.baseline is None:
+            return
+        if trial.refusals > self.baseline.prompts:
             raise ValueError(f"trial {trial.number} has more refusals than prompts")
         for objective in self.objectives:
             try:
-                if trial.state != "failed" and self.baseline is not None:
-                    trial.value(objective.name)
-                    self.baseline.value(objective.name)
+                trial.value(objective.name)
+                self.baseline.value(objective.name)
             except KeyError as error:
                 raise ValueError(f"trial {trial.number} or the baseline has no score {objective.name}") from error
 
