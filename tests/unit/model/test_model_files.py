@@ -286,7 +286,8 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_fails_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.3)
+    if name == "endless":
+        monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template, said = TEMPLATES[name]
     with pytest.raises(InputError, match=said):
@@ -349,14 +350,16 @@ def test_adapters_and_pickles_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(model_files, "cached_file", gone)
     with pytest.raises(
-        InputError, match="owner/name can't be fetched from the Hub: owner/name does not appear .* config.json;"
+        InputError, match=r"owner/name can't be fetched from the Hub: owner/name does not appear .* config\.json;"
     ):
         loader.load_config("owner/name", LoadSettings())
     text = "owner/name does not appear to have a file named model.safetensors and thus cannot be loaded with `safetensors`"
     assert "pickles (pytorch_model.bin) aren't opened" in str(
         model_files.load_error("owner/name", OSError(text), "its weights")
     )
-    assert "the tokenizer's files: bad" in str(model_files.load_error("owner/name", ValueError("bad"), "the tokenizer's files"))
+    assert "the tokenizer's files: a bad file" in str(
+        model_files.load_error("owner/name", ValueError("a bad file"), "the tokenizer's files")
+    )
 
 
 def test_names_that_are_no_paths_are_no_adapters() -> None:
