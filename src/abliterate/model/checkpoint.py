@@ -59,8 +59,9 @@ def load_weights(
     ):
         _check_memory(config, load, dtype)
     auto, kwargs = auto_class(config, load), _options(load, dtype, device, dense=dense)
+    part = "its weights" if getattr(config, "quantization_config", None) is None else "its weights or its quantization_config"
     try:
-        with reading(source, "its weights", but=(RuntimeError,), suspects=lambda: _check_parts(source, load, config)):
+        with reading(source, part, but=(RuntimeError,), suspects=lambda: _check_parts(source, load, config)):
             if dense and quantized.method_of(config) in FILES:
                 model, loading = _from_files(source, load, config, kwargs)
             else:

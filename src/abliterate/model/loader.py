@@ -205,7 +205,7 @@ def _first_that_generates(
         warn(f"The model doesn't work in {str(dtype).removeprefix('torch.')} ({reason}); the next dtype is tried.")
     raise AbliterateError(
         f"The model works in none of {', '.join(load.dtypes)} ({reason}); try --dtype float32, --device cpu, or "
-        "--set load.quantization=bnb_4bit where memory is short, or check its weights."
+        "--set load.quantization=bnb_4bit where memory is short, or check its weights and config."
     )
 
 

@@ -21,7 +21,7 @@ from abliterate.settings.schema import LoadSettings
 
 # Far above all published models; with more, building the modules without weights takes minutes, or all memory.
 _MOST = (
-    (re.compile(r"(.*_)?(n_?layers?|num_.*layers|layers|depth)"), 2_000),
+    (re.compile(r"(?!max_window)(.*_)?(n_?layers?|num_.*layers|layers|depth)"), 2_000),
     (re.compile(r"(.*_)?(experts|heads|labels)"), 100_000),
     (re.compile(r".*(hidden|intermediate|vocab|head|embed\w*|ffn\w*|inner|state|model)_(size|dim)"), 10**7),
     (re.compile(r"d_model|d_ff|n_embd|n_inner"), 10**7),
@@ -69,11 +69,11 @@ def _numbers(raw: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, fl
 
 
 def _check_number(source: str, field: str, value: float) -> None:
-    name = field.rpartition(".")[2]
+    inside, _, name = field.rpartition(".")
     most = next((most for pattern, most in _MOST if pattern.fullmatch(name)), None)
     if most is not None and not value <= most:  # NaN, too
         raise _wrong(source, {field: value}, f"no model has more than {most}")
-    if name in _POSITIVE and value <= 0:
+    if name in _POSITIVE and inside in ("", "text_config") and value <= 0:  # a tower may be left out by a 0
         raise _wrong(source, {field: value}, "it must be at least 1")
 
 

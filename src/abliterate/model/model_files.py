@@ -86,7 +86,8 @@ def load_error(source: str, error: BaseException, part: str = "") -> InputError:
     named = f"{part}: " if part else ""
     if source and Path(source).is_dir():
         damaged = damaged_file(Path(source))
-        return _unusable(source, damaged or f"{named}{reason_of(error)}")
+        reason = f"{named}{reason_of(error)}"
+        return _unusable(source, f"{damaged} ({reason})" if damaged else reason)
     if isinstance(error, OSError):
         if "safetensors" in str(error):
             reason = (

@@ -90,6 +90,8 @@ def test_a_field_inside_of_an_object_is_named(tmp_path: Path) -> None:
     assert "text_config.hidden_size (1000000000) is wrong" in wrong(
         tmp_path / "b", "gemma3_vl", text_config={"hidden_size": 10**9}
     )
+    tower = {"num_hidden_layers": 0}  # is no reason to refuse a model
+    assert "hidden_act" in wrong(tmp_path / "d", "gemma3_vl", vision_config=tower, text_config={"hidden_activation": "nothing"})
     assert "vision_config" in wrong(tmp_path / "c", "gemma3_vl", vision_config={"num_attention_heads": "4"})
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from abliterate.errors import InputError
-from abliterate.model import chat_template, checkpoint, loader
+from abliterate.model import chat_template, checkpoint, loader, model_files
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.model_files import is_adapter, library_errors
 from abliterate.model.peft import check_adapter, with_adapter
@@ -286,7 +286,8 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_fails_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.3)
+    if name == "endless":
+        monkeypatch.setattr(chat_template, "_RENDER_SECONDS", 0.3)
     tokenizer = make_tokenizer()
     tokenizer.chat_template, said = TEMPLATES[name]
     with pytest.raises(InputError, match=said):
@@ -335,6 +336,30 @@ def test_what_is_not_the_files_fault_passes() -> None:
     for error in (Exception("x"), AssertionError(), ZeroDivisionError(), AttributeError("x"), panic("x")):
         with pytest.raises(InputError, match=r"A sentence\."):
             fail(error)
+
+
+def test_adapters_and_pickles_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(loader, "skip_retries_without_network", lambda: None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    monkeypatch.setattr(model_files, "cached_file", lambda source, name, **options: str(tmp_path / "config.json"))
+    with pytest.raises(InputError, match="The repository owner/name holds an adapter"):
+        loader.load_config("owner/name", LoadSettings())
+
+    def gone(source: str, name: str, **options: Any) -> None:
+        raise OSError(f"{source} does not appear to have a file named {name}")
+
+    monkeypatch.setattr(model_files, "cached_file", gone)
+    with pytest.raises(
+        InputError, match=r"owner/name can't be fetched from the Hub: owner/name does not appear .* config\.json;"
+    ):
+        loader.load_config("owner/name", LoadSettings())
+    text = "owner/name does not appear to have a file named model.safetensors and thus cannot be loaded with `safetensors`"
+    assert "pickles (pytorch_model.bin) aren't opened" in str(
+        model_files.load_error("owner/name", OSError(text), "its weights")
+    )
+    assert "the tokenizer's files: a bad file" in str(
+        model_files.load_error("owner/name", ValueError("a bad file"), "the tokenizer's files")
+    )
 
 
 def test_names_that_are_no_paths_are_no_adapters() -> None:

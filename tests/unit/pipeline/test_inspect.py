@@ -331,4 +331,4 @@ def test_command_says_what_is_wrong(
     (tmp_path / "m" / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     code, _, err = invoke(capsys, monkeypatch, "inspect", tmp_path / "m", "--no-weights")
     assert code == 2
-    assert "has no decoder layers" in err
+    assert "num_hidden_layers (0) is wrong: it must be at least 1" in err
