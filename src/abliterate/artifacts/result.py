@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError, model_validator
@@ -322,6 +324,15 @@ class Result(_Record):
 def damaged(directory: RunDirectory, fault: str) -> InputError:
     """The error for a `result.json` whose content is wrong or incomplete."""
     return InputError(f"The file {directory.result} is damaged ({fault}); abliterate run --resume rebuilds it.")
+
+
+def no_complete_trial(result: Result, run: Path, budget: int = 0) -> str:
+    """The reason why a run has no complete trial, and the remedy, as parts of a sentence; `budget` is its number of trials."""
+    total, resume = len(result.trials), f"abliterate run --resume --out {shlex.quote(str(run))}"
+    if total and total >= budget:
+        return f"all {total} of its trials were stopped or failed; give it more trials with {resume} --trials {2 * total}"
+    which = f"none of its {total} finished trials is complete yet" if total else "no trial of it has finished yet"
+    return f"{which}; wait for one, or continue the run with {resume}"
 
 
 def _first_fault(error: Exception) -> str:

@@ -10,6 +10,7 @@ from abliterate.cli.exit import quiet_libraries
 from abliterate.cli.run import given_options
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
+from abliterate.settings.sources import absolute_database
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter
@@ -24,7 +25,12 @@ def work(run_directory: Path | None, url: str, study: str, own: Mapping[str, Any
     try:
         with interrupts.listening():
             trials = workers.work(
-                run_directory, url, study, given_options(own), interrupts.watched(reporter), check=interrupts.check
+                run_directory,
+                absolute_database(url),
+                study,
+                given_options(own),
+                interrupts.watched(reporter),
+                check=interrupts.check,
             )
         if as_json:
             json_lines.emit("result", trials=trials)

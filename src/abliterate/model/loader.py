@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError, first_line
+from abliterate.files import expanded
 from abliterate.model import architectures, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
@@ -78,7 +79,7 @@ def resolve_source(model: str) -> str:
         raise InputError("No model was given; name a Hub id, a local directory, or demo: abliterate run demo.")
     if model == DEMO:
         return str(demo_path() / "model")
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"The directory {model} holds no model: it has no config.json; name another directory.")
@@ -221,7 +222,7 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if load.chat_template:
         try:
-            tokenizer.chat_template = Path(load.chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = expanded(load.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The chat template {load.chat_template} can't be read: {error}.") from error
     elif not tokenizer.chat_template:
@@ -255,7 +256,7 @@ def fingerprint(source: str, config: PretrainedConfig) -> str:
 
 def public_name(name: str) -> str:
     """The model's name for results: only the last part of a local path, so that no private path is published."""
-    return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
+    return expanded(name).resolve().name if name != DEMO and expanded(name).is_dir() else name
 
 
 def _from_hub(auto: Any, source: str, load: LoadSettings) -> Any:
