@@ -15,8 +15,9 @@ from support.runs import copy_run, quick_options
 C_LOCALE = {"LC_ALL": "C", "LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
-def test_a_run_goes_on_without_its_reader(prompt_files: dict[str, str], tmp_path: Path) -> None:
-    config = write_config(tmp_path / "q.toml", quick_options(prompt_files, tmp_path / "cache", search={"trials": 2}))
+def test_a_run_goes_on_without_its_reader(finished: Finished, prompt_files: dict[str, str], tmp_path: Path) -> None:
+    cache = finished[0].parent / "cache"  # of a run with the same model and prompts
+    config = write_config(tmp_path / "q.toml", quick_options(prompt_files, cache, search={"trials": 2}))
     command = finish(["run", "demo", "-c", config, "-o", "run", "--export", "none"], tmp_path, before=Pipes(1))
     assert command.end() == 0, command.err
     assert command.err == f"{UNREAD}\n"

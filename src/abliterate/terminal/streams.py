@@ -11,7 +11,7 @@ import errno
 import io
 import os
 import sys
-from typing import IO, Any, TextIO
+from typing import Any, Literal, TextIO
 
 UNREAD = "note: nobody reads the output any more; the command goes on without it (Ctrl+C ends it)."
 
@@ -42,7 +42,7 @@ class _Lasting(io.FileIO):
         self.is_lost = False
         self.was_said = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:  # type: ignore[override]
         try:
             return super().write(data)
         except OSError as error:
@@ -98,5 +98,5 @@ def _raw(stream: TextIO) -> Any:
     return getattr(buffer, "raw", buffer)
 
 
-def _nowhere(mode: str) -> IO[Any]:
+def _nowhere(mode: Literal["r", "w"]) -> TextIO:
     return open(os.devnull, mode, encoding="utf-8")
