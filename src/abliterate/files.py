@@ -63,6 +63,30 @@ def safe_name(text: str) -> str:
     return f"model-{name}" if _RESERVED.match(name) else name or "model"
 
 
+def expanded(path: str | Path) -> Path:
+    """A path as a person gives it, with `~` replaced. The shell leaves a `~` behind `=`, and TOML has no shell.
+
+    Raises:
+        InputError: this machine doesn't know the home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"The path {path} has no home directory on this machine; write the path in full.") from error
+
+
+def split_existing(text: str) -> tuple[Path | None, str]:
+    """The path in `path:column` or `path:split:column`, and the text behind its colon; (None, text) if nothing is there.
+
+    Of several paths that exist the longest is meant, since names may hold colons.
+    """
+    ends = [index for index, character in enumerate(text) if character == ":"]
+    for end in reversed(ends):
+        if text[:end] and os.path.exists(path := expanded(text[:end])):  # False for a name that is too long
+            return path, text[end + 1 :]
+    return None, text
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write under a temporary name and rename, so that a reader sees the old content or the new content.
 

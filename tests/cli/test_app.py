@@ -422,14 +422,59 @@ def test_cache_clear_finds_what_no_entry_claims(invoke: Invoke, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "c").rglob("*") if path.is_file()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("age", ["-1", "-1d", "x", "1y", "nan", "inf", "12 hours", "--", "1e3"])
+def test_an_age_that_is_none_deletes_nothing(age: str, invoke: Invoke, tmp_path: Path) -> None:
+    store = filled_cache(tmp_path / "c")
+    outcome = invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c", f"--older-than={age}")
+    assert_sentence(outcome, 2, "--older-than needs an age from 0 up, like 12h, 7d or 30 (days)", age)
+    assert len(list(store.entries())) == 2
+
+
+@pytest.mark.parametrize(
+    ("age", "deleted"),
+    [
+        *(("8d", set()), ("1w", set()), ("1.5", set()), ("1d", {"damaged"}), ("24h", {"damaged"}), ("1", {"damaged"})),
+        *(("12h", {"damaged", "one"}), ("0.5", {"damaged", "one"}), ("30 min", {"damaged", "one"})),
+        *(("29m", {"damaged", "one", "two"}), ("0", {"damaged", "one", "two"}), ("", {"damaged", "one", "two"})),
+    ],
+)
+def test_ages_of_entries(age: str, deleted: set[str], invoke: Invoke, tmp_path: Path) -> None:
+    """An entry of 12 hours, another of 29 minutes, and a damaged one of 24 hours, which counts as all of it does."""
+    store, now, paths = filled_cache(tmp_path / "c"), time.time(), {}
+    for entry in store.entries():
+        name = str(entry.key["model"])
+        paths[name] = entry.sidecar
+        record = json.loads(entry.sidecar.read_text(encoding="utf-8"))
+        record["created"] = now - (12 * 3600 if name == "one" else 29 * 60)
+        entry.sidecar.write_text(json.dumps(record), encoding="utf-8")
+    paths["damaged"] = tmp_path / "c" / "residuals" / f"{'d' * 64}.json"
+    paths["damaged"].write_bytes(b"")
+    os.utime(paths["damaged"], (now - 86400, now - 86400))
+    assert invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c", "--older-than", age).code == 0
+    assert {name for name, path in paths.items() if not path.exists()} == deleted
+
+
+def test_cache_clear_by_path(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = ("--cache-dir", tmp_path / "c", "--yes")
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "models"))
+    for path in (tmp_path / "models" / "one", f"{tmp_path}/models/one/", "~/one", "models/one", "./gone/one", "one"):
+        store = filled_cache(tmp_path / "c")
+        assert "deleted 1 entries" in invoke("cache", "clear", "--model", path, *place).out, path
+        assert [entry.key["model"] for entry in store.entries()] == ["two"]
+    assert "nothing" in invoke("cache", "clear", "--model", "owner/one", *place).out
+
+
 def test_cache_verify_finds_damage(invoke: Invoke, tmp_path: Path) -> None:
     store = filled_cache(tmp_path / "c")
     assert invoke("cache", "verify", "--cache-dir", tmp_path / "c").code == 0
     damaged = next(iter(store.entries())).data
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     outcome = invoke("cache", "verify", "--cache-dir", tmp_path / "c")
-    assert_sentence(outcome, 1, "1 cache entries")
+    assert_sentence(outcome, 1, "1 cache entries", "abliterate cache clear deletes them")
     assert "checksum" in outcome.out
+    assert "deleted 2 entries" in invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c").out
+    assert invoke("cache", "verify", "--cache-dir", tmp_path / "c").out == "0 entries are sound\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import tomli_w
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.chat import open as chat_open
 from abliterate.cli import evaluate as cli_evaluate
@@ -177,10 +179,24 @@ def test_the_candidate_is_looked_at_before_the_base_is_loaded(
     broken.mkdir()
     (broken / "config.json").write_text('{"model_type": "none of that name"}', encoding="utf-8")
     assert_sentence(invoke("evaluate", "demo", broken), 2, "broken", "can't be loaded")
-    for head in (str(tmp_path), "nothing", "owner/name", "~nobody-of-that-name/x", "x" * 5000):
+    for head in (str(tmp_path), "nothing", "owner/name", "x" * 5000):
         assert_sentence(invoke("evaluate", "demo", f"{head}:3"), 2, "There is no run in", "names no trial;")
+    assert_sentence(invoke("evaluate", "demo", "~nobody-of-that-name/x:3"), 2, "no home directory on this machine")
     assert_sentence(invoke("evaluate", "demo", f"{finished[0]}:999"), 2, "no finished trial 999")
     assert_sentence(invoke("evaluate", "demo", f"{finished[0]}:²"), 2)
+
+
+def test_a_run_without_a_complete_trial(finished: Finished) -> None:
+    run, candidate = Result.read(RunDirectory(finished[0])), pipeline_evaluate.Candidate("trial", "my runs/one")
+    run = run.model_copy(update={"selected": None})
+    with pytest.raises(InputError, match="has chosen no trial yet; name a trial as my runs/one:N"):
+        pipeline_evaluate._trial_of(run, candidate)
+    run.trials = [replace(trial, state="stopped") for trial in run.trials]
+    with pytest.raises(InputError, match=r"all 4 of its trials were stopped or failed; .* --out 'my runs/one' --trials 8\."):
+        pipeline_evaluate._trial_of(run, candidate)
+    run.trials = []
+    with pytest.raises(InputError, match="no trial of it has finished yet; wait for one"):
+        pipeline_evaluate._trial_of(run, candidate)
 
 
 @pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])

@@ -145,8 +145,16 @@ def test_models_and_cache(invoke: Invoke, tmp_path: Path) -> None:
     ]
     assert checked(invoke("inspect", "demo", *small), "inspect")[-1]["cost"]["seconds"]
     assert checked(invoke("inspect", "demo", "--no-weights", *small), "inspect")[-1]["cost"]["seconds"] is None
-    filled_cache(tmp_path / "c")
+    store = filled_cache(tmp_path / "c")
     assert len(checked(invoke("cache", "ls", "--cache-dir", tmp_path / "c", "--json"), "cache ls")[-1]["entries"]) == 2
+    verify = ("cache", "verify", "--cache-dir", tmp_path / "c", "--json")
+    assert checked(invoke(*verify), "cache verify")[-1]["sound"] == 2
+    damaged = next(iter(store.entries()))
+    damaged.data.write_bytes(b"")
+    result, _ = checked(invoke(*verify), "cache verify", code=1, last="error")
+    reason = "its checksum differs from the one written"
+    assert result["unusable"] == [{"kind": "residuals", "digest": damaged.digest, "reason": reason}]
+    assert result["sound"] == 1
 
 
 @pytest.mark.parametrize(

@@ -277,3 +277,26 @@ class Stuck:
                 time.sleep(0.01)
 
         stages.evaluate = forever  # type: ignore[assignment]
+
+
+class Pipes:
+    """In the child: nobody reads what is written to the descriptors `unread`, as after `| head` or q in `less`.
+
+    Standard input is the file `typed`, if it is given; the system takes all streams for this `encoding`.
+    """
+
+    def __init__(self, *unread: int, typed: str = "", encoding: str = "utf-8") -> None:
+        self.unread, self.typed, self.encoding = unread, typed, encoding
+
+    def __call__(self) -> None:
+        from abliterate.report import draw
+
+        draw.svg = lambda specs: (dict.fromkeys(specs, ""), "")  # pictures take a second each
+        for descriptor in self.unread:
+            reading, writing = os.pipe()
+            os.close(reading)
+            os.dup2(writing, descriptor)
+            os.close(writing)
+        if self.typed:
+            sys.stdin = open(self.typed, encoding=self.encoding)  # noqa: SIM115
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding=self.encoding, closefd=False) for number in (1, 2))

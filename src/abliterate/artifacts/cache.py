@@ -3,7 +3,8 @@
 An entry is `<root>/<kind>/<sha256 of its key>.safetensors` with a sidecar `.json` (format, key, checksum, size, time).
 The sidecar is written last, so an entry without a sidecar was never finished. Both are written under a temporary name and
 renamed; two processes may share a store. Entries that are corrupt or not ours are reported and recomputed, never
-trusted; `clear` deletes only files that a sidecar of ours, our mark in the data or our temporary name identifies.
+trusted. `verify` and `clear` agree on the files that are ours: those by an entry's name, unless one of the pair can be read and
+is somebody else's; and stale temporary files.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from abliterate.files import expanded
+
 FORMAT = 1
 _ENTRY = re.compile(r"^[0-9a-f]{64}\.json$")
 _TEMPORARY = re.compile(r"^[0-9a-f]{64}\.[0-9a-f]{32}\.abliterate-tmp$")
 # Our data files begin with this mark, after the length of their header; it identifies them if the sidecar is lost or damaged.
 _MARK = b'{"__metadata__":{"abliterate":'
+_LARGEST_HEADER = 100_000_000  # the safetensors format has no larger one
 # A temporary file that is older than this was left by a writer that died: a living one renames it much earlier.
 _STALE_SECONDS = 24 * 3600.0
 
 
 def default_root(cache_dir: str = "") -> Path:
     """`cache_dir` if it is given, else the user's cache directory."""
-    return Path(cache_dir).expanduser() if cache_dir else Path(platformdirs.user_cache_dir("abliterate"))
+    return expanded(cache_dir) if cache_dir else Path(platformdirs.user_cache_dir("abliterate"))
 
 
 @dataclass(frozen=True)
@@ -151,21 +155,22 @@ class ArtifactStore:
         yield from sorted((entry for entry in entries if entry), key=lambda entry: -entry.created)
 
     def verify(self) -> Iterator[tuple[Path, str]]:
-        """(file, fault) for every entry that would not be trusted."""
-        for path in sorted(self.root.glob("*/*.json")):
-            if not _ENTRY.match(path.name):
-                continue
-            entry = _read_entry(path)
+        """(file, fault) for every entry that would not be trusted; `clear` deletes the files of each."""
+        for sidecar in sorted({path.with_suffix(".json") for path in self._ours()}):
+            entry = _read_entry(sidecar)
             if entry is None:
-                yield path, "unreadable or of another format"
+                yield sidecar, _why_unusable(sidecar)
                 continue
             try:
-                _checked(entry)
+                load(_checked(entry))
             except (OSError, ValueError, SafetensorError) as error:
                 yield entry.data, str(error)
 
-    def clear(self, chosen: Callable[[Entry], bool] | None = None) -> tuple[int, int]:
-        """Delete the `chosen` entries, by default all files of ours; returns the number of (entries, bytes) deleted."""
+    def clear(self, chosen: Callable[[Entry], bool] | None = None, leftovers: Iterable[Path] | None = None) -> tuple[int, int]:
+        """Delete the `chosen` entries and the given `leftovers`; returns the number of (entries, bytes) deleted.
+
+        By default all files of ours are deleted, and of chosen entries no leftovers, because nobody knows what they are of.
+        """
         count = freed = 0
         for entry in list(self.entries()):
             if chosen and not chosen(entry):
@@ -174,24 +179,30 @@ class ArtifactStore:
             entry.sidecar.unlink(missing_ok=True)
             entry.data.unlink(missing_ok=True)
             count, freed = count + 1, freed + entry.size
-        for path in [] if chosen else self.leftovers():
+        for path in leftovers if leftovers is not None else [] if chosen else self.leftovers():
             freed += path.stat().st_size
             path.unlink(missing_ok=True)
         return count, freed
 
     def leftovers(self) -> list[Path]:
         """Files of ours without a usable entry: stale temporary files, and entries that are damaged or of another version."""
-        files = []
+        stale = [
+            path
+            for path in sorted(self.root.glob("*/*"))
+            if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS
+        ]
+        return stale + [path for path in self._ours() if _read_entry(path.with_suffix(".json")) is None]
+
+    def _ours(self) -> Iterator[Path]:
+        """The files of entries, sound or damaged. One file of a pair may be missing or unreadable."""
         for path in sorted(self.root.glob("*/*")):
-            if _TEMPORARY.match(path.name) and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                files.append(path)
             sidecar, data = path.with_suffix(".json"), path.with_suffix(".safetensors")
-            if path not in (sidecar, data) or not _ENTRY.match(sidecar.name) or _read_entry(sidecar):
+            if path not in (sidecar, data) or not _ENTRY.match(sidecar.name) or not path.is_file():
                 continue
-            # One file of the pair may be missing or damaged; the other file shows that it is ours.
-            if _has_mark(data) or _has_our_fields(sidecar):
-                files.append(path)
-        return files
+            signs = (_is_our_sidecar(sidecar), _is_our_data(data))
+            # What can't be read is damaged, since nobody else gives a file such a name in a folder like this.
+            if True in signs or False not in signs:
+                yield path
 
     def _read(self, kind: str, digest: str) -> dict[str, Tensor] | None:
         path = self.root / kind / f"{digest}.json"
@@ -236,23 +247,34 @@ def _read_entry(sidecar: Path) -> Entry | None:
             data=sidecar.with_suffix(".safetensors"),
             sidecar=sidecar,
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
-def _has_mark(data: Path) -> bool:
+def _why_unusable(sidecar: Path) -> str:
+    return "unreadable or of another format" if sidecar.exists() else "its description is missing"
+
+
+def _is_our_data(data: Path) -> bool | None:
+    """Whether a data file has our mark; None if it is missing or no safetensors file, so that nobody knows."""
     try:
         with data.open("rb") as file:
-            return file.read(8 + len(_MARK))[8:] == _MARK
-    except OSError:
-        return False
+            size, start = file.read(8), file.read(len(_MARK))
+            if start == _MARK:
+                return True
+            length = min(int.from_bytes(size, "little"), _LARGEST_HEADER)
+            json.loads((start + file.read(max(0, length - len(start))))[:length])
+    except (OSError, ValueError, RecursionError):
+        return None
+    return False
 
 
-def _has_our_fields(sidecar: Path) -> bool:
+def _is_our_sidecar(sidecar: Path) -> bool | None:
+    """Whether a sidecar has the fields of ours; None if it is missing or no JSON, so that nobody knows."""
     try:
         record = json.loads(sidecar.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    except (OSError, ValueError, RecursionError):
+        return None
     return isinstance(record, dict) and {"format", "key", "label", "sha256"} <= record.keys()
 
 

@@ -10,6 +10,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import (
@@ -419,6 +420,16 @@ def _finite(text: str) -> float:
 def damaged(directory: RunDirectory, fault: str) -> InputError:
     """The error for a `result.json` whose content is wrong or incomplete."""
     return InputError(f"The file {directory.result} is damaged ({fault}); {directory.resuming('rebuilds it')}.")
+
+
+def no_complete_trial(result: Result, run: Path, budget: int = 0) -> str:
+    """The reason why a run has no complete trial, and the remedy, as parts of a sentence; `budget` is its number of trials."""
+    total, resume = len(result.trials), ("run", "--resume", "--out", run)
+    if total and total >= budget:
+        more = as_command(*resume, "--trials", 2 * total)
+        return f"all {total} of its trials were stopped or failed; give it more trials with {more}"
+    which = f"none of its {total} finished trials is complete yet" if total else "no trial of it has finished yet"
+    return f"{which}; wait for one, or continue the run with {as_command(*resume)}"
 
 
 def _first_fault(error: Exception) -> str:

@@ -20,7 +20,8 @@ from abliterate.artifacts.result import Result
 from abliterate.chat.session import Answer, Side, label
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.terminal import json_lines
-from abliterate.terminal.tables import plain_lines, print_on
+from abliterate.terminal.streams import say_if_unread
+from abliterate.terminal.tables import make_console, plain_lines, print_on
 
 # C0 except tab and line feed, delete, C1; and the characters that turn the direction of text or are invisible in it.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
@@ -67,6 +68,7 @@ class PlainDisplay:
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
         print(file=self._out, flush=True)
+        say_if_unread(self._out)
         for text in _remarks(answer):
             self.note(text)
 
@@ -99,6 +101,7 @@ class JsonDisplay:
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
         json_lines.emit("answer", out=self._out, turn=turn, prompt=prompt, **answer.to_record())
+        say_if_unread(self._out)
 
     def close(self) -> None:
         """Nothing to do: no answer is shown live."""
@@ -216,4 +219,4 @@ def make_face(*, as_json: bool, interactive: bool) -> Display:
     """The view that suits the destination of the output."""
     if as_json:
         return JsonDisplay(sys.stdout)
-    return TerminalDisplay(Console()) if interactive else PlainDisplay(sys.stdout, sys.stderr)
+    return TerminalDisplay(make_console()) if interactive else PlainDisplay(sys.stdout, sys.stderr)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from abliterate.artifacts.result import Result, damaged
+from abliterate.artifacts.result import Result, damaged, no_complete_trial
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError, as_command
 from abliterate.pipeline.workbench import Workbench
@@ -82,9 +82,11 @@ def first_trial(result: Result, settings: Settings, path: Path) -> Trial:
     complete = [trial for trial in result.trials if trial.state == "complete"]
     front = sorted((trial for trial in complete if trial.number in result.front), key=lambda trial: trial.kl)
     if not front:
-        why = "none of its trials beats the model itself" if complete else "no trial of it has finished yet"
-        how = f"name one with --trial ({as_command('trials', path)} shows them)" if complete else "wait for one"
-        raise InputError(f"The run in {path} has nothing to chat with, because {why}; {how}, or chat with its model.")
+        shown = as_command("trials", path)
+        why = f"none of its trials beats the model itself; name one with --trial ({shown} shows them)"
+        if not complete:
+            why = no_complete_trial(result, path, settings.search.trials)
+        raise InputError(f"The run in {path} has nothing to chat with, because {why}, or chat with its model.")
     rule = parse_rule(settings.search.select, settings.search.select_max_kl, result.objectives_or_default())
     return rule.preview(front) or front[0]
 

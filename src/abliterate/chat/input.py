@@ -36,8 +36,6 @@ class PipedLines:
     interactive = False
 
     def __init__(self, source: TextIO) -> None:
-        if hasattr(source, "reconfigure"):
-            source.reconfigure(errors="replace")
         self._source = source
 
     def read(self, prompt: str) -> str:

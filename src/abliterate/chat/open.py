@@ -21,6 +21,7 @@ from abliterate.chat.session import Edits, Session
 from abliterate.engine.responses import ResponseReader
 from abliterate.errors import InputError
 from abliterate.export.folder import MARKER
+from abliterate.files import expanded
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
@@ -58,7 +59,7 @@ def open_session(
     Raises:
         InputError: `target` is no run or model, or has no such trial. AbliterateError: the model can't be loaded.
     """
-    path = Path(target).expanduser()
+    path = expanded(target)
     if is_run(target):
         return _open_run(RunDirectory(path), wanted, given, reporter)
     if wanted.trial is not None:
@@ -74,7 +75,7 @@ def open_session(
 
 def is_run(target: str) -> bool:
     """Whether `target` is a run directory; `demo` is always the demo, even if there is a folder of that name."""
-    path = Path(target).expanduser()
+    path = expanded(target)
     files = (RunDirectory(path).settings, RunDirectory(path).result)
     return target != DEMO and not (path / "config.json").is_file() and any(file.is_file() for file in files)
 

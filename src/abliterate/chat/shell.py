@@ -13,7 +13,7 @@ from abliterate.chat.display import Display, visible
 from abliterate.chat.input import Lines, Presses, handling
 from abliterate.chat.session import Answer, Mode, Session, Side
 from abliterate.errors import INTERRUPTED, TERMINATED, AbliterateError, InputError, Interrupted
-from abliterate.files import safe_name
+from abliterate.files import expanded, safe_name
 from abliterate.objectives import other_scores
 
 _FORCE = "--force "
@@ -186,7 +186,7 @@ class Shell:
     def _save(self, rest: str) -> None:
         overwrite = f"{rest} ".startswith(_FORCE)
         name = rest[len(_FORCE) :].strip() if overwrite else rest
-        path = Path(name).expanduser() if name else Path(f"chat-{safe_name(self._session.model)}-{_now()}.md")
+        path = expanded(name) if name else Path(f"chat-{safe_name(self._session.model)}-{_now()}.md")
         self._session.save(path, overwrite=overwrite)
         self._face.note(f"saved in {path}")
 

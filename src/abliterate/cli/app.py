@@ -26,6 +26,7 @@ from abliterate.cli.options import (
     Dtype,
     Json,
     Text,
+    expanding_paths,
     for_answers,
     for_efficiency,
     for_filters,
@@ -36,6 +37,7 @@ from abliterate.cli.options import (
     shared,
 )
 from abliterate.errors import InputError
+from abliterate.terminal import streams
 
 
 def reproduce(
@@ -79,7 +81,9 @@ def evaluate(
     ],
     device: Device = None,
     dtype: Dtype = None,
-    harmful_heldout: Annotated[Text, for_prompts(help="Harmful prompts: file or dataset:split:column.")] = None,
+    harmful_heldout: Annotated[
+        Text, for_prompts(help="Harmful prompts: file, file.csv:column or dataset:split:column.")
+    ] = None,
     harmless_heldout: Annotated[Text, for_prompts(help="Harmless prompts.")] = None,
     over_refusal: Annotated[Text, for_prompts(help="Harmless prompts that look harmful.")] = None,
     markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
@@ -181,7 +185,9 @@ def run(
     allow_partial: Annotated[
         bool, for_model("--allow-partial", help="Run even if less than half of the writing parameters are edited.")
     ] = False,
-    harmful: Annotated[Text, for_prompts(help="Harmful prompts for the direction: file or dataset:split:column.")] = None,
+    harmful: Annotated[
+        Text, for_prompts(help="Harmful prompts for the direction: file, file.csv:column or dataset:split:column.")
+    ] = None,
     harmless: Annotated[Text, for_prompts(help="Harmless prompts for the direction.")] = None,
     harmful_eval: Annotated[Text, for_prompts(help="Harmful prompts for the scores.")] = None,
     harmless_eval: Annotated[Text, for_prompts(help="Harmless prompts for the scores.")] = None,
@@ -365,17 +371,14 @@ def worker(
 
 # The order of `abliterate --help`: that in which a person meets the commands.
 for _command in (run, inspect, tune_batch, trials, report, chat, evaluate, export, reproduce, worker):
-    app.command(cls=Command)(_command)
+    app.command(cls=Command)(expanding_paths(_command))
 
 app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:
     """Entry point: an error becomes one sentence on standard error and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        # A Windows console or a C locale can't encode ★ or ≥; a run must not die of a character.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    streams.prepare()
     # PEFT imports bitsandbytes if it is installed, and that logs advice to install more; its errors still raise.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     exit.run_to_its_end(_app)

@@ -19,7 +19,7 @@ from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.cli.exit import explain, show_traceback
 from abliterate.cli.run import RunFlags, carry_out, resolve
 from abliterate.errors import DONE, INTERRUPTED, AbliterateError, InputError, Interrupted
-from abliterate.files import read_toml, safe_name
+from abliterate.files import expanded, read_toml, safe_name
 from abliterate.model.devices import choose_device
 from abliterate.model.hub import ask_again
 from abliterate.model.memory import clear_device_cache
@@ -142,6 +142,7 @@ def plan(models: Sequence[str], listed: Path | None, options: Mapping[str, Any],
         model, own = entry.get("model", shared.model), entry.get("out", "")
         if not (isinstance(model, str) and model and isinstance(own, str)):
             raise InputError(f"{where} has no valid model or out; give model as a string, and out, if any, as a path.")
+        own = str(expanded(own)) if own else ""
         folder = own if own and not shared.out else _free_folder(base, own or model, model, planned, where) if base else ""
         planned.append(Planned({**options, "model": model, "out": folder}, by_section(common, entry)))
     _check(planned, config, listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,9 +13,13 @@ import typer
 
 from abliterate.cli.options import CacheDir, Command, Json, for_filters, for_general
 from abliterate.errors import AbliterateError, InputError
+from abliterate.files import expanded
 
 if TYPE_CHECKING:
     from abliterate.artifacts.cache import ArtifactStore, Entry
+
+# Seconds by the unit of an age.
+_UNITS = {"min": 60, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
 cache_app = typer.Typer(help="List, clear and check the cache of residuals, calibrations and baselines.", no_args_is_help=True)
 
@@ -39,23 +44,30 @@ def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
 @cache_app.command("clear", cls=Command)
 def cache_clear(
     cache_dir: CacheDir = None,
-    model: Annotated[str, for_filters("--model", help="Delete only entries of this model.")] = "",
-    older_than: Annotated[float, for_filters("--older-than", help="Delete only entries older than this many days.")] = 0.0,
+    model: Annotated[str, for_filters("--model", help="Delete only entries of this model: its name or its path.")] = "",
+    older_than: Annotated[
+        str, for_filters("--older-than", metavar="AGE", help="Delete only entries of at least this age, as in 12h or 7d.")
+    ] = "",
     yes: Annotated[bool, for_general("--yes", "-y", help="Delete without asking.")] = False,
 ) -> None:
-    """Delete entries that the cache wrote; other files are left alone."""
+    """Delete entries that the cache wrote, damaged ones included; other files are left alone."""
     from abliterate.terminal.quantities import bytes_text
     from abliterate.terminal.reporters import ask_yes
 
+    begun = time.time()
+    age = _seconds(older_than) if older_than else 0.0
+    name = _model_name(model) if model else ""
     store = _store(cache_dir)
 
-    def matches(entry: Entry) -> bool:
-        is_old = time.time() - entry.created >= older_than * 86400
-        return is_old and (not model or entry.key.get("model") == model)
+    def is_old(created: float) -> bool:
+        return not older_than or begun - created >= age  # without an age the clock doesn't matter
 
-    is_filtered = bool(model or older_than)
+    def matches(entry: Entry) -> bool:
+        return is_old(entry.created) and (not name or entry.key.get("model") == name)
+
     entries = [entry for entry in store.entries() if matches(entry)]
-    leftovers = [] if is_filtered else store.leftovers()
+    # Nobody knows of which model a damaged file is.
+    leftovers = [] if name else [path for path in store.leftovers() if is_old(path.stat().st_mtime)]
     if not entries and not leftovers:
         print("nothing to clear")
         return
@@ -67,20 +79,31 @@ def cache_clear(
         if not ask_yes(f"Delete {content} ({total})?"):
             print("nothing was deleted")
             return
-    _, freed = store.clear(matches if is_filtered else None)
+    _, freed = store.clear(matches, leftovers)
     print(f"deleted {content}, {bytes_text(freed)}")
 
 
 @cache_app.command("verify", cls=Command)
-def cache_verify(cache_dir: CacheDir = None) -> None:
+def cache_verify(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """Check the checksum of every entry. The exit code is 1 if an entry is not usable."""
-    store = _store(cache_dir)
+    from abliterate.terminal import json_lines
+
+    store = _store(cache_dir, as_json=as_json)
     unusable = list(store.verify())
-    for path, reason in unusable:
+    damaged = {path.stem for path, _ in unusable}
+    sound = sum(entry.digest not in damaged for entry in store.entries())
+    if as_json:
+        records = [{"kind": path.parent.name, "digest": path.stem, "reason": reason} for path, reason in unusable]
+        json_lines.emit("result", sound=sound, unusable=records)
+    for path, reason in [] if as_json else unusable:
         print(f"{path.parent.name}/{path.name[:12]}: {reason}")
     if unusable:
-        raise AbliterateError(f"{len(unusable)} cache entries are not usable; they are recomputed when needed.")
-    print(f"{len(list(store.entries()))} entries are sound")
+        raise AbliterateError(
+            f"{len(unusable)} cache entries are not usable; they are recomputed when needed, and abliterate cache clear "
+            "deletes them."
+        )
+    if not as_json:
+        print(f"{sound} entries are sound")
 
 
 @cache_app.command("path", cls=Command)
@@ -106,6 +129,22 @@ def _store(cache_dir: str | None, *, as_json: bool = False) -> ArtifactStore:
 
     warn: Callable[[str], None] = make_reporter(as_json=True).warn if as_json else print
     return ArtifactStore(cache_root(cache_dir), warn=warn)
+
+
+def _seconds(text: str) -> float:
+    """An age like 12h or 7d in seconds; a number alone counts days."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    unit = _UNITS.get(match[2] or "d") if match else None
+    if match is None or unit is None:
+        raise InputError(f"The option --older-than needs an age from 0 up, like 12h, 7d or 30 (days), not {text!r}.")
+    return float(match[1]) * unit
+
+
+def _model_name(model: str) -> str:
+    """The name under which entries of a model are kept, which of a path is the last part, also if it is gone."""
+    path = expanded(model)
+    is_path = path.is_dir() or path.is_absolute() or model.startswith(".")
+    return path.resolve().name if is_path and model != "demo" else model
 
 
 def _age(created: float) -> str:

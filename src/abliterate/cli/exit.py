@@ -33,10 +33,6 @@ def run_to_its_end(command: Callable[[], object]) -> None:
         raise
     except KeyboardInterrupt:
         _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of our output has gone (`| head`), so no message would arrive.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except Exception as error:
         if not isinstance(error, Interrupted):
             show_traceback()

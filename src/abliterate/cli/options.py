@@ -5,11 +5,15 @@ As light at import as `cli`.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
+
+from abliterate.files import expanded
 
 for_model = partial(typer.Option, rich_help_panel="Model")
 for_prompts = partial(typer.Option, rich_help_panel="Prompts")
@@ -35,6 +39,16 @@ Assignments = Annotated[
 def shared(model: Text, device: Text, dtype: Text, cache_dir: Text) -> dict[str, Any]:
     """The settings behind the options that most commands share; None stands for an option that was not given."""
     return {"model": model or None, "device": device, "cache_dir": cache_dir, "load": {"dtypes": [dtype] if dtype else None}}
+
+
+def expanding_paths(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with `~` expanded in each of its options that is a path; the settings expand those that are settings."""
+
+    @wraps(command)
+    def call(**options: Any) -> None:
+        command(**{name: expanded(value) if isinstance(value, Path) else value for name, value in options.items()})
+
+    return call
 
 
 class Command(TyperCommand):

@@ -11,6 +11,7 @@ from abliterate.cli.exit import quiet_libraries
 from abliterate.cli.run import options_of
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
+from abliterate.settings.sources import absolute_database
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts, end_with
 from abliterate.terminal.reporters import make_reporter
@@ -36,7 +37,8 @@ def work(
         with interrupts.listening():
             if end_with_input:
                 end_with(sys.stdin.fileno())
-            trials = workers.work(run_directory, url, study, options, interrupts.watched(reporter), check=interrupts.check)
+            place = (run_directory, absolute_database(url), study)
+            trials = workers.work(*place, options, interrupts.watched(reporter), check=interrupts.check)
         if as_json:
             json_lines.emit("result", trials=trials)
         else:

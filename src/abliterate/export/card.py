@@ -10,13 +10,13 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
 from abliterate._version import __version__
 from abliterate.export.base_card import front_lines
+from abliterate.files import expanded
 from abliterate.model.loader import public_name
 from abliterate.objectives import CLASSIFIER, DEFAULT, SETTINGS_NAMING_SCORERS, is_custom, public
 from abliterate.prompts.files import public_source
@@ -179,7 +179,7 @@ def _facts(settings: Settings, record: Mapping[str, Any]) -> Iterator[tuple[str,
 def file_digest(path: str) -> str:
     """The sha256 of a file that settings name."""
     try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return hashlib.sha256(expanded(path).read_bytes()).hexdigest()
     except OSError:  # the file was moved since the run, whose identity holds the hash of its content
         return "not at hand"
 

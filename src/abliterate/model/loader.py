@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.utils import cached_file
 
 from abliterate.errors import AbliterateError, InputError, first_line
+from abliterate.files import expanded
 from abliterate.model import architectures, model_files, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import check_not_empty, empty_model, load_weights, max_memory, random_model
@@ -80,7 +81,7 @@ def resolve_source(model: str) -> str:
         raise InputError("No model was given; name a Hub id, a local directory, or demo: abliterate run demo.")
     if model == DEMO:
         return str(demo_path() / "model")
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.is_dir():
         model_files.check_folder(path, model)
         return str(path)
@@ -239,7 +240,7 @@ def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     if load.chat_template:
         try:
-            tokenizer.chat_template = Path(load.chat_template).expanduser().read_text(encoding="utf-8")
+            tokenizer.chat_template = expanded(load.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"The chat template {load.chat_template} can't be read: {error}.") from error
     elif not tokenizer.chat_template:
@@ -273,7 +274,7 @@ def fingerprint(source: str, config: PretrainedConfig) -> str:
 
 def public_name(name: str) -> str:
     """The model's name for results: only the last part of a local path, so that no private path is published."""
-    return Path(name).expanduser().resolve().name if name != DEMO and Path(name).expanduser().is_dir() else name
+    return expanded(name).resolve().name if name != DEMO and expanded(name).is_dir() else name
 
 
 def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.dtype:

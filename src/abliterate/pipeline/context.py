@@ -90,4 +90,4 @@ def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
 def read_prompts(context: Context) -> PromptSets:
     """The four prompt sets that the settings name."""
     with context.stage("prompts", at_once=True):
-        return read_prompt_sets(context.settings, context.reporter.warn)
+        return read_prompt_sets(context.settings, context.reporter.warn, context.reporter.note)

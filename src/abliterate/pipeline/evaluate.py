@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 
-from abliterate.artifacts.result import Result, damaged
+from abliterate.artifacts.result import Result, damaged, no_complete_trial
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.files import expanded
 from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.model_files import is_adapter
@@ -59,10 +60,10 @@ def parse_candidate(text: str) -> Candidate:
     Raises:
         InputError: `text` names none of these.
     """
-    path = Path(os.path.expanduser(text))  # unlike Path.expanduser, it raises no error for an unknown home
+    path = expanded(text)
     head, _, tail = text.rpartition(":")
     if head and tail.isdecimal() and not os.path.exists(path):  # os.path.exists is False for a name that is too long
-        run = Path(os.path.expanduser(head))
+        run = expanded(head)
         if not _is_run(run):
             raise InputError(f"There is no run in {head}, so {text} names no trial; give the directory of a run.")
         return Candidate("trial", str(run), int(tail))
@@ -165,6 +166,9 @@ def _is_run(path: Path) -> bool:
 
 def _trial_of(run: Result, candidate: Candidate) -> Trial:
     number = run.selected if candidate.number is None else candidate.number
+    if number is None and not any(trial.state == "complete" for trial in run.trials):
+        why = no_complete_trial(run, Path(candidate.source))
+        raise InputError(f"The run in {candidate.source} has no trial to measure, because {why}.")
     if number is None:
         raise InputError(f"The run in {candidate.source} has chosen no trial yet; name a trial as {candidate.source}:N.")
     return run.trial(number, candidate.source)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,7 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
     with context.stage("held-out prompts", at_once=True):
         for name, source in heldout_sources(settings).items():
             try:
-                sets[name], record[name] = _one_set(source, settings, seen)
+                sets[name], record[name] = _one_set(source, settings, seen, context.reporter.note)
             except InputError as error:
                 optional = name == "over_refusal"
                 if getattr(settings.prompts, name) or (required and not optional):
@@ -55,9 +55,11 @@ def read_heldout(context: Context, known: Sequence[Sequence[Prompt]], *, require
     return Heldout(HeldoutSets(sets["harmful_heldout"], sets["harmless_heldout"], sets.get("over_refusal", ())), record)
 
 
-def _one_set(source: str, settings: Settings, seen: set[str]) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
+def _one_set(
+    source: str, settings: Settings, seen: set[str], note: Callable[[str], None]
+) -> tuple[tuple[Prompt, ...], dict[str, Any]]:
     """A set without the prompts in `seen`, and its record; the set's prompts are added to `seen`."""
-    loaded = load_prompts(source, settings.prompts)
+    loaded = load_prompts(source, settings.prompts, note)
     own: dict[str, Prompt] = {}
     for prompt in loaded:
         own.setdefault(normalize(prompt.text), prompt)

@@ -24,6 +24,7 @@ from safetensors.torch import load
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.errors import InputError, first_line
+from abliterate.files import expanded
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.search import Search
@@ -133,7 +134,7 @@ def _file(settings: Settings, name: str) -> Path | None:
     path = getattr(getattr(settings, section), option)
     if name == "evaluation.markers" and not path:  # the default file may differ between versions
         return config_path("markers.txt")
-    return Path(path).expanduser() if path else None
+    return expanded(path) if path else None
 
 
 def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any] | None = None) -> tuple[str, Path, str]:

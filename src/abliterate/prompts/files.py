@@ -1,22 +1,53 @@
-"""Read prompt sets from text files and JSON-lines files, and parse data set names."""
+"""Read prompt sets from files, and parse the names of sources: files, columns of files, and columns of data sets."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import InputError
+from abliterate.files import expanded, split_existing
+from abliterate.prompts.columns import FORMS, is_header, shown
+from abliterate.prompts.json_files import JSON, Records, read_json
+from abliterate.prompts.tables import PARQUET, SEPARATED, Texts, read_parquet, read_separated
 from abliterate.types import Prompt
 
-_DATASET = re.compile(
-    r"^(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?"
-    r":(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$"
-)
-_HALVES = re.compile("[\ud800-\udfff]")
+_COLUMN = r"(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$"
+_DATASET = re.compile(r"^(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?:" + _COLUMN)
+_OF_FOLDER = re.compile("^" + _COLUMN)
+_TEXT = (".txt",)
+_FILES = (*_TEXT, *SEPARATED, *JSON, *PARQUET)
+# Files that hold tables or packed data, and would be read as lines of text that are no prompts.
+_UNREAD = {
+    *(".xlsx", ".xls", ".ods", ".arrow", ".feather", ".yaml", ".yml", ".toml", ".xml", ".html", ".htm", ".pkl", ".pickle"),
+    *(".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z", ".sqlite", ".db", ".h5", ".npy", ".npz", ".docx", ".pdf"),
+}
+
+
+def _quiet(text: str) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileColumn:
+    """A column of a file with a table, written `file.csv:column`."""
+
+    path: Path
+    column: str
+
+
+@dataclass(frozen=True, slots=True)
+class FolderColumn:
+    """A column of a data set in a local folder, written `/absolute/folder:split:column`; the split may carry a slice."""
+
+    path: Path
+    split: str
+    column: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,52 +63,70 @@ class DatasetName:
     config: str | None = None
 
 
-def parse_source(source: str) -> Path | DatasetName:
-    """A prompt source as the user gives it: an existing file, or `dataset:split:column`.
+def parse_source(source: str) -> Path | FileColumn | FolderColumn | DatasetName:
+    """A prompt source as the user gives it: an existing file or its column, or a column of a data set.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is none of these.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise InputError(f"The prompt source {source!r} is a directory; name a text or JSONL file in it.")
-    if path.exists():
+    path = expanded(source)
+    if os.path.isdir(path):
+        raise InputError(
+            f"The prompt source {source!r} is a directory; name a file in it, or a column of its data set as "
+            f"{source}:split:column."
+        )
+    if os.path.exists(path):
         return path
+    there, rest = split_existing(source)
+    if there is not None and there.is_file():
+        return FileColumn(there, rest)
+    if there is not None:
+        match = _OF_FOLDER.match(rest)
+        if match is None:
+            raise InputError(f"The prompt source {source!r} names no column of the folder {there}; write {there}:split:column.")
+        return FolderColumn(there, **match.groupdict())
     dataset = dataset_name(source)
     if dataset is not None:
         return dataset
     raise InputError(
-        f"There is no prompt file {source!r}; give the path of a text or JSONL file, or a data set as "
-        "name:split:column, for example mlabonne/harmful_behaviors:train[:400]:text."
+        f"There is no prompt file {source!r}; give {FORMS}, for example mlabonne/harmful_behaviors:train[:400]:text."
     )
 
 
 def dataset_name(source: str) -> DatasetName | None:
     """The data set column that `dataset:split:column` names; None if the source hasn't that form."""
     match = _DATASET.match(source)
-    return DatasetName(**match.groupdict()) if match and not source.lower().endswith((".txt", ".jsonl", ".json")) else None
+    if match is None or source.lower().endswith(_FILES) or match["name"].lower().endswith(_FILES):
+        return None
+    return DatasetName(**match.groupdict())
 
 
-def read_prompts(path: Path, *, prefix: str = "", suffix: str = "", system: str = "") -> tuple[Prompt, ...]:
-    """The prompts of a text file (one a line, without blank lines) or of a JSONL file (recognized by its ending).
+def read_prompts(
+    path: Path, *, column: str = "", prefix: str = "", suffix: str = "", system: str = "", note: Callable[[str], None] = _quiet
+) -> tuple[Prompt, ...]:
+    """The prompts of a file, whose ending says whether it is a table or text (one prompt on each line, without blank lines).
 
-    JSONL lines are objects with `prompt` and optionally `system`, which then overrides the general system prompt.
+    JSON objects have `prompt` and optionally `system`, which then overrides the general system prompt. Another column that is
+    read because it is the only one that can hold prompts is told to `note`.
 
     Raises:
-        InputError: the file is unreadable, not UTF-8 or without prompts, or a line doesn't parse (it is named by its number).
+        InputError: the file is unreadable, not UTF-8 or without prompts, or a part of it doesn't parse (the sentence names it).
     """
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"The prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"The prompt file {path} can't be read: {error.strerror}.") from error
-    # `str.splitlines()` would also cut at U+2028 and form feeds, which may stand inside a prompt.
-    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1)]
-    parse = _parse_json_line if path.suffix.lower() in (".jsonl", ".json") else _parse_text_line
-    prompts = [parse(path, number, line, system) for number, line in lines if line]
+    ending = path.suffix.lower()
+    if ending in _UNREAD:
+        raise InputError(f"The prompt file {path} is of a kind that can't be read ({ending}); give {FORMS}.")
+    prompts: Sequence[Prompt]
+    if ending in (*SEPARATED, *PARQUET, *JSON):
+        table = _table(path, ending, column, system)
+        prompts = table.prompts if isinstance(table, Records) else [Prompt(text, system) for text in table.texts]
+        if not column and table.column not in ("", "prompt"):
+            note(f"The column {table.column!r} of {path.name} holds the prompts (its columns: {shown(table.names)}).")
+    elif column:
+        raise InputError(f"The prompt file {path} is text and has no column {column!r}; give {FORMS}.")
+    else:
+        prompts = _text_lines(path, _content(path), system)
     if not prompts:
-        raise InputError(f"The prompt file {path} holds no prompts; put one on each line.")
+        raise InputError(f"The prompt file {path} holds no prompts; give {FORMS}.")
     return wrap(prompts, prefix, suffix)
 
 
@@ -88,9 +137,13 @@ def wrap(prompts: Sequence[Prompt], prefix: str, suffix: str) -> tuple[Prompt, .
 
 def public_source(source: str) -> str:
     """A source in a form that may be shared: the name of a data set, or a file's name without its folder."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     # An absolute path may be gone, because settings hold where a file lay when the run began.
-    return path.name if source and (path.is_absolute() or path.exists()) else source
+    if not source or not (path.is_absolute() or os.path.exists(path) or split_existing(source)[0]):
+        return source
+    dataset = dataset_name(path.name)
+    # A folder's data set must not look like a data set of the Hub.
+    return f"./{path.name}" if dataset else path.name
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
@@ -99,27 +152,35 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _parse_text_line(path: Path, number: int, line: str, system: str) -> Prompt:
-    if "\0" in line:
-        raise InputError(f"Line {number} of {path} holds a NUL character; this doesn't look like a text file.")
-    return Prompt(line, system)
+def _table(path: Path, ending: str, column: str, system: str) -> Texts | Records:
+    if ending in PARQUET:
+        return read_parquet(path, column)
+    content = _content(path)
+    if ending in SEPARATED:
+        return read_separated(path, content, column)
+    return read_json(path, re.sub("\r\n?", "\n", content), column, system)
 
 
-def _parse_json_line(path: Path, number: int, line: str, system: str) -> Prompt:
+def _content(path: Path) -> str:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(getattr(error, "msg", error))
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"The prompt file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"The prompt file {path} can't be read: {error.strerror}.") from error
+    if "\0" in content and path.suffix.lower() not in JSON:  # JSON has its own sentence
+        number = content[: content.index("\0")].count("\n") + 1
+        raise InputError(f"Line {number} of {path} holds a NUL character; this doesn't look like a text file.")
+    return content
+
+
+def _text_lines(path: Path, content: str, system: str) -> list[Prompt]:
+    # `str.splitlines()` would also cut at U+2028 and form feeds, which may stand inside a prompt.
+    lines = [line.strip() for line in re.split("\r\n|\r|\n", content)]
+    lines = [line for line in lines if line]
+    if lines and is_header(lines[0]):
         raise InputError(
-            f'Line {number} of {path} is not JSON ({reason}); each line must be an object like {{"prompt": "…"}}.'
-        ) from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) or not record["prompt"].strip():
-        raise InputError(f'Line {number} of {path} has no text under "prompt"; write {{"prompt": "…"}}.')
-    own_system = record.get("system", system)
-    if not isinstance(own_system, str):
-        raise InputError(f'Line {number} of {path} has a "system" that is not text; make it a string.')
-    if _HALVES.search(record["prompt"] + own_system):
-        raise InputError(
-            f"Line {number} of {path} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
+            f"The first line of {path} ({lines[0]!r}) is the header of a table and no prompt; name the file .csv, or remove "
+            "that line."
         )
-    return Prompt(record["prompt"], own_system)
+    return [Prompt(line, system) for line in lines]

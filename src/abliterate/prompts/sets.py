@@ -49,10 +49,12 @@ def prompt_sources(settings: Settings) -> dict[str, str]:
     return {name: getattr(settings.prompts, name) or default for name, default in defaults.items()}
 
 
-def read_prompt_sets(settings: Settings, warn: Callable[[str], None]) -> PromptSets:
+def read_prompt_sets(
+    settings: Settings, warn: Callable[[str], None], note: Callable[[str], None] = lambda text: None
+) -> PromptSets:
     """All four prompt sets; a prompt in both a direction set and a score set is worth a warning."""
     sources = prompt_sources(settings)
-    sets = PromptSets(**{name: load_prompts(source, settings.prompts) for name, source in sources.items()})
+    sets = PromptSets(**{name: load_prompts(source, settings.prompts, note) for name, source in sources.items()})
     for name in sources:
         prompts = getattr(sets, name)
         repeated = len(prompts) - len(set(prompts))

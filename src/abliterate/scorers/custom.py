@@ -7,9 +7,9 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from abliterate.errors import InputError, TrialError
+from abliterate.files import expanded
 from abliterate.model.memory import is_out_of_memory
 from abliterate.scorers.base import Scorer
 
@@ -47,7 +47,7 @@ def load_scorer(name: str) -> Scorer:
         InputError: the file or class doesn't exist, the file fails, or the class is no scorer.
     """
     file, _, class_name = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = expanded(file)
     if not path.is_file():
         raise InputError(f"There is no file {file} with a scorer; give path/to/file.py:ClassName.")
     spec = importlib.util.spec_from_file_location(f"{_MODULE}{abs(hash(path.absolute()))}", path)

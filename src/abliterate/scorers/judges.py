@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from abliterate.errors import InputError, TrialError
+from abliterate.files import expanded
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import public_name
 from abliterate.model.model_files import library_errors
@@ -129,7 +130,7 @@ def _not_loaded(source: str, error: BaseException) -> str:
     name = public_name(source)
     is_path = Path(source).is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or "\\" in source
     if is_path or name != source or Path(source).exists():
-        is_directory = Path(source).expanduser().is_dir()
+        is_directory = expanded(source).is_dir()
         why = f"{type(error).__name__}; is it a sequence classification model" if is_directory else "there is no such directory"
         return f"the judge's model {Path(name).name} can't be loaded ({why})"
     first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

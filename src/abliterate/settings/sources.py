@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
 from abliterate.errors import InputError
-from abliterate.files import read_toml
+from abliterate.files import expanded, read_toml, split_existing
 from abliterate.objectives import split
 from abliterate.settings import schema
 
@@ -196,10 +196,11 @@ def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 def _with_absolute_paths(settings: Settings) -> Settings:
     """The settings with absolute paths. Hub ids, data sets and missing files stay as given; their reader reports the error."""
     _check_paths(settings)
-    prompts = {name: _if_there(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
+    prompts = {name: _own_prompts(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
+    load = settings.load
     sections = {
         "prompts": prompts,
-        "load": {"chat_template": _if_there(settings.load.chat_template)},
+        "load": {"chat_template": _if_there(load.chat_template), "offload_folder": _absolute(load.offload_folder)},
         "evaluation": {
             "markers": _if_there(settings.evaluation.markers),
             "judge_model": _if_there(settings.evaluation.judge_model),
@@ -208,11 +209,13 @@ def _with_absolute_paths(settings: Settings) -> Settings:
         },
         "efficiency": {"residual_cache_dir": _absolute(settings.efficiency.residual_cache_dir)},
         "search": {
-            "storage": _absolute_database(settings.search.storage),
+            "storage": absolute_database(settings.search.storage),
             "objectives": tuple(map(_own_objective, settings.search.objectives)),
         },
     }
-    top: dict[str, Any] = {"cache_dir": _absolute(settings.cache_dir)}
+    # The run directory stays relative if it is given so, because sentences show it.
+    out = str(expanded(settings.out)) if settings.out else ""
+    top: dict[str, Any] = {"cache_dir": _absolute(settings.cache_dir), "out": out}
     if settings.model != "demo":  # `demo` never means a directory of that name
         top["model"] = _if_there(settings.model)
     top |= {name: getattr(settings, name).model_copy(update=values) for name, values in sections.items()}
@@ -223,25 +226,33 @@ def _check_paths(settings: Settings) -> None:
     """Raise InputError for a text that can't be a path; otherwise every reader would fail on it in its own words."""
     paths = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
     paths |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
-    paths |= {"load.chat_template": settings.load.chat_template, "evaluation.markers": settings.evaluation.markers}
+    paths |= {f"load.{name}": getattr(settings.load, name) for name in ("chat_template", "offload_folder")}
+    paths |= {f"evaluation.{name}": getattr(settings.evaluation, name) for name in ("markers", "judge_model")}
     paths |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
     for name, text in paths.items():
         try:
             if "\0" in text:
                 raise ValueError("it holds a NUL character")
-            Path(text).expanduser().exists()
-        except (OSError, RuntimeError, ValueError) as error:
+            expanded(text).exists()
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             shown = text if len(text) < 80 else text[:70] + "…"
             raise InputError(f"The setting {name} ({shown!r}) can't be a path: {reason}; give another path.") from error
 
 
 def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else ""
+    return str(expanded(path).absolute()) if path else ""
 
 
 def _if_there(path: str) -> str:
-    return _absolute(path) if path and Path(path).expanduser().exists() else path
+    return _absolute(path) if path and expanded(path).exists() else path
+
+
+def _own_prompts(source: str) -> str:
+    """A source of prompts with its file's or folder's absolute path, also where a column follows; a Hub data set stays."""
+    given = _if_there(source)
+    path, rest = split_existing(source) if given == source else (None, "")
+    return given if path is None else f"{path.absolute()}:{rest}"
 
 
 def _own_scorer(name: str) -> str:
@@ -255,13 +266,14 @@ def _own_objective(text: str) -> str:
     return f"{_own_scorer(name)}:{goal}" if goal else _own_scorer(name)
 
 
-def _absolute_database(url: str) -> str:
+def absolute_database(url: str) -> str:
+    """A database's URL, with the absolute path of an SQLite file."""
     file = url.removeprefix("sqlite:///")
     return url if file in (url, "", ":memory:") or file.startswith("file:") else f"sqlite:///{_absolute(file)}"
 
 
 def _find_config(config: str) -> Path:
-    path = Path(config).expanduser()
+    path = expanded(config)
     if path.is_file():
         return path
     if path.suffix == "" and path.name == config:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+from abliterate.terminal.streams import say_if_unread
 from abliterate.types import Table, Trial
 
 # The version of the lines. The content of a result has a version of its own.
@@ -73,3 +74,4 @@ class JsonReporter:
 
     def _emit(self, event: str, **fields: Any) -> None:
         emit(event, out=self._out, **fields)
+        say_if_unread(self._out)

@@ -15,7 +15,8 @@ from rich.table import Table as RuledTable
 
 from abliterate.objectives import other_scores
 from abliterate.terminal.json_lines import JsonReporter
-from abliterate.terminal.tables import plain_lines, print_on, printable
+from abliterate.terminal.streams import say_if_unread
+from abliterate.terminal.tables import make_console, plain_lines, print_on, printable
 from abliterate.types import Reporter, Table, Trial
 
 
@@ -23,7 +24,7 @@ def make_reporter(*, as_json: bool) -> Reporter:
     """Rich on a terminal, plain lines in a pipe, JSON lines if asked."""
     if as_json:
         return JsonReporter(sys.stdout)
-    return RichReporter(Console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
+    return RichReporter(make_console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
 
 
 def trial_line(trial: Trial, total: int, front: bool) -> str:
@@ -78,6 +79,7 @@ class PlainReporter:
 
     def _line(self, text: str) -> None:
         print(printable(text), file=self._out, flush=True)
+        say_if_unread(self._out)
 
 
 class RichReporter:
@@ -102,14 +104,15 @@ class RichReporter:
         self._trials = None
         self._console.print(f"[bold cyan]▸ {escape(printable(name))}[/] [dim]{escape(printable(detail))}[/]")
         self._progress = Progress(
-            TextColumn("  {task.description}"),
+            # These columns would read emoji codes in markup, whatever the console does.
+            TextColumn("  {task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[rate]}[/]"),
+            TextColumn("{task.fields[rate]}", style="dim", markup=False),
             TimeElapsedColumn(),
-            TextColumn("[dim]left[/]"),
+            TextColumn("left", style="dim", markup=False),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[best]}"),
+            TextColumn("{task.fields[best]}", style="green", markup=False),
             console=self._console,
             transient=True,
         )
@@ -135,8 +138,8 @@ class RichReporter:
         style = "red" if trial.state == "failed" else "bold green" if front else "default"
         self._show(f"  [{style}]{line}[/]")
         if best is not None:
-            others = "".join(f", {escape(printable(text))}" for text in other_scores(best))
-            self._best = f"[green]best: {best.refusals} refusals, KL {best.kl:.3f}{others}[/]"
+            others = "".join(f", {printable(text)}" for text in other_scores(best))
+            self._best = f"best: {best.refusals} refusals, KL {best.kl:.3f}{others}"
         if self._trials is None and self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
@@ -177,7 +180,7 @@ class RichReporter:
 def ask_for_trial(front: Sequence[Trial], default: Trial, table: Table, reporter: Reporter) -> Trial:
     """Show the front as `table` and let the person choose; Enter and the end of the input (Ctrl+D) take the default."""
     reporter.close()
-    console = Console()
+    console = make_console()
     print_on(console, table, " or abliterate trials")
     numbers = {str(trial.number): trial for trial in front}
     question = "Which trial is to be exported"
@@ -192,7 +195,7 @@ def ask_for_trial(front: Sequence[Trial], default: Trial, table: Table, reporter
 def ask_yes(question: str) -> bool:
     """Ask a question, and return whether the person says yes; Enter and the end of the input (Ctrl+D) mean no."""
     try:
-        return Console().input(f"{escape(question)} (y/N) ").strip().lower() in ("y", "yes")
+        return make_console().input(f"{escape(question)} (y/N) ", emoji=False).strip().lower() in ("y", "yes")
     except EOFError:
         return False
 
@@ -200,11 +203,12 @@ def ask_yes(question: str) -> bool:
 def show_heading(text: str) -> None:
     """Print a heading above the output of one run among several."""
     if sys.stdout.isatty():
-        Console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
+        make_console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
     else:
         print(f"\n=== {text}", flush=True)
 
 
 def show_error(message: str) -> None:
     """Print an error sentence on standard error."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]error:[/] {escape(printable(message))}")
+    console = make_console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"[bold red]error:[/] {escape(printable(message))}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -29,9 +30,9 @@ def printable(text: str, keep: str = "") -> str:
     return _CONTROL.sub(lambda match: match[0] if match[0] in keep else repr(match[0])[1:-1], text)
 
 
-def make_console() -> Console:
-    """A console for tables on standard output."""
-    return Console()
+def make_console(**options: Any) -> Console:
+    """A console on standard output. It reads no emoji codes, for `:train:` in the name of a data set is one."""
+    return Console(emoji=False, **options)
 
 
 def show_table(table: Table, wider: str = " or a pipe") -> None:

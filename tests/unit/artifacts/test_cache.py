@@ -149,7 +149,7 @@ def test_a_spoilt_entry_is_a_warning_and_computed_again(filled: Path, spoil) -> 
     assert same(make_store(filled)[0].get("residuals", KEY), tensors())
 
 
-@pytest.mark.parametrize("spoil", [s for s in SPOILERS if s is not data_not_safetensors], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("spoil", SPOILERS, ids=lambda f: f.__name__)
 def test_verify_names_a_spoilt_entry(filled: Path, spoil) -> None:  # type: ignore[no-untyped-def]
     assert list(make_store(filled)[0].verify()) == []
     spoil(filled)
@@ -242,8 +242,74 @@ def test_unusable_entries_of_ours_are_cleared(filled: Path, damage: str) -> None
     store.clear(lambda entry: False)  # a filter spares them: nobody knows what they are of
     assert len(snapshot(filled)) > len(foreign)
     store.clear()
-    # A sidecar alone that can't be read could be anybody's.
-    assert snapshot(filled) - foreign == ({f"residuals/{description.name}"} if damage.startswith("nothing") else set())
+    assert snapshot(filled) == foreign
+
+
+def empty_both(root: Path) -> None:
+    sidecar(root).write_bytes(b"")
+    sidecar(root).with_suffix(".safetensors").write_bytes(b"")
+
+
+def cut_both(root: Path) -> None:
+    cut_sidecar(root)
+    cut_data(root)
+
+
+def zero_both(root: Path) -> None:
+    """What a crash of the machine leaves of files that were never flushed."""
+    for path in (sidecar(root), sidecar(root).with_suffix(".safetensors")):
+        path.write_bytes(b"\0" * path.stat().st_size)
+
+
+def remove_sidecar(root: Path) -> None:
+    sidecar(root).unlink()
+
+
+def data_alone_and_empty(root: Path) -> None:
+    empty_both(root)
+    remove_sidecar(root)
+
+
+def endless_numbers(root: Path) -> None:
+    sidecar(root).write_text(sidecar(root).read_text().replace('"size": ', '"size": 1e999, "was": '))
+
+
+def deep_sidecar(root: Path) -> None:
+    sidecar(root).write_text("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *SPOILERS,
+        *(empty_both, cut_both, zero_both, remove_sidecar, data_alone_and_empty, endless_numbers, deep_sidecar),
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_verify_and_clear_agree(filled: Path, spoil) -> None:  # type: ignore[no-untyped-def]
+    """What one calls unusable the other deletes, and neither says anything of other people's files."""
+    foreign = foreign_files(filled)
+    store, warnings = make_store(filled)
+    assert list(store.verify()) == store.leftovers() == []
+    spoil(filled)
+    assert [(path.stem, path.parent.name) for path, _ in store.verify()] == [(key_digest(KEY), "residuals")]
+    store.clear()
+    assert list(store.verify()) == []
+    assert snapshot(filled) == foreign
+    assert warnings == []
+
+
+def test_somebody_elses_files_of_such_a_name_are_no_entries(filled: Path) -> None:
+    name = filled / "residuals" / ("1" * 64)
+    name.with_suffix(".json").write_text('{"format": 1, "key": {}}')
+    name.with_suffix(".safetensors").write_bytes(save({"x": torch.ones(1)}))
+    (filled / "residuals" / ("2" * 64)).with_suffix(".json").mkdir()
+    (filled / "residuals" / ("3" * 64)).with_suffix(".safetensors").write_bytes(save({"x": torch.ones(1)}, {"by": "others"}))
+    store, _ = make_store(filled)
+    before = snapshot(filled)
+    assert list(store.verify()) == store.leftovers() == []
+    assert store.clear()[0] == 1
+    assert len(snapshot(filled)) == len(before) - 2
 
 
 def test_writing_leaves_no_temporary_file(filled: Path) -> None:

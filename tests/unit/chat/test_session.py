@@ -409,6 +409,17 @@ def nothing_finished(result: dict[str, Any]) -> None:
     result |= {"trials": [], "front": [], "selected": None}
 
 
+def none_complete(result: dict[str, Any]) -> None:
+    for trial in result["trials"]:
+        trial |= {"state": "stopped"}
+    result |= {"front": [], "selected": None}
+
+
+def one_of_many(result: dict[str, Any]) -> None:
+    none_complete(result)
+    del result["trials"][1:]
+
+
 def no_front(result: dict[str, Any]) -> None:
     result |= {"front": [], "selected": None}
 
@@ -424,6 +435,8 @@ def another_model(result: dict[str, Any]) -> None:
         (stopped_first, ["--trial", 1], ["Trial 1 failed (its logits are not finite)"]),
         (stopped_first, ["--trial", 99], ["no finished trial 99"]),
         (nothing_finished, [], ["no trial of it has finished yet; wait for one"]),
+        (none_complete, [], ["all 4 of its trials were stopped or failed; give it more trials with abliterate run"]),
+        (one_of_many, [], ["none of its 1 finished trials is complete yet; wait for one, or continue the run with abliterate"]),
         (no_front, [], ["none of its trials beats the model itself", "--trial"]),
         (another_model, [], ["isn't what it was when the run was made"]),
         (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (model.fingerprint: Field required)"]),

@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.prompts.files import DatasetName, digest, parse_source, read_prompts, wrap
+from abliterate.pipeline.reproduce.recipe_settings import _is_dataset
+from abliterate.prompts.files import (
+    DatasetName,
+    FileColumn,
+    FolderColumn,
+    digest,
+    parse_source,
+    public_source,
+    read_prompts,
+    wrap,
+)
 from abliterate.types import Prompt
 
 
@@ -187,3 +197,31 @@ def test_ten_thousand_prompts_take_ten_times_as_long_as_a_thousand(tmp_path: Pat
         assert sum(len(chat.token_ids(prompt)) for prompt in prompts) > 10 * count
         times[count] = time.process_time() - started
     assert times[10_000] < 25 * times[1000] + 0.5
+
+
+def test_what_may_be_shared_of_a_source(tmp_path: Path) -> None:
+    path = write(tmp_path, "p.csv", "goal\none\n")
+    for source, shared in (
+        (str(path), "p.csv"),
+        (f"{path}:goal", "p.csv:goal"),
+        (f"{tmp_path}/gone.csv:goal", "gone.csv:goal"),
+        ("owner/name:train:text", "owner/name:train:text"),
+    ):
+        assert public_source(source) == shared
+    folder = public_source(f"{tmp_path}:train[:5]:text")
+    assert folder == f"./{tmp_path.name}:train[:5]:text"
+    assert not _is_dataset(folder), "a recipe must not take it for a data set of the Hub"
+
+
+def test_columns_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "p.csv", "a:b\none\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse_source("p.csv:a:b") == FileColumn(Path("p.csv"), "a:b")
+    (tmp_path / "set").mkdir()
+    assert parse_source(f"{tmp_path}/set:train[:5]:text") == FolderColumn(tmp_path / "set", "train[:5]", "text")
+    assert parse_source("set:train:text") == FolderColumn(Path("set"), "train", "text")
+    with pytest.raises(InputError, match="names no column of the folder"):
+        parse_source("set:train")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_source("~/p.csv") == path
+    assert parse_source("~/p.csv:goal") == FileColumn(path, "goal")
