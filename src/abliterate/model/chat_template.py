@@ -5,8 +5,10 @@ What a template does with a message is found out with one probe.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -59,17 +61,23 @@ class Form:
         ]
 
 
+# The function by which a template asks for the date; `transformers` takes it from the clock.
+_DATE = "strftime_now"
+
+
 class Template:
-    """A tokenizer's chat template, with the options of the settings.
+    """A tokenizer's chat template, with the options of the settings. It takes `now` for the present moment.
 
     Raises:
         InputError: the tokenizer has no template, or several without a default, or the template lacks one of the options.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, now: datetime) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = dict(options)
-        self._source = _source(tokenizer)
+        self._source = source_of(tokenizer)
+        # A name that is given to a template replaces the global one.
+        self._clock = {_DATE: now.strftime} if writes_date(tokenizer) else {}
         known = self.options
         for name in options:
             if name not in known:
@@ -86,7 +94,7 @@ class Template:
     def render(self, messages: Messages) -> str:
         """The text that the model continues. An exception of the template is one of `FAILURES`."""
         rendered = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
+            messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options, **self._clock
         )
         assert isinstance(rendered, str)
         return rendered
@@ -125,8 +133,21 @@ def _system_note(reason: str) -> str:
     return f"the chat template {why}; the system prompt is put before the user's text"
 
 
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a plain chat, if there are several."""
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write the date, so that its prompts depend on when they are rendered.
+
+    Raises:
+        InputError: there is no template.
+    """
+    return _DATE in source_of(tokenizer)
+
+
+def source_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for a plain chat, if there are several.
+
+    Raises:
+        InputError: there is none.
+    """
     if not tokenizer.chat_template:
         raise InputError(
             "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
@@ -165,7 +186,10 @@ def _variables(source: str) -> frozenset[str]:
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`. `options` are passed to the template."""
+    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`. `options` are passed to the template.
+
+    `now` is the moment that a template which writes the date is told, by default that at which the encoder is made.
+    """
 
     def __init__(
         self,
@@ -173,13 +197,13 @@ class PromptEncoder:
         device: torch.device,
         response_prefix: str = "",
         options: TemplateOptions | None = None,
+        now: datetime | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.response_prefix = response_prefix
-        self.template = Template(tokenizer, options or {})
+        self.template = Template(tokenizer, options or {}, now or datetime.now())
         self._forms: dict[bool, Form] = {}
-        # Rendered prompts are kept: a template that writes today's date would change a run that lasts beyond midnight.
         self._rendered: dict[Prompt, str] = {}
 
     def form(self, prompt: Prompt) -> Form:
@@ -197,6 +221,14 @@ class PromptEncoder:
         if prompt not in self._rendered:
             self._rendered[prompt] = self._conversation(prompt.system, (("user", prompt.text),))
         return self._rendered[prompt] + self.response_prefix
+
+    def digest(self, prompts: Sequence[Prompt]) -> str:
+        """A hash of the rendered prompts without the response prefix, in their order."""
+        total = hashlib.sha256()
+        for prompt in prompts:
+            self.render(prompt)
+            total.update(hashlib.sha256(self._rendered[prompt].encode("utf-8", "surrogatepass")).digest())
+        return total.hexdigest()
 
     def render_turns(self, system: str, turns: Turns) -> tuple[str, str]:
         """(text that the model continues, its tail after the last user's text); the last of `turns` is the user's.

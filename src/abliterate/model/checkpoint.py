@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from abliterate.errors import InputError
 from abliterate.model import offload, quantized
 from abliterate.model.formats import FILES
+from abliterate.model.generation import reduce_generation_config, stored_generation_config
 from abliterate.model.memory import free_memory
 from abliterate.settings.schema import LoadSettings
 
@@ -30,7 +31,7 @@ _WEIGHTS_SHARE = 0.9
 def load_weights(
     source: str, load: LoadSettings, config: PretrainedConfig, dtype: torch.dtype, device: torch.device | None
 ) -> PreTrainedModel:
-    """The model with the weights of `source` in `dtype`. `device` None: as stored, on the CPU.
+    """The model with the weights of `source` in `dtype`, and a reduced generation config. `device` None: as stored, on the CPU.
 
     Raises:
         InputError: the weights don't exist or are incomplete, or a quantization's package or GPU is missing.
@@ -64,6 +65,7 @@ def load_weights(
         kwargs["device_map"] = {"": "cpu"}
     # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
     kwargs |= {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    kwargs["generation_config"] = stored_generation_config(source, load.revision)
     try:
         if dense and quantized.method_of(config) in FILES:
             model, loading = _from_files(source, load, config, kwargs)
@@ -81,6 +83,7 @@ def load_weights(
     _check_complete(source, loading, quantized.method_of(config))
     if dense and model.is_quantized:
         quantized.make_layers_dense(model, dtype)
+    reduce_generation_config(model)
     return model.eval().requires_grad_(False)
 
 

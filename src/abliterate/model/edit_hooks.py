@@ -19,7 +19,6 @@ from abliterate.model.experts import ExpertsEdit, LowRankEdit, is_fused
 from abliterate.model.offload import held
 from abliterate.model.weights import device_and_dtype
 
-
 # {module: (key, function that makes the factors)}. Equal keys mean equal factors, so an unchanged module isn't written again.
 RequestedEdits = Mapping[str, tuple[Hashable, Callable[[], LowRankEdit]]]
 

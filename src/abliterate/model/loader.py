@@ -21,6 +21,7 @@ from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.model import architectures, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import empty_model, load_error, load_weights, random_model
+from abliterate.model.generation import limited_config
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.structure import discover
@@ -280,5 +281,7 @@ def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.
 
 @torch.no_grad()
 def _generates(model: Any, probe: Any) -> bool:
-    output = model.generate(**probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    config = limited_config(model, 1)
+    config.update(do_sample=False, output_logits=True, return_dict_in_generate=True)
+    output = model.generate(**probe, generation_config=config)
     return bool(torch.isfinite(output.logits[0]).all())

@@ -8,12 +8,11 @@ import torch
 
 from abliterate.errors import InputError
 from abliterate.model import loader
-from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.batch_size import speeds_of
 from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.from_settings import plain_engine
+from abliterate.pipeline.from_settings import chat_of, plain_engine
 from abliterate.pipeline.requirements import Workload, requirements_of
 from abliterate.pipeline.workbench import open_workbench
 from abliterate.settings.schema import Settings
@@ -27,14 +26,14 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
     loaded: LoadedModel | loader.Skeleton | None
     if weights:
         loaded = open_workbench(context).loaded
-        chat = PromptEncoder(loaded.tokenizer, loaded.device)
+        chat = chat_of(settings, loaded.tokenizer, loaded.device)
     else:
         with context.stage("read the config", loader.public_name(settings.model)):
             loaded = loader.skeleton(settings.model, settings.load, device, measure=True)
     assert loaded is not None
     try:
         if not weights:
-            chat = PromptEncoder(loader.load_tokenizer(loaded.info.source, settings.load), torch.device("cpu"))
+            chat = chat_of(settings, loader.load_tokenizer(loaded.info.source, settings.load), torch.device("cpu"))
         prompts = read_prompts(context)
         work = Workload.of(prompts, chat)
         if isinstance(loaded, LoadedModel):
