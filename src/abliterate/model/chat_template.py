@@ -5,8 +5,9 @@ What a template does with a message is found out with one probe.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -18,6 +19,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from abliterate.errors import InputError
 from abliterate.types import Prompt, TemplateOptions
@@ -61,8 +63,32 @@ class Form:
         ]
 
 
-# The function by which a template asks for the date; `transformers` takes it from the clock.
+# The function by which a template asks for the date.
 _DATE = "strftime_now"
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """The part of `datetime` that `transformers` uses to tell a template the date."""
+
+    moment: datetime
+
+    def now(self) -> datetime:
+        return self.moment
+
+
+@contextlib.contextmanager
+def _present(moment: datetime) -> Iterator[None]:
+    """While active, templates take `moment` for the present.
+
+    `transformers` gives every template its own clock, and makes a text of any function that is passed to a template.
+    """
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _Clock(moment)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock  # type: ignore[misc]
 
 
 class Template:
@@ -76,8 +102,7 @@ class Template:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = dict(options)
         self._source = source_of(tokenizer)
-        # A name that is given to a template replaces the global one.
-        self._clock = {_DATE: now.strftime} if writes_date(tokenizer) else {}
+        self._now = now
         known = self.options
         for name in options:
             if name not in known:
@@ -93,9 +118,10 @@ class Template:
 
     def render(self, messages: Messages) -> str:
         """The text that the model continues. An exception of the template is one of `FAILURES`."""
-        rendered = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options, **self._clock
-        )
+        with _present(self._now):
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
+            )
         assert isinstance(rendered, str)
         return rendered
 

@@ -9,31 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from abliterate.chat.generate import Generator, Sampling
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
-from abliterate.model import loader
 from abliterate.model.generation import _reduced, reduce_generation_config
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.pipeline import stages
 from abliterate.pipeline.calibrate import NoEdit
 from abliterate.pipeline.workbench import load
 from abliterate.search.pruner import DominancePruner
-from abliterate.settings.schema import EfficiencySettings, LoadSettings, Settings
+from abliterate.settings.schema import EfficiencySettings, Settings
 from abliterate.types import Prompt, Trial
 from support.engine import make_engine, reader
-from support.models import CPU, make_chat, make_tokenizer
+from support.models import make_chat, make_loaded, make_model, make_tokenizer
 from support.runs import Recorder
 
 SYSTEM = "You are a helpful assistant."
-ASKED = tuple(
-    Prompt(text, SYSTEM)
-    for text in ("Tell me how to mangle the mailbox.", "Hi", "Write a short guide on how to rinse a carpet.")
-)
-TOKENS = 16
+ASKED = tuple(Prompt(text, SYSTEM) for text in ("Tell me how to mangle the mailbox.", "Hi", "Write a guide to carpets."))
+TOKENS = 12
 OWN = {"bos_token_id": 1, "eos_token_id": 3, "pad_token_id": 0}
 PLAIN = EfficiencySettings(use_shared_prefix=False, use_layer_skip=False)
 
@@ -67,7 +62,7 @@ TOKENWISE: dict[str, dict[str, Any]] = {
     "a penalty": {"repetition_penalty": 1.8},
     "no repeated pairs": {"no_repeat_ngram_size": 1},
     "suppressed tokens": {"suppress_tokens": list(range(20, 120))},
-    "suppressed first tokens": {"begin_suppress_tokens": list(range(4, 400))},
+    "suppressed first tokens": {"begin_suppress_tokens": list(range(4, 900))},
     "bad words": {"bad_words_ids": [[token] for token in range(20, 120)]},
     "a bias": {"sequence_bias": [[[200], 50.0]]},
     "a penalty with beams and lookup": {"repetition_penalty": 1.8, "num_beams": 3, "prompt_lookup_num_tokens": 3},
@@ -76,9 +71,9 @@ TOKENWISE: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def demo() -> LoadedModel:
-    """The demo model; every test gives it another generation config."""
-    return loader.load_model("demo", LoadSettings(), CPU, lambda tokenizer, at: make_chat(tokenizer).encode(ASKED[:1]), print)
+def tiny() -> LoadedModel:
+    """A random model; every test gives it another generation config."""
+    return make_loaded(make_model("llama"))
 
 
 def use(loaded: LoadedModel, mode: Mapping[str, Any]) -> LoadedModel:
@@ -100,13 +95,13 @@ def answers(loaded: LoadedModel, tokens: int = TOKENS) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def plain(demo: LoadedModel) -> dict[str, list[str]]:
-    return answers(use(demo, {}))
+def plain(tiny: LoadedModel) -> dict[str, list[str]]:
+    return answers(use(tiny, {}))
 
 
 def by_transformers(mode: Mapping[str, Any], tokens: int = TOKENS) -> list[str]:
     """The answers of `transformers` alone, one prompt at a time, with the mode as the model's own."""
-    model: Any = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32).eval()
+    model: Any = make_model("llama")
     model.generation_config = GenerationConfig.from_dict({**OWN, **mode})
     chat, tokenizer, texts = make_chat(), make_tokenizer(), []
     for prompt in ASKED:
@@ -117,14 +112,14 @@ def by_transformers(mode: Mapping[str, Any], tokens: int = TOKENS) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SEARCHED)
-def test_modes_of_search_and_return_change_nothing(demo: LoadedModel, plain: dict[str, list[str]], name: str) -> None:
-    assert answers(use(demo, SEARCHED[name])) == plain
+def test_modes_of_search_and_return_change_nothing(tiny: LoadedModel, plain: dict[str, list[str]], name: str) -> None:
+    assert answers(use(tiny, SEARCHED[name])) == plain
 
 
 @pytest.mark.parametrize("name", TOKENWISE)
-def test_what_changes_tokens_is_kept(demo: LoadedModel, plain: dict[str, list[str]], name: str) -> None:
+def test_what_changes_tokens_is_kept(tiny: LoadedModel, plain: dict[str, list[str]], name: str) -> None:
     mode = TOKENWISE[name]
-    found = answers(use(demo, mode))
+    found = answers(use(tiny, mode))
     searched = ("num_beams", "prompt_lookup_num_tokens")
     assert found["reference"] == by_transformers({key: value for key, value in mode.items() if key not in searched})
     assert found["engine"] == found["reference"]
@@ -132,51 +127,53 @@ def test_what_changes_tokens_is_kept(demo: LoadedModel, plain: dict[str, list[st
     assert found["reference"] != plain["reference"], "the parameter does nothing here"
 
 
-def test_stop_texts_end_answers(demo: LoadedModel, plain: dict[str, list[str]]) -> None:
+def test_stop_texts_end_answers(tiny: LoadedModel, plain: dict[str, list[str]]) -> None:
     texts = plain["reference"]
     stops = [texts[0][5:9], texts[2][-4:-1]]  # one within words, one near an end
-    found = answers(use(demo, {"stop_strings": stops}))
+    found = answers(use(tiny, {"stop_strings": stops}))
     assert found["reference"] == by_transformers({"stop_strings": stops})
     assert found["engine"] == found["reference"] != texts
     assert found["chat"] == found["reference"][:1]
-    one = answers(use(demo, {"stop_strings": stops[0]}))  # a config may have one text instead of a list
+    one = answers(use(tiny, {"stop_strings": stops[0]}))  # a config may have one text instead of a list
     assert len(one["reference"][0]) < len(texts[0])
 
 
-def test_a_stop_text_that_begins_in_the_prompt(demo: LoadedModel, plain: dict[str, list[str]]) -> None:
+def test_a_stop_text_that_begins_in_the_prompt(tiny: LoadedModel, plain: dict[str, list[str]]) -> None:
     chat = make_chat()
     stop = chat.render(ASKED[0])[-1] + plain["reference"][0][:2]
-    found = answers(use(demo, {"stop_strings": [stop]}))
+    found = answers(use(tiny, {"stop_strings": [stop]}))
     assert found["reference"] == by_transformers({"stop_strings": [stop]})
     assert found["engine"] == found["reference"]
     assert len(found["reference"][0]) < len(plain["reference"][0])
 
 
-def test_stop_texts_without_an_end_token(demo: LoadedModel, plain: dict[str, list[str]]) -> None:
+def test_stop_texts_without_an_end_token(tiny: LoadedModel, plain: dict[str, list[str]]) -> None:
     """`generate` goes on with rows that have stopped if there is no end token; they are cut."""
     stop = plain["reference"][1][2:6]
-    found = answers(use(demo, {"eos_token_id": None, "stop_strings": [stop]}))
+    found = answers(use(tiny, {"eos_token_id": None, "stop_strings": [stop]}))
     assert found["engine"] == found["reference"]
     assert stop in found["reference"][1][-len(stop) - 8 :]
 
 
-def test_a_shortest_length_is_kept(demo: LoadedModel) -> None:
-    ended = answers(use(demo, {}), 80)
-    mode = {"min_new_tokens": 70}
-    found = answers(use(demo, mode), 80)
-    assert found["reference"] == by_transformers(mode, 80)
-    assert found["engine"] == found["reference"] != ended["reference"]
-    assert found["chat"] == found["reference"][:1]
+def test_a_shortest_length_is_kept(tiny: LoadedModel) -> None:
+    use(tiny, {})
+    ends = [3, *(make_engine(tiny.model, 1, TOKENS).generate_ids([prompt], 4)[0][3] for prompt in ASKED)]
+    short = answers(use(tiny, {"eos_token_id": ends}))
+    for least in (9, 30):  # 30 are more than are asked for
+        mode = {"eos_token_id": ends, "min_new_tokens": least}
+        found = answers(use(tiny, mode))
+        assert found["reference"] == by_transformers(mode | {"min_new_tokens": min(least, TOKENS)})
+        assert found["engine"] == found["reference"] != short["reference"]
 
 
 @pytest.mark.parametrize(
     "mode", [{"guidance_scale": 1.5}, {"watermarking_config": {"bias": 5.0}}], ids=lambda mode: next(iter(mode))
 )
-def test_processors_with_a_memory_are_left_to_the_reference(demo: LoadedModel, mode: dict[str, Any]) -> None:
-    reference: ReferenceEngine = make_engine(use(demo, mode).model, 1, 4)
+def test_processors_with_a_memory_are_left_to_the_reference(tiny: LoadedModel, mode: dict[str, Any]) -> None:
+    reference: ReferenceEngine = make_engine(use(tiny, mode).model, 1, 4)
     assert reference.respond(ASKED[:1])
     with pytest.raises(Unsupported, match=next(iter(mode))):
-        TrialEngine(reference, demo.layers, NoEdit(), PLAIN, None)
+        TrialEngine(reference, tiny.layers, NoEdit(), PLAIN, None)
 
 
 def test_the_models_file_is_reduced_where_it_is_loaded(tmp_path: Path, finished: tuple[Path, dict[str, Any], Settings]) -> None:
@@ -205,10 +202,12 @@ def test_the_models_file_is_reduced_where_it_is_loaded(tmp_path: Path, finished:
     assert trial.kl == pytest.approx(complete["scores"]["kl"]["mean"], abs=1e-6)
 
 
-def test_a_reader_and_the_ends_agree(demo: LoadedModel) -> None:
+def test_a_reader_and_the_ends_agree(tiny: LoadedModel, plain: dict[str, list[str]]) -> None:
     """An answer that a stop text ended has its text, and nothing after it."""
-    use(demo, {"stop_strings": ["a"]})
-    (answer, *_) = make_engine(demo.model, 3, TOKENS).answers(ASKED)
+    stop = plain["reference"][0][3:6]
+    use(tiny, {"stop_strings": [stop]})
+    (answer, *_) = make_engine(tiny.model, 3, TOKENS).answers(ASKED)
     assert answer.ended
     assert answer.response.text == reader().read(answer.ids).text
-    assert "a" in answer.response.text
+    assert stop in answer.response.text
+    assert len(answer.response.text) < len(plain["reference"][0])

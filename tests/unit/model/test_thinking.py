@@ -539,7 +539,7 @@ def test_a_template_opens_a_block_that_the_model_opens_again() -> None:
     assert read("<think>a</think>b</think>Sure.") == Response("Sure.")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     parts=st.lists(st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "<answer>", "No", " ", "<th", "ink>"])),
     is_open=st.sampled_from([True, False, None]),
@@ -555,7 +555,7 @@ def test_what_a_growing_response_shows_stays_whoever_closes(parts: list[str], is
         assert whole.startswith(listener.text)
 
 
-@pytest.mark.parametrize("unopened", [("ea",), ("a", "io"), ("o",)])
+@pytest.mark.parametrize("unopened", [("s",), ("a", "io")])
 def test_engine_reads_unopened_closings_as_the_reference_does(
     lab: tuple[LoadedModel, Editor], unopened: tuple[str, ...]
 ) -> None:

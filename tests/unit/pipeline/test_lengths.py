@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from abliterate.errors import InputError
 from abliterate.model.loader import demo_path
@@ -78,8 +79,6 @@ def test_rotary_positions_are_a_warning(family: str) -> None:
 )
 def test_other_tables_of_positions(config: str, options: dict[str, Any]) -> None:
     """OPT's table has two rows more than positions; GPT-J's is fixed, not learned, and ends all the same."""
-    import transformers
-
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
     sizes |= {"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4} if config == "GPTJConfig" else {"ffn_dim": 16}
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**sizes, **options))
@@ -88,8 +87,7 @@ def test_other_tables_of_positions(config: str, options: dict[str, Any]) -> None
 
 
 def test_models_without_a_limit_read_everything() -> None:
-    config = make_model("llama").config
-    config.max_position_embeddings = None  # type: ignore[assignment]
+    config = transformers.BloomConfig(hidden_size=16, n_layer=1, n_head=2)  # distances instead of positions
     assert positions_of(config) == 0
     check_lengths(Settings(), config, make_chat(), {"harmful": [LONG]}, pytest.fail)
 
