@@ -92,17 +92,17 @@ def _present(moment: datetime) -> Iterator[None]:
 
 
 class Template:
-    """A tokenizer's chat template, with the options of the settings. It takes `now` for the present moment.
+    """A tokenizer's chat template, with the options of the settings. It takes `now`, by default that of its making, for today.
 
     Raises:
         InputError: the tokenizer has no template, or several without a default, or the template lacks one of the options.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, now: datetime) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, now: datetime | None = None) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = dict(options)
         self._source = source_of(tokenizer)
-        self._now = now
+        self._now = now or datetime.now()
         known = self.options
         for name in options:
             if name not in known:
@@ -228,7 +228,7 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self.device = device
         self.response_prefix = response_prefix
-        self.template = Template(tokenizer, options or {}, now or datetime.now())
+        self.template = Template(tokenizer, options or {}, now)
         self._forms: dict[bool, Form] = {}
         self._rendered: dict[Prompt, str] = {}
 
