@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
-from abliterate.engine.reference import end_ids
+from abliterate.engine.ends import Ends
 from abliterate.engine.responses import ResponseReader, TextStream, VisibleText, byte_ids
 from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.model.chat_template import PromptEncoder, Turns, decode_ids
+from abliterate.model.generation import limited_config
 from abliterate.model.memory import unless_full
 
 # The way an answer ended. `limit`: it reached its length limit; `interrupted`: the user stopped it.
@@ -66,7 +66,7 @@ class Generator:
         self._reader = reader
         self._sampling = sampling
         self._seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
-        self._ends = end_ids(model)
+        self._ends = Ends.of(model, chat.tokenizer)
 
     @property
     def samples(self) -> bool:
@@ -96,7 +96,7 @@ class Generator:
         reading = _Reading(self._reader, self._chat.tokenizer, starts_open, self._chat.response_prefix, show)
         batch = self._chat.tokenizer(rendered, return_tensors="pt", add_special_tokens=False).to(self._chat.device)
         limit = self._limit(batch["input_ids"].shape[1])
-        streamer = _Streamer(self._ends, reading.feed, stop)
+        streamer = _Streamer(self._ends.ids, reading.feed, stop)
         try:
             # If memory is full, it is freed before the error is raised.
             if unless_full(lambda: self._generate(batch, limit, number, streamer), self._chat.device) is None:
@@ -120,26 +120,19 @@ class Generator:
     @torch.inference_mode()
     def _generate(self, batch: Any, limit: int, number: int, streamer: _Streamer) -> bool:
         torch.manual_seed((self._seed + number) % 2**63)
-        self._model.generate(
-            **batch,
-            generation_config=self._config(limit),
-            stopping_criteria=StoppingCriteriaList([streamer]),
-            tokenizer=self._chat.tokenizer,  # needed for the stop strings of a generation config
-        )
+        criteria = self._ends.criteria()
+        criteria.append(streamer)
+        self._model.generate(**batch, generation_config=self._config(limit), stopping_criteria=criteria)
         return True
 
     def _config(self, limit: int) -> GenerationConfig:
-        """The model's own generation config, with one answer at a time and the requested temperature."""
-        config = copy.deepcopy(self._model.generation_config)
-        config.update(num_beams=1, num_return_sequences=1, max_length=None, min_new_tokens=None, return_dict_in_generate=False)
-        config.max_new_tokens = limit
+        """The model's own generation config with the requested temperature and a length limit."""
+        config = limited_config(self._model, limit)
         temperature = self._sampling.temperature
         if temperature == 0 or (temperature is None and not config.do_sample):
             config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
         elif temperature is not None:
             config.update(do_sample=True, temperature=temperature)
-        if config.pad_token_id is None:
-            config.pad_token_id = min(self._ends, default=None)
         return config
 
     def _limit(self, n_prompt: int) -> int:
@@ -158,7 +151,7 @@ class Generator:
 class _Streamer(StoppingCriteria):
     """Passes each token on as it is generated, and stops the generation when `stop` says so."""
 
-    def __init__(self, ends: set[int], take: Callable[[int], None], stop: Callable[[], bool]) -> None:
+    def __init__(self, ends: Set[int], take: Callable[[int], None], stop: Callable[[], bool]) -> None:
         self._ends, self._take, self._stop = ends, take, stop
         self.count, self.stopped, self.at_end = 0, False, False
 
@@ -176,13 +169,13 @@ class _Reading:
     """Turns tokens into pieces of answer and thinking, which together are the text that all tokens decode to."""
 
     def __init__(
-        self, reader: ResponseReader, tokenizer: PreTrainedTokenizerBase, starts_open: bool, prefix: str, show: Show
+        self, reader: ResponseReader, tokenizer: PreTrainedTokenizerBase, starts_open: bool | None, prefix: str, show: Show
     ) -> None:
         self._reader = reader
         self._show = show
         self._stream = _Words(tokenizer) if reader.tidies else TextStream(tokenizer, byte_ids(tokenizer))
-        self._visible = VisibleText(reader.markup, is_open=starts_open)
-        self._thought = starts_open
+        self._visible = VisibleText(reader.markup, is_open=starts_open, at_once=True)
+        self._thought = bool(starts_open)
         self.answer: list[str] = []
         self.thinking: list[str] = []
         self._take(prefix)
@@ -201,7 +194,10 @@ class _Reading:
         self._take(self._stream.rest(), last=True)
 
     def _take(self, raw: str, *, last: bool = False) -> None:
-        for thinking, piece in self._visible.parts(raw, last=last):
+        parts = self._visible.parts(raw, last=last)
+        if self._visible.was_thinking and not self._thought:  # what was shown as the answer ended with an unopened closing tag
+            self.thinking, self.answer, self._thought = self.answer, [], True
+        for thinking, piece in parts:
             text = self._reader.without_special(piece)
             self._thought = self._thought or thinking
             pieces = self.thinking if thinking else self.answer

@@ -162,7 +162,7 @@ def _session(
 ) -> tuple[Session, dict[str, str]]:
     device = model.get_input_embeddings().weight.device
     chat = chat_of(settings, tokenizer, device, wanted.response_prefix)
-    voice = Generator(model, chat, ResponseReader(tokenizer, markup_of(settings)), wanted.sampling)
+    voice = Generator(model, chat, ResponseReader(tokenizer, markup_of(settings, tokenizer)), wanted.sampling)
     system = settings.prompts.system
     shown = {**fields, "system prompt": system or "none"}
     if note := voice.form_note(system):

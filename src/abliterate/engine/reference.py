@@ -5,18 +5,18 @@ Every faster way must give the same numbers as this one (docs/design.md §5).
 
 from __future__ import annotations
 
-import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
 from abliterate.engine.batching import batches_of_trials
+from abliterate.engine.ends import Ends
 from abliterate.engine.responses import Answer, ResponseReader
 from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.generation import limited_config
 from abliterate.scorers.base import Observation, Response
 from abliterate.types import BatchSizes, Prompt
 
@@ -39,6 +39,7 @@ class ReferenceEngine:
         self.model: Any = model
         self.chat = chat
         self.reader = reader
+        self.ends = Ends.of(model, chat.tokenizer)
         self.max_new_tokens = max_new_tokens
         self.sizes = sizes
         self._prefills, self._decodes = batches_of_trials(sizes, chat.device)
@@ -87,15 +88,28 @@ class ReferenceEngine:
     def generate_ids(
         self, prompts: Sequence[Prompt], max_new_tokens: int, after_token: Callable[[], None] | None = None
     ) -> list[list[int]]:
-        """The generated ids of one batch without the prompts' ids, padded after each row's end.
+        """The generated ids of one batch without the prompts' ids, each row up to its end.
 
         `after_token` is called after every token of the batch.
         """
+        return [ids for ids, _ in self._rows(prompts, max_new_tokens, after_token)]
+
+    def _rows(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, after_token: Callable[[], None] | None = None
+    ) -> list[tuple[list[int], bool]]:
+        """The generated ids of one batch, each row up to its end, and whether it ended before the length limit."""
         batch = self.chat.encode(prompts)
         config = greedy_config(self.model, max_new_tokens)
-        stops = {"stopping_criteria": StoppingCriteriaList([_Never(after_token)])} if after_token else {}
-        output = self.model.generate(**batch, generation_config=config, **stops)
-        return output[:, batch["input_ids"].shape[1] :].tolist()  # type: ignore[index,union-attr,return-value]
+        criteria = self.ends.criteria()
+        if after_token:
+            criteria.append(_Never(after_token))
+        output = self.model.generate(**batch, generation_config=config, stopping_criteria=criteria)
+        width, rows = batch["input_ids"].shape[1], []
+        for whole in output.tolist():
+            ids, before = whole[width:], whole[:width]
+            length = self.ends.length(ids, before)
+            rows.append((ids[:length], length is not None))
+        return rows
 
     @torch.inference_mode()
     def raw_logits(self, prompts: Sequence[Prompt], max_new_tokens: int) -> tuple[Tensor, Tensor]:
@@ -106,15 +120,13 @@ class ReferenceEngine:
 
     def answers(self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None) -> list[Answer]:
         """The whole greedy answers with their ids, up to the end token or the length limit."""
-        counted, ends = _Counter(len(prompts), progress, self.check), end_ids(self.model)
+        counted = _Counter(len(prompts), progress, self.check)
 
         def work(batch: Sequence[Prompt]) -> Sequence[Answer]:
             answers = []
-            for prompt, row in zip(batch, self.generate_ids(batch, self.max_new_tokens), strict=True):
-                length = next((index + 1 for index, token in enumerate(row) if token in ends), 0)
-                ids = tuple(row[:length] if length else row)
+            for prompt, (ids, ended) in zip(batch, self._rows(batch, self.max_new_tokens), strict=True):
                 is_open = self.reader.starts_open(self.chat.tail(prompt))
-                answers.append(Answer(ids, bool(length), self.reader.read(ids, starts_open=is_open)))
+                answers.append(Answer(tuple(ids), ended, self.reader.read(ids, starts_open=is_open)))
             counted.add(len(batch))
             return answers
 
@@ -122,38 +134,25 @@ class ReferenceEngine:
 
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """Responses with their special tokens, up to the end of the turn; the response prefix is detected in them."""
-        ends = end_ids(self.model)
 
         def work(batch: Sequence[Prompt]) -> Sequence[str]:
             rows = self.generate_ids(batch, self.max_new_tokens)
-            cut_rows = [itertools.takewhile(lambda token: token not in ends, row) for row in rows]
-            return [self.chat.decode(list(row), skip_special_tokens=False) for row in cut_rows]
+            return [self.chat.decode(self.ends.without_end(row), skip_special_tokens=False) for row in rows]
 
         return self._decodes.run(prompts, work)
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
         config = greedy_config(self.model, max_new_tokens)
         config.update(**options)  # options beside a config are deprecated in transformers 5
-        return self.model.generate(**self.chat.encode(prompts), generation_config=config)
+        criteria = self.ends.criteria()
+        return self.model.generate(**self.chat.encode(prompts), generation_config=config, stopping_criteria=criteria)
 
 
 def greedy_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationConfig:
     """The model's own generation config (processors, all end-of-turn ids) with sampling off and a length limit."""
-    config = copy.deepcopy(model.generation_config)
-    assert config is not None
-    config.update(do_sample=False, num_beams=1, temperature=None, top_p=None, top_k=None, max_length=None, min_new_tokens=None)
-    config.max_new_tokens = max_new_tokens
-    if config.pad_token_id is None:
-        ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    config = limited_config(model, max_new_tokens)
+    config.update(do_sample=False, temperature=None, top_p=None, top_k=None)
     return config
-
-
-def end_ids(model: PreTrainedModel) -> set[int]:
-    """The tokens that end a response."""
-    config = model.generation_config
-    ends = config.eos_token_id if config is not None else None
-    return set(ends) if isinstance(ends, list) else {ends} if ends is not None else set()
 
 
 class _Never(StoppingCriteria):

@@ -15,7 +15,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.model.chat_template import decode_ids
-from abliterate.model.thinking import Markup, overlap
+from abliterate.model.thinking import Block, Markup, overlap
 from abliterate.scorers.base import Response, ResponseStream
 
 
@@ -80,19 +80,28 @@ def byte_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 class VisibleText:
     """The text outside thinking blocks, without the tags around an answer, piece by piece.
 
-    `is_open` means that the text begins within a thinking block.
+    `is_open` means that the text begins within a thinking block. None means that it may: a closing tag that nobody opened makes
+    everything before it thinking, so nothing is certain before the first tag. Likewise, a block that was opened twice and
+    closed once may be closed again. With `at_once`, text before the first tag is shown all the same; `was_thinking` tells
+    whether it turned out to be thinking.
     """
 
-    def __init__(self, markup: Markup, *, is_open: bool = False) -> None:
+    def __init__(self, markup: Markup, *, is_open: bool | None = False, at_once: bool = False) -> None:
         self._markup = markup
         # Within a block only its own closing tag counts; a block that the prompt opened is closed by any closing tag.
-        self._closings = tuple(block.closing for block in markup.blocks) if is_open else ()
+        self._blocks: tuple[Block, ...] = markup.blocks if is_open else ()
+        self._unopened = markup.unopened if is_open is None else ()
+        self._at_once = at_once
+        self._inside = bool(is_open)
+        self._depth = int(self._inside)  # the opening tags without a closing tag
+        self._undecided: list[str] = []  # text that is thinking if one more closing tag comes
         self._held = ""
+        self.was_thinking = False
 
     @property
     def is_open(self) -> bool:
         """Whether the text so far ends within a thinking block."""
-        return bool(self._closings)
+        return self._inside
 
     def feed(self, piece: str, *, last: bool = False) -> str:
         """The visible part of the text that is certain now; the end of a piece is held back if it may begin a tag."""
@@ -102,26 +111,63 @@ class VisibleText:
         """The text that is certain now as (whether it lies in a thinking block, text), in order, without tags."""
         text = self._held + piece
         shown: list[tuple[bool, str]] = []
+        wanted = self._wanted()
         # Checked first, because in nearly every piece no character can begin a tag.
-        if not _has_one_of(text, _first_letters(self._closings or self._markup.tags)):
-            self._held = ""
-            return [(self.is_open, text)]
-        while True:
-            wanted = self._closings or self._markup.tags
+        while _has_one_of(text, _first_letters(wanted)):
             position, _, tag = min(((text.find(tag), -len(tag), tag) for tag in wanted if tag in text), default=(-1, 0, ""))
             if position < 0:
                 break
-            shown.append((self.is_open, text[:position]))
-            if not self._closings:
-                # The tags around an answer open no block; they only vanish.
-                self._closings = tuple(block.closing for block in self._markup.blocks if block.opening == tag)
-            else:
-                self._closings = ()
-            text = text[position + len(tag) :]
+            shown += self._say(text[:position])
+            shown = self._pass(tag, shown)
+            text, wanted = text[position + len(tag) :], self._wanted()
         held = 0 if last else overlap(text, wanted)
         self._held = text[len(text) - held :]
-        shown.append((self.is_open, text[: len(text) - held]))
+        shown += self._say(text[: len(text) - held])
+        return shown + self._settled(thinking=False) if last else shown
+
+    def _wanted(self) -> tuple[str, ...]:
+        """The tags that change something here."""
+        closings = tuple(block.closing for block in self._blocks) if self._depth else self._unopened
+        if not self._inside:
+            return closings + self._markup.tags
+        return closings + tuple(block.opening for block in self._blocks if block.nests)
+
+    def _say(self, text: str) -> list[tuple[bool, str]]:
+        """The part of a text without tags that is certain."""
+        if self._inside or not (self._depth or self._unopened) or (self._unopened and self._at_once):
+            return [(self._inside, text)]
+        self._undecided.append(text)
+        return []
+
+    def _settled(self, *, thinking: bool) -> list[tuple[bool, str]]:
+        """The text that was undecided until now."""
+        settled = [(thinking, text) for text in self._undecided]
+        self._undecided = []
+        return settled
+
+    def _pass(self, tag: str, shown: list[tuple[bool, str]]) -> list[tuple[bool, str]]:
+        """Go past a tag; what was `shown` of the piece, and the text that the tag decides."""
+        if tag in self._markup.answer_tags and not self._inside:
+            return shown  # these tags open no block; they only vanish
+        opened = tuple(block for block in self._markup.blocks if block.opening == tag)
+        if opened and not self._closes(tag):
+            if self._depth and any(block in self._blocks for block in opened):
+                self._depth, self._inside = self._depth + 1, True
+                return shown
+            shown = shown + self._settled(thinking=False)
+            self._blocks, self._unopened, self._depth, self._inside = opened, (), 1, True
+            return shown
+        if self._unopened:
+            self._unopened, self.was_thinking = (), True
+            return [(True, text) for _, text in shown] + self._settled(thinking=True)
+        shown = shown + ([] if self._inside else self._settled(thinking=True))
+        nests = all(block.nests for block in self._blocks if block.closing == tag)
+        self._depth, self._inside = self._depth - 1 if nests else 0, False
         return shown
+
+    def _closes(self, tag: str) -> bool:
+        """Whether a tag is a closing tag here."""
+        return tag in self._unopened or (bool(self._depth) and any(block.closing == tag for block in self._blocks))
 
 
 @lru_cache(maxsize=64)
@@ -151,14 +197,18 @@ class ResponseReader:
         special = sorted({*tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
-    def starts_open(self, tail: str) -> bool:
-        """Whether a rendered prompt ends inside a thinking block; `tail` is its part after the user's text."""
-        return self.markup.open_block(tail) is not None
+    def starts_open(self, tail: str) -> bool | None:
+        """Whether a rendered prompt ends inside a thinking block; `tail` is its part after the user's text.
 
-    def read(self, ids: Sequence[int], *, starts_open: bool = False) -> Response:
+        None if the response may begin in a block that nobody opened.
+        """
+        return self.markup.starts_open(tail)
+
+    def read(self, ids: Sequence[int], *, starts_open: bool | None = False) -> Response:
         """The response of one row of generated ids (padding after the end is special and vanishes)."""
         raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
-        if not starts_open and not any(tag in raw for tag in self.markup.tags):
+        tags = self.markup.tags + (self.markup.unopened if starts_open is None else ())
+        if not starts_open and not any(tag in raw for tag in tags):
             return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
         visible = VisibleText(self.markup, is_open=starts_open)
         text = visible.feed(raw, last=True)
@@ -168,7 +218,7 @@ class ResponseReader:
         """Text without the tokenizer's special tokens."""
         return self._special.sub("", text)
 
-    def watch(self, stream: ResponseStream, *, starts_open: bool = False) -> GrowingResponse:
+    def watch(self, stream: ResponseStream, *, starts_open: bool | None = False) -> GrowingResponse:
         """A growing response whose visible text goes to `stream`."""
         text = None if self.tidies else TextStream(self._tokenizer, self._byte_ids)
         return GrowingResponse(text, VisibleText(self.markup, is_open=starts_open), self.without_special, stream)

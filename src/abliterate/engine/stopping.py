@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
+from abliterate.engine.ends import Ends
 from abliterate.engine.responses import GrowingResponse, ResponseReader
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.thinking import Markup
@@ -14,16 +15,18 @@ from abliterate.scorers.base import EarlyScorer, Response
 class StopWhenDecided:
     """Finishes a row at a confirmed marker, at the end of its turn, or at the length limit; never by how it looks.
 
-    `opens` tells for each row whether its prompt ends inside a thinking block. Without an `early` scorer only the end of the
-    turn or the length limit finishes a row. Decoding is over once `limit` rows count.
+    `opens` tells for each row whether its prompt ends inside a thinking block, as `ResponseReader.starts_open` does. `before`
+    holds the last ids of each prompt, in which a stop text may begin. Without an `early` scorer only the end of the turn or the
+    length limit finishes a row. Decoding is over once `limit` rows count.
     """
 
     def __init__(
         self,
         reader: ResponseReader,
-        ends: Set[int],
+        ends: Ends,
         max_new_tokens: int,
-        opens: Sequence[bool],
+        opens: Sequence[bool | None],
+        before: Sequence[Sequence[int]],
         early: EarlyScorer | None,
         limit: int | None,
     ) -> None:
@@ -31,6 +34,7 @@ class StopWhenDecided:
         self._ends = ends
         self._max_new_tokens = max_new_tokens
         self._opens = opens
+        self._before = before
         self._early = early
         self._limit = limit
         self.ids: dict[int, list[int]] = {}
@@ -56,7 +60,7 @@ class StopWhenDecided:
     def look(self, row: int, tokens: Sequence[int]) -> bool:
         """Take the next tokens of a row; return whether the row is finished."""
         ids = self.ids[row]
-        end = next((index + 1 for index, token in enumerate(tokens) if token in self._ends), None)
+        end = self._ends.length(tokens, [*self._before[row], *ids])
         new = tokens[: min(end or len(tokens), self._max_new_tokens - len(ids))]
         ids.extend(new)
         if end is not None or len(ids) >= self._max_new_tokens:
@@ -76,12 +80,13 @@ class StopWhenDecided:
 
 
 class StopWhenDiverged:
-    """Ends decoding once the common start of all responses can no longer change."""
+    """Ends decoding once the common start of all responses can no longer change. `before` is as in `StopWhenDecided`."""
 
-    def __init__(self, chat: PromptEncoder, ends: Set[int], markup: Markup) -> None:
+    def __init__(self, chat: PromptEncoder, ends: Ends, markup: Markup, before: Sequence[Sequence[int]] = ()) -> None:
         self._chat = chat
         self._ends = ends
         self._markup = markup
+        self._before = before
         self._ids: dict[int, list[int]] = {}
         self._ended: set[int] = set()
         self._batch: tuple[int, ...] = ()
@@ -95,8 +100,9 @@ class StopWhenDiverged:
 
     def look(self, row: int, tokens: Sequence[int]) -> bool:
         """Take the next tokens of a row; return whether its turn has ended."""
-        end = next((index for index, token in enumerate(tokens) if token in self._ends), None)
-        self._ids[row].extend(tokens[:end])
+        before = self._before[row] if self._before else ()
+        end = self._ends.length(tokens, [*before, *self._ids[row]])
+        self._ids[row].extend(self._ends.without_end(tokens[:end]))
         if end is not None:
             self._ended.add(row)
         return end is not None

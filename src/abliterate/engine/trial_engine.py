@@ -20,7 +20,7 @@ from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import Sharing, shared_prefix
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
-from abliterate.engine.reference import Progress, ReferenceEngine, end_ids, greedy_config
+from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
 from abliterate.model.memory import memory_errors
 from abliterate.scorers.base import EarlyScorer, Response
@@ -31,6 +31,9 @@ from abliterate.types import Prompt
 class Unsupported(Exception):
     """The model lacks something that the engine needs."""
 
+
+# Parameters of a generation config whose logits processors remember the passes before, or make passes of their own.
+STATEFUL = ("guidance_scale", "watermarking_config")
 
 # Rows of the first chunk beyond the r* that prune a trial, because some of the hardest prompts may comply.
 MARGIN = 4
@@ -59,12 +62,14 @@ PACING = Pacing()
 class _PromptSet:
     """A prompt set as token rows.
 
-    `opens` tells which prompts end inside a thinking block; `history` holds [times counted, times decided] for each prompt's
-    responses; `drafts` remembers earlier responses if drafting is on.
+    `opens` tells which prompts end inside a thinking block; `before` holds their last ids, in which a stop text may begin;
+    `history` holds [times counted, times decided] for each prompt's responses; `drafts` remembers earlier responses if drafting
+    is on.
     """
 
     groups: list[RowGroup]
-    opens: list[bool]
+    opens: list[bool | None]
+    before: list[list[int]]
     history: list[list[int]]
     drafts: Drafts | None
 
@@ -80,7 +85,8 @@ class TrialEngine:
     `early` is the scorer that lets responses end early, if all scorers allow that.
 
     Raises:
-        Unsupported: rows of the model's cache can't be selected, so only the reference can be used.
+        Unsupported: rows of the model's cache can't be selected, or its logits processors must see every pass, so only the
+            reference can be used.
     """
 
     def __init__(
@@ -99,12 +105,15 @@ class TrialEngine:
         self._early = early
         self._pacing = pacing
         self._prefills, self._decodes = batches_of_trials(reference.sizes, self.chat.device)
+        for name in STATEFUL:
+            if getattr(reference.model.generation_config, name, None) not in (None, 1):
+                raise Unsupported(f"the generation config has {name}, whose processor depends on all earlier passes")
         possible = self._examine()
         self.sharing: Sharing = possible if switches.use_shared_prefix else "none"
         self.drafting = switches.use_drafts and possible == "between" and self.passes.takes_positions
         self._prefill = Prefill(self.passes, edits, self.sharing)
         self.left_out = self._prefill.left_out
-        self._ends = end_ids(reference.model)
+        self._ends = reference.ends
         self._decode = Decoder(
             reference.model,
             self.passes,
@@ -175,9 +184,8 @@ class TrialEngine:
         if limit is not None and limit <= 0:
             return None
         prompt_set = self._set(prompts, together=True)
-        watch = StopWhenDecided(
-            self.reference.reader, self._ends, self.reference.max_new_tokens, prompt_set.opens, self._early, limit
-        )
+        length, reader = self.reference.max_new_tokens, self.reference.reader
+        watch = StopWhenDecided(reader, self._ends, length, prompt_set.opens, prompt_set.before, self._early, limit)
         self._respond(prompt_set, self._chunks(prompt_set, limit), watch)
         progress(len(prompts), len(prompts))
         for row, counts in watch.counts.items():
@@ -190,8 +198,8 @@ class TrialEngine:
     @torch.inference_mode()
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """The responses of `ReferenceEngine.raw_responses`, cut where they have diverged: a shared prefix needs no more."""
-        watch = StopWhenDiverged(self.chat, self._ends, self.reference.reader.markup)
         prompt_set = self._lay_out(prompts, together=True)
+        watch = StopWhenDiverged(self.chat, self._ends, self.reference.reader.markup, prompt_set.before)
         prompt_set.drafts = None  # no response comes twice
         self._decodes.run(range(len(prompts)), lambda rows: self._whole(prompt_set, rows, watch))
         return [watch.text(row) for row in range(len(prompts))]
@@ -312,7 +320,8 @@ class TrialEngine:
         groups = [self._prefill.group(batch, [tokens[row] for row in batch], prefix, device) for batch in batches]
         opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
         drafts = Drafts(len(prompts), self._pacing.pass_cost) if self.drafting and together else None
-        return _PromptSet(groups, opens, [[0, 0] for _ in prompts], drafts)
+        before = [self._ends.context(row) for row in tokens]
+        return _PromptSet(groups, opens, before, [[0, 0] for _ in prompts], drafts)
 
     def _tensor(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.long, device=self.chat.device)

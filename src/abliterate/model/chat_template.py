@@ -6,10 +6,12 @@ What a template does with a message is found out with one probe.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +21,7 @@ from jinja2.exceptions import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from abliterate.errors import InputError
 from abliterate.types import Prompt, TemplateOptions
@@ -67,17 +70,46 @@ class Form:
         ]
 
 
+# The function by which a template asks for the date.
+_DATE = "strftime_now"
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """The part of `datetime` that `transformers` uses to tell a template the date."""
+
+    moment: datetime
+
+    def now(self) -> datetime:
+        return self.moment
+
+
+@contextlib.contextmanager
+def _present(moment: datetime) -> Iterator[None]:
+    """While active, templates take `moment` for the present.
+
+    `transformers` gives every template its own clock, and makes a text of any function that is passed to a template.
+    """
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _Clock(moment)  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock  # type: ignore[misc]
+
+
 class Template:
-    """A tokenizer's chat template, with the options of the settings.
+    """A tokenizer's chat template, with the options of the settings. It takes `now`, by default that of its making, for today.
 
     Raises:
         InputError: the tokenizer has no template, or several without a default, or the template lacks one of the options.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TemplateOptions, now: datetime | None = None) -> None:
         self._tokenizer = tokenizer
         self._options: dict[str, Any] = dict(options)
-        self._source = _source(tokenizer)
+        self._source = source_of(tokenizer)
+        self._now = now or datetime.now()
         known = self.options
         for name in options:
             if name not in known:
@@ -93,7 +125,7 @@ class Template:
 
     def render(self, messages: Messages) -> str:
         """The text that the model continues. An exception of the template is one of `FAILURES`."""
-        with _at_most(_RENDER_SECONDS):
+        with _present(self._now), _at_most(_RENDER_SECONDS):
             rendered = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, chat_template=self._source, **self._options
             )
@@ -156,8 +188,21 @@ def _system_note(reason: str) -> str:
     return f"the chat template {why}; the system prompt is put before the user's text"
 
 
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a plain chat, if there are several."""
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template may write the date, so that its prompts depend on when they are rendered.
+
+    Raises:
+        InputError: there is no template.
+    """
+    return _DATE in source_of(tokenizer)
+
+
+def source_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template for a plain chat, if there are several.
+
+    Raises:
+        InputError: there is none.
+    """
     if not tokenizer.chat_template:
         raise InputError(
             "The model's tokenizer has no chat template; give one with --set load.chat_template=FILE, or use a chat model."
@@ -196,7 +241,10 @@ def _variables(source: str) -> frozenset[str]:
 
 
 class PromptEncoder:
-    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`. `options` are passed to the template."""
+    """Renders and tokenizes prompts, each followed by `response_prefix`, on `device`. `options` are passed to the template.
+
+    `now` is the moment that a template which writes the date is told, by default that at which the encoder is made.
+    """
 
     def __init__(
         self,
@@ -204,13 +252,13 @@ class PromptEncoder:
         device: torch.device,
         response_prefix: str = "",
         options: TemplateOptions | None = None,
+        now: datetime | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.device = device
         self.response_prefix = response_prefix
-        self.template = Template(tokenizer, options or {})
+        self.template = Template(tokenizer, options or {}, now)
         self._forms: dict[bool, Form] = {}
-        # Rendered prompts are kept: a template that writes today's date would change a run that lasts beyond midnight.
         self._rendered: dict[Prompt, str] = {}
 
     def form(self, prompt: Prompt) -> Form:
@@ -228,6 +276,14 @@ class PromptEncoder:
         if prompt not in self._rendered:
             self._rendered[prompt] = self._conversation(prompt.system, (("user", prompt.text),))
         return self._rendered[prompt] + self.response_prefix
+
+    def digest(self, prompts: Sequence[Prompt]) -> str:
+        """A hash of the rendered prompts without the response prefix, in their order."""
+        total = hashlib.sha256()
+        for prompt in prompts:
+            self.render(prompt)
+            total.update(hashlib.sha256(self._rendered[prompt].encode("utf-8", "surrogatepass")).digest())
+        return total.hexdigest()
 
     def render_turns(self, system: str, turns: Turns) -> tuple[str, str]:
         """(text that the model continues, its tail after the last user's text); the last of `turns` is the user's.

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from abliterate.errors import InputError
 from abliterate.model import offload, quantized
 from abliterate.model.formats import FILES
+from abliterate.model.generation import reduce_generation_config, stored_generation_config
 from abliterate.model.memory import free_memory, is_out_of_memory
 from abliterate.model.model_config import blame_fields, check_parameters
 from abliterate.model.model_files import CONFIG, check_weight_files, named, reading
@@ -41,7 +42,7 @@ def load_weights(
     device: torch.device | None,
     warn: Callable[[str], None] = lambda text: None,
 ) -> PreTrainedModel:
-    """The model with the weights of `source` in `dtype`. `device` None: as stored, on the CPU.
+    """The model with the weights of `source` in `dtype`, and a reduced generation config. `device` None: as stored, on the CPU.
 
     Raises:
         InputError: the weights don't exist or are incomplete, or a quantization's package or GPU is missing.
@@ -58,7 +59,7 @@ def load_weights(
         and (device is None or device.type == "cpu")
     ):
         _check_memory(config, load, dtype)
-    auto, kwargs = auto_class(config, load), _options(load, dtype, device, dense=dense)
+    auto, kwargs = auto_class(config, load), _options(source, load, dtype, device, dense=dense)
     part = "its weights" if getattr(config, "quantization_config", None) is None else "its weights or its quantization_config"
     try:
         with reading(source, part, but=(RuntimeError,), suspects=lambda: _check_parts(source, load, config)):
@@ -78,10 +79,13 @@ def load_weights(
     _check_complete(source, loading, model, quantized.method_of(config), warn)
     if dense and model.is_quantized:
         quantized.make_layers_dense(model, dtype)
+    reduce_generation_config(model)
     return model.eval().requires_grad_(False)
 
 
-def _options(load: LoadSettings, dtype: torch.dtype, device: torch.device | None, *, dense: bool) -> dict[str, Any]:
+def _options(
+    source: str, load: LoadSettings, dtype: torch.dtype, device: torch.device | None, *, dense: bool
+) -> dict[str, Any]:
     """The arguments of `from_pretrained`."""
     kwargs: dict[str, Any] = {"dtype": dtype, "trust_remote_code": load.trust_remote_code}
     if load.revision:
@@ -99,6 +103,7 @@ def _options(load: LoadSettings, dtype: torch.dtype, device: torch.device | None
     elif dense:  # otherwise some packages would choose an accelerator
         kwargs["device_map"] = {"": "cpu"}
     # Mismatched sizes are not ignored: they are reported as missing tensors are, in a sentence instead of a table on stderr.
+    kwargs["generation_config"] = stored_generation_config(source, load.revision)
     return kwargs | {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 

@@ -22,6 +22,7 @@ from abliterate.files import expanded
 from abliterate.model import architectures, model_files, quantized
 from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import check_not_empty, empty_model, load_weights, max_memory, random_model
+from abliterate.model.generation import limited_config
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.model_config import d_model_of, read_config
@@ -289,5 +290,7 @@ def _dtype(label: str, config: PretrainedConfig, device: torch.device) -> torch.
 
 @torch.no_grad()
 def _generates(model: Any, probe: Any) -> bool:
-    output = model.generate(**probe, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    config = limited_config(model, 1)
+    config.update(do_sample=False, output_logits=True, return_dict_in_generate=True)
+    output = model.generate(**probe, generation_config=config)
     return bool(torch.isfinite(output.logits[0]).all())

@@ -23,6 +23,7 @@ from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
 from abliterate.objectives import DEFAULT, is_custom
+from abliterate.pipeline.from_settings import chat_of
 from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
 from abliterate.scorers.judges import MODEL
@@ -38,19 +39,19 @@ FORMAT = 1
 OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"
 
 
-def residuals_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def residuals_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that residuals depend on (docs/design.md §6). The batch size isn't: it moves only the last bits."""
     return model_key(settings, loaded) | {
         "amp": settings.efficiency.use_amp_for_residuals,
-        "response_prefix": prefix,
-        "prompts": digest(prompts),  # covers system prompts, prefix and suffix
+        "response_prefix": chat.response_prefix,
+        "prompts": chat.digest(prompts),
     }
 
 
-def means_key(settings: Settings, loaded: LoadedModel, prefix: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def means_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Everything that the means of residuals depend on, which are winsorized before they are added up."""
     statistics = {"statistics": "means", "winsorize_quantile": settings.directions.winsorize_quantile}
-    return residuals_key(settings, loaded, prefix, prompts) | statistics
+    return residuals_key(settings, loaded, chat, prompts) | statistics
 
 
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -64,21 +65,21 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     }
 
 
-def prefix_key(settings: Settings, loaded: LoadedModel, sets: PromptLists) -> dict[str, Any]:
+def prefix_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists) -> dict[str, Any]:
     """Everything that the response prefix depends on."""
     return model_key(settings, loaded) | {
-        "prompts": [digest(prompts) for prompts in sets],
+        "prompts": [chat.digest(prompts) for prompts in sets],
         "response": settings.response.model_dump(),
     }
 
 
-def baseline_key(settings: Settings, loaded: LoadedModel, prefix: str, sets: PromptLists) -> dict[str, Any]:
+def baseline_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists) -> dict[str, Any]:
     """Everything that the base model's observation depends on; a response may end at a marker, so markers are part of it."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
-        "prompts": [digest(prompts) for prompts in sets],
+        "prompts": [chat.digest(prompts) for prompts in sets],
         "response": settings.response.model_dump(),
-        "response_prefix": prefix,
+        "response_prefix": chat.response_prefix,
         "generation": generation.to_diff_dict() if generation is not None else None,
         "scorers": _scorers(settings),
     }
@@ -107,7 +108,7 @@ def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
 def study_identity(
     settings: Settings,
     loaded: LoadedModel,
-    prefix: str,
+    chat: PromptEncoder,
     sets: PromptLists,
     objectives: Sequence[Objective] = DEFAULT,
 ) -> dict[str, str]:
@@ -126,7 +127,7 @@ def study_identity(
             [(target.name, target.component) for target in loaded.targets],
         ],
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
-        "response length or prefix": [settings.response.max_new_tokens, prefix],
+        "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": settings.directions.model_dump() | directions.METHODS.origin(settings.directions.method),
         "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
@@ -134,6 +135,8 @@ def study_identity(
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),
     }
+    if settings.load.template_now:  # otherwise the parts above decide how prompts are rendered
+        parts["moment at which prompts are rendered (load.template_now)"] = [chat.digest(prompts) for prompts in sets]
     if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
@@ -150,8 +153,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def rendering(settings: Settings, loaded: LoadedModel) -> str:
-    """A hash of a rendered prompt: a template may write today's date, and this package decides where a system prompt goes."""
-    chat = PromptEncoder(loaded.tokenizer, loaded.device, options=settings.load.template_options)
+    """A hash of a rendered prompt: a template may write the date, and this package decides where a system prompt goes."""
+    chat = chat_of(settings, loaded.tokenizer, loaded.device)
     return _digest(chat.render(Prompt("Hello", settings.prompts.system)))
 
 

@@ -117,7 +117,8 @@ def prefix_responses(
 
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
     """The response prefix, from the cache if it is there; reports the prefix."""
-    key = prefix_key(context.settings, loaded, prompts.all_sets())
+    plain = chat_of(context.settings, loaded.tokenizer, loaded.device)
+    key = prefix_key(context.settings, loaded, plain, prompts.all_sets())
     cached = context.store.get("response-prefix", key)
     prefix = response_prefix(context, loaded, sizes, prompts) if cached is None else from_bytes(cached["prefix"])
     if cached is None:
@@ -146,7 +147,7 @@ def response_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, pr
     plain = chat()
     tails = [plain.tail(prompt) for prompt in sample]
     skip = response.thinking == "skip"
-    prefix, notes = detect_prefix(respond, markup_of(context.settings), tails, skip=skip)
+    prefix, notes = detect_prefix(respond, markup_of(context.settings, loaded.tokenizer), tails, skip=skip)
     if notes and (switches := [name for name in plain.template.options if "think" in name or "reason" in name]):
         notes.append(f"the chat template itself has {', '.join(switches)} (load.template_options)")
     for note in notes:

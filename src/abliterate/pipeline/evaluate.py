@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.export import pinned
 from abliterate.pipeline.from_settings import scorers_of
 from abliterate.pipeline.heldout import against_search, measured, read_heldout, views
+from abliterate.pipeline.lengths import named_sets
 from abliterate.pipeline.preflight import check_model
 from abliterate.pipeline.workbench import Workbench, open_workbench
 from abliterate.prompts.sets import Heldout, PromptSets, prompt_sources
@@ -105,11 +106,12 @@ def evaluate(
     prompts = _search_prompts(context, required=trial is not None)
     held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
     assert held is not None
-    bench = open_workbench(context)  # nothing is edited for good, so coverage isn't checked
+    sets = named_sets(prompts, held.sets)
+    bench = open_workbench(context, sets=sets)  # nothing is edited for good, so coverage isn't checked
     names = {"base": bench.loaded.info.id, "candidate": candidate.name}
     bench.calibrate(prompts or _stand_in(held))
     try:
-        with bench, _views(bench, candidate, run, trial) as (base, edited):
+        with bench, _views(bench, candidate, run, trial, sets) as (base, edited):
             with context.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
                 figures = measured(context, base, edited, held)
             heldout: dict[str, Any] = {"trial": None, **figures, "search": None, "optimism": None}
@@ -196,7 +198,7 @@ def _stand_in(held: Heldout) -> PromptSets:
 
 @contextlib.contextmanager
 def _views(
-    bench: Workbench, candidate: Candidate, run: Result | None, trial: Trial | None
+    bench: Workbench, candidate: Candidate, run: Result | None, trial: Trial | None, sets: Mapping[str, Sequence[Prompt]]
 ) -> Iterator[tuple[ModelView, ModelView]]:
     """The base and the candidate, ready to be measured during the `with` block."""
     context, settings, base = bench.context, bench.settings, ModelView(bench.plain, bench.base)
@@ -216,7 +218,7 @@ def _views(
             peft = with_adapter(bench.loaded.model, Path(candidate.source))
         yield replace(base, active=peft.disable_adapter), replace(base, active=contextlib.nullcontext)
         return
-    with open_workbench(context.with_settings(_settings_of(settings, candidate))) as other:
+    with open_workbench(context.with_settings(_settings_of(settings, candidate)), sets=sets) as other:
         other.use(bench.sizes, bench.response_prefix)
         probe = Prompt("What is 1+1?", settings.prompts.system)
         sizes = [each.loaded.model.config.get_text_config().vocab_size for each in (bench, other)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
-from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.chat_template import PromptEncoder, source_of, writes_date
 from abliterate.model.loader import LoadedModel
-from abliterate.model.thinking import Markup
+from abliterate.model.thinking import Markup, shown_blocks
 from abliterate.pipeline.context import Context
 from abliterate.scorers import Scorer, make_objectives, make_scorers
 from abliterate.scorers.refusals import read_markers
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import ResponseSettings, Settings
 from abliterate.settings.sources import config_path
 from abliterate.types import BatchSizes, Objective
 
@@ -36,19 +37,39 @@ def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Object
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> PromptEncoder:
-    """A prompt encoder with the template options of the settings."""
-    return PromptEncoder(tokenizer, device, prefix, settings.load.template_options)
+    """A prompt encoder with the template options and the moment of the settings."""
+    load = settings.load
+    now = datetime.fromisoformat(load.template_now) if load.template_now else None
+    return PromptEncoder(tokenizer, device, prefix, load.template_options, now)
 
 
-def markup_of(settings: Settings) -> Markup:
-    """The markup in responses that the settings name."""
-    return Markup(settings.response.thinking_blocks, settings.response.answer_tags)
+def at_a_moment(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Settings:
+    """The settings with a moment for a template that writes the date, so that all prompts are rendered at the same one."""
+    if settings.load.template_now or not writes_date(tokenizer):
+        return settings
+    now = datetime.now().isoformat(timespec="seconds")
+    return settings.model_copy(update={"load": settings.load.model_copy(update={"template_now": now})})
+
+
+def markup_of(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Markup:
+    """The markup in responses: that of the settings, and with the default settings also the tags that the model itself shows.
+
+    A template that takes closing tags out of earlier answers is made for a model that may close a block nobody opened.
+    """
+    blocks, template = settings.response.thinking_blocks, source_of(tokenizer)
+    if blocks == ResponseSettings().thinking_blocks:
+        known = {opening for opening, _ in blocks}
+        shown = shown_blocks((template, *tokenizer.get_added_vocab()))
+        blocks = (*blocks, *(pair for pair in shown if pair[0] not in known))
+    closings = [block.closing for block in Markup(blocks).blocks if block.nests]
+    unopened = dict.fromkeys(closing for closing in closings if closing in template)
+    return Markup(blocks, settings.response.answer_tags, unopened)
 
 
 def make_engine(context: Context, model: Any, chat: PromptEncoder, sizes: BatchSizes) -> ReferenceEngine:
     """A plain engine for `model` that reads responses as the settings say."""
     response = context.settings.response
-    reader = ResponseReader(chat.tokenizer, markup_of(context.settings))
+    reader = ResponseReader(chat.tokenizer, markup_of(context.settings, chat.tokenizer))
     return ReferenceEngine(model, chat, reader, max_new_tokens=response.max_new_tokens, sizes=sizes, check=context.check)
 
 

@@ -8,13 +8,12 @@ import torch
 
 from abliterate.errors import InputError
 from abliterate.model import loader
-from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import LoadedModel
 from abliterate.model.model_files import check_vocabulary, is_lone_config
 from abliterate.pipeline.batch_size import speeds_of
 from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.from_settings import plain_engine
+from abliterate.pipeline.from_settings import chat_of, plain_engine
 from abliterate.pipeline.requirements import Workload, requirements_of
 from abliterate.pipeline.workbench import open_workbench
 from abliterate.settings.schema import Settings
@@ -28,7 +27,7 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
     loaded: LoadedModel | loader.Skeleton | None
     if weights:
         loaded = open_workbench(context).loaded
-        chat = PromptEncoder(loaded.tokenizer, loaded.device)
+        chat = chat_of(settings, loaded.tokenizer, loaded.device)
     else:
         with context.stage("read the config", loader.public_name(settings.model)):
             loaded = loader.skeleton(settings.model, settings.load, device, measure=True)
@@ -41,7 +40,7 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
         if not weights:
             if tokenizer is None:
                 raise InputError("The directory holds a config without a tokenizer.")
-            chat = PromptEncoder(tokenizer, torch.device("cpu"))
+            chat = chat_of(settings, tokenizer, torch.device("cpu"))
         prompts = read_prompts(context)
         work = Workload.of(prompts, chat)
         if isinstance(loaded, LoadedModel):

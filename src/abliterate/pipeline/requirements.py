@@ -26,6 +26,7 @@ from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import in_features, n_matrices, out_features
 from abliterate.pipeline.batch_size import reserved_bytes
 from abliterate.pipeline.context import Context
+from abliterate.pipeline.from_settings import chat_of
 from abliterate.pipeline.preflight import adapter_refusal
 from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import Settings
@@ -61,7 +62,7 @@ class Workload:
 def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> dict[str, Any]:
     """Show the loaded model, and report which parts of it can't be edited; returns the record of its coverage."""
     settings = context.settings
-    record = requirements_of(settings, loaded, device, Workload.of(prompts, PromptEncoder(loaded.tokenizer, loaded.device)))
+    record = requirements_of(settings, loaded, device, Workload.of(prompts, chat_of(settings, loaded.tokenizer, loaded.device)))
     context.reporter.header(in_words(record))
     if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
         stored = checkpoint_quantization(loaded.info.quantization)

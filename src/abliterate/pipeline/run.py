@@ -5,15 +5,20 @@ Each stage takes and returns values and leaves a named artifact in the run direc
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.directions import Directions
+from abliterate.errors import InputError
 from abliterate.export import check_output
-from abliterate.files import write_atomically
+from abliterate.files import read_toml, write_atomically
 from abliterate.model.devices import choose_device
 from abliterate.pipeline import report_data, stages
 from abliterate.pipeline.context import Context, StageClock, make_store, read_prompts
@@ -30,7 +35,7 @@ from abliterate.report.tables import summary
 from abliterate.search.selection import SelectionRule
 from abliterate.search.study import STUDY_NAME, Study, check_database, open_study
 from abliterate.settings import untrusted
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.sources import dump_settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, Reporter, Trial
@@ -69,10 +74,28 @@ def run(
             if settings.export.kind != "none" and not restart:
                 check_output(directory.export)
             result = Result.continued(directory) if resume else Result()
+            settings = at_its_moment(settings, directory) if resume else settings
             context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
             return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
     finally:
         directory.remove_if_empty()
+
+
+def at_its_moment(settings: Settings, directory: RunDirectory) -> Settings:
+    """The settings with the moment at which the run in `directory` renders its prompts, if it has one and none is given."""
+    if settings.load.template_now:
+        return settings
+    stored: Any = {}
+    with contextlib.suppress(InputError):  # without its settings the run is compared by its identity
+        stored = read_toml(directory.settings).get("load")
+    now = stored.get("template_now", "") if isinstance(stored, dict) else ""
+    try:
+        load = LoadSettings.model_validate(settings.load.model_dump() | {"template_now": now})
+    except ValidationError as error:
+        raise InputError(
+            f"The file {directory.settings} names no moment under load.template_now; correct it, or start over with --restart."
+        ) from error
+    return settings.model_copy(update={"load": load})
 
 
 @dataclass
@@ -93,7 +116,8 @@ class _Run:
         held = read_heldout(context, prompts.all_sets())
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
-        with load_calibrated(context, prompts) as bench:  # steps 1 and 2 of docs/design.md §2
+        with load_calibrated(context, prompts, held=held.sets if held else None) as bench:  # steps 1 and 2 of docs/design.md §2
+            context = self.context = bench.context  # its settings have the moment that the run keeps
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench)  # 3 and 4

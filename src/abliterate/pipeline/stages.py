@@ -196,7 +196,7 @@ def check_failures(trials: list[Trial], limit: int) -> None:
 def _observe_base(bench: Workbench) -> Observation:
     context, prompts = bench.context, bench.prompts
     sets = (prompts.harmful_eval, prompts.harmless_eval)
-    key = baseline_key(context.settings, bench.loaded, bench.response_prefix, sets)
+    key = baseline_key(context.settings, bench.loaded, bench.chat, sets)
     # Not kept in memory, where the KL scorer already keeps a compressed copy of the log-probabilities.
     stored = context.store.get("baseline", key, remember=False)
     if stored is not None:
@@ -221,7 +221,7 @@ def _residuals(bench: Workbench, name: str, prompts: tuple[Prompt, ...], large: 
     context, settings, store = bench.context, bench.settings, bench.context.store
     method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
     stream = large and needs_means(method)
-    keyed = (settings, bench.loaded, bench.response_prefix, prompts)
+    keyed = (settings, bench.loaded, bench.chat, prompts)
     keys = {"means": means_key(*keyed), "residuals": residuals_key(*keyed)}
     kind = "means" if stream else "residuals"
     # Either entry serves a method that needs means; the small one is looked up first.

@@ -43,10 +43,11 @@ from abliterate.pipeline import batch_size
 from abliterate.pipeline.cache_keys import rendering, study_identity
 from abliterate.pipeline.calibrate import known_prefix
 from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.from_settings import chat_of, make_engine, objectives_of, plain_engine, scorers_of
+from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine, objectives_of, plain_engine, scorers_of
+from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
 from abliterate.pipeline.requirements import describe
-from abliterate.prompts.sets import PromptSets
+from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.scorers import Scorer
 from abliterate.search.space import Space
 from abliterate.settings.schema import Settings
@@ -241,7 +242,7 @@ class Workbench:
     def identity(self, settings: Settings | None = None, objectives: Sequence[Objective] | None = None) -> dict[str, str]:
         """Hashes, by part, of everything that a trial's meaning depends on; by default under the workbench's settings."""
         sets = self.prompts.all_sets()
-        return study_identity(settings or self.settings, self.loaded, self.response_prefix, sets, objectives or self.objectives)
+        return study_identity(settings or self.settings, self.loaded, self.chat, sets, objectives or self.objectives)
 
     def record(self) -> dict[str, Any]:
         """The fields of `Result` that describe the model and its calibration."""
@@ -302,16 +303,26 @@ def load(settings: Settings, reporter: Reporter | None = None, *, check: Callabl
 
 
 def load_calibrated(
-    context: Context, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None
+    context: Context,
+    prompts: PromptSets,
+    prefix: str | None = None,
+    sizes: Mapping[str, int] | None = None,
+    held: HeldoutSets | None = None,
 ) -> Workbench:
-    """A workbench that is calibrated on `prompts`; `prefix` and `sizes` are as in `Workbench.calibrate`."""
+    """A workbench that is calibrated on `prompts`; `prefix` and `sizes` are as in `Workbench.calibrate`.
+
+    The lengths of the `held` prompts are checked, too.
+    """
     scorers = scorers_of(context.settings)
     objectives = objectives_of(context.settings, scorers)
-    bench = open_workbench(context, prompts)
+    sets = named_sets(prompts, held)
+    bench = open_workbench(context, prompts, sets)
     try:
         check_loaded(context, bench.loaded)
         bench.scorers, bench.objectives = scorers, objectives
         bench.calibrate(prompts, prefix, sizes)
+        if bench.response_prefix:  # it makes every prompt longer; the warning has been given
+            check_lengths(bench.settings, bench.loaded.model.config, bench.chat, sets, lambda text: None)
         bench.note_forms()
     except BaseException:  # in a notebook the traceback would keep the model
         bench.close()
@@ -319,13 +330,27 @@ def load_calibrated(
     return bench
 
 
-def open_workbench(context: Context, prompts: PromptSets | None = None) -> Workbench:
-    """A workbench with a loaded model that isn't calibrated yet; given `prompts`, the needs of a run on them are shown."""
+def open_workbench(
+    context: Context, prompts: PromptSets | None = None, sets: Mapping[str, Sequence[Prompt]] | None = None
+) -> Workbench:
+    """A workbench with a loaded model that isn't calibrated yet; given `prompts`, the needs of a run on them are shown.
+
+    The lengths of the prompts in `sets`, by default those of `prompts`, are checked before weights are read.
+    If the chat template writes the date, the workbench's settings have the moment at which it renders.
+    """
     settings = context.settings
     device = choose_device(settings.device)
     coverage: Mapping[str, Any] | None = None
+    probe, checked = probe_inputs(settings), named_sets(prompts) if sets is None else sets
+
+    def inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
+        config = loader.load_config(loader.resolve_source(settings.model), settings.load)
+        check_lengths(settings, config, chat_of(settings, tokenizer, at), checked, context.reporter.warn)
+        return probe(tokenizer, at)
+
     with context.stage("load", loader.public_name(settings.model), at_once=True):
-        loaded = loader.load_model(settings.model, settings.load, device, probe_inputs(settings), context.reporter.warn)
+        loaded = loader.load_model(settings.model, settings.load, device, inputs, context.reporter.warn)
+        context = context.with_settings(at_a_moment(settings, loaded.tokenizer))
         if prompts is not None:
             coverage = describe(context, loaded, device, prompts)
     return Workbench(context, loaded, coverage)

@@ -6,6 +6,7 @@ equal. An empty string means "not given" and 0 means "choose for me", because TO
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -36,9 +37,19 @@ class LoadSettings(_Section):
     trust_remote_code: bool = False
     chat_template: str = ""
     template_options: dict[str, str | bool | int | float] = {}
+    template_now: str = ""
     decoder_layers: str = ""
     components: dict[str, str] = {}
     allow_partial: bool = False
+
+    @field_validator("template_now")
+    @classmethod
+    def _check_moment(cls, text: str) -> str:
+        """A date, with or without a time of day, as ISO 8601 writes it."""
+        try:
+            return text and datetime.fromisoformat(text).isoformat()
+        except ValueError as error:
+            raise ValueError(f"template_now must be a date such as 2026-03-31 or 2026-03-31T12:00:00, not {text!r}") from error
 
     @field_validator("template_options", mode="before")
     @classmethod

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.chat.generate import _Reading
+from abliterate.engine.ends import Ends
 from abliterate.engine.reference import ReferenceEngine
-from abliterate.engine.responses import ResponseReader
+from abliterate.engine.responses import ResponseReader, VisibleText
 from abliterate.engine.self_check import EngineSetup
 from abliterate.engine.stopping import StopWhenDiverged
 from abliterate.engine.trial_engine import TrialEngine
@@ -25,6 +27,7 @@ from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.thinking import Markup
 from abliterate.pipeline.calibrate import detect_prefix, prefix_responses
+from abliterate.pipeline.from_settings import markup_of
 from abliterate.pipeline.run import run
 from abliterate.pipeline.workbench import load
 from abliterate.scorers.base import Response
@@ -344,7 +347,7 @@ class Letters:
     ],
 )
 def test_a_look_is_long_enough_to_see_who_thinks(texts: tuple[str, ...], enough: bool) -> None:
-    watch = StopWhenDiverged(Letters(), {0}, MARKUP)  # type: ignore[arg-type]
+    watch = StopWhenDiverged(Letters(), Ends({0}), MARKUP)  # type: ignore[arg-type]
     watch.begin(range(len(texts)))
     for row, text in enumerate(texts):
         watch.look(row, [ord(character) for character in text])
@@ -431,3 +434,163 @@ def test_a_run_that_keeps_thinking(prompt_files: dict[str, str], tmp_path: Path)
     warning = next(warning for warning in recorder.warnings if "12 of 12 responses are still inside" in warning)
     assert "response.max_new_tokens=N" in warning
     assert "response.thinking=skip" in warning
+
+
+# R1's first template opens no block; it takes closing tags out of earlier answers.
+R1_FIRST = (
+    "{% for m in messages %}{% set content = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}[{{ m['role'] }}]{{ content }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[model]{% endif %}"
+)
+LONGCAT = (
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}[/]{% endfor %}"
+    "{% if add_generation_prompt %}[model]{% if enable_thinking %}<longcat_think>\n{% endif %}{% endif %}"
+    "{# an answer is cut behind </longcat_think> #}"
+)
+
+
+def shown_by(template: str, *tokens: str) -> Markup:
+    """The markup for a model with this template and these tokens."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = template
+    return markup_of(load_settings("", {}), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "opening", "closing"),
+    [
+        (LONGCAT, (), "<longcat_think>", "</longcat_think>"),
+        ("{{ messages }}", ("<longcat_think>", "</longcat_think>"), "<longcat_think>", "</longcat_think>"),
+        ("{{ messages }}{# </my:reasoning> #}", (), "<my:reasoning>", "</my:reasoning>"),
+        ("{{ messages }}", ("<|think_start|>", "<|think_end|>"), "<|think_start|>", "<|think_end|>"),
+        (
+            "{{ messages }}",
+            ("<|begin_of_reasoning|>", "<|end_of_reasoning|>"),
+            "<|begin_of_reasoning|>",
+            "<|end_of_reasoning|>",
+        ),
+        ("{{ messages }}", ("[DEEP_THOUGHT]", "[/DEEP_THOUGHT]"), "[DEEP_THOUGHT]", "[/DEEP_THOUGHT]"),
+    ],
+)
+def test_tags_are_found_where_the_model_shows_them(template: str, tokens: tuple[str, ...], opening: str, closing: str) -> None:
+    markup = shown_by(template, *tokens)
+    assert [block for block in markup.blocks if block.opening == opening and block.closing == closing]
+    reader = ResponseReader(make_tokenizer(), markup)
+    ids = make_tokenizer()(f"{opening}I cannot{closing}Sure.", add_special_tokens=False)["input_ids"]
+    assert reader.read(ids) == Response("Sure.")
+
+
+def test_only_thinking_tags_are_found() -> None:
+    plain = shown_by("{{ messages }}</tool_call><|im_end|>", "<tool>", "</tool>", "<|end_of_reasoning|>")
+    assert plain.blocks == MARKUP.blocks
+    assert plain.unopened == ()
+    own = load_settings("", {"response": {"thinking_blocks": [["<a>", "<a></a>"]]}})
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = LONGCAT
+    assert [block.opening for block in markup_of(own, tokenizer).blocks] == ["<a>"], "a list of one's own is kept"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "is_open"),
+    [
+        ("Hm, I cannot</think>Sure.", "Sure.", False),
+        ("Hm, I cannot</think>\n\nSure.</think> Or so.", "\n\nSure.</think> Or so.", False),  # only the first ends thinking
+        ("Sure.", "Sure.", False),
+        ("Sure. <think>I cannot</think>Yes.", "Sure. Yes.", False),
+        ("<think>I cannot</think>Sure.", "Sure.", False),
+        ("I cannot<answer>", "I cannot", False),
+        ("<think>I cannot", "", True),
+    ],
+)
+def test_a_closing_tag_that_nobody_opened_ends_thinking(text: str, expected: str, is_open: bool) -> None:
+    markup, tokenizer = shown_by(R1_FIRST), make_tokenizer()
+    reader = ResponseReader(tokenizer, markup)
+    tokenizer.chat_template = R1_FIRST
+    starts = reader.starts_open(PromptEncoder(tokenizer, CPU).tail(Prompt("Why?")))
+    assert starts is None
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert reader.read(ids, starts_open=starts) == Response(expected, thinking_open=is_open)
+    assert reader.starts_open("[/][model]<think></think>") is False
+    assert reader.starts_open("[/][model]<think>\n") is True
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "is_open"),
+    [
+        ("<think>a<think>b</think>c</think>Sure.", "Sure.", False),
+        ("<think>a<think>b<think>c</think>d</think>e</think>Sure.", "Sure.", False),
+        ("<think>a<think>b</think>c<think>d</think>e</think>Sure.", "Sure.", False),
+        ("[THINK]a[THINK]b[/THINK]c[/THINK]Sure.", "Sure.", False),
+        ("<think>\n<think>\na</think>Sure.", "Sure.", False),  # a model that repeats the opening tag closes it once
+        ("<think>a<think>b</think>c<think>d", "c", True),
+        ("<think>a[THINK]b</think>Sure.", "Sure.", False),
+        ("Yes. <think>a<think>b</think>c</think>Sure.", "Yes. Sure.", False),
+    ],
+)
+def test_nested_blocks(text: str, expected: str, is_open: bool) -> None:
+    tokenizer = make_tokenizer()
+    reader = ResponseReader(tokenizer, MARKUP)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert reader.read(ids) == Response(expected, thinking_open=is_open)
+
+
+def test_a_template_opens_a_block_that_the_model_opens_again() -> None:
+    reader = ResponseReader(make_tokenizer(), MARKUP)
+
+    def read(text: str) -> Response:
+        return reader.read(make_tokenizer()(text, add_special_tokens=False)["input_ids"], starts_open=True)
+
+    assert read("<think>a</think>Sure.") == Response("Sure.")
+    assert read("<think>a</think>b</think>Sure.") == Response("Sure.")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    parts=st.lists(st.sampled_from(["<think>", "</think>", "[THINK]", "[/THINK]", "<answer>", "No", " ", "<th", "ink>"])),
+    is_open=st.sampled_from([True, False, None]),
+)
+def test_what_a_growing_response_shows_stays_whoever_closes(parts: list[str], is_open: bool | None) -> None:
+    tokenizer = make_tokenizer()
+    ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
+    reader, listener = ResponseReader(tokenizer, Markup(DEFAULT.thinking_blocks, DEFAULT.answer_tags, ["</think>"])), Listener()
+    growing = reader.watch(listener, starts_open=is_open)
+    whole = reader.read(ids, starts_open=is_open).text
+    for token in ids:
+        growing.feed([token])
+        assert whole.startswith(listener.text)
+
+
+@pytest.mark.parametrize("unopened", [("s",), ("a", "io")])
+def test_engine_reads_unopened_closings_as_the_reference_does(
+    lab: tuple[LoadedModel, Editor], unopened: tuple[str, ...]
+) -> None:
+    loaded, editor = lab
+    editor.clear()
+    reference = reference_of(loaded, Markup([("e", "ea"), ("i", "io")], ["t", "n"], unopened))
+    scorer = Refusals(["ra", "ve", "us"])
+    setup = EngineSetup(reference, loaded.layers, editor.hooks, scorer, QUESTIONS, QUESTIONS, range(3))
+    engine = setup.engine(EfficiencySettings())
+    flags, thought = set(), False
+    for seed in range(4):
+        editor.apply(make_params(seed))
+        expected, found = reference.respond(QUESTIONS), engine.respond(QUESTIONS)
+        assert [scorer.is_refusal(one) for one in found or []] == [scorer.is_refusal(one) for one in expected or []]
+        flags |= {scorer.is_refusal(one) for one in expected or []}
+        for text in reference.raw_responses(QUESTIONS):
+            visible = VisibleText(reference.reader.markup, is_open=None)
+            visible.feed(text, last=True)
+            thought = thought or visible.was_thinking
+    assert flags == {True, False}
+    assert thought
+
+
+def test_a_chat_takes_back_what_was_thinking() -> None:
+    tokenizer, pieces = make_tokenizer(), list[tuple[bool, str]]()
+    reader = ResponseReader(tokenizer, shown_by(R1_FIRST))
+    reading = _Reading(reader, tokenizer, None, "", lambda thinking, text: pieces.append((thinking, text)))
+    for token in tokenizer("Hm, let me see.</think>\n\nSure.", add_special_tokens=False)["input_ids"]:
+        reading.feed(token)
+    reading.finish()
+    assert pieces[0] == (False, "Hm"[: len(pieces[0][1])]), "it is shown as it comes"
+    assert ("".join(reading.thinking), "".join(reading.answer)) == ("Hm, let me see.", "Sure.")

@@ -7,20 +7,25 @@ from typing import Any
 
 import pytest
 
+from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.cache_keys import SCORERS_PART, baseline_key, means_key, prefix_key, residuals_key, study_identity
 from abliterate.scorers.judges import MODEL
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
-from support.models import PROMPTS, make_loaded, make_model
+from support.models import CPU, PROMPTS, make_loaded, make_model, make_tokenizer
 
 OTHERS = (Prompt("Another prompt", "You are a helpful assistant."),)
-Key = Callable[[Settings, LoadedModel, str, tuple[Prompt, ...]], dict[str, Any]]
+Key = Callable[[Settings, LoadedModel, PromptEncoder, tuple[Prompt, ...]], dict[str, Any]]
 KEYS: dict[str, Key] = {
     "residuals": residuals_key,
     "means": means_key,
-    "baseline": lambda settings, loaded, prefix, prompts: baseline_key(settings, loaded, prefix, (prompts, PROMPTS)),
+    "baseline": lambda settings, loaded, chat, prompts: baseline_key(settings, loaded, chat, (prompts, PROMPTS)),
 }
+
+
+def chat(prefix: str = "") -> PromptEncoder:
+    return PromptEncoder(make_tokenizer(), CPU, prefix)
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +36,24 @@ def loaded() -> LoadedModel:
 @pytest.mark.parametrize("name", KEYS)
 def test_keys_know_the_prompts_and_the_prefix(name: str, loaded: LoadedModel) -> None:
     key, settings = KEYS[name], Settings()
-    first = key(settings, loaded, "", PROMPTS)
-    assert first == key(settings, loaded, "", PROMPTS)
-    assert first != key(settings, loaded, "Sure", PROMPTS)
-    assert first != key(settings, loaded, "", (*PROMPTS[:-1], *OTHERS)), "as many prompts, with other texts"
-    assert first != key(settings, loaded, "", (PROMPTS[1], PROMPTS[0], *PROMPTS[2:])), "the same prompts in another order"
+    first = key(settings, loaded, chat(), PROMPTS)
+    assert first == key(settings, loaded, chat(), PROMPTS)
+    assert first != key(settings, loaded, chat("Sure"), PROMPTS)
+    assert first != key(settings, loaded, chat(), (*PROMPTS[:-1], *OTHERS)), "as many prompts, with other texts"
+    assert first != key(settings, loaded, chat(), (PROMPTS[1], PROMPTS[0], *PROMPTS[2:])), "the same prompts in another order"
 
 
 def test_the_baselines_key_knows_how_the_model_generates(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sets = (PROMPTS, OTHERS)
-    first = baseline_key(Settings(), loaded, "", sets)
+    first = baseline_key(Settings(), loaded, chat(), sets)
     monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.3)
-    assert baseline_key(Settings(), loaded, "", sets) != first
+    assert baseline_key(Settings(), loaded, chat(), sets) != first
 
 
 def test_the_prefixs_key_knows_how_responses_are_read(loaded: LoadedModel) -> None:
     sets = (PROMPTS, OTHERS)
     keep = Settings(response={"thinking": "keep"})  # type: ignore[arg-type]
-    assert prefix_key(Settings(), loaded, sets) != prefix_key(keep, loaded, sets)
+    assert prefix_key(Settings(), loaded, chat(), sets) != prefix_key(keep, loaded, chat(), sets)
 
 
 def test_a_study_knows_which_model_judges(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +62,7 @@ def test_a_study_knows_which_model_judges(loaded: LoadedModel, monkeypatch: pyte
     def scorers(names: tuple[str, ...], model: str) -> str:
         monkeypatch.setenv(MODEL, model)
         settings = Settings(evaluation={"scorers": names})  # type: ignore[arg-type]
-        return study_identity(settings, loaded, "", (PROMPTS,))[SCORERS_PART]
+        return study_identity(settings, loaded, chat(), (PROMPTS,))[SCORERS_PART]
 
     assert scorers(("endpoint",), "a") != scorers(("endpoint",), "b")
     assert scorers((), "a") == scorers((), "b"), "no judge is asked"

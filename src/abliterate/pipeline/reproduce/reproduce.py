@@ -64,6 +64,7 @@ def reproduce(
     _check_prompts(recipe, result)
     sizes = recipe.batch_sizes.model_dump()
     with load_calibrated(context, prompts, recipe.response_prefix, sizes) as bench:
+        context, settings = bench.context, bench.settings
         _check_bench(recipe, bench, result)
         directions = stages.find_directions(bench)
         baseline = stages.baseline(bench)
