@@ -20,7 +20,7 @@ from abliterate.settings.schema import LoadSettings
 _FIELDS = ("license", "license_name", "license_link", "language", "tags")
 # YAML reads these words as truth values: `no`, unquoted, is the language Norwegian to nobody.
 _TRUTH = {"y", "n", "yes", "no", "on", "off", "true", "false", "null"}
-_LARGEST, _LONGEST, _MOST = 4 << 20, 300, 200
+_LARGEST, _LONGEST, _MOST = 1 << 20, 300, 200
 
 
 def front_matter(source: str, load: LoadSettings) -> dict[str, Any]:

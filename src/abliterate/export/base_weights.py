@@ -141,7 +141,7 @@ def digests(model: PreTrainedModel) -> dict[str, str]:
 def tensor_digest(tensor: Tensor) -> str:
     """A hash of a tensor's shape, dtype and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.export.base_weights import config_file, fetched, listed_files
 from abliterate.export.folder import MARKER
 from abliterate.export.job import ExportJob
@@ -60,7 +60,7 @@ def companions_of(job: ExportJob) -> dict[str, Path | bytes]:
     """{name: the base's file, or the content if the settings changed it}; a name has the folders it lies in, with slashes."""
     files: dict[str, Path | bytes] = dict(_base_files(job))
     if job.load.chat_template:
-        template = Path(job.load.chat_template).expanduser().read_text(encoding="utf-8")
+        template = _read_template(job.load.chat_template)
         for name in _WITH_TEMPLATE:
             path = files.get(name)
             if isinstance(path, Path) and (content := _with_template(path, template)) is not None:
@@ -112,6 +112,13 @@ def _names_below(folder: Path) -> Iterator[str]:
 
 def _is_ours(folder: Path) -> bool:
     return (folder / MARKER).exists() or RunDirectory(folder).holds_run
+
+
+def _read_template(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"The chat template {name} can't be read any more ({first_line(error)}); put it back.") from error
 
 
 def _with_template(path: Path, template: str) -> bytes | None:

@@ -261,6 +261,12 @@ def test_a_file_that_cannot_be_read_is_named(case: Case, tmp_path: Path, monkeyp
         write("merged", case.job, tmp_path / "out")
 
 
+def test_a_template_that_is_gone_is_named(case: Case, tmp_path: Path) -> None:
+    gone = case.job.load.model_copy(update={"chat_template": str(tmp_path / "gone.jinja")})
+    with pytest.raises(InputError, match=r"gone\.jinja can't be read any more"):
+        write("merged", replace(case.job, load=gone), tmp_path / "out")
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
 @pytest.mark.parametrize("kind", ["merged", "as a whole", "adapter"])
 def test_modes_follow_the_umask(kind: str, umask: int, case: Case, tmp_path: Path) -> None:
