@@ -170,7 +170,7 @@ def test_nothing_private_is_in_a_recipe(tmp_path: Path, prompt_files: dict[str, 
         "model": str(base),
         "out": str(private / "run"),
         "evaluation": {"markers": str(private / "markers.txt")},
-        "load": {"chat_template": str(base / "chat_template.jinja"), "max_memory": {"cpu": "secret-machine"}},
+        "load": {"chat_template": str(base / "chat_template.jinja"), "max_memory": {"cpu": "987654GB"}},
         "efficiency": {"residual_cache_dir": str(private / "cache")},
         "response": {"max_new_tokens": 8},
         "search": {"trials": 1, "storage": f"sqlite:///{private / 'secret-base.db'}"},
@@ -178,7 +178,7 @@ def test_nothing_private_is_in_a_recipe(tmp_path: Path, prompt_files: dict[str, 
     settings = quick_settings(prompt_files, private / "cache", **over)
     run_in(private / "run", settings)
     text = (private / "run" / "recipe.json").read_text(encoding="utf-8")
-    for secret in (str(tmp_path), str(Path.home()), "/tmp", "of-somebody", "secret", "sqlite", TOKEN):
+    for secret in (str(tmp_path), str(Path.home()), "/tmp", "of-somebody", "secret", "987654", "sqlite", TOKEN):
         assert secret not in text
     if getpass.getuser() not in text.replace(str(demo_path()), ""):  # a name like "model" would be there anyway
         assert f"/{getpass.getuser()}" not in text
