@@ -51,7 +51,7 @@ VALID = st.fixed_dictionaries(
                 "trials": st.integers(1, 10**6),
                 "direction_index": INTERVAL,
                 "max_coeff": st.dictionaries(NAME, INTERVAL, max_size=3).map(lambda given: {"default": [0, 1], **given}),
-                "distance": st.floats(1e-300, 1e300),
+                "distance": st.floats(1e-300, 1000),
             },
         ),
         "evaluation": st.fixed_dictionaries({}, optional={"batch_size": st.integers(0, 10**6)}),

@@ -332,6 +332,8 @@ def test_workers_on_further_devices_may_do_what_the_run_may_and_import_nothing_f
     commands: list[list[str]] = []
 
     class Process:
+        stdin = None
+
         def __init__(self, command: list[str], **options: Any) -> None:
             commands.append(command)
 

@@ -20,6 +20,7 @@ from abliterate.errors import InputError, first_line
 from abliterate.export.base_weights import config_file, fetched, listed_files
 from abliterate.export.folder import MARKER
 from abliterate.export.job import ExportJob
+from abliterate.files import expanded
 
 # Weights of every format, whole or in parts (`model.onnx_data`, `a.gguf.part1of2`). Those of other formats aren't edited, so
 # beside edited weights they would be another model.
@@ -116,7 +117,7 @@ def _is_ours(folder: Path) -> bool:
 
 def _read_template(name: str) -> str:
     try:
-        return Path(name).expanduser().read_text(encoding="utf-8")
+        return expanded(name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"The chat template {name} can't be read any more ({first_line(error)}); put it back.") from error
 

@@ -89,7 +89,7 @@ def load_error(source: str, error: BaseException, part: str = "") -> InputError:
         reason = f"{named}{reason_of(error)}"
         return _unusable(source, f"{damaged} ({reason})" if damaged else reason)
     if isinstance(error, OSError):
-        if "safetensors" in str(error):
+        if SINGLE in str(error):  # of a shard, the name is another: then it is the network
             reason = (
                 "pickles (pytorch_model.bin) aren't opened, because opening one can run code; name a copy in safetensors, or "
                 "have it converted (huggingface.co/spaces/safetensors/convert)"
