@@ -167,12 +167,8 @@ def test_a_damaged_result_is_never_shown_nor_exported(
     (run / "result.json").write_bytes(content.replace(b'"refusals": ', b'"refusals": 1', 1))
     for command in (["trials"], ["report"], ["export", "--trial", first["selected"], "-o", tmp_path / "out"]):
         code, err = invoke([command[0], run, *command[1:]], capsys, monkeypatch)
-        assert (code, "damaged" in err, "abliterate run --resume --out" in err, "rebuilds it" in err) == (
-            2,
-            True,
-            True,
-            True,
-        ), err
+        assert (code, "damaged" in err) == (2, True), err
+        assert re.search("abliterate run --resume --out .* rebuilds it", err)
     assert outcomes(run_in(run, settings, resume=True)[0]) == outcomes(first)  # and it does
     pipeline_export_trial.export_trial(settings, Recorder(), RunDirectory(run), first["selected"], tmp_path / "out")
 
