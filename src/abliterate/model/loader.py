@@ -102,12 +102,12 @@ def load_model(
     """
     source = resolve_source(name)
     config, tokenizer, model, dtype = open_model(source, load, device, probe_inputs, warn)
-    architecture = architecture_of(model, load)
+    architecture, commit = architecture_of(model, load), model_files.commit_of(source, config, load.revision)
     info = ModelInfo(
         id=public_name(name),
         source=source,
-        revision=getattr(config, "_commit_hash", None) or load.revision or "",
-        fingerprint=fingerprint(source, config),
+        revision=commit or load.revision,
+        fingerprint=fingerprint(source, commit),
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
         d_model=d_model_of(source, config),
@@ -156,7 +156,7 @@ def skeleton(
     info = ModelInfo(
         id=public_name(name),
         source=source,
-        revision=getattr(config, "_commit_hash", None) or load.revision or "",
+        revision=model_files.commit_of(source, config, load.revision) or load.revision,
         fingerprint="",
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
@@ -260,9 +260,8 @@ def _processor_template(source: str, load: LoadSettings) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def fingerprint(source: str, config: PretrainedConfig) -> str:
+def fingerprint(source: str, commit: str) -> str:
     """The Hub commit, or for a local directory a hash of every weight, config and code file."""
-    commit = getattr(config, "_commit_hash", None)
     folder = Path(source)
     if not folder.is_dir():
         return f"hub:{source}@{commit}"

@@ -132,6 +132,21 @@ def read_json(source: str, name: str, revision: str = "") -> dict[str, Any]:
     return content
 
 
+def commit_of(source: str, config: PretrainedConfig, revision: str = "") -> str:
+    """The commit of a Hub model whose config was just read, or ""; a local directory has none.
+
+    transformers before 5.23 keeps it in the config. Later it is known from the cache only: files lie in `snapshots/COMMIT/`.
+    """
+    if commit := getattr(config, "_commit_hash", None):
+        return str(commit)
+    if Path(source).is_dir():
+        return ""
+    with reading(source, CONFIG):
+        path = cached_file(source, CONFIG, **({"revision": revision} if revision else {}))
+    found = re.search(r"/snapshots/([0-9a-f]{40})/", Path(path or "").as_posix())
+    return found[1] if found else ""
+
+
 def is_adapter(folder: Path) -> bool:
     """Whether a directory holds a PEFT adapter and no weights of a model."""
     return os.path.isfile(folder / ADAPTER) and not _holds_weights(folder)  # unlike Path's, False for a name that is too long

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PretrainedConfig
 
 from abliterate.errors import InputError
 from abliterate.model import chat_template, checkpoint, loader, model_files
@@ -365,3 +366,23 @@ def test_adapters_and_pickles_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_names_that_are_no_paths_are_no_adapters() -> None:
     assert not is_adapter(Path("x" * 5000))
     assert not is_adapter(Path(os.devnull))
+
+
+def test_the_commit_of_a_hub_model_is_that_of_its_cached_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later versions of transformers don't keep it in the config, and without it no run would be pinned to its weights."""
+    commit, config = "0123456789" * 4, PretrainedConfig()
+    asked: list[dict[str, str]] = []
+
+    def cached(source: str, name: str, **options: str) -> str:
+        asked.append(options)
+        return str(tmp_path / "models--owner--name" / "snapshots" / commit / name)
+
+    monkeypatch.setattr(model_files, "cached_file", cached)
+    assert model_files.commit_of("owner/name", config) == commit
+    assert model_files.commit_of("owner/name", config, "v2") == commit
+    assert asked == [{}, {"revision": "v2"}]
+    assert model_files.commit_of(str(tmp_path), config) == ""
+    config._commit_hash = "f" * 40  # as earlier versions do
+    assert model_files.commit_of("owner/name", config) == "f" * 40
+    monkeypatch.setattr(model_files, "cached_file", lambda *given, **options: str(tmp_path / "config.json"))
+    assert model_files.commit_of("owner/name", PretrainedConfig()) == ""
