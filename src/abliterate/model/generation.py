@@ -48,10 +48,12 @@ def stored_generation_config(source: str, revision: str) -> GenerationConfig | N
     try:
         path = cached_file(source, "generation_config.json", revision=revision or None)
         record = json.loads(Path(path or "").read_text(encoding="utf-8"))
-        return _reduced(dict(record))
+        if not isinstance(record, dict):
+            raise TypeError("it holds no JSON object")
+        return _reduced(record)
     except OSError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(
             f"The generation_config.json of {source} can't be used ({first_line(error)}); correct the file, or remove it."
         ) from error

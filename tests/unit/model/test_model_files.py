@@ -301,8 +301,9 @@ OTHERS = {
     "config bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "config.json: "),
     "config depth": (write("config.json", '{"a":' * 99999), "config.json: "),
     "config link": (dangling("config.json"), "config.json is a link to a file that isn't there"),
-    "generation": (write("generation_config.json", "[]"), "generation_config.json: "),
-    "generation number": (write("generation_config.json", "3"), "generation_config.json: "),
+    "generation": (write("generation_config.json", "[]"), "generation_config.json of .* no JSON object"),
+    "generation number": (write("generation_config.json", "3"), "generation_config.json of .* no JSON object"),
+    "generation depth": (write("generation_config.json", '{"a":' * 99999), "generation_config.json of .* can't be used"),
     "template": (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), "the tokenizer's files: "),
 }
 

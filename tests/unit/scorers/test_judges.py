@@ -328,7 +328,7 @@ def test_errors_of_a_classifier_name_no_path(tmp_path: Path, monkeypatch: pytest
     texts = {"no file of that name on the Hub": True, f"bad zip file {tmp_path}/model.bin": False, "see https://hf.co/a": True}
     for text, kept in texts.items():
 
-        def fails(*args: Any, text: str = text) -> None:
+        def fails(*args: Any, text: str = text, **options: Any) -> None:
             raise OSError(text)
 
         monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fails)
