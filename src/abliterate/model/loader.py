@@ -102,12 +102,12 @@ def load_model(
     """
     source = resolve_source(name)
     config, tokenizer, model, dtype = open_model(source, load, device, probe_inputs, warn)
-    architecture, commit = architecture_of(model, load), model_files.commit_of(source, config, load.revision)
+    architecture = architecture_of(model, load)
     info = ModelInfo(
         id=public_name(name),
         source=source,
-        revision=commit or load.revision,
-        fingerprint=fingerprint(source, commit),
+        revision=model_files.commit_of(source, config, load.revision) or load.revision,
+        fingerprint=fingerprint(source, config, load.revision),
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
         d_model=d_model_of(source, config),
@@ -260,11 +260,11 @@ def _processor_template(source: str, load: LoadSettings) -> str | None:
     return template if isinstance(template, str) else None
 
 
-def fingerprint(source: str, commit: str) -> str:
+def fingerprint(source: str, config: PretrainedConfig, revision: str = "") -> str:
     """The Hub commit, or for a local directory a hash of every weight, config and code file."""
     folder = Path(source)
     if not folder.is_dir():
-        return f"hub:{source}@{commit}"
+        return f"hub:{source}@{model_files.commit_of(source, config, revision)}"
     total = hashlib.sha256()
     for path in sorted(path for path in folder.iterdir() if path.name.endswith(_CONTENT_ENDINGS) and path.is_file()):
         with path.open("rb") as file:

@@ -155,7 +155,7 @@ def open_base(context: Context, result: Result, number: int) -> tuple[str, Matri
     load = pinned(settings.load, source, model.revision)
     with context.stage("read the base", loader.public_name(settings.model)):
         config = loader.load_config(source, load)
-        if loader.fingerprint(source, config) != model.fingerprint:
+        if loader.fingerprint(source, config, load.revision) != model.fingerprint:
             damage = damage_of(source)
             if damage:
                 raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
