@@ -15,7 +15,7 @@ from abliterate.terminal.interrupts import Interrupts, end_with
 
 def keep_a_worker(folder: str) -> None:
     """Start a worker of the run in `folder` as `--gpus` does, print its process id, and do nothing more."""
-    workers = LocalWorkers(RunDirectory(Path(folder)), ["cpu"], "", print)
+    workers = LocalWorkers(RunDirectory(Path(folder)), ["cpu"], "", print, ())
     print(*(process.pid for process in workers._running.values()), flush=True)
     time.sleep(300)
 
