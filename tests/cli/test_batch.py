@@ -124,13 +124,13 @@ def test_one_failing_does_not_stop_the_rest(
     listed = write_list(tmp_path / "l.toml", runs, **common)
     real, held, alive = pipeline_run.load_calibrated, [], []
 
-    def load(context: Any, prompts: Any) -> Any:
+    def load(context: Any, prompts: Any, **options: Any) -> Any:
         alive.append([one() is not None for one in held])
         if context.settings.model == str(tiny):
-            bench = real(context, prompts)
+            bench = real(context, prompts, **options)
             held.append(weakref.ref(bench.loaded.model))
             raise RuntimeError("a bug")  # with the model in the frames of its traceback
-        bench = real(context, prompts)
+        bench = real(context, prompts, **options)
         held.append(weakref.ref(bench.loaded.model))
         return bench
 

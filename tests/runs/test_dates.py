@@ -145,7 +145,7 @@ def test_an_export_of_the_next_day_is_exact(dated: tuple[Path, dict[str, Any], S
 
 def test_evaluate_measures_the_runs_prompts(dated: tuple[Path, dict[str, Any], Settings], wind: Wind, tmp_path: Path) -> None:
     path, result, settings = dated
-    own, _ = to_measure(read_toml(path / "settings.toml"))
+    own = to_measure(read_toml(path / "settings.toml"))
     options = merge(own, {"model": "demo", "cache_dir": str(tmp_path / "cache")})
     figures = []
     for moment in ("2026-03-31T23:59:00", "2026-04-01T09:00:00"):

@@ -110,7 +110,12 @@ def test_workers_at_a_run_of_the_demo(
     assert main.wait_for(of_stage("residuals"), timeout=120), main.err  # by then the study is in the database
     name = RunDirectory(out).study_name()
     places: list[list[str]] = [[str(out)], ["--storage", url, "--study", name], [str(out)]]
-    others = [Command(["worker", "--cache-dir", cache, "--json", *place], tmp_path, **held) for place in places]
+    # Whoever joins by the directory allows its database to be opened, here by the environment.
+    trusting = {"environment": {"ABLITERATE_SEARCH__STORAGE": url}}
+    others = [
+        Command(["worker", "--cache-dir", cache, "--json", *place], tmp_path, **held, **(trusting if len(place) == 1 else {}))
+        for place in places
+    ]
     watcher = study_of(url, out / "study.journal", name, "watcher", budget, 60)
     wait_for(
         lambda: (
