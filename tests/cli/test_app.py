@@ -320,7 +320,9 @@ def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tm
     rule = settings.model_copy(update={"search": settings.search.model_copy(update={"select": "kl<=0.001"})})
     assert "--trial" not in cli_run._how_to_continue(directory, rule)
     directory.result.write_text("{", encoding="utf-8")  # damaged: how to go on is said all the same
-    assert cli_run._how_to_continue(directory, settings).endswith(f"--resume --out {directory.path}.")
+    assert cli_run._how_to_continue(directory, settings).endswith(
+        f"--resume --out {directory.path} --cache-dir {settings.cache_dir}."
+    )
 
 
 def test_resume_on_nothing_starts(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from huggingface_hub import HfApi
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import app
+from abliterate.cli.run import RunFlags, resolve
 from abliterate.errors import InputError, Interrupted, TrialError
 from abliterate.files import DIGEST, read_toml
 from abliterate.model import loader
@@ -378,3 +380,47 @@ def test_a_judges_own_code_isnt_run_nor_asked_about(classifier: str, tmp_path: P
     with pytest.raises(TrialError, match="can't be loaded"):
         Classifier(str(judge))._load()
     watched.assert_nothing()
+
+
+def test_a_judges_config_chooses_no_kernels_and_no_pickle_is_opened(classifier: str, tmp_path: Path) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(classifier, judge)
+    config = json.loads((judge / "config.json").read_text(encoding="utf-8"))
+    asks = {"attn_implementation": "evil/kernel", "_attn_implementation": "evil/kernel"}
+    (judge / "config.json").write_text(json.dumps(config | asks), encoding="utf-8")
+    assert Classifier(str(judge))._load()[0].config._attn_implementation == "eager"
+    (judge / "model.safetensors").rename(judge / "pytorch_model.bin")
+    with pytest.raises(TrialError, match="can't be loaded"):
+        Classifier(str(judge))._load()
+
+
+def test_a_private_file_as_chat_template_gets_into_no_export(finished: Finished, invoke: Invoke, tmp_path: Path) -> None:
+    run, private = copy_run(finished[0], tmp_path / "run"), tmp_path / "id_rsa"
+    private.write_text("a private key", encoding="utf-8")
+    change(run, load={"chat_template": str(private)})
+    outcome = invoke("export", run, "--trial", finished[1]["selected"], "--kind", "adapter", "-o", tmp_path / "out")
+    assert_sentence(outcome, 2, "tokenizer or chat template")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_resumed_run_writes_to_the_persons_own_folders(finished: Finished, tmp_path: Path) -> None:
+    run = copy_run(finished[0], tmp_path / "run")
+    places = {"cache_dir": str(tmp_path / "c"), "efficiency": {"residual_cache_dir": str(tmp_path / "r")}}
+    change(run, load={"offload_folder": str(tmp_path / "o")}, **places)
+    given = {"out": str(run), "cache_dir": str(tmp_path / "mine")}
+    settings, _ = resolve(given, "", RunFlags(resume=True))
+    assert (settings.cache_dir, settings.efficiency.residual_cache_dir) == (given["cache_dir"], "")
+    assert settings.load.offload_folder == ""
+
+
+@pytest.mark.parametrize("name", ["study.journal", ".lock", "worker-1.log"])
+def test_a_link_in_place_of_a_file_that_is_written_is_refused(
+    name: str, finished: Finished, invoke: Invoke, tmp_path: Path
+) -> None:
+    run, victim = copy_run(finished[0], tmp_path / "run"), tmp_path / "victim"
+    victim.write_text("first\nlast", encoding="utf-8")
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(victim)
+    for command in (["run", "--resume", "--out", run], ["worker", run]):
+        assert_sentence(invoke(*command), 2, name, "is a link")
+    assert victim.read_text(encoding="utf-8") == "first\nlast"

@@ -124,8 +124,15 @@ class RunDirectory:
         if self._locking and self._lock is None:
             self._take_lock()
 
+    def check_links(self) -> None:
+        """InputError if a file that is written in place is a link, by which a stranger's run could change any file."""
+        for path in (self.journal, self.path / LOCK, *self.path.glob("worker-*.log")):
+            if path.is_symlink():
+                raise InputError(f"The file {path} is a link, which no run makes; put the file itself in its place.")
+
     def _take_lock(self) -> None:
         """Hold the lock file, and remove the half-written files of a killed run."""
+        self.check_links()
         try:
             self._lock = take_lock(self.path / LOCK)
             for path in self.path.iterdir():

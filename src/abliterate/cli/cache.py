@@ -133,7 +133,8 @@ def _store(cache_dir: str | None, *, as_json: bool = False) -> ArtifactStore:
 
 def _seconds(text: str) -> float:
     """An age like 12h or 7d in seconds; a number alone counts days."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    # Units are lower-case: who writes 3M means months, and would delete everything older than three minutes.
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text)
     unit = _UNITS.get(match[2] or "d") if match else None
     if match is None or unit is None:
         raise InputError(f"The option --older-than needs an age from 0 up, like 12h, 7d or 30 (days), not {text!r}.")

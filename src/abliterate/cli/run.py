@@ -59,6 +59,7 @@ def resolve(
         own, settings = settings, load_settings(config, options, stored=directory.settings, entry=entry)
         check_storage(settings.search.storage)
         untrusted.check(settings, own, directory.path)
+        settings = untrusted.with_places_of(own, settings)
     if flags.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     check_storage(settings.search.storage)
@@ -120,7 +121,9 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
         return "interrupted before the first result was saved; start the run again."
     values = settings.model_dump(mode="json")
     asked = untrusted.requests(values, path)
-    again = as_command("run", "--resume", "--out", path, *untrusted.options(values, asked))
+    # A run's own folder isn't taken from its directory, and without it the residuals would be computed again.
+    cache = ["--cache-dir", settings.cache_dir] if settings.cache_dir not in ("", load_settings("").cache_dir) else []
+    again = as_command("run", "--resume", "--out", path, *cache, *untrusted.options(values, asked))
     text = f"interrupted; finished trials are kept in {path}. Continue with {again}"
     if (best := _best_so_far(directory, settings)) is None:
         return f"{text}."

@@ -31,6 +31,11 @@ class Ends:
         """The criteria by which `generate` ends at a stop text; end tokens it knows from its config."""
         return StoppingCriteriaList([] if self._stops is None else [self._stops])
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether texts end a response, and not tokens alone; only then do the ids before a token matter."""
+        return self._stops is not None
+
     def context(self, ids: Sequence[int]) -> list[int]:
         """The last of `ids` that can be the beginning of a stop text."""
         width = 0 if self._stops is None else self._stops.maximum_token_len - 1

@@ -60,7 +60,7 @@ class StopWhenDecided:
     def look(self, row: int, tokens: Sequence[int]) -> bool:
         """Take the next tokens of a row; return whether the row is finished."""
         ids = self.ids[row]
-        end = self._ends.length(tokens, [*self._before[row], *ids])
+        end = self._ends.length(tokens, [*self._before[row], *ids] if self._ends.reads_text else ())
         new = tokens[: min(end or len(tokens), self._max_new_tokens - len(ids))]
         ids.extend(new)
         if end is not None or len(ids) >= self._max_new_tokens:
@@ -101,7 +101,7 @@ class StopWhenDiverged:
     def look(self, row: int, tokens: Sequence[int]) -> bool:
         """Take the next tokens of a row; return whether its turn has ended."""
         before = self._before[row] if self._before else ()
-        end = self._ends.length(tokens, [*before, *self._ids[row]])
+        end = self._ends.length(tokens, [*before, *self._ids[row]] if self._ends.reads_text else ())
         self._ids[row].extend(self._ends.without_end(tokens[:end]))
         if end is not None:
             self._ended.add(row)

@@ -35,6 +35,8 @@ _TEXTS, _INDEX = (".json", ".jsonl", ".txt", ".csv", ".md", ".py", ".jinja", ".y
 _CARD = re.compile(r"readme([._-].*)?", re.IGNORECASE)
 # Files at the top that the exporters write, or that this tool's earlier export has left.
 _OWN = {"config.json", "adapter_config.json", MARKER, "recipe.json"}
+# Files at the top that loading the model parses, so another content would end the run before its export.
+_PARSED = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
 # Files that a chat template may stand in, beside chat_template.jinja, which transformers prefers to them all.
 _WITH_TEMPLATE = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
 _TEMPLATE = "chat_template.jinja"
@@ -107,8 +109,20 @@ def _names_below(folder: Path) -> Iterator[str]:
         here = Path(place)
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_ours(here / name)]
         for name in files:
-            if (here / name).is_file():
+            if (here / name).is_file() and _may_be_read(here / name, folder):
                 yield (here / name).relative_to(folder).as_posix()
+
+
+def _may_be_read(path: Path, folder: Path) -> bool:
+    """Whether a file of a model may get into an export: a link in a stranger's directory may lead to any private file.
+
+    Links within the directory, into the Hub's cache, and from the tokenizer's and processor's own files may.
+    """
+    if not path.is_symlink():
+        return True
+    target, top = path.resolve(), folder.resolve()
+    blobs = top.parent.parent / "blobs" if top.parent.name == "snapshots" else top
+    return target.is_relative_to(top) or target.is_relative_to(blobs) or (path.parent == folder and path.name in _PARSED)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -5,7 +5,6 @@ No other module loads weights; the error sentences for weights that can't be loa
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import re
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -233,9 +232,7 @@ def max_memory(load: LoadSettings) -> dict[int | str, str]:
 def _check_parts(source: str, load: LoadSettings, config: PretrainedConfig) -> None:
     """InputError that names the file, if reading one of the files that the weights are loaded with fails by itself."""
     empty_model(config, load)
-    options: dict[str, Any] = {"revision": load.revision} if load.revision else {}
-    with reading(source, "generation_config.json"), contextlib.suppress(OSError):  # it needn't exist
-        GenerationConfig.from_pretrained(source, **options)
+    stored_generation_config(source, load.revision)
     for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else ():
         with reading(source, path.name), safe_open(path, "pt"):
             pass
@@ -260,11 +257,20 @@ def _check_complete(
             f"The weights of the model in {source} are of a model with more layers than its config.json describes, because it "
             f"has no place for {named(layers)}; correct the number of layers, or download config.json again."
         )
-    if unexpected and not method:  # the files of quantized checkpoints hold scales, too
+    odd = [] if method else _without_further_layers(unexpected, model)  # the files of quantized checkpoints hold scales, too
+    if odd:
         warn(
-            f"The model has no place for {len(unexpected)} tensors of its weight files ({named(unexpected)}), which are left "
+            f"The model has no place for {len(odd)} tensors of its weight files ({named(odd)}), which are left "
             "out; check that weights and config belong together."
         )
+
+
+def _without_further_layers(unexpected: Collection[str], model: PreTrainedModel) -> list[str]:
+    """The names outside layers that follow the model's own; these predict further tokens, and exports keep them."""
+    own = {_layer_and_rest(name)[0] for name, _ in model.named_parameters()}
+    stacks = {_unnumbered(layer) for layer in own if layer}
+    layers = ((name, _layer_and_rest(name)[0]) for name in unexpected)
+    return [name for name, layer in layers if layer in own or _unnumbered(layer) not in stacks]
 
 
 def _left_out(unexpected: Collection[str], parameters: Collection[str]) -> list[str]:

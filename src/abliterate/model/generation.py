@@ -97,6 +97,6 @@ def limited_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationCon
         config.min_new_tokens = min(config.min_new_tokens, max_new_tokens)
     if config.pad_token_id is None:
         ends = config.eos_token_id
-        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
     assert isinstance(config, GenerationConfig)
     return config

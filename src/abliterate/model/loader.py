@@ -125,6 +125,8 @@ def open_model(
 ) -> tuple[PretrainedConfig, PreTrainedTokenizerBase, PreTrainedModel, torch.dtype]:
     """Load any model that generates, as `load_model` does, but without modules to edit and without hashes of files."""
     config = load_config(source, load)
+    if getattr(config, "_commit_hash", None):
+        load = load.model_copy(update={"revision": config._commit_hash})
     tokenizer = load_tokenizer(source, load)
     model_files.check_vocabulary(source, tokenizer, config)
     model, dtype = _first_that_generates(source, load, config, device, probe_inputs(tokenizer, device), warn)
@@ -224,7 +226,13 @@ def load_config(source: str, load: LoadSettings) -> PretrainedConfig:
     if not Path(source).is_dir():
         skip_retries_without_network()
         model_files.check_hub_adapter(source, load.revision)
-    return read_config(source, load)
+    config = read_config(source, load)
+    if not Path(source).is_dir():  # kept, so that everything else comes from the same commit, whatever is pushed meanwhile
+        config._commit_hash = model_files.commit_of(source, config, load.revision) or None
+    for part in (config, config.get_text_config()):
+        # Configs that were saved for tracing ask for outputs as tuples, which nothing here reads.
+        part.return_dict, part.torchscript = True, False
+    return config
 
 
 def load_tokenizer(source: str, load: LoadSettings) -> PreTrainedTokenizerBase:

@@ -36,6 +36,7 @@ PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
 # The names of two parts of a study's identity.
+TOKENIZER_PART = "tokenizer"
 OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"
 
 
@@ -119,7 +120,6 @@ def study_identity(
     parts: dict[str, Any] = {
         "model": [info.fingerprint, info.dtype, info.quantization],
         "set of prompts": [digest(prompts) for prompts in sets],
-        "tokenizer": [tokenizer_digest(loaded.tokenizer), loaded.tokenizer.chat_template],
         "attention implementation": str(loaded.model.config._attn_implementation),
         "set of template options": settings.load.template_options,
         "set of edited modules": [
@@ -139,7 +139,13 @@ def study_identity(
         parts["moment at which prompts are rendered (load.template_now)"] = [chat.digest(prompts) for prompts in sets]
     if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
-    return {name: _digest(part) for name, part in parts.items()}
+    identity = {name: _digest(part) for name, part in parts.items()}
+    return identity | {TOKENIZER_PART: tokenizer_identity(loaded.tokenizer)}
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The part of a study's identity, named `TOKENIZER_PART`, that says which tokenizer and chat template it was made with."""
+    return _digest([tokenizer_digest(tokenizer), tokenizer.chat_template])
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

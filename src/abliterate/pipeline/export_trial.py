@@ -31,6 +31,7 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
 from abliterate.pipeline.context import Context, StageClock, read_prompts
 from abliterate.pipeline.export import (
     Picked,
@@ -209,13 +210,17 @@ def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> 
 def job_of(settings: Settings, result: Result, source: str, base: Matrices, edits: StoredEdits, trial: Trial) -> ExportJob:
     """The export job for a trial's edits of the stored matrices."""
     assert result.model is not None
+    tokenizer = loader.load_tokenizer(source, base.load)
+    # The export holds the tokenizer's files and the settings' template, which a foreign settings.toml could take from anywhere.
+    if (result.identity or {}).get(TOKENIZER_PART) != tokenizer_identity(tokenizer):
+        raise _changed(trial.number, "tokenizer or chat template")
     return ExportJob(
         source=source,
         fingerprint=result.model.fingerprint,
         load=base.load,
         export=settings.export,
         architecture=base.architecture,
-        tokenizer=loader.load_tokenizer(source, base.load),
+        tokenizer=tokenizer,
         factors=edits.factors,
         base_model=result.model.id,
         card=card(settings, result, source, trial, edits.approximation),

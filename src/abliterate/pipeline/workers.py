@@ -153,6 +153,7 @@ def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any]
     directory = RunDirectory(run)
     if not directory.holds_run:
         raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
+    directory.check_links()
     study = directory.study_name() if directory.study.exists() else STUDY_NAME
     if not directory.settings.exists():
         return "", directory.journal, study

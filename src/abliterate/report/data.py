@@ -166,7 +166,7 @@ def _read(path: Path, check: Callable[[Any], None], name: str, missing: dict[str
         check(record)
     except FileNotFoundError:
         missing[name] = _again(path.name, "isn't in the run directory")
-    except (OSError, AttributeError, KeyError, IndexError, TypeError, ValueError):
+    except (OSError, AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError):
         missing[name] = _again(path.name, "can't be read")
     else:
         return record

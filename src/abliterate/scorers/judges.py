@@ -106,14 +106,18 @@ class Classifier(_Judge):
 
     def _load(self) -> tuple[Any, Any, int]:
         if self._loaded is None:
-            from transformers import AutoModelForSequenceClassification, AutoTokenizer
+            from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
             skip_retries_without_network()
             try:
                 # Without the option, transformers asks on the terminal whether to run a model's own code.
                 plain = {"trust_remote_code": False}
                 with library_errors(lambda error: TrialError(_not_loaded(self._source, error))):
-                    model = AutoModelForSequenceClassification.from_pretrained(self._source, **plain).eval()
+                    config = AutoConfig.from_pretrained(self._source, **plain)
+                    config._attn_implementation = "eager"  # it may name kernels from the Hub, which are code, too
+                    model = AutoModelForSequenceClassification.from_pretrained(
+                        self._source, config=config, use_safetensors=True, **plain
+                    ).eval()
                     tokenizer = AutoTokenizer.from_pretrained(self._source, **plain)
             except (RuntimeError, MemoryError) as error:  # out of memory
                 raise TrialError(_not_loaded(self._source, error)) from error

@@ -36,6 +36,8 @@ BEAT = "heartbeat"
 _PIECE = 32_000  # characters, fewer than the 64 KiB that a MySQL text may have
 FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 10.0  # seconds before a lost database is asked again; the pause doubles each time
 _CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each record of a journal
+# What databases say where another process has just created a table or a row, or is about to.
+_RACES = ("already exists", "is locked", "deadlock", "duplicate", "unique constraint", "concurrently updated")
 _SCHEMA_PATIENCE = 30.0  # seconds in which a new database's tables must be there, whoever creates them
 _DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -77,11 +79,9 @@ def _is_schema_race(error: BaseException) -> bool:
 
     cause: BaseException | None = error
     while cause is not None:
-        # SQLite calls an existing table and a locked file operational, as it does a file that can't be opened.
-        if isinstance(cause, exc.OperationalError):
-            return any(words in str(cause) for words in ("already exists", "is locked", "deadlock", "Deadlock"))
+        # By words, because the classes of the drivers' errors also mean that a right or a server is missing.
         if isinstance(cause, exc.DBAPIError):
-            return not cause.connection_invalidated
+            return any(words in str(cause).lower() for words in _RACES)
         cause = cause.__cause__ or cause.__context__
     return False
 
@@ -240,8 +240,13 @@ def shared(study: optuna.Study, name: str) -> bytes | None:
     attributes = patiently(lambda: study.user_attrs)
     if name not in attributes:
         return None
-    count, digest = attributes[name]
-    content = base64.b64decode("".join(attributes.get(f"{name}:{index}", "") for index in range(count)))
+    try:
+        count, digest = attributes[name]
+        # A study may come from anybody, so the count alone decides nothing: reading ends with the first missing piece.
+        there = itertools.takewhile(lambda piece: piece in attributes, (f"{name}:{index}" for index in range(int(count))))
+        content = base64.b64decode("".join(attributes[piece] for piece in there))
+    except (TypeError, ValueError):
+        return None
     return content if hashlib.sha256(content).hexdigest() == digest else None
 
 

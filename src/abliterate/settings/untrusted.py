@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from abliterate.errors import InputError
 from abliterate.objectives import KL, SETTINGS_NAMING_SCORERS, is_custom, public, split
@@ -34,6 +34,9 @@ _HARMLESS: Mapping[str, Any] = {
     "export.push_private": True,
 }
 _OPTIONS = {"search.storage": "--storage", "export.push": "--push"}
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,13 @@ def to_share(settings: Settings) -> list[str]:
     values = settings.model_dump(mode="json")
     shared = [r for r in requests(values) if r.setting.startswith("load.") or r.setting in SETTINGS_NAMING_SCORERS]
     return options(values, shared)
+
+
+def with_places_of(own: Settings, settings: AnySettings) -> AnySettings:
+    """The settings with the person's own folders for caches and offloaded weights, as a run may name any place to write to."""
+    efficiency = settings.efficiency.model_copy(update={"residual_cache_dir": own.efficiency.residual_cache_dir})
+    load = settings.load.model_copy(update={"offload_folder": own.load.offload_folder})
+    return settings.model_copy(update={"cache_dir": own.cache_dir, "efficiency": efficiency, "load": load})
 
 
 def without(stored: Mapping[str, Any], asked: Sequence[Request]) -> dict[str, Any]:

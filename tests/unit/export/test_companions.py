@@ -333,3 +333,29 @@ def test_transformers_4_loads_what_it_loaded_before(how: str, older: Path, tmp_p
     expected = model(torch.tensor([found["ids"]])).logits[0, -1]
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, rtol=1e-4, atol=1e-4)
     assert logits_of(model).isfinite().all()
+
+
+def test_a_link_out_of_the_model_s_directory_isnt_followed(case: Case, tmp_path: Path) -> None:
+    """A stranger's model may link to any private file; links within it and into the Hub's cache are usual."""
+    base, private = Path(case.job.source), tmp_path / "id_rsa"
+    private.write_text("private", encoding="utf-8")
+    (base / "NOTICE").symlink_to(private)
+    (base / "original").mkdir(exist_ok=True)
+    (base / "original" / "tokenizer.json").symlink_to(private)
+    (base / "inner.txt").write_text("mine", encoding="utf-8")
+    (base / "again.txt").symlink_to(base / "inner.txt")
+    (base / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (base / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    found = companions.companions_of(case.job)
+    assert {"again.txt", "inner.txt", "tokenizer.json"} <= set(found)
+    assert not {"NOTICE", "original/tokenizer.json"} & set(found)
+
+
+def test_links_into_the_hubs_cache_are_followed(case: Case, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
+    shutil.copytree(case.job.source, snapshot)
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir()
+    (blobs / "1").write_text("a licence", encoding="utf-8")
+    (snapshot / "NOTICE").symlink_to(blobs / "1")
+    assert "NOTICE" in companions.companions_of(replace(case.job, source=str(snapshot)))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,3 +232,18 @@ def test_a_run_says_where_the_system_prompt_went(prompt_files: dict[str, str], t
     _, recorder = run_in(tmp_path / "run", settings)
     said = [note for note in recorder.notes if "the system prompt is put before the user's text" in note]
     assert len(said) == 1
+
+
+def test_a_timer_of_the_programs_own_goes_on() -> None:
+    rang: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        Template(make_tokenizer(), {}).render([{"role": "user", "content": "Hi"}])
+        end = time.monotonic() + 5
+        while not rang and time.monotonic() < end:
+            time.sleep(0.01)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert rang == [1]

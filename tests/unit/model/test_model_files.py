@@ -246,7 +246,8 @@ def test_other_unexpected_tensors_are_a_warning(folder: Path) -> None:
     warnings: list[str] = []
     load(folder, warnings.append)
     (warning,) = warnings
-    assert "no place for 12 tensors of its weight files (model.layers.0.self_attn.o_proj.bias, model.layers.3." in warning
+    # Layers that predict further tokens are left out of the warning, because exports keep them.
+    assert "no place for 2 tensors of its weight files (model.layers.0.self_attn.o_proj.bias, v_head.weight)" in warning
 
 
 def test_unnamed_tensors_are_named_beside_those_that_are_missing(folder: Path) -> None:

@@ -30,6 +30,7 @@ from abliterate.model.loader import demo_path
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Trial
@@ -76,7 +77,7 @@ def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDir
     result = Result(
         model=model,
         directions=stages.directions_record(directions),
-        identity={},
+        identity={TOKENIZER_PART: tokenizer_identity(loader.load_tokenizer(str(base), settings.load))},
         startup_trials=1,
         batch_sizes={"residuals": 1, "prefill": 1, "decode": 1},
         response_prefix="",

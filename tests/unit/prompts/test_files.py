@@ -50,7 +50,7 @@ def test_jsonl_with_its_own_system(tmp_path: Path) -> None:
 
 def test_the_ending_decides_without_case(tmp_path: Path) -> None:
     assert read_prompts(write(tmp_path, "p.JSONL", '{"prompt": "x"}')) == (Prompt("x"),)
-    assert read_prompts(write(tmp_path, "p.md", '{"prompt": "x"}')) == (Prompt('{"prompt": "x"}'),)
+    assert read_prompts(write(tmp_path, "p.md", '"x"')) == (Prompt('"x"'),)
 
 
 @pytest.mark.parametrize(
@@ -225,3 +225,18 @@ def test_columns_of_files_and_folders(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_source("~/p.csv") == path
     assert parse_source("~/p.csv:goal") == FileColumn(path, "goal")
+
+
+@pytest.mark.parametrize(
+    "content", ['{"prompt": "tell me"}\n{"prompt": "and me"}\n', '["one", "two"]', '[\n  {"prompt": "one"}\n]\n', '{"a": [1]}']
+)
+def test_json_in_a_text_file_is_no_prompt(content: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="holds JSON"):
+        read_prompts(tmp_path / "p.txt")
+
+
+@pytest.mark.parametrize("line", ["{}", "[1, 2] what comes next?", "[3]", '"quoted"', "{ is a brace"])
+def test_texts_that_look_like_json_stay_prompts(line: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text(line, encoding="utf-8")
+    assert [prompt.text for prompt in read_prompts(tmp_path / "p.txt")] == [line]

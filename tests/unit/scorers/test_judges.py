@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.evaluate import _cells
@@ -331,7 +331,7 @@ def test_errors_of_a_classifier_name_no_path(tmp_path: Path, monkeypatch: pytest
         def fails(*args: Any, text: str = text, **options: Any) -> None:
             raise OSError(text)
 
-        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", fails)
+        monkeypatch.setattr(AutoConfig, "from_pretrained", fails)
         with pytest.raises(TrialError, match="the judge's model owner/name can't be loaded") as error:
             Classifier("owner/name").verdicts(SEEN)
         assert (text in str(error.value)) is kept

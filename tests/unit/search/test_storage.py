@@ -299,6 +299,7 @@ def test_creating_tables_is_repeated_where_another_process_creates_them(error: E
     [
         OperationalError("connect", {}, Exception("connection refused")),
         OperationalError("connect", {}, Exception("unable to open database file")),
+        ProgrammingError("CREATE TABLE studies", {}, Exception("permission denied for schema public")),
         RuntimeError("The runtime optuna version is no longer compatible with the table schema"),
     ],
 )
