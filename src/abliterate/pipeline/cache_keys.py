@@ -120,6 +120,7 @@ def study_identity(
     parts: dict[str, Any] = {
         "model": [info.fingerprint, info.dtype, info.quantization],
         "set of prompts": [digest(prompts) for prompts in sets],
+        TOKENIZER_PART: _tokenizer(loaded.tokenizer),
         "attention implementation": str(loaded.model.config._attn_implementation),
         "set of template options": settings.load.template_options,
         "set of edited modules": [
@@ -139,13 +140,16 @@ def study_identity(
         parts["moment at which prompts are rendered (load.template_now)"] = [chat.digest(prompts) for prompts in sets]
     if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
-    identity = {name: _digest(part) for name, part in parts.items()}
-    return identity | {TOKENIZER_PART: tokenizer_identity(loaded.tokenizer)}
+    return {name: _digest(part) for name, part in parts.items()}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     """The part of a study's identity, named `TOKENIZER_PART`, that says which tokenizer and chat template it was made with."""
-    return _digest([tokenizer_digest(tokenizer), tokenizer.chat_template])
+    return _digest(_tokenizer(tokenizer))
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    return [tokenizer_digest(tokenizer), tokenizer.chat_template]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
