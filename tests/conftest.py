@@ -26,6 +26,7 @@ from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
 from support.paths import TESTS
+from support.postgres import Server, binaries, server
 from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
@@ -153,6 +154,15 @@ def measured(
     assert not recorder.warnings
     assert recorder.stages.index("held-out") < recorder.stages.index("export")
     return folder / "run", result, settings
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Server]:
+    """One server for a file. In CI it must be there."""
+    if binaries() is None and not os.environ.get("CI"):
+        pytest.skip("PostgreSQL isn't installed (apt-get install postgresql)")
+    with server() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

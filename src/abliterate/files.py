@@ -22,6 +22,10 @@ try:
 except ImportError:  # on Windows, locks keep nobody out
     fcntl = None  # type: ignore[assignment]
 
+# Half of a surrogate pair is no character. Python has one for each byte of the command line, the environment or a file name
+# that isn't UTF-8.
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
 
 def take_lock(path: Path) -> IO[bytes]:
     """Create, open and lock the lock file; release it with `drop_lock`. On a file system without locks it is only opened.

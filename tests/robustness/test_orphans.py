@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from abliterate.search.study import STUDY_NAME
 from support import fake_worker, orphan
 from support.fake_worker import study_of
 from support.forked import Forked
-from support.postgres import Server, binaries, server
 from support.runs import Recorder, quick_settings
 
 
@@ -57,15 +55,6 @@ def test_a_process_ends_with_its_parent_at_a_safe_point_or_soon(deaf: bool, said
     assert parent.end() == -signal.SIGKILL
     until(lambda: parent.out.strip() != "", seconds=10)
     assert parent.out.strip() == said
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Server]:
-    """One server for this file. In CI it must be there."""
-    if binaries() is None and not os.environ.get("CI"):
-        pytest.skip("PostgreSQL isn't installed (apt-get install postgresql)")
-    with server() as running:
-        yield running
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgres"])

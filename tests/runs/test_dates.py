@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as real
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,9 @@ def test_an_export_of_the_next_day_is_exact(dated: tuple[Path, dict[str, Any], S
     copy = copy_run(dated[0], tmp_path / "run")
     wind("2026-04-01T09:00:00")
     cli_export.export_trial(copy, dated[1]["selected"], "adapter", tmp_path / "out", "", verify=True, as_json=True)
+    record = json.loads((tmp_path / "out" / "abliterate.json").read_text(encoding="utf-8"))
+    assert record["verified"] is True
+    assert all(record["verification"]["checks"].values())
 
 
 def test_evaluate_measures_the_runs_prompts(dated: tuple[Path, dict[str, Any], Settings], wind: Wind, tmp_path: Path) -> None:

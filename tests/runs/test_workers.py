@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,19 +31,10 @@ from support import fake_worker
 from support.cli import QUICK, prompt_options
 from support.fake_worker import study_of
 from support.forked import Command, Forked, ForkedPopen, Held, of_stage
-from support.postgres import Server, binaries, server
+from support.postgres import Server
 from support.runs import Recorder, copy_run, outcomes, quick_settings
 
 Finished = tuple[Path, dict[str, Any], Settings]
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Server]:
-    """One server for this file. In CI it must be there."""
-    if binaries() is None and not os.environ.get("CI"):
-        pytest.skip("PostgreSQL isn't installed (apt-get install postgresql)")
-    with server() as running:
-        yield running
 
 
 # Processes

@@ -18,12 +18,37 @@ from abliterate.export.check_weights import CHUNK, ROUNDING, by_definition, by_f
 from abliterate.export.safetensors_copy import read_header, shard_files
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
+from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import ExportSettings, LoadSettings
 from abliterate.types import Kernel, TrialParams
 from support.models import make_editor, make_loaded, make_model, make_params, save_model
 
 MODES = ("full", "pre", "none")
 ON = TrialParams("global", 1.0, dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(1.0, 1.0, 1.0, 9.0)))
+
+
+# The facts of a model card, without what it says of the check.
+CARD_FACTS: dict[str, Any] = {
+    "base": "owner/name",
+    "on_hub": True,
+    "recipe": "the recipe",
+    "revision": "abc",
+    "n_harmful": 100,
+    "n_harmless": 90,
+    "before": 97,
+    "after": 12,
+    "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
+    "mode": "full",
+    "representation": "exact",
+    "approximation": {},
+    "method": "projected",
+    "number": 7,
+    "seed": 3,
+    "params": make_params(0).to_record(),
+    "objectives": DEFAULT,
+    "before_values": {},
+    "values": {},
+}
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ class ReferenceEngine:
             answers = []
             for prompt, (ids, ended) in zip(batch, self._rows(batch, self.max_new_tokens), strict=True):
                 is_open = self.reader.starts_open(self.chat.tail(prompt))
-                answers.append(Answer(tuple(ids), ended, self.reader.read(ids, starts_open=is_open)))
+                response, in_text = self.reader.read(ids, starts_open=is_open), ended and ids[-1] not in self.ends.ids
+                answers.append(Answer(tuple(ids), ended, response, in_text))
             counted.add(len(batch))
             return answers
 

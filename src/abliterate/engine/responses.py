@@ -21,16 +21,20 @@ from abliterate.scorers.base import Response, ResponseStream
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer. `ids` go up to the length limit or, if the answer `ended`, up to and including its end token."""
+    """One greedy answer. `ids` go up to the length limit or, if the answer `ended`, up to and including its end.
+
+    The end is a token, or, if it `ends_in_text`, a stop text of the generation config, which is part of what was said.
+    """
 
     ids: tuple[int, ...]
     ended: bool
     response: Response
+    ends_in_text: bool = False
 
     @property
     def spoken(self) -> tuple[int, ...]:
         """The ids without the end token."""
-        return self.ids[:-1] if self.ended else self.ids
+        return self.ids[:-1] if self.ended and not self.ends_in_text else self.ids
 
 
 _UNFINISHED = "\ufffd"

@@ -35,8 +35,13 @@ _TEXTS, _INDEX = (".json", ".jsonl", ".txt", ".csv", ".md", ".py", ".jinja", ".y
 _CARD = re.compile(r"readme([._-].*)?", re.IGNORECASE)
 # Files at the top that the exporters write, or that this tool's earlier export has left.
 _OWN = {"config.json", "adapter_config.json", MARKER, "recipe.json"}
-# Files at the top that loading the model parses, so another content would end the run before its export.
-_PARSED = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"}
+# Files at the top that loading the model parses as JSON, so another content would end the run before its export.
+_PARSED = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+# Other usual files at the top, which nobody uses as the names of private files.
+_USUAL = {
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE"),
+    *("processor_config.json", "preprocessor_config.json"),
+}
 # Files that a chat template may stand in, beside chat_template.jinja, which transformers prefers to them all.
 _WITH_TEMPLATE = ("tokenizer_config.json", "processor_config.json", "chat_template.json")
 _TEMPLATE = "chat_template.jinja"
@@ -116,13 +121,16 @@ def _names_below(folder: Path) -> Iterator[str]:
 def _may_be_read(path: Path, folder: Path) -> bool:
     """Whether a file of a model may get into an export: a link in a stranger's directory may lead to any private file.
 
-    Links within the directory, into the Hub's cache, and from the tokenizer's and processor's own files may.
+    Links within the directory and into the Hub's cache are followed. So are, at the top, links of files that are parsed at load,
+    and links of usual files to a file of the same name, as in a directory that is made of links.
     """
     if not path.is_symlink():
         return True
     target, top = path.resolve(), folder.resolve()
     blobs = top.parent.parent / "blobs" if top.parent.name == "snapshots" else top
-    return target.is_relative_to(top) or target.is_relative_to(blobs) or (path.parent == folder and path.name in _PARSED)
+    if target.is_relative_to(top) or target.is_relative_to(blobs):
+        return True
+    return path.parent == folder and (path.name in _PARSED or (path.name in _USUAL and target.name == path.name))
 
 
 def _is_ours(folder: Path) -> bool:

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, first_line
 from abliterate.types import Prompt, TemplateOptions
 
 Messages = list[dict[str, Any]]
@@ -147,7 +147,7 @@ class Template:
                 try:
                     rendered = self.render(form.messages(probe))
                 except FAILURES as error:
-                    reasons.append((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
+                    reasons.append(first_line(error))
                     continue
                 lost = [text for text in (probe.text, probe.system) if text not in rendered]
                 # A template that prints any value would print a list of parts as Python does.

@@ -199,7 +199,7 @@ def _first_that_generates(
         except ImportError as error:
             raise _without_kernels(config, error) from error
         except RuntimeError as error:  # also out of memory; an InputError, for wrong input, isn't caught
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            reason = first_line(error)
         if model is not None and not reason:
             check_not_empty(source, model)
             return model, dtype

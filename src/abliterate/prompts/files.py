@@ -183,14 +183,14 @@ def _text_lines(path: Path, content: str, system: str) -> list[Prompt]:
             f"The first line of {path} ({lines[0]!r}) is the header of a table and no prompt; name the file .csv, or remove "
             "that line."
         )
-    if lines and (_is_json(lines[0]) or (lines[0][0] in "[{" and _is_json(content))):
+    if lines and (_holds_records(lines[0]) or (lines[0][0] in "[{" and _holds_records(content))):
         raise InputError(
             f"The prompt file {path} holds JSON, which its name doesn't say; name it .json, or .jsonl if by lines."
         )
     return [Prompt(line, system) for line in lines]
 
 
-def _is_json(text: str) -> bool:
+def _holds_records(text: str) -> bool:
     """Whether a text is a JSON object, or a list of texts or objects: either is no prompt that anybody asks."""
     try:
         value = json.loads(text)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import InputError
+from abliterate.files import HALF_CHARACTER
 from abliterate.prompts.columns import FORMS, USUAL, choose_column
 from abliterate.types import Prompt
 
 JSON = (".json", ".jsonl", ".ndjson")
-_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,8 @@ def read_json(path: Path, content: str, column: str, system: str) -> Records:
     entries = _array(path, content) if content.lstrip().startswith("[") else None
     if entries is None:
         entries = _lines(path, content)
+        if len(entries) == 1 and not column and _holds_no_text(entries[0][1]):
+            raise _one_object(path)
     elif not column and all(isinstance(value, str) for _, value in entries):
         return Records(tuple(Prompt(_whole(path, place, value, ""), system) for place, value in entries), "", ())
     objects = [value for _, value in entries if isinstance(value, dict)]
@@ -70,11 +71,25 @@ def _lines(path: Path, content: str) -> list[tuple[str, Any]]:
             entries.append((f"Line {number}", json.loads(line.strip())))
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is a ValueError, too
             if not entries and _is_json(content):
-                raise InputError(f"The prompt file {path} is one JSON object and no list of prompts; give {FORMS}.") from error
+                raise _one_object(path) from error
             raise InputError(
                 f'Line {number} of {path} is not JSON ({_reason(error)}); each line must be an object like {{"prompt": "…"}}.'
             ) from error
     return entries
+
+
+def _holds_no_text(value: Any) -> bool:
+    """Whether a JSON value is an object of lists and objects, such as a whole data set on one line."""
+    return (
+        isinstance(value, dict)
+        and USUAL[0] not in value
+        and bool(value)
+        and all(isinstance(part, dict | list) for part in value.values())
+    )
+
+
+def _one_object(path: Path) -> InputError:
+    return InputError(f"The prompt file {path} is one JSON object and no list of prompts; give {FORMS}.")
 
 
 def _prompt(path: Path, place: str, record: Any, name: str, system: str) -> Prompt:
@@ -90,7 +105,7 @@ def _whole(path: Path, place: str, text: str, system: str) -> str:
     """The text; InputError if it is blank, or if it or its system prompt holds half a character."""
     if not text.strip():
         raise InputError(f"{place} of {path} is blank; write a prompt, or remove it.")
-    if _HALVES.search(text + system):
+    if HALF_CHARACTER.search(text + system):
         raise InputError(
             f"{place} of {path} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character; remove it."
         )

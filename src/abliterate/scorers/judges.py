@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from abliterate.errors import InputError, TrialError
+from abliterate.errors import InputError, TrialError, first_line
 from abliterate.files import expanded
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import public_name
@@ -137,7 +137,7 @@ def _not_loaded(source: str, error: BaseException) -> str:
         is_directory = expanded(source).is_dir()
         why = f"{type(error).__name__}; is it a sequence classification model" if is_directory else "there is no such directory"
         return f"the judge's model {Path(name).name} can't be loaded ({why})"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    first = first_line(error)
     # A path in the message is that of a file in the Hub's cache.
     return f"the judge's model {source} can't be loaded: {type(error).__name__ if _ABSOLUTE_PATH.search(first) else first}"
 

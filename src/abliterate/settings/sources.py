@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsError
 
 from abliterate.errors import InputError
-from abliterate.files import expanded, read_toml, split_existing
+from abliterate.files import HALF_CHARACTER, expanded, read_toml, split_existing
 from abliterate.objectives import split
 from abliterate.settings import schema
 
@@ -26,9 +26,6 @@ ENV_PREFIX = "ABLITERATE_"
 
 # Environment variables that other code reads: the switch for tracebacks, and the judge's endpoint.
 _OTHER_ENV = {"ABLITERATE_DEBUG", *(f"ABLITERATE_JUDGE_{part}" for part in ("URL", "MODEL", "KEY"))}
-
-# Half of a surrogate pair stands for a byte of the command line, the environment or a file name that isn't UTF-8.
-_HALVES = re.compile("[\ud800-\udfff]")
 
 HIDDEN = "***"
 
@@ -110,7 +107,7 @@ def load_settings(
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
         raise InputError(f"An {ENV_PREFIX} environment variable can't be read: {error}; write lists as JSON.") from error
-    not_utf8 = next((name for name, text in _texts(loaded.model_dump()) if _HALVES.search(text)), None)
+    not_utf8 = next((name for name, text in _texts(loaded.model_dump()) if HALF_CHARACTER.search(text)), None)
     if not_utf8:
         raise InputError(f"The setting {not_utf8} isn't UTF-8 text; rename the file or folder, or give another value.")
     return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))

@@ -10,38 +10,14 @@ from huggingface_hub.repocard import metadata_load
 
 from abliterate.export import base_card, model_card
 from abliterate.export.base_card import front_matter
-from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import LoadSettings
-from support.models import make_params
-
-FACTS = {
-    "base": "owner/name",
-    "on_hub": True,
-    "recipe": "",
-    "revision": "",
-    "n_harmful": 10,
-    "n_harmless": 10,
-    "before": 9,
-    "after": 1,
-    "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
-    "mode": "full",
-    "representation": "exact",
-    "approximation": {},
-    "method": "projected",
-    "number": 7,
-    "seed": 3,
-    "params": make_params(0).to_record(),
-    "objectives": DEFAULT,
-    "before_values": {},
-    "values": {},
-    "dense": True,
-}
+from support.exports import CARD_FACTS
 
 
 def of(folder: Path, text: str) -> Any:
     """The front matter of an export whose base has a card with this front matter."""
     (folder / "README.md").write_text(f"---\n{text}\n---\n\n# The base\n", encoding="utf-8")
-    card = model_card(FACTS | {"base_card": front_matter(str(folder), LoadSettings())})
+    card = model_card(CARD_FACTS | {"dense": True} | {"base_card": front_matter(str(folder), LoadSettings())})
     assert card.startswith("---\n")
     (folder / "export.md").write_text(card, encoding="utf-8")
     return metadata_load(folder / "export.md")
@@ -113,6 +89,6 @@ def test_the_card_of_a_hub_model_is_that_of_the_revision(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("kind", "said"), [("dora", (True, True)), ("lora", (True, False)), ("", (False, False))])
 def test_the_card_says_who_loads_an_adapter(kind: str, said: tuple[bool, bool]) -> None:
-    text = " ".join(model_card(FACTS | {"adapter": kind}).split())
+    text = " ".join(model_card(CARD_FACTS | {"dense": True} | {"adapter": kind}).split())
     assert ("PeftModel.from_pretrained" in text, "vLLM and llama.cpp don't load" in text) == said
     assert ("--set edit.mode=pre" in text) is (kind == "dora")

@@ -342,13 +342,19 @@ def test_a_link_out_of_the_model_s_directory_isnt_followed(case: Case, tmp_path:
     (base / "NOTICE").symlink_to(private)
     (base / "original").mkdir(exist_ok=True)
     (base / "original" / "tokenizer.json").symlink_to(private)
+    (base / "tokenizer.model").unlink(missing_ok=True)
+    (base / "tokenizer.model").symlink_to(private)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "merges.txt").write_text("#version: 0.2", encoding="utf-8")
+    (base / "merges.txt").unlink(missing_ok=True)
+    (base / "merges.txt").symlink_to(tmp_path / "elsewhere" / "merges.txt")
     (base / "inner.txt").write_text("mine", encoding="utf-8")
     (base / "again.txt").symlink_to(base / "inner.txt")
     (base / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (base / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     found = companions.companions_of(case.job)
-    assert {"again.txt", "inner.txt", "tokenizer.json"} <= set(found)
-    assert not {"NOTICE", "original/tokenizer.json"} & set(found)
+    assert {"again.txt", "inner.txt", "tokenizer.json", "merges.txt"} <= set(found)
+    assert not {"NOTICE", "original/tokenizer.json", "tokenizer.model"} & set(found)
 
 
 def test_links_into_the_hubs_cache_are_followed(case: Case, tmp_path: Path) -> None:

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
 from abliterate.model.loader import LoadedModel
-from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import ExportSettings
 from abliterate.types import Objective
 from support.contracts import ExporterContract
-from support.exports import FLOAT32, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
+from support.exports import CARD_FACTS, FLOAT32, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
 from support.models import logits_of, make_editor, make_loaded, make_model, make_params, save_model
 
 
@@ -288,27 +287,7 @@ def test_the_old_export_outlives_a_failed_rename(killed: bool, tmp_path: Path, m
 
 
 def test_card_says_what_was_measured() -> None:
-    facts = {
-        "base": "owner/name",
-        "on_hub": True,
-        "recipe": "the recipe",
-        "revision": "abc",
-        "n_harmful": 100,
-        "n_harmless": 90,
-        "before": 97,
-        "after": 12,
-        "kl": {"mean": 0.0512, "median": 0.0301, "max": 0.4},
-        "mode": "full",
-        "representation": "exact",
-        "approximation": {},
-        "method": "projected",
-        "number": 7,
-        "seed": 3,
-        "params": make_params(0).to_record(),
-        "objectives": DEFAULT,
-        "before_values": {},
-        "values": {},
-    }
+    facts = CARD_FACTS
     card = model_card(facts)
     assert "(exact)" in card
     assert card.endswith("the recipe")

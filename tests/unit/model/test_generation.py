@@ -208,6 +208,7 @@ def test_a_reader_and_the_ends_agree(tiny: LoadedModel, plain: dict[str, list[st
     use(tiny, {"stop_strings": [stop]})
     (answer, *_) = make_engine(tiny.model, 3, TOKENS).answers(ASKED)
     assert answer.ended
+    assert answer.spoken == answer.ids
     assert answer.response.text == reader().read(answer.ids).text
     assert stop in answer.response.text
     assert len(answer.response.text) < len(plain["reference"][0])

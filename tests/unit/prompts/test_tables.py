@@ -119,6 +119,8 @@ def test_parquet_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("half.json", '["a\\ud800"]', "Item 1 of .* surrogate"),
         ("none.json", "[]", "holds no prompts"),
         ("object.json", '{\n "prompts": ["one"]\n}', "is one JSON object and no list of prompts; give a text file"),
+        ("line.json", '{"data": [{"prompt": "one"}]}', "is one JSON object and no list of prompts; give a text file"),
+        ("line.jsonl", '{"conversations": [{"value": "one"}]}', "is one JSON object and no list of prompts"),
         ("chats.json", '[{"messages": [{"role": "user", "content": "one"}]}]', "Item 1 of .* has no text"),
     ],
 )
