@@ -121,8 +121,8 @@ def _names_below(folder: Path) -> Iterator[str]:
 def _may_be_read(path: Path, folder: Path) -> bool:
     """Whether a file of a model may get into an export: a link in a stranger's directory may lead to any private file.
 
-    Links within the directory and into the Hub's cache are followed. So are, at the top, links of files that are parsed at load,
-    and links of usual files to a file of the same name, as in a directory that is made of links.
+    Links within the directory and into the Hub's cache are followed. So are, at the top, links of files that are parsed at
+    load, and links of usual files to a file of the same name, as in a directory that is made of links.
     """
     if not path.is_symlink():
         return True
