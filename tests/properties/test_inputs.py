@@ -19,7 +19,7 @@ from abliterate.prompts.files import digest, read_prompts
 from abliterate.search.storage import CheckedJournal, check_journal, drop_torn_line
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import dump_settings, load_settings, option_names, parse_assignments, without_password
-from abliterate.types import Prompt
+from abliterate.types import LARGEST_COUNT, Prompt
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(max_examples=300, deadline=None)
@@ -32,7 +32,7 @@ VALID = st.fixed_dictionaries(
     {},
     optional={
         "model": st.just("demo") | NO_NUL.map(lambda text: "no-such-folder-" + text[:20].replace("/", "")),
-        "seed": st.integers(0, 2**62),
+        "seed": st.integers(0, LARGEST_COUNT),
         "device": NO_NUL,
         "prompts": st.fixed_dictionaries({}, optional={"system": TEXT, "prefix": TEXT, "suffix": TEXT}),
         "response": st.fixed_dictionaries(

@@ -142,7 +142,7 @@ def test_an_export_of_the_next_day_is_exact(dated: tuple[Path, dict[str, Any], S
     copy = copy_run(dated[0], tmp_path / "run")
     wind("2026-04-01T09:00:00")
     cli_export.export_trial(copy, dated[1]["selected"], "adapter", tmp_path / "out", "", verify=True, as_json=True)
-    record = json.loads((tmp_path / "out" / "abliterate.json").read_text(encoding="utf-8"))
+    record = json.loads((tmp_path / "out" / "abliterate.json").read_text(encoding="utf-8"))["export"]
     assert record["verified"] is True
     assert all(record["verification"]["checks"].values())
 
