@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.chat.edits import AdapterEdits, RunEdits, first_trial
@@ -104,6 +105,7 @@ def _open_run(
             f"The model in {settings.model} isn't what it was when the run was made, so the run's trials don't fit it; restore "
             "the model, or make a new run."
         )
+    bench.refined = RefinedStore(directory.refined)
     bench.make_edits(directions, now=False)
     edits = RunEdits(directory, bench, trial)
     before, total = result.baseline.refusals, result.baseline.prompts

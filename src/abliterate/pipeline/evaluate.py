@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged, no_complete_trial
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
@@ -208,8 +209,10 @@ def _views(
         if bench.loaded.info.fingerprint != run.model.fingerprint:
             raise InputError(f"The run in {candidate.source} is of another model ({run.model.id}); give that model as BASE.")
         directory = RunDirectory(Path(candidate.source))
-        if {target.component for target in bench.loaded.targets} - set(trial.params.kernels):
-            raise damaged(directory, f"trial {trial.number} lacks a kernel")
+        if fault := bench.fault(trial.params):
+            raise damaged(directory, f"trial {trial.number} {fault}")
+        bench.refined = RefinedStore(directory.refined)
+        bench.refined.check(trial.params)
         bench.make_edits(stages.read_directions(directory.directions, run))
         yield views(bench, trial)
         return
