@@ -339,9 +339,10 @@ def test_a_kill_while_a_refined_trial_is_added(call: str, tmp_path: Path, monkey
     def kill(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(study._storage, call, kill)
-        study.add(refined_trial(20))
+        with pytest.raises(KeyboardInterrupt):
+            study.add(refined_trial(20))
     resumed = fresh(tmp_path)
     resumed.fail_interrupted()
     assert resumed.trials() == ()
