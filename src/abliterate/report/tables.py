@@ -1,6 +1,7 @@
 """Build every table that a person sees of a run, once, as `Table` values; the terminal, the page, CSV and the card render them.
 
 Kernels, scores and held-out figures become text here and nowhere else, so each of them reads the same wherever it is shown.
+The module is long because every table but those of refined trials is here, under a heading.
 """
 
 from __future__ import annotations
