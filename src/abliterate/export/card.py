@@ -330,13 +330,7 @@ def _trained(params: Params) -> str:
         return _UNTRAINED
     facts, sets = params.facts, prompt_texts(params)
     begun = facts.get("start")
-    start = (
-        ""
-        if begun is None
-        else f", beginning at trial {begun}"
-        if isinstance(begun, int)
-        else ", beginning at its own teachers"
-    )
+    start = {int: f", beginning at trial {begun}", str: ", beginning at its own teachers"}.get(type(begun), "")
     prompts = "; ".join(f"{plain(name)} prompts ({plain(text)})" for name, text in sets.items()) or "not recorded"
     return _REFINED.format(found=plain(refined_text(params)), count=params.edited, start=start, prompts=prompts)
 

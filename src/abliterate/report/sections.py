@@ -173,9 +173,8 @@ def in_a_sentence(material: Material) -> str:
         return "No trial has finished yet; make the report again when some have."
     text = f"The base model refuses {base.refusals} of {base.prompts} harmful evaluation prompts"
     if chosen:
-        text += (
-            f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
-        )
+        how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
+        text += f"; trial {chosen.number}{how} refuses {chosen.refusals}, at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
         text += "".join(f"; {score}" for score in other_scores(chosen, base.values)) + in_the_end(material)
     return text + "."
 

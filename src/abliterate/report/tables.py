@@ -280,7 +280,8 @@ def summary(result: Result, where: str) -> tuple[Table | str, ...]:
         return tuple(tables)
     others = "".join(f", {text}" for text in other_scores(trial, base.values))
     refusals = f"{base.refusals}/{base.prompts} → {refusals_text(trial, base.prompts)}"
-    tables.append(f"selected trial {trial.number}: refusals {refusals}, KL {trial.kl:.4f}{others}")
+    how = f" (refined by gradient: {refined_text(trial.params)})" if isinstance(trial.params, RefinedParams) else ""
+    tables.append(f"selected trial {trial.number}{how}: refusals {refusals}, KL {trial.kl:.4f}{others}")
     heldout = result.heldout
     if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
         tables.append(heldout_table(heldout, f"trial {trial.number}"))
