@@ -174,7 +174,8 @@ def in_a_sentence(material: Material) -> str:
     text = f"The base model refuses {base.refusals} of {base.prompts} harmful evaluation prompts"
     if chosen:
         how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
-        text += f"; trial {chosen.number}{how} refuses {chosen.refusals}, at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
+        text += f"; trial {chosen.number}{how} refuses {chosen.refusals}, "
+        text += f"at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
         text += "".join(f"; {score}" for score in other_scores(chosen, base.values)) + in_the_end(material)
     return text + "."
 
