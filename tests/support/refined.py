@@ -58,7 +58,7 @@ def refine_by_hand(run: Path, settings: Settings) -> Trial:
     assert isinstance(start.params, TrialParams)
     with load_calibrated(context, read_prompts(context)) as bench:
         bench.refined = RefinedStore(directory.refined)
-        bench.make_edits(stages.read_directions(directory.directions, result), now=False)
+        bench.prepare(stages.read_directions(directory.directions, result))
         baseline = stages.baseline(bench)
         study = open_study("", directory.journal, bench.space, settings.seed)
         number = study.free_slot(settings.search.trials)

@@ -100,6 +100,8 @@ def evaluate(
     trial = _trial_of(run, candidate) if run else None
     if run:
         settings = _at_revision(settings, run)
+    if trial:
+        _refined(candidate).check(trial.params)
     context = Context.of(settings, reporter, check)
     check_model(settings, editing=False)
     _check_candidate(settings, candidate)
@@ -177,6 +179,11 @@ def _trial_of(run: Result, candidate: Candidate) -> Trial:
     return run.trial(number, candidate.source)
 
 
+def _refined(candidate: Candidate) -> RefinedStore:
+    """The directions of refined trials in the candidate's run."""
+    return RefinedStore(RunDirectory(Path(candidate.source)).refined)
+
+
 def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
     """The prompt sets of directions and search; None, with a warning, if default sets can't be loaded and aren't `required`."""
     are_given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
@@ -211,8 +218,7 @@ def _views(
         directory = RunDirectory(Path(candidate.source))
         if fault := bench.fault(trial.params):
             raise damaged(directory, f"trial {trial.number} {fault}")
-        bench.refined = RefinedStore(directory.refined)
-        bench.refined.check(trial.params)
+        bench.refined = _refined(candidate)
         bench.make_edits(stages.read_directions(directory.directions, run))
         yield views(bench, trial)
         return
