@@ -22,12 +22,14 @@ from abliterate.model.loader import demo_path
 from abliterate.pipeline import report_data
 from abliterate.report import draw
 from abliterate.settings.schema import Settings
+from abliterate.types import Trial
 from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
 from support.paths import TESTS
 from support.postgres import Server, binaries, server
-from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, quick_options, quick_settings, run_in
+from support.refined import refine_by_hand
+from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, copy_run, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
@@ -92,6 +94,16 @@ def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
         patch.setattr(draw, "svg", DRAW)
         result, _ = run_in(folder / "run", settings)
     return folder / "run", result, settings
+
+
+@pytest.fixture(scope="session")
+def refined(
+    finished: tuple[Path, dict[str, Any], Settings], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Trial, Settings]:
+    """The finished run with a refined trial, which is selected: (directory, the trial, settings). Read only."""
+    path, _, settings = finished
+    run = copy_run(path, tmp_path_factory.mktemp("refined") / "run")
+    return run, refine_by_hand(run, settings), settings
 
 
 @pytest.fixture(scope="session")
@@ -173,7 +185,7 @@ def untouched() -> Untouched:
 
 # What `-m smoke` leaves out: whole runs, new processes, and all families but one of each kind (a prefix is shared between,
 # at the left, or not; fused experts).
-_RUNS = {"prompt_files", "finished", "whole", "measured", "untouched", "postgres", "terminal", "tab", "large"}
+_RUNS = {"prompt_files", "finished", "refined", "whole", "measured", "untouched", "postgres", "terminal", "tab", "large"}
 _KINDS = {"llama", "gemma3", "qwen3_5", "qwen3_moe"}
 _FAMILIES = {*FAMILIES, *NAMED, *EXPERTS, *ZOO, *NOT_EDITABLE} - _KINDS
 _LEFT_OUT = {"cli", "robustness", "runs", "chat", "demo", "scripts", "pipeline", "report", "export", "test_judges.py"}

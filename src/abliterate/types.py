@@ -5,7 +5,9 @@ It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import json
+import re
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -23,6 +25,9 @@ OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
 LARGEST = 1e6
 # The same for scores, of which hypervolumes are products, and for counts.
 LARGEST_SCORE, LARGEST_COUNT = 1e100, 2**53
+# The `kind` in the record of refined parameters, their file's name in a run directory, and the most characters of their facts.
+REFINED = "refined"
+_REFINED_FILE, _SHA256, _MOST_FACTS = re.compile(r"refined/[0-9]{1,9}\.safetensors"), re.compile("[0-9a-f]{64}"), 1 << 20
 
 
 def number(value: Any, low: float = -LARGEST_SCORE, high: float = LARGEST_SCORE) -> Any:
@@ -105,6 +110,79 @@ class TrialParams:
             raise ValueError(f"there is no scope {str(record['scope'])[:40]!r}")
         return TrialParams(record["scope"], float(number(record["direction_index"], 0, LARGEST)), kernels)
 
+    def fault(self, n_layers: int, components: Collection[str] = (), modules: Collection[str] | None = None) -> str:
+        """Why they can't be of a model with so many layers, these components and, where known, these modules; "" if they can.
+
+        The reason continues a sentence that begins with the trial.
+        """
+        if self.direction_index > n_layers - 1:
+            return f"has a direction of layer {self.direction_index:g}, beyond {n_layers - 1}"
+        return "lacks a kernel" if set(components) - set(self.kernels) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class RefinedParams:
+    """A coeff and a unit direction of its own for each edited module, found by gradient (docs/design.md §5b).
+
+    `coeffs` maps module names to λ; modules that aren't named are off. The directions are tensors in `file` of the run
+    directory, one (d_model) float32 tensor per module name; `sha256` is the file's hash. `facts` say how they were found, as
+    plain JSON: `beta`, `steps`, `learn`, `seed`, `prompts` ({set: count and digest} of the training prompts), `start` (a
+    trial's number, or "teachers"), and `cosine` ({module: cosine of its direction to the one it started from}).
+    """
+
+    coeffs: Mapping[str, float]
+    file: str
+    sha256: str
+    facts: Mapping[str, Any]
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON form; the inverse of `from_record`."""
+        own = {"coeffs": dict(self.coeffs), "file": self.file, "sha256": self.sha256, "facts": dict(self.facts)}
+        return {"kind": REFINED, **own}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> RefinedParams:
+        """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
+        coeffs, facts = dict(record["coeffs"].items()), dict(record["facts"].items())
+        for value in coeffs.values():
+            number(value, -LARGEST, LARGEST)
+        if not coeffs or not all(coeffs):
+            raise ValueError("it names no module")
+        # Never another path: the file of a stranger's record is opened.
+        if not _REFINED_FILE.fullmatch(record["file"]) or not _SHA256.fullmatch(record["sha256"]):
+            raise ValueError("its file or the file's hash isn't one of a run")
+        if len(json.dumps(facts, allow_nan=False)) > _MOST_FACTS:
+            raise ValueError("its facts are too long")
+        number(facts.get("beta", 0))
+        count(facts.get("steps", 0))
+        for cosine in facts.get("cosine", {}).values():
+            number(cosine, -1.01, 1.01)
+        return RefinedParams(coeffs, record["file"], record["sha256"], facts)
+
+    @property
+    def edited(self) -> int:
+        """The number of modules that they edit."""
+        return sum(coeff != 0 for coeff in self.coeffs.values())
+
+    def fault(self, n_layers: int, components: Collection[str] = (), modules: Collection[str] | None = None) -> str:
+        """As `TrialParams.fault`."""
+        unknown = set() if modules is None else set(self.coeffs) - set(modules)
+        return f"edits {min(unknown)}, which isn't a module to edit of the model" if unknown else ""
+
+
+# The parameters of a trial: suggested by the sampler, or refined by gradient.
+Params = TrialParams | RefinedParams
+
+
+def params_from_record(record: Mapping[str, Any]) -> Params:
+    """The parameters in a trial's record, which says the kind of refined ones; raises as the kinds' `from_record` do."""
+    kind = record.get("kind")
+    if kind == REFINED:
+        return RefinedParams.from_record(record)
+    if kind is not None:
+        raise ValueError(f"there are no parameters of the kind {str(kind)[:40]!r}")
+    return TrialParams.from_record(record)
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -136,7 +214,7 @@ class Trial:
     """
 
     number: int
-    params: TrialParams
+    params: Params
     state: TrialState
     scores: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
@@ -176,7 +254,7 @@ class Trial:
         """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
         trial = Trial(
             number=count(record["number"]),
-            params=TrialParams.from_record(record["params"]),
+            params=params_from_record(record["params"]),
             state=record["state"],
             scores=record["scores"],
             seconds=float(number(record["seconds"], 0)),

@@ -27,6 +27,7 @@ from abliterate.report.page import render
 from abliterate.report.tables import SearchRecord, exact_trial_table, summary
 from abliterate.settings.schema import Settings
 from support.cli import Invoke, assert_sentence
+from support.refined import refined_trial
 from support.runs import copy_run
 
 Finished = tuple[Path, dict[str, Any], Settings]
@@ -101,6 +102,26 @@ def test_no_wrong_value_is_unexpected(finished: Finished, measured: Finished, tm
             refused += bool(why)
     assert unexpected == []
     assert refused > 200
+
+
+def test_no_wrong_value_of_a_refined_trial_is_unexpected(finished: Finished, tmp_path: Path) -> None:
+    run, settings = RunDirectory(tmp_path / "run"), finished[2]
+    run.path.mkdir()
+    trial = refined_trial(4).to_record()
+    params, name = trial["params"], "model.layers.3.mlp.down_proj"
+    params |= {"coeffs": {name: 1.0}, "facts": params["facts"] | {"cosine": {name: 0.5}}}
+    record = {key: value for key, value in finished[1].items() if key != DIGEST}
+    record |= {"trials": [trial], "front": [4], "selected": 4}
+    run.result.write_text(json.dumps(record), encoding="utf-8")
+    assert use(run, settings) == ""
+    refused = 0
+    for number, place in enumerate([*places(params), ("kind",)]):
+        for value in WRONG[number % 2 :: 2]:
+            run.result.write_text(json.dumps(changed(record, ("trials", 0, "params", *place), value)), encoding="utf-8")
+            why = use(run, settings)
+            assert "\n" not in why
+            refused += bool(why)
+    assert refused > 30
 
 
 NAMED = {

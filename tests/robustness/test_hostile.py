@@ -168,7 +168,7 @@ CARD = {
     "method": "mean",
     "number": 0,
     "seed": 0,
-    "params": {},
+    "params": TrialParams("per layer", 0.0, {}),
     "dense": True,
 }
 

@@ -44,7 +44,7 @@ CARD_FACTS: dict[str, Any] = {
     "method": "projected",
     "number": 7,
     "seed": 3,
-    "params": make_params(0).to_record(),
+    "params": make_params(0),
     "objectives": DEFAULT,
     "before_values": {},
     "values": {},

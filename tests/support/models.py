@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.directions import Directions
 from abliterate.edits import SvdMemo
 from abliterate.model.architectures import Architecture, decoder_layers, find_targets, known_architecture, unknown_family
@@ -22,7 +23,7 @@ from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.model.weights import dense_weight
 from abliterate.settings.schema import EditSettings
-from abliterate.types import Kernel, ModelInfo, Prompt, TrialParams
+from abliterate.types import Kernel, ModelInfo, Params, Prompt, TrialParams
 
 CPU = torch.device("cpu")
 PROMPTS = tuple(
@@ -192,11 +193,14 @@ def make_directions(n_layers: int, d_model: int, seed: int = 0) -> Directions:
     return Directions(torch.nn.functional.normalize(vectors, dim=1))
 
 
-def make_editor(loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, **settings: Any) -> Editor:
-    """An editor with random directions on all targets."""
+def make_editor(
+    loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, store: RefinedStore | None = None, **settings: Any
+) -> Editor:
+    """An editor with random directions on all targets, and with the refined directions in `store`."""
     directions = make_directions(loaded.info.n_layers, loaded.info.d_model)
     adapters = EditHooks(loaded.targets, incremental=incremental)
-    return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size))
+    refined = (store or RefinedStore()).directions
+    return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size), refined=refined)
 
 
 def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
@@ -228,11 +232,11 @@ def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
     return norms * torch.where(length > 0, edited / length, torch.zeros_like(edited))
 
 
-def write_dense(model: nn.Module, editor: Editor, params: TrialParams, mode: str) -> None:
+def write_dense(model: nn.Module, editor: Editor, params: Params, mode: str) -> None:
     """Write the trial's W' into the weights of `model`, a copy of the editor's model."""
-    for name, index, coeff in editor.plan(params).values():
-        module = model.get_submodule(name)
-        v = editor.directions.at(index)
+    for name, key in editor.plan(params).items():
+        module, coeff = model.get_submodule(name), key[2]
+        v = editor.direction(params, key)
         weight = dense_weight(module)
         edited = [dense_edit(one, v, coeff, mode) for one in (weight if weight.ndim == 3 else weight[None])]
         write_weight(module, torch.stack(edited).view(weight.shape))

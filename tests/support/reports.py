@@ -14,6 +14,7 @@ from abliterate.files import write_json
 from abliterate.report import draw
 from abliterate.search.front import pareto_front
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
+from support.refined import refined_trial
 
 DRAWN = draw._drawn
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'&<!--\u2028'
@@ -72,8 +73,11 @@ def made_heldout(trial: int, word: str) -> dict[str, Any]:
     }
 
 
-def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory:
-    """A made-up run directory with `count` trials and all artifacts; `word` stands in every place for foreign text."""
+def made_run(folder: Path, word: str = "plain", count: int = 40, *, refined: bool = False) -> RunDirectory:
+    """A made-up run directory with `count` trials and all artifacts; `word` stands in every place for foreign text.
+
+    `refined`: it has one more trial, a refined one, which is selected.
+    """
     folder.mkdir(parents=True)
     trials = [trial.to_record() for trial in made_trials(count)]
     for trial in trials:
@@ -81,6 +85,10 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         trial["params"]["kernels"] = {f"{name} {word}": kernel for name, kernel in kernels.items()}
     failed = trials[1] | {"number": count, "state": "failed", "scores": {}, "reason": f"failed {word}"}
     front = [trial.number for trial in pareto_front(made_trials(count), Baseline(100, 100))]
+    trials = [*trials, failed]
+    if refined:
+        trials.append(with_word(refined_trial(count + 1).to_record(), word))
+        front.append(count + 1)
     result = {
         "format": 1,
         "model": {
@@ -93,7 +101,7 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         },
         "prompts": {"harmful": {"source": word, "count": 3, "digest": "d"}},
         "baseline": {"refusals": 100, "prompts": 100, "values": {}},
-        "trials": [*trials, failed],
+        "trials": trials,
         "front": front,
         "selected": front[-1],
         "export": {"kind": "merged", "path": "model", "verified": True, "pushed": word},
@@ -133,6 +141,17 @@ def made_run(folder: Path, word: str = "plain", count: int = 40) -> RunDirectory
         encoding="utf-8",
     )
     return directory
+
+
+def with_word(trial: dict[str, Any], word: str) -> dict[str, Any]:
+    """The record of a refined trial, with `word` in its foreign texts."""
+    params = trial["params"]
+    facts = params["facts"]
+    params["coeffs"] = {f"{name} {word}": coeff for name, coeff in params["coeffs"].items()}
+    facts["cosine"] = {f"{name} {word}": cosine for name, cosine in facts["cosine"].items()}
+    facts["prompts"] = {name: record | {"digest": word} for name, record in facts["prompts"].items()}
+    facts |= {"learn": word, f"own {word}": [word]}
+    return trial
 
 
 def made_trials(count: int) -> list[Trial]:

@@ -271,9 +271,8 @@ class Result(_Record):
 
     def _check_trial(self, trial: Trial) -> None:
         """Raise ValueError for a trial that doesn't fit the run's model, prompts and objectives."""
-        last = (self.model.n_layers or _MOST_LAYERS) - 1 if self.model else 0
-        if trial.params.direction_index > last:
-            raise ValueError(f"trial {trial.number} has a direction of layer {trial.params.direction_index:g}, beyond {last}")
+        if fault := trial.params.fault((self.model.n_layers or _MOST_LAYERS) if self.model else 1):
+            raise ValueError(f"trial {trial.number} {fault}")
         if not trial.scores or self.baseline is None:
             return
         if trial.refusals > self.baseline.prompts:

@@ -14,11 +14,14 @@ from typing import IO, Any
 from abliterate.errors import NO_ROOM, AbliterateError, InputError, as_command, disk_remedy
 from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
 from abliterate.settings import untrusted
+from abliterate.types import REFINED
 
 # A run that works in a directory holds this lock file; the kernel releases it however the process ends.
 LOCK = ".lock"
 
 _TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
+
+_TEMPORARY_REFINED = re.compile(r"\.\d+\.safetensors\.\d+\.tmp")
 
 _STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
 
@@ -32,6 +35,7 @@ class RunDirectory:
         self.journal = path / "study.journal"
         self.study = path / "study.name"
         self.directions = path / "directions.safetensors"
+        self.refined = path / REFINED
         self.geometry = path / "geometry.json"
         self.answers = path / "answers.json"
         self.result = path / "result.json"
@@ -125,8 +129,11 @@ class RunDirectory:
             self._take_lock()
 
     def check_links(self) -> None:
-        """InputError if a file that is written in place is a link, by which a stranger's run could change any file."""
-        for path in (self.journal, self.path / LOCK, *self.path.glob("worker-*.log")):
+        """InputError if a file that is written in place, or the folder that is written to, is a link.
+
+        By a link a stranger's run could change any file.
+        """
+        for path in (self.journal, self.path / LOCK, self.refined, *self.path.glob("worker-*.log")):
             if path.is_symlink():
                 raise InputError(f"The file {path} is a link, which no run makes; put the file itself in its place.")
 
@@ -135,9 +142,10 @@ class RunDirectory:
         self.check_links()
         try:
             self._lock = take_lock(self.path / LOCK)
-            for path in self.path.iterdir():
-                if _TEMPORARY.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+            half_written = [path for path in self.path.iterdir() if _TEMPORARY.fullmatch(path.name)]
+            half_written += [path for path in self.refined.glob(".*.tmp") if _TEMPORARY_REFINED.fullmatch(path.name)]
+            for path in half_written:
+                path.unlink(missing_ok=True)
         except BlockingIOError as error:
             raise InputError(
                 f"Another run is at work in {self.path}; wait for it or stop it, or choose another --out "

@@ -22,7 +22,6 @@ class RunEdits:
     def __init__(self, directory: RunDirectory, bench: Workbench, trial: Trial) -> None:
         self._directory = directory
         self._bench = bench
-        self._components = frozenset(target.component for target in bench.loaded.targets)
         self._trial = self._checked(trial)
 
     @property
@@ -43,9 +42,10 @@ class RunEdits:
         return Result.read(self._directory)
 
     def _checked(self, trial: Trial) -> Trial:
-        """The trial, if it says of every component what to do; else InputError."""
-        if self._components - set(trial.params.kernels):
-            raise damaged(self._directory, f"trial {trial.number} lacks a kernel")
+        """The trial, if its parameters are of this model, and are all there; else InputError."""
+        if fault := self._bench.fault(trial.params):
+            raise damaged(self._directory, f"trial {trial.number} {fault}")
+        self._bench.refined.check(trial.params)
         return trial
 
 

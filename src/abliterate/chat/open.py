@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.chat.edits import AdapterEdits, RunEdits, first_trial
@@ -95,7 +96,8 @@ def _open_run(
     trial = first_trial(result, settings, path) if wanted.trial is None else result.trial(wanted.trial, path)
     if result.model is None or result.baseline is None:
         raise damaged(directory, "it lacks the model or the baseline")
-    directions = stages.read_directions(directory.directions, result)
+    directions, refined = stages.read_directions(directory.directions, result), RefinedStore(directory.refined)
+    refined.check(trial.params)  # before a model is loaded
     load = pinned(settings.load, loader.resolve_source(settings.model), result.model.revision)
     bench = open_workbench(Context.of(settings.model_copy(update={"load": load}), reporter))
     info = bench.loaded.info
@@ -104,6 +106,7 @@ def _open_run(
             f"The model in {settings.model} isn't what it was when the run was made, so the run's trials don't fit it; restore "
             "the model, or make a new run."
         )
+    bench.refined = refined
     bench.make_edits(directions, now=False)
     edits = RunEdits(directory, bench, trial)
     before, total = result.baseline.refusals, result.baseline.prompts

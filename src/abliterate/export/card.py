@@ -20,9 +20,10 @@ from abliterate.files import expanded
 from abliterate.model.loader import public_name
 from abliterate.objectives import CLASSIFIER, DEFAULT, SETTINGS_NAMING_SCORERS, is_custom, public
 from abliterate.prompts.files import public_source
+from abliterate.report.refined import prompt_texts, refined_text
 from abliterate.report.tables import heldout_table, score_table, verification_table
 from abliterate.settings.schema import Settings
-from abliterate.types import Baseline, Column, Table, Trial
+from abliterate.types import Baseline, Column, Params, RefinedParams, Table, Trial
 
 # Settings that have options of their own, or that matter on this machine only.
 _ELSEWHERE = {
@@ -202,7 +203,7 @@ _CARD = """\
 # {base}, {title}
 
 This is {base}{revision} after directional ablation: the direction along which the model separates {separated} \
-was removed from matrices that write to the residual stream. No training took place.{dequantized}{adapter}
+was removed from matrices that write to the residual stream. {trained}{dequantized}{adapter}
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
 
@@ -237,6 +238,12 @@ _NOT_LESS = {
 _ADAPTER = """
 
 This is an adapter for PEFT, not a whole model: `PeftModel.from_pretrained(base, this folder)` loads it onto the base."""
+
+_UNTRAINED = "No training took place."
+
+_REFINED = """**Its strengths and directions were learned by
+gradient** ({found}): each of the {count} edited matrices loses a direction of its own, with a strength of its own{start}. No
+other number of the model was trained. Trained on: {prompts}. β weighs how far the answers to harmless prompts may move."""
 
 _DORA = """ Its kind is
 **DoRA**, which vLLM and llama.cpp don't load. A run with `--set edit.mode=pre` makes a plain LoRA, which they do, and
@@ -274,18 +281,19 @@ KL(trial‖export) of the first token: {divergences}. Largest error of one modul
 
 
 def model_card(facts: Mapping[str, Any]) -> str:
-    """The card's text; `facts` has the names in the template, `params` and `kl` as JSON-able values.
+    """The card's text; `facts` has the names in the template, `kl` as JSON-able values.
 
     `n_harmless`: None if the result doesn't name its prompts. `on_hub`: whether `base` is the name of a model on the Hub.
     `quantized`: how the base's files are quantized, or ""; `dense`: whether this export has weights of its own.
     `base_card`: the base's `front_matter`; `adapter`: "dora" or "lora" if the export is an adapter, else "".
     `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial.
+    `params`: the trial's parameters, of either kind.
     `approximation` {"mean", "max"}: the share of each matrix's change that a low-rank representation loses; empty if exact.
     """
     name = " ".join(str(facts["base"]).split())
     facts = {**facts, "base": plain(name)}  # a directory's name may hold any character
     revision = f" (revision {plain(facts['revision'])})" if facts["revision"] else ""
-    params = json.dumps(facts["params"], indent=1)
+    params = json.dumps(_shown_params(facts["params"]), indent=1)
     lost = facts["approximation"]
     approximation = (
         f", which misses {lost['mean']:.1%} of a matrix's change on average, {lost['max']:.1%} at most" if lost else ""
@@ -303,6 +311,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     texts = _wording(facts["before"], facts["after"], named) | {
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
         "scores": _scores(facts),
+        "trained": _trained(facts["params"]),
         "dequantized": dequantized,
         "heldout": _heldout(facts.get("heldout")),
         "adapter": (_ADAPTER if adapter else "") + (_DORA if adapter == "dora" else ""),
@@ -313,6 +322,26 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "version": __version__,
     }
     return _CARD.format(**{**facts, **texts})
+
+
+def _trained(params: Params) -> str:
+    """The card's words on what was trained."""
+    if not isinstance(params, RefinedParams):
+        return _UNTRAINED
+    facts, sets = params.facts, prompt_texts(params)
+    begun = facts.get("start")
+    start = {int: f", beginning at trial {begun}", str: ", beginning at its own teachers"}.get(type(begun), "")
+    prompts = "; ".join(f"{plain(name)} prompts ({plain(text)})" for name, text in sets.items()) or "not recorded"
+    return _REFINED.format(found=plain(refined_text(params)), count=params.edited, start=start, prompts=prompts)
+
+
+def _shown_params(params: Params) -> dict[str, Any]:
+    """The parameters as the card shows them; of refined ones, how they were found: the recipe beside the card has all."""
+    record = params.to_record()
+    if not isinstance(params, RefinedParams):
+        return record
+    facts = {name: value for name, value in params.facts.items() if name != "cosine"}
+    return {"kind": record["kind"], "directions": {"file": params.file, "sha256": params.sha256}, "facts": facts}
 
 
 def _scores(facts: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ class ExportJob:
     """One trial's edits, {module name: factors}, and where the base model comes from.
 
     `fingerprint` identifies the base's content. `tokenizer` is the one that trials used, with settings of its own for running;
-    exports get the base's files instead.
+    exports get the base's files instead. `refined`: of a refined trial the file of its directions, which its recipe carries.
     """
 
     source: str
@@ -41,6 +41,7 @@ class ExportJob:
     factors: Mapping[str, Factors]
     base_model: str
     card: str
+    refined: bytes = b""
 
     def key(self, kind: str) -> str:
         """A hash that is equal for exports of `kind` with equal files; the card, which is written last, does not count."""

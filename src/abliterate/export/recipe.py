@@ -6,6 +6,7 @@ place or a secret of the machine that wrote it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -15,9 +16,10 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from abliterate._version import __version__
+from abliterate.artifacts.refined import tensors_of
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import sketch
 from abliterate.errors import InputError, first_line
@@ -27,7 +29,7 @@ from abliterate.files import write_json
 from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
 from abliterate.prompts.files import public_source
 from abliterate.settings.schema import Settings
-from abliterate.types import LARGEST, LARGEST_COUNT, LARGEST_SCORE, Trial
+from abliterate.types import LARGEST, LARGEST_COUNT, LARGEST_SCORE, RefinedParams, Trial
 
 # The weights that an export's edits were computed on: the model's as trials ran it, or the stored ones (`abliterate export`).
 Origin = Literal["trial", "weight files"]
@@ -111,6 +113,33 @@ class ParamsPart(_Part):
     kernels: dict[Name, KernelPart] = Field(min_length=1)
 
 
+class RefinedPart(_Part):
+    """The parameters of a refined trial, as in `types.RefinedParams`; the recipe's `refined` has their directions."""
+
+    kind: Literal["refined"]
+    coeffs: dict[Name, Bounded] = Field(min_length=1)
+    file: Name
+    sha256: Name
+    facts: dict[str, Any]
+
+    def params(self) -> RefinedParams:
+        """The parameters; ValueError if no run can have written them."""
+        try:
+            return RefinedParams.from_record(self.model_dump())
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(first_line(error)) from error
+
+
+def _kind_of(params: Any) -> str:
+    kind = params.get("kind") if isinstance(params, dict) else getattr(params, "kind", None)
+    return _SUGGESTED if kind is None else _REFINED
+
+
+# The tags of the two kinds of parameters, which no field is called.
+_SUGGESTED, _REFINED = "<suggested>", "<refined>"
+AnyParams = Annotated[Annotated[ParamsPart, Tag(_SUGGESTED)] | Annotated[RefinedPart, Tag(_REFINED)], Discriminator(_kind_of)]
+
+
 class KlPart(BaseModel):
     """The figures of the KL, of which the mean is compared."""
 
@@ -130,7 +159,7 @@ class TrialPart(_Part):
     """The trial to make again."""
 
     number: Whole
-    params: ParamsPart
+    params: AnyParams
     state: Literal["complete"]
     scores: ScoresPart
 
@@ -177,7 +206,10 @@ class EnvironmentPart(_Part):
 
 
 class Recipe(_Part):
-    """The file. `settings`: nested, as resolved, without those of one machine; `rendering`: a hash of a rendered prompt."""
+    """The file. `settings`: nested, as resolved, without those of one machine; `rendering`: a hash of a rendered prompt.
+
+    `refined`: of a refined trial the file of its directions in base64, which the hash in its parameters vouches for.
+    """
 
     format: Literal[1]
     environment: EnvironmentPart
@@ -195,6 +227,24 @@ class Recipe(_Part):
     baseline: BaselinePart
     trial: TrialPart
     export: ExportPart
+    refined: str = ""
+
+    @property
+    def refined_file(self) -> bytes:
+        """The content of the file of refined directions; ValueError if `refined` isn't base64."""
+        return base64.b64decode(self.refined, validate=True)
+
+    @model_validator(mode="after")
+    def _has_its_directions(self) -> Recipe:
+        params = self.trial.params
+        try:
+            if isinstance(params, RefinedPart):
+                tensors_of(self.refined_file, params.params())
+            elif self.refined:
+                raise ValueError("its trial isn't refined")
+        except ValueError as error:
+            raise ValueError(f"the file in 'refined' is wrong ({first_line(error)})") from error
+        return self
 
 
 RECIPE = "recipe.json"
@@ -219,8 +269,13 @@ _WRITERS = ("torch", "transformers", "safetensors", "peft")
 _LARGEST = 64 << 20
 
 
-def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the recipe for a trial; `record`: the run's `result.json`; `export`: from `export_record`."""
+def recipe_record(
+    settings: Settings, record: Mapping[str, Any], trial: Trial, export: Mapping[str, Any], refined: bytes = b""
+) -> dict[str, Any]:
+    """The content of the recipe for a trial; `record`: the run's `result.json`; `export`: from `export_record`.
+
+    `refined`: of a refined trial the file of its directions.
+    """
     model, environment = record["model"], record["environment"]
     files = {}
     for name in FILES.values():
@@ -240,6 +295,7 @@ def recipe_record(settings: Settings, record: Mapping[str, Any], trial: Trial, e
         "baseline": {name: value for name, value in record["baseline"].items() if name in BaselinePart.model_fields},
         "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
+        **({"refined": base64.b64encode(refined).decode("ascii")} if refined else {}),
     }
 
 
@@ -310,8 +366,9 @@ def _first(error: ValueError) -> str:
     if not isinstance(error, ValidationError):
         return repr(first_line(error))
     first = error.errors()[0]
-    key = ".".join(str(step) for step in first["loc"])
-    return f"{key!r} is wrong ({first['msg'].removeprefix('Value error, ')})"
+    key = ".".join(str(step) for step in first["loc"] if step not in (_SUGGESTED, _REFINED))
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{key!r} is wrong ({reason})" if key else reason
 
 
 def _settings(settings: Settings) -> dict[str, dict[str, Any]]:

@@ -6,7 +6,7 @@ modules beyond the budget are offloaded to main memory, or on a CPU prepared aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import inf
 
@@ -21,10 +21,17 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.experts import is_fused
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.settings.schema import EditSettings
-from abliterate.types import TrialParams
+from abliterate.types import Params, RefinedParams, TrialParams
 
-# (module, direction index, coeff). Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
-EditKey = tuple[str, float, float]
+# (module, its direction, coeff); the direction is a layer position, or the hash of the file of refined directions. Mode, rank
+# and directions are fixed for a run, so equal keys mean equal factors.
+EditKey = tuple[str, float | str, float]
+# The directions {module: v (d_model) float32} of refined parameters.
+RefinedDirections = Callable[[RefinedParams], Mapping[str, Tensor]]
+
+
+def _no_directions(params: RefinedParams) -> Mapping[str, Tensor]:
+    raise InputError(f"The directions of a refined trial ({params.file}) aren't here; use its run's own directory.")
 
 
 class Editor:
@@ -32,7 +39,8 @@ class Editor:
 
     `budget_bytes` is the memory that prepared modules may take beside their weights; whatever remains of it is for others to
     use. First come, first served: every trial visits the modules in the same order, so an LRU cache smaller than the model
-    would never hit. `weight_of` gives a target's W; by default it reads the model itself.
+    would never hit. `weight_of` gives a target's W; by default it reads the model itself. `refined` gives the directions of
+    refined parameters, whose modules are prepared in each trial, because their directions are their own.
 
     Raises:
         InputError: the model has fused experts, and the settings ask for the svd representation.
@@ -47,6 +55,7 @@ class Editor:
         memo: SvdMemo,
         budget_bytes: float = inf,
         weight_of: Callable[[Target], Tensor] = lambda target: dense_weight(target.module),
+        refined: RefinedDirections = _no_directions,
     ) -> None:
         self._targets = tuple(targets)
         if settings.representation == "svd" and scales_rows(edit_method(settings.mode)):
@@ -59,6 +68,7 @@ class Editor:
         self.memo = memo
         self.budget_bytes = budget_bytes
         self._weight_of = weight_of
+        self._refined = refined
         self._prepared: dict[str, Prepared] = {}
         self._tables: dict[torch.device, Tensor] = {}  # directions (n_layers, d_model) float64
         self.offloaded: set[str] = set()
@@ -70,19 +80,19 @@ class Editor:
             self._prepare(target)
             progress(index + 1, len(self._targets))
 
-    def apply(self, params: TrialParams) -> None:
+    def apply(self, params: Params) -> None:
         """Put exactly the trial's edits on the model."""
         keys = self.plan(params)
-        self.hooks.apply({name: (key, partial(self._factors, key)) for name, key in keys.items()})
+        self.hooks.apply({name: (key, partial(self._factors, params, key)) for name, key in keys.items()})
 
-    def apply_exactly(self, params: TrialParams) -> None:
+    def apply_exactly(self, params: Params) -> None:
         """`apply` with the exact factors whatever the representation, because decomposing every module is expensive.
 
         It holds until the next `clear`, since an edit's key doesn't contain its representation.
         """
         keys = self.plan(params)
         self.clear()
-        self.hooks.apply({name: (key, partial(self._exact, key)) for name, key in keys.items()})
+        self.hooks.apply({name: (key, partial(self._exact, params, key)) for name, key in keys.items()})
 
     def suspend(self) -> None:
         """The base model again, bit for bit; factors that the next trial shares with this one need not be written again."""
@@ -92,13 +102,16 @@ class Editor:
         """Give the base model back, and forget the factors."""
         self.hooks.clear()
 
-    def factors(self, params: TrialParams) -> dict[str, Factors]:
+    def factors(self, params: Params) -> dict[str, Factors]:
         """{module: factors} of a trial as they are applied; modules that are off are left out."""
-        return {name: self._factors(key) for name, key in self.plan(params).items()}
+        return {name: self._factors(params, key) for name, key in self.plan(params).items()}
 
-    def plan(self, params: TrialParams) -> dict[str, EditKey]:
+    def plan(self, params: Params) -> dict[str, EditKey]:
         """{module: key} of the modules that a trial edits: λ ≠ 0 (after the grid) and a nonzero direction."""
         keys: dict[str, EditKey] = {}
+        if isinstance(params, RefinedParams):  # neither grid applies to what gradients found
+            named = {target.name: params.coeffs.get(target.name, 0.0) for target in self._targets}
+            return {name: (name, params.sha256, coeff) for name, coeff in named.items() if coeff != 0}
         for target in self._targets:
             coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
             index = float(target.layer)
@@ -108,32 +121,53 @@ class Editor:
                 keys[target.name] = (target.name, index, coeff)
         return keys
 
-    def first_layers(self, trials: Sequence[TrialParams]) -> list[int]:
+    def direction(self, params: Params, key: EditKey) -> Tensor:
+        """The direction v (d_model) float64 of one edit in a trial's plan.
+
+        Raises:
+            InputError: refined directions are missing, or are of a model of another size.
+        """
+        name, place, _ = key
+        if isinstance(params, TrialParams):
+            return self.directions.blend(float(place)).of(self.directions.by_layer().double())
+        v, d_model = self._refined(params)[name], self.directions.vectors.shape[1]
+        if len(v) != d_model:
+            raise InputError(
+                f"The refined directions ({params.file}) have {len(v)} entries, and the model's hidden states {d_model}; put "
+                "the run's own file back, or choose another trial."
+            )
+        return v.double()
+
+    def first_layers(self, trials: Sequence[Params]) -> list[int]:
         """The lowest layer that each trial edits; trials that edit nothing are left out."""
         plans = [self.plan(params) for params in trials]
         return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
-    def _exact(self, key: EditKey) -> Factors:
-        name, index, coeff = key
-        return self._method.factors(*self._prepared_for(name, self.directions.blend(index)), coeff)
+    def _exact(self, params: Params, key: EditKey) -> Factors:
+        return self._method.factors(*self._prepared_for(params, key), key[2])
 
-    def _factors(self, key: EditKey) -> Factors:
+    def _factors(self, params: Params, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
-            return self._exact(key)
-        name, index, coeff = key
-        prepared, blend = self._prepared_for(name, self.directions.blend(index))
+            return self._exact(params, key)
+        name, _, coeff = key
+        prepared, blend = self._prepared_for(params, key)
         return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
 
-    def _prepared_for(self, name: str, blend: Blend) -> tuple[Prepared, Blend]:
-        prepared = self._prepare(self._by_name[name])
+    def _prepared_for(self, params: Params, key: EditKey) -> tuple[Prepared, Blend]:
+        """The module's products with its direction, or with all layers' directions and the blend that gives it."""
+        name, place, _ = key
+        target = self._by_name[name]
+        if isinstance(params, RefinedParams):
+            device = _device_of(target)
+            alone = self.direction(params, key)[None].to(device)  # (1, d_model)
+            return prepare(self._method, lambda: self._weight_of(target).to(device), alone), Blend((0,), (1.0,))
+        prepared, blend = self._prepare(target), self.directions.blend(float(place))
         return prepared.fetched(blend) if name in self.offloaded else (prepared, blend)
 
     def _prepare(self, target: Target) -> Prepared:
         prepared = self._prepared.get(target.name)
         if prepared is None:
-            device, _ = device_and_dtype(target.module)
-            if device.type in ("mps", "meta"):  # mps has no float64; meta has no weights, so they are read from elsewhere
-                device = torch.device("cpu")
+            device = _device_of(target)
             prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))
             self._keep(target.name, prepared, device)
             prepared = self._prepared.get(target.name, prepared)
@@ -164,6 +198,12 @@ def _refuse_fused_experts(targets: Sequence[Target]) -> None:
             f"The svd representation can't express edits of the fused experts in {name}; use --set edit.representation=exact, "
             "or leave them out of the modules to edit with --set load.components."
         )
+
+
+def _device_of(target: Target) -> torch.device:
+    """The device on which a module is prepared: mps has no float64, and meta no weights, so they are read from elsewhere."""
+    device, _ = device_and_dtype(target.module)
+    return torch.device("cpu") if device.type in ("mps", "meta") else device
 
 
 def _has_own_memory(device: torch.device) -> bool:

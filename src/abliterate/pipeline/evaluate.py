@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged, no_complete_trial
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
@@ -99,6 +100,8 @@ def evaluate(
     trial = _trial_of(run, candidate) if run else None
     if run:
         settings = _at_revision(settings, run)
+    if trial:
+        _refined(candidate).check(trial.params)
     context = Context.of(settings, reporter, check)
     check_model(settings, editing=False)
     _check_candidate(settings, candidate)
@@ -176,6 +179,11 @@ def _trial_of(run: Result, candidate: Candidate) -> Trial:
     return run.trial(number, candidate.source)
 
 
+def _refined(candidate: Candidate) -> RefinedStore:
+    """The directions of refined trials in the candidate's run."""
+    return RefinedStore(RunDirectory(Path(candidate.source)).refined)
+
+
 def _search_prompts(context: Context, *, required: bool) -> PromptSets | None:
     """The prompt sets of directions and search; None, with a warning, if default sets can't be loaded and aren't `required`."""
     are_given = any(getattr(context.settings.prompts, name) for name in prompt_sources(context.settings))
@@ -208,8 +216,9 @@ def _views(
         if bench.loaded.info.fingerprint != run.model.fingerprint:
             raise InputError(f"The run in {candidate.source} is of another model ({run.model.id}); give that model as BASE.")
         directory = RunDirectory(Path(candidate.source))
-        if {target.component for target in bench.loaded.targets} - set(trial.params.kernels):
-            raise damaged(directory, f"trial {trial.number} lacks a kernel")
+        if fault := bench.fault(trial.params):
+            raise damaged(directory, f"trial {trial.number} {fault}")
+        bench.refined = _refined(candidate)
         bench.make_edits(stages.read_directions(directory.directions, run))
         yield views(bench, trial)
         return

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, PromptSetRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
@@ -49,7 +50,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import Target
 from abliterate.model.devices import choose_device
 from abliterate.model.edit_hooks import EditHooks
-from abliterate.model.editor import Editor
+from abliterate.model.editor import Editor, RefinedDirections
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
 from abliterate.objectives import other_names
@@ -63,7 +64,7 @@ from abliterate.report.tables import heldout_fault
 from abliterate.scorers import Scorer
 from abliterate.scorers.kl import kl_divergence
 from abliterate.settings.schema import EditSettings, LoadSettings, Settings
-from abliterate.types import BatchSizes, Trial, TrialParams
+from abliterate.types import BatchSizes, Params, RefinedParams, Trial
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,8 @@ def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) 
     def weight_of(target: Target) -> Tensor:
         return dense_weight(target.module)
 
-    approximation = approximation_of(settings.edit, bench.editor.directions, loaded.targets, weight_of, trial.params, factors)
+    directions = (bench.editor.directions, bench.refined.directions)
+    approximation = approximation_of(settings.edit, *directions, loaded.targets, weight_of, trial.params, factors)
     job = ExportJob(
         source=loaded.info.source,
         fingerprint=loaded.info.fingerprint,
@@ -109,10 +111,16 @@ def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) 
         factors=factors,
         base_model=loaded.info.id,
         card=card(settings, result, loaded.info.source, trial, approximation),
+        refined=refined_file(bench.refined, trial),
     )
     expected = _expect(bench, settings.export.kind, job, trial)
     measured = (bench.scorers, bench.prompts, bench.sizes, bench.response_prefix)
     return Picked(job, approximation, expected, *measured, getattr(torch, loaded.info.dtype), loaded.info.quantization)
+
+
+def refined_file(store: RefinedStore, trial: Trial) -> bytes:
+    """The file of a refined trial's directions; empty for other trials."""
+    return store.content(trial.params) if isinstance(trial.params, RefinedParams) else b""
 
 
 def pinned(load: LoadSettings, source: str, revision: str) -> LoadSettings:
@@ -123,9 +131,10 @@ def pinned(load: LoadSettings, source: str, revision: str) -> LoadSettings:
 def approximation_of(
     settings: EditSettings,
     directions: Directions,
+    refined: RefinedDirections,
     targets: Iterable[Target],
     weight_of: Callable[[Target], Tensor],
-    params: TrialParams,
+    params: Params,
     factors: Mapping[str, Factors],
 ) -> dict[str, float]:
     """The mean and the largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules; empty unless the representation is svd."""
@@ -135,11 +144,21 @@ def approximation_of(
     errors = []
     for target in targets:
         if target.name in factors:
-            # One module at a time, because an exact editor prepares large tensors.
-            exact = Editor((target,), directions, exact_settings, EditHooks(()), SvdMemo(0), weight_of=weight_of)
+            exact = editor_of(target, exact_settings, directions, refined, weight_of)
             delta = exact.factors(params)[target.name].to("cpu").delta(weight_of(target).float().cpu())
             errors.append(relative_error(delta, factors[target.name]))
     return {"mean": sum(errors) / len(errors), "max": max(errors)}
+
+
+def editor_of(
+    target: Target,
+    settings: EditSettings,
+    directions: Directions,
+    refined: RefinedDirections,
+    weight_of: Callable[[Target], Tensor],
+) -> Editor:
+    """An editor of one module, because the tensors that it prepares are large, and end with it."""
+    return Editor((target,), directions, settings, EditHooks(()), SvdMemo(0), weight_of=weight_of, refined=refined)
 
 
 def card(settings: Settings, result: Result, source: str, trial: Trial, approximation: Mapping[str, float]) -> str:
@@ -172,7 +191,7 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "method": settings.directions.method,
         "number": trial.number,
         "seed": settings.seed,
-        "params": trial.params.to_record(),
+        "params": trial.params,
         "heldout": heldout if of_trial else None,
         "recipe": recipe(settings, record, settings.export.kind, trial.number),
     }
@@ -222,7 +241,7 @@ def write(
     ):
         facts = dict(exporter.write(job, folder))
         entry = export_record(exporter.kind, origin, folder, job.factors)
-        write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, entry))
+        write_json(folder / RECIPE, recipe_record(context.settings, result.to_record(), trial, entry, job.refined))
     if approximation:
         facts["approximation_error"] = dict(approximation)
     record = ExportRecord(
@@ -324,7 +343,8 @@ def write_recipe(settings: Settings, result: Result, directory: RunDirectory, *,
         write_atomically(directory.recipe, (directory.export / RECIPE).read_bytes())
         return
     selected = next(trial for trial in result.trials if trial.number == result.selected)
-    write_json(directory.recipe, recipe_record(settings, result.to_record(), selected, NO_EXPORT))
+    refined = refined_file(RefinedStore(directory.refined), selected)
+    write_json(directory.recipe, recipe_record(settings, result.to_record(), selected, NO_EXPORT, refined))
 
 
 def push_export(context: Context, record: ExportRecord, final: Path) -> ExportRecord:

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.edits import Factors, SvdMemo, edit_method
+from abliterate.edits import Factors, edit_method
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
@@ -27,8 +28,6 @@ from abliterate.export.push import check_push
 from abliterate.model import loader
 from abliterate.model.architectures import known_architecture
 from abliterate.model.checkpoint import dense_load, load_weights
-from abliterate.model.edit_hooks import EditHooks
-from abliterate.model.editor import Editor
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import stages
 from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
@@ -39,9 +38,11 @@ from abliterate.pipeline.export import (
     card,
     conclude,
     concluded,
+    editor_of,
     pinned,
     prepare,
     push_export,
+    refined_file,
     verify,
     write,
 )
@@ -58,11 +59,15 @@ _NEEDED = ("model", "baseline", "directions", "identity", "startup_trials", "bat
 
 @dataclass(frozen=True)
 class StoredEdits:
-    """A trial's edits of the base's stored matrices: factors, definitions, and the error of an approximation."""
+    """A trial's edits of the base's stored matrices: factors, definitions, and the error of an approximation.
+
+    `refined` is the file of a refined trial's directions.
+    """
 
     factors: Mapping[str, Factors]
     definitions: Mapping[str, Definition]
     approximation: Mapping[str, float]
+    refined: bytes = b""
 
 
 def export_trial(
@@ -90,13 +95,15 @@ def export_trial(
     except ValidationError as error:
         raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
     context = replace(Context.of(settings, reporter), clock=StageClock(result))
-    directions = stages.read_directions(directory.directions, result)
+    directions, refined = stages.read_directions(directory.directions, result), RefinedStore(directory.refined)
+    refined.check(trial.params)
     source, base = open_base(context, result, number)
-    if {target.component for target in base.targets.values()} - set(trial.params.kernels):
-        raise damaged(directory, f"trial {number} lacks a kernel")
-    edits = edits_of(context, base, directions, trial)
+    components = {target.component for target in base.targets.values()}
+    if fault := trial.params.fault(directions.n_layers, components, base.targets):
+        raise damaged(directory, f"trial {number} {fault}")
+    edits = edits_of(context, base, directions, refined, trial)
     job = job_of(context.settings, result, source, base, edits, trial)
-    expected = _expected(context, result, directions, trial) if scores else None
+    expected = _expected(context, result, directions, refined, trial) if scores else None
     write_and_check(context, result, job, base, edits, trial, final, expected)
     result.export = push_export(context, result.export, final)
     context.clock.count()
@@ -173,7 +180,7 @@ def open_base(context: Context, result: Result, number: int) -> tuple[str, Matri
     return source, base
 
 
-def edits_of(context: Context, base: Matrices, directions: Directions, trial: Trial) -> StoredEdits:
+def edits_of(context: Context, base: Matrices, directions: Directions, refined: RefinedStore, trial: Trial) -> StoredEdits:
     """The trial's edit of each matrix, computed from the full-precision weights even if the run was quantized."""
     settings = context.settings.edit
     method = edit_method(settings.mode)
@@ -181,18 +188,18 @@ def edits_of(context: Context, base: Matrices, directions: Directions, trial: Tr
     definitions: dict[str, Definition] = {}
     with context.stage("edits", f"{settings.mode} ({settings.representation})"):
         for index, target in enumerate(base.targets.values()):
-            # One editor per module, so that its prepared tensors are dropped before the next matrix is read.
-            editor = Editor((target,), directions, settings, EditHooks(()), SvdMemo(0), weight_of=base.of)
-            for name, position, coeff in editor.plan(trial.params).values():
+            editor = editor_of(target, settings, directions, refined.directions, base.of)
+            for name, key in editor.plan(trial.params).items():
                 factors[name] = editor.factors(trial.params)[name]
-                v = directions.blend(position).of(directions.by_layer().double())
+                v, coeff = editor.direction(trial.params, key), key[2]
                 # An approximation can only be compared with itself; `error` is its distance from the exact edit. Fused
                 # experts have exact factors in every representation.
                 exact = settings.representation == "exact" or factors[name].a.ndim == 3
                 definitions[name] = by_definition(method, v, coeff) if exact else by_factors(factors[name])
             context.reporter.progress(index + 1, len(base.targets), "modules")
-        error = approximation_of(settings, directions, base.targets.values(), base.of, trial.params, factors)
-    return StoredEdits(factors, definitions, error)
+        parts = (directions, refined.directions, base.targets.values(), base.of)
+        error = approximation_of(settings, *parts, trial.params, factors)
+    return StoredEdits(factors, definitions, error, refined_file(refined, trial))
 
 
 def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> Verification:
@@ -224,10 +231,11 @@ def job_of(settings: Settings, result: Result, source: str, base: Matrices, edit
         factors=edits.factors,
         base_model=result.model.id,
         card=card(settings, result, source, trial, edits.approximation),
+        refined=edits.refined,
     )
 
 
-def _expected(context: Context, result: Result, directions: Directions, trial: Trial) -> Picked:
+def _expected(context: Context, result: Result, directions: Directions, refined: RefinedStore, trial: Trial) -> Picked:
     """Repeat the trial on the prompts with the model in memory, so that the export can be compared with it."""
     prompts = read_prompts(context)
     run = context.settings
@@ -242,6 +250,7 @@ def _expected(context: Context, result: Result, directions: Directions, trial: T
         changed = changed_parts(result.identity or identity, identity)
         if changed:
             raise _changed(trial.number, ", ".join(changed))
+        bench.refined = refined
         bench.make_edits(directions)
         stages.baseline(bench)  # scorers are relative to it
         return prepare(bench, plain.settings, result, trial)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.directions import Directions
@@ -118,6 +119,7 @@ class _Run:
 
         with load_calibrated(context, prompts, held=held.sets if held else None) as bench:  # steps 1 and 2 of docs/design.md §2
             context = self.context = bench.context  # its settings have the moment that the run keeps
+            bench.refined = RefinedStore(directory.refined)
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench)  # 3 and 4

@@ -18,7 +18,7 @@ from abliterate.search.pruner import DominancePruner
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.search.storage import POLL
 from abliterate.search.study import STUDY_NAME, Study
-from abliterate.types import Baseline, Trial, TrialParams
+from abliterate.types import Baseline, Params, Trial
 
 
 class Search:
@@ -44,7 +44,7 @@ class Search:
 
     def __iter__(self) -> Iterator[Trial]:
         given: set[int] = set()
-        for _ in [()] if len(self.trials) >= self.budget else self.rounds():
+        for _ in [()] if self._is_over else self.rounds():
             for trial in self.trials:
                 if trial.number not in given:
                     given.add(trial.number)
@@ -63,7 +63,7 @@ class Search:
 
     def finish(self) -> None:
         """Run the remaining trials."""
-        if len(self.trials) < self.budget:
+        if not self._is_over:
             for _ in self.rounds():
                 pass
 
@@ -81,7 +81,7 @@ class Search:
             rule = self._parse(rule) if rule else self._rule
         return choose(front, rule(front)) if choose else rule(front)
 
-    def measure(self, params: TrialParams) -> Trial:
+    def measure(self, params: Params) -> Trial:
         """Measure any parameters in full, as trials are measured, without reporting them to the sampler."""
         self.bench.prepare(self._directions)
         return stages.evaluate(self.bench, len(self.trials), params, DominancePruner.never(self.bench.objectives))
@@ -117,12 +117,17 @@ class Search:
                     seen = numbers
                 # Trials of earlier sessions don't count here, because the cause of their failure may have been removed.
                 stages.check_failures([trial for trial in self.trials if trial.number not in before], limit)
-                if len(self.trials) >= self.budget:
+                if self._is_over:
                     return
                 context.check()
                 watch()
                 study.fail_silent()
                 self._one_trial()
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether the budget is used; a trial beyond it, as refined trials are, doesn't count."""
+        return sum(trial.number < self.budget for trial in self.trials) >= self.budget
 
     def _report(self, known: set[int]) -> Sequence[Trial]:
         """Show the finished trials that are not `known`, and return them."""

@@ -33,7 +33,7 @@ from abliterate.pipeline.context import Context
 from abliterate.pipeline.workbench import Workbench
 from abliterate.scorers import Observation, Response
 from abliterate.search.pruner import DominancePruner
-from abliterate.types import Baseline, Objective, Prompt, Trial, TrialParams
+from abliterate.types import Baseline, Objective, Params, Prompt, Trial
 
 FORMAT = "1"  # of directions.safetensors
 FEWER = Objective("refusals", "minimize")
@@ -118,7 +118,7 @@ def read_directions(path: Path, result: Result) -> Directions:
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
         if all(shape) and (stored.n_layers, stored.vectors.shape[1]) != shape:
             raise ValueError("directions of another model")
-        if any(trial.params.direction_index > stored.n_layers - 1 for trial in result.trials):
+        if any(trial.params.fault(stored.n_layers) for trial in result.trials):
             raise ValueError("directions of fewer layers than the trials use")
         return stored
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -159,7 +159,7 @@ def baseline(bench: Workbench) -> Baseline:
     return measured
 
 
-def evaluate(bench: Workbench, number: int, params: TrialParams, pruner: DominancePruner) -> Trial:
+def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePruner) -> Trial:
     """Carry out one trial: edit the model by `params`, and measure it until `pruner` knows that it can't reach the front."""
     started = time.perf_counter()
     sets = (bench.prompts.harmful_eval, bench.prompts.harmless_eval)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Environment, ModelRecord
 from abliterate.directions import Directions
 from abliterate.edits import SvdMemo
@@ -52,7 +53,7 @@ from abliterate.scorers import Scorer
 from abliterate.search.space import Space
 from abliterate.settings.schema import Settings
 from abliterate.terminal.progress_bar import default_reporter
-from abliterate.types import Baseline, BatchSizes, Objective, Prompt, Reporter, TrialParams
+from abliterate.types import Baseline, BatchSizes, Objective, Params, Prompt, Reporter
 
 # The attributes that hold the model, which a closed workbench doesn't have.
 _FREED = ("loaded", "chat", "plain", "engine", "scorers")
@@ -64,6 +65,7 @@ class Workbench:
 
     `plain` generates whole responses by `generate`. `engine` measures trials: it is the fast engine once `prepare` has
     checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured.
+    `refined` keeps the directions of refined trials: in memory, or in the directory of the run whose trials are measured.
     """
 
     def __init__(self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None) -> None:
@@ -72,6 +74,7 @@ class Workbench:
         self.coverage = coverage
         self.scorers: tuple[Scorer, ...] = ()
         self.objectives: tuple[Objective, ...] = DEFAULT
+        self.refined = RefinedStore()
         self.use(BatchSizes.same(1), "")
         self._prompts: PromptSets | None = None
         self._editor: Editor | None = None
@@ -117,6 +120,12 @@ class Workbench:
         components = tuple(dict.fromkeys(target.component for target in self.loaded.targets))
         return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives)
 
+    def fault(self, params: Params) -> str:
+        """Why parameters can't be of the workbench's model, as in `TrialParams.fault`; "" if they can."""
+        targets = self.loaded.targets
+        components, modules = {target.component for target in targets}, {target.name for target in targets}
+        return params.fault(self.loaded.info.n_layers, components, modules)
+
     def calibrate(self, prompts: PromptSets, prefix: str | None = None, sizes: Mapping[str, int] | None = None) -> None:
         """Warm the model up once, and find the batch sizes and the response prefix unless they are known.
 
@@ -143,7 +152,16 @@ class Workbench:
         hooks = EditHooks(self.loaded.targets, incremental=efficiency.use_incremental_adapter_updates)
         memo = SvdMemo(efficiency.max_svd_cache_size if efficiency.enable_svd_cache else 0)
         budget = efficiency.max_kept_mb * 2**20
-        editor = Editor(self.loaded.targets, directions, self.settings.edit, hooks, memo, budget)
+        editor = Editor(
+            self.loaded.targets,
+            directions,
+            self.settings.edit,
+            hooks,
+            memo,
+            budget,
+            # Of the store that the workbench has when they are needed, as a run sets its own.
+            refined=lambda params: self.refined.directions(params),
+        )
         reporter = self.context.reporter
         self._editor = editor
         if not now:
@@ -192,7 +210,7 @@ class Workbench:
         self._editor, self.engine, self._prepared = None, self.plain, False
 
     @contextlib.contextmanager
-    def edited(self, params: TrialParams) -> Iterator[None]:
+    def edited(self, params: Params) -> Iterator[None]:
         """Apply a trial's edits for the `with` block; afterwards the model is always the base model again."""
         editor = self.editor
         with self._measuring("edited"):

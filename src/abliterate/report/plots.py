@@ -6,15 +6,16 @@ keep their contrast on white and on black and are told apart without colour visi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from abliterate.objectives import DEFAULT, KL, REFUSALS
 from abliterate.report.data import Material
 from abliterate.report.draw import WIDTH
+from abliterate.report.refined import LayerRow, components_of, layer_rows, refined_text
 from abliterate.report.tables import kernel_text, refusals_text, spread_text
-from abliterate.types import Baseline, Objective, Trial
+from abliterate.types import Baseline, Objective, Params, RefinedParams, Trial, TrialParams
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f86c9", "#d55e00", "#009e73", "#b5679f", "#8a8a8a"
 
@@ -234,7 +235,6 @@ def _point(material: Material, trial: Trial) -> dict[str, Any]:
     kl, is_front = trial.scores["kl"], material.is_front(trial)
     kind = "on the front" if is_front else "stopped: at least so many" if trial.state == "stopped" else "complete"
     chosen = trial.number == material.search.selected
-    kernels = [f"{name}: {kernel_text(kernel)}" for name, kernel in trial.params.kernels.items()]
     return {
         "kind": "selected" if chosen else kind,
         "order": 3 if chosen else 2 if is_front else 1,
@@ -243,17 +243,24 @@ def _point(material: Material, trial: Trial) -> dict[str, Any]:
         "number": str(trial.number),
         "count": refusals_text(trial, material.prompts),
         "kls": spread_text(kl),
-        "scope": trial.params.scope,
-        "direction": f"{trial.params.direction_index:.2f}" if trial.params.scope == "global" else "each layer's own",
-        **{f"kernel{index}": text for index, text in enumerate(kernels)},
+        **_of_parameters(trial.params),
         "seconds": f"{trial.seconds:.1f}",
         # Named by number, because a scorer's name is foreign text.
         **{f"other{index}": _other(trial, name) for index, name in enumerate(material.others)},
     }
 
 
+def _of_parameters(params: Params) -> dict[str, str]:
+    """What a point's tooltip says of its trial's parameters; kernels are numbered, because components are foreign text."""
+    if isinstance(params, RefinedParams):
+        return {"scope": f"refined by gradient: {refined_text(params)}", "direction": "each module's own"}
+    kernels = [f"{name}: {kernel_text(kernel)}" for name, kernel in params.kernels.items()]
+    where = f"{params.direction_index:.2f}" if params.scope == "global" else "each layer's own"
+    return {"scope": params.scope, "direction": where, **{f"kernel{index}": text for index, text in enumerate(kernels)}}
+
+
 def _columns(material: Material) -> dict[str, str]:
-    count = max((len(trial.params.kernels) for trial in material.trials), default=0)
+    count = len(material.search.components)
     kernels = {f"kernel{index}": f"kernel {index + 1}" for index in range(count)}
     start = {"number": "trial", "kind": "kind", "count": "refusals", "kls": "KL"}
     start |= {f"other{index}": f"scorer {index + 1}" for index in range(len(material.others))}
@@ -266,7 +273,10 @@ def _other(trial: Trial, name: str) -> str:
 
 def all_plots(material: Material) -> list[Plot]:
     """Every plot for which there is something to show."""
-    makers = (front, progress, progress_in_time, kernels, importance, norms, cosines, separation, projection, times, memory)
+    makers = (
+        *(front, progress, progress_in_time, kernels, strengths, turns, importance),
+        *(norms, cosines, separation, projection, times, memory),
+    )
     return [plot for plot in (make(material) for make in makers) if plot is not None]
 
 
@@ -294,26 +304,55 @@ def _progress(material: Material, name: str, over: str, title: str, heading: str
 
 
 def kernels(material: Material) -> Plot | None:
-    """Coeff over layers, of the selected trial."""
+    """Coeff over layers, of the selected trial, unless it is refined."""
     trial = material.selected
-    if trial is None or not trial.params.kernels:
+    params = trial.params if trial else None
+    if trial is None or not isinstance(params, TrialParams) or not params.kernels:
         return None
     rows = [
         {"layer": layer, "coeff": round(kernel.coeff(layer), 6), "component": name, "edited": kernel.coeff(layer) != 0}
-        for name, kernel in trial.params.kernels.items()
+        for name, kernel in params.kernels.items()
         for layer in range(material.n_layers)
     ]
-    names = list(trial.params.kernels)
+    names = list(params.kernels)
     drawn = lines(rows, "coeff", "coeff λ", "component", names)
     layers: list[dict[str, Any]] = [drawn]
-    if trial.params.scope == "global":
-        marked = {"layer": trial.params.direction_index, "what": "the direction is that of this layer"}
+    if params.scope == "global":
+        marked = {"layer": params.direction_index, "what": "the direction is that of this layer"}
         rule = {"type": "rule", "color": INK, "opacity": 0.6, "strokeDash": [3, 3]}
         x = {"field": "layer", "type": "quantitative"}
         tip = tooltip({"what": "dashed line", "layer": "layer"})
         layers.append({"data": {"values": [marked]}, "mark": rule, "encoding": {"x": x, "tooltip": tip}})
     text = f"Coeff by layer for {len(names)} components of trial {trial.number}."
     return Plot("kernels", f"Kernels of trial {trial.number}", text, spec_of(240, layer=layers))
+
+
+def strengths(material: Material) -> Plot | None:
+    """Coeff over layers, of a selected trial that is refined."""
+    return _of_refined(material, "strengths", "coeff λ", "Coeffs of trial {}, learned by gradient", lambda row: row.coeff)
+
+
+def turns(material: Material) -> Plot | None:
+    """How far the directions of a selected trial that is refined have turned from those it started with."""
+    heading = "Directions of trial {}, against those at the start"
+    return _of_refined(material, "turns", "cosine to its start", heading, lambda row: row.cosine)
+
+
+def _of_refined(
+    material: Material, name: str, title: str, heading: str, value_of: Callable[[LayerRow], float | None]
+) -> Plot | None:
+    """Lines over layers, one a component; None unless a refined trial is selected that has such values."""
+    trial = material.selected
+    if trial is None or not isinstance(trial.params, RefinedParams):
+        return None
+    found = [(row, value_of(row)) for row in layer_rows(trial.params, material.coverage)]
+    rows = [
+        {"layer": row.layer, "value": round(value, 6), "component": row.component} for row, value in found if value is not None
+    ]
+    if not rows:
+        return None
+    spec = spec_of(240, **lines(rows, "value", title, "component", components_of([row for row, _ in found])))
+    return Plot(name, heading.format(trial.number), f"Lines over layers, one a component: {title}.", spec)
 
 
 def importance(material: Material) -> Plot | None:

@@ -9,6 +9,7 @@ from abliterate.objectives import DEFAULT, in_words, other_names, other_scores
 from abliterate.report.data import Material
 from abliterate.report.html import answer, details, escape, missing, numbers, pairs, paragraph, table
 from abliterate.report.plots import best_layer, layer_name
+from abliterate.report.refined import fact_pairs, layer_rows, layer_table, refined_table
 from abliterate.report.tables import (
     cache_table,
     coeff_table,
@@ -25,7 +26,7 @@ from abliterate.report.tables import (
     stage_table,
     trial_table,
 )
-from abliterate.types import Baseline
+from abliterate.types import Baseline, RefinedParams, Trial
 
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
 
@@ -172,9 +173,9 @@ def in_a_sentence(material: Material) -> str:
         return "No trial has finished yet; make the report again when some have."
     text = f"The base model refuses {base.refusals} of {base.prompts} harmful evaluation prompts"
     if chosen:
-        text += (
-            f"; trial {chosen.number} refuses {chosen.refusals}, at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
-        )
+        how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
+        text += f"; trial {chosen.number}{how} refuses {chosen.refusals}, "
+        text += f"at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
         text += "".join(f"; {score}" for score in other_scores(chosen, base.values)) + in_the_end(material)
     return text + "."
 
@@ -241,9 +242,12 @@ def _kernels(material: Material, figure: Figure) -> str:
     trial = material.selected
     if trial is None:
         return missing("No trial has been selected yet.") if material.trials else ""
+    params = trial.params
+    if isinstance(params, RefinedParams):
+        return _refined(material, trial, params, figure)
     where = (
-        f"One direction for all layers, that of layer {trial.params.direction_index:.2f} (the dashed line)."
-        if trial.params.scope == "global"
+        f"One direction for all layers, that of layer {params.direction_index:.2f} (the dashed line)."
+        if params.scope == "global"
         else "Each layer loses its own direction."
     )
     text = (
@@ -252,6 +256,18 @@ def _kernels(material: Material, figure: Figure) -> str:
     )
     by_layer = details("Coeffs by layer", table(coeff_table(trial, material.n_layers)))
     return paragraph(text) + figure("kernels") + table(kernel_table(trial)) + by_layer
+
+
+def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Figure) -> str:
+    text = (
+        f"Trial {trial.number}. Its coeffs λ and its directions were learned by gradient from training prompts, which the "
+        "scores above don't use: each module has a coeff and a direction of its own. The cosine says how far a direction has "
+        "turned from the one it started with; 1 is not at all."
+    )
+    rows = layer_rows(params, material.coverage)
+    by_layer = details("By layer", table(layer_table(rows)))
+    found = pairs(dict(fact_pairs(params)), "How it was found")
+    return paragraph(text) + figure("strengths") + figure("turns") + table(refined_table(trial, rows)) + by_layer + found
 
 
 def _importance(material: Material, figure: Figure) -> str:

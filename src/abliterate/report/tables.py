@@ -1,6 +1,7 @@
 """Build every table that a person sees of a run, once, as `Table` values; the terminal, the page, CSV and the card render them.
 
 Kernels, scores and held-out figures become text here and nowhere else, so each of them reads the same wherever it is shown.
+The module is long because every table but those of refined trials is here, under a heading.
 """
 
 from __future__ import annotations
@@ -11,10 +12,24 @@ from typing import Any
 
 from abliterate.artifacts.result import Result
 from abliterate.objectives import DEFAULT, KL, REFUSALS, in_words, other_names, other_scores
-from abliterate.types import Baseline, Cell, Column, Kernel, Objective, Table, Trial
+from abliterate.report.refined import refined_text
+from abliterate.types import (
+    Baseline,
+    Cell,
+    Column,
+    Kernel,
+    Objective,
+    Params,
+    RefinedParams,
+    Table,
+    Trial,
+    TrialParams,
+)
 
 _KL = ("mean", "median", "max")
 _KERNEL = ("max_coeff", "position", "min_coeff", "distance")
+# The scope of a refined trial in tables, and the columns that programs get of it.
+_OWN, _REFINED = "per module", ("refined_beta", "refined_steps", "refined_modules")
 _KERNEL_LEGEND = "a kernel: largest coeff @ its layer → coeff at the edge ± layers to the edge"
 # Columns that the front at the end of a run and at a question leaves to `abliterate trials`.
 _DETAILS = ("state", "seconds", "scope", "direction_index", "reason")
@@ -74,7 +89,13 @@ class SearchRecord:
     @property
     def components(self) -> list[str]:
         """Every component that some trial has a kernel for."""
-        return list(dict.fromkeys(name for trial in self.trials for name in trial.params.kernels))
+        suggested = [trial.params for trial in self.trials if isinstance(trial.params, TrialParams)]
+        return list(dict.fromkeys(name for params in suggested for name in params.kernels))
+
+    @property
+    def has_refined(self) -> bool:
+        """Whether some trial was refined by gradient."""
+        return any(isinstance(trial.params, RefinedParams) for trial in self.trials)
 
     @property
     def prompts(self) -> int:
@@ -143,6 +164,7 @@ def trial_table(search: SearchRecord, trials: Sequence[Trial], title: str, *, ba
         Column("refusals", "refusals", legend="≥ at least: stopped early" if any(t.state == "stopped" for t in trials) else ""),
         *(Column(f"kl_{name}", f"KL {name}", digits=".4f", optional=0 if name == "mean" else 2) for name in _KL),
         *(Column(f"score {name}", name, digits=".4g") for name in search.others),
+        *([Column("refined", "refined by gradient", "word", optional=1)] if search.has_refined else []),
         Column("seconds", "seconds", digits=".1f", optional=1),
         Column("scope", "scope", "word", optional=3),
         Column("direction_index", "direction", digits=".2f", optional=3),
@@ -164,10 +186,19 @@ def _trial_cells(search: SearchRecord, trial: Trial) -> dict[str, Cell]:
         **{f"kl_{name}": trial.scores[KL][name] for name in _KL if KL in trial.scores},
         **{f"score {name}": _score(trial, name) for name in search.others},
         "seconds": trial.seconds,
-        "scope": trial.params.scope,
-        "direction_index": trial.params.direction_index if trial.params.scope == "global" else None,
-        **{f"kernel {name}": kernel_text(kernel) for name, kernel in trial.params.kernels.items()},
+        **_parameter_cells(trial.params),
         "reason": trial.reason,
+    }
+
+
+def _parameter_cells(params: Params) -> dict[str, Cell]:
+    """The cells of a trial's parameters; refined ones have neither a scope nor kernels."""
+    if isinstance(params, RefinedParams):
+        return {"refined": refined_text(params), "scope": _OWN}
+    return {
+        "scope": params.scope,
+        "direction_index": params.direction_index if params.scope == "global" else None,
+        **{f"kernel {name}": kernel_text(kernel) for name, kernel in params.kernels.items()},
     }
 
 
@@ -212,21 +243,29 @@ def front_table(search: SearchRecord, marked: int | None = None) -> Table:
 def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
     """Trials for programs: every number as it is, and columns that depend on the run alone."""
     names = ("number", "state", "front", "selected", "refusals", "refusals_exact", *(f"kl_{name}" for name in _KL))
-    kernels = [(component, name) for component in search.components for name in _KERNEL]
-    further = ("seconds", "scope", "direction_index", *(f"{component}.{name}" for component, name in kernels), "reason")
+    kernels = [f"{component}.{name}" for component in search.components for name in _KERNEL]
+    parameters = ("scope", "direction_index", *kernels, *(_REFINED if search.has_refined else ()))
+    further = ("seconds", *parameters, "reason")
     rows = []
     for trial in trials:
-        kl, kernel_of = trial.scores.get(KL, {}), trial.params.kernels
+        kl, exact = trial.scores.get(KL, {}), _exact_parameters(trial.params)
         own: tuple[Cell, ...] = (
             *(trial.number, trial.state, trial.number in search.front, trial.number == search.selected),
             *(trial.scores.get(REFUSALS), trial.state == "complete", *(kl.get(name) for name in _KL)),
             *(trial.values.get(name, trial.scores.get(name)) for name in search.others),
-            *(trial.seconds, trial.params.scope, trial.params.direction_index),
-            *(getattr(kernel_of[component], name) if component in kernel_of else None for component, name in kernels),
-            trial.reason,
+            *(trial.seconds, *map(exact.get, parameters), trial.reason),
         )
         rows.append(own)
     return Table("Trials", tuple(Column(name, name) for name in (*names, *search.others, *further)), tuple(rows))
+
+
+def _exact_parameters(params: Params) -> dict[str, Cell]:
+    """A trial's parameters by the names of `exact_trial_table`."""
+    if isinstance(params, RefinedParams):
+        found = (params.facts.get("beta"), params.facts.get("steps"), params.edited)
+        return {"scope": _OWN, **dict(zip(_REFINED, found, strict=True))}
+    kernels = {f"{of}.{name}": getattr(kernel, name) for of, kernel in params.kernels.items() for name in _KERNEL}
+    return {"scope": params.scope, "direction_index": params.direction_index, **kernels}
 
 
 # -- the end of a run
@@ -241,7 +280,8 @@ def summary(result: Result, where: str) -> tuple[Table | str, ...]:
         return tuple(tables)
     others = "".join(f", {text}" for text in other_scores(trial, base.values))
     refusals = f"{base.refusals}/{base.prompts} → {refusals_text(trial, base.prompts)}"
-    tables.append(f"selected trial {trial.number}: refusals {refusals}, KL {trial.kl:.4f}{others}")
+    how = f" (refined by gradient: {refined_text(trial.params)})" if isinstance(trial.params, RefinedParams) else ""
+    tables.append(f"selected trial {trial.number}{how}: refusals {refusals}, KL {trial.kl:.4f}{others}")
     heldout = result.heldout
     if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
         tables.append(heldout_table(heldout, f"trial {trial.number}"))
@@ -366,8 +406,9 @@ def disagreement_table(judge: Mapping[str, Any]) -> Table:
 
 
 def kernel_table(trial: Trial) -> Table:
-    """The kernels of one trial."""
+    """The kernels of one trial, which isn't refined."""
     params = trial.params
+    assert isinstance(params, TrialParams)
     where = f"direction of layer {params.direction_index:.2f}" if params.scope == "global" else "each layer's direction"
     columns = (Column("component", "component", "word"), Column("kernel", "kernel", "word", legend=_KERNEL_LEGEND))
     rows = tuple((name, kernel_text(kernel)) for name, kernel in params.kernels.items())
@@ -375,7 +416,8 @@ def kernel_table(trial: Trial) -> Table:
 
 
 def coeff_table(trial: Trial, n_layers: int) -> Table:
-    """λ by layer and component."""
+    """λ by layer and component, of a trial that isn't refined."""
+    assert isinstance(trial.params, TrialParams)
     kernels = trial.params.kernels
     columns = (Column("layer", "layer"), *(Column(f"kernel {name}", name, digits=".3f") for name in kernels))
     rows = tuple((layer, *(kernel.coeff(layer) for kernel in kernels.values())) for layer in range(n_layers))

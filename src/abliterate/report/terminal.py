@@ -11,6 +11,7 @@ from typing import Literal
 
 from abliterate.objectives import KL, REFUSALS
 from abliterate.report.data import Material
+from abliterate.report.refined import components_of, fact_pairs, layer_rows, refined_table
 from abliterate.report.sections import in_a_sentence
 from abliterate.report.tables import (
     cache_table,
@@ -21,10 +22,11 @@ from abliterate.report.tables import (
     heldout_table,
     importance_table,
     kernel_table,
+    pair_table,
     stage_table,
 )
 from abliterate.terminal.tables import print_marked, printable, show_table
-from abliterate.types import Baseline, Column
+from abliterate.types import Baseline, Column, RefinedParams, Trial
 
 _WIDE, _HIGH, _BAR = 60, 15, 30
 _STEPS = " ▁▂▃▄▅▆▇█"
@@ -120,10 +122,24 @@ def _kernels(material: Material) -> None:
     if trial is None:
         print("No trial has been selected yet.")
         return
+    if isinstance(trial.params, RefinedParams):
+        _refined(material, trial, trial.params)
+        return
     kernels = trial.params.kernels.values()
     top = max((kernel.max_coeff for kernel in kernels), default=0) or 1.0
     lines = [f"│{sparkline([kernel.coeff(layer) for layer in range(material.n_layers)], top)}│" for kernel in kernels]
     show_table(kernel_table(trial).with_column(Column("layers", "by layer", "word"), lines))
+
+
+def _refined(material: Material, trial: Trial, params: RefinedParams) -> None:
+    rows = layer_rows(params, material.coverage)
+    top = max((row.coeff for row in rows), default=0) or 1.0
+    lines = []
+    for component in components_of(rows):
+        coeffs = {row.layer: row.coeff for row in rows if row.component == component}
+        lines.append(f"│{sparkline([coeffs.get(layer, 0.0) for layer in range(material.n_layers)], top)}│")
+    show_table(refined_table(trial, rows).with_column(Column("layers", "by layer", "word"), lines))
+    show_table(pair_table("How it was found", fact_pairs(params)))
 
 
 def _importance(material: Material) -> None:

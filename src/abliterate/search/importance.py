@@ -17,7 +17,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
 from abliterate.objectives import DEFAULT, KL, reported_values
-from abliterate.types import Objective, Trial
+from abliterate.types import Objective, Trial, TrialParams
 
 # With fewer trials the best tenth is one or two trials.
 ENOUGH = 20
@@ -28,9 +28,10 @@ def importances(
 ) -> dict[str, dict[str, float]]:
     """{objective: {parameter: share of the total importance}}, largest first; empty if there are too few trials.
 
-    The refusals of a pruned trial are the bound that the sampler saw, out of `prompts`.
+    The refusals of a pruned trial are the bound that the sampler saw, out of `prompts`. Refined trials, which the sampler
+    neither suggested nor saw, are left out.
     """
-    scored = [trial for trial in trials if trial.state != "failed"]
+    scored = [trial for trial in trials if trial.state != "failed" and isinstance(trial.params, TrialParams)]
     if len(scored) < ENOUGH:
         return {}
     with _quietly():
@@ -85,6 +86,7 @@ def _parameters(trial: Trial, seed: int) -> dict[str, float | str]:
     If a component is off, the value suggested for the edge of its kernel is lost. It had no effect, which a random number
     expresses better than 0, because 0 would stand for "off".
     """
+    assert isinstance(trial.params, TrialParams)
     params: dict[str, float | str] = {"scope": trial.params.scope, "direction index": trial.params.direction_index}
     for name, kernel in trial.params.kernels.items():
         drawn = random.Random(f"{seed}:{trial.number}:{name}").random()

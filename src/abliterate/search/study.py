@@ -183,17 +183,26 @@ class Study:
         record = json.dumps(trial.to_record(), allow_nan=False)
         values = None if trial.state == "failed" else reported_values(trial, self._space.objectives, n_prompts)
         state = TrialState.FAIL if values is None else TrialState.COMPLETE
+        return self._settle(asked.handle._trial_id, record, state, values)
 
-        def once() -> bool:
-            try:
-                self._storage.set_trial_user_attr(asked.handle._trial_id, _RECORD, record)
-                self._storage.set_trial_state_values(asked.handle._trial_id, state=state, values=values)
-            except UpdateFinishedTrialError:  # this worker finished it before an answer was lost, or another worker did
-                stored = self._storage.get_trial(asked.handle._trial_id)
-                return stored.state == state and stored.user_attrs.get(_RECORD) == record
+    def free_slot(self, budget: int) -> int:
+        """The lowest slot from `budget` on that no trial has: the number that `add` accepts for a trial beyond the budget."""
+        everything = self._all()
+        taken = {_slot(frozen) for frozen in everything if frozen.state == TrialState.RUNNING}
+        taken |= {trial.number for trial in self._finished(everything)}
+        return next(slot for slot in itertools.count(budget) if slot not in taken)
+
+    def add(self, trial: Trial) -> bool:
+        """Record a finished trial that the sampler didn't suggest, in the slot of its number; on return it is durable.
+
+        It is stored in the state of failed trials, which the sampler never sees, so that all later suggestions are as they
+        would be without it. False means that another trial has the slot; after an interruption, `add` may be repeated.
+        """
+        record = json.dumps(trial.to_record(), allow_nan=False)
+        if record in self._records():
             return True
-
-        return self._patiently(once)
+        trial_id, _ = self._patiently(partial(self._take, trial.number, itertools.count()))
+        return trial_id is not None and self._settle(trial_id, record, TrialState.FAIL, None)
 
     def give_up(self, asked: Asked) -> None:
         """Mark a trial as interrupted, so that a resume runs it again."""
@@ -227,6 +236,28 @@ class Study:
             self._storage.set_trial_state_values(claimed._trial_id, state=TrialState.FAIL)
         return None, max(1, passed)
 
+    def _settle(self, trial_id: int, record: str, state: TrialState, values: Sequence[float] | None) -> bool:
+        """Write a running trial's record, and then its state; False if other workers have finished it."""
+
+        def once() -> bool:
+            try:
+                self._storage.set_trial_user_attr(trial_id, _RECORD, record)
+                self._storage.set_trial_state_values(trial_id, state=state, values=values)
+            except UpdateFinishedTrialError:  # this worker finished it before an answer was lost, or another worker did
+                stored = self._storage.get_trial(trial_id)
+                return stored.state == state and stored.user_attrs.get(_RECORD) == record
+            return True
+
+        return self._patiently(once)
+
+    def _records(self) -> set[str]:
+        """The records of all finished trials as they are stored."""
+        return {
+            frozen.user_attrs[_RECORD]
+            for frozen in self._all()
+            if frozen.state.is_finished() and _RECORD in frozen.user_attrs and not frozen.user_attrs.get(_INTERRUPTED)
+        }
+
     def _interrupt(self, trial_id: int) -> bool:
         """Mark a running trial as interrupted; returns whether it was still running."""
         try:
@@ -259,7 +290,7 @@ def _trial(frozen: FrozenTrial, space: Space) -> Trial:
     """The record of a finished trial. InputError if no run in this space can have written it."""
     try:
         trial = Trial.from_record(json.loads(frozen.user_attrs[_RECORD]))
-        if set(space.components) - set(trial.params.kernels) or trial.params.direction_index > space.n_layers - 1:
+        if trial.params.fault(space.n_layers, space.components):
             raise ValueError("its parameters are of another model")
         return trial
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:

@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.directions import Blend
 from abliterate.edits import METHODS, Factors, SvdMemo
 from abliterate.edits.base import ROW_CHUNK
+from abliterate.edits.svd import relative_error
+from abliterate.errors import InputError
 from abliterate.model.editor import Editor
-from support.models import make_directions, make_editor, make_loaded, make_model, make_params
+from abliterate.model.loader import LoadedModel
+from abliterate.model.weights import dense_weight
+from abliterate.types import RefinedParams
+from support.models import dense_edit, logits_of, make_directions, make_editor, make_loaded, make_model, make_params
+from support.refined import own_edits
 
 MODES = sorted(METHODS)
 
@@ -146,3 +153,110 @@ def test_a_dense_change_needs_one_matrix() -> None:
         found = factors.delta(weight)
     assert torch.equal(found, expected)
     assert max(sizes) <= ROW_CHUNK * 24
+
+
+# Refined parameters: a coeff and a direction for each module.
+
+
+def refined_params(loaded: LoadedModel, store: RefinedStore, seed: int = 0) -> RefinedParams:
+    """Random λ of both signs, one module off, one that isn't named, and one with a nearly one-hot direction."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [target.name for target in loaded.targets][:-1]
+    coeffs = dict(zip(names, (2 * torch.rand(len(names), generator=generator) - 0.5).tolist(), strict=True))
+    coeffs[names[1]] = 0.0
+    rows = torch.randn(len(names), loaded.info.d_model, generator=generator)
+    rows[0] = 1e-3 * rows[0]
+    rows[0, 3] = 1.0
+    directions = dict(zip(names, torch.nn.functional.normalize(rows, dim=1), strict=True))
+    return store.put(seed, coeffs | {names[0]: 1.0}, directions, {})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("mode", MODES)
+def test_refined_edits_are_those_of_the_definition(mode: str, family: str) -> None:
+    """Of every module by its own λ and v, in float64; fused experts share those of their module."""
+    loaded, store = make_loaded(make_model(family)), RefinedStore()
+    editor, params = make_editor(loaded, mode=mode, store=store), refined_params(loaded, store)
+    found, given = editor.factors(params), store.directions(params)
+    assert found.keys() == {name for name, coeff in params.coeffs.items() if coeff != 0}
+    assert editor.first_layers([params]) == [0]
+    for target in loaded.targets:
+        if target.name not in found:
+            continue
+        weight = dense_weight(target.module)
+        matrices = weight if weight.ndim == 3 else weight[None]
+        for matrix, factors in zip(matrices, found[target.name].parts(), strict=True):
+            scale = torch.ones(len(matrix)) if factors.row_scale is None else factors.row_scale
+            edited = scale.double()[:, None] * matrix.double() + factors.b.double() @ factors.a.double()
+            expected = dense_edit(matrix, given[target.name], params.coeffs[target.name], mode)
+            assert float((edited - expected).norm() / expected.norm()) < 1e-6
+            assert float((edited - matrix).norm() / expected.norm()) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_trials_own_edits_as_refined_ones_are_the_trial(mode: str, family: str) -> None:
+    loaded, store = make_loaded(make_model(family)), RefinedStore()
+    editor = make_editor(loaded, mode=mode, store=store)
+    base = logits_of(loaded.model)
+    for scope in ("global", "per layer"):
+        params = make_params(0, loaded.info.n_layers, scope)
+        editor.apply(params)
+        expected = logits_of(loaded.model)
+        editor.apply(store.put(0, *own_edits(editor, params), {}))
+        torch.testing.assert_close(logits_of(loaded.model), expected, rtol=1e-5, atol=1e-5)
+        assert float((expected - base).abs().max()) > 1e-2
+    editor.suspend()
+    assert torch.equal(logits_of(loaded.model), base)
+
+
+def test_refined_edits_as_low_rank_are_as_near_as_a_trials() -> None:
+    loaded, store = make_loaded(make_model("llama")), RefinedStore()
+    exact, low = (make_editor(loaded, store=store, representation=form) for form in ("exact", "svd"))
+    params = make_params(0)
+    refined = store.put(0, *own_edits(exact, params), {})
+    for name, factors in low.factors(params).items():
+        weight = dense_weight(loaded.model.get_submodule(name))
+        errors = [
+            relative_error(exact.factors(given)[name].delta(weight), found)
+            for given, found in ((params, factors), (refined, low.factors(refined)[name]))
+        ]
+        assert errors[0] == pytest.approx(errors[1], rel=1e-2)
+        assert 1e-3 < errors[0] < 0.9
+    assert low.memo.hits > 0  # the second time the same factors are known
+
+
+def test_other_directions_are_written_anew_and_the_same_ones_are_not() -> None:
+    loaded, store = make_loaded(make_model("llama")), RefinedStore()
+    editor = make_editor(loaded, store=store)
+    first, second = (refined_params(loaded, store, seed) for seed in (0, 1))
+    second = store.put(2, first.coeffs, store.directions(second), {})  # the same λ of every module
+    editor.apply(first)
+    expected = logits_of(loaded.model)
+    written = editor.hooks.misses
+    editor.suspend()
+    editor.apply(first)
+    assert editor.hooks.misses == written
+    editor.apply(second)
+    assert editor.hooks.misses == 2 * written
+    assert not torch.allclose(logits_of(loaded.model), expected)
+    editor.apply(first)
+    assert torch.equal(logits_of(loaded.model), expected)
+
+
+def test_the_grids_of_the_search_leave_refined_coeffs_alone() -> None:
+    loaded, store = make_loaded(make_model("llama")), RefinedStore()
+    editor, params = make_editor(loaded, store=store, coeff_grid=0.25, direction_grid=1.0), refined_params(loaded, store)
+    assert {name: key[2] for name, key in editor.plan(params).items()} == {n: c for n, c in params.coeffs.items() if c}
+
+
+def test_refined_directions_of_another_size_or_of_another_run_are_a_sentence() -> None:
+    loaded, store = make_loaded(make_model("llama")), RefinedStore()
+    editor = make_editor(loaded, store=store)
+    name = loaded.targets[0].name
+    short = store.put(0, {name: 1.0}, {name: torch.tensor([1.0, 0.0])}, {})
+    with pytest.raises(InputError, match="have 2 entries, and the model's hidden states 32"):
+        editor.apply(short)
+    assert editor.hooks.active == frozenset()
+    with pytest.raises(InputError, match="no run directory"):
+        make_editor(loaded).apply(refined_params(loaded, store))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import gc
 import json
 import shutil
@@ -17,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ModelRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
@@ -96,7 +98,7 @@ def expected_logits(settings: Settings, directory: RunDirectory, number: int, dt
     path = loader.resolve_source(settings.model)
     load = {"dtype": dtype}
     model = AutoModelForCausalLM.from_pretrained(path, **load).float().eval()
-    editor = make_editor(make_loaded(model), **settings.edit.model_dump())
+    editor = make_editor(make_loaded(model), store=RefinedStore(directory.refined), **settings.edit.model_dump())
     editor.directions = Directions(load_file(directory.directions)["directions"])
     trial = Result.read(directory).trial(number, directory.path)
     edited = copy.deepcopy(model)
@@ -289,6 +291,40 @@ def test_svd_is_compared_with_its_own_factors(kind: str, tmp_path: Path) -> None
     assert f"misses {lost['mean']:.1%}" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     found, expected = reloaded_logits(settings, kind, tmp_path / "out"), expected_logits(settings, directory, 0, torch.float32)
     assert 1e-5 < (found - expected).norm() / expected.norm() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "edit"),
+    [
+        ("llama", "merged", {}),
+        ("llama", "adapter", {}),
+        ("llama", "adapter", {"mode": "pre"}),
+        ("llama", "adapter", {"representation": "svd", "rank": 2}),
+        ("gpt2", "merged", {"mode": "none"}),
+        ("qwen3_moe", "merged", {}),
+    ],
+)
+def test_refined_trials_are_exported_by_their_own_directions(
+    family: str, kind: str, edit: dict[str, Any], tmp_path: Path
+) -> None:
+    model = make_model(family)
+    settings, directory = make_run(tmp_path, save_model(model, tmp_path / "base"), edit=edit)
+    names = [target.name for target in make_loaded(model).targets]
+    vectors = torch.nn.functional.normalize(torch.randn(len(names), 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    coeffs = {name: 0.3 + 0.1 * index for index, name in enumerate(names)} | {names[0]: 0.0}
+    params = RefinedStore(directory.refined).put(1, coeffs, dict(zip(names, vectors, strict=True)), {})
+    result = Result.read(directory)
+    result.trials.append(dataclasses.replace(result.trials[0], number=1, params=params))
+    result.write(directory)
+    found = pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), directory, 1, tmp_path / "out")
+    assert (found.export.verified, found.export.edited_modules) == (True, len(names) - 1)
+    logits, expected = reloaded_logits(settings, kind, tmp_path / "out"), expected_logits(settings, directory, 1, torch.float32)
+    if "rank" in edit:
+        assert 1e-5 < (logits - expected).norm() / expected.norm() < 0.5
+        assert 0.001 < found.export.approximation_error["mean"] < 0.9
+    else:
+        torch.testing.assert_close(logits, expected, **FLOAT32)
+        assert kind == "merged" or (found.export.method, found.export.rank) == ("lora" if edit else "dora", 1)
 
 
 def test_of_a_quantized_run_the_full_weights_are_edited(tmp_path: Path) -> None:

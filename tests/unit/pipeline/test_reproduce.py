@@ -340,7 +340,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("trial.params.kernels.attn\\.o_proj.min_coeff", -1e300, "min_coeff' is wrong"),
     ("trial.params.kernels.attn\\.o_proj.distance", 1e308, "distance' is wrong"),
     ("trial.params.direction_index", 1e308, "'trial.params.direction_index' is wrong"),
-    ("trial.params.direction_index", 11.5, "that of layer 11.5, and the model's last layer is 11"),
+    ("trial.params.direction_index", 11.5, "has a direction of layer 11.5, beyond 11"),
     ("trial.scores.kl.mean", 1e200, "'trial.scores.kl.mean' is wrong"),
     ("trial.scores.refusals", -1, "'trial.scores.refusals' is wrong"),
     ("seed", 10**30, "'seed' is wrong"),
@@ -349,7 +349,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     (
         "trial.params.kernels",
         {"other": _KERNEL},
-        "has no parameters for",
+        "lacks a kernel",
     ),
     ("trial.state", "stopped", "'trial.state' is wrong"),
     ("trial.scores.kl.mean", "0.1", "'trial.scores.kl.mean' is wrong"),

@@ -20,9 +20,10 @@ from abliterate.report import draw
 from abliterate.report.data import gather
 from abliterate.report.page import render, write_report
 from abliterate.report.plots import all_plots
+from abliterate.report.refined import LayerRow, layer_rows
 from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
-from abliterate.types import Baseline
+from abliterate.types import Baseline, RefinedParams
 from support.cli import Finished, Invoke, assert_sentence
 from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
@@ -139,6 +140,56 @@ def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.Ca
     assert "97/100 [91.5–99.4 %]" in capsys.readouterr().out
 
 
+def test_a_refined_trial_is_shown_layer_by_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    material = gather(made_run(tmp_path / "run", refined=True))
+    page = Page(render(material))
+    assert set(page.data["plots"]) == PLOTS - {"kernels"} | {"strengths", "turns"}
+    expected = {(part, layer): 0.1 * layer for layer in range(4) for part in ("mlp.down_proj plain", "self_attn.o_proj plain")}
+    for name, values in (("strengths", expected), ("turns", {place: 1 - coeff for place, coeff in expected.items()})):
+        rows = page.data["plots"][name]["data"]["values"]
+        assert {(row["component"], row["layer"]): row["value"] for row in rows} == pytest.approx(values)
+    words = ("learned by gradient", "β 10, 40 steps, 6 modules", "30, sha256 plain", "each module has a coeff")
+    assert all(part in page.text for part in words)
+    points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
+    assert [point["scope"] for point in points if point["kind"] == "selected"] == [
+        "refined by gradient: β 10, 40 steps, 6 modules"
+    ]
+    show(material)
+    out = capsys.readouterr().out
+    assert "Trial 41, refined by gradient: β 10, 40 steps, 6 modules" in out
+    assert "│ ▂▅█      │" in out  # λ of 0, 0.1, 0.2 and 0.3 in the first four of ten layers
+    assert material.importance == gather(made_run(tmp_path / "other")).importance
+
+
+def test_components_of_refined_trials_are_those_of_the_coverage() -> None:
+    facts = {"cosine": {"h.3.attn.o": 0.5}}
+    coeffs = {"h.3.attn.o": 1.0, "h.2.experts.0.down": 0.5, "h.2.experts.1.down": 0.0, "odd": 2.0}
+    rows = layer_rows(
+        RefinedParams(coeffs, "", "", facts),
+        {"groups": [{"path": "attn.o", "component": "attn.o_proj"}, {"path": "x", "component": "y"}]},
+    )
+    assert rows == [
+        LayerRow(3, "attn.o_proj", 1, 1.0, 0.5),
+        LayerRow(2, "experts.*.down", 2, 0.25, None),
+        LayerRow(0, "odd", 1, 2.0, None),
+    ]
+
+
+@pytest.mark.parametrize("facts", [{}, {"prompts": None}, {"prompts": [1]}, {"prompts": {"harmful": 3}}, {"start": [{}]}])
+def test_facts_of_another_form_are_shown_as_they_are(
+    facts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "run", refined=True)
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    record["trials"][-1]["params"]["facts"] = facts
+    write_json(run.result, record)
+    page = Page(render(gather(run)))
+    assert set(page.data["plots"]) == PLOTS - {"kernels"} | {"strengths"}
+    assert "6 modules" in page.text
+    show(gather(run))
+    assert "refined by gradient: 6 modules" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -167,10 +218,13 @@ def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:
     assert rows[-1]["seconds"] == 40.0
 
 
-def test_foreign_text_is_text(tmp_path: Path) -> None:
-    plain, hostile = (Page(render(gather(made_run(tmp_path / name, name)))) for name in ("plain", HOSTILE.replace("/", "|")))
+@pytest.mark.parametrize("refined", [False, True])
+def test_foreign_text_is_text(refined: bool, tmp_path: Path) -> None:
+    plain, hostile = (
+        Page(render(gather(made_run(tmp_path / name, name, refined=refined)))) for name in ("plain", HOSTILE.replace("/", "|"))
+    )
     assert HOSTILE.replace("/", "|") in hostile.text
-    page = Page(render(gather(made_run(tmp_path / "run", HOSTILE))))
+    page = Page(render(gather(made_run(tmp_path / "run", HOSTILE, refined=refined))))
     assert HOSTILE in page.text
     assert HOSTILE in json.dumps(page.data["layers"], ensure_ascii=False).replace('\\"', '"')
     elements = [tag for tag, _ in page.tags]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from abliterate.search.space import Space
 from abliterate.search.study import Asked, Study, open_study
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
+from support.refined import refined_trial
 
 COMPONENTS = ("attn.o_proj", "mlp.down_proj")
 SETTINGS = SearchSettings(trials=20, startup_trials=4, ei_candidates=8)
@@ -271,6 +273,91 @@ def test_a_database_gives_the_same_trials(tmp_path: Path) -> None:
         study.claim(IDENTITY)
         finish(study, study.ask())
     assert study.trials() == expected
+
+
+# Refined trials, which the sampler neither suggests nor sees.
+
+
+@pytest.mark.parametrize("url", ["", "sqlite"])
+def test_the_sampler_goes_on_as_if_there_were_no_refined_trials(url: str, tmp_path: Path) -> None:
+    expected = uninterrupted(tmp_path / "plain", 12)
+    (tmp_path / "run").mkdir()
+    database = url and f"sqlite:///{tmp_path}/study.db"
+    added = []
+    for number in range(12):
+        study = open_study(database, tmp_path / "run" / "study.journal", SPACE, 0)
+        study.claim(IDENTITY)
+        if number in (0, 3, 8):
+            slot = study.free_slot(20)
+            assert study.add(refined_trial(slot))
+            added.append(slot)
+        asked = study.ask(20)
+        assert asked is not None
+        finish(study, asked)
+    assert added == [20, 21, 22]
+    again = open_study(database, tmp_path / "run" / "study.journal", SPACE, 0)
+    assert again.trials() == (*expected, *map(refined_trial, added))
+
+
+def test_the_slots_of_refined_trials_stay_taken(tmp_path: Path) -> None:
+    study = fresh(tmp_path)
+    for _ in range(4):
+        finish(study, study.ask(4))
+    assert study.ask(4) is None
+    assert study.free_slot(4) == 4
+    assert all(study.add(refined_trial(number)) for number in (4, 5, 7))
+    study = fresh(tmp_path)  # more trials are wanted
+    assert study.free_slot(4) == 6
+    numbers = []
+    while (asked := study.ask(10)) is not None:
+        numbers.append(asked.number)
+        finish(study, asked)
+    assert numbers == [6, 8, 9]
+    assert [trial.number for trial in fresh(tmp_path).trials()] == list(range(10))
+    assert study.free_slot(10) == 10
+    assert study.free_slot(0) == 10
+
+
+def test_a_refined_trial_is_added_once_and_only_to_a_free_slot(tmp_path: Path) -> None:
+    study, other = (open_study("", tmp_path / "study.journal", SPACE, 0, worker=name) for name in ("one", "other"))
+    study.claim(IDENTITY)
+    assert study.add(refined_trial(5))
+    assert study.add(refined_trial(5))
+    assert not other.add(refined_trial(5, kl=0.5))
+    assert study.trials() == other.trials() == (refined_trial(5),)
+    asked = study.ask(1)
+    assert asked is not None
+    assert not other.add(refined_trial(asked.number))  # a trial at work has the slot, too
+    study.give_up(asked)
+    assert other.add(refined_trial(asked.number))
+
+
+@pytest.mark.parametrize("call", ["create_new_trial", "set_trial_user_attr", "set_trial_state_values"])
+def test_a_kill_while_a_refined_trial_is_added(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = fresh(tmp_path)
+
+    def kill(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(study._storage, call, kill)
+        with pytest.raises(KeyboardInterrupt):
+            study.add(refined_trial(20))
+    resumed = fresh(tmp_path)
+    resumed.fail_interrupted()
+    assert resumed.trials() == ()
+    assert resumed.free_slot(20) == 20
+    assert resumed.add(refined_trial(20))
+    assert fresh(tmp_path).trials() == (refined_trial(20),)
+
+
+def test_a_refined_trial_that_no_run_wrote_is_a_sentence(tmp_path: Path) -> None:
+    study = fresh(tmp_path)
+    trial = refined_trial(3)
+    params = dataclasses.replace(trial.params, file="refined/../../elsewhere.safetensors")
+    study.add(dataclasses.replace(trial, params=params))
+    with pytest.raises(InputError, match="can't be read"):
+        fresh(tmp_path).trials()
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

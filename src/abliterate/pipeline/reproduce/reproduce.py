@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.directions import Directions
 from abliterate.edits import Factors
@@ -28,7 +29,7 @@ from abliterate.pipeline.workbench import Workbench, load_calibrated, rename_mod
 from abliterate.report.tables import summary
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
-from abliterate.types import Reporter, TrialParams
+from abliterate.types import Params, RefinedParams, Reporter, params_from_record
 
 # Parts of an identity that may differ by machine or version; scores and hashes show whether they matter.
 _LOOSE = {"model", "attention implementation"}
@@ -66,11 +67,14 @@ def reproduce(
     with load_calibrated(context, prompts, recipe.response_prefix, sizes) as bench:
         context, settings = bench.context, bench.settings
         _check_bench(recipe, bench, result)
-        directions = stages.find_directions(bench)
+        params = params_of(recipe)
+        if isinstance(params, RefinedParams):
+            bench.refined.add(params, recipe.refined_file)
+        directions, refined = stages.find_directions(bench), bench.refined
         baseline = stages.baseline(bench)
         with context.stage("trial", str(recipe.trial.number)):
             never = DominancePruner.never()  # the scores are compared, so the trial mustn't be stopped
-            trial = stages.evaluate(bench, recipe.trial.number, params_of(recipe), never)
+            trial = stages.evaluate(bench, recipe.trial.number, params, never)
         if trial.state == "failed":
             raise AbliterateError(f"The recipe's trial failed here ({trial.reason}); try another --device.")
         # The card, the new recipe and the summary need the result of a run; this run has one trial.
@@ -79,14 +83,14 @@ def reproduce(
         picked = prepare(bench, settings, result, trial)
     factors = picked.job.factors
     if settings.export.kind != "none":
-        factors = _export(recipe, context, result, directions, picked, final)
+        factors = _export(recipe, context, result, directions, refined, picked, final)
     comparison = compare(recipe, result, picked, factors, final)
     return _conclude(context, result, comparison, final)
 
 
-def params_of(recipe: Recipe) -> TrialParams:
+def params_of(recipe: Recipe) -> Params:
     """The parameters of the recipe's trial."""
-    return TrialParams.from_record(recipe.trial.params.model_dump())
+    return params_from_record(recipe.trial.params.model_dump())
 
 
 def _check_folder(final: Path, path: Path) -> None:
@@ -149,29 +153,28 @@ def _check_bench(recipe: Recipe, bench: Workbench, result: Result) -> None:
             f"The recipe was made with another {', '.join(wrong)}; give the files it was made with, or install the versions "
             "that its environment names."
         )
-    lacking = {target.component for target in bench.loaded.targets} - set(recipe.trial.params.kernels)
-    if lacking:
-        raise InputError(f"The recipe has no parameters for {', '.join(sorted(lacking))}; it is of another model or damaged.")
-    last = info.n_layers - 1
-    if recipe.trial.params.direction_index > last:
-        raise InputError(
-            f"The recipe's direction is that of layer {recipe.trial.params.direction_index:g}, and the model's last layer is "
-            f"{last}; it is of another model or damaged."
-        )
+    if fault := bench.fault(params_of(recipe)):
+        raise InputError(f"The recipe's trial {fault}; the recipe is of another model, or damaged.")
     # An adapter names its base, and a directory of this machine would mean nothing to others.
     rename_model(bench, stated.id, stated.revision)
     result.update(**bench.record(), identity=identity, startup_trials=recipe.startup_trials)
 
 
 def _export(
-    recipe: Recipe, context: Context, result: Result, directions: Directions, picked: Picked, final: Path
+    recipe: Recipe,
+    context: Context,
+    result: Result,
+    directions: Directions,
+    refined: RefinedStore,
+    picked: Picked,
+    final: Path,
 ) -> Mapping[str, Factors]:
     """Export as the recipe's export was made, with factors of the loaded model or of the stored weights; returns them."""
     if recipe.export.origin == "trial":
         *_, result.export = export_and_verify(context, picked, result, final)
         return picked.job.factors
     source, base = export_trial.open_base(context, result, picked.trial.number)
-    edits = export_trial.edits_of(context, base, directions, picked.trial)
+    edits = export_trial.edits_of(context, base, directions, refined, picked.trial)
     job = export_trial.job_of(context.settings, result, source, base, edits, picked.trial)
     export_trial.write_and_check(context, result, job, base, edits, picked.trial, final, picked)
     return edits.factors
