@@ -113,7 +113,10 @@ class Drawn(LogitsProcessor):
 
 @torch.inference_mode()
 def sampled_answers(
-    engine: ReferenceEngine, prompts: Sequence[Prompt], seed: int, progress: Callable[[int, int], None] = lambda done, total: None
+    engine: ReferenceEngine,
+    prompts: Sequence[Prompt],
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[tuple[int, ...]]:
     """The ids of an answer to each prompt, sampled at temperature 1, up to its end or to the length limit.
 

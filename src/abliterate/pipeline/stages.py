@@ -157,7 +157,9 @@ def baseline(bench: Workbench) -> Baseline:
             )
         counts = {"refusals": measured.refusals} | ({"unanswered": kinds["count"]} if kinds else {})
         unanswered = f" and leaves {kinds['count']} unanswered" if kinds else ""
-        context.reporter.note(f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts{unanswered}", **counts)
+        context.reporter.note(
+            f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts{unanswered}", **counts
+        )
     if measured.refusals == 0 and FEWER & set(bench.objectives):
         raise AbliterateError(
             f"The model refuses none of the {measured.prompts} harmful prompts, so there is nothing to remove; give prompts it "

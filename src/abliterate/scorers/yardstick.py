@@ -6,6 +6,7 @@ own language is, and each measure's bound is a quantile of that measure on these
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -92,7 +93,7 @@ def measure(own: Tensor, others: Tensor, ids: Sequence[int], *, ended: bool) -> 
 
 def distinct_pairs(ids: Sequence[int]) -> float:
     """The share of distinct pairs among all pairs of neighbouring tokens; 1 if there are none."""
-    pairs = list(zip(ids, ids[1:], strict=False))
+    pairs = list(itertools.pairwise(ids))
     return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
