@@ -64,6 +64,8 @@ def lean() -> Iterator[None]:
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ABLITERATE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        # Gradient steps take longer than the few trials of a test's run; tests of refinement switch it on.
+        patch.setenv("ABLITERATE_REFINE__ENABLED", "false")
         yield
 
 
