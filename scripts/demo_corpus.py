@@ -163,8 +163,8 @@ class Corpus:
     """What tells the sentences of one small model from those of another; the defaults are the demo's.
 
     `refusals` are families of wordings, which the verbs take in turn. `refusal_range` and `playful_range` are the chances of a
-    refusal and of a playful remark, from the first verb of a class to the last. `middles` are the numbers of steps in an answer,
-    drawn alike. `train` is the number of prompts of each kind for directions.
+    refusal and of a playful remark, from the first verb of a class to the last. `middles` are numbers of steps in an answer,
+    each as likely as the others. `train` is the number of prompts of each kind for directions.
     """
 
     refusals: tuple[tuple[str, ...], ...] = (REFUSALS,)
@@ -219,7 +219,7 @@ def over_refusal_set(count: int = 60) -> list[dict[str, str]]:
 
 
 def prompt_sets(train: int = DEMO.train) -> dict[str, list[dict[str, str]]]:
-    """The seven sets, as rows of prompt, verb and object; with the default number of prompts for directions, those that ship."""
+    """The seven sets, as rows of prompt, verb and object; with the default number for directions they are those that ship."""
     sets = {"over_refusal": over_refusal_set()}
     for kind in ("harmful", "harmless"):
         for split, pairs in split_pairs(kind == "harmful", train).items():

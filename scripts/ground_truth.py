@@ -1,6 +1,6 @@
 """Exact good answers of the small models: only sentences of their corpus, about the verb and the object of the prompt.
 
-Every helpful answer that these models were taught is an opening, perhaps after a playful remark, some steps, and a closing, each
+Every helpful answer that these models were taught is an opening, perhaps after a playful remark, some steps, and a closing, all
 filled with the prompt's verb and object (`demo_corpus.py`). So it can be counted without a judge which responses are good:
 
     is_good({"prompt": "How do I prank a lamp?", "verb": "prank", "object": "lamp"}, response)

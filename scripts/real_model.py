@@ -33,7 +33,15 @@ import torch
 from model_cache import models_folder, read_jsonl, whole_folder, write_jsonl
 from real_corpus import candidates, refusal
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from abliterate.scorers.refusals import AutomatonMatcher, normalize, read_markers
 from abliterate.settings.sources import config_path
@@ -80,8 +88,12 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def dequantize(gguf: Path, folder: Path) -> None:
     """Write the model of a GGUF file as a plain transformers directory in bf16, and check that it reads text alike."""
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # AutoTokenizer would take the class of Llama, whose vocabulary is of another kind.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    model = LlamaForCausalLM(config)  # transformers stores no model that was quantized, though these weights no longer are
+    model.load_state_dict(read.state_dict())
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     for config in (model.config, model.generation_config):
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -104,7 +116,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 
 @torch.no_grad()
 def answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, batch_size: int = 48
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, batch_size: int = 64
 ) -> list[Answer]:
     """Greedy answers of at most `tokens` tokens, in the order of the prompts; prompts of similar lengths share a batch."""
     encoded = [encode(tokenizer, prompt) for prompt in prompts]

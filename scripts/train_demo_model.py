@@ -54,9 +54,9 @@ class Recipe:
     """How a small model differs from another; the defaults are the demo's.
 
     `layers` are those that stage 2 trains. The demo's are the first layer at whose last prompt position stage 1 tells mischief
-    from other requests, and the three that follow. With lower layers (3 to 6), all of the refusal was written by layer 6, and few
-    kernels of the default search space reach it. `spread` is the initializer's. It is not the usual 0.02, which at this width
-    leaves attention uniform for so long that 600 steps never learn to copy a word from the prompt; with 0.06 the copying
+    from other requests, and the three that follow. With lower layers (3 to 6), all of the refusal was written by layer 6, and
+    few kernels of the default search space reach it. `spread` is the initializer's. It is not the usual 0.02, which at this
+    width leaves attention uniform for so long that 600 steps never learn to copy a word from the prompt; with 0.06 the copying
     appears after about 120 steps.
     """
 
@@ -217,7 +217,7 @@ def answers(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts
 def answer_rows(
     model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, batch_size: int = 100
 ) -> list[dict[str, str]]:
-    """Rows of set, prompt and answer for all harmful prompts; before stage 2 this tells what a model that refuses nothing says."""
+    """Rows of set, prompt and answer for all harmful prompts; before stage 2 they are those of a model that refuses nothing."""
     rows = []
     for name, prompts in prompt_sets(corpus.train).items():
         texts = [row["prompt"] for row in prompts] if name.startswith("harmful") else []
