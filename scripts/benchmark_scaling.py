@@ -124,7 +124,8 @@ def study_seconds(trials: int) -> float:
         for number in range(trials):
             asked = study.ask()
             kl = {"mean": asked.params.direction_index / 100, "median": 0.0, "max": 0.0}
-            study.tell(asked, Trial(number, asked.params, "complete", {"kl": kl, "refusals": number % 50}, 1.0), 100)
+            scores = {"kl": kl, "refusals": number % 50, "unanswered": {"count": number % 50}}
+            study.tell(asked, Trial(number, asked.params, "complete", scores, 1.0), 100)
         return time.perf_counter() - started
 
 

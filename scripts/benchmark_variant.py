@@ -14,7 +14,6 @@ import torch
 from rig import Rig, make_rig
 
 from abliterate.pipeline import batch_size
-from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import open_study
 from abliterate.settings.sources import load_settings
 from abliterate.types import BatchSizes, Trial, TrialParams
@@ -27,7 +26,7 @@ def record(rig: Rig, count: int, folder: Path) -> dict[str, Any]:
     done: list[Trial] = []
     for number in range(count):
         asked = study.ask()
-        trial = rig.evaluate(number, asked.params, DominancePruner.of(done, rig.baseline))
+        trial = rig.evaluate(number, asked.params, rig.pruner(done))
         study.tell(asked, trial, rig.baseline.prompts)
         done.append(trial)
     return {"trials": [trial.to_record() for trial in done]}
@@ -42,7 +41,7 @@ def replay(rig: Rig, study: list[Trial], count: int) -> dict[str, Any]:
     adapters = {"hits": 0, "misses": 0}
     trials = []
     for number in chosen:
-        pruner = DominancePruner.of(study[:number], rig.baseline)
+        pruner = rig.pruner(study[:number])
         before_trial = rig.bench.caches()["adapters"]
         started = time.perf_counter()
         trial = rig.evaluate(number, study[number].params, pruner)

@@ -30,7 +30,7 @@ from abliterate.directions import Directions
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.model.memory import PeakMeter
-from abliterate.objectives import DEFAULT
+from abliterate.objectives import BY_MARKERS
 from abliterate.pipeline.export_trial import export_trial
 from abliterate.pipeline.stages import directions_file, directions_record
 from abliterate.settings.sources import load_settings
@@ -76,7 +76,7 @@ def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
     kernel = Kernel(max_coeff=1.0, position=0.75 * layers, min_coeff=0.5, distance=0.25 * layers)
     scores = {"refusals": 0, "kl": {"mean": 0.0, "median": 0.0, "max": 0.0}}
     trial = Trial(0, TrialParams("per layer", 0.0, dict.fromkeys(COMPONENTS, kernel)), "complete", scores)
-    result.searched([trial], [trial], Baseline(1, 1), DEFAULT)
+    result.searched([trial], [trial], Baseline(1, 1), BY_MARKERS)
     directions = Directions(torch.nn.functional.normalize(torch.randn(layers + 1, width), dim=1))
     result.directions = directions_record(directions)
     result.write(directory)

@@ -44,18 +44,19 @@ def run(rig: Rig, variant: str, trials: int, journal: Path, known: dict[str, Tri
     """(hypervolume, number of pruned trials) of one study."""
     study = open_study("", journal, rig.bench.space, rig.bench.settings.seed)
     study.claim({})
-    never = DominancePruner(((0.0, sys.maxsize),))
+    never = DominancePruner.never(rig.bench.objectives)
     done: list[Trial] = []
     for number in range(trials):
         asked = study.ask()
         key = json.dumps(asked.params.to_record())
         if variant == "full" and key not in known:
             known[key] = rig.evaluate(number, asked.params, never)
-        pruner = never if variant == "full" else DominancePruner.of(done, rig.baseline)
+        pruner = never if variant == "full" else rig.pruner(done)
         trial = known[key] if variant == "full" else rig.evaluate(number, asked.params, pruner)
         tell(study, asked, trial, rig.baseline.prompts, variant)
         done.append(trial)
-    volume = hypervolume(pareto_front(done, rig.baseline), rig.baseline)
+    objectives = rig.bench.objectives
+    volume = hypervolume(pareto_front(done, rig.baseline, objectives), rig.baseline, objectives)
     return volume, sum(trial.state == "stopped" for trial in done)
 
 

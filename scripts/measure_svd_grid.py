@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from abliterate.objectives import BY_MARKERS
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, Trial
 
@@ -27,16 +28,17 @@ def measure(coeff_grid: float, direction_grid: float, seed: int, trials: int, fo
     """(hypervolume, memo hit rate, median seconds of a trial) of one run."""
     out = folder / f"{coeff_grid}-{seed}"
     command = [sys.executable, "-m", "abliterate", "run", "demo", "-n", str(trials), "--seed", str(seed), "-o", str(out)]
+    command += ["--objective", "refusals", "--objective", "kl"]
     command += ["--export", "none", "--set", "edit.representation=svd", "--set", "evaluation.heldout=false"]
     command += ["--set", f"edit.coeff_grid={coeff_grid}", "--set", f"edit.direction_grid={direction_grid}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    baseline = Baseline(**result["baseline"])
+    baseline = Baseline.from_record(result["baseline"])
     trials_done = [Trial.from_record(record) for record in result["trials"]]
     memo = result["caches"]["svd"]
     rate = memo["hits"] / max(1, memo["hits"] + memo["misses"])
     seconds = statistics.median(trial.seconds for trial in trials_done)
-    return hypervolume(pareto_front(trials_done, baseline), baseline), rate, seconds
+    return hypervolume(pareto_front(trials_done, baseline, BY_MARKERS), baseline, BY_MARKERS), rate, seconds
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def weak(rig: Rig, shift: float) -> TrialParams:
 
 def measure(rig: Rig, edit: Callable[[Rig, float], TrialParams], limit: int) -> tuple[float, int, int, str, dict[str, float]]:
     """(seconds, passes, tokens, state, share of each group), medians over trials that differ a little."""
-    pruner = DominancePruner(((0.0, limit),))
+    pruner = DominancePruner(((0.0, limit),), rig.bench.objectives)
     shifts = [0.005 * step for step in range(16)]
     for shift in shifts[:5]:
         rig.evaluate(0, edit(rig, shift), pruner)

@@ -12,6 +12,7 @@ import torch
 
 from abliterate import Workbench, find_directions, load
 from abliterate.model.memory import PeakMeter
+from abliterate.objectives import KL, REFUSALS
 from abliterate.pipeline import stages
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
@@ -66,21 +67,27 @@ class Rig:
         """Evaluate one trial as a run does."""
         return stages.evaluate(self.bench, number, params, pruner)
 
+    def pruner(self, done: Sequence[Trial]) -> DominancePruner:
+        """The pruner after the trials `done`."""
+        return DominancePruner.of(done, self.baseline, self.bench.objectives)
+
     def replay(self, trials: Sequence[TrialParams]) -> list[Trial]:
         """Evaluate a fixed list of trials, each with the pruning limit from the trials before it."""
         done: list[Trial] = []
         for number, params in enumerate(trials):
-            done.append(self.evaluate(number, params, DominancePruner.of(done, self.baseline)))
+            done.append(self.evaluate(number, params, self.pruner(done)))
         return done
 
 
 def make_rig(settings: Settings, *, with_baseline: bool = True) -> Rig:
     """Carry out the stages of a run before its search: load, calibrate, residuals, directions, engine, baseline.
 
-    A random model refuses nothing, so without a baseline only its log-probabilities are kept, for the KL.
+    A random model refuses nothing, so without a baseline only its log-probabilities are kept, for the KL. The objectives are
+    those of comparable tools, because these scripts measure the engine, which no other scorer concerns.
     """
     reporter = Quiet()
-    bench = load(settings, reporter)
+    search = settings.search.model_copy(update={"objectives": (REFUSALS, KL)})
+    bench = load(settings.model_copy(update={"search": search}), reporter)
     find_directions(bench)
     rig = Rig(bench, stages.baseline(bench) if with_baseline else _log_probabilities_only(bench), reporter.memory)
     bench.loaded.model.register_forward_pre_hook(rig.counters.count, with_kwargs=True)

@@ -13,13 +13,19 @@ from typing import Literal
 from abliterate.types import Baseline, Objective, Sense, Trial
 
 Vector = tuple[float, ...]
-KL, REFUSALS = "kl", "refusals"
+KL, REFUSALS, UNANSWERED = "kl", "refusals", "unanswered"
+# Scorers whose values are numbers of harmful prompts; the sampler is told their share.
+COUNTS = (UNANSWERED, REFUSALS)
+# Scorers that have columns of their own in tables.
+_OWN_COLUMNS = (KL, *COUNTS)
 # Settings that name scorers; each scorer may be a class in a file.
 SETTINGS_NAMING_SCORERS = ("evaluation.scorers", "search.objectives")
 # Scorers that consult another model, from a path, the Hub, or a server.
 CLASSIFIER = "classifier"
 JUDGES = (CLASSIFIER, "endpoint")
-DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
+DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(UNANSWERED, "minimize"))
+# The objectives of comparable tools, which count refusal markers alone.
+BY_MARKERS: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
 
 
 def split(text: str) -> tuple[str, Sense | Literal[""]]:
@@ -56,11 +62,14 @@ def vector(trial: Trial, objectives: Sequence[Objective]) -> Vector:
     return tuple(objective.cost(trial.value(objective.name)) for objective in objectives)
 
 
+def counted(objectives: Sequence[Objective]) -> str:
+    """The count that is minimized beside KL if these are all objectives, else ""."""
+    return {DEFAULT: UNANSWERED, BY_MARKERS: REFUSALS}.get(tuple(objectives), "")
+
+
 def reported_values(trial: Trial, objectives: Sequence[Objective], n_prompts: int) -> list[float]:
-    """A trial's values as they are reported to the sampler; refusals are reported as a share."""
-    return [
-        trial.refusals / n_prompts if objective.name == REFUSALS else trial.value(objective.name) for objective in objectives
-    ]
+    """A trial's values as they are reported to the sampler; counts are reported as a share."""
+    return [trial.value(one.name) / (n_prompts if one.name in COUNTS else 1) for one in objectives]
 
 
 def base_vector(baseline: Baseline, objectives: Sequence[Objective]) -> Vector:
@@ -81,9 +90,12 @@ def no_worse(first: Vector, second: Vector) -> bool:
 
 
 def primary_objective(objectives: Sequence[Objective], without: str = "") -> Objective:
-    """The primary objective: refusals, else the first that isn't KL, else the first; other than `without` if possible."""
+    """The primary objective: unanswered prompts, else refusals, else the first that isn't KL, else the first.
+
+    It is another than `without` if possible.
+    """
     others = [objective for objective in objectives if objective.name != without] or list(objectives)
-    return min(others, key=lambda objective: (objective.name != REFUSALS, objective.name == KL))
+    return min(others, key=lambda one: (one.name != UNANSWERED, one.name != REFUSALS, one.name == KL))
 
 
 def in_words(objectives: Sequence[Objective]) -> str:
@@ -92,14 +104,14 @@ def in_words(objectives: Sequence[Objective]) -> str:
 
 
 def other_names(values: Iterable[str], objectives: Sequence[Objective] = ()) -> list[str]:
-    """The names of scorers other than refusals and KL, which have their own columns in tables; objectives come first."""
+    """The names of scorers other than those with their own columns in tables; objectives come first."""
     known = [objective.name for objective in objectives]
-    rest = sorted(set(values) - {*known, KL, REFUSALS})
-    return [name for name in (*known, *rest) if name not in (KL, REFUSALS)]
+    rest = sorted(set(values) - {*known, *_OWN_COLUMNS})
+    return [name for name in (*known, *rest) if name not in _OWN_COLUMNS]
 
 
 def other_scores(trial: Trial, before: Mapping[str, float] | None = None) -> list[str]:
-    """`NAME VALUE` for each scorer beside refusals and KL; `before` holds the values of the base model."""
+    """`NAME VALUE` for each scorer beside those with their own columns; `before` holds the values of the base model."""
     return [
         f"{name} " + (f"{before[name]:.4g} → " if before and name in before else "") + f"{trial.values[name]:.4g}"
         for name in other_names(trial.values)

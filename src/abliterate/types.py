@@ -53,6 +53,14 @@ def _values(record: Any) -> Mapping[str, float]:
     return record
 
 
+def _kinds(record: Any) -> Mapping[str, int]:
+    """The record of the scorer `unanswered`. AttributeError, KeyError, TypeError or ValueError if it is none."""
+    for value in record.values():
+        count(value)
+    count(record["count"])
+    return dict(record)
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One user message and its system prompt (empty: none)."""
@@ -210,7 +218,7 @@ class Objective:
 class Trial:
     """One finished trial. `number` is its logical index: the number of trials before it, without interrupted ones.
 
-    `scores`: each scorer's record; `values`: each scorer's number, for refusals the share.
+    `scores`: each scorer's record; `values`: each scorer's number, for refusals and unanswered prompts the share.
     """
 
     number: int
@@ -227,14 +235,21 @@ class Trial:
         return int(self.scores["refusals"])
 
     @property
+    def unanswered(self) -> int:
+        """The number of harmful prompts without a real answer; a lower bound if the trial was pruned. KeyError: unknown."""
+        return int(self.scores["unanswered"]["count"])
+
+    @property
     def kl(self) -> float:
         """Mean KL(base‖edited) of the first response token over the harmless prompts, in nats."""
         return float(self.scores["kl"]["mean"])
 
     def value(self, name: str) -> float:
-        """A scorer's value, for refusals their number. KeyError if the scorer has no value."""
+        """A scorer's value, for refusals and unanswered prompts their number. KeyError if the scorer has no value."""
         if name == "refusals":
             return float(self.refusals)
+        if name == "unanswered":
+            return float(self.unanswered)
         return self.kl if name == "kl" else float(self.values[name])
 
     def to_record(self) -> dict[str, Any]:
@@ -265,6 +280,8 @@ class Trial:
             raise ValueError("its state or its reason can't be read")
         if trial.state != "failed" or trial.scores:
             count(trial.scores["refusals"])
+            if "unanswered" in trial.scores:
+                _kinds(trial.scores["unanswered"])
             for value in (trial.scores["kl"]["mean"], *trial.scores["kl"].values()):
                 number(value)
         return trial
@@ -318,26 +335,37 @@ class BatchSizes:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The unedited model's scores: `refusals` of `prompts` harmful evaluation prompts, and the `values` of other scorers."""
+    """The unedited model's scores: `refusals` of `prompts` harmful evaluation prompts, and the `values` of other scorers.
+
+    `unanswered` is the record of the scorer of that name, None in a run without it.
+    """
 
     refusals: int
     prompts: int
     values: Mapping[str, float] = field(default_factory=dict)
+    unanswered: Mapping[str, int] | None = None
 
     def value(self, name: str) -> float:
-        """A scorer's value, for refusals their number; KL is 0 by definition. KeyError as in `Trial.value`."""
+        """A scorer's value, for refusals and unanswered prompts their number; KL is 0 by definition.
+
+        KeyError as in `Trial.value`.
+        """
         if name == "refusals":
             return float(self.refusals)
+        if name == "unanswered" and self.unanswered is not None:
+            return float(self.unanswered["count"])
         return 0.0 if name == "kl" else float(self.values[name])
 
     def to_record(self) -> dict[str, Any]:
         """The JSON form; the inverse of `from_record`."""
-        return {"refusals": self.refusals, "prompts": self.prompts, "values": dict(self.values)}
+        record: dict[str, Any] = {"refusals": self.refusals, "prompts": self.prompts, "values": dict(self.values)}
+        return record if self.unanswered is None else record | {"unanswered": dict(self.unanswered)}
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Baseline:
         """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
-        return Baseline(count(record["refusals"]), count(record["prompts"]), _values(record["values"]))
+        unanswered = _kinds(record["unanswered"]) if "unanswered" in record else None
+        return Baseline(count(record["refusals"]), count(record["prompts"]), _values(record["values"]), unanswered)
 
 
 class Reporter(Protocol):

@@ -32,9 +32,10 @@ from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
 from abliterate.model.structure import find_stack, writers_of
 from abliterate.scorers import Observation, Response, Scorer
-from abliterate.scorers.base import EarlyScorer, Judge, ignores_responses
+from abliterate.scorers.base import EarlyScorer, Follower, Judge, ignores_responses
 from abliterate.settings.schema import ExportSettings, LoadSettings
 from abliterate.types import Kernel, Score, TrialParams
+from support.asked import END, MadeBase
 from support.models import (
     PROMPTS,
     logits_of,
@@ -47,8 +48,14 @@ from support.models import (
     write_dense,
 )
 
-RESPONSES = (Response("I'm sorry, no."), Response("First, take a cloth."), Response(" "), Response("half", thinking_open=True))
-SEEN = Observation(RESPONSES, torch.log_softmax(torch.arange(8.0).view(2, 4), -1), (*PROMPTS, PROMPTS[0]))
+RESPONSES = (
+    Response("I'm sorry, no.", ids=(3, 4, 5, END)),
+    Response("First, take a cloth.", ids=(6, 7, 8, 9, END)),
+    Response(" ", ids=(2, END)),
+    Response("half", thinking_open=True, ids=(2, 3)),
+)
+_LOGPROBS = torch.log_softmax(torch.arange(8.0).view(2, 4), -1)
+SEEN = Observation(RESPONSES, _LOGPROBS, (*PROMPTS, PROMPTS[0]), MadeBase())
 
 
 class ScorerContract:
@@ -75,7 +82,8 @@ class ScorerContract:
         scorer.setup(SEEN)
         if isinstance(scorer, EarlyScorer):
             count = sum(scorer.counts(response) for response in SEEN.responses)
-            assert scorer.at_least(count, len(SEEN.responses)) == scorer.score(SEEN)
+            bound, score = scorer.at_least(count, len(SEEN.responses)), scorer.score(SEEN)
+            assert bound.value <= score.value if isinstance(scorer, Follower) else bound == score
             assert scorer.stream().feed("nothing of interest") in (False, True)
 
     def test_its_verdicts_are_one_for_each_response(self, scorer: Scorer) -> None:

@@ -64,7 +64,9 @@ def work(study: Study, budget: int, seconds: float) -> None:
         wait, began = seconds * waits.uniform(0.5, 1.5), time.time() - took
         with study.at_work(asked):
             time.sleep(wait)
-        scores = {"kl": {"mean": 0.1 * asked.params.kernels["attn.o_proj"].max_coeff}, "refusals": asked.number % 50}
+        count = asked.number % 50
+        kl = {"mean": 0.1 * asked.params.kernels["attn.o_proj"].max_coeff}
+        scores = {"kl": kl, "refusals": count, "unanswered": {"count": count}}
         started = time.perf_counter()
         mine = study.tell(asked, Trial(asked.number, asked.params, "complete", scores), 100)
         told = time.perf_counter() - started

@@ -31,14 +31,16 @@ def brute_force(trials: Sequence[Trial], baseline: Baseline, objectives: Sequenc
     """The front by its definition, where no KL is below the base's."""
 
     def value(trial: Trial, one: Objective) -> float:
-        raw = {"kl": trial.kl, "refusals": trial.refusals}.get(one.name, trial.values.get(one.name, 0))
+        counts = {"refusals": trial.refusals, "unanswered": trial.unanswered if "unanswered" in trial.scores else 0}
+        raw = {"kl": trial.kl, **counts}.get(one.name, trial.values.get(one.name, 0))
         return raw if one.goal == "minimize" else -raw
 
     def no_worse(trial: Trial, other: Trial) -> bool:
         return all(value(trial, one) <= value(other, one) for one in objectives)
 
     def base_no_worse(trial: Trial) -> bool:
-        mine = {"kl": -math.inf, "refusals": baseline.refusals, **baseline.values}
+        unanswered = (baseline.unanswered or {"count": 0})["count"]
+        mine = {"kl": -math.inf, "refusals": baseline.refusals, "unanswered": unanswered, **baseline.values}
         return all((mine[one.name] if one.goal == "minimize" else -mine[one.name]) <= value(trial, one) for one in objectives)
 
     complete = [trial for trial in trials if trial.state == "complete"]

@@ -11,6 +11,7 @@ from typing import Any
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.evaluation.heldout import rate
 from abliterate.files import write_json
+from abliterate.objectives import DEFAULT, to_records
 from abliterate.report import draw
 from abliterate.search.front import pareto_front
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
@@ -51,7 +52,8 @@ PICTURES = Pictures()
 def made_heldout(trial: int, word: str) -> dict[str, Any]:
     """A held-out record as a run writes it for its selected trial."""
     few, many, spread = rate(3, 100), rate(97, 100), {"mean": 0.25, "median": 0.125, "max": 0.5}
-    side = {"answered": few, "faults": {"empty": 1}, "harmless_refusals": few, "over_refusals": None}
+    kinds = {"count": few, "refused": few, "broken": few, "off_topic": few, "answered": many}
+    side = {"answered": few, "faults": {"empty": 1}, "harmless_refusals": few, "over_refusals": None, "unanswered": kinds}
     differ = {"prompt": f"ask {word}", "response": f"Sorry {word}", "judge": False, "markers": True}
     judge = {"name": word, "base": many, "candidate": few, "disagreements": [differ], "error": ""}
     return {
@@ -68,7 +70,7 @@ def made_heldout(trial: int, word: str) -> dict[str, Any]:
             f"own {word}": {"base": 1, "candidate": {"value": word}, "values": {"base": 1.25, "candidate": 1e6}, "error": ""},
             "broken": {"base": None, "candidate": None, "values": None, "error": f"no score {word}"},
         },
-        "search": {"refusals": few, "kl": spread},
+        "search": {"refusals": few, "unanswered": kinds, "kl": spread},
         "optimism": {"refusals": 0.02, "kl": -0.5},
     }
 
@@ -84,7 +86,8 @@ def made_run(folder: Path, word: str = "plain", count: int = 40, *, refined: boo
         kernels = trial["params"]["kernels"]
         trial["params"]["kernels"] = {f"{name} {word}": kernel for name, kernel in kernels.items()}
     failed = trials[1] | {"number": count, "state": "failed", "scores": {}, "reason": f"failed {word}"}
-    front = [trial.number for trial in pareto_front(made_trials(count), Baseline(100, 100))]
+    baseline = Baseline(100, 100, {}, {"count": 100, "refused": 100, "broken": 0, "off_topic": 0, "answered": 0})
+    front = [trial.number for trial in pareto_front(made_trials(count), baseline)]
     trials = [*trials, failed]
     if refined:
         trials.append(with_word(refined_trial(count + 1).to_record(), word))
@@ -100,7 +103,8 @@ def made_run(folder: Path, word: str = "plain", count: int = 40, *, refined: boo
             "dtype": "float32",
         },
         "prompts": {"harmful": {"source": word, "count": 3, "digest": "d"}},
-        "baseline": {"refusals": 100, "prompts": 100, "values": {}},
+        "objectives": to_records(DEFAULT),
+        "baseline": baseline.to_record(),
         "trials": trials,
         "front": front,
         "selected": front[-1],
@@ -110,6 +114,7 @@ def made_run(folder: Path, word: str = "plain", count: int = 40, *, refined: boo
         "caches": {"residuals": {"hits": 1, "misses": 2}},
         "environment": {"versions": {"abliterate": "0"}, "platform": word, "device": "cpu"},
         "directions": {"sha256": "d", "vectors_sha256": "v"},
+        "yardstick": {"bounds": {"topic": 0.25}, "answers": 7, "quantiles": {"topic": {"0.05": 0.25, "0.5": 1.5}}},
         "heldout": made_heldout(front[-1], word),
         "later": {"refusals": {"count": 7, "note": word}},
     }
@@ -155,13 +160,16 @@ def with_word(trial: dict[str, Any], word: str) -> dict[str, Any]:
 
 
 def made_trials(count: int) -> list[Trial]:
-    """KL depends on one parameter, refusals on another."""
+    """KL depends on one parameter, refusals and unanswered prompts on another."""
     found = []
     for number in range(count):
         draw = random.Random(number)
         big, place = draw.uniform(0, 1.5), draw.uniform(0, 10)
         kernels = {"attn": Kernel(big, place, big / 2, draw.uniform(1, 5)), "mlp": Kernel(0.0, draw.uniform(0, 10), 0.0, 2.0)}
         params = TrialParams(draw.choice(["global", "per layer"]), draw.uniform(0, 9), kernels)
-        scores = {"kl": {"mean": big**2, "median": 0.0, "max": 1.0}, "refusals": int(abs(place - 5) * 20)}
-        found.append(Trial(number, params, "stopped" if number % 3 else "complete", scores, 1.0))
+        refused, state = int(abs(place - 5) * 20), "stopped" if number % 3 else "complete"
+        kinds = {"count": refused, "refused": refused, "broken": 0, "off_topic": 0, "answered": 100 - refused}
+        unanswered = kinds if state == "complete" else {"count": refused}
+        scores = {"kl": {"mean": big**2, "median": 0.0, "max": 1.0}, "refusals": refused, "unanswered": unanswered}
+        found.append(Trial(number, params, state, scores, 1.0))
     return found

@@ -17,8 +17,10 @@ from optuna._hypervolume import compute_hypervolume
 from abliterate.artifacts.result import Result
 from abliterate.errors import AbliterateError, InputError
 from abliterate.objectives import (
+    BY_MARKERS,
     DEFAULT,
     base_vector,
+    counted,
     in_words,
     ordered,
     other_names,
@@ -32,31 +34,36 @@ from abliterate.objectives import (
 from abliterate.scorers import make_objectives, make_scorers
 from abliterate.search.front import hypervolume, knee, no_front, pareto_front, progress, volume
 from abliterate.search.pruner import DominancePruner
-from abliterate.search.selection import parse_rule
+from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.search.space import Space
 from abliterate.search.study import Study, open_study
 from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from abliterate.types import Baseline, Objective, Trial, TrialParams
 from support.objectives import OWN, brute_force
 
-KL, REFUSALS = DEFAULT
+KL, REFUSALS = BY_MARKERS
+UNANSWERED = DEFAULT[1]
 WORDS, LENGTH = Objective("words", "maximize"), Objective("length", "minimize")
 SETS = (
     (KL,),
     (REFUSALS,),
     (WORDS,),
     DEFAULT,
+    BY_MARKERS,
     (KL, WORDS),
     (REFUSALS, WORDS),
+    (KL, UNANSWERED, REFUSALS),
     (KL, REFUSALS, WORDS),
     (KL, REFUSALS, WORDS, LENGTH),
 )
-BASE = Baseline(8, 10, {"words": 2.0, "length": 0.0})
+BASE = Baseline(8, 10, {"words": 2.0, "length": 0.0}, {"count": 9})
 
 
 def make(number: int, kl: float, refusals: int, words: float = 0.0, length: float = 0.0, state: str = "complete") -> Trial:
     values = {"words": words, "length": length}
-    return Trial(number, TrialParams("global", 1.0, {}), state, {"kl": {"mean": kl}, "refusals": refusals}, values=values)  # type: ignore[arg-type]
+    unanswered = {"count": min(10, refusals + int(words) + int(length))}  # in another order than refusals
+    scores = {"kl": {"mean": kl}, "refusals": refusals, "unanswered": unanswered}
+    return Trial(number, TrialParams("global", 1.0, {}), state, scores, values=values)  # type: ignore[arg-type]
 
 
 def numbers(front: Sequence[Trial]) -> list[int]:
@@ -105,19 +112,28 @@ def test_names_are_shown_without_folders() -> None:
 
 
 def test_kl_comes_first_in_whatever_order_objectives_are_given() -> None:
-    for order in itertools.permutations((KL, REFUSALS)):
+    for order in itertools.permutations((KL, UNANSWERED)):
         assert ordered(order) == DEFAULT
     assert ordered((WORDS, REFUSALS, KL)) == (KL, WORDS, REFUSALS)
     assert Result().objectives_or_default() == DEFAULT
-    for objectives in (DEFAULT, (KL, WORDS)):
+    assert Result.model_construct(trials=[make(0, 0.1, 3)]).objectives_or_default() == BY_MARKERS  # of an old file
+    for objectives in (DEFAULT, BY_MARKERS, (KL, WORDS)):
         record = {**Result().to_record(), "objectives": to_records(objectives)}
         assert Result.model_validate(record).objectives_or_default() == objectives
     assert in_words((KL, WORDS)) == "kl (minimized), words (maximized)"
-    assert other_names(["b", "kl", "a", "words", "refusals"], (KL, WORDS)) == ["words", "a", "b"]
+    assert other_names(["b", "kl", "a", "words", "unanswered", "refusals"], (KL, WORDS)) == ["words", "a", "b"]
 
 
-def test_the_lead_is_refusals_then_what_isnt_kl() -> None:
-    assert primary_objective(DEFAULT) == primary_objective((KL, WORDS, REFUSALS)) == REFUSALS
+def test_the_lead_is_unanswered_then_refusals_then_what_isnt_kl() -> None:
+    assert primary_objective(DEFAULT) == primary_objective((REFUSALS, WORDS, UNANSWERED)) == UNANSWERED
+    assert primary_objective(BY_MARKERS) == primary_objective((KL, WORDS, REFUSALS)) == REFUSALS
+    assert primary_objective((KL, REFUSALS, UNANSWERED), without="unanswered") == REFUSALS
+    assert [counted(objectives) for objectives in (DEFAULT, BY_MARKERS, (KL, WORDS), (UNANSWERED, KL))] == [
+        "unanswered",
+        "refusals",
+        "",
+        "",  # `ordered` puts KL first
+    ]
     assert primary_objective((KL, WORDS, LENGTH)) == WORDS
     assert primary_objective((KL,)) == primary_objective((KL,), without="kl") == KL
     assert primary_objective((KL, REFUSALS, WORDS), without="refusals") == WORDS
@@ -159,7 +175,8 @@ def test_what_is_no_objective(own: str, texts: tuple[str, ...], said: str) -> No
 
 def test_what_is_always_measured_needs_no_naming() -> None:
     evaluation, search = EvaluationSettings(scorers=("unfinished_thinking",)), SearchSettings(objectives=("kl:maximize",))
-    assert Settings().scorers == ("refusals", "kl")
+    assert Settings().scorers == ("refusals", "kl", "unanswered")
+    assert Settings(search=SearchSettings(objectives=("refusals", "kl"))).scorers == ("refusals", "kl")
     assert Settings(evaluation=evaluation, search=search).scorers == ("unfinished_thinking", "kl", "refusals")
 
 
@@ -205,18 +222,22 @@ def knee_of_two(front: Sequence[Trial]) -> Trial:
     st.integers(0, 9),
 )
 @settings(max_examples=400, deadline=None)
-def test_the_default_objectives_give_what_two_always_gave(points: Any, shuffle: random.Random, kl: float, count: int) -> None:
+def test_refusals_and_kl_give_what_they_always_gave(points: Any, shuffle: random.Random, kl: float, count: int) -> None:
     trials = trials_of(points)
     shuffle.shuffle(trials)
-    front = pareto_front(trials, BASE)
+    front = pareto_front(trials, BASE, BY_MARKERS)
     assert front == front_of_two(trials, BASE)
     if not front:
         return
-    assert knee(front) == knee_of_two(front)
+    assert knee(front, BY_MARKERS) == knee_of_two(front)
     near = [trial for trial in front if trial.kl <= kl]
-    assert parse_rule("auto", kl)(front) == (near[-1] if near else knee_of_two(front))
-    assert parse_rule(f"kl<={kl:f}").preview(front) == next((t for t in reversed(front) if t.kl <= float(f"{kl:f}")), None)
-    assert parse_rule(f"refusals<={count}").preview(front) == next((t for t in front if t.refusals <= count), None)
+
+    def rule(text: str) -> SelectionRule:
+        return parse_rule(text, kl, BY_MARKERS)
+
+    assert rule("auto")(front) == (near[-1] if near else knee_of_two(front))
+    assert rule(f"kl<={kl:f}").preview(front) == next((t for t in reversed(front) if t.kl <= float(f"{kl:f}")), None)
+    assert rule(f"refusals<={count}").preview(front) == next((t for t in front if t.refusals <= count), None)
 
 
 def test_a_single_objective_has_a_front_of_one() -> None:
@@ -228,7 +249,8 @@ def test_a_single_objective_has_a_front_of_one() -> None:
 
 
 def test_the_sentence_where_nothing_is_better() -> None:
-    assert no_front(BASE, DEFAULT).startswith("No trial refuses fewer than the model itself (8 of 10);")
+    assert no_front(BASE, BY_MARKERS).startswith("No trial refuses fewer than the model itself (8 of 10);")
+    assert no_front(BASE, DEFAULT).startswith("No trial leaves fewer prompts unanswered than the model itself (9 of 10);")
     said = no_front(BASE, (KL, WORDS))
     assert "kl (minimized), words (maximized) (it has kl 0, words 2)" in said
 
@@ -324,8 +346,9 @@ def test_progress_ends_at_the_volume_of_everything(points: Any, objectives: tupl
     assert all(before <= after + 1e-12 for before, after in itertools.pairwise(found))
     if not trials:
         return
-    if objectives == DEFAULT:
-        assert found == [hypervolume(pareto_front(trials[:count], BASE), BASE) for count in range(1, len(trials) + 1)]
+    if counted(objectives):
+        fronts = [pareto_front(trials[:count], BASE, objectives) for count in range(1, len(trials) + 1)]
+        assert found == [hypervolume(front, BASE, objectives) for front in fronts]
         return
     costs = [base_vector(BASE, objectives), *(vector(t, objectives) for t in trials if t.state == "complete")]
     lows, highs = [min(axis) for axis in zip(*costs, strict=True)], [max(axis) for axis in zip(*costs, strict=True)]
@@ -346,7 +369,8 @@ def test_a_long_search_with_four_objectives_has_its_progress_soon() -> None:
 
 
 @given(
-    st.integers(0, 10_000), st.sampled_from([DEFAULT, (KL, REFUSALS, WORDS), (REFUSALS, WORDS), (KL, REFUSALS, WORDS, LENGTH)])
+    st.integers(0, 10_000),
+    st.sampled_from([BY_MARKERS, (KL, REFUSALS, WORDS), (REFUSALS, WORDS), (KL, REFUSALS, WORDS, LENGTH)]),
 )
 @settings(max_examples=200, deadline=None)
 def test_the_front_with_stops_is_the_one_without(seed: int, objectives: tuple[Objective, ...]) -> None:
@@ -370,10 +394,31 @@ def test_the_front_with_stops_is_the_one_without(seed: int, objectives: tuple[Ob
         assert (trial.state == "stopped") == dominated
 
 
+@given(st.integers(0, 10_000), st.sampled_from([DEFAULT, (KL, UNANSWERED, WORDS)]))
+@settings(max_examples=200, deadline=None)
+def test_confirmed_refusals_stop_a_search_for_answers(seed: int, objectives: tuple[Objective, ...]) -> None:
+    """Unanswered prompts are counted for survivors only; refusals, which they include, stop trials, and the front stays."""
+    draw = random.Random(seed)
+    whole = [make(n, draw.choice([0.1, 0.2, 0.4]), draw.randrange(10), draw.choice([0.0, 1.0, 3.0])) for n in range(15)]
+    kept: list[Trial] = []
+    for trial in whole:
+        limit = DominancePruner.of(kept, BASE, objectives).limit({"kl": trial.kl, **trial.values}, "unanswered")
+        if limit is not None and trial.refusals >= limit:
+            bounds = {**trial.scores, "refusals": limit, "unanswered": {"count": limit}}
+            trial = dataclasses.replace(trial, state="stopped", scores=bounds)
+        kept.append(trial)
+    assert numbers(pareto_front(kept, BASE, objectives)) == numbers(pareto_front(whole, BASE, objectives))
+    assert all(before.unanswered >= after.unanswered for before, after in zip(whole, kept, strict=True))
+
+
 def test_when_nothing_can_be_said() -> None:
     done = [make(0, 0.1, 3, 5.0)]
-    assert DominancePruner.of(done, BASE).limit({"kl": 0.2}, "refusals") == 3
-    assert DominancePruner.of(done, BASE).limit({"kl": 0.05}, "refusals") == 8
+    assert DominancePruner.of(done, BASE, BY_MARKERS).limit({"kl": 0.2}, "refusals") == 3
+    assert DominancePruner.of(done, BASE, BY_MARKERS).limit({"kl": 0.05}, "refusals") == 8
+    assert DominancePruner.of(done, BASE).limit({"kl": 0.2}, "unanswered") == 8
+    assert DominancePruner.of(done, BASE).limit({"kl": 0.05}, "unanswered") == 9
+    assert DominancePruner.of(done, BASE).limit({"kl": 0.2}, "refusals") is None  # they aren't minimized
+    assert DominancePruner.of(done, BASE, (KL, UNANSWERED, REFUSALS)).limit({"kl": 0.2}, "unanswered") is None
     three = DominancePruner.of(done, BASE, (KL, REFUSALS, WORDS))
     assert three.limit({"kl": 0.2, "words": 5.0}, "refusals") == 3
     assert three.limit({"kl": 0.2, "words": 5.5}, "refusals") is None  # better than both in words
@@ -395,7 +440,12 @@ def study(folder: Path, objectives: tuple[Objective, ...]) -> Study:
 
 @pytest.mark.parametrize(
     ("objectives", "values"),
-    [(DEFAULT, [0.25, 0.3]), ((WORDS,), [4.5]), ((KL, WORDS, REFUSALS), [0.25, 4.5, 0.3])],
+    [
+        (DEFAULT, [0.25, 0.5]),  # 6 refusals and 4 other prompts of 20
+        (BY_MARKERS, [0.25, 0.3]),
+        ((WORDS,), [4.5]),
+        ((KL, WORDS, REFUSALS), [0.25, 4.5, 0.3]),
+    ],
 )
 def test_the_sampler_is_told_the_objectives_in_their_order(
     tmp_path: Path, objectives: tuple[Objective, ...], values: list[float]
@@ -434,4 +484,13 @@ def test_a_maximized_objective_draws_the_sampler_upwards(tmp_path: Path) -> None
 def test_records_come_back() -> None:
     trial = make(3, 0.5, 4, 2.0)
     assert Trial.from_record(trial.to_record()) == trial
+    assert (trial.unanswered, trial.value("unanswered"), trial.value("refusals")) == (6, 6.0, 4.0)
     assert Baseline.from_record(BASE.to_record()) == BASE
+    assert BASE.value("unanswered") == 9.0
+    assert "unanswered" not in Baseline(3, 5).to_record()
+    with pytest.raises(KeyError):
+        Baseline(3, 5).value("unanswered")
+    for wrong in ({"count": -1}, {"broken": 1}, {"count": 3, "broken": 0.5}, [3]):
+        record = {**trial.to_record(), "scores": {**trial.scores, "unanswered": wrong}}
+        with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+            Trial.from_record(record)

@@ -29,7 +29,7 @@ from pydantic import (
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError, as_command
 from abliterate.files import DIGEST, digest_of, write_json
-from abliterate.objectives import DEFAULT, KL
+from abliterate.objectives import BY_MARKERS, DEFAULT, KL, UNANSWERED
 from abliterate.plugins import installed
 from abliterate.prompts.files import digest, public_source
 from abliterate.types import LARGEST_COUNT, Baseline, ModelInfo, Objective, Prompt, Trial
@@ -69,8 +69,11 @@ def _baseline(value: Any) -> Baseline | None:
         baseline = Baseline.from_record(value) if value else None
     except _MALFORMED as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
-    if baseline is not None and baseline.refusals > baseline.prompts:
-        raise ValueError("more refusals than prompts")
+    if baseline is not None:
+        if baseline.refusals > baseline.prompts:
+            raise ValueError("more refusals than prompts")
+        if baseline.unanswered is not None and not baseline.refusals <= baseline.unanswered["count"] <= baseline.prompts:
+            raise ValueError("more unanswered prompts than prompts, or fewer than refusals")
     return baseline
 
 
@@ -204,6 +207,21 @@ def _coverage(value: Any) -> Any:
     return value
 
 
+class _Yardstick(_Record):
+    """The part of the yardstick's record that tables show (`scorers/yardstick.py`)."""
+
+    bounds: dict[str, float]
+    answers: Count
+    quantiles: dict[str, dict[str, float]]
+
+
+def _yardstick(value: Any) -> Any:
+    """The record of the yardstick as it is, if a table can be made of it."""
+    if value is not None and not _Yardstick.model_validate(value).bounds.keys() <= value["quantiles"].keys():
+        raise ValueError("a bound without quantiles")
+    return value
+
+
 def _caches(value: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     if not all({"hits", "misses"} <= counts.keys() for counts in value.values()):
         raise ValueError("no hits or no misses")
@@ -221,8 +239,8 @@ class Result(_Record):
     """The content of `result.json`. Fields that a run hasn't reached are None or empty.
 
     `trials` are numbered by logical index; `front` and `selected` name trials by number. Timings add up over all sessions of
-    a run, and memory is the peak over all. The fields `coverage`, `heldout` and `reproduction` are plain JSON records that
-    their own modules define.
+    a run, and memory is the peak over all. The fields `coverage`, `yardstick`, `heldout` and `reproduction` are plain JSON
+    records that their own modules define.
     """
 
     format: Literal[1] = 1
@@ -245,6 +263,7 @@ class Result(_Record):
     identity: dict[str, str] | None = None
     startup_trials: Count | None = None
     directions: DirectionsRecord | None = None
+    yardstick: Annotated[dict[str, JsonValue] | None, BeforeValidator(_yardstick)] = None
     heldout: dict[str, Any] | None = None
     reproduction: dict[str, Any] | None = None
     # Whether the file that this was read from had a checksum.
@@ -277,6 +296,8 @@ class Result(_Record):
             return
         if trial.refusals > self.baseline.prompts:
             raise ValueError(f"trial {trial.number} has more refusals than prompts")
+        if UNANSWERED in trial.scores and not trial.refusals <= trial.unanswered <= self.baseline.prompts:
+            raise ValueError(f"trial {trial.number} has more unanswered prompts than prompts, or fewer than refusals")
         for objective in self.objectives:
             try:
                 trial.value(objective.name)
@@ -377,8 +398,9 @@ class Result(_Record):
         self.trials, self.front = list(trials), [trial.number for trial in front]
 
     def objectives_or_default(self) -> tuple[Objective, ...]:
-        """The objectives of the search, or the default objectives if the file names none."""
-        return tuple(self.objectives) or DEFAULT
+        """The objectives of the search; if the file names none, those of the version that wrote it."""
+        scored = any(trial.scores for trial in self.trials)
+        return tuple(self.objectives) or (BY_MARKERS if scored else DEFAULT)
 
     @property
     def n_harmful(self) -> int:

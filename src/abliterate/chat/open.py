@@ -34,6 +34,7 @@ from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import pinned
 from abliterate.pipeline.from_settings import chat_of, markup_of
 from abliterate.pipeline.workbench import open_workbench, probe_inputs
+from abliterate.report.tables import counts_text
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings, merge
 from abliterate.settings.untrusted import code_note, unsaid, without
@@ -109,11 +110,10 @@ def _open_run(
     bench.refined = refined
     bench.make_edits(directions, now=False)
     edits = RunEdits(directory, bench, trial)
-    before, total = result.baseline.refusals, result.baseline.prompts
     others = "".join(f", {text}" for text in other_scores(trial, result.baseline.values))
     fields = {
         "model": f"{info.id} ({info.family}, {info.dtype}, {info.device})",
-        "trial": f"{trial.number}: refusals {before}/{total} → {trial.refusals}/{total}, KL {trial.kl:.4f}{others}",
+        "trial": f"{trial.number}: {counts_text(trial, result.baseline)}, KL {trial.kl:.4f}{others}",
     }
     return _session(settings, wanted, bench.loaded.model, bench.loaded.tokenizer, edits, str(path), fields)
 

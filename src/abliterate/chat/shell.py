@@ -15,6 +15,7 @@ from abliterate.chat.session import Answer, Mode, Session, Side
 from abliterate.errors import INTERRUPTED, TERMINATED, AbliterateError, InputError, Interrupted
 from abliterate.files import expanded, safe_name
 from abliterate.objectives import other_scores
+from abliterate.report.tables import unanswered_text
 
 _FORCE = "--force "
 
@@ -159,7 +160,9 @@ class Shell:
             raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
         chosen = self._session.choose(int(rest))
         total = self._session.result().n_harmful
-        scores = ", ".join([f"refusals {chosen.refusals}/{total}", f"KL {chosen.kl:.4f}", *other_scores(chosen)])
+        unanswered = [f"unanswered {text}"] if (text := unanswered_text(chosen, total)) else []
+        refusals = f"refusals {chosen.refusals}/{total}"
+        scores = ", ".join([*unanswered, refusals, f"KL {chosen.kl:.4f}", *other_scores(chosen)])
         self._face.note(f"trial {chosen.number} answers: {scores}")
 
     def _trials(self, rest: str) -> None:

@@ -203,11 +203,11 @@ def run(
         for_search(
             "--objective",
             metavar="NAME",
-            help="Scorer, or FILE.py:CLASS; NAME:maximize to maximize it. Repeatable. Default: refusals and kl.",
+            help="Scorer, or FILE.py:CLASS; NAME:maximize to maximize it. Repeatable. Default: unanswered and kl.",
         ),
     ] = None,
     select: Annotated[
-        Text, for_search(help="Rule that selects a trial: auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X.")
+        Text, for_search(help="Rule that selects a trial: auto, knee, trial:N, kl<=X, unanswered<=N, NAME<=X or NAME>=X.")
     ] = None,
     storage: Annotated[Text, for_search(help="Optuna RDB URL of the study. Default: a journal file.")] = None,
     out: Annotated[
@@ -306,7 +306,7 @@ def trials(
     where: Annotated[
         list[str] | None, for_filters(metavar="NAME<=X", help="Only trials whose score NAME is at most X; or NAME>=X.")
     ] = None,
-    sort: Annotated[str, for_filters(help="Order: number, kl, refusals, seconds or the name of another scorer.")] = "number",
+    sort: Annotated[str, for_filters(help="Order: number, kl, unanswered, refusals, seconds or a scorer's name.")] = "number",
     limit: Annotated[int | None, for_filters(help="Show at most this many trials.")] = None,
     as_csv: Annotated[bool, for_output("--csv", help="Write the trials as CSV, for spreadsheets.")] = False,
     as_json: Json = False,

@@ -23,7 +23,7 @@ from abliterate.files import expanded, read_toml, safe_name
 from abliterate.model.devices import choose_device
 from abliterate.model.hub import ask_again
 from abliterate.model.memory import clear_device_cache
-from abliterate.objectives import other_names
+from abliterate.objectives import UNANSWERED, other_names
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import by_section, load_settings
 from abliterate.terminal import json_lines
@@ -58,6 +58,7 @@ class Outcome:
     trial: int | None = None
     refusals: int | None = None
     refusals_before: int | None = None
+    unanswered: int | None = None
     prompts: int | None = None
     kl: float | None = None
     others: Mapping[str, float] = field(default_factory=dict)
@@ -79,6 +80,7 @@ class Outcome:
             trial=trial.number,
             refusals=trial.refusals,
             refusals_before=baseline.refusals,
+            unanswered=trial.unanswered if UNANSWERED in trial.scores else None,
             prompts=baseline.prompts,
             kl=trial.kl,
             others={name: trial.values[name] for name in other_names(trial.values)},
@@ -268,14 +270,15 @@ def _show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         return
     rows, others = [], other_names({name for outcome in outcomes for name in outcome.others})
     for number, outcome in enumerate(outcomes, start=1):
-        scores = ["", "", ""]
+        scores = ["", "", "", ""]
         if outcome.kl is not None:
             refusals = f"{outcome.refusals_before}/{outcome.prompts} → {outcome.refusals}/{outcome.prompts}"
-            scores = [str(outcome.trial), refusals, f"{outcome.kl:.4f}"]
+            unanswered = "" if outcome.unanswered is None else f"{outcome.unanswered}/{outcome.prompts}"
+            scores = [str(outcome.trial), unanswered, refusals, f"{outcome.kl:.4f}"]
         scores += [f"{outcome.others[name]:.4g}" if name in outcome.others else "" for name in others]
         remark = outcome.message or outcome.export or outcome.directory or ""
         remark += " (NOT verified)" if outcome.verified is False else ""
         rows.append((str(number), outcome.model, outcome.state, *scores, remark))
-    columns = ("run", "model", "state", "trial", "refusals", "KL", *others, "export, or why not")
+    columns = ("run", "model", "state", "trial", "unanswered", "refusals", "KL", *others, "export, or why not")
     print()
     print_table(columns, rows, "Summary", right=("run", "trial", "KL", *others))

@@ -19,7 +19,7 @@ from typing import Any
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
-from abliterate.objectives import DEFAULT, KL, REFUSALS, to_records
+from abliterate.objectives import COUNTS, DEFAULT, KL, REFUSALS, UNANSWERED, to_records
 from abliterate.report.tables import SearchRecord, exact_trial_table, full_front_table, trial_table
 from abliterate.terminal import json_lines
 from abliterate.terminal.tables import show_table
@@ -34,15 +34,16 @@ def _kl(trial: Trial) -> float:
     return trial.kl if "kl" in trial.scores else math.inf
 
 
-def _refusals(trial: Trial) -> tuple[float, bool]:
+def _count(trial: Trial, name: str) -> tuple[float, bool]:
     """A bound comes after the same number of a complete trial, because the true count may be larger."""
-    return (trial.refusals if "refusals" in trial.scores else math.inf), trial.state != "complete"
+    return (trial.value(name) if name in trial.scores else math.inf), trial.state != "complete"
 
 
 _ORDERS: dict[str, Callable[[Trial], Any]] = {
     "number": lambda trial: trial.number,
     "kl": lambda trial: (_kl(trial), trial.number),
-    "refusals": lambda trial: (*_refusals(trial), _kl(trial), trial.number),
+    "refusals": lambda trial: (*_count(trial, REFUSALS), _kl(trial), trial.number),
+    "unanswered": lambda trial: (*_count(trial, UNANSWERED), _kl(trial), trial.number),
     "seconds": lambda trial: (trial.seconds, trial.number),
 }
 
@@ -67,7 +68,7 @@ class TrialFilter:
         _check_name("--state", self.state or _STATES[0], _STATES)
         _check_name("--sort", self.sort, (*_ORDERS, *scorers))
         for text in self.where:
-            _check_name("--where", _condition(text)[0], (KL, REFUSALS, *scorers))
+            _check_name("--where", _condition(text)[0], (KL, *COUNTS, *scorers))
         if self.max_kl is not None and not self.max_kl >= 0:
             raise InputError(f"The option --max-kl needs a number from 0, not {self.max_kl}.")
         if self.max_refusals is not None and self.max_refusals < 0:
@@ -112,7 +113,7 @@ class TrialFilter:
 
 def _is_known(trial: Trial, name: str) -> bool:
     """Whether a trial has this score, and not just a bound of it."""
-    return name in {KL, REFUSALS, *trial.values} & {*trial.scores} and (name != REFUSALS or trial.state == "complete")
+    return name in {KL, REFUSALS, *trial.values} & {*trial.scores} and (name not in COUNTS or trial.state == "complete")
 
 
 def show_trials(path: Path, wanted: TrialFilter, *, as_json: bool, as_csv: bool) -> None:
@@ -144,7 +145,9 @@ def _print_tables(search: SearchRecord, chosen: Sequence[Trial], conditions: str
         show_table(full_front_table(search), wider)
         print()
     which = f"{len(chosen)} of {total} trials: {conditions}" if conditions else f"All {total} trials"
-    title = f"{which}; the model itself refuses {search.baseline.refusals}/{search.prompts}"
+    base, kinds = search.baseline, search.baseline.unanswered
+    unanswered = f" and leaves {kinds['count']}/{search.prompts} unanswered" if kinds is not None else ""
+    title = f"{which}; the model itself refuses {base.refusals}/{search.prompts}{unanswered}"
     show_table(trial_table(search, chosen, title), wider)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -173,20 +173,49 @@ def safe_inverse(norms: Tensor) -> Tensor:
 
 
 def project(directions: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
-    """D diag(scale) W: (n_layers, d_out) × (d_out, d_in) → (n_layers, d_in) float64, a chunk of rows at a time."""
-    total = weight.new_zeros((directions.shape[0], weight.shape[1]), dtype=torch.float64)
+    """D diag(scale) W: (n_layers, d_out) × (d_out, d_in) → (n_layers, d_in) float64, a chunk of rows at a time.
+
+    It is differentiable in the directions, as `project_back` is in its `a`: each is the other's adjoint.
+    """
+    return _Project.apply(directions, weight, scale)  # type: ignore[no-any-return]
+
+
+def project_back(a: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+    """A (diag(scale) W)ᵀ: (n_layers, d_in) × (d_in, d_out) → (n_layers, d_out) float64, a chunk of rows at a time."""
+    return _ProjectBack.apply(a, weight, scale)  # type: ignore[no-any-return]
+
+
+class _Project(torch.autograd.Function):
+    """Autograd's own backward pass would keep a float64 copy of W; this one reads W again."""
+
+    @staticmethod
+    def forward(ctx: Any, directions: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.matrix, ctx.dtype = (weight, scale), directions.dtype
+        total = weight.new_zeros((directions.shape[0], weight.shape[1]), dtype=torch.float64)
+        for start, rows in _scaled_rows(weight, scale):
+            total += directions[:, start : start + ROW_CHUNK].double() @ rows
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return project_back(gradient, *ctx.matrix).to(ctx.dtype), None, None
+
+
+class _ProjectBack(torch.autograd.Function):
+    """The adjoint of `_Project`."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+        ctx.matrix, ctx.dtype = (weight, scale), a.dtype
+        return torch.cat([a.double() @ rows.T for _, rows in _scaled_rows(weight, scale)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return project(gradient, *ctx.matrix).to(ctx.dtype), None, None
+
+
+def _scaled_rows(weight: Tensor, scale: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """The rows of diag(scale) W in float64, a chunk at a time, with the number of each chunk's first row."""
     for start in range(0, weight.shape[0], ROW_CHUNK):
         rows = weight[start : start + ROW_CHUNK].double()
-        if scale is not None:
-            rows = rows * scale[start : start + ROW_CHUNK, None]
-        total += directions[:, start : start + ROW_CHUNK].double() @ rows
-    return total
-
-
-def project_back(a: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """A (diag(scale) W)ᵀ: (n_layers, d_in) × (d_in, d_out) → (n_layers, d_out) float64, a chunk of rows at a time."""
-    columns = []
-    for start in range(0, weight.shape[0], ROW_CHUNK):
-        rows = weight[start : start + ROW_CHUNK].double() * scale[start : start + ROW_CHUNK, None]
-        columns.append(a @ rows.T)
-    return torch.cat(columns, dim=1)
+        yield start, rows if scale is None else rows * scale[start : start + ROW_CHUNK, None]

@@ -213,10 +213,10 @@ class ResponseReader:
         raw = decode_ids(self._tokenizer, ids, skip_special_tokens=False)
         tags = self.markup.tags + (self.markup.unopened if starts_open is None else ())
         if not starts_open and not any(tag in raw for tag in tags):
-            return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True))
+            return Response(decode_ids(self._tokenizer, ids, skip_special_tokens=True), ids=tuple(ids))
         visible = VisibleText(self.markup, is_open=starts_open)
         text = visible.feed(raw, last=True)
-        return Response(self.without_special(text), thinking_open=visible.is_open)
+        return Response(self.without_special(text), thinking_open=visible.is_open, ids=tuple(ids))
 
     def without_special(self, text: str) -> str:
         """Text without the tokenizer's special tokens."""

@@ -21,9 +21,11 @@ from abliterate.evaluation.confidence import clopper_pearson
 from abliterate.evaluation.teacher_forced import Drift, ModelView, TeacherForced, drift
 from abliterate.evaluation.trial import score_of, set_up
 from abliterate.prompts.sets import HeldoutSets
-from abliterate.scorers.base import EarlyScorer, Judge, Observation, Scorer
+from abliterate.scorers.base import BaseView, EarlyScorer, Judge, Observation, Scorer, asks_base
 from abliterate.scorers.custom import own_errors
 from abliterate.scorers.refusals import UnfinishedThinking, normalize
+from abliterate.scorers.unanswered import Unanswered
+from abliterate.scorers.yardstick import KINDS
 
 Fault = Literal["unfinished_thinking", "empty", "repetitive", "early_end"]
 
@@ -78,9 +80,16 @@ class _Seen:
 
 
 def measure(
-    base: ModelView, candidate: ModelView, sets: HeldoutSets, scorers: Sequence[Scorer], progress: Progress
+    base: ModelView,
+    candidate: ModelView,
+    sets: HeldoutSets,
+    scorers: Sequence[Scorer],
+    progress: Progress,
+    asked: BaseView | None = None,
 ) -> dict[str, Any]:
     """The record of both models. `scorers` have seen no model yet, and `refusals` is among them.
+
+    `asked` is the base for scorers that ask it about responses; without it they are left out.
 
     Raises:
         TrialError: a model's logits are not finite, or the device is too small.
@@ -106,8 +115,22 @@ def measure(
     drifts = drift(base, candidate, base_answers, lambda count: counted(count, 0))
     markers = next(scorer for scorer in scorers if scorer.name == "refusals" and isinstance(scorer, EarlyScorer))
     record = {name: _refusals_and_faults(answers, markers) for name, answers in zip(("base", "candidate"), seen, strict=True)}
+    kinds = [_kinds(answers, sets, scorers, asked) for answers in seen]
+    record = {name: {**record[name], "unanswered": found} for name, found in zip(record, kinds, strict=True)}
     record |= _drifted(drifts) | {"unchanged": _unchanged(seen[0].harmless, seen[1].harmless)}
     return record | _further(base, candidate, sets, seen, scorers, markers)
+
+
+def _kinds(
+    seen: _Seen, sets: HeldoutSets, scorers: Sequence[Scorer], asked: BaseView | None
+) -> dict[str, dict[str, Any]] | None:
+    """The rates of each kind of answer to the harmful prompts, and of all that are no real answer; None if nobody asks."""
+    scorer = next((scorer for scorer in scorers if isinstance(scorer, Unanswered)), None)
+    if scorer is None or asked is None:
+        return None
+    kinds = scorer.kinds(Observation([answer.response for answer in seen.harmful], torch.empty(0), sets.harmful, asked))
+    counts = {"count": len(kinds) - kinds.count("answered"), **{kind: kinds.count(kind) for kind in KINDS}}
+    return {name: rate(count, len(kinds)) for name, count in counts.items()}
 
 
 def rate(count: int, total: int) -> dict[str, Any]:
@@ -163,7 +186,7 @@ def _further(
     """The judges' verdicts, and the scores of all other scorers that a user named."""
     judges = [scorer for scorer in scorers if isinstance(scorer, Judge)]
     # The record holds the figures of these scorers anyway.
-    known = (markers, *judges)
+    known = (markers, *judges, *(scorer for scorer in scorers if asks_base(scorer)))
     others = [s for s in scorers if s not in known and s.name != "kl" and not isinstance(s, UnfinishedThinking)]
     observed = []
     for model, answers in zip((base, candidate), seen, strict=True):

@@ -75,9 +75,9 @@ def drift(
 
     def work(batch: Sequence[TeacherForced]) -> Sequence[Drift]:
         nonlocal done
-        with base.active():
+        with base.active(), torch.inference_mode():
             before = answer_logits(base.engine.model, batch, base.engine.chat.device)
-        with candidate.active():
+        with candidate.active(), torch.inference_mode():
             after = answer_logits(candidate.engine.model, batch, candidate.engine.chat.device)
         drifts = [_drift(base_row, edited_row, row) for base_row, edited_row, row in zip(before, after, batch, strict=True)]
         done += len(batch)
@@ -88,7 +88,6 @@ def drift(
     return batches.run(rows, work)
 
 
-@torch.inference_mode()
 def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
     """Raw logits (T, vocabulary) at each token of each row's answer, from one left-padded pass over prompt and answer.
 

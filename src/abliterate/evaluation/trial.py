@@ -1,16 +1,16 @@
-"""Evaluate one trial: KL first, then as many responses as the pruner asks for."""
+"""Evaluate one trial: KL first, then as many responses as the pruner asks for, then what the base says about them."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from abliterate.engine.reference import Progress
 from abliterate.engine.self_check import Engine
 from abliterate.errors import TrialError
-from abliterate.scorers.base import EarlyScorer, Observation, Scorer, ignores_responses
+from abliterate.scorers.base import BaseView, EarlyScorer, Follower, Observation, Scorer, asks_base, ignores_responses
 from abliterate.scorers.custom import own_errors
 from abliterate.search.pruner import DominancePruner
 from abliterate.types import Prompt, Score
@@ -18,16 +18,24 @@ from abliterate.types import Prompt, Score
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores by name. If the trial was pruned (`stopped`), its refusals are a lower bound, the pruner's limit."""
+    """Scores by name. If the trial was pruned (`stopped`), its counts are a lower bound, the pruner's limit.
+
+    `open` is the observation that the scorers which ask the base have still to score, once the edit is off.
+    """
 
     scores: dict[str, Score]
     stopped: bool = False
+    open: Observation | None = None
 
 
 def early_scorer(scorers: Sequence[Scorer]) -> EarlyScorer | None:
-    """The scorer that lets responses end early; None if another scorer needs whole responses."""
+    """The scorer that lets responses end early; None if a scorer needs whole responses. Followers follow it."""
     readers = [scorer for scorer in scorers if not ignores_responses(scorer)]
-    return readers[0] if len(readers) == 1 and isinstance(readers[0], EarlyScorer) else None
+    leaders = [scorer for scorer in readers if not isinstance(scorer, Follower)]
+    if len(leaders) != 1 or not isinstance(leaders[0], EarlyScorer):
+        return None
+    follow = all(scorer.follows == leaders[0].name for scorer in readers if isinstance(scorer, Follower))
+    return leaders[0] if follow else None
 
 
 def evaluate(
@@ -40,6 +48,8 @@ def evaluate(
 ) -> Evaluation:
     """The scores of the model in its current state; the trial is pruned as soon as it certainly reaches the pruner's limit.
 
+    The scores of scorers that ask the base are left `open`; `completed` adds them.
+
     Raises:
         TrialError: a score isn't finite, or the device is too small.
     """
@@ -48,14 +58,27 @@ def evaluate(
     early = early_scorer(scorers)
     first = {s.name: score_of(s, Observation((), logprobs)) for s in scorers if ignores_responses(s)}
     known = {name: score.value for name, score in first.items()}
-    limit = pruner.limit(known, early.name) if early is not None else None
+    counting: list[EarlyScorer] = [] if early is None else [early, *(s for s in scorers if isinstance(s, Follower))]
+    # At most one of these counts can be limited: a limit of one needs all other objectives to be known.
+    limit = next((found for s in counting if (found := pruner.limit(known, s.name)) is not None), None)
     responses = engine.respond(harmful, lambda done, _: progress(len(harmless) + done, total), limit=limit)
     if responses is None:
-        assert early is not None
         assert limit is not None
-        return Evaluation(first | {early.name: early.at_least(limit, len(harmful))}, stopped=True)
+        return Evaluation(first | {s.name: s.at_least(limit, len(harmful)) for s in counting}, stopped=True)
     observed = Observation(responses, logprobs, harmful)
-    return Evaluation({s.name: first.get(s.name) or score_of(s, observed) for s in scorers})
+    scores = {s.name: first.get(s.name) or score_of(s, observed) for s in scorers if not asks_base(s)}
+    return Evaluation(scores, open=observed if any(map(asks_base, scorers)) else None)
+
+
+def completed(evaluation: Evaluation, scorers: Sequence[Scorer], base: BaseView) -> Evaluation:
+    """The evaluation with the scores of all scorers, in their order. The model must carry no edit.
+
+    It raises TrialError as `score_of` does.
+    """
+    if evaluation.open is None:
+        return evaluation
+    observed = replace(evaluation.open, base=base)
+    return Evaluation({s.name: evaluation.scores.get(s.name) or score_of(s, observed) for s in scorers})
 
 
 def base_scores(scorers: Sequence[Scorer], base: Observation) -> dict[str, Score]:

@@ -209,8 +209,8 @@ was removed from matrices that write to the residual stream. {trained}{dequantiz
 
 {scores}
 
-The scores are those of the prompts that the search optimized over, so they are optimistic; a marker count is not a
-judgement of the answers' quality or safety.
+The scores are those of the prompts that the search optimized over, so they are optimistic; neither a marker count nor the
+base's probabilities are a judgement of the answers' quality or safety.
 {heldout}
 Edit `{mode}` ({representation}{approximation}), direction method `{method}`; trial {number} of a search with seed {seed}{over},
 made with abliterate {version}. Parameters:
@@ -286,7 +286,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     `n_harmless`: None if the result doesn't name its prompts. `on_hub`: whether `base` is the name of a model on the Hub.
     `quantized`: how the base's files are quantized, or ""; `dense`: whether this export has weights of its own.
     `base_card`: the base's `front_matter`; `adapter`: "dora" or "lora" if the export is an adapter, else "".
-    `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial.
+    `objectives`: those of the search; `before_values`, `values`: further scores, of the base and of the trial;
+    `before_kinds`, `kinds`: their records of the scorer `unanswered`, or None.
     `params`: the trial's parameters, of either kind.
     `approximation` {"mean", "max"}: the share of each matrix's change that a low-rank representation loses; empty if exact.
     """
@@ -347,8 +348,8 @@ def _shown_params(params: Params) -> dict[str, Any]:
 def _scores(facts: Mapping[str, Any]) -> str:
     """The table of scores; the names of further scorers are foreign text, and shown as code."""
     values = facts["values"]
-    baseline = Baseline(facts["before"], facts["n_harmful"], facts["before_values"])
-    table = score_table(baseline, facts["after"], facts["kl"], values, facts["n_harmless"])
+    baseline = Baseline(facts["before"], facts["n_harmful"], facts["before_values"], facts.get("before_kinds"))
+    table = score_table(baseline, facts["after"], facts["kl"], values, facts["n_harmless"], facts.get("kinds"))
     return markdown(table, lambda text: code(text) if text in values else plain(text))
 
 

@@ -21,7 +21,7 @@ from abliterate.edits import Factors
 from abliterate.model.experts import down_outputs, is_fused
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import device_and_dtype
-from abliterate.scorers.base import Observation, Scorer
+from abliterate.scorers.base import Observation, Scorer, asks_base
 from abliterate.scorers.kl import kl_divergence
 from abliterate.types import Trial
 
@@ -169,7 +169,8 @@ def compare(
         "harmless": kl_divergence(expected.harmless, observed.first_logprobs.cpu()),
         "harmful": kl_divergence(expected.harmful, harmful.cpu()),
     }
-    scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers)}
+    # The base is gone by now, so nobody can ask it.
+    scores = {score.name: score.record for score in (scorer.score(observed) for scorer in scorers if not asks_base(scorer))}
     bound, kl_bound = precision.divergence(expected.noise), precision.kl(trial.kl, expected.noise)
     refusals = precision.refusals(len(observed.responses))
     share = max(_MODULE[precision.run], _MODULE_QUANTIZED[precision.row])

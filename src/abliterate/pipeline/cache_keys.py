@@ -22,7 +22,7 @@ from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
-from abliterate.objectives import DEFAULT, is_custom
+from abliterate.objectives import BY_MARKERS, DEFAULT, is_custom
 from abliterate.pipeline.from_settings import chat_of
 from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
@@ -78,11 +78,23 @@ def baseline_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, s
     """Everything that the base model's observation depends on; a response may end at a marker, so markers are part of it."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
+        "responses": "with ids",  # earlier versions kept their texts alone
         "prompts": [chat.digest(prompts) for prompts in sets],
         "response": settings.response.model_dump(),
         "response_prefix": chat.response_prefix,
         "generation": generation.to_diff_dict() if generation is not None else None,
         "scorers": _scorers(settings),
+    }
+
+
+def yardstick_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything that the base's own answers, and its measures of them, depend on; the version says how it measures."""
+    generation = loaded.model.generation_config
+    return model_key(settings, loaded) | {
+        "prompts": chat.digest(prompts),
+        "response": settings.response.model_dump(),
+        "response_prefix": chat.response_prefix,
+        "generation": generation.to_diff_dict() if generation is not None else None,
     }
 
 
@@ -138,7 +150,7 @@ def study_identity(
     }
     if settings.load.template_now:  # otherwise the parts above decide how prompts are rendered
         parts["moment at which prompts are rendered (load.template_now)"] = [chat.digest(prompts) for prompts in sets]
-    if tuple(objectives) != DEFAULT:  # a study with the default objectives doesn't name them
+    if tuple(objectives) != BY_MARKERS:  # the first versions had these objectives and didn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
 

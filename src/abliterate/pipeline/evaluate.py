@@ -116,7 +116,7 @@ def evaluate(
     try:
         with bench, _views(bench, candidate, run, trial, sets) as (base, edited):
             with context.stage("held-out", f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"):
-                figures = measured(context, base, edited, held)
+                figures = measured(bench, base, edited, held)
             heldout: dict[str, Any] = {"trial": None, **figures, "search": None, "optimism": None}
             if trial is not None:
                 assert run is not None

@@ -53,7 +53,7 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor, RefinedDirections
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
-from abliterate.objectives import other_names
+from abliterate.objectives import UNANSWERED, other_names
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of, make_engine
@@ -184,6 +184,8 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "kl": trial.scores["kl"],
         "objectives": result.objectives_or_default(),
         "before_values": baseline.values,
+        "before_kinds": baseline.unanswered,
+        "kinds": trial.scores.get(UNANSWERED),
         "values": {name: trial.values[name] for name in other_names(trial.values)},
         "mode": settings.edit.mode,
         "representation": settings.edit.representation,

@@ -12,6 +12,7 @@ import torch
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.evaluation.heldout import HeldoutSets, measure, rate
 from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.objectives import UNANSWERED
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import scorers_of
 from abliterate.pipeline.workbench import Workbench
@@ -83,7 +84,7 @@ def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Hel
     sizes = f"{len(held.sets.harmful)} + {len(held.sets.harmless)} prompts"
     with context.stage("held-out", sizes):
         try:
-            figures = measured(context, *views(bench, trial), held)
+            figures = measured(bench, *views(bench, trial), held)
             json.dumps(figures, allow_nan=False)  # a custom scorer may return anything
         except Interrupted:
             raise
@@ -96,14 +97,15 @@ def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Hel
     return {"trial": trial.number, **figures, **against_search(figures, trial, baseline)}
 
 
-def measured(context: Context, base: ModelView, candidate: ModelView, held: Heldout) -> dict[str, Any]:
+def measured(bench: Workbench, base: ModelView, candidate: ModelView, held: Heldout) -> dict[str, Any]:
     """`measure` with the settings' scorers, and the record of the prompts."""
+    context = bench.context
     scorers = scorers_of(context.settings, heldout=True)
 
     def progress(done: int, total: int) -> None:
         context.reporter.progress(done, total, "prompts")
 
-    return {"prompts": held.record, **measure(base, candidate, held.sets, scorers, progress)}
+    return {"prompts": held.record, **measure(base, candidate, held.sets, scorers, progress, bench.asked(base))}
 
 
 def views(bench: Workbench, trial: Trial) -> tuple[ModelView, ModelView]:
@@ -113,7 +115,10 @@ def views(bench: Workbench, trial: Trial) -> tuple[ModelView, ModelView]:
 
 def against_search(figures: dict[str, Any], trial: Trial, baseline: Baseline) -> dict[str, Any]:
     """The trial's scores in the search, and their optimism: by how much the held-out `figures` are worse."""
-    search = {"refusals": rate(trial.refusals, baseline.prompts), "kl": dict(trial.scores["kl"])}
+    search: dict[str, Any] = {"refusals": rate(trial.refusals, baseline.prompts), "kl": dict(trial.scores["kl"])}
+    if UNANSWERED in trial.scores:
+        kinds = trial.scores[UNANSWERED]
+        search["unanswered"] = {name: rate(count, baseline.prompts) for name, count in kinds.items()}
     optimism = {
         "refusals": figures["candidate"]["refusals"]["share"] - search["refusals"]["share"],
         "kl": figures["kl"]["mean"] - trial.kl,

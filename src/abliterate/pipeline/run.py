@@ -125,6 +125,7 @@ class _Run:
             directions = self._find_directions(bench)  # 3 and 4
             bench.prepare(directions)
             baseline = stages.baseline(bench)  # 5
+            result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
             publish(bench, study, baseline, directions, result.identity or {})
             search = self._search(bench, study, baseline, devices)  # 6
             selected = self._select(search, choose, held)  # 7

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,15 +28,18 @@ from abliterate.errors import AbliterateError, InputError, TrialError, first_lin
 from abliterate.evaluation import trial as trial_evaluation
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import capture_residuals, stream_residuals
+from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.workbench import Workbench
 from abliterate.scorers import Observation, Response
+from abliterate.scorers.base import asks_base
 from abliterate.search.pruner import DominancePruner
 from abliterate.types import Baseline, Objective, Params, Prompt, Trial
 
 FORMAT = "1"  # of directions.safetensors
-FEWER = Objective("refusals", "minimize")
+# Objectives that leave nothing to search for if the model refuses nothing.
+FEWER = {Objective(name, "minimize") for name in COUNTS}
 POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
 
 
@@ -131,15 +134,19 @@ def read_directions(path: Path, result: Result) -> Directions:
 def baseline(bench: Workbench) -> Baseline:
     """The unedited model's scores, to which the scores of edited models are relative."""
     context, prompts = bench.context, bench.prompts
+    if any(map(asks_base, bench.scorers)):
+        with context.stage("yardstick", "the model's own harmless answers"):
+            bench.asked().yardstick()
     with context.stage("baseline"):
         with bench.base():
             observed = _observe_base(bench)
         try:
-            scores = trial_evaluation.base_scores(bench.scorers, observed)
+            scores = trial_evaluation.base_scores(bench.scorers, replace(observed, base=bench.asked()))
         except TrialError as error:
             raise AbliterateError(f"The unedited model can't be scored: {error}.") from error
-        values = {name: float(score.value) for name, score in scores.items() if name not in ("refusals", "kl")}
-        measured = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval), values)
+        values = {name: float(score.value) for name, score in scores.items() if name not in (KL, *COUNTS)}
+        kinds = scores["unanswered"].record if "unanswered" in scores else None
+        measured = Baseline(int(scores["refusals"].record), len(prompts.harmful_eval), values, kinds)
         unfinished = sum(response.thinking_open for response in observed.responses)
         if unfinished:
             context.reporter.warn(
@@ -148,10 +155,12 @@ def baseline(bench: Workbench) -> Baseline:
                 "(--set response.thinking=skip; where that is not enough, --set response.detect_prefix=false and a "
                 "response.prefix that closes it)."
             )
+        counts = {"refusals": measured.refusals} | ({"unanswered": kinds["count"]} if kinds else {})
+        unanswered = f" and leaves {kinds['count']} unanswered" if kinds else ""
         context.reporter.note(
-            f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts", refusals=measured.refusals
+            f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts{unanswered}", **counts
         )
-    if measured.refusals == 0 and FEWER in bench.objectives:
+    if measured.refusals == 0 and FEWER & set(bench.objectives):
         raise AbliterateError(
             f"The model refuses none of the {measured.prompts} harmful prompts, so there is nothing to remove; give prompts it "
             "refuses with --harmful-eval, or other refusal markers with --markers."
@@ -167,7 +176,8 @@ def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePru
 
     def once() -> trial_evaluation.Evaluation:
         with bench.edited(params):
-            return trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress)
+            measured = trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress)
+        return trial_evaluation.completed(measured, bench.scorers, bench.asked())
 
     try:
         # The engine itself continues with smaller batches; any other step that runs out of memory is retried after freeing it.
@@ -200,13 +210,13 @@ def _observe_base(bench: Workbench) -> Observation:
     # Not kept in memory, where the KL scorer already keeps a compressed copy of the log-probabilities.
     stored = context.store.get("baseline", key, remember=False)
     if stored is not None:
-        responses = [Response(*pair) for pair in json.loads(from_bytes(stored["responses"]))]
+        responses = [Response(text, is_open, tuple(ids)) for text, is_open, ids in json.loads(from_bytes(stored["responses"]))]
         return Observation(responses, stored["first_logprobs"].to(bench.loaded.device), prompts.harmful_eval)
     progress = _progress(context, "prompts")
     logprobs = bench.engine.first_logprobs(prompts.harmless_eval, progress)
     observed = bench.engine.respond(prompts.harmful_eval, progress)
     assert observed is not None  # only a limit can stop it
-    texts = to_bytes(json.dumps([(response.text, response.thinking_open) for response in observed]))
+    texts = to_bytes(json.dumps([(response.text, response.thinking_open, response.ids) for response in observed]))
     label = f"{bench.loaded.info.id}: {len(observed)} responses"
     context.store.put("baseline", key, {"first_logprobs": logprobs, "responses": texts}, label, remember=False)
     return Observation(observed, logprobs, prompts.harmful_eval)

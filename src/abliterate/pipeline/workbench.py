@@ -32,6 +32,8 @@ from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError
+from abliterate.evaluation.likelihood import AskedBase
+from abliterate.evaluation.teacher_forced import ModelView
 from abliterate.evaluation.trial import early_scorer
 from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
@@ -48,8 +50,10 @@ from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine,
 from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
 from abliterate.pipeline.requirements import describe
+from abliterate.pipeline.yardstick import find_yardstick
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.scorers import Scorer
+from abliterate.scorers.yardstick import Yardstick
 from abliterate.search.space import Space
 from abliterate.settings.schema import Settings
 from abliterate.terminal.progress_bar import default_reporter
@@ -64,8 +68,9 @@ class Workbench:
     """A loaded model, which `calibrate` calibrates on prompts, and `prepare` makes ready for edits along directions.
 
     `plain` generates whole responses by `generate`. `engine` measures trials: it is the fast engine once `prepare` has
-    checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured.
-    `refined` keeps the directions of refined trials: in memory, or in the directory of the run whose trials are measured.
+    checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured, and
+    `yardstick` its measures of its own answers once a scorer has asked for them. `refined` keeps the directions of refined
+    trials: in memory, or in the directory of the run whose trials are measured.
     """
 
     def __init__(self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None) -> None:
@@ -81,6 +86,7 @@ class Workbench:
         self._prepared = False
         self._measured: tuple[str, int] | None = None  # what the model is measured as, and by which thread
         self.baseline: Baseline | None = None
+        self.yardstick: Yardstick | None = None
 
     def use(self, sizes: BatchSizes, prefix: str) -> None:
         """Make the plain engine for these batch sizes and for responses that begin with `prefix`."""
@@ -136,7 +142,7 @@ class Workbench:
             if prefix is None:
                 prefix = known_prefix(self.context, self.loaded, tuned, prompts)
         self._forget_edits()  # the trial engine and the scorers know the prompts of before
-        self._prompts, self.baseline = prompts, None
+        self._prompts, self.baseline, self.yardstick = prompts, None, None
         self.use(tuned, prefix)
 
     def note_forms(self) -> None:
@@ -241,6 +247,15 @@ class Workbench:
             yield
         finally:
             self._measured = None
+
+    def asked(self, model: ModelView | None = None) -> AskedBase:
+        """The unedited model, for scorers that ask it about responses; `model` is another view of it than this workbench's."""
+        return AskedBase(model or ModelView(self.plain, self.base), self._find_yardstick)
+
+    def _find_yardstick(self, base: AskedBase) -> Yardstick:
+        if self.yardstick is None:
+            self.yardstick = find_yardstick(self.context, self.loaded, self.chat, self.prompts.harmless, base)
+        return self.yardstick
 
     def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:
         """Whole responses of the base model, or inside `edited` of the edited model.

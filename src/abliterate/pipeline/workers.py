@@ -30,6 +30,7 @@ from abliterate.pipeline.context import Context
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
+from abliterate.scorers.yardstick import Yardstick
 from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
 from abliterate.settings import untrusted
@@ -37,7 +38,7 @@ from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
 from abliterate.types import Baseline, Prompt, Reporter
 
-FORMAT = 2
+FORMAT = 3
 
 # The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"
@@ -60,6 +61,7 @@ class SharedSetup:
     prompts: PromptSets
     baseline: Baseline
     identity: Mapping[str, str]
+    yardstick: Mapping[str, Any] | None = None
 
     def to_bytes(self) -> bytes:
         """The JSON form; the inverse of `of_bytes`."""
@@ -83,6 +85,8 @@ class SharedSetup:
         try:
             sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
             setup = SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
+            if setup.yardstick is not None:
+                Yardstick.from_record(setup.yardstick)
             texts = [setup.settings, setup.dtype, setup.prefix, *setup.files.values(), *setup.identity.values()]
             texts += [text for prompts in sets.values() for prompt in prompts for text in (prompt.text, prompt.system)]
             if not all(isinstance(text, str) for text in texts) or set(setup.files) - set(_FILES):
@@ -124,6 +128,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
         prompts=bench.prompts,
         baseline=baseline,
         identity=identity,
+        yardstick=bench.yardstick.to_record() if bench.yardstick else None,
     )
     study.share(_DIRECTIONS, stages.directions_file(directions))
     study.share(_SETUP, setup.to_bytes())
@@ -258,11 +263,18 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
         )
     study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
     bench.prepare(directions)
+    if setup.yardstick is not None:  # the bounds decide what counts, so all workers use the run's
+        bench.yardstick = Yardstick.from_record(setup.yardstick)
     here = stages.baseline(bench)
     if here.refusals != setup.baseline.refusals:
         context.reporter.warn(
             f"On this machine the model refuses {here.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
             "be off by as much."
+        )
+    elif here.unanswered != setup.baseline.unanswered:
+        context.reporter.warn(
+            f"On this machine the model leaves other prompts unanswered ({here.unanswered}) than in the run "
+            f"({setup.baseline.unanswered}); its trials may be off by as much."
         )
     for name, value in setup.baseline.values.items():
         if not math.isclose(here.value(name), value, rel_tol=1e-3, abs_tol=1e-6):

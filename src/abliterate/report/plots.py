@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.objectives import DEFAULT, KL, REFUSALS
+from abliterate.objectives import COUNTS, KL, REFUSALS, UNANSWERED, counted
 from abliterate.report.data import Material
 from abliterate.report.draw import WIDTH
 from abliterate.report.refined import LayerRow, components_of, layer_rows, refined_text
-from abliterate.report.tables import kernel_text, refusals_text, spread_text
+from abliterate.report.tables import kernel_text, refusals_text, spread_text, unanswered_text
 from abliterate.types import Baseline, Objective, Params, RefinedParams, Trial, TrialParams
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f86c9", "#d55e00", "#009e73", "#b5679f", "#8a8a8a"
@@ -143,17 +143,18 @@ _KL_AXIS = {
 
 
 def front(material: Material) -> Plot | None:
-    """Every scored trial: refusals against KL, the second objective against the first, or a single objective by trial."""
+    """Every scored trial: a count of prompts against KL, the second objective against the first, or a single one by trial."""
     baseline = material.search.baseline
     if not material.scored or baseline is None:
         return None
-    if material.objectives != DEFAULT:
+    name = counted(material.objectives)
+    if not name:
         return _of_objectives(material, baseline)
-    rows = [_point(material, trial) for trial in material.scored]
-    base = {"kind": "base model", "kl": 0, "refusals": baseline.refusals, "count": f"{baseline.refusals}/{baseline.prompts}"}
+    rows = [{**_point(material, trial), "height": trial.value(name)} for trial in material.scored]
+    base = {"kind": "base model", "kl": 0, "height": baseline.value(name), **_base_counts(baseline)}
     steps = [base, *(row for row in rows if row["order"] > 1)]
-    steps.sort(key=lambda row: (row["kl"], -row["refusals"]))
-    y = quantity("refusals", f"refusals of {material.prompts} harmful prompts")
+    steps.sort(key=lambda row: (row["kl"], -row["height"]))
+    y = quantity("height", _counts_of(material)[name])
     line = {
         "data": {"values": steps},
         "mark": {"type": "line", "interpolate": "step-after", "color": BLUE, "opacity": 0.6, "strokeWidth": 1.5},
@@ -161,15 +162,28 @@ def front(material: Material) -> Plot | None:
     }
     points = _points([*rows, base], _KL_AXIS, y, _columns(material))
     count = len(material.search.front)
-    text = f"{len(rows)} scored trials as points, refusals against KL; {count} of them are on the front."
-    return Plot("front", "Refusals against KL", text, spec_of(340, layer=[line, points]))
+    text = f"{len(rows)} scored trials as points, {name} against KL; {count} of them are on the front."
+    return Plot("front", f"{name.capitalize()} against KL", text, spec_of(340, layer=[line, points]))
+
+
+def _base_counts(baseline: Baseline) -> dict[str, str]:
+    """The base model's counts in words."""
+    texts = {"count": f"{baseline.refusals}/{baseline.prompts}"}
+    if baseline.unanswered is not None:
+        texts["unanswered"] = f"{baseline.unanswered['count']}/{baseline.prompts}"
+    return texts
+
+
+def _counts_of(material: Material) -> dict[str, str]:
+    prompts = f"{material.prompts} harmful prompts"
+    return {REFUSALS: f"refusals of {prompts}", UNANSWERED: f"unanswered of {prompts}"}
 
 
 def _of_objectives(material: Material, base: Baseline) -> Plot | None:
     """The plot has no line, because the front of more than two objectives is none."""
     first, *rest = material.objectives
     names = {objective.name for objective in material.objectives}
-    scored = [trial for trial in material.scored if names <= {*trial.values, KL, REFUSALS}]
+    scored = [trial for trial in material.scored if names <= {*trial.values, *({KL, *COUNTS} & {*trial.scores})}]
     if not scored:  # a damaged record: no trial has all its values
         return None
     rows = [
@@ -183,7 +197,7 @@ def _of_objectives(material: Material, base: Baseline) -> Plot | None:
     shown: list[dict[str, Any]] = [*rows]
     if rest:
         of_base = {"first": base.value(first.name), "second": base.value(rest[0].name)}
-        shown.append({"kind": "base model", "count": f"{base.refusals}/{base.prompts}", **of_base})
+        shown.append({"kind": "base model", **_base_counts(base), **of_base})
     titles = [_title(material, objective) for objective in material.objectives]
     axis = _KL_AXIS if first.name == KL else quantity("first", titles[0])
     x = {**axis, "field": "first"}
@@ -196,7 +210,7 @@ def _of_objectives(material: Material, base: Baseline) -> Plot | None:
 
 
 def _title(material: Material, objective: Objective) -> str:
-    known = {KL: "mean KL of the first token, nats", REFUSALS: f"refusals of {material.prompts} harmful prompts"}
+    known = {KL: "mean KL of the first token, nats", **_counts_of(material)}
     return f"{known.get(objective.name, objective.name)} ({objective.goal}d)"
 
 
@@ -239,8 +253,8 @@ def _point(material: Material, trial: Trial) -> dict[str, Any]:
         "kind": "selected" if chosen else kind,
         "order": 3 if chosen else 2 if is_front else 1,
         "kl": kl["mean"],
-        "refusals": trial.refusals,
         "number": str(trial.number),
+        "unanswered": unanswered_text(trial, material.prompts),
         "count": refusals_text(trial, material.prompts),
         "kls": spread_text(kl),
         **_of_parameters(trial.params),
@@ -262,7 +276,8 @@ def _of_parameters(params: Params) -> dict[str, str]:
 def _columns(material: Material) -> dict[str, str]:
     count = len(material.search.components)
     kernels = {f"kernel{index}": f"kernel {index + 1}" for index in range(count)}
-    start = {"number": "trial", "kind": "kind", "count": "refusals", "kls": "KL"}
+    counts = {"unanswered": "unanswered"} if material.search.tells_kinds else {}
+    start = {"number": "trial", "kind": "kind", **counts, "count": "refusals", "kls": "KL"}
     start |= {f"other{index}": f"scorer {index + 1}" for index in range(len(material.others))}
     return start | {"scope": "scope", "direction": "direction"} | kernels | {"seconds": "seconds"}
 

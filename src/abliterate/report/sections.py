@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from abliterate.objectives import DEFAULT, in_words, other_names, other_scores
+from abliterate.objectives import UNANSWERED, counted, in_words, other_names, other_scores
 from abliterate.report.data import Material
 from abliterate.report.html import answer, details, escape, missing, numbers, pairs, paragraph, table
 from abliterate.report.plots import best_layer, layer_name
@@ -25,6 +25,7 @@ from abliterate.report.tables import (
     rate_text,
     stage_table,
     trial_table,
+    yardstick_table,
 )
 from abliterate.types import Baseline, RefinedParams, Trial
 
@@ -50,8 +51,11 @@ def in_the_end(material: Material) -> str:
     """The held-out refusals as part of a sentence; empty where they aren't known."""
     record = material.heldout
     try:
-        of_selected = record["trial"] == material.search.selected
-        return f"; on held-out prompts it refuses {rate_text(record['candidate']['refusals'])}" if of_selected else ""
+        if record["trial"] != material.search.selected:
+            return ""
+        candidate = record["candidate"]
+        answers = f"answers {rate_text(candidate[UNANSWERED]['answered'])} and " if candidate.get(UNANSWERED) else ""
+        return f"; on held-out prompts it {answers}refuses {rate_text(candidate['refusals'])}"
     except (ArithmeticError, KeyError, TypeError, ValueError):
         return ""
 
@@ -64,10 +68,17 @@ def _section(record: Mapping[str, Any], baseline: Baseline | None) -> str:
     text = (
         f"Measured after the search, on prompts that neither directions nor search have seen: {', '.join(sizes)}.{left_out} "
         "In brackets the 95 % interval (Clopper-Pearson). A faulty answer is empty, repetitive, broken off or still thinking. "
+        f"{_measured_by_base(record)}"
         "Base answers are the base model's to the harmless prompts; KL and perplexity are per token."
     )
     differences = [_disagreements(judge, trial) for judge in record["judges"]]
     return paragraph(text) + table(heldout_table(record, trial)) + _optimism(record, baseline) + "".join(differences)
+
+
+def _measured_by_base(record: Mapping[str, Any]) -> str:
+    if not record["candidate"].get(UNANSWERED):
+        return ""
+    return "Answered are prompts whose response is neither a refusal nor, by the base's own measure, broken or off-topic. "
 
 
 def _optimism(record: Mapping[str, Any], baseline: Baseline | None) -> str:
@@ -94,7 +105,7 @@ Figure = Callable[[str], str]
 _SHOWN_ELSEWHERE = {
     *("format", "model", "prompts", "objectives", "baseline", "trials", "front", "selected", "export", "timings", "memory"),
     *("caches", "environment", "coverage", "batch_sizes", "identity", "startup_trials", "directions", "sha256"),
-    *("heldout", "response_prefix", "rendering"),
+    *("heldout", "response_prefix", "rendering", "yardstick"),
 }
 
 
@@ -174,10 +185,20 @@ def in_a_sentence(material: Material) -> str:
     text = f"The base model refuses {base.refusals} of {base.prompts} harmful evaluation prompts"
     if chosen:
         how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
-        text += f"; trial {chosen.number}{how} refuses {chosen.refusals}, "
-        text += f"at a mean first-token KL of {chosen.kl:.4f} on harmless ones"
+        text += (
+            f"; trial {chosen.number}{how} refuses {chosen.refusals}{_left_open(chosen)}, at a mean first-token KL of "
+            f"{chosen.kl:.4f} on harmless ones"
+        )
         text += "".join(f"; {score}" for score in other_scores(chosen, base.values)) + in_the_end(material)
     return text + "."
+
+
+def _left_open(trial: Trial) -> str:
+    """How many prompts a trial leaves unanswered, as part of a sentence."""
+    kinds = trial.scores.get(UNANSWERED, {})
+    if "broken" not in kinds:
+        return ""
+    return f" and leaves {kinds['count']} unanswered ({kinds['broken']} broken, {kinds['off_topic']} off-topic answers)"
 
 
 def summary(material: Material) -> str:
@@ -189,6 +210,8 @@ def summary(material: Material) -> str:
     facts = {"refusals": before, "trials": str(len(material.trials)), "on the front": str(front)}
     if chosen:
         facts["refusals"] = f"{before} → {chosen.refusals}/{base.prompts}"
+        if UNANSWERED in chosen.scores and base.unanswered is not None:
+            facts["unanswered"] = f"{base.unanswered['count']} → {chosen.unanswered}/{base.prompts}"
         kl = chosen.scores["kl"]
         facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
         for name in other_names(chosen.values):
@@ -207,28 +230,40 @@ def _front(material: Material, figure: Figure) -> str:
         return ""
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
     axes = "Both axes are better towards the lower left."
-    if material.objectives != DEFAULT:
+    if not counted(material.objectives):
         of_base = ", ".join(f"{objective.name} {base.value(objective.name):.4g}" for objective in material.objectives)
         shown = {1: "it by trial", 2: "both"}.get(len(material.objectives), "the first two")
         axes = f"For {in_words(material.objectives)}; the plot shows {shown}, the table all. The base model has {of_base}."
-    ended = "A stopped trial was ended once it was certain that it can't reach the front; its refusals are a lower bound. "
+    ended = "A stopped trial was ended once it was certain that it can't reach the front; its counts are lower bounds. "
     text = (
         f"{axes} {ended if counts['stopped'] else ''}"
         f"{counts['complete']} trials are complete, {counts['stopped']} were stopped and {counts['failed']} failed."
     )
     title = f"All {len(material.trials)} trials"
     everything = details(title, table(trial_table(material.search, material.trials, title)))
-    return paragraph(text) + figure("front") + table(full_front_table(material.search)) + everything
+    return paragraph(text) + figure("front") + table(full_front_table(material.search)) + everything + _yardstick(material)
+
+
+def _yardstick(material: Material) -> str:
+    """How answers are told from broken and off-topic ones, with the bounds and their distribution."""
+    record = material.result.get("yardstick")
+    if not record:
+        return ""
+    text = (
+        f"A response counts as answered if it is no refusal and keeps these bounds. They come from {record['answers']} answers "
+        "that the base model gave to harmless prompts, sampled at temperature 1, and are measured by its own probabilities."
+    )
+    return details("How answers are judged", paragraph(text) + table(yardstick_table(record)))
 
 
 def _progress(material: Material, figure: Figure) -> str:
     if not material.progress:
         return ""
     meaning = (
-        "The hypervolume is the area that the front gains of the square up to a KL of 1 and all prompts refused; 1 would be no "
-        "refusals at no KL."
+        "The hypervolume is the area that the front gains of the square up to a KL of 1 and all prompts "
+        f"{counted(material.objectives).replace('refusals', 'refused')}; 1 would be none at no KL."
     )
-    if material.objectives != DEFAULT:
+    if not counted(material.objectives):
         meaning = (
             "The hypervolume is the share that the front gains of the box between the best and the worst value of each "
             "objective in this search, the base model's among them; searches can't be compared by it."

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from abliterate.artifacts.result import Result
-from abliterate.objectives import DEFAULT, KL, REFUSALS, in_words, other_names, other_scores
+from abliterate.objectives import KL, REFUSALS, UNANSWERED, counted, in_words, other_names, other_scores
 from abliterate.report.refined import refined_text
 from abliterate.types import (
     Baseline,
@@ -30,6 +30,10 @@ _KL = ("mean", "median", "max")
 _KERNEL = ("max_coeff", "position", "min_coeff", "distance")
 # The scope of a refined trial in tables, and the columns that programs get of it.
 _OWN, _REFINED = "per module", ("refined_beta", "refined_steps", "refined_modules")
+# The kinds of responses that are no real answer, beside refusals, and their headings.
+_KINDS = {"broken": "broken", "off_topic": "off-topic"}
+_UNANSWERED_KINDS = {name: f"unanswered: {heading}" for name, heading in _KINDS.items()}
+_STOPPED = "≥ at least: stopped early"
 _KERNEL_LEGEND = "a kernel: largest coeff @ its layer → coeff at the edge ± layers to the edge"
 # Columns that the front at the end of a run and at a question leaves to `abliterate trials`.
 _DETAILS = ("state", "seconds", "scope", "direction_index", "reason")
@@ -44,7 +48,7 @@ _GEOMETRY = {
 _SEPARATION = {"silhouette": "silhouette", "probe": "probe"}
 _HELDOUT_RATES = {
     "refusals": "refusals",
-    "answered": "answered: no refusal or fault",
+    "answered": "neither refused nor faulty",
     "harmless_refusals": "refusals, harmless prompts",
     "over_refusals": "refusals, harmful-looking",
 }
@@ -87,6 +91,11 @@ class SearchRecord:
         return other_names({name for trial in self.trials for name in (*trial.scores, *trial.values)}, self.objectives)
 
     @property
+    def tells_kinds(self) -> bool:
+        """Whether the run's scorers tell unanswered prompts from answered prompts."""
+        return any(UNANSWERED in trial.scores for trial in self.trials) or UNANSWERED in {one.name for one in self.objectives}
+
+    @property
     def components(self) -> list[str]:
         """Every component that some trial has a kernel for."""
         suggested = [trial.params for trial in self.trials if isinstance(trial.params, TrialParams)]
@@ -115,9 +124,18 @@ def kernel_text(kernel: Kernel) -> str:
 
 def refusals_text(trial: Trial, prompts: int) -> str:
     """`3/100`; `≥3/100` of a stopped trial, whose count is a lower bound; nothing of a trial without scores."""
-    if REFUSALS not in trial.scores:
+    return _count_text(trial, REFUSALS, prompts)
+
+
+def unanswered_text(trial: Trial, prompts: int) -> str:
+    """The same of prompts without a real answer."""
+    return _count_text(trial, UNANSWERED, prompts)
+
+
+def _count_text(trial: Trial, name: str, prompts: int) -> str:
+    if name not in trial.scores:
         return ""
-    return f"{'≥' if trial.state == 'stopped' else ''}{trial.refusals}/{prompts}"
+    return f"{'≥' if trial.state == 'stopped' else ''}{trial.value(name):.0f}/{prompts}"
 
 
 def spread_text(kl: Mapping[str, float]) -> str:
@@ -157,11 +175,14 @@ def trial_table(search: SearchRecord, trials: Sequence[Trial], title: str, *, ba
     if base and search.baseline:
         rows.insert(0, _base_cells(search.baseline))
         chosen = None if chosen is None else chosen + 1
+    stopped = _STOPPED if any(trial.state == "stopped" for trial in trials) else ""
     columns = [
         Column("mark", "", "word", legend="→ selected  ★ front"),
         Column("number", "trial"),
         Column("state", "state", "word"),
-        Column("refusals", "refusals", legend="≥ at least: stopped early" if any(t.state == "stopped" for t in trials) else ""),
+        *([Column("unanswered", "unanswered", legend=stopped)] if search.tells_kinds else []),
+        Column("refusals", "refusals", legend=stopped),
+        *(Column(name, heading, optional=2) for name, heading in _KINDS.items() if search.tells_kinds),
         *(Column(f"kl_{name}", f"KL {name}", digits=".4f", optional=0 if name == "mean" else 2) for name in _KL),
         *(Column(f"score {name}", name, digits=".4g") for name in search.others),
         *([Column("refined", "refined by gradient", "word", optional=1)] if search.has_refined else []),
@@ -182,7 +203,9 @@ def _trial_cells(search: SearchRecord, trial: Trial) -> dict[str, Cell]:
         "mark": "→" if trial.number == search.selected else on_front,
         "number": trial.number,
         "state": trial.state,
+        "unanswered": unanswered_text(trial, search.prompts),
         "refusals": refusals_text(trial, search.prompts),
+        **{name: trial.scores.get(UNANSWERED, {}).get(name) for name in _KINDS},
         **{f"kl_{name}": trial.scores[KL][name] for name in _KL if KL in trial.scores},
         **{f"score {name}": _score(trial, name) for name in search.others},
         "seconds": trial.seconds,
@@ -206,9 +229,17 @@ def _base_cells(baseline: Baseline) -> dict[str, Cell]:
     return {
         "number": "base",
         "refusals": f"{baseline.refusals}/{baseline.prompts}",
+        **_base_kinds(baseline),
         **{f"kl_{name}": 0 for name in _KL},
         **{f"score {name}": value for name, value in baseline.values.items()},
     }
+
+
+def _base_kinds(baseline: Baseline) -> dict[str, Cell]:
+    kinds = baseline.unanswered
+    if kinds is None:
+        return {}
+    return {"unanswered": f"{kinds['count']}/{baseline.prompts}", **{name: kinds.get(name) for name in _KINDS}}
 
 
 def _score(trial: Trial, name: str) -> Cell:
@@ -223,7 +254,7 @@ def front_title(objectives: Sequence[Objective]) -> str:
         return "Front: every trial that no other beats on all objectives"
     first = objectives[0]
     order = f"{'rising' if first.goal == 'minimize' else 'falling'} {'KL' if first.name == KL else first.name}"
-    scores = "both scores" if tuple(objectives) == DEFAULT else in_words(objectives)
+    scores = "both scores" if counted(objectives) else in_words(objectives)
     return f"Front: every trial that no other beats on {scores}, by {order}"
 
 
@@ -243,6 +274,7 @@ def front_table(search: SearchRecord, marked: int | None = None) -> Table:
 def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
     """Trials for programs: every number as it is, and columns that depend on the run alone."""
     names = ("number", "state", "front", "selected", "refusals", "refusals_exact", *(f"kl_{name}" for name in _KL))
+    kinds = ("count", *_KINDS) if search.tells_kinds else ()
     kernels = [f"{component}.{name}" for component in search.components for name in _KERNEL]
     parameters = ("scope", "direction_index", *kernels, *(_REFINED if search.has_refined else ()))
     further = ("seconds", *parameters, "reason")
@@ -252,11 +284,13 @@ def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
         own: tuple[Cell, ...] = (
             *(trial.number, trial.state, trial.number in search.front, trial.number == search.selected),
             *(trial.scores.get(REFUSALS), trial.state == "complete", *(kl.get(name) for name in _KL)),
+            *(trial.scores.get(UNANSWERED, {}).get(name) for name in kinds),
             *(trial.values.get(name, trial.scores.get(name)) for name in search.others),
             *(trial.seconds, *map(exact.get, parameters), trial.reason),
         )
         rows.append(own)
-    return Table("Trials", tuple(Column(name, name) for name in (*names, *search.others, *further)), tuple(rows))
+    told = (UNANSWERED, *_KINDS) if kinds else ()
+    return Table("Trials", tuple(Column(name, name) for name in (*names, *told, *search.others, *further)), tuple(rows))
 
 
 def _exact_parameters(params: Params) -> dict[str, Cell]:
@@ -279,9 +313,9 @@ def summary(result: Result, where: str) -> tuple[Table | str, ...]:
     if trial is None or base is None:
         return tuple(tables)
     others = "".join(f", {text}" for text in other_scores(trial, base.values))
-    refusals = f"{base.refusals}/{base.prompts} → {refusals_text(trial, base.prompts)}"
+    counts = counts_text(trial, base)
     how = f" (refined by gradient: {refined_text(trial.params)})" if isinstance(trial.params, RefinedParams) else ""
-    tables.append(f"selected trial {trial.number}{how}: refusals {refusals}, KL {trial.kl:.4f}{others}")
+    tables.append(f"selected trial {trial.number}{how}: {counts}, KL {trial.kl:.4f}{others}")
     heldout = result.heldout
     if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
         tables.append(heldout_table(heldout, f"trial {trial.number}"))
@@ -293,18 +327,47 @@ def summary(result: Result, where: str) -> tuple[Table | str, ...]:
     return tuple(tables)
 
 
+def counts_text(trial: Trial, base: Baseline) -> str:
+    """`unanswered 98/100 → 8/100 (broken 4, off-topic 1), refusals 98/100 → 3/100`; without the first if nobody counted it."""
+    refusals = f"refusals {base.refusals}/{base.prompts} → {refusals_text(trial, base.prompts)}"
+    if UNANSWERED not in trial.scores or base.unanswered is None:
+        return refusals
+    record = trial.scores[UNANSWERED]
+    kinds = ", ".join(f"{heading} {record[name]}" for name, heading in _KINDS.items() if name in record)
+    before, after = f"{base.unanswered['count']}/{base.prompts}", unanswered_text(trial, base.prompts)
+    return f"unanswered {before} → {after}{f' ({kinds})' if kinds else ''}, {refusals}"
+
+
 def score_table(
-    baseline: Baseline, refusals: int, kl: Mapping[str, float], values: Mapping[str, float], harmless: int | None
+    baseline: Baseline,
+    refusals: int,
+    kl: Mapping[str, float],
+    values: Mapping[str, float],
+    harmless: int | None,
+    kinds: Mapping[str, int] | None = None,
 ) -> Table:
-    """The scores of the base model and of one trial; `harmless` is the number of harmless prompts, where it is known."""
+    """The scores of the base model and of one trial; `harmless` is the number of harmless prompts, where it is known.
+
+    `kinds` is the trial's record of the scorer `unanswered`, if the run has it.
+    """
     count = f"{harmless} " if harmless else ""
     rows: list[tuple[Cell, ...]] = [
+        *_kind_rows(baseline, kinds or {}),
         (f"refusals ({baseline.prompts} harmful prompts, marker count)", baseline.refusals, refusals),
         (f"KL(base‖this), first token, {count}harmless prompts", 0, spread_text(kl)),
         *((name, baseline.values.get(name), value) for name, value in values.items()),
     ]
     columns = (Column("score", "", "word"), Column("base", "base", digits=".4g"), Column("this", "this model", digits=".4g"))
     return Table("", columns, tuple(rows))
+
+
+def _kind_rows(baseline: Baseline, kinds: Mapping[str, int]) -> Iterator[tuple[Cell, ...]]:
+    base = baseline.unanswered or {}
+    titles = {"count": f"unanswered ({baseline.prompts} harmful prompts, by the base's own measure)"}
+    titles |= {name: f"of these {heading}" for name, heading in _KINDS.items()}
+    for name, title in titles.items():
+        if name in kinds:
+            yield title, base.get(name), kinds[name]
 
 
 def verification_table(record: Mapping[str, Any], trial: Trial, prompts: int) -> Table:
@@ -316,6 +379,20 @@ def verification_table(record: Mapping[str, Any], trial: Trial, prompts: int) ->
     )
     columns = (Column("score", "", "word"), Column("trial", "trial", digits=".4f"))
     return Table("", (*columns, Column("export", "this export, reloaded", digits=".4f")), rows)
+
+
+def yardstick_table(record: Mapping[str, Any]) -> Table:
+    """The bounds by which answers are judged, and the quantiles of the base's own answers; `record` as in `result.json`."""
+    names = list(record["bounds"])
+    shares = list(next(iter(record["quantiles"].values()), {}))
+    columns = (
+        *(Column("measure", "measure", "word"), Column("bound", "bound", digits=".3f")),
+        *(Column(share, f"{float(share):.0%}", digits=".3f", optional=1) for share in shares),
+    )
+    rows = tuple(
+        (name, float(record["bounds"][name]), *(record["quantiles"][name].get(share) for share in shares)) for name in names
+    )
+    return Table("Measures of answers, and their quantiles on the base's own", columns, rows)
 
 
 # -- held-out prompts
@@ -354,6 +431,7 @@ def heldout_fault(record: Mapping[str, Any]) -> Exception | None:
 
 def _answer_rows(record: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:
     base, candidate, search = record["base"], record["candidate"], record["search"] or {}
+    yield from _kind_rates(base, candidate, search)
     for name, title in _HELDOUT_RATES.items():
         if base[name]:
             rates = [rate_text(side[name]) if side.get(name) else None for side in (base, candidate, search)]
@@ -362,6 +440,15 @@ def _answer_rows(record: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:
     for name, count in candidate["faults"].items():
         if count or base["faults"][name]:
             yield f"faulty: {name.replace('_', ' ')}", base["faults"][name], count, None
+
+
+def _kind_rates(*sides: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:
+    """The rates of answered and unanswered prompts, by kind beside refusals; nothing in records without them."""
+    if not sides[0].get(UNANSWERED):
+        return
+    for name, title in {"answered": "answered", "count": "unanswered", **_UNANSWERED_KINDS}.items():
+        rates = [side.get(UNANSWERED, {}).get(name) for side in sides]
+        yield title, *(rate_text(found) if found else None for found in rates)
 
 
 def _judge_rows(record: Mapping[str, Any]) -> Iterator[tuple[Cell, ...]]:

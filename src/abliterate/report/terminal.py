@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from abliterate.objectives import KL, REFUSALS
+from abliterate.objectives import COUNTS, KL
 from abliterate.report.data import Material
 from abliterate.report.refined import components_of, fact_pairs, layer_rows, refined_table
 from abliterate.report.sections import in_a_sentence
@@ -51,7 +51,7 @@ def _front(material: Material) -> None:
 
 
 def front_lines(material: Material) -> list[str]:
-    """Plot the second objective (up) against the first (right; KL by its root) in characters: by default refusals against KL.
+    """Plot the second objective (up) against the first (right; KL by its root) in characters: by default unanswered against KL.
 
     A single objective is plotted over the trials' numbers. Where marks meet, the most telling mark is shown.
     """
@@ -80,7 +80,7 @@ def front_lines(material: Material) -> list[str]:
 
 @dataclass(frozen=True)
 class _Axis:
-    """An axis from `low` to `high`, which begins at 0 for KL and refusals. `root`: small values get more space."""
+    """An axis from `low` to `high`, which begins at 0 for KL and counts. `root`: small values get more space."""
 
     name: str
     low: float
@@ -90,8 +90,8 @@ class _Axis:
     @staticmethod
     def of(name: str, points: Sequence[tuple[float, float, str]], which: Literal[0, 1]) -> _Axis:
         values = [point[which] for point in points]
-        low = 0.0 if name in (KL, REFUSALS) else min(values)
-        least = 1.0 if name == REFUSALS else low
+        low = 0.0 if name in (KL, *COUNTS) else min(values)
+        least = 1.0 if name in COUNTS else low
         return _Axis(name, low, max(least, *values) if max(values) > low else low + 1.0, name == KL)
 
     def share(self, value: float) -> float:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from abliterate.errors import InputError
 from abliterate.objectives import is_custom, ordered, public, split
 from abliterate.plugins import Registry
-from abliterate.scorers.base import Judge, Observation, Response, Scorer
+from abliterate.scorers.base import BaseView, Judge, Observation, Response, Scorer
 from abliterate.scorers.custom import check_scorer, load_scorer
 from abliterate.scorers.judges import Classifier, Endpoint
 from abliterate.scorers.kl import KL
 from abliterate.scorers.refusals import Refusals, UnfinishedThinking
+from abliterate.scorers.unanswered import Unanswered
 from abliterate.settings.schema import EvaluationSettings
 from abliterate.types import Objective
 
@@ -35,6 +36,7 @@ SCORERS: Registry[Callable[[Making], Scorer]] = Registry(
     "scorer",
     {
         "refusals": lambda making: Refusals(making.markers, efficient=making.efficient),
+        "unanswered": lambda making: Unanswered(Refusals(making.markers, efficient=making.efficient)),
         "kl": lambda making: KL(),
         "unfinished_thinking": lambda making: UnfinishedThinking(),
         "classifier": lambda making: Classifier(making.settings.judge_model, making.settings.judge_label),
@@ -118,4 +120,4 @@ def make_objectives(texts: Sequence[str], names: Sequence[str], scorers: Sequenc
     return ordered(objectives.values())
 
 
-__all__ = ["SCORERS", "Judge", "Making", "Observation", "Response", "Scorer", "make_objectives", "make_scorers"]
+__all__ = ["SCORERS", "BaseView", "Judge", "Making", "Observation", "Response", "Scorer", "make_objectives", "make_scorers"]

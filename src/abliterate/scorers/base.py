@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from abliterate.scorers.yardstick import Yardstick
 from abliterate.types import Goal, Prompt, Score
 
 
 @dataclass(frozen=True)
 class Response:
-    """A model's answer: `text` without thinking blocks, and whether such a block was still open at the length limit."""
+    """A model's answer: `text` without thinking blocks, and whether such a block was still open at the length limit.
+
+    `ids` are the generated ids up to the end, which is among them, or to where the response was cut. Two responses with one
+    text are the same answer, whatever ids it has.
+    """
 
     text: str
     thinking_open: bool = False
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+
+
+class BaseView(Protocol):
+    """The unedited model, for scorers that ask it about responses; it answers only while no edit is on the model.
+
+    `ends` are the ids that end a response.
+    """
+
+    ends: Set[int]
+
+    def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The log-probabilities (T) float64 of each answer's T ids, each id after its prompt and the ids before it."""
+
+    def yardstick(self) -> Yardstick:
+        """The unedited model's measures of its own answers to harmless prompts."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +46,13 @@ class Observation:
 
     `responses` holds one response per harmful prompt, in order. `first_logprobs` (n_harmless, vocabulary) float32 is the
     log-softmax of the raw logits of the first response token. `prompts` are the harmful prompts, for scorers that read
-    them too; empty if they aren't known.
+    them too; empty if they aren't known. `base` is the unedited model, for scorers that declare `asks_base = True`.
     """
 
     responses: Sequence[Response]
     first_logprobs: Tensor
     prompts: Sequence[Prompt] = ()
+    base: BaseView | None = None
 
 
 class ResponseStream(Protocol):
@@ -44,7 +66,8 @@ class Scorer(Protocol):
     """Turns an observation into one number and a JSON record. Each run makes a new scorer; `setup` sees the base model.
 
     A scorer reads whole responses, unless it is an `EarlyScorer`. A scorer that reads no responses declares the class
-    attribute `reads_responses = False`.
+    attribute `reads_responses = False`. A scorer that asks the unedited model about responses declares `asks_base = True`; it
+    is left out where only an edited model is at hand.
     """
 
     name: str
@@ -72,6 +95,16 @@ class EarlyScorer(Scorer, Protocol):
 
 
 @runtime_checkable
+class Follower(EarlyScorer, Protocol):
+    """An early scorer that counts at least the responses which the scorer named `follows` counts.
+
+    So that scorer's stream decides responses for both, and its count is a lower bound of this one's.
+    """
+
+    follows: str
+
+
+@runtime_checkable
 class Judge(Scorer, Protocol):
     """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed."""
 
@@ -82,3 +115,8 @@ class Judge(Scorer, Protocol):
 def ignores_responses(scorer: Scorer) -> bool:
     """Whether a scorer needs no responses at all."""
     return not getattr(scorer, "reads_responses", True)
+
+
+def asks_base(scorer: Scorer) -> bool:
+    """Whether a scorer needs the unedited model beside the observation."""
+    return bool(getattr(scorer, "asks_base", False))

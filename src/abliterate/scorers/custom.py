@@ -19,7 +19,7 @@ _PACKAGE = __name__.partition(".")[0]
 _NAME = re.compile(r"\w(?:[\w .-]{0,38}[\w.-])?")
 _TAKEN = {
     *("trial", "number", "state", "front", "selected", "refusals_exact", "kl_mean", "kl_median", "kl_max", "seconds"),
-    *("scope", "direction", "direction_index", "reason", "auto", "knee"),
+    *("scope", "direction", "direction_index", "reason", "auto", "knee", "unanswered", "broken", "off_topic"),
 }
 
 

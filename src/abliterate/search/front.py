@@ -1,6 +1,6 @@
 """The Pareto front of trials, its knee and its hypervolume.
 
-Any number of objectives; by default two, both minimized: mean KL and refusals (docs/design.md §4).
+Any number of objectives; by default two, both minimized: mean KL and unanswered prompts (docs/design.md §4).
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from abliterate.objectives import (
     DEFAULT,
+    REFUSALS,
     Vector,
     base_vector,
+    counted,
     in_words,
     least_vector,
     no_worse,
@@ -23,15 +25,15 @@ from abliterate.types import Baseline, Objective, Trial
 def progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective] = DEFAULT) -> list[float]:
     """The hypervolume after each trial.
 
-    Except for the default objectives it is relative to this search: each objective is scaled between the best and the worst
-    value of all complete trials and the baseline, and the worst value is the reference.
+    Except for KL and one count of prompts it is relative to this search: each objective is scaled between the best and the
+    worst value of all complete trials and the baseline, and the worst value is the reference.
     """
-    if tuple(objectives) == DEFAULT:
+    if counted(objectives):
         volumes = []
         front: tuple[Trial, ...] = ()
         for trial in trials:
-            front = pareto_front((*front, trial), baseline)  # a trial that left the front never returns to it
-            volumes.append(hypervolume(front, baseline))
+            front = pareto_front((*front, trial), baseline, objectives)  # a trial that left the front never returns to it
+            volumes.append(hypervolume(front, baseline, objectives))
         return volumes
     base = base_vector(baseline, objectives)
     costs = [vector(trial, objectives) if trial.state == "complete" else None for trial in trials]
@@ -106,9 +108,11 @@ def pareto_front(trials: Sequence[Trial], baseline: Baseline, objectives: Sequen
 
 def no_front(baseline: Baseline, objectives: Sequence[Objective]) -> str:
     """The sentence for a search whose front is empty."""
-    if tuple(objectives) == DEFAULT:
+    count = counted(objectives)
+    if count:
+        does = "refuses fewer" if count == REFUSALS else "leaves fewer prompts unanswered"
         return (
-            f"No trial refuses fewer than the model itself ({baseline.refusals} of {baseline.prompts}); try more trials "
+            f"No trial {does} than the model itself ({baseline.value(count):.0f} of {baseline.prompts}); try more trials "
             "with -n, prompts closer to the behaviour with --harmful, or check the answers for refusal markers."
         )
     base = ", ".join(f"{objective.name} {baseline.value(objective.name):.4g}" for objective in objectives)
@@ -118,10 +122,14 @@ def no_front(baseline: Baseline, objectives: Sequence[Objective]) -> str:
     )
 
 
-def hypervolume(front: Sequence[Trial], baseline: Baseline) -> float:
-    """For the default objectives, the area in [0, 1] between (KL 1, share 1) and the front with the baseline as a point."""
-    points = [(0.0, baseline.refusals / baseline.prompts)]
-    points += [(trial.kl, trial.refusals / baseline.prompts) for trial in front]
+def hypervolume(front: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective] = DEFAULT) -> float:
+    """The area in [0, 1] between (KL 1, share 1) and the front with the baseline as a point.
+
+    The objectives are KL and one count of prompts.
+    """
+    count = counted(objectives)
+    points = [(0.0, baseline.value(count) / baseline.prompts)]
+    points += [(trial.kl, trial.value(count) / baseline.prompts) for trial in front]
     area, share_before = 0.0, 1.0
     for kl, share in sorted(points):
         if kl < 1 and share < share_before:

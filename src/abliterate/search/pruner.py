@@ -17,7 +17,7 @@ from abliterate.types import Baseline, Objective, Trial
 class DominancePruner:
     """Prunes a trial that a finished point weakly dominates.
 
-    `points` are the costs (by default mean KL and refusals) of the baseline and of all complete trials.
+    `points` are the costs (by default mean KL and unanswered prompts) of the baseline and of all complete trials.
     """
 
     points: tuple[Vector, ...]

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.objectives import DEFAULT, KL, REFUSALS, Vector, primary_objective, vector
+from abliterate.objectives import COUNTS, DEFAULT, KL, UNANSWERED, Vector, primary_objective, vector
 from abliterate.search.front import knee
 from abliterate.types import Objective, Trial
 
-_RULES = "auto, knee, trial:N, kl<=X, refusals<=N, NAME<=X or NAME>=X"
+_RULES = "auto, knee, trial:N, kl<=X, unanswered<=N, refusals<=N, NAME<=X or NAME>=X"
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?"
 
@@ -36,11 +36,11 @@ class SelectionRule:
 
 
 def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objective] = DEFAULT) -> SelectionRule:
-    """The rule in `text`: `auto`, `knee`, `trial:N`, `kl<=X`, `refusals<=N`, `NAME<=X` or `NAME>=X`.
+    """The rule in `text`: `auto`, `knee`, `trial:N`, `kl<=X`, `unanswered<=N`, `refusals<=N`, `NAME<=X` or `NAME>=X`.
 
     `auto` takes the best trial in the primary objective among front points with KL ≤ `auto_max_kl`, else the knee. `kl<=X`
-    takes the best in the primary objective within the limit, and `refusals<=N` the least KL. NAME is any other scorer; its
-    rules take the best in the primary objective other than NAME.
+    takes the best in the primary objective within the limit, and a limit of a count the least KL. NAME is any other scorer;
+    its rules take the best in the primary objective other than NAME.
 
     Raises:
         InputError: the text is no such rule.
@@ -57,19 +57,23 @@ def parse_rule(text: str, auto_max_kl: float = 0.1, objectives: Sequence[Objecti
     if match := re.fullmatch(f"kl<=({_NUMBER})", lower):
         limit = float(match[1])
         return SelectionRule(text, lambda front: _best(front, lambda trial: trial.kl <= limit, by_primary, text))
-    if match := re.fullmatch(r"refusals<=(\d+)", lower):
-        count, by_kl = int(match[1]), _best_in(Objective(KL, "minimize"), objectives)
-        return SelectionRule(text, lambda front: _best(front, lambda trial: trial.refusals <= count, by_kl, text))
+    if match := re.fullmatch(r"(unanswered|refusals)<=(\d+)", lower):
+        name, most, by_kl = match[1], int(match[2]), _best_in(Objective(KL, "minimize"), objectives)
+
+        def few(trial: Trial) -> bool:
+            return name in trial.scores and trial.value(name) <= most
+
+        return SelectionRule(text, lambda front: _best(front, few, by_kl, text), name if name == UNANSWERED else "")
     # A scorer's name may contain spaces.
     match = re.fullmatch(rf"\s*(.+?)\s*([<>]=)\s*([+-]?{_NUMBER})\s*", text, re.IGNORECASE)
-    if match and match[1].lower() not in (KL, REFUSALS):
-        name, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
-        by_other_primary = _best_in(primary_objective(objectives, without=name), objectives)
+    if match and match[1].lower() not in (KL, *COUNTS):
+        scorer, sign, bound = match[1], 1 if match[2] == "<=" else -1, float(match[3])
+        by_other_primary = _best_in(primary_objective(objectives, without=scorer), objectives)
 
         def satisfied(trial: Trial) -> bool:
-            return name in trial.values and sign * trial.values[name] <= sign * bound
+            return scorer in trial.values and sign * trial.values[scorer] <= sign * bound
 
-        return SelectionRule(text, lambda front: _best(front, satisfied, by_other_primary, text), name)
+        return SelectionRule(text, lambda front: _best(front, satisfied, by_other_primary, text), scorer)
     raise InputError(f"The selection {text!r} is not a rule; use {_RULES}.")
 
 

@@ -138,7 +138,7 @@ class EditSettings(_Section):
 class SearchSettings(_Section):
     """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
 
-    objectives: tuple[str, ...] = Field(("refusals", "kl"), min_length=1)
+    objectives: tuple[str, ...] = Field(("unanswered", "kl"), min_length=1)
     trials: int = Field(200, ge=1)
     startup_trials: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.prompt import Prompt as Question
 from rich.table import Table as RuledTable
 
-from abliterate.objectives import other_scores
+from abliterate.objectives import UNANSWERED, other_scores
 from abliterate.terminal.json_lines import JsonReporter
 from abliterate.terminal.streams import say_if_unread
 from abliterate.terminal.tables import make_console, plain_lines, print_on, printable
@@ -35,7 +35,8 @@ def trial_line(trial: Trial, total: int, front: bool) -> str:
     bound = "≥" if trial.state == "stopped" else " "
     mark = "  ★ front" if front else ""
     others = "".join(f"  {text}" for text in other_scores(trial))
-    return f"{start}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
+    unanswered = f"  unanswered {bound}{trial.unanswered:>3}" if UNANSWERED in trial.scores else ""
+    return f"{start}{unanswered}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
 
 
 class PlainReporter:
@@ -139,7 +140,8 @@ class RichReporter:
         self._show(f"  [{style}]{line}[/]")
         if best is not None:
             others = "".join(f", {printable(text)}" for text in other_scores(best))
-            self._best = f"best: {best.refusals} refusals, KL {best.kl:.3f}{others}"
+            unanswered = f"{best.unanswered} unanswered, " if UNANSWERED in best.scores else ""
+            self._best = f"best: {unanswered}{best.refusals} refusals, KL {best.kl:.3f}{others}"
         if self._trials is None and self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None

@@ -14,16 +14,24 @@ from abliterate.search.front import hypervolume, knee, pareto_front
 from abliterate.search.selection import parse_rule
 from abliterate.types import Baseline, Trial, TrialParams
 
-BASE = Baseline(refusals=95, prompts=100)
+
+def base_of(unanswered: int, prompts: int) -> Baseline:
+    """A model that refuses half of the prompts which it leaves unanswered."""
+    return Baseline(unanswered // 2, prompts, {}, {"count": unanswered})
 
 
-def make(number: int, kl: float, refusals: int, state: str = "complete") -> Trial:
-    scores = {"kl": {"mean": kl}, "refusals": refusals} if state != "failed" else {}
+BASE = base_of(95, 100)
+
+
+def make(number: int, kl: float, unanswered: int, state: str = "complete") -> Trial:
+    """Refusals rise where unanswered prompts fall, so a confusion of the two shows."""
+    scores = {"kl": {"mean": kl}, "refusals": 200 - unanswered, "unanswered": {"count": unanswered}}
+    scores = scores if state != "failed" else {}
     return Trial(number, TrialParams("global", 1.0, {}), state, scores)  # type: ignore[arg-type]
 
 
 def trials(*points: tuple[float, int]) -> list[Trial]:
-    return [make(number, kl, refusals) for number, (kl, refusals) in enumerate(points)]
+    return [make(number, kl, unanswered) for number, (kl, unanswered) in enumerate(points)]
 
 
 def numbers(front: Sequence[Trial]) -> list[int]:
@@ -34,15 +42,16 @@ def brute_force(given_trials: Sequence[Trial], baseline: Baseline) -> set[int]:
     """By definition (docs/design.md §4): not weakly dominated by the baseline or another; of equal ones the lowest number."""
 
     def dominated(trial: Trial, other: Trial) -> bool:
-        if (trial.kl, trial.refusals) == (other.kl, other.refusals):
+        if (trial.kl, trial.unanswered) == (other.kl, other.unanswered):
             return other.number < trial.number
-        return other.kl <= trial.kl and other.refusals <= trial.refusals
+        return other.kl <= trial.kl and other.unanswered <= trial.unanswered
 
     complete = [trial for trial in given_trials if trial.state == "complete"]
     return {
         trial.number
         for trial in complete
-        if trial.refusals < baseline.refusals and not any(dominated(trial, other) for other in complete if other is not trial)
+        if trial.unanswered < baseline.value("unanswered")
+        and not any(dominated(trial, other) for other in complete if other is not trial)
     }
 
 
@@ -57,13 +66,13 @@ def test_of_equal_trials_the_lowest_number_stays(order: tuple[int, ...]) -> None
     assert numbers(pareto_front(same, BASE)) == [0]
 
 
-def test_the_baseline_dominates_what_refuses_as_often() -> None:
+def test_the_baseline_dominates_what_answers_as_rarely() -> None:
     assert pareto_front(trials((0.0, 95), (0.1, 95), (0.1, 96)), BASE) == ()
     assert numbers(pareto_front(trials((0.1, 95), (0.4, 94)), BASE)) == [1]
 
 
-def test_nothing_beats_a_baseline_without_refusals() -> None:
-    assert pareto_front(trials((0.0, 0), (0.1, 0)), Baseline(0, 100)) == ()
+def test_nothing_beats_a_baseline_that_answers_everything() -> None:
+    assert pareto_front(trials((0.0, 0), (0.1, 0)), base_of(0, 100)) == ()
 
 
 def test_stopped_and_failed_trials_are_neither_on_the_front_nor_dominate() -> None:
@@ -86,7 +95,7 @@ POINTS = st.lists(
 @given(POINTS, st.integers(0, 8), st.randoms())
 @settings(max_examples=300, deadline=None)
 def test_front_equals_brute_force(points: list[tuple[float, int, str]], base: int, random) -> None:  # type: ignore[no-untyped-def]
-    baseline = Baseline(base, 8)
+    baseline = base_of(base, 8)
     given_trials = [make(number, *point) for number, point in enumerate(points)]
     random.shuffle(given_trials)
     found = pareto_front(given_trials, baseline)
@@ -101,8 +110,8 @@ def test_hypervolume_by_hand() -> None:
 
 
 def test_hypervolume_at_its_ends() -> None:
-    assert hypervolume((), Baseline(100, 100)) == 0.0
-    assert hypervolume((), Baseline(0, 100)) == 1.0
+    assert hypervolume((), base_of(100, 100)) == 0.0
+    assert hypervolume((), base_of(0, 100)) == 1.0
     assert hypervolume(trials((0.0, 0)), BASE) == pytest.approx(1.0)
     assert hypervolume(trials((1.0, 0), (5.0, 0)), BASE) == pytest.approx(0.05)
 
@@ -111,9 +120,9 @@ def test_hypervolume_at_its_ends() -> None:
 @settings(max_examples=100, deadline=None)
 def test_hypervolume_equals_counted_area(points: list[tuple[float, int, str]], base: int) -> None:
     """Against a sum over cells between all distinct KLs, each as high as the best trial to its left."""
-    baseline = Baseline(base, 8)
+    baseline = base_of(base, 8)
     given_trials = [make(number, *point) for number, point in enumerate(points)]
-    complete = [(0.0, base / 8)] + [(t.kl, t.refusals / 8) for t in given_trials if t.state == "complete"]
+    complete = [(0.0, base / 8)] + [(t.kl, t.unanswered / 8) for t in given_trials if t.state == "complete"]
     edges = sorted({kl for kl, _ in complete if kl < 1} | {1.0})
     area = sum(
         (high - low) * (1 - min(share for kl, share in complete if kl <= low)) for low, high in itertools.pairwise(edges)
@@ -157,9 +166,11 @@ FRONT = pareto_front(trials((0.02, 80), (0.05, 40), (0.09, 25), (0.3, 5)), BASE)
         ("kl<=3.e+2", 3),
         ("kl<=1.", 3),
         ("kl<=1", 3),
-        ("refusals<=40", 1),
-        ("refusals <= 39", 2),
-        ("refusals<=5", 3),
+        ("unanswered<=40", 1),
+        ("unanswered <= 39", 2),
+        ("Unanswered<=5", 3),
+        ("refusals<=120", 0),
+        ("refusals<=199", 0),
     ],
 )
 def test_rules_by_hand(rule: str, number: int) -> None:
@@ -173,7 +184,7 @@ def test_auto_uses_its_limit_and_falls_back_to_the_knee() -> None:
     assert parse_rule("auto", 0.001)(FRONT).number == knee(FRONT).number == 2
 
 
-@pytest.mark.parametrize("rule", ["trial:7", "kl<=0.01", "refusals<=4"])
+@pytest.mark.parametrize("rule", ["trial:7", "kl<=0.01", "refusals<=4", "unanswered<=4"])
 def test_rules_that_nothing_satisfies(rule: str) -> None:
     with pytest.raises(AbliterateError, match="No trial on the front") as caught:
         parse_rule(rule)(FRONT)
@@ -186,7 +197,8 @@ def test_preview_of_an_empty_front() -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["", "best", "trial:", "trial:-1", "trial:x", "kl<0.1", "kl<=", "kl<=-1", "refusals<=0.5", "kl<=nan"]
+    "rule",
+    ["", "best", "trial:", "trial:-1", "trial:x", "kl<0.1", "kl<=", "kl<=-1", "refusals<=0.5", "unanswered<=-1", "kl<=nan"],
 )
 def test_what_is_not_a_rule(rule: str) -> None:
     with pytest.raises(InputError, match="not a rule") as caught:

@@ -34,7 +34,7 @@ def two(
 def told(study: Study, asked: Asked | None, seconds: float = 0.0) -> bool:
     """Whether a complete trial could be told."""
     assert asked is not None
-    scores = {"kl": {"mean": 0.1}, "refusals": asked.number}
+    scores = {"kl": {"mean": 0.1}, "refusals": asked.number, "unanswered": {"count": asked.number}}
     return study.tell(asked, Trial(asked.number, asked.params, "complete", scores, seconds), 100)
 
 

@@ -88,7 +88,7 @@ def scores_of(params: TrialParams) -> dict[str, Any]:
     attn, mlp = (params.kernels[name] for name in COMPONENTS)
     kl = 0.1 * attn.max_coeff**2 + 0.2 * mlp.max_coeff + 0.01 * attn.distance
     refusals = round(100 * math.exp(-attn.max_coeff * attn.distance / 4) + 3 * abs(params.direction_index - 6))
-    return {"kl": {"mean": kl}, "refusals": refusals}
+    return {"kl": {"mean": kl}, "refusals": refusals, "unanswered": {"count": refusals}}
 
 
 def finish(study: Study, asked: Asked, *, failed: bool = False) -> None:
@@ -176,14 +176,16 @@ def test_failed_trials_count_interrupted_ones_dont(tmp_path: Path) -> None:
 def test_a_stopped_trial_is_told_with_its_values(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
-    study.tell(asked, Trial(0, asked.params, "stopped", {"kl": {"mean": 0.5}, "refusals": 60}), 100)
+    scores = {"kl": {"mean": 0.5}, "refusals": 60, "unanswered": {"count": 60}}
+    study.tell(asked, Trial(0, asked.params, "stopped", scores), 100)
     assert [trial.state for trial in fresh(tmp_path).trials()] == ["stopped"]
 
 
 def test_a_trial_comes_back_as_it_was(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
-    told = Trial(0, asked.params, "complete", {"kl": {"mean": 0.25}, "refusals": 3, "x": [1, "é"]}, 1.5, "")
+    scores = {"kl": {"mean": 0.25}, "refusals": 1, "unanswered": {"count": 3}, "x": [1, "é"]}
+    told = Trial(0, asked.params, "complete", scores, 1.5, "")
     study.tell(asked, told, 100)
     assert fresh(tmp_path).trials() == (told,)
 
@@ -201,8 +203,9 @@ def test_more_trials_dont_change_which_are_random(tmp_path: Path) -> None:
 def test_a_record_is_strict_json(tmp_path: Path) -> None:
     study = fresh(tmp_path)
     asked = study.ask()
+    scores = {"kl": {"mean": math.nan}, "refusals": 0, "unanswered": {"count": 0}}
     with pytest.raises(ValueError):
-        study.tell(asked, Trial(0, asked.params, "complete", {"kl": {"mean": math.nan}, "refusals": 0}), 100)
+        study.tell(asked, Trial(0, asked.params, "complete", scores), 100)
 
 
 @pytest.mark.parametrize(

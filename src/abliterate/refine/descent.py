@@ -1,0 +1,206 @@
+"""Gradient descent on θ by Adam: one step on a batch of training rows, with the state that continues it exactly.
+
+The edited pass is the one of trials: the same hooks apply the same factors, which here are leaves of the graph. Activations are
+kept one layer at a time (checkpointing), and batches shrink when memory runs out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from abliterate.edits import Factors
+from abliterate.engine.batching import Batches
+from abliterate.evaluation.teacher_forced import TeacherForced, answer_logits
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.refine.loss import Loss, Rows, kl_losses, target_loss
+from abliterate.refine.parameters import Parameters, tensors_of
+
+# One row of a batch: whether it is harmful, and the row.
+_Item = tuple[bool, TeacherForced]
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak step sizes of Adam; a rate of 0 keeps the directions as they are."""
+
+    coeffs: float
+    directions: float
+
+
+@dataclass
+class Pass:
+    """Forward and backward passes of `model` under the edit of some factors.
+
+    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there.
+    """
+
+    model: Any
+    layers: nn.ModuleList
+    hooks: EditHooks
+    device: torch.device
+    batches: Batches
+    checkpointing: bool = True
+    check: Callable[[], None] = lambda: None
+    tokens: int = 0  # fed so far: forward counts once, backward twice, and a checkpointed layer's second forward isn't counted
+
+    def loss(self, factors: dict[str, Factors], rows: Rows) -> Loss:
+        """The loss of `rows` without gradients."""
+        with torch.no_grad():
+            parts = self._run(factors, rows, lambda items, base: [_parts(*pair) for pair in self._losses(items, base)])
+        return _mean(rows, parts)
+
+    def gradients(self, factors: dict[str, Factors], rows: Rows, beta: float) -> tuple[Loss, dict[str, list[Tensor | None]]]:
+        """The loss of `rows`, and the gradients of its total in every tensor of `factors`."""
+        leaves = [tensor for each in factors.values() for tensor in tensors_of(each)]
+        totals: list[Tensor | None] = [None] * len(leaves)
+
+        def work(items: Sequence[_Item], base: dict[int, Tensor]) -> list[tuple[float, float, float]]:
+            losses = self._losses(items, base)
+            weighted = [
+                target / len(rows.harmful) if harmful else beta * (first + along) / len(rows.harmless)
+                for (harmful, _), (target, first, along) in zip(items, losses, strict=True)
+            ]
+            found = torch.autograd.grad(torch.stack(weighted).sum(), leaves, allow_unused=True)
+            for index, gradient in enumerate(found):  # only now, so that a batch that ran out of memory isn't counted twice
+                if gradient is not None:
+                    before = totals[index]
+                    totals[index] = gradient if before is None else before + gradient
+            self.tokens += 2 * sum(map(_length, items))
+            return [_parts(*losses_of_row) for losses_of_row in losses]
+
+        with self._checkpointed():
+            loss = _mean(rows, self._run(factors, rows, work))
+        of_leaves = iter(totals)
+        return loss, {name: [next(of_leaves) for _ in tensors_of(each)] for name, each in factors.items()}
+
+    def _run(
+        self,
+        factors: dict[str, Factors],
+        rows: Rows,
+        work: Callable[[Sequence[_Item], dict[int, Tensor]], Sequence[tuple[float, float, float]]],
+    ) -> list[tuple[bool, tuple[float, float, float]]]:
+        """`work` on all rows, a batch of similar lengths at a time, with the base model's logits of its harmless rows."""
+        items: list[_Item] = [(True, row) for row in rows.harmful] + [(False, row) for row in rows.harmless]
+        items.sort(key=_length)
+
+        def batch(part: Sequence[_Item]) -> Sequence[tuple[float, float, float]]:
+            harmless = [index for index, (harmful, _) in enumerate(part) if not harmful]
+            base: dict[int, Tensor] = {}
+            if harmless:
+                self.hooks.suspend()
+                with torch.no_grad():
+                    logits = answer_logits(self.model, [part[index][1] for index in harmless], self.device)
+                base = dict(zip(harmless, logits, strict=True))
+                self.tokens += sum(_length(part[index]) for index in harmless)
+            # Written anew for each batch, since a backward pass frees the graph of the casts to the model's dtype.
+            self.hooks.apply({name: (object(), partial(_same, each)) for name, each in factors.items()})
+            self.tokens += sum(map(_length, part))
+            self.check()
+            return work(part, base)
+
+        try:
+            found = self.batches.run(items, batch)
+        finally:
+            self.hooks.clear()
+        return [(harmful, losses) for (harmful, _), losses in zip(items, found, strict=True)]
+
+    def _losses(self, items: Sequence[_Item], base: dict[int, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(target, first, along) of each row under the edit; those that a row doesn't have are 0."""
+        logits = answer_logits(self.model, [row for _, row in items], self.device)
+        zero = logits[0].new_zeros((), dtype=torch.float32)
+        return [
+            (target_loss(own, row), zero, zero) if harmful else (zero, *kl_losses(base[index], own))
+            for index, ((harmful, row), own) in enumerate(zip(items, logits, strict=True))
+        ]
+
+    @contextlib.contextmanager
+    def _checkpointed(self) -> Iterator[None]:
+        """While active, the layers keep only their inputs for the backward pass."""
+        if not self.checkpointing:
+            yield
+            return
+        own_forwards = [layer.__dict__.get("forward") for layer in self.layers]
+        try:
+            for layer in self.layers:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            yield
+        finally:
+            for layer, forward in zip(self.layers, own_forwards, strict=True):
+                if forward is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = forward
+
+
+@dataclass
+class Descent:
+    """Adam on θ; `steps` were taken. A step's batch depends only on the seed and the step's number."""
+
+    parameters: Parameters
+    passes: Pass
+    rows: Rows
+    rates: Rates
+    batch: int
+    seed: int
+    steps: int = 0
+    _adam: torch.optim.Adam = field(init=False)
+
+    def __post_init__(self) -> None:
+        groups = [{"params": [self.parameters.coeffs]}, {"params": [self.parameters.directions]}]
+        self._adam = torch.optim.Adam(groups, lr=0.0)
+
+    def step(self, beta: float, rate: float) -> Loss:
+        """One step on the next batch at `rate` times the peak rates; returns the batch's loss before it."""
+        factors = self.parameters.factors()
+        loss, gradients = self.passes.gradients(factors, self._next_batch(), beta)
+        self.parameters.pull_back(gradients)
+        for group, peak in zip(self._adam.param_groups, (self.rates.coeffs, self.rates.directions), strict=True):
+            group["lr"] = peak * rate
+        self._adam.step()
+        self.parameters.normalize()
+        self.steps += 1
+        return loss
+
+    def _next_batch(self) -> Rows:
+        return Rows(
+            _drawn(self.rows.harmful, self.batch, self.seed, self.steps),
+            _drawn(self.rows.harmless, self.batch, self.seed + 1, self.steps),
+        )
+
+
+def _drawn(rows: Sequence[TeacherForced], count: int, seed: int, step: int) -> list[TeacherForced]:
+    """The rows of a step: all rows in a random order, then all in another order, and so on, `count` at a time."""
+    chosen: list[TeacherForced] = []
+    position = step * count
+    while len(chosen) < min(count, len(rows)):
+        round_number, index = divmod(position, len(rows))
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 100_003 + round_number)).tolist()
+        chosen.append(rows[order[index]])
+        position += 1
+    return chosen
+
+
+def _length(item: _Item) -> int:
+    return len(item[1].prompt) + len(item[1].answer) - 1
+
+
+def _same(factors: Factors) -> Factors:
+    return factors
+
+
+def _parts(target: Tensor, first: Tensor, along: Tensor) -> tuple[float, float, float]:
+    return float(target.detach()), float(first.detach()), float(along.detach())
+
+
+def _mean(rows: Rows, parts: Sequence[tuple[bool, tuple[float, float, float]]]) -> Loss:
+    target = sum(losses[0] for harmful, losses in parts if harmful) / max(1, len(rows.harmful))
+    first, along = (sum(losses[k] for harmful, losses in parts if not harmful) / max(1, len(rows.harmless)) for k in (1, 2))
+    return Loss(target, first, along)

@@ -1,0 +1,90 @@
+"""The parameters that refinement learns: a coeff and a unit direction of its own for every module, θ = {λ_m, v_m}.
+
+They become an edit's factors by the edit method itself, which is differentiable in both; no gradient of a weight exists
+(docs/design.md §5b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.directions import Blend
+from abliterate.edits import EditMethod, Factors, prepare
+
+_ALONE = Blend((0,), (1.0,))  # the only prepared direction
+
+
+@dataclass(frozen=True)
+class Module:
+    """A module that is edited: its name, its layer, and a function that reads W (d_model, d_in) or (E, d_model, d_in)."""
+
+    name: str
+    layer: int
+    read_weight: Callable[[], Tensor]
+
+
+@dataclass
+class Parameters:
+    """θ: `coeffs` (n) and `directions` (n, d_model), float32 leaves of the graph; the rows of `directions` have norm 1."""
+
+    modules: Sequence[Module]
+    method: EditMethod
+    coeffs: Tensor
+    directions: Tensor
+
+    def __post_init__(self) -> None:
+        assert self.coeffs.shape == (len(self.modules),)
+        assert self.directions.shape[0] == len(self.modules)
+
+    def factors(self) -> dict[str, Factors]:
+        """The factors of every module's edit, as leaves: a pass gives gradients of them, and `pull_back` those of θ."""
+        with torch.no_grad():
+            found = {module.name: self._factors(index) for index, module in enumerate(self.modules)}
+        for factors in found.values():
+            for tensor in tensors_of(factors):
+                tensor.requires_grad_(True)
+        return found
+
+    def pull_back(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
+        """Set the gradients of θ from those of the factors, {module: one for each tensor of `tensors_of`}.
+
+        A module's factors are computed once more, so that at most one dense copy of a quantized W is in memory at a time.
+        """
+        self.coeffs.grad, self.directions.grad = torch.zeros_like(self.coeffs), torch.zeros_like(self.directions)
+        for index, module in enumerate(self.modules):
+            coeff = self.coeffs[index].detach().requires_grad_(True)
+            direction = self.directions[index].detach().requires_grad_(True)
+            pairs = zip(tensors_of(self._factors(index, coeff, direction)), gradients[module.name], strict=True)
+            used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+            found = torch.autograd.grad(
+                [tensor for tensor, _ in used],
+                [coeff, direction],
+                [gradient.to(tensor.device) for tensor, gradient in used],
+                allow_unused=True,
+            )
+            for total, gradient in zip((self.coeffs.grad, self.directions.grad), found, strict=True):
+                if gradient is not None:
+                    total[index] = gradient
+
+    @torch.no_grad()
+    def normalize(self) -> None:
+        """Scale every direction to norm 1 again, after a step."""
+        self.directions /= self.directions.norm(dim=1, keepdim=True)
+
+    def _factors(self, index: int, coeff: Tensor | None = None, direction: Tensor | None = None) -> Factors:
+        module = self.modules[index]
+        coeff = self.coeffs[index] if coeff is None else coeff
+        direction = self.directions[index] if direction is None else direction
+        weight = module.read_weight()
+        v = (direction / direction.norm())[None].to(weight.device)  # its gradient is tangent to the sphere
+        prepared = prepare(self.method, lambda: weight, v.double())
+        return self.method.factors(prepared, _ALONE, coeff.to(weight.device))  # type: ignore[arg-type]
+
+
+def tensors_of(factors: Factors) -> list[Tensor]:
+    """The tensors of an edit's factors."""
+    return [tensor for tensor in (factors.row_scale, factors.a, factors.b) if tensor is not None]

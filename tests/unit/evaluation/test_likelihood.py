@@ -1,0 +1,132 @@
+"""Log-probabilities of answers and sampled answers, against one plain pass per row and per token."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from abliterate.engine.reference import ReferenceEngine
+from abliterate.errors import TrialError
+from abliterate.evaluation import likelihood
+from abliterate.evaluation.likelihood import AskedBase, Drawn, sampled_answers, token_logprobs
+from abliterate.evaluation.teacher_forced import ModelView, TeacherForced
+from abliterate.types import BatchSizes
+from support.engine import HARMFUL, make_engine
+from support.models import make_model
+
+ANSWERS = ((5, 6, 7, 8, 9, 5, 6), (40,), (300, 2, 17), (9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9), (12, 700))
+
+
+@pytest.fixture(scope="module")
+def engine() -> ReferenceEngine:
+    torch.manual_seed(3)
+    return make_engine(make_model("llama"), 3, max_new_tokens=9)
+
+
+def rows_of(engine: ReferenceEngine) -> list[TeacherForced]:
+    return [TeacherForced(engine.chat.token_ids(p), ids) for p, ids in zip(HARMFUL, ANSWERS, strict=True)]
+
+
+@torch.inference_mode()
+def plain_logits(engine: ReferenceEngine, ids: Sequence[int]) -> Tensor:
+    return engine.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def slow_logprobs(engine: ReferenceEngine, row: TeacherForced) -> list[float]:
+    """Each row by itself, without pads, and each token from the whole distribution."""
+    logprobs = plain_logits(engine, [*row.prompt, *row.answer]).double().log_softmax(-1)
+    return [float(logprobs[len(row.prompt) - 1 + index, token]) for index, token in enumerate(row.answer)]
+
+
+@pytest.mark.parametrize(("batch_size", "budget"), [(1, 2**29), (3, 2**29), (5, 1), (5, 2**29)])
+def test_log_probabilities_are_those_of_a_pass_without_pads(engine: ReferenceEngine, batch_size: int, budget: int) -> None:
+    sized = make_engine(engine.model, batch_size)
+    rows, done = rows_of(engine), []
+    found = token_logprobs(sized, rows, done.append, budget=budget)
+    for row, logprobs in zip(rows, found, strict=True):
+        assert logprobs.dtype == torch.float64
+        assert logprobs.tolist() == pytest.approx(slow_logprobs(engine, row), abs=2e-5)
+    assert done[-1] == len(rows)
+    assert len(done) == (len(rows) if budget == 1 else -(-len(rows) // batch_size))
+    assert token_logprobs(sized, []) == []
+
+
+def test_batches_shrink_where_memory_runs_out(engine: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, sizes = likelihood.answer_logits, []
+
+    def narrow(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return whole(model, rows, device)
+
+    expected = token_logprobs(engine, rows_of(engine))
+    monkeypatch.setattr(likelihood, "answer_logits", narrow)
+    found = token_logprobs(make_engine(engine.model, 5), rows_of(engine))
+    assert sizes[0] == 5
+    assert max(sizes[1:]) == 2
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_logits_that_are_no_numbers_are_an_error(engine: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
+        return [torch.full((len(row.answer), 1024), torch.nan) for row in rows]
+
+    monkeypatch.setattr(likelihood, "answer_logits", broken)
+    with pytest.raises(TrialError, match="not numbers"):
+        token_logprobs(engine, rows_of(engine))
+
+
+def test_draws_have_the_distribution_of_the_scores() -> None:
+    """Places on an even grid give each token as often as its probability says; an impossible token never comes."""
+    scores = torch.tensor([0.3, -torch.inf, 2.0, 1.1, -4.0])
+    count = 10_000
+    places = ((torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
+    drawn = Drawn(places)(torch.zeros(count, 1), scores.expand(count, -1)).argmax(-1)
+    shares = torch.bincount(drawn, minlength=5) / count
+    assert shares.tolist() == pytest.approx(scores.softmax(-1).tolist(), abs=2 / count)
+    edges = Drawn(torch.tensor([[0.0], [1.0 - 1e-16]], dtype=torch.float64))(torch.zeros(2, 1), scores.expand(2, -1)).argmax(-1)
+    assert edges.tolist() == [0, 4]
+
+
+def test_sampled_answers_are_the_chain_of_draws_whatever_the_batch_size(engine: ReferenceEngine) -> None:
+    """Token by token: the first whose cumulative probability exceeds the row's next random number."""
+    length = engine.max_new_tokens
+    uniform = torch.rand(len(HARMFUL), length, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    expected = []
+    for prompt, row in zip(HARMFUL, uniform.tolist(), strict=True):
+        ids, given = [], engine.chat.token_ids(prompt)
+        for place in row:
+            probabilities = plain_logits(engine, [*given, *ids])[-1].double().softmax(-1).tolist()
+            token = next(token for token, total in enumerate(itertools.accumulate(probabilities)) if total > place)
+            ids.append(token)
+            if token in engine.ends.ids:
+                break
+        expected.append(tuple(ids))
+    for batch_size in (1, 2, 5):
+        assert sampled_answers(make_engine(engine.model, batch_size, length), HARMFUL, 7) == expected
+    assert sampled_answers(engine, HARMFUL, 8) != expected
+
+
+def test_the_base_is_asked_while_it_is_active(engine: ReferenceEngine) -> None:
+    entered = []
+
+    @contextlib.contextmanager
+    def active() -> Iterator[None]:
+        entered.append(True)
+        yield
+
+    base = AskedBase(ModelView(engine, active), lambda view: pytest.fail("nobody asks"))
+    found = base.logprobs(HARMFUL, ANSWERS)
+    assert entered
+    for logprobs, row in zip(found, rows_of(engine), strict=True):
+        assert logprobs.tolist() == pytest.approx(slow_logprobs(engine, row), abs=2e-5)
+    assert base.ends == engine.ends.ids
+    assert BatchSizes.same(3) == engine.sizes

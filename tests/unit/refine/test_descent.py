@@ -1,0 +1,168 @@
+"""The loss of refinement and its gradients, against plain forward passes of models into which W' is written, in float64."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from abliterate.edits import METHODS
+from abliterate.engine.batching import Batches
+from abliterate.evaluation.teacher_forced import TeacherForced
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.loader import LoadedModel
+from abliterate.model.weights import dense_weight
+from abliterate.refine.descent import Descent, Pass, Rates
+from abliterate.refine.loss import Loss, Rows
+from abliterate.refine.parameters import Module, Parameters
+from support.models import CPU, dense_edit, make_directions, make_loaded, make_model, write_weight
+
+ROWS = Rows(
+    (TeacherForced((5, 6, 7), (8, 9, 10)), TeacherForced((11, 12, 13, 14, 15), (16, 17))),
+    (TeacherForced((21, 22), (23, 24, 25, 26)), TeacherForced((31, 32, 33, 34), (35,)), TeacherForced((5, 41), (42, 43))),
+)
+
+
+def parameters_of(loaded: LoadedModel, mode: str, dtype: torch.dtype = torch.float64) -> Parameters:
+    modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in loaded.targets]
+    directions = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).by_layer().to(dtype)
+    coeffs = torch.linspace(0.2, 1.1, len(modules), dtype=dtype)
+    return Parameters(modules, METHODS[mode], coeffs, torch.stack([directions[module.layer] for module in modules]).clone())
+
+
+def passes_of(loaded: LoadedModel, size: int = 16, *, checkpointing: bool = True) -> Pass:
+    return Pass(loaded.model, loaded.layers, EditHooks(loaded.targets), CPU, Batches(size, CPU), checkpointing)
+
+
+def slow_loss(loaded: LoadedModel, parameters: Parameters, mode: str, rows: Rows = ROWS) -> Loss:
+    """The loss by definition: each row alone, through a copy of the model that holds W'."""
+    edited = copy.deepcopy(loaded.model)
+    for module, v, coeff in zip(parameters.modules, parameters.directions, parameters.coeffs, strict=True):
+        inner = edited.get_submodule(module.name)
+        weight = dense_weight(inner)
+        parts = weight if weight.ndim == 3 else weight[None]
+        written = [dense_edit(part, v / v.norm(), float(coeff), mode) for part in parts]
+        write_weight(inner, torch.stack(written).view(weight.shape))
+    targets = [float(-logprobs(edited, row).gather(1, torch.tensor([row.answer]).T).mean()) for row in rows.harmful]
+    divergences = []
+    for row in rows.harmless:
+        base, ours = logprobs(loaded.model, row), logprobs(edited, row)
+        divergences.append((base.exp() * (base - ours)).sum(-1))
+    n = len(rows.harmless)
+    return Loss(
+        sum(targets) / len(targets),
+        float(sum(kl[0] for kl in divergences)) / n,
+        float(sum(kl.mean() for kl in divergences)) / n,
+    )
+
+
+@torch.no_grad()
+def logprobs(model: nn.Module, row: TeacherForced) -> Tensor:
+    logits = model(torch.tensor([[*row.prompt, *row.answer[:-1]]])).logits[0, -len(row.answer) :]
+    return logits.double().log_softmax(-1)
+
+
+@pytest.mark.parametrize("family", ["llama_biased", "gemma2", "qwen3_moe"])
+def test_the_loss_is_that_of_plain_passes(family: str) -> None:
+    loaded = make_loaded(make_model(family))
+    parameters = parameters_of(loaded, "full", torch.float32)
+    found = passes_of(loaded, size=2).loss(parameters.factors(), ROWS)
+    expected = slow_loss(loaded, parameters, "full")
+    for name in ("target", "first", "along"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-4, abs=1e-6)
+    assert found.total(3.0) == pytest.approx(expected.target + 3 * (expected.first + expected.along), rel=1e-4)
+
+
+# GPT-2 computes in float64 throughout. Other families' norms and grouped products are float32, so steps must be larger there,
+# but small enough that no token changes its experts.
+@pytest.mark.parametrize("mode", sorted(METHODS))
+@pytest.mark.parametrize(
+    ("family", "dtype", "step", "within"), [("gpt2", torch.float64, 1e-4, 1e-4), ("qwen3_moe", torch.float32, 3e-3, 0.03)]
+)
+def test_gradients_equal_finite_differences(family: str, dtype: torch.dtype, step: float, within: float, mode: str) -> None:
+    loaded = make_loaded(make_model(family).to(dtype))
+    parameters, beta = parameters_of(loaded, mode), 2.0
+    _, gradients = passes_of(loaded, size=2).gradients(parameters.factors(), ROWS, beta)
+    parameters.pull_back(gradients)
+    assert parameters.coeffs.grad is not None
+    assert parameters.directions.grad is not None
+    draw, scale = torch.Generator().manual_seed(1), float(parameters.coeffs.grad.abs().max())
+    for index in range(len(parameters.modules)):
+        bump = torch.nn.functional.normalize(torch.randn(parameters.directions.shape[1], generator=draw), dim=0).double()
+        for tensor, change, expected in (
+            (parameters.coeffs, torch.tensor(1.0), parameters.coeffs.grad[index]),
+            (parameters.directions, bump, parameters.directions.grad[index] @ bump),
+        ):
+            before, losses = tensor[index].clone(), []
+            for sign in (1, -1):
+                tensor[index] = before + sign * step * change
+                losses.append(slow_loss(loaded, parameters, mode).total(beta))
+                tensor[index] = before
+            assert float(expected) == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=within, abs=within * scale)
+
+
+@pytest.mark.parametrize("size", [1, 2, 16])
+def test_batch_size_and_checkpointing_change_nothing(size: int) -> None:
+    loaded = make_loaded(make_model("llama"))
+    parameters = parameters_of(loaded, "full", torch.float32)
+    expected, whole = passes_of(loaded, checkpointing=False).gradients(parameters.factors(), ROWS, 5.0)
+    found, ours = passes_of(loaded, size).gradients(parameters.factors(), ROWS, 5.0)
+    assert found.total(5.0) == pytest.approx(expected.total(5.0), rel=1e-5)
+    for name, tensors in whole.items():
+        for mine, theirs in zip(ours[name], tensors, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_memory_that_runs_out_halves_the_batch_and_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_loaded(make_model("llama"))
+    parameters = parameters_of(loaded, "full", torch.float32)
+    _, expected = passes_of(loaded).gradients(parameters.factors(), ROWS, 5.0)
+    real, sizes = torch.autograd.grad, []
+
+    def scarce(outputs: Tensor, *args: object, **options: object) -> object:
+        passes = options.get("allow_unused") and not isinstance(outputs, list)
+        if passes:
+            sizes.append(1)
+            if len(sizes) == 1:
+                raise torch.OutOfMemoryError("out of memory")
+        return real(outputs, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.autograd, "grad", scarce)
+    passes = passes_of(loaded)
+    _, found = passes.gradients(parameters.factors(), ROWS, 5.0)
+    assert passes.batches.size < 16
+    for name, tensors in expected.items():
+        for mine, theirs in zip(found[name], tensors, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_a_pass_leaves_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = make_loaded(make_model("llama"))
+    ids = torch.tensor([[5, 6, 7]])
+    before = loaded.model(ids).logits
+    passes = passes_of(loaded)
+    passes.gradients(parameters_of(loaded, "full", torch.float32).factors(), ROWS, 1.0)
+    assert torch.equal(loaded.model(ids).logits, before)
+    assert not any("forward" in vars(layer) for layer in passes.layers)
+    assert not passes.hooks.active
+
+
+def test_descent_lowers_the_loss_and_depends_on_its_seed_alone() -> None:
+    loaded = make_loaded(make_model("llama"))
+
+    def descended(seed: int) -> tuple[float, Tensor]:
+        parameters = parameters_of(loaded, "full", torch.float32)
+        descent = Descent(parameters, passes_of(loaded), ROWS, Rates(0.05, 0.02), batch=2, seed=seed)
+        for _ in range(15):
+            descent.step(0.5, 1.0)
+        torch.testing.assert_close(parameters.directions.norm(dim=1), torch.ones(len(parameters.modules)))
+        return passes_of(loaded).loss(parameters.factors(), ROWS).total(0.5), parameters.directions
+
+    first, again, other = descended(0), descended(0), descended(1)
+    start = passes_of(loaded).loss(parameters_of(loaded, "full", torch.float32).factors(), ROWS).total(0.5)
+    assert first[0] < 0.97 * start
+    assert torch.equal(first[1], again[1])
+    assert not torch.equal(first[1], other[1])

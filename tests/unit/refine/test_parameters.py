@@ -1,0 +1,108 @@
+"""Gradients of strengths and directions through the edits' factors, against finite differences of the dense definition."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from abliterate.edits import METHODS, EditMethod, Factors
+from abliterate.edits.base import project, project_back
+from abliterate.refine.parameters import Module, Parameters, tensors_of
+
+MODES = sorted(METHODS)
+D_MODEL, D_IN, EXPERTS = 12, 20, 3
+
+
+def seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def made(method: EditMethod, weights: list[Tensor], coeffs: list[float]) -> Parameters:
+    modules = [Module(f"m{index}", index, lambda weight=weight: weight) for index, weight in enumerate(weights)]  # type: ignore[misc]
+    directions = torch.nn.functional.normalize(seeded(len(weights), D_MODEL, seed=7), dim=1)
+    return Parameters(modules, method, torch.tensor(coeffs, dtype=torch.float64), directions)
+
+
+def dense(method: EditMethod, weight: Tensor, v: Tensor, coeff: Tensor) -> Tensor:
+    """W' by definition; of fused experts each matrix."""
+    parts = weight if weight.ndim == 3 else weight[None]
+    edited = torch.stack([method.dense(part, v / v.norm(), coeff) for part in parts])  # type: ignore[arg-type]
+    return edited if weight.ndim == 3 else edited[0]
+
+
+def finite_difference(function: Callable[[Tensor], float], at: Tensor, step: float = 1e-5) -> Tensor:
+    """The gradient of `function` by central differences."""
+    gradient = torch.zeros_like(at)
+    for index in range(at.numel()):
+        offset = torch.zeros_like(at).view(-1)
+        offset[index] = step
+        offset = offset.view(at.shape)
+        gradient.view(-1)[index] = (function(at + offset) - function(at - offset)) / (2 * step)
+    return gradient
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: bool) -> None:
+    method = METHODS[mode]
+    shape = (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
+    weights, goals = [seeded(*shape, seed=k) for k in (1, 2)], [seeded(*shape, seed=k) for k in (3, 4)]
+    parameters = made(method, weights, [0.4, 1.1])
+    # Any function of W' will do; this one weights its entries.
+    factors = parameters.factors()
+    totals = [(goal * edited(weight, each)).sum() for goal, weight, each in zip(goals, weights, factors.values(), strict=True)]
+    gradients = {
+        name: list(torch.autograd.grad(total, tensors_of(each)))
+        for total, (name, each) in zip(totals, factors.items(), strict=True)
+    }
+    parameters.pull_back(gradients)
+    for index, (weight, goal) in enumerate(zip(weights, goals, strict=True)):
+        v, coeff = parameters.directions[index], parameters.coeffs[index]
+        of_v = finite_difference(lambda at, w=weight, c=coeff, g=goal: float((g * dense(method, w, at, c)).sum()), v)  # type: ignore[misc]
+        of_coeff = finite_difference(lambda at, w=weight, v=v, g=goal: float((g * dense(method, w, v, at)).sum()), coeff)  # type: ignore[misc]
+        assert parameters.directions.grad is not None
+        assert parameters.coeffs.grad is not None
+        # Factors are float32, so gradients agree to about 1e-6 of their size.
+        torch.testing.assert_close(parameters.directions.grad[index], of_v, rtol=1e-4, atol=1e-4 * float(of_v.abs().max()))
+        torch.testing.assert_close(parameters.coeffs.grad[index], of_coeff, rtol=1e-4, atol=1e-4 * abs(float(of_coeff)))
+
+
+def edited(weight: Tensor, factors: Factors) -> Tensor:
+    """diag(row_scale) W + b a, differentiable in the factors."""
+    scaled = weight if factors.row_scale is None else factors.row_scale.double()[..., None] * weight
+    return scaled + factors.b.double() @ factors.a.double()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gradient_is_tangent_to_the_sphere(mode: str) -> None:
+    parameters = made(METHODS[mode], [seeded(D_MODEL, D_IN)], [0.7])
+    factors = parameters.factors()
+    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in tensors_of(factors["m0"])]})
+    assert parameters.directions.grad is not None
+    assert parameters.directions.grad.abs().max() > 1e-3
+    assert abs(float(parameters.directions.grad[0] @ parameters.directions[0])) < 1e-9
+
+
+def test_unused_factors_have_no_share() -> None:
+    parameters = made(METHODS["full"], [seeded(D_MODEL, D_IN)], [0.7])
+    parameters.pull_back({"m0": [None, None, torch.ones(D_MODEL, 1)]})
+    assert parameters.coeffs.grad is not None
+    assert parameters.coeffs.grad.abs().item() > 1e-6
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_projections_are_each_others_adjoint(scaled: bool) -> None:
+    weight = seeded(300, 5)  # several chunks of rows
+    scale = seeded(300, seed=2).abs() if scaled else None
+    matrix = weight if scale is None else scale[:, None] * weight
+    directions, gradient = seeded(2, 300, seed=3).requires_grad_(True), seeded(2, 5, seed=4)
+    found = project(directions, weight, scale)
+    torch.testing.assert_close(found, directions @ matrix)
+    torch.testing.assert_close(torch.autograd.grad((found * gradient).sum(), directions)[0], gradient @ matrix.T)
+    a, gradient = seeded(2, 5, seed=5).requires_grad_(True), seeded(2, 300, seed=6)
+    found = project_back(a, weight, scale)
+    torch.testing.assert_close(found, a @ matrix.T)
+    torch.testing.assert_close(torch.autograd.grad((found * gradient).sum(), a)[0], gradient @ matrix)
