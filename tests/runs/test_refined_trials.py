@@ -125,7 +125,7 @@ def test_a_larger_budget_leaves_it_where_it_is(refined: Refined, tmp_path: Path)
 def test_it_is_chatted_with(refined: Refined) -> None:
     path, trial, _ = refined
     session, fields = open_session(str(path), ChatTarget(), {}, Recorder())
-    assert fields["trial"].startswith(f"{trial.number}: refusals")
+    assert fields["trial"].startswith(f"{trial.number}: ")
     model, ids = session._voice._model, torch.arange(5, 25)[None]
     with torch.no_grad():
         base = model(ids).logits
