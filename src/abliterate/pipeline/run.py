@@ -1,4 +1,4 @@
-"""Carry out a whole run, in the paper's order: load, calibrate, residuals, directions, baseline, search, pick, export.
+"""Carry out a whole run, in the paper's order: load, calibrate, residuals, directions, baseline, search, refine, pick, export.
 
 Each stage takes and returns values and leaves a named artifact in the run directory; only `_Run.save` writes `result.json`.
 """
@@ -128,14 +128,15 @@ class _Run:
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
             publish(bench, study, baseline, directions, result.identity or {})
             search = self._search(bench, study, baseline, devices)  # 6
-            selected = self._select(search, choose, held)  # 7
+            self._refine(search)  # 7
+            selected = self._select(search, choose, held)  # 8
             picked = self._prepare_export(bench, selected)
             if (answers := report_data.answers(bench, selected)) is not None:
                 report_data.write_one_line(directory.answers, answers)
 
         # The workbench is closed by now, so memory holds one model at a time: the export reads the weights anew.
         if picked:
-            for record in export_and_verify(context, picked, result, directory.export):  # 8
+            for record in export_and_verify(context, picked, result, directory.export):  # 9
                 result.export = record
                 self.save()
         write_recipe(context.settings, result, directory, exported=picked is not None)
@@ -183,10 +184,19 @@ class _Run:
         warn, trusted = self.context.reporter.warn, untrusted.to_share(self.context.settings)
         with local_workers(self.directory, devices, settings.storage, warn, trusted) as watch:
             for _ in search.rounds(watch):
-                self.result.searched(search.trials, search.front_so_far, baseline, bench.objectives)
-                self.result.caches = bench.caches()
-                self.save()
+                self._save_search(search)
         return search
+
+    def _refine(self, search: Search) -> None:
+        """Add to the front what the gradient finds."""
+        if self.context.settings.refine.enabled:
+            for _ in search.refine():
+                self._save_search(search)
+
+    def _save_search(self, search: Search) -> None:
+        self.result.searched(search.trials, search.front_so_far, search.baseline, search.bench.objectives)
+        self.result.caches = search.bench.caches()
+        self.save()
 
     def _select(self, search: Search, choose: Choose | None, held: Heldout | None) -> Trial:
         """The selected trial, measured on held-out prompts: the export's card shows these figures."""

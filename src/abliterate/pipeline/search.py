@@ -12,6 +12,7 @@ from optuna.storages import InMemoryStorage
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError
 from abliterate.pipeline import stages
+from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.workbench import Workbench
 from abliterate.search.front import no_front, pareto_front
 from abliterate.search.pruner import DominancePruner
@@ -101,6 +102,13 @@ class Search:
             yield from self._rounds(watch)
         finally:
             self._running = False
+
+    def refine(self) -> Iterator[Sequence[Trial]]:
+        """Refine the front by gradient after the search; gives the newly finished trials after each refined one."""
+        for _ in Refinement(self.bench, self.study, self.baseline, self.trials, self.budget):
+            before = {trial.number for trial in self.trials}
+            self.trials = self.study.trials()
+            yield self._report(before)
 
     def _rounds(self, watch: Callable[[], None]) -> Iterator[Sequence[Trial]]:
         context, study, limit = self.bench.context, self.study, self.bench.settings.search.max_consecutive_failures

@@ -227,6 +227,15 @@ class Workbench:
                 editor.suspend()
 
     @contextlib.contextmanager
+    def learning(self) -> Iterator[None]:
+        """Guard passes that put edits of their own on the model by `editor.hooks`; afterwards it is the base model again."""
+        with self._measuring("learning"):
+            try:
+                yield
+            finally:
+                self.editor.clear()
+
+    @contextlib.contextmanager
     def base(self) -> Iterator[None]:
         """Guard a measurement of the base model: every such measurement is made inside this `with` block.
 

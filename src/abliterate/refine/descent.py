@@ -7,7 +7,7 @@ kept one layer at a time (checkpointing), and batches shrink when memory runs ou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -56,6 +56,11 @@ class Pass:
         with torch.no_grad():
             parts = self._run(factors, rows, lambda items, base: [_parts(*pair) for pair in self._losses(items, base)])
         return _mean(rows, parts)
+
+    def probe(self, prompt: Sequence[int], factors: dict[str, Factors]) -> None:
+        """A small forward and backward pass; RuntimeError or NotImplementedError if a layer has no backward pass."""
+        row = TeacherForced(prompt[:4], prompt[:2])
+        self.gradients(factors, Rows([row], [row]), 1.0)
 
     def gradients(self, factors: dict[str, Factors], rows: Rows, beta: float) -> tuple[Loss, dict[str, list[Tensor | None]]]:
         """The loss of `rows`, and the gradients of its total in every tensor of `factors`."""
@@ -168,6 +173,26 @@ class Descent:
         self.parameters.normalize()
         self.steps += 1
         return loss
+
+    def state(self) -> dict[str, Tensor]:
+        """θ, the number of steps, and Adam's state, for `load_state`."""
+        state = {"coeffs": self.parameters.coeffs, "directions": self.parameters.directions, "steps": torch.tensor(self.steps)}
+        for index, moments in self._adam.state_dict()["state"].items():
+            state |= {f"adam.{index}.{name}": value for name, value in moments.items()}
+        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continue exactly where `state` was taken."""
+        with torch.no_grad():
+            self.parameters.coeffs.copy_(state["coeffs"])
+            self.parameters.directions.copy_(state["directions"])
+        self.steps = int(state["steps"])
+        moments: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
+        for name, value in state.items():
+            if name.startswith("adam."):
+                _, index, moment = name.split(".")
+                moments[int(index)][moment] = value.clone()
+        self._adam.load_state_dict({"state": moments, "param_groups": self._adam.state_dict()["param_groups"]})
 
     def _next_batch(self) -> Rows:
         return Rows(

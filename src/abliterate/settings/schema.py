@@ -7,7 +7,7 @@ equal. An empty string means "not given" and 0 means "choose for me", because TO
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -139,7 +139,7 @@ class SearchSettings(_Section):
     """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
 
     objectives: tuple[str, ...] = Field(("unanswered", "kl"), min_length=1)
-    trials: int = Field(200, ge=1)
+    trials: int = Field(200, ge=0)
     startup_trials: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)
     direction_index: Interval = (0.4, 0.9)
@@ -172,6 +172,21 @@ class SearchSettings(_Section):
     def n_startup_trials(self) -> int:
         """The number of random trials before TPE begins: the given number, or 30 % of the trials."""
         return self.startup_trials or round(0.3 * self.trials)
+
+
+class RefineSettings(_Section):
+    """How the front is refined by gradient after the search (docs/design.md §5b)."""
+
+    enabled: bool = True
+    steps: int = Field(20, ge=1)
+    betas: Literal["auto"] | Annotated[tuple[Annotated[float, Field(gt=0, le=LARGEST)], ...], Field(min_length=1)] = "auto"
+    max_betas: int = Field(5, ge=1)
+    max_unanswered: float = Field(0.03, ge=0, lt=1)
+    learn: Literal["directions", "strengths"] = "directions"
+    batch: int = Field(24, ge=1)
+    tokens: int = Field(24, ge=1)
+    prompts: int = Field(400, ge=2)
+    validation: float = Field(0.2, gt=0, lt=1)
 
 
 class EvaluationSettings(_Section):
@@ -245,6 +260,7 @@ class Settings(BaseSettings):
     directions: DirectionSettings = DirectionSettings()
     edit: EditSettings = EditSettings()
     search: SearchSettings = SearchSettings()
+    refine: RefineSettings = RefineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     efficiency: EfficiencySettings = EfficiencySettings()
     export: ExportSettings = ExportSettings()

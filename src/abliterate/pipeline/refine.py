@@ -1,0 +1,247 @@
+"""Refine the front by gradient: learn a strength and a direction for every module from answers that an edited model gives.
+
+Only training prompts are used. Every result is a trial like others: the engine measures it on the evaluation prompts, which
+refinement has never seen (docs/design.md §5b).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
+from abliterate.edits import edit_method
+from abliterate.errors import AbliterateError, TrialError, first_line
+from abliterate.model.weights import dense_weight, device_and_dtype
+from abliterate.pipeline import stages
+from abliterate.pipeline.lesson import Lesson, answers, lesson_key, prepare_lesson
+from abliterate.pipeline.passes import passes_of
+from abliterate.pipeline.workbench import Workbench
+from abliterate.prompts.files import digest
+from abliterate.refine.betas import Tried, next_beta
+from abliterate.refine.descent import Descent, Rates
+from abliterate.refine.parameters import Module, Parameters
+from abliterate.search.pruner import DominancePruner
+from abliterate.search.study import Study
+from abliterate.settings.schema import RefineSettings
+from abliterate.types import Baseline, RefinedParams, Trial
+
+# Steps between two looks at the validation rows, at which the state becomes durable.
+LOOK = 10
+# The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
+# to be divided by √d_model.
+_START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.1
+
+
+@dataclass(frozen=True)
+class _Point:
+    """The end of a descent at `beta`, and the share of validation prompts that it leaves unanswered."""
+
+    beta: float
+    params: RefinedParams
+
+    @property
+    def unanswered(self) -> float:
+        return float(self.params.facts["validation"]["unanswered"])
+
+
+class Refinement:
+    """Refinement of a search's front on a workbench; iterating gives the refined trials, each one measured and stored.
+
+    Trials that the study already has are not computed again.
+    """
+
+    def __init__(self, bench: Workbench, study: Study, baseline: Baseline, trials: Sequence[Trial], budget: int) -> None:
+        self._bench = bench
+        self._study = study
+        self._baseline = baseline
+        self._trials = list(trials)
+        self._budget = budget
+        self._settings: RefineSettings = bench.settings.refine
+        self._lesson_key: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[Trial]:
+        bench, search = self._bench, [trial for trial in self._trials if not isinstance(trial.params, RefinedParams)]
+        known = {trial.params.facts.get("stage"): trial for trial in self._trials if isinstance(trial.params, RefinedParams)}
+        with bench.context.stage("lesson", "answers to learn from"):
+            self._lesson_key = lesson_key(bench, search)
+            lesson = prepare_lesson(bench, search) if self._has_backward() else None
+        if lesson is None:
+            return
+        points: list[_Point] = []
+        while (beta := self._next_beta(lesson, points)) is not None:
+            trial = known.get(len(points)) or self._one_trial(lesson, beta, points)
+            assert isinstance(trial.params, RefinedParams)
+            points.append(_Point(beta, trial.params))
+            yield trial
+
+    def _has_backward(self) -> bool:
+        """Whether every layer passes gradients on; some quantized layers don't, which is a warning."""
+        passes, prompts = passes_of(self._bench), self._bench.prompts
+        try:
+            with self._bench.learning():
+                passes.probe(self._bench.chat.token_ids(prompts.harmless[0]), self._parameters(None)[0].factors())
+        except (RuntimeError, NotImplementedError) as error:
+            self._bench.context.reporter.warn(
+                f"The front isn't refined, because this model's layers have no backward pass ({first_line(error)}); load it in "
+                "bfloat16, without quantization, to refine it."
+            )
+            return False
+        return True
+
+    def _next_beta(self, lesson: Lesson, points: Sequence[_Point]) -> float | None:
+        betas = self._settings.betas
+        if betas != "auto":
+            return betas[len(points)] if len(points) < len(betas) else None
+        tried = [Tried(point.beta, point.unanswered) for point in points]
+        return next_beta(tried, lesson.first_beta, lesson.limit, self._settings.max_betas)
+
+    def _one_trial(self, lesson: Lesson, beta: float, points: Sequence[_Point]) -> Trial:
+        """Descend at one β, and measure and store the result."""
+        bench = self._bench
+        with bench.context.stage("refine", f"β = {beta:.3g}"):
+            number = self._study.free_slot(self._budget)
+            params = self._descend(lesson, beta, len(points), number, _nearest(points, beta))
+            pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
+            trial = stages.evaluate(bench, number, params, pruner)
+        if not self._study.add(trial):
+            raise AbliterateError("Another process has taken a refined trial's place in the study; continue with --resume.")
+        self._trials.append(trial)
+        return trial
+
+    def _descend(self, lesson: Lesson, beta: float, stage: int, number: int, before: _Point | None) -> RefinedParams:
+        """Descend from the nearest point before; of the steps looked at, that with the least loss on validation rows counts."""
+        bench, settings = self._bench, self._settings
+        parameters, starts = self._parameters(before)
+        n, d_model = parameters.directions.shape
+        rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
+        passes = passes_of(bench)
+        descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
+        kept = _Kept(
+            bench, {"lesson": key_digest(self._lesson_key)}, {"stage": stage, "beta": beta, "settings": _learning(settings)}
+        )
+        best = kept.restore(descent)
+        while descent.steps < settings.steps:
+            with bench.learning():
+                descent.step(beta, _rate(descent.steps / settings.steps))
+                bench.context.reporter.progress(descent.steps, settings.steps, "steps")
+                if descent.steps % LOOK and descent.steps < settings.steps:
+                    continue
+                loss = passes.loss(parameters.factors(), lesson.validation)
+            if not math.isfinite(loss.total(beta)):
+                raise TrialError("the loss of refinement is not finite")
+            if best is None or loss.total(beta) < best.record["total"]:
+                record = {"total": loss.total(beta), "target": loss.target, "first": loss.first, "along": loss.along}
+                best = _Best(record, parameters.coeffs.clone(), parameters.directions.clone())
+            kept.keep(descent, best)
+        assert best is not None
+        return self._stored(lesson, beta, stage, number, before, best, descent, starts)
+
+    def _stored(
+        self,
+        lesson: Lesson,
+        beta: float,
+        stage: int,
+        number: int,
+        before: _Point | None,
+        best: _Best,
+        descent: Descent,
+        starts: Tensor,
+    ) -> RefinedParams:
+        """The point as parameters of a trial, with the answers of the refined model to the validation prompts counted."""
+        bench, settings = self._bench, self._settings
+        names = [module.name for module in descent.parameters.modules]
+        sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
+        cosines = (best.directions * starts).sum(dim=1).clamp(-1, 1).tolist()
+        facts = {
+            "beta": beta,
+            "steps": descent.steps + (before.params.facts["steps"] if before else 0),
+            "stage": stage,
+            "learn": settings.learn,
+            "seed": bench.settings.seed,
+            "start": lesson.start,
+            "prompts": {name: {"count": len(prompts), "digest": digest(prompts)} for name, prompts in sets.items()},
+            "cosine": dict(zip(names, cosines, strict=True)),
+            "tokens": descent.passes.tokens + (before.params.facts["tokens"] if before else 0),
+        }
+        coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
+        params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
+        _, kinds = answers(bench, params, bench.prompts.harmful[: lesson.n_asked])
+        unanswered = 1 - kinds.count("answered") / len(kinds)
+        validation = {**best.record, "unanswered": unanswered, "prompts": len(kinds)}
+        return replace(params, facts={**params.facts, "validation": validation})
+
+    def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:
+        """θ at the start of a descent, and the directions (n, d_model) that everything began with."""
+        bench = self._bench
+        table = bench.editor.directions.by_layer().float().cpu()
+        targets = [target for target in bench.loaded.targets if table[target.layer].any()]
+        modules = [Module(target.name, target.layer, partial(_weight, target.module)) for target in targets]
+        starts = torch.stack([table[target.layer] for target in targets])
+        coeffs, directions = torch.full((len(targets),), _START / len(targets)), starts.clone()
+        if before is not None:
+            stored = bench.refined.directions(before.params)
+            coeffs = torch.tensor([before.params.coeffs[module.name] for module in modules])
+            directions = torch.stack([stored[module.name] for module in modules]).clone()
+        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), starts
+
+
+@dataclass(frozen=True)
+class _Best:
+    """θ of the step that the validation rows like best, and their losses."""
+
+    record: dict[str, float]
+    coeffs: Tensor
+    directions: Tensor
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The state of the descent at work, in the cache: a killed run continues at its last look and ends as if it had gone on.
+
+    `key` names the refinement and `part` the descent, so that one entry serves all descents of a refinement.
+    """
+
+    bench: Workbench
+    key: dict[str, Any]
+    part: dict[str, Any]
+
+    def keep(self, descent: Descent, best: _Best) -> None:
+        record = {"part": self.part, "best": best.record, "tokens": descent.passes.tokens}
+        tensors = {"best_coeffs": best.coeffs, "best_directions": best.directions, **descent.state()}
+        label = f"{self.bench.loaded.info.id}: step {descent.steps}"
+        everything = {**tensors, "record": to_bytes(json.dumps(record))}
+        self.bench.context.store.put("descent", self.key, everything, label, remember=False)
+
+    def restore(self, descent: Descent) -> _Best | None:
+        """Continue `descent` where it was, if it was kept; returns its best step."""
+        stored = self.bench.context.store.get("descent", self.key, remember=False)
+        record = json.loads(from_bytes(stored["record"])) if stored else {}
+        if not stored or record["part"] != self.part:
+            return None
+        descent.load_state(stored)
+        descent.passes.tokens = record["tokens"]
+        return _Best(record["best"], stored["best_coeffs"], stored["best_directions"])
+
+
+def _nearest(points: Sequence[_Point], beta: float) -> _Point | None:
+    """The point from which a descent at `beta` starts: that of the largest smaller β; None to start from the beginning."""
+    return max((point for point in points if point.beta < beta), key=lambda point: point.beta, default=None)
+
+
+def _rate(done: float) -> float:
+    """The share of the peak step sizes: a half cosine down to a tenth."""
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
+
+
+def _weight(module: torch.nn.Module) -> Tensor:
+    """W, on the CPU where the device has no float64."""
+    device, _ = device_and_dtype(module)
+    return dense_weight(module).to("cpu" if device.type in ("mps", "meta") else device)
