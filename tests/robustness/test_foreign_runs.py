@@ -413,7 +413,7 @@ def test_a_resumed_run_writes_to_the_persons_own_folders(finished: Finished, tmp
     assert settings.load.offload_folder == ""
 
 
-@pytest.mark.parametrize("name", ["study.journal", ".lock", "worker-1.log"])
+@pytest.mark.parametrize("name", ["study.journal", ".lock", "refined", "worker-1.log"])
 def test_a_link_in_place_of_a_file_that_is_written_is_refused(
     name: str, finished: Finished, invoke: Invoke, tmp_path: Path
 ) -> None:

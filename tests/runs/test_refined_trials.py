@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import stages
 from abliterate.pipeline.evaluate import evaluate, parse_candidate
 from abliterate.pipeline.reproduce.reproduce import reproduce
+from abliterate.pipeline.workers import work
 from abliterate.search.study import Study
 from abliterate.settings.schema import Settings
 from abliterate.types import RefinedParams, Trial
@@ -122,10 +124,19 @@ def test_a_larger_budget_leaves_it_where_it_is(refined: Refined, tmp_path: Path)
     assert [one.number for one in recorder.trials] == [trial.number + 1, trial.number + 2]
 
 
+def test_a_worker_doesnt_need_its_directions(refined: Refined, tmp_path: Path) -> None:
+    path, trial, settings = refined
+    run = RunDirectory(copy_run(path, tmp_path / "run"))
+    shutil.rmtree(run.refined)
+    recorder = Recorder()
+    assert work(run.path, "", "", {"cache_dir": settings.cache_dir}, recorder) == trial.number + 1
+    assert recorder.warnings == []
+
+
 def test_it_is_chatted_with(refined: Refined) -> None:
     path, trial, _ = refined
     session, fields = open_session(str(path), ChatTarget(), {}, Recorder())
-    assert fields["trial"].startswith(f"{trial.number}: refusals")
+    assert fields["trial"].startswith(f"{trial.number}: ")
     model, ids = session._voice._model, torch.arange(5, 25)[None]
     with torch.no_grad():
         base = model(ids).logits

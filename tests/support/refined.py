@@ -79,7 +79,10 @@ def refined_trial(number: int, kl: float = 0.01, refusals: int = 0, **facts: Any
     modules = {
         f"model.layers.{layer}.{part}": 0.1 * layer for layer in range(4) for part in ("self_attn.o_proj", "mlp.down_proj")
     }
-    scores = {"refusals": refusals, "kl": {"mean": kl, "median": kl, "max": kl}}
+    kinds = {"count": refusals, "refused": refusals, "broken": 0, "off_topic": 0, "answered": 12 - refusals}
+    scores = {"refusals": refusals, "unanswered": kinds, "kl": {"mean": kl, "median": kl, "max": kl}}
     cosine = {name: 1 - coeff for name, coeff in modules.items()}
     params = RefinedParams(modules, f"refined/{number}.safetensors", "0" * 64, FACTS | {"cosine": cosine} | facts)
-    return Trial(number, params, "complete", scores, 1.5, values={"refusals": refusals / 12, "kl": kl})
+    return Trial(
+        number, params, "complete", scores, 1.5, values={"refusals": refusals / 12, "unanswered": refusals / 12, "kl": kl}
+    )

@@ -29,7 +29,7 @@ from abliterate.terminal.tables import print_marked, printable, show_table
 from abliterate.types import Baseline, Column, RefinedParams, Trial
 
 _WIDE, _HIGH, _BAR = 60, 15, 30
-_STEPS = " ▁▂▃▄▅▆▇█"
+_STEPS = "·▁▂▃▄▅▆▇█"
 _MARKS = {"stopped": "·", "complete": "o", "front": "★", "base": "B", "selected": "◆"}
 
 
@@ -101,7 +101,7 @@ class _Axis:
 
 
 def sparkline(values: Sequence[float], top: float) -> str:
-    """One character a value; 0 is empty."""
+    """One character a value; 0 is a dot, because tables join spaces."""
     last = len(_STEPS) - 1
     return "".join(_STEPS[max(1, min(last, round(value / top * last))) if value > 0 else 0] for value in values)
 
@@ -139,6 +139,7 @@ def _refined(material: Material, trial: Trial, params: RefinedParams) -> None:
         coeffs = {row.layer: row.coeff for row in rows if row.component == component}
         lines.append(f"│{sparkline([coeffs.get(layer, 0.0) for layer in range(material.n_layers)], top)}│")
     show_table(refined_table(trial, rows).with_column(Column("layers", "by layer", "word"), lines))
+    print()
     show_table(pair_table("How it was found", fact_pairs(params)))
 
 

@@ -179,11 +179,15 @@ def test_json_is_strict(tmp_path: Path) -> None:
 
 def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
     run, other = make_run(tmp_path / "run"), RunDirectory(tmp_path / "run")
+    run.refined.mkdir()
     before = {path.name for path in run.path.iterdir()}
     (run.path / ".result.json.123.tmp").write_text("half", encoding="utf-8")  # of a killed run
+    for name in (".7.safetensors.123.tmp", ".7.safetensors.tmp", "7.safetensors"):
+        (run.refined / name).write_text("half", encoding="utf-8")
     with run.locked():
         run.prepare(resume=True, restart=False)
         assert {path.name for path in run.path.iterdir()} == before | {".lock"}
+        assert {path.name for path in run.refined.iterdir()} == {".7.safetensors.tmp", "7.safetensors"}
         for restart in (False, True):
             with pytest.raises(InputError, match="Another run is at work"), other.locked():
                 other.prepare(resume=not restart, restart=restart)

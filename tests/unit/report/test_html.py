@@ -157,7 +157,7 @@ def test_a_refined_trial_is_shown_layer_by_layer(tmp_path: Path, capsys: pytest.
     show(material)
     out = capsys.readouterr().out
     assert "Trial 41, refined by gradient: β 10, 40 steps, 6 modules" in out
-    assert "│ ▂▅█      │" in out  # λ of 0, 0.1, 0.2 and 0.3 in the first four of ten layers
+    assert "│·▃▅█······│" in out  # λ of 0, 0.1, 0.2 and 0.3 in the first four of ten layers
     assert material.importance == gather(made_run(tmp_path / "other")).importance
 
 
