@@ -477,7 +477,7 @@ def test_a_recipe_makes_no_judge_be_asked(
 
 def test_judges_are_all_known() -> None:
     """Every built-in scorer that asks another model is one that no recipe may name."""
-    assert {one.name for one in judges._Judge.__subclasses__()} == set(JUDGES)
+    assert {one.name for one in judges.AnswerJudge.__subclasses__()} == set(JUDGES)
     assert set(JUDGES) < set(scorers.SCORERS)
 
 
