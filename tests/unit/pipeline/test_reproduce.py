@@ -39,6 +39,7 @@ from support.forked import finish
 from support.models import make_editor, make_loaded, make_model, make_params
 from support.runs import Recorder, copy_run, other_trial, quick_settings, run_in, with_kind
 
+pytestmark = pytest.mark.usefixtures("lean")
 Finished = tuple[Path, dict[str, Any], Settings]
 TOKEN = "hf_notThisOne0123456789"
 

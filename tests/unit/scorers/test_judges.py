@@ -462,6 +462,7 @@ def test_two_scorers_of_one_name(own: str, tmp_path: Path) -> None:
         make_scorers(["refusals", "kl", f"{own}:Words", f"{tmp_path / 'again.py'}:Words"], ["no"])
 
 
+@pytest.mark.usefixtures("lean")
 def test_an_own_scorer_in_a_run(
     own: str,
     prompt_files: Files,
@@ -496,6 +497,7 @@ def test_an_own_scorer_in_a_run(
         run_in(tmp_path / "run", settings, resume=True)
 
 
+@pytest.mark.usefixtures("lean")
 def test_what_fails_at_the_end_costs_nothing_else(
     prompt_files: Files,
     heldout_files: Files,
