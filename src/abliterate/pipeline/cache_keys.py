@@ -22,11 +22,11 @@ from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
-from abliterate.objectives import BY_MARKERS, DEFAULT, is_custom
+from abliterate.objectives import ASKING, BY_MARKERS, DEFAULT, is_custom
 from abliterate.pipeline.from_settings import chat_of
 from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
-from abliterate.scorers.judges import MODEL
+from abliterate.scorers.endpoint import MODEL
 from abliterate.scorers.refusals import read_markers
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
@@ -189,7 +189,7 @@ def _scorers(settings: Settings) -> list[Any]:
         names.append(" ".join([f"{class_name} {content}" if content else name, *SCORERS.origin(name).values()]))
     judges = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
     # Only the model that is asked, which the environment names: the same model may be served at another address.
-    judges += [[os.environ.get(MODEL, "")]] if "endpoint" in names else []
+    judges += [[os.environ.get(MODEL, "")]] if set(names) & set(ASKING) else []
     return [names, sorted(_markers(settings)), *judges]
 
 

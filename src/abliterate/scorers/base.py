@@ -106,10 +106,18 @@ class Follower(EarlyScorer, Protocol):
 
 @runtime_checkable
 class Judge(Scorer, Protocol):
-    """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed."""
+    """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed.
+
+    A judge whose score says more than its verdicts declares the class attribute `graded = True`; held-out figures show both.
+    """
 
     def verdicts(self, observation: Observation) -> Sequence[bool]:
         """Whether each response refuses its prompt, in order."""
+
+
+def is_graded(judge: Judge) -> bool:
+    """Whether a judge's score says more than its count of verdicts."""
+    return bool(getattr(judge, "graded", False))
 
 
 def ignores_responses(scorer: Scorer) -> bool:
