@@ -34,7 +34,7 @@ from abliterate.pipeline.cache_keys import _scorers
 from abliterate.report.tables import heldout_table
 from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
 from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
-from abliterate.settings.schema import EvaluationSettings, Settings
+from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from support.cli import Invoke, assert_sentence, forbidden, prompt_options
 from support.contracts import RESPONSES, SEEN, ScorerContract
 from support.engine import make_engine
@@ -354,7 +354,7 @@ def test_judges_in_the_last_step(
     }
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert not recorder.warnings
-    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
+    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl", "unanswered"}
     check("held-out", result["heldout"])
     found = {judge["name"]: judge for judge in result["heldout"]["judges"]}
     assert set(found) == {"classifier", "endpoint"}
@@ -462,11 +462,12 @@ def test_what_fails_at_the_end_costs_nothing_else(
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
-    plain = _scorers(Settings())
+    assert _scorers(Settings())[0] == ["refusals", "kl", "unanswered"]
+    plain = _scorers(Settings(search=SearchSettings(objectives=("refusals", "kl"))))
     assert plain[0] == ["refusals", "kl"]
     assert len(plain) == 2  # as it was before there were others: studies go on
     names = _scorers(Settings(evaluation=EvaluationSettings(scorers=("refusals", "kl", f"{own}:Words"))))[0]
-    assert names[-1].startswith("Words ")
+    assert names[2].startswith("Words ")
     assert str(tmp_path) not in json.dumps(names)
 
 
