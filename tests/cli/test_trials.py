@@ -28,7 +28,10 @@ LAYERS = TrialParams("per layer", 2.5, PARAMS.kernels)
 def scored(
     number: int, state: Any, refusals: int, kl: float, seconds: float, broken: int = 0, params: TrialParams = PARAMS
 ) -> Trial:
-    count, kinds = refusals + broken, {"refused": refusals, "broken": broken, "off_topic": 0, "answered": 12 - refusals - broken}
+    count, kinds = (
+        refusals + broken,
+        {"refused": refusals, "broken": broken, "off_topic": 0, "answered": 12 - refusals - broken},
+    )
     unanswered = {"count": count, **(kinds if state == "complete" else {})}
     scores = {"refusals": refusals, "kl": {"mean": kl, "median": kl / 3, "max": kl * 7}, "unanswered": unanswered}
     return Trial(number, params, state, scores, seconds, values={"refusals": refusals / 12, "kl": kl, "unanswered": count / 12})
