@@ -133,7 +133,7 @@ def separation(above: Sequence[float], below: Sequence[float]) -> float:
     if not below:
         return min(above)
     points = sorted({*above, *below})
-    cuts = [(low + high) / 2 for low, high in itertools.pairwise(points)] or points
+    cuts = [points[0], *((low + high) / 2 for low, high in itertools.pairwise(points))]
 
     def gain(cut: float) -> float:
         return sum(value >= cut for value in above) / len(above) - sum(value >= cut for value in below) / len(below)
