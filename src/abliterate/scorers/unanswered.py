@@ -13,11 +13,10 @@ from torch import Tensor
 
 from abliterate.scorers.base import BaseView, Observation, Response
 from abliterate.scorers.refusals import MarkerStream, Refusals
-from abliterate.scorers.yardstick import KINDS, OPENING, TELLING, Kind, Measures, distinct_pairs, surprise, topic
+from abliterate.scorers.yardstick import KINDS, TELLING, Kind, Measures, fluency, topic
 from abliterate.types import Goal, Prompt, Score
 
-# The harmless prompts after which an opening is looked at, and the other prompts that a topic is compared with.
-PLAIN = 2
+# The other prompts of the same set that a topic is compared with.
 ALIKE = 2
 
 
@@ -87,23 +86,10 @@ def measure_fluency(
     base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]]
 ) -> list[tuple[Measures, Tensor]]:
     """The measures of each answer but for its topic, and the log-probabilities (T) of its tokens after its own prompt."""
-    harmless = base.harmless
-    asked = [(prompts[row], ids) for row, ids in zip(rows, answers, strict=True)]
-    asked += [
-        (harmless[other], ids[:OPENING])
-        for row, ids in zip(rows, answers, strict=True)
-        for other in other_rows(row % max(1, len(harmless)), len(harmless), PLAIN)
+    found = base.logprobs([prompts[row] for row in rows], answers)
+    return [
+        (fluency(logprobs, ids, ended=ids[-1] in base.ends), logprobs) for logprobs, ids in zip(found, answers, strict=True)
     ]
-    found = base.logprobs(*zip(*asked, strict=True)) if asked else []
-    own, openings = found[: len(answers)], found[len(answers) :]
-    each = len(openings) // max(1, len(answers))
-    measured = []
-    for index, (ids, logprobs) in enumerate(zip(answers, own, strict=True)):
-        plain = openings[index * each : (index + 1) * each]
-        seen = surprise(logprobs, torch.stack(plain) if plain else logprobs.new_empty(0, 0))
-        end = float(-logprobs[-1]) if ids[-1] in base.ends else 0.0
-        measured.append((Measures(seen, distinct_pairs(ids), end), logprobs))
-    return measured
 
 
 def other_logprobs(
@@ -115,7 +101,7 @@ def other_logprobs(
         for row, ids in zip(rows, answers, strict=True)
         for other in other_rows(row, len(prompts), others)
     ]
-    found = base.logprobs(*zip(*asked, strict=True)) if asked else []
+    found = base.logprobs([prompt for prompt, _ in asked], [ids for _, ids in asked])
     each = len(found) // max(1, len(answers))
     return [
         torch.stack(found[index * each : (index + 1) * each]) if each else torch.empty(0, 0) for index in range(len(answers))

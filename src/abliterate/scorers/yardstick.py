@@ -19,9 +19,12 @@ from abliterate.types import count, number
 Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
+# The definition's version: yardsticks in the cache that another version made are no use.
+VERSION = 2
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
-# is also looked at after harmless prompts.
-OPENING = 8
+# doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
+# good answers; it cost half as many tokens again.)
+OPENING = 6
 # The tokens that tell a response's topic. What it says first is what it is about; later words follow from earlier ones.
 TELLING = 32
 QUANTILES = (0.01, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 0.98, 0.99)
@@ -34,10 +37,10 @@ _FLUENT = ("surprise", "distinct", "end")
 class Measures:
     """The measures of one response; ℓ is the base's log-probability of a token in nats.
 
-    `surprise`: mean −ℓ after its prompt, of a token of the opening after whichever of its prompt and some harmless prompts
-    makes it likelier. `distinct`: the share of distinct pairs among all pairs of neighbouring tokens. `end`: −ℓ of the end
-    token; 0 for a response that was cut at the length limit. `topic`: how much likelier its own prompt makes its first
-    `TELLING` tokens than another prompt of the same set, as the sum over the tokens and the mean over some other prompts.
+    `surprise`: mean −ℓ of its tokens after the opening. `distinct`: the share of distinct pairs among all pairs of neighbouring
+    tokens. `end`: −ℓ of the end token; 0 for a response that was cut at the length limit. `topic`: how much likelier its own
+    prompt makes its first `TELLING` tokens than another prompt of the same set, as the sum over the tokens and the mean over
+    some other prompts.
     """
 
     surprise: float
@@ -46,13 +49,13 @@ class Measures:
     topic: float = 0.0
 
 
-def surprise(own: Tensor, plain: Tensor) -> float:
-    """`Measures.surprise` from ℓ (T) after the response's prompt, and ℓ (m, t) of its first tokens after m harmless prompts."""
-    likely = own.clone()
-    if len(plain):
-        opening = plain[:, :OPENING].amax(dim=0)
-        likely[: len(opening)] = torch.maximum(likely[: len(opening)], opening)
-    return float(-likely.mean())
+def fluency(own: Tensor, ids: Sequence[int], *, ended: bool) -> Measures:
+    """The measures of a response but for its topic, from ℓ (T) of its tokens `ids`, the last of which is its end if it `ended`.
+
+    A response that is all opening is judged as a whole.
+    """
+    start = OPENING if len(ids) > OPENING else 0
+    return Measures(float(-own[start:].mean()), distinct_pairs(ids), float(-own[-1]) if ended else 0.0)
 
 
 def topic(own: Tensor, alike: Tensor) -> float:

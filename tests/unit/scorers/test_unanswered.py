@@ -16,8 +16,8 @@ from abliterate.objectives import BY_MARKERS, DEFAULT
 from abliterate.scorers import Observation, Response, make_scorers
 from abliterate.scorers.base import EarlyScorer, Follower
 from abliterate.scorers.refusals import Refusals
-from abliterate.scorers.unanswered import ALIKE, PLAIN, Unanswered, other_rows
-from abliterate.scorers.yardstick import OPENING
+from abliterate.scorers.unanswered import ALIKE, Unanswered, other_rows
+from abliterate.scorers.yardstick import TELLING
 from abliterate.search.pruner import DominancePruner
 from abliterate.types import Objective, Prompt
 from support.asked import END, MadeBase, yardstick
@@ -64,10 +64,19 @@ def test_each_kind_is_counted() -> None:
 def test_the_base_is_shown_only_what_is_no_refusal() -> None:
     base = MadeBase()
     scorer().score(observed(base, response(*WORDS), response(7, text=" "), response(*WORDS, text="Sorry, no"), response(8, 9)))
-    assert {ids for _, ids in base.asked} == {WORDS, WORDS[:OPENING], (8, 9)}
-    # Each is shown after its own prompt, its opening after harmless prompts, its beginning after other prompts of the set.
-    assert len([prompt for prompt, ids in base.asked if prompt in base.harmless and ids == WORDS[:OPENING]]) == PLAIN
-    assert len([prompt for prompt, ids in base.asked if prompt in PROMPTS and ids == WORDS]) == 1 + ALIKE
+    assert {ids for _, ids in base.asked} == {WORDS, (8, 9)}
+    shown = [prompt for prompt, ids in base.asked if ids == WORDS]
+    assert shown[0] == PROMPTS[0]
+    assert len(shown) == len(set(shown)) == 1 + ALIKE
+    long = MadeBase()
+    scorer().score(observed(long, response(*range(10, 90)), response(*range(10, 20))))
+    assert sorted(len(ids) for _, ids in long.asked) == [10, 10, TELLING, 80]  # the other prompt sees the beginning
+
+
+def test_broken_responses_are_compared_with_no_other_prompt() -> None:
+    base = MadeBase(bounds=yardstick(surprise=0.5))
+    scorer().score(observed(base, response(*WORDS), response(*WORDS)))
+    assert len(base.asked) == 2
     nothing = MadeBase()
     assert scorer().score(observed(nothing, response(1, text="sorry"), response(2, text="sorry"))).value == 1.0
     assert nothing.asked == []
