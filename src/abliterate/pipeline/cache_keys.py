@@ -28,6 +28,7 @@ from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
 from abliterate.scorers.endpoint import MODEL
 from abliterate.scorers.refusals import read_markers
+from abliterate.scorers.yardstick import VERSION
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
 from abliterate.types import Objective, Prompt
@@ -91,6 +92,7 @@ def yardstick_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, 
     """Everything that the base's own answers, and its measures of them, depend on; the version says how it measures."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
+        "definition": VERSION,
         "prompts": chat.digest(prompts),
         "response": settings.response.model_dump(),
         "response_prefix": chat.response_prefix,

@@ -37,7 +37,7 @@ from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, e
 from abliterate.scorers.endpoint import KEY, MODEL, TRIES, URL
 from abliterate.scorers.judges import Classifier, Endpoint, refusal_label
 from abliterate.scorers.strongreject import Ratings, StrongReject, read_ratings
-from abliterate.settings.schema import EvaluationSettings, Settings
+from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from support.cli import Invoke, assert_sentence, forbidden, prompt_options
 from support.contracts import RESPONSES, SEEN, ScorerContract
 from support.engine import make_engine
@@ -418,7 +418,7 @@ def test_judges_in_the_last_step(
     }
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert not recorder.warnings
-    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
+    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl", "unanswered"}
     check("held-out", result["heldout"])
     found = {judge["name"]: judge for judge in result["heldout"]["judges"]}
     assert set(found) == set(JUDGES)
@@ -539,11 +539,12 @@ def test_what_fails_at_the_end_costs_nothing_else(
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
-    plain = _scorers(Settings())
+    assert _scorers(Settings())[0] == ["refusals", "kl", "unanswered"]
+    plain = _scorers(Settings(search=SearchSettings(objectives=("refusals", "kl"))))
     assert plain[0] == ["refusals", "kl"]
     assert len(plain) == 2  # as it was before there were others: studies go on
     names = _scorers(Settings(evaluation=EvaluationSettings(scorers=("refusals", "kl", f"{own}:Words"))))[0]
-    assert names[-1].startswith("Words ")
+    assert names[2].startswith("Words ")
     assert str(tmp_path) not in json.dumps(names)
 
 
