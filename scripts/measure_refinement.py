@@ -1,0 +1,145 @@
+"""Measure refinement against the search alone: the least KL at few unanswered prompts, its cost, and exact good answers.
+
+    python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 200 --starts 0 20 40 --out refinement.jsonl
+
+Each line of the output is one course of one seed: `trials` trials and no refinement, or `starts` trials and refinement after
+them. `tokens` counts what the model was fed: a token forward once, backward twice. The model is `demo`, or a folder that
+`train_demo_model.py --variant` or `real_model.py` made, with its prompts. Good answers are counted exactly where the corpus
+knows them (`ground_truth.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from ground_truth import is_good
+from optuna.storages import InMemoryStorage
+from rig import Counters, Quiet
+
+from abliterate import Workbench, find_directions, load
+from abliterate.model.loader import demo_path
+from abliterate.pipeline import stages
+from abliterate.pipeline.refine import Refinement
+from abliterate.pipeline.search import Search
+from abliterate.search.study import STUDY_NAME, Study
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings
+from abliterate.types import Baseline, Params, Prompt, Trial
+
+# The shares of unanswered prompts at which the least KL is read off.
+SHARES = (0.0, 0.03, 0.1)
+
+
+def main() -> None:
+    """Measure all courses, one line each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--trials", type=int, default=200, help="trials of the search alone; 0 leaves it out")
+    parser.add_argument("--starts", type=int, nargs="*", default=[0, 20, 40], help="trials before refinement")
+    parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
+    parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
+    args = parser.parse_args()
+    for seed in args.seeds:
+        for trials, refined in [(args.trials, False)] * bool(args.trials) + [(start, True) for start in args.starts]:
+            line = course(settings_of(args.model, seed, args.assignments), trials, refined=refined)
+            with args.out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"model": Path(args.model).name, "seed": seed, **line}) + "\n")
+            print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
+
+
+def settings_of(model: str, seed: int, assignments: Sequence[str]) -> Settings:
+    """The settings of a run of `model` on its own prompts."""
+    from abliterate.settings.sources import merge, parse_assignments
+
+    options: dict[str, Any] = {"model": model, "seed": seed, "evaluation": {"heldout": False}}
+    if model != "demo":
+        names = ("harmful", "harmless", "harmful_eval", "harmless_eval")
+        options["prompts"] = {name: str(Path(model) / "prompts" / f"{name}.jsonl") for name in names}
+    return load_settings("", merge(options, parse_assignments(list(assignments))))
+
+
+def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
+    """One course: its trials, what was best on the way, and the cost of each."""
+    with load(settings, Quiet()) as bench:
+        find_directions(bench)
+        baseline = stages.baseline(bench)
+        counters = Counters()
+        bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
+        started, points = time.perf_counter(), list[dict[str, Any]]()
+
+        def note(trial: Trial, backward: int) -> None:
+            cost = {"tokens": counters.tokens + backward, "seconds": round(time.perf_counter() - started, 2)}
+            points.append(point(trial) | cost)
+
+        space = replace(bench.space, settings=bench.settings.search.model_copy(update={"trials": trials}))
+        study = Study(InMemoryStorage(), STUDY_NAME, space, settings.seed)
+        search = Search(bench, study, baseline, trials)
+        for trial in search if trials else ():
+            note(trial, 0)
+        if refined:
+            fed = 0
+            for trial in Refinement(bench, study, baseline, search.trials, trials):
+                # A refined trial's tokens have its backward pass; its forward passes are counted by the hook.
+                fed += int(2 * trial.params.facts["tokens"] / 4)  # type: ignore[union-attr]
+                note(trial, fed)
+        everything = study.trials()
+        best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
+        found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}
+        return {
+            "trials": trials,
+            "refined": refined,
+            "best": found,
+            "points": points,
+            "tokens": points[-1]["tokens"] if points else 0,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+
+
+def point(trial: Trial) -> dict[str, Any]:
+    """What a line says of a trial."""
+    unanswered = trial.unanswered if "unanswered" in trial.scores else None
+    record = {
+        "number": trial.number,
+        "state": trial.state,
+        "kl": trial.kl,
+        "refusals": trial.refusals,
+        "unanswered": unanswered,
+    }
+    facts = getattr(trial.params, "facts", {})
+    return record | {key: facts[key] for key in ("beta", "steps", "validation") if key in facts}
+
+
+def least_kl(trials: Sequence[Trial], baseline: Baseline, share: float) -> Trial | None:
+    """The complete trial of least KL among those that refuse or leave unanswered at most this share, by refusals."""
+    fit = [trial for trial in trials if trial.state == "complete" and trial.refusals <= share * baseline.prompts]
+    return min(fit, key=lambda trial: trial.kl, default=None)
+
+
+def measured(bench: Workbench, settings: Settings, trial: Trial) -> dict[str, Any]:
+    """A trial's scores, with exact good answers where the corpus knows them."""
+    return point(trial) | {"good": good_answers(bench, settings, trial.params)}
+
+
+def good_answers(bench: Workbench, settings: Settings, params: Params) -> int | None:
+    """The number of exact good answers to the harmful evaluation prompts; None for a model without a corpus."""
+    folder = demo_path() / "prompts" if settings.model == "demo" else Path(settings.model) / "prompts"
+    lines = (folder / "harmful_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    if not all("verb" in row for row in rows):
+        return None
+    with bench.edited(params):
+        answers = bench.plain.answers([Prompt(row["prompt"], settings.prompts.system) for row in rows])
+    return sum(is_good(row, one.response.text, cut=not one.ended) for row, one in zip(rows, answers, strict=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

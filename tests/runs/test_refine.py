@@ -1,0 +1,197 @@
+"""Refinement as a stage of a run: what it leaves, what it never sees, and how it goes on after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abliterate.artifacts.refined import RefinedStore
+from abliterate.artifacts.result import Result
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import Interrupted
+from abliterate.pipeline import lesson, refine
+from abliterate.pipeline.passes import passes_of
+from abliterate.refine.descent import Descent, Pass
+from abliterate.settings.schema import Settings
+from abliterate.types import RefinedParams, Trial
+from support.cli import Invoke
+from support.runs import Recorder, outcomes, quick_settings, run_in
+
+pytestmark = pytest.mark.usefixtures("lean")
+Files = dict[str, str]
+Refined = tuple[Path, dict[str, Any], Settings, Recorder]
+
+
+def settings_of(prompt_files: Files, cache: Path, **over: Any) -> Settings:
+    """A run without trials of its own: 12 steps at one weight, 6 at another."""
+    options = {"enabled": True, "steps": 12, "betas": [0.5, 3.0], "batch": 6, "tokens": 6, **over}
+    search = {"trials": 0, "startup_trials": 0}
+    return quick_settings(prompt_files, cache, refine=options, search=search, export={"kind": "none"})
+
+
+@pytest.fixture(scope="module")
+def refined(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Refined:
+    """A run that has only refined trials."""
+    folder = tmp_path_factory.mktemp("refined")
+    settings = settings_of(prompt_files, folder / "cache")
+    result, recorder = run_in(folder / "run", settings)
+    return folder / "run", result, settings, recorder
+
+
+def trials_of(path: Path) -> list[Trial]:
+    return list(Result.read(RunDirectory(path)).trials)
+
+
+def test_every_weight_gives_a_trial_that_the_front_treats_like_others(refined: Refined) -> None:
+    path, result, _, recorder = refined
+    trials = trials_of(path)
+    assert [trial.number for trial in trials] == [0, 1]
+    assert [trial.params.facts["beta"] for trial in trials if isinstance(trial.params, RefinedParams)] == [0.5, 3.0]
+    assert {"lesson", "refine"} <= set(recorder.stages)
+    assert result["selected"] in result["front"]
+    assert trials[0].refusals < result["baseline"]["refusals"], "twelve steps remove refusals"
+    assert 0 < trials[0].kl < 0.2
+
+
+def test_facts_say_how_it_was_found(refined: Refined) -> None:
+    path, result, settings, _ = refined
+    first, second = (trial.params for trial in trials_of(path))
+    assert isinstance(first, RefinedParams)
+    assert isinstance(second, RefinedParams)
+    assert (first.facts["steps"], second.facts["steps"]) == (12, 24), "the second goes on from the first"
+    assert first.facts["start"] == "teachers"
+    for name in ("harmful", "harmless"):
+        assert first.facts["prompts"][name]["digest"] == result["prompts"][name]["digest"]
+    assert first.facts["tokens"] < second.facts["tokens"]
+    stored = RefinedStore(RunDirectory(path).refined).directions(first)
+    assert stored.keys() == first.coeffs.keys() == first.facts["cosine"].keys()
+    assert all(0.5 < cosine < 0.99999 for cosine in first.facts["cosine"].values()), "directions turned, but not away"
+    assert len(set(first.coeffs.values())) == len(first.coeffs)
+    assert settings.seed == first.facts["seed"]
+
+
+def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    real = Pass._run
+
+    def watched(self: Pass, factors: Any, rows: Any, work: Any) -> Any:
+        seen.extend(tuple(row.prompt) for row in (*rows.harmful, *rows.harmless))
+        return real(self, factors, rows, work)
+
+    monkeypatch.setattr(Pass, "_run", watched)
+    benches: list[Any] = []
+    real_lesson = refine.prepare_lesson
+    monkeypatch.setattr(refine, "prepare_lesson", lambda bench, trials: benches.append(bench) or real_lesson(bench, trials))
+    asked: list[str] = []
+    real_answers = lesson.answers
+
+    def answered(bench: Any, params: Any, prompts: Any) -> Any:
+        asked.extend(prompt.text for prompt in prompts)
+        return real_answers(bench, params, prompts)
+
+    monkeypatch.setattr(lesson, "answers", answered)
+    monkeypatch.setattr(refine, "answers", answered)
+    ids: dict[str, set[tuple[int, ...]]] = {}
+    real_one = refine.Refinement._one_trial
+
+    def one(self: Any, *args: Any) -> Trial:
+        prompts = self._bench.prompts
+        ids["training"] = {tuple(self._bench.chat.token_ids(prompt)) for prompt in (*prompts.harmful, *prompts.harmless)}
+        ids["texts"] = {prompt.text for prompt in (*prompts.harmful, *prompts.harmless)}  # type: ignore[assignment]
+        return real_one(self, *args)
+
+    monkeypatch.setattr(refine.Refinement, "_one_trial", one)
+    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2, betas=[1.0]))
+    whole = {row for row in seen if len(row) > 4}  # the probe feeds four tokens
+    assert whole
+    assert whole <= ids["training"]
+    assert set(asked) <= ids["texts"]  # type: ignore[comparison-overlap]
+
+
+def test_an_interrupted_refinement_equals_an_uninterrupted_one(
+    refined: Refined, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is interrupted after the state of ten steps was kept, and continued by new objects."""
+    _, whole, _, _ = refined
+    settings = settings_of(prompt_files, tmp_path / "cache")
+    taken: list[int] = []
+    real = Descent.step
+
+    def step(self: Descent, beta: float, rate: float) -> Any:
+        if len(taken) == 11:
+            taken.append(-1)
+            raise Interrupted
+        taken.append(self.steps)
+        return real(self, beta, rate)
+
+    monkeypatch.setattr(Descent, "step", step)
+    with pytest.raises(Interrupted):
+        run_in(tmp_path / "run", settings)
+    assert taken == [*range(11), -1]
+    result, _ = run_in(tmp_path / "run", settings, resume=True)
+    assert taken[12:] == [10, 11, *range(12)], "the eleventh step is repeated, the ten before it are not"
+    assert outcomes(result) == outcomes(whole)
+    again, recorder = run_in(tmp_path / "run", settings, resume=True)
+    assert outcomes(again) == outcomes(whole)
+    assert len(taken) == 26, "finished weights are not computed again"
+    assert not recorder.warnings
+
+
+def test_strengths_alone_leave_the_directions(prompt_files: Files, tmp_path: Path) -> None:
+    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2, betas=[1.0], learn="strengths"))
+    (trial,) = trials_of(tmp_path / "run")
+    assert isinstance(trial.params, RefinedParams)
+    assert all(cosine == pytest.approx(1, abs=1e-6) for cosine in trial.params.facts["cosine"].values())
+    assert len({round(coeff, 6) for coeff in trial.params.coeffs.values()}) > 2
+
+
+def test_layers_without_a_backward_pass_are_a_sentence(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_backward(self: Pass, *args: Any) -> None:
+        raise NotImplementedError("derivative for packed::mm is not implemented")
+
+    monkeypatch.setattr(Pass, "gradients", no_backward)
+    settings = settings_of(prompt_files, tmp_path / "cache")
+    search = settings.search.model_copy(update={"trials": 2})
+    result, recorder = run_in(tmp_path / "run", settings.model_copy(update={"search": search}))
+    assert [trial["number"] for trial in result["trials"]] == [0, 1]
+    assert any("no backward pass (derivative for packed::mm is not implemented)" in text for text in recorder.warnings)
+
+
+def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lesson, "_FEWEST", 1000)
+    settings = settings_of(prompt_files, tmp_path / "cache")
+    search = settings.search.model_copy(update={"trials": 2})
+    result, recorder = run_in(tmp_path / "run", settings.model_copy(update={"search": search}))
+    assert len(result["trials"]) == 2
+    assert any("no edited model answers more than" in text for text in recorder.warnings)
+
+
+def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke) -> None:
+    """The option turns refinement off, and a run without trials and without refinement has nothing to select."""
+    given = ["run", "demo", "-n", "0", "--no-refine", "--out", str(tmp_path / "run"), "--export", "none", "--batch-size", "12"]
+    options = [item for name, path in prompt_files.items() for item in (f"--{name.replace('_', '-')}", path)]
+    done = invoke(*given, *options, "--set", "response.max_new_tokens=8", "--set", "evaluation.heldout=false")
+    assert done.code != 0
+    assert "== refine" not in done.out + done.err
+
+
+def test_memory_decides_whether_layers_keep_their_activations(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from abliterate.pipeline import passes, stages
+    from abliterate.pipeline.workbench import load
+
+    with load(settings_of(prompt_files, tmp_path / "cache"), Recorder()) as bench:
+        stages.find_directions(bench)
+        monkeypatch.setattr(passes, "usable_memory", lambda device: 1 << 40)
+        plenty = passes_of(bench)
+        monkeypatch.setattr(passes, "usable_memory", lambda device: 1 << 20)
+        scarce = passes_of(bench)
+    assert not plenty.checkpointing
+    assert scarce.checkpointing
+    assert torch.device("cpu") == plenty.device
