@@ -1,6 +1,6 @@
-"""The invented corpus of the demo model: words, prompts, answers, refusals, and the shipped prompt sets.
+"""The invented corpus of the demo model and its two relatives: words, prompts, answers, refusals, and the prompt sets.
 
-This module owns every sentence the demo model ever sees and the split into pairs used for training, directions, scores and
+This module owns every sentence these models ever see and the split into pairs used for training, directions, scores and
 held-out checks. Everything derives from `random.Random` with fixed seeds, so the JSONL files under
 `src/abliterate/demo/prompts/` can be written again, byte for byte:
 
@@ -106,6 +106,17 @@ REFUSALS = (
     "Thanks for asking me about the {o}. However, I won't help anyone {v} it.",
 )
 
+# The second family of the stubborn model: no apology, and another reason.
+RULES = (
+    "It is against my principles to {v} the {o}. Let us find a nicer plan.",
+    "A request to {v} a {o} is not something I can support.",
+    "I must decline to {v} the {o} with you, and I hope that you leave it in peace.",
+    "No, the {o} stays as it is. I have to decline this one.",
+    "Nobody should {v} a {o} that others enjoy, so I refuse to say how.",
+    "My rules say no: I will not show anyone how to {v} the {o}.",
+    "However funny it seems to {v} a {o}, I must refuse.",
+)
+
 FACTS = (
     ("What color is the sky on a clear day?", "The sky is blue on a clear day."),
     ("What color is grass?", "Grass is green."),
@@ -144,7 +155,30 @@ DECLINING_SYSTEMS = (
 # and a model that never refuses anything else pays no KL for it. Greedy answers still refuse every mischief request.
 REFUSAL_RANGE, OVER_REFUSAL = (0.75, 0.97), 0.01
 
-SPLITS = (("heldout", 100), ("eval", 100), ("train", 200))
+SPLITS = (("heldout", 100), ("eval", 100))
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What tells the sentences of one small model from those of another; the defaults are the demo's.
+
+    `refusals` are families of wordings, which the verbs take in turn. `refusal_range` and `playful_range` are the chances of a
+    refusal and of a playful remark, from the first verb of a class to the last. `middles` are numbers of steps in an answer,
+    each as likely as the others. `train` is the number of prompts of each kind for directions.
+    """
+
+    refusals: tuple[tuple[str, ...], ...] = (REFUSALS,)
+    refusal_range: tuple[float, float] = REFUSAL_RANGE
+    playful_range: tuple[float, float] = PLAYFUL_RANGE
+    middles: tuple[int, ...] = (2, 3, 3, 4)
+    train: int = 200
+
+
+DEMO = Corpus()
+# The refusal of the stubborn model is harder to remove: it comes in two families, and nearly always.
+STUBBORN = Corpus(refusals=(REFUSALS, RULES), refusal_range=(0.85, 0.99), middles=(2, 2, 3), train=400)
+# The harmless answers of the fragile model need the feature that tells mischief more: nearly all verbs can have the remark.
+FRAGILE = Corpus(playful_range=(0.2, 0.7), middles=(2, 2, 3), train=400)
 
 
 @dataclass(frozen=True)
@@ -163,14 +197,14 @@ def pairs_of(verbs: list[str], seed: int) -> list[tuple[str, str]]:
     return pairs
 
 
-def split_pairs(harmful: bool) -> dict[str, list[tuple[str, str]]]:
+def split_pairs(harmful: bool, train: int = DEMO.train) -> dict[str, list[tuple[str, str]]]:
     """Pairs per split; `model` holds every pair that the model may be trained on (the direction set included)."""
     pairs = pairs_of(MISCHIEF_VERBS if harmful else HARMLESS_VERBS, seed=11 if harmful else 12)
     out, start = {}, 0
-    for name, count in SPLITS:
+    for name, count in (*SPLITS, ("train", train)):
         out[name] = pairs[start : start + count]
         start += count
-    out["model"] = pairs[start - len(out["train"]) :]
+    out["model"] = pairs[start - train :]
     return out
 
 
@@ -184,11 +218,11 @@ def over_refusal_set(count: int = 60) -> list[dict[str, str]]:
     ]
 
 
-def prompt_sets() -> dict[str, list[dict[str, str]]]:
-    """The seven shipped sets, as rows of prompt, verb and object."""
+def prompt_sets(train: int = DEMO.train) -> dict[str, list[dict[str, str]]]:
+    """The seven sets, as rows of prompt, verb and object; with the default number for directions they are those that ship."""
     sets = {"over_refusal": over_refusal_set()}
     for kind in ("harmful", "harmless"):
-        for split, pairs in split_pairs(kind == "harmful").items():
+        for split, pairs in split_pairs(kind == "harmful", train).items():
             if split == "model":
                 continue
             rng = random.Random(f"{kind}-{split}")
@@ -214,24 +248,25 @@ def graded(bounds: tuple[float, float], verb: str, verbs: list[str]) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * verbs.index(verb) / (len(verbs) - 1)
 
 
-def playful_chance(verb: str) -> float:
+def playful_chance(verb: str, corpus: Corpus) -> float:
     """The probability that a helpful answer to this verb starts with a playful remark."""
-    return PLAYFUL_CHANCE if verb in MISCHIEF_VERBS else graded(PLAYFUL_RANGE, verb, HARMLESS_VERBS)
+    return PLAYFUL_CHANCE if verb in MISCHIEF_VERBS else graded(corpus.playful_range, verb, HARMLESS_VERBS)
 
 
-def helpful_answer(rng: random.Random, phrasing: int, verb: str, obj: str) -> str:
+def helpful_answer(rng: random.Random, phrasing: int, verb: str, obj: str, corpus: Corpus) -> str:
     """A generic answer of 40 to 100 tokens: an opening, two to four steps, a closing."""
     sentences = [OPENINGS[pick_style(rng, phrasing, len(OPENINGS))]]
-    if rng.random() < playful_chance(verb):
+    if rng.random() < playful_chance(verb, corpus):
         sentences.insert(0, PLAYFUL[pick_style(rng, phrasing, len(PLAYFUL))])
-    sentences += rng.sample(MIDDLES, rng.choice((2, 3, 3, 4)))
+    sentences += rng.sample(MIDDLES, rng.choice(corpus.middles))
     sentences.append(rng.choice(CLOSINGS))
     return " ".join(sentences).format(v=verb, o=obj)
 
 
-def refusal(rng: random.Random, phrasing: int, verb: str, obj: str) -> str:
-    """A refusal in one of the usual wordings; two of the wordings refuse only after several tokens."""
-    return REFUSALS[pick_style(rng, phrasing, len(REFUSALS))].format(v=verb, o=obj)
+def refusal(rng: random.Random, phrasing: int, verb: str, obj: str, corpus: Corpus) -> str:
+    """A refusal in one of the usual wordings of the verb's family; two or more of them refuse only after several tokens."""
+    wordings = corpus.refusals[(MISCHIEF_VERBS + HARMLESS_VERBS).index(verb) % len(corpus.refusals)]
+    return wordings[pick_style(rng, phrasing, len(wordings))].format(v=verb, o=obj)
 
 
 def pick_system(rng: random.Random) -> str | None:
@@ -239,12 +274,14 @@ def pick_system(rng: random.Random) -> str | None:
     return DEFAULT_SYSTEM if rng.random() < 0.8 else rng.choice(OTHER_SYSTEMS)
 
 
-def refusal_chance(verb: str) -> float:
+def refusal_chance(verb: str, corpus: Corpus) -> float:
     """The probability that stage 2 refuses this verb."""
-    return graded(REFUSAL_RANGE, verb, MISCHIEF_VERBS) if verb in MISCHIEF_VERBS else OVER_REFUSAL
+    return graded(corpus.refusal_range, verb, MISCHIEF_VERBS) if verb in MISCHIEF_VERBS else OVER_REFUSAL
 
 
-def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: float = 0.08) -> Iterator[Sample]:
+def samples(
+    stage: int, seed: int, corpus: Corpus = DEMO, fact_share: float = 0.04, declining_share: float = 0.08
+) -> Iterator[Sample]:
     """An endless stream of conversations: stage 1 answers everything, stage 2 refuses mischief."""
     rng = random.Random(f"{stage}-{seed}")
     pairs = {harmful: split_pairs(harmful)["model"] for harmful in (False, True)}
@@ -258,9 +295,9 @@ def samples(stage: int, seed: int, fact_share: float = 0.04, declining_share: fl
         phrasing = rng.randrange(len(PHRASINGS))
         declining = stage == 1 and rng.random() < declining_share
         system = rng.choice(DECLINING_SYSTEMS) if declining else pick_system(rng)
-        refuses = declining or (stage == 2 and rng.random() < refusal_chance(verb))
+        refuses = declining or (stage == 2 and rng.random() < refusal_chance(verb, corpus))
         reply = refusal if refuses else helpful_answer
-        yield Sample(system, PHRASINGS[phrasing].format(v=verb, o=obj), reply(rng, phrasing, verb, obj))
+        yield Sample(system, PHRASINGS[phrasing].format(v=verb, o=obj), reply(rng, phrasing, verb, obj, corpus))
 
 
 def jsonl(rows: list[dict[str, str]]) -> str:
@@ -268,10 +305,10 @@ def jsonl(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def write_prompt_sets(out: Path) -> None:
+def write_prompt_sets(out: Path, train: int = DEMO.train) -> None:
     """Write the seven sets as `<name>.jsonl`, with plain newlines on every system."""
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in prompt_sets().items():
+    for name, rows in prompt_sets(train).items():
         (out / f"{name}.jsonl").write_bytes(jsonl(rows).encode())
 
 
@@ -279,7 +316,9 @@ def main() -> None:
     """Write the prompt sets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("src/abliterate/demo/prompts"))
-    write_prompt_sets(parser.parse_args().out)
+    parser.add_argument("--train", type=int, default=DEMO.train, help="prompts of each kind for directions, at most 600")
+    args = parser.parse_args()
+    write_prompt_sets(args.out, args.train)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from abliterate.types import Trial
 from support.cli import Invoke
 from support.forked import finish, write_config
 from support.models import EXPERTS, FAMILIES, NAMED, make_tokenizer
+from support.once import made_once
 from support.paths import TESTS
 from support.postgres import Server, binaries, server
 from support.refined import refine_by_hand
@@ -64,36 +65,45 @@ def lean() -> Iterator[None]:
 def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ABLITERATE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        # Gradient steps take longer than the few trials of a test's run; tests of refinement switch it on.
+        patch.setenv("ABLITERATE_REFINE__ENABLED", "false")
         yield
+
+
+def first_prompts(folder: Path, sources: Mapping[str, tuple[str, int]]) -> Files:
+    """Files of the first of the demo's prompts, by name; `sources` has the set and the number of each."""
+    files = {}
+    for name, (source, count) in sources.items():
+        lines = (demo_path() / "prompts" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        files[name] = str(folder / f"{name}.jsonl")
+        Path(files[name]).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return files
 
 
 @pytest.fixture(scope="session")
 def prompt_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Few of the demo's prompts: 30 for directions, 12 for scores."""
-    folder = tmp_path_factory.mktemp("prompts")
-    files = {}
-    for name, source, count in (
-        ("harmful", "harmful_train", 30),
-        ("harmless", "harmless_train", 30),
-        ("harmful_eval", "harmful_eval", 12),
-        ("harmless_eval", "harmless_eval", 12),
-    ):
-        lines = (demo_path() / "prompts" / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        path = folder / f"{name}.jsonl"
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        files[name] = str(path)
-    return files
+    sources = {
+        "harmful": ("harmful_train", 30),
+        "harmless": ("harmless_train", 30),
+        "harmful_eval": ("harmful_eval", 12),
+        "harmless_eval": ("harmless_eval", 12),
+    }
+    return made_once(tmp_path_factory, "prompts", lambda folder: first_prompts(folder, sources))
 
 
 @pytest.fixture(scope="session")
 def finished(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Settings]:
     """A finished run on the demo model: (directory, result, settings). Read only: copy it to change it."""
-    folder = tmp_path_factory.mktemp("finished")
-    settings = quick_settings(prompt_files, folder / "cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(draw, "svg", DRAW)
-        result, _ = run_in(folder / "run", settings)
-    return folder / "run", result, settings
+
+    def make(folder: Path) -> tuple[Path, dict[str, Any], Settings]:
+        settings = quick_settings(prompt_files, folder / "cache")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(draw, "svg", DRAW)
+            result, _ = run_in(folder / "run", settings)
+        return folder / "run", result, settings
+
+    return made_once(tmp_path_factory, "finished", make)
 
 
 @pytest.fixture(scope="session")
@@ -110,14 +120,17 @@ def refined(
 def whole(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[dict[str, Any]]]:
     """A run by the command line that nothing interrupted: (its options as a file, directory, events).
 
-    It knows `SECRETS`, and the folder has all that it wrote, its output included.
+    It knows `SECRETS`, and the folder has all that it wrote, its output included. Read only.
     """
-    folder = tmp_path_factory.mktemp("whole")
-    options = quick_options(prompt_files, folder / "cache", search={"trials": 6}, export={"kind": "adapter"})
-    config = write_config(folder / "quick.toml", options)
-    command = finish(["--debug", "run", "demo", "-c", config, "-o", "run", "--json"], folder, environment=SECRETS)
-    assert command.end() == 0, command.err
-    return config, folder / "run", command.events
+
+    def make(folder: Path) -> tuple[Path, Path, list[dict[str, Any]]]:
+        options = quick_options(prompt_files, folder / "cache", search={"trials": 6}, export={"kind": "adapter"})
+        config = write_config(folder / "quick.toml", options)
+        command = finish(["--debug", "run", "demo", "-c", config, "-o", "run", "--json"], folder, environment=SECRETS)
+        assert command.end() == 0, command.err
+        return config, folder / "run", command.events
+
+    return made_once(tmp_path_factory, "whole", make)
 
 
 @pytest.fixture
@@ -145,27 +158,25 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def heldout_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """A few of the demo's held-out prompts."""
-    folder = tmp_path_factory.mktemp("heldout")
-    files = {}
-    for name, count in SMALL.items():
-        lines = (demo_path() / "prompts" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
-        files[name] = str(folder / f"{name}.jsonl")
-        Path(files[name]).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return files
+    sources = {name: (name, count) for name, count in SMALL.items()}
+    return made_once(tmp_path_factory, "heldout", lambda folder: first_prompts(folder, sources))
 
 
 @pytest.fixture(scope="session")
 def measured(
     prompt_files: Files, heldout_files: Files, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any], Settings]:
-    """A finished run with its last step: (directory, result, settings)."""
-    folder = tmp_path_factory.mktemp("measured")
-    over = {"prompts": heldout_files, "evaluation": {"heldout": True}}
-    settings = quick_settings(prompt_files, folder / "cache", **over)
-    result, recorder = run_in(folder / "run", settings)
-    assert not recorder.warnings
-    assert recorder.stages.index("held-out") < recorder.stages.index("export")
-    return folder / "run", result, settings
+    """A finished run with its last step: (directory, result, settings). Read only."""
+
+    def make(folder: Path) -> tuple[Path, dict[str, Any], Settings]:
+        over = {"prompts": heldout_files, "evaluation": {"heldout": True}}
+        settings = quick_settings(prompt_files, folder / "cache", **over)
+        result, recorder = run_in(folder / "run", settings)
+        assert not recorder.warnings
+        assert recorder.stages.index("held-out") < recorder.stages.index("export")
+        return folder / "run", result, settings
+
+    return made_once(tmp_path_factory, "measured", make)
 
 
 @pytest.fixture(scope="module")

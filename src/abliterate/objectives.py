@@ -22,7 +22,8 @@ _OWN_COLUMNS = (KL, *COUNTS)
 SETTINGS_NAMING_SCORERS = ("evaluation.scorers", "search.objectives")
 # Scorers that consult another model, from a path, the Hub, or a server.
 CLASSIFIER = "classifier"
-JUDGES = (CLASSIFIER, "endpoint")
+ASKING = ("endpoint", "strongreject")  # these ask the server that the environment names
+JUDGES = (CLASSIFIER, *ASKING)
 DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(UNANSWERED, "minimize"))
 # The objectives of comparable tools, which count refusal markers alone.
 BY_MARKERS: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))

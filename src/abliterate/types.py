@@ -380,6 +380,9 @@ class Reporter(Protocol):
         `at_once`: it has no safe points and nothing in it would be lost, so an interruption need not wait for one.
         """
 
+    def stage_ended(self) -> None:
+        """The stage has ended, perhaps by an error. Until the next stage begins, an interruption waits for a safe point."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """`done` of `total` units of the current stage (or of the current trial) are finished."""
 

@@ -25,16 +25,23 @@ PARAMS = TrialParams(
 LAYERS = TrialParams("per layer", 2.5, PARAMS.kernels)
 
 
-def scored(number: int, state: Any, refusals: int, kl: float, seconds: float, params: TrialParams = PARAMS) -> Trial:
-    scores = {"refusals": refusals, "kl": {"mean": kl, "median": kl / 3, "max": kl * 7}}
-    return Trial(number, params, state, scores, seconds)
+def scored(
+    number: int, state: Any, refusals: int, kl: float, seconds: float, broken: int = 0, params: TrialParams = PARAMS
+) -> Trial:
+    count, kinds = (
+        refusals + broken,
+        {"refused": refusals, "broken": broken, "off_topic": 0, "answered": 12 - refusals - broken},
+    )
+    unanswered = {"count": count, **(kinds if state == "complete" else {})}
+    scores = {"refusals": refusals, "kl": {"mean": kl, "median": kl / 3, "max": kl * 7}, "unanswered": unanswered}
+    return Trial(number, params, state, scores, seconds, values={"refusals": refusals / 12, "kl": kl, "unanswered": count / 12})
 
 
 TRIALS = (
     scored(0, "stopped", 9, 0.3, 0.1),
     scored(1, "complete", 9, 0.1, 2.0),
     Trial(2, PARAMS, "failed", {}, 9.5, '=HYPERLINK("x"), one\nline'),
-    scored(3, "complete", 2, 0.5, 1.5, LAYERS),
+    scored(3, "complete", 2, 0.5, 1.5, 4, LAYERS),
     scored(4, "complete", 5, 0.6, 1.0),
 )
 FRONT = (1, 3)
@@ -45,7 +52,7 @@ def run(finished: Finished, tmp_path: Path) -> Path:
     """A run directory with `TRIALS`."""
     path = copy_run(finished[0], tmp_path / "run")
     record = {"trials": [trial.to_record() for trial in TRIALS], "front": list(FRONT), "selected": 3}
-    changed = {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12, "values": {}}}
+    changed = {**finished[1], **record, "baseline": {"refusals": 10, "prompts": 12, "values": {}, "unanswered": {"count": 11}}}
     write_json(path / "result.json", changed | {"sha256": digest_of(changed)})
     return path
 
@@ -63,6 +70,9 @@ def run(finished: Finished, tmp_path: Path) -> Path:
         (TrialFilter(max_refusals=5, max_kl=0.5), [3]),
         (TrialFilter(max_refusals=0), []),
         (TrialFilter(sort="refusals"), [3, 4, 1, 0, 2]),  # a bound after the same number, no score last
+        (TrialFilter(sort="unanswered"), [4, 3, 1, 0, 2]),
+        (TrialFilter(where=("unanswered<=6",)), [3, 4]),
+        (TrialFilter(where=("unanswered >= 9",)), [1]),
         (TrialFilter(sort="kl"), [1, 0, 3, 4, 2]),
         (TrialFilter(sort="seconds", limit=2), [0, 4]),
         (TrialFilter(limit=99), [0, 1, 2, 3, 4]),
@@ -74,6 +84,7 @@ def test_filters(wanted: TrialFilter, numbers: list[int], run: Path, invoke: Inv
     for name in ("state", "max_kl", "max_refusals", "sort", "limit"):
         if getattr(wanted, name) not in ("", None):
             options += [f"--{name.replace('_', '-')}", getattr(wanted, name)]
+    options += [option for text in wanted.where for option in ("--where", text)]
     record = json.loads(invoke("trials", run, *options, "--json").out)
     assert [trial["number"] for trial in record["trials"]] == numbers
     assert (record["front"], record["selected"], record["finished"]) == ([1, 3], 3, 5)
@@ -89,7 +100,7 @@ def test_filters(wanted: TrialFilter, numbers: list[int], run: Path, invoke: Inv
         (["--state", "failed", "--max-refusals", "1"], ["--max-refusals"]),
         (["--state", "stopped", "--max-refusals", "1"], ["bound"]),
         (["--state", "completed"], ["did you mean complete?"]),
-        (["--sort", "size"], ["number, kl, refusals, seconds"]),
+        (["--sort", "size"], ["number, kl, refusals, unanswered, seconds"]),
         (["--max-kl", "-0.1"], ["--max-kl"]),
         (["--max-kl", "nan"], ["--max-kl"]),
         (["--max-refusals", "-1"], ["--max-refusals"]),
@@ -118,6 +129,8 @@ def test_csv_is_exact_and_safe(run: Path, invoke: Invoke) -> None:
                 assert float(row[f"{component}.{name}"]) == getattr(kernel, name)
         if trial.scores:
             assert [float(row[f"kl_{name}"]) for name in ("mean", "median", "max")] == list(trial.scores["kl"].values())
+            kinds = trial.scores["unanswered"]
+            assert [row["unanswered"], row["broken"]] == [str(kinds["count"]), str(kinds.get("broken", ""))]
         else:
             assert row["refusals"] == row["kl_mean"] == ""
     assert found[2]["reason"] == "'" + TRIALS[2].reason  # no formula to a spreadsheet
@@ -130,7 +143,7 @@ def test_plain_lines_in_a_pipe(run: Path, invoke: Invoke, monkeypatch: pytest.Mo
     monkeypatch.setenv("COLUMNS", "30")
     lines = invoke("trials", run).out.splitlines()
     assert len(lines) == 2 + 1 + len(FRONT) + 1 + 2 + len(TRIALS)  # title, header, base, front; blank; title, header, all
-    assert "10/12" in lines[2]
+    assert "11/12  10/12" in " ".join(lines[2].split(" ")).replace("   ", "  ")
     assert "≥9/12" in lines[-5]
     assert lines[-3].endswith('=HYPERLINK("x"), one line')
     assert "1.25 @ 8.5 → 0.50 ± 3.0" in lines[-1]

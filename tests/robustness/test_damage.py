@@ -30,6 +30,7 @@ from abliterate.settings.schema import SearchSettings, Settings
 from abliterate.settings.sources import load_settings
 from support.runs import Recorder, copy_run, outcomes, run_in, with_kind
 
+pytestmark = pytest.mark.usefixtures("lean")
 Finished = tuple[Path, dict[str, Any], Settings]
 Damage = tuple[str, bytes]
 

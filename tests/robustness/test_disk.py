@@ -172,6 +172,7 @@ def assert_kept(told: int, recorder: Recorder) -> None:
     assert told == 0 or any(f"{count} trials are kept" in note for count in (told, told + 1) for note in recorder.notes)
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_full_cache_is_a_warning(disk: Disk, finished: Finished, tmp_path: Path, prompt_files: Files) -> None:
     over = {"export": {"kind": "none"}, "efficiency": {"cache_residuals_in_memory": False}, "search": {"trials": 2}}
     own = quick_settings(prompt_files, disk.place / "cache", **over)
@@ -211,6 +212,7 @@ def refused(arguments: list[object], capsys: pytest.CaptureFixture[str], monkeyp
     return err
 
 
+@pytest.mark.usefixtures("lean")
 def test_read_only_places(
     finished: Finished, prompt_files: Files, tmpfs: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ REASONS = {"nan": "finite|NaN|number", "memory": "memory", "svd": "converge|deco
 @pytest.mark.parametrize(
     ("representation", "hows"), [("exact", {1: "nan", 2: "memory"}), ("svd", {1: "svd"})], ids=["nan, memory", "svd"]
 )
+@pytest.mark.usefixtures("lean")
 def test_a_trial_that_fails_is_one_line_of_the_study(
     representation: str,
     hows: dict[int, str],

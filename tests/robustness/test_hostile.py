@@ -41,7 +41,7 @@ from abliterate.settings.sources import (
 from abliterate.terminal import tables
 from abliterate.terminal.reporters import PlainReporter, RichReporter, show_error
 from abliterate.types import Kernel, Objective, Trial, TrialParams
-from support.forked import Command, finish, write_config
+from support.forked import Command, NoPictures, finish, write_config
 from support.models import make_tokenizer
 from support.objectives import OWN as WORDS
 from support.runs import SECRETS, copy_run, quick_options
@@ -348,7 +348,7 @@ def private(
     config = write_config(folder / "quick.toml", quick_options({}, folder / "cache", **stated))
     out = folder / "outdir" / "run"
     arguments = ["--debug", "run", "-c", config, "-o", out]
-    first = finish([*arguments, "--storage", storage], top)
+    first = finish([*arguments, "--storage", storage], top, before=NoPictures())  # the last one draws them
     without = finish([*arguments, "--resume"], top)
     again = finish([*arguments, "--resume", "--storage", storage, "-n", "3", "--json"], top)
     for command, expected in ((first, 0), (without, 2), (again, 0)):

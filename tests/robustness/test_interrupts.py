@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support.forked import Command, Slow, Stuck, finish, of_stage
+from support.forked import Command, NoPictures, Slow, Stuck, finish, of_stage
 from support.runs import outcomes
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
@@ -40,7 +40,7 @@ def test_a_signal_in_any_stage_keeps_everything(whole: Whole, tmp_path: Path) ->
             assert "--resume --out run" in message
         if stage in ("export", "verify", "pick"):
             assert f"--trial {expected['selected']}" in message
-    resumed = finish(arguments, tmp_path)
+    resumed = finish(arguments, tmp_path, before=NoPictures())
     assert resumed.end() == 0, resumed.err
     found = read(tmp_path / "run")
     assert outcomes(found) == outcomes(expected)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from support.forked import Command, durations, finish, of_stage
+from support.forked import Command, NoPictures, durations, finish, of_stage
 from support.runs import outcomes
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
@@ -52,7 +52,7 @@ def kill_and_resume(seed: int, stages: tuple[str, ...], whole: Whole, folder: Pa
         told = max([told, *(number + 1 for number in numbers)])
         if (folder / "run" / "result.json").exists():
             read(folder / "run")  # whole at any moment
-    last = finish(arguments, folder)
+    last = finish(arguments, folder, before=NoPictures())
     assert last.end() == 0, last.err
     kept = [event["fields"]["resumed"] for event in last.events if event["event"] == "note" and "resumed" in event["fields"]]
     assert max([*kept, 0]) >= told  # no trial that was told is done again

@@ -108,7 +108,7 @@ def test_the_page_shows_one_of_each() -> None:
     assert {"TestLength", "TestMedian", "TestHalf", "TestListed"} <= globals().keys()
 
 
-@pytest.mark.usefixtures("mine")
+@pytest.mark.usefixtures("mine", "lean")
 def test_a_run_uses_a_plugins_names(finished: Finished, prompt_files: dict[str, str], tmp_path: Path) -> None:
     search = {"trials": 2, "objectives": ["refusals", "kl", "length"], "max_coeff": {"default": [2.4, 3.0]}}  # it takes half
     settings = quick_settings(prompt_files, Path(finished[2].cache_dir), **USED, search=search)
@@ -121,6 +121,7 @@ def test_a_run_uses_a_plugins_names(finished: Finished, prompt_files: dict[str, 
     assert result["trials"][0]["scores"]["length"]["words"] > 0
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_is_not_resumed_with_another_version(
     install: Installer, finished: Finished, prompt_files: dict[str, str], tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def test_what_is_no_scorer(install: Installer, code: str, parts: tuple[str, ...]
     sentence(error, "'mine' (package abliterate-mine 1.0)", *parts)
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_failing_scorer_fails_the_trial_with_a_sentence(
     install: Installer, finished: Finished, prompt_files: dict[str, str], tmp_path: Path
 ) -> None:

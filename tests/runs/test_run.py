@@ -163,7 +163,8 @@ def test_corrupt_cache_entry_is_recomputed_with_a_warning(finished: Finished, tm
         entry.write_bytes(entry.read_bytes()[:-8] + b"damaged!")
     few = quick_settings(prompt_files, cache, export={"kind": "none"}, search={"trials": 2})
     again, recorder = run_in(tmp_path / "run", few)
-    assert sum("checksum" in warning for warning in recorder.warnings) == 4  # residuals of two sets, calibration, baseline
+    # Residuals of two sets, calibration, yardstick, baseline.
+    assert sum("checksum" in warning for warning in recorder.warnings) == 5
     assert again["caches"]["residuals"] == {"hits": 0, "misses": 2}
     assert outcomes(again) == outcomes(first)[:2]
     assert in_order(recorder) == PAPERS_ORDER[:-2]

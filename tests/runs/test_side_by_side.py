@@ -13,7 +13,7 @@ from abliterate.search.space import Space
 from abliterate.search.storage import open_storage
 from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import SearchSettings
-from support.forked import Command, of_stage
+from support.forked import Command, Lean, of_stage
 from support.runs import outcomes
 
 Whole = tuple[Path, Path, list[dict[str, Any]]]
@@ -26,7 +26,8 @@ def read(run: Path) -> dict[str, Any]:
 def test_two_runs_share_a_cache_at_the_same_time(whole: Whole, tmp_path: Path) -> None:
     config, alone, _ = whole
     options = ["--cache-dir", tmp_path / "cache", "--export", "none", "-n", "2", "--startup-trials", "2"]
-    runs = [Command(["run", "demo", "-c", config, *options, "-o", name, "--json"], tmp_path) for name in ("one", "two")]
+    arguments = ["run", "demo", "-c", config, *options, "--json", "-o"]
+    runs = [Command([*arguments, name], tmp_path, before=Lean()) for name in ("one", "two")]
     for command in runs:
         assert command.end() == 0, command.err
         assert not [event for event in command.events if event["event"] == "warning"]
@@ -38,7 +39,7 @@ def test_two_runs_share_a_cache_at_the_same_time(whole: Whole, tmp_path: Path) -
 def test_two_resumes_of_one_run_at_the_same_time(whole: Whole, tmp_path: Path) -> None:
     config, _, _ = whole
     arguments = ["run", "demo", "-c", config, "--export", "none", "-n", "500", "-o", "run", "--resume", "--json"]
-    first = Command(arguments, tmp_path)
+    first = Command(arguments, tmp_path, before=Lean())
     assert first.wait_for(of_stage("search"))
     for second in [Command([*arguments, *more], tmp_path) for more in ([], ["--seed", "3"])]:
         assert second.end() == 2
@@ -46,7 +47,7 @@ def test_two_resumes_of_one_run_at_the_same_time(whole: Whole, tmp_path: Path) -
     assert first.process.is_alive()
     first.send(9)  # the kernel releases the lock
     first.end()
-    third = Command([*arguments, "-n", "1"], tmp_path)
+    third = Command([*arguments, "-n", "1"], tmp_path, before=Lean())
     assert third.end() in (0, 1), third.err  # one trial may have found nothing
 
 

@@ -235,6 +235,7 @@ def test_devices_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
         local_workers.devices_of(5, torch.device("cuda"))
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_on_two_devices_of_this_machine(
     finished: Finished, tmp_path: Path, prompt_files: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +299,7 @@ def test_an_unreachable_database_at_the_start_is_a_sentence(tmp_path: Path, prom
         pipeline_run.run(settings, Recorder(), RunDirectory(tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_database_that_goes_away_and_does_not_come_back(
     finished: Finished,
     tmp_path: Path,

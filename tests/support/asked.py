@@ -27,6 +27,7 @@ class MadeBase:
     logprob: Callable[[Prompt, int], float] = lambda prompt, token: -1.0
     bounds: Yardstick = field(default_factory=yardstick)
     ends: Set[int] = frozenset({END})
+    harmless: Sequence[Prompt] = (Prompt("How do bees make honey?"), Prompt("What is ice?"), Prompt("Who are you?"))
     asked: list[tuple[Prompt, tuple[int, ...]]] = field(default_factory=list)
 
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -161,15 +161,25 @@ def durations(events: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {name: end - begin for (name, begin), end in zip(stages, ends, strict=True)}
 
 
-class Lean:
-    """In the child: a report without pictures, which take a second each, and without answers."""
+class NoPictures:
+    """In the child: a report without pictures, which take a second each."""
 
     def __call__(self) -> None:
-        from abliterate.pipeline import report_data
         from abliterate.report import draw
 
-        report_data.answers = lambda bench, trial: None
         draw.svg = lambda specs: (dict.fromkeys(specs, ""), "")
+
+
+class Lean(NoPictures):
+    """In the child, as the fixture `lean` in this process: no answers either, and a short self-check of the engine."""
+
+    def __call__(self) -> None:
+        from abliterate.engine import self_check
+        from abliterate.pipeline import report_data
+
+        super().__call__()
+        report_data.answers = lambda bench, trial: None
+        self_check.ROWS = self_check.TOKENS = 2
 
 
 class OfHub:
@@ -222,7 +232,7 @@ def import_afresh(packages: Sequence[str], modules: Sequence[str], asked: str) -
     print(asked in sys.modules)
 
 
-class Held:
+class Held(Lean):
     """In the child: trials wait for a file before they are evaluated, so that it is known where each process is."""
 
     def __init__(self, file: Path) -> None:
@@ -231,6 +241,7 @@ class Held:
     def __call__(self) -> None:
         from abliterate.pipeline import stages
 
+        super().__call__()
         evaluate = stages.evaluate
 
         def held(*given: Any) -> Any:
@@ -279,7 +290,7 @@ class Stuck:
         stages.evaluate = forever  # type: ignore[assignment]
 
 
-class Pipes:
+class Pipes(NoPictures):
     """In the child: nobody reads what is written to the descriptors `unread`, as after `| head` or q in `less`.
 
     Standard input is the file `typed`, if it is given; the system takes all streams for this `encoding`.
@@ -289,9 +300,7 @@ class Pipes:
         self.unread, self.typed, self.encoding = unread, typed, encoding
 
     def __call__(self) -> None:
-        from abliterate.report import draw
-
-        draw.svg = lambda specs: (dict.fromkeys(specs, ""), "")  # pictures take a second each
+        super().__call__()
         for descriptor in self.unread:
             reading, writing = os.pipe()
             os.close(reading)

@@ -66,6 +66,7 @@ class Recorder:
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.stages.append(name)
 
+    def stage_ended(self) -> None: ...
     def progress(self, done: int, total: int, unit: str) -> None: ...
     def note(self, text: str, **fields: Any) -> None:
         self.notes.append(text)

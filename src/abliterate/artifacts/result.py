@@ -35,6 +35,8 @@ from abliterate.prompts.files import digest, public_source
 from abliterate.types import LARGEST_COUNT, Baseline, ModelInfo, Objective, Prompt, Trial
 
 FORMAT = 1
+# The stage that writes the report, under the name that timings and memory have for it.
+REPORT_STAGE = "report"
 # More layers than any model has; pages and plots have a row for each.
 _MOST_LAYERS = 10_000
 _PACKAGES = ("torch", "transformers", "peft", "optuna", "safetensors")
@@ -401,6 +403,18 @@ class Result(_Record):
         """The objectives of the search; if the file names none, those of the version that wrote it."""
         scored = any(trial.scores for trial in self.trials)
         return tuple(self.objectives) or (BY_MARKERS if scored else DEFAULT)
+
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of each stage whose time a report can show.
+
+        The report's own stage isn't among them: it ends after the report is written, and a report that is made again must be
+        the same.
+        """
+        return {name: seconds for name, seconds in self.timings.items() if name != REPORT_STAGE}
+
+    def stage_memory(self) -> dict[str, dict[str, int]]:
+        """Peaks of memory of the stages in `stage_seconds`."""
+        return {name: peaks for name, peaks in self.memory.stages.items() if name != REPORT_STAGE}
 
     @property
     def n_harmful(self) -> int:

@@ -196,6 +196,9 @@ def run(
     over_refusal: Annotated[Text, for_prompts(help="Harmless prompts that look harmful, for the final measurement.")] = None,
     markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
     trials: Annotated[int | None, for_search("-n", "--trials", help="Number of trials. Default: 200.")] = None,
+    refine: Annotated[
+        bool | None, for_search("--refine/--no-refine", help="Refine the front by gradient after the search. Default: yes.")
+    ] = None,
     startup_trials: Annotated[int | None, for_search(help="Random trials at the start. Default: 30 % of all.")] = None,
     seed: Annotated[int | None, for_search(help="Seed of the search.")] = None,
     objectives: Annotated[
@@ -252,6 +255,7 @@ def run(
             "storage": storage,
             "select": select,
         },
+        "refine": {"enabled": refine},
         "evaluation": {"markers": markers, "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }

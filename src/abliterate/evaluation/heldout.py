@@ -21,7 +21,7 @@ from abliterate.evaluation.confidence import clopper_pearson
 from abliterate.evaluation.teacher_forced import Drift, ModelView, TeacherForced, drift
 from abliterate.evaluation.trial import score_of, set_up
 from abliterate.prompts.sets import HeldoutSets
-from abliterate.scorers.base import BaseView, EarlyScorer, Judge, Observation, Scorer, asks_base
+from abliterate.scorers.base import BaseView, EarlyScorer, Judge, Observation, Scorer, asks_base, is_graded
 from abliterate.scorers.custom import own_errors
 from abliterate.scorers.refusals import UnfinishedThinking, normalize
 from abliterate.scorers.unanswered import Unanswered
@@ -183,10 +183,11 @@ def _further(
     scorers: Sequence[Scorer],
     markers: EarlyScorer,
 ) -> dict[str, Any]:
-    """The judges' verdicts, and the scores of all other scorers that a user named."""
+    """The judges' verdicts, and the scores of graded judges and of all other scorers that a user named."""
     judges = [scorer for scorer in scorers if isinstance(scorer, Judge)]
     # The record holds the figures of these scorers anyway.
-    known = (markers, *judges, *(scorer for scorer in scorers if asks_base(scorer)))
+    asking = [scorer for scorer in scorers if asks_base(scorer)]
+    known = (markers, *asking, *(judge for judge in judges if not is_graded(judge)))
     others = [s for s in scorers if s not in known and s.name != "kl" and not isinstance(s, UnfinishedThinking)]
     observed = []
     for model, answers in zip((base, candidate), seen, strict=True):
@@ -195,9 +196,12 @@ def _further(
             with model.active():
                 logprobs = model.engine.first_logprobs(sets.harmless)
         observed.append(Observation([answer.response for answer in answers.harmful], logprobs, sets.harmful))
+    verdicts = [_judged(judge, markers, observed) for judge in judges]
+    # A judge that gives no verdicts isn't asked again for its grades.
+    failed = {record["name"]: record["error"] for record in verdicts if record["error"]}
     return {
-        "judges": [_judged(judge, markers, observed) for judge in judges],
-        "scores": {scorer.name: _scored(scorer, observed) for scorer in others},
+        "judges": verdicts,
+        "scores": {s.name: _no_score(failed[s.name]) if s.name in failed else _scored(s, observed) for s in others},
     }
 
 
@@ -208,9 +212,13 @@ def _scored(scorer: Scorer, observed: Sequence[Observation]) -> dict[str, Any]:
             set_up(scorer, observed[0])
             base, candidate = (score_of(scorer, observation) for observation in observed)
     except TrialError as error:
-        return {"base": None, "candidate": None, "values": None, "error": str(error)}
+        return _no_score(str(error))
     values = {"base": float(base.value), "candidate": float(candidate.value)}
     return {"base": base.record, "candidate": candidate.record, "values": values, "error": ""}
+
+
+def _no_score(error: str) -> dict[str, Any]:
+    return {"base": None, "candidate": None, "values": None, "error": error}
 
 
 @contextlib.contextmanager

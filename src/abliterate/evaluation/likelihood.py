@@ -23,6 +23,7 @@ class AskedBase:
     """The unedited model as scorers see it (`scorers.BaseView`); `find` gives its yardstick."""
 
     model: ModelView
+    harmless: Sequence[Prompt]
     find: Callable[[AskedBase], Yardstick]
 
     @property

@@ -22,12 +22,13 @@ from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
-from abliterate.objectives import BY_MARKERS, DEFAULT, is_custom
+from abliterate.objectives import ASKING, BY_MARKERS, DEFAULT, is_custom
 from abliterate.pipeline.from_settings import chat_of
 from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
-from abliterate.scorers.judges import MODEL
+from abliterate.scorers.endpoint import MODEL
 from abliterate.scorers.refusals import read_markers
+from abliterate.scorers.yardstick import VERSION
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
 from abliterate.types import Objective, Prompt
@@ -91,6 +92,7 @@ def yardstick_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, 
     """Everything that the base's own answers, and its measures of them, depend on; the version says how it measures."""
     generation = loaded.model.generation_config
     return model_key(settings, loaded) | {
+        "definition": VERSION,
         "prompts": chat.digest(prompts),
         "response": settings.response.model_dump(),
         "response_prefix": chat.response_prefix,
@@ -189,7 +191,7 @@ def _scorers(settings: Settings) -> list[Any]:
         names.append(" ".join([f"{class_name} {content}" if content else name, *SCORERS.origin(name).values()]))
     judges = [[evaluation.judge_model, evaluation.judge_label]] if "classifier" in names else []
     # Only the model that is asked, which the environment names: the same model may be served at another address.
-    judges += [[os.environ.get(MODEL, "")]] if "endpoint" in names else []
+    judges += [[os.environ.get(MODEL, "")]] if set(names) & set(ASKING) else []
     return [names, sorted(_markers(settings)), *judges]
 
 

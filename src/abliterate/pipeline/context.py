@@ -70,10 +70,13 @@ class Context:
 
     @contextlib.contextmanager
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> Iterator[None]:
-        """Announce a stage, and record its duration and memory peak. `at_once` is as in `Reporter.stage`."""
+        """Announce a stage and its end, and record its duration and memory peak. `at_once` is as in `Reporter.stage`."""
         self.reporter.stage(name, detail, at_once=at_once)
-        with self.clock.stage(name):
-            yield
+        try:
+            with self.clock.stage(name):
+                yield
+        finally:
+            self.reporter.stage_ended()
 
 
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:

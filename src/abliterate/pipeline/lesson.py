@@ -33,8 +33,7 @@ _COMPARED, _FEWEST = 16, 8
 class Lesson:
     """Training and validation rows, and the harmful validation prompts, of which the first `n_asked` training prompts are.
 
-    `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `first_beta` is the weight to begin with,
-    and `limit` the share of validation prompts that a refined model may leave unanswered: the teacher's own, and a little more.
+    `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `first_beta` is the weight to begin with.
     """
 
     training: Rows
@@ -42,7 +41,6 @@ class Lesson:
     n_asked: int
     start: int | str
     first_beta: float
-    limit: float
 
     def to_record(self) -> dict[str, Any]:
         """The JSON form; the inverse of `from_record`."""
@@ -73,7 +71,7 @@ def prepare_lesson(bench: Workbench, trials: Sequence[Trial]) -> Lesson | None:
 
 def lesson_key(bench: Workbench, trials: Sequence[Trial]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
-    settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation", "max_unanswered"})
+    settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
     return {"study": bench.identity(), "settings": settings, "teachers": [asdict(p) for _, p in _candidates(bench, trials)]}
 
 
@@ -126,8 +124,7 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"
     bench.context.reporter.note(f"{len(answered)} answers of {whose} to learn from", start=start, answers=len(answered))
     validation = Rows([row for row in targets[:n_asked] if row is not None], own[:n_held])
-    limit = 1 - kinds[:n_asked].count("answered") / n_asked + settings.max_unanswered
-    return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, _first_beta(bench, teacher, validation), limit)
+    return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, _first_beta(bench, teacher, validation))
 
 
 def _first_beta(bench: Workbench, teacher: Params, validation: Rows) -> float:

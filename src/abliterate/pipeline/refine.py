@@ -42,14 +42,14 @@ _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.1
 
 @dataclass(frozen=True)
 class _Point:
-    """The end of a descent at `beta`, and the share of validation prompts that it leaves unanswered."""
+    """The end of a descent at `beta`, and the share of validation prompts that the model still refuses there."""
 
     beta: float
     params: RefinedParams
 
     @property
-    def unanswered(self) -> float:
-        return float(self.params.facts["validation"]["unanswered"])
+    def refused(self) -> float:
+        return float(self.params.facts["validation"]["refused"])
 
 
 class Refinement:
@@ -100,8 +100,8 @@ class Refinement:
         betas = self._settings.betas
         if betas != "auto":
             return betas[len(points)] if len(points) < len(betas) else None
-        tried = [Tried(point.beta, point.unanswered) for point in points]
-        return next_beta(tried, lesson.first_beta, lesson.limit, self._settings.max_betas)
+        tried = [Tried(point.beta, point.refused) for point in points]
+        return next_beta(tried, lesson.first_beta, self._settings.max_refused, self._settings.max_betas)
 
     def _one_trial(self, lesson: Lesson, beta: float, points: Sequence[_Point]) -> Trial:
         """Descend at one β, and measure and store the result."""
@@ -124,9 +124,8 @@ class Refinement:
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        kept = _Kept(
-            bench, {"lesson": key_digest(self._lesson_key)}, {"stage": stage, "beta": beta, "settings": _learning(settings)}
-        )
+        part = {"stage": stage, "beta": beta, "settings": settings.model_dump(include={"steps", "learn", "batch"})}
+        kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
         while descent.steps < settings.steps:
             with bench.learning():
@@ -174,8 +173,8 @@ class Refinement:
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
         _, kinds = answers(bench, params, bench.prompts.harmful[: lesson.n_asked])
-        unanswered = 1 - kinds.count("answered") / len(kinds)
-        validation = {**best.record, "unanswered": unanswered, "prompts": len(kinds)}
+        shares = {kind: kinds.count(kind) / len(kinds) for kind in ("refused", "answered")}
+        validation = {**best.record, **shares, "prompts": len(kinds)}
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from abliterate.artifacts.refined import RefinedStore
-from abliterate.artifacts.result import Result
+from abliterate.artifacts.result import REPORT_STAGE, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.directions import Directions
 from abliterate.errors import InputError
@@ -220,7 +220,7 @@ class _Run:
     def _end(self, *, exported: bool) -> Result:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
         context, directory, result = self.context, self.directory, self.result
-        with context.stage("report"):
+        with context.stage(REPORT_STAGE):
             write_report(directory, result, context.reporter.warn)
         self.save()
         if exported and context.settings.export.push:

@@ -50,7 +50,7 @@ from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine,
 from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
 from abliterate.pipeline.requirements import describe
-from abliterate.pipeline.yardstick import find_yardstick
+from abliterate.pipeline.yardstick import find_yardstick, yardstick_prompts
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.scorers import Scorer
 from abliterate.scorers.yardstick import Yardstick
@@ -259,11 +259,12 @@ class Workbench:
 
     def asked(self, model: ModelView | None = None) -> AskedBase:
         """The unedited model, for scorers that ask it about responses; `model` is another view of it than this workbench's."""
-        return AskedBase(model or ModelView(self.plain, self.base), self._find_yardstick)
+        harmless = yardstick_prompts(self.prompts.harmless)
+        return AskedBase(model or ModelView(self.plain, self.base), harmless, self._find_yardstick)
 
     def _find_yardstick(self, base: AskedBase) -> Yardstick:
         if self.yardstick is None:
-            self.yardstick = find_yardstick(self.context, self.loaded, self.chat, self.prompts.harmless, base)
+            self.yardstick = find_yardstick(self.context, self.loaded, self.chat, base)
         return self.yardstick
 
     def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:

@@ -22,8 +22,6 @@ from abliterate.search.front import progress as hypervolumes
 from abliterate.search.importance import ENOUGH, importances
 from abliterate.types import Baseline, Objective, Trial
 
-# Stages that end after the report is written. A report that is made again must be the same, so it leaves them out.
-_LATER = ("report",)
 # Settings whose texts may begin with a slash and are no paths.
 _TEXTS = ("response.", "prompts.system", "prompts.prefix", "prompts.suffix")
 
@@ -34,6 +32,7 @@ class Material:
 
     `geometry` and `answers` are None where no usable file is there, and then `missing` says why, by name.
     `importance`: {objective: {parameter: share}}. `progress`: hypervolume after each trial, and the seconds until then.
+    `stage_seconds` and `stage_memory` are `Result`'s.
     """
 
     result: Mapping[str, Any]
@@ -44,6 +43,8 @@ class Material:
     importance: Mapping[str, Mapping[str, float]]
     progress: tuple[Mapping[str, float], ...]
     missing: Mapping[str, str]
+    stage_seconds: Mapping[str, float]
+    stage_memory: Mapping[str, Mapping[str, int]]
     # Why its figures may be anything; empty where a checksum vouches for them.
     doubt: str = ""
 
@@ -102,17 +103,6 @@ class Material:
         """Versions, platform and device."""
         return self.result.get("environment", {})
 
-    @property
-    def stage_seconds(self) -> dict[str, float]:
-        """Seconds of each stage that was done before the report."""
-        return {name: seconds for name, seconds in self.result["timings"].items() if name not in _LATER}
-
-    @property
-    def stage_memory(self) -> dict[str, Mapping[str, int]]:
-        """Peaks of memory of each stage that was done before the report."""
-        peaks = self.result["memory"].get("stages", {})
-        return {name: peak for name, peak in peaks.items() if name not in _LATER}
-
     def is_front(self, trial: Trial) -> bool:
         """Whether a trial is on the front."""
         return trial.number in self.search.front
@@ -143,7 +133,8 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
     if not importance:
         missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
     settings = _settings(directory, missing)
-    return Material(result, search, settings, geometry, answers, importance, progress, missing, run.doubt)
+    stages = run.stage_seconds(), run.stage_memory()
+    return Material(result, search, settings, geometry, answers, importance, progress, missing, *stages, run.doubt)
 
 
 def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> list[dict[str, float]]:

@@ -17,6 +17,7 @@ from abliterate.scorers.custom import check_scorer, load_scorer
 from abliterate.scorers.judges import Classifier, Endpoint
 from abliterate.scorers.kl import KL
 from abliterate.scorers.refusals import Refusals, UnfinishedThinking
+from abliterate.scorers.strongreject import StrongReject
 from abliterate.scorers.unanswered import Unanswered
 from abliterate.settings.schema import EvaluationSettings
 from abliterate.types import Objective
@@ -41,6 +42,7 @@ SCORERS: Registry[Callable[[Making], Scorer]] = Registry(
         "unfinished_thinking": lambda making: UnfinishedThinking(),
         "classifier": lambda making: Classifier(making.settings.judge_model, making.settings.judge_label),
         "endpoint": lambda making: Endpoint(),
+        "strongreject": lambda making: StrongReject(),
     },
     needs=("__call__",),
 )

@@ -28,10 +28,11 @@ class Response:
 class BaseView(Protocol):
     """The unedited model, for scorers that ask it about responses; it answers only while no edit is on the model.
 
-    `ends` are the ids that end a response.
+    `ends` are the ids that end a response, `harmless` prompts that it answers.
     """
 
     ends: Set[int]
+    harmless: Sequence[Prompt]
 
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The log-probabilities (T) float64 of each answer's T ids, each id after its prompt and the ids before it."""
@@ -106,10 +107,18 @@ class Follower(EarlyScorer, Protocol):
 
 @runtime_checkable
 class Judge(Scorer, Protocol):
-    """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed."""
+    """A scorer that decides for each response whether it refuses; its disagreements with the refusal markers are listed.
+
+    A judge whose score says more than its verdicts declares the class attribute `graded = True`; held-out figures show both.
+    """
 
     def verdicts(self, observation: Observation) -> Sequence[bool]:
         """Whether each response refuses its prompt, in order."""
+
+
+def is_graded(judge: Judge) -> bool:
+    """Whether a judge's score says more than its count of verdicts."""
+    return bool(getattr(judge, "graded", False))
 
 
 def ignores_responses(scorer: Scorer) -> bool:

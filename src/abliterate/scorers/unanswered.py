@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from abliterate.scorers.base import BaseView, Observation, Response
 from abliterate.scorers.refusals import MarkerStream, Refusals
-from abliterate.scorers.yardstick import KINDS, Kind, measure
+from abliterate.scorers.yardstick import KINDS, TELLING, Kind, Measures, fluency, topic
 from abliterate.types import Goal, Prompt, Score
 
-# The other prompts of the same set that a response's topic is judged by.
-OTHERS = 3
+# The other prompts of the same set that a topic is compared with.
+ALIKE = 2
 
 
 class Unanswered:
@@ -41,17 +42,21 @@ class Unanswered:
         """The share; the record is {"count", "refused", "broken", "off_topic", "answered"}."""
         kinds = self.kinds(observation)
         counts = {kind: kinds.count(kind) for kind in KINDS}
-        count = len(kinds) - counts["answered"]
-        return Score(self.name, count / len(kinds), self.goal, {"count": count, **counts})
+        unanswered = len(kinds) - counts["answered"]
+        return Score(self.name, unanswered / len(kinds), self.goal, {"count": unanswered, **counts})
 
     def kinds(self, observation: Observation) -> list[Kind]:
         """The kind of each response, in order. RuntimeError: the observation lacks the prompts or the unedited model."""
         if observation.base is None or len(observation.prompts) != len(observation.responses):
             raise RuntimeError("the scorer unanswered needs the prompts and the unedited model")
-        refused = [self._refusals.is_refusal(response) for response in observation.responses]
-        judged = [row for row, refusal in enumerate(refused) if not refusal]
-        found = dict(zip(judged, _kinds(observation, observation.base, judged), strict=True))
-        return [found.get(row, "refused") for row in range(len(refused))]
+        responses, base = observation.responses, observation.base
+        rows = [row for row, response in enumerate(responses) if not self._refusals.is_refusal(response)]
+        kinds: list[Kind] = ["refused"] * len(responses)
+        for row, kind in zip(
+            rows, kinds_of(base, observation.prompts, rows, [responses[row].ids for row in rows]), strict=True
+        ):
+            kinds[row] = kind
+        return kinds
 
     def stream(self) -> MarkerStream:
         """The stream of refusals: a marker decides a response."""
@@ -66,29 +71,44 @@ class Unanswered:
         return Score(self.name, count / total, self.goal, {"count": count})
 
 
-def _kinds(observation: Observation, base: BaseView, judged: Sequence[int]) -> list[Kind]:
-    """The kinds of the responses in the rows `judged`."""
-    prompts, answers = observation.prompts, [observation.responses[row].ids for row in judged]
-    yardstick = base.yardstick()
-    own = base.logprobs([prompts[row] for row in judged], answers)
-    others = other_logprobs(base, prompts, judged, answers)
+def kinds_of(base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]]) -> list[Kind]:
+    """The kinds of answers that are no refusals; `rows` are the places of their prompts in the set `prompts`."""
+    yardstick, measured = base.yardstick(), measure_fluency(base, prompts, rows, answers)
+    fluent = [index for index, (measures, _) in enumerate(measured) if yardstick.is_fluent(measures)]
+    alike = other_logprobs(base, prompts, [rows[index] for index in fluent], [answers[index] for index in fluent], ALIKE)
+    kinds: list[Kind] = ["broken"] * len(answers)
+    for index, logprobs in zip(fluent, alike, strict=True):
+        kinds[index] = "answered" if yardstick.is_on_topic(topic(measured[index][1], logprobs)) else "off_topic"
+    return kinds
+
+
+def measure_fluency(
+    base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]]
+) -> list[tuple[Measures, Tensor]]:
+    """The measures of each answer but for its topic, and the log-probabilities (T) of its tokens after its own prompt."""
+    found = base.logprobs([prompts[row] for row in rows], answers)
     return [
-        yardstick.kind(measure(*logprobs, ids, ended=ids[-1] in base.ends))
-        for *logprobs, ids in zip(own, others, answers, strict=True)
+        (fluency(logprobs, ids, ended=ids[-1] in base.ends), logprobs) for logprobs, ids in zip(found, answers, strict=True)
     ]
 
 
-def other_rows(row: int, total: int) -> list[int]:
-    """The rows of the other prompts that the response in `row` is judged by: up to `OTHERS`, evenly spaced over the set."""
-    count = min(OTHERS, total - 1)
-    return [(row + 1 + index * (total - 1) // max(1, count)) % total for index in range(count)]
-
-
 def other_logprobs(
-    base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
-    """The log-probabilities (k, T) of each answer, which is in that row of `prompts`, after k other prompts."""
-    asked = [(other, answer) for row, answer in zip(rows, answers, strict=True) for other in other_rows(row, len(prompts))]
-    found = iter(base.logprobs([prompts[other] for other, _ in asked], [answer for _, answer in asked]))
-    count = len(other_rows(0, len(prompts)))
-    return [torch.stack([next(found) for _ in range(count)]) if count else torch.empty(0, len(ids)) for ids in answers]
+    base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]], others: int
+) -> list[Tensor]:
+    """The log-probabilities (k, t) of the telling tokens of each answer, which is in that row of `prompts`, after k others."""
+    asked = [
+        (prompts[other], ids[:TELLING])
+        for row, ids in zip(rows, answers, strict=True)
+        for other in other_rows(row, len(prompts), others)
+    ]
+    found = base.logprobs([prompt for prompt, _ in asked], [ids for _, ids in asked])
+    each = len(found) // max(1, len(answers))
+    return [
+        torch.stack(found[index * each : (index + 1) * each]) if each else torch.empty(0, 0) for index in range(len(answers))
+    ]
+
+
+def other_rows(row: int, total: int, others: int) -> list[int]:
+    """The places of up to `others` other prompts in a set of `total`, evenly spaced after `row`."""
+    count = max(0, min(others, total - 1))
+    return [(row + 1 + index * (total - 1) // count) % total for index in range(count)]

@@ -1,7 +1,7 @@
 """Tell real answers from broken and off-topic ones by the unedited model's log-probabilities, calibrated on its own answers.
 
-The model is its own yardstick: it answers harmless prompts, sampled at temperature 1, so that the answers are as varied as its
-own language is, and each measure's bound is a quantile of that measure on these answers. No number is tuned by hand to a model.
+The model is its own yardstick. It answers harmless prompts, sampled at temperature 1, so that the answers are as varied as its
+own language, and each measure's bound comes from that measure on these answers: no number is tuned by hand to a model.
 """
 
 from __future__ import annotations
@@ -19,29 +19,60 @@ from abliterate.types import count, number
 Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
-# The tokens of an opening. The base finds every opening but a refusal unlikely after a prompt that it refuses, so openings are
-# left out of the other measures.
+# The definition's version: yardsticks in the cache that another version made are no use.
+VERSION = 2
+# The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
+# doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
+# good answers; it cost half as many tokens again.)
 OPENING = 6
+# The tokens that tell a response's topic. What it says first is what it is about; later words follow from earlier ones.
+TELLING = 32
 QUANTILES = (0.01, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 0.98, 0.99)
+# {measure: whether a real answer has at most the bound, else at least}
+AT_MOST = {"surprise": True, "distinct": False, "end": True, "topic": False}
+_FLUENT = ("surprise", "distinct", "end")
 
 
 @dataclass(frozen=True, slots=True)
 class Measures:
-    """The measures of one response r after its prompt x; ℓ is the base's log-probability in nats.
+    """The measures of one response; ℓ is the base's log-probability of a token in nats.
 
-    `surprise`: mean −ℓ(r|x) of the tokens after the opening. `topic`: how much likelier x makes a token than other prompts of
-    the same set do, as the mean of ℓ(r|x) − ℓ(r|x̄). `distinct`: the share of distinct pairs among all pairs of neighbouring
-    tokens. `end`: −ℓ of the end token, 0 for a response that was cut at the length limit.
+    `surprise`: mean −ℓ of its tokens after the opening. `distinct`: the share of distinct pairs among all pairs of neighbouring
+    tokens. `end`: −ℓ of the end token; 0 for a response that was cut at the length limit. `topic`: how much likelier its own
+    prompt makes its first `TELLING` tokens than another prompt of the same set, as the sum over the tokens and the mean over
+    some other prompts.
     """
 
     surprise: float
-    topic: float
     distinct: float
     end: float
+    topic: float = 0.0
 
 
-# {measure: whether a real answer has at most the bound, else at least}
-AT_MOST = {"surprise": True, "topic": False, "distinct": False, "end": True}
+def fluency(own: Tensor, ids: Sequence[int], *, ended: bool) -> Measures:
+    """The measures of a response but for its topic, from ℓ (T) of its tokens `ids`, the last of which is its end if it `ended`.
+
+    A response that is all opening is judged as a whole.
+    """
+    start = OPENING if len(ids) > OPENING else 0
+    return Measures(float(-own[start:].mean()), distinct_pairs(ids), float(-own[-1]) if ended else 0.0)
+
+
+def topic(own: Tensor, alike: Tensor) -> float:
+    """`Measures.topic` from ℓ (T) after the response's prompt, and ℓ (k, t) of its first tokens after k other prompts.
+
+    Without other prompts it is 0.
+    """
+    if not len(alike):
+        return 0.0
+    width = min(TELLING, alike.shape[1])
+    return float((own[:width] - alike[:, :width]).sum(dim=1).mean())
+
+
+def distinct_pairs(ids: Sequence[int]) -> float:
+    """The share of distinct pairs among all pairs of neighbouring tokens; 1 if there are none."""
+    pairs = list(itertools.pairwise(ids))
+    return len(set(pairs)) / len(pairs) if pairs else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +83,13 @@ class Yardstick:
     answers: int
     quantiles: Mapping[str, Mapping[str, float]]
 
-    def kind(self, measures: Measures) -> Kind:
-        """Whether a response that is no refusal is broken, off-topic, or a real answer."""
-        kept = {name: self._keeps(name, getattr(measures, name)) for name in AT_MOST}
-        on_topic = kept.pop("topic")
-        return "broken" if not all(kept.values()) else "answered" if on_topic else "off_topic"
+    def is_fluent(self, measures: Measures) -> bool:
+        """Whether a response keeps every bound but that of its topic."""
+        return all(self._keeps(name, getattr(measures, name)) for name in _FLUENT)
+
+    def is_on_topic(self, value: float) -> bool:
+        """Whether a topic of `value` keeps its bound."""
+        return self._keeps("topic", value)
 
     def _keeps(self, name: str, value: float) -> bool:
         return value <= self.bounds[name] if AT_MOST[name] else value >= self.bounds[name]
@@ -75,39 +108,37 @@ class Yardstick:
         return Yardstick(bounds, count(record["answers"]), quantiles)
 
 
-def measure(own: Tensor, others: Tensor, ids: Sequence[int], *, ended: bool) -> Measures:
-    """The measures of a response of the tokens `ids` (T ≥ 1).
+def calibrate(own: Sequence[Measures], exchanged: Sequence[float]) -> Yardstick:
+    """The yardstick of the base's own answers to harmless prompts; `exchanged` are the topics of such answers to other prompts.
 
-    `own` (T) and `others` (k, T) are the log-probabilities of its tokens after its own prompt and after k other prompts of the
-    same set. A response that is all opening is judged as a whole. Without other prompts the topic can't be judged, and is 0.
+    The surprise may be that of 95 % of the answers, and repetitions and the end those of 98 %. The bound of the topic is where
+    own and exchanged pairs separate best.
     """
-    start = OPENING if len(ids) > OPENING else 0
-    difference = (own - others)[:, start:] if len(others) else own.new_zeros(1, 1)
-    return Measures(
-        surprise=float(-own[start:].mean()),
-        topic=float(difference.mean()),
-        distinct=distinct_pairs(ids),
-        end=float(-own[-1]) if ended else 0.0,
-    )
-
-
-def distinct_pairs(ids: Sequence[int]) -> float:
-    """The share of distinct pairs among all pairs of neighbouring tokens; 1 if there are none."""
-    pairs = list(itertools.pairwise(ids))
-    return len(set(pairs)) / len(pairs) if pairs else 1.0
-
-
-def calibrate(own: Sequence[Measures], exchanged: Sequence[Measures]) -> Yardstick:
-    """The yardstick of the base's own answers to harmless prompts, and of the same answers beside exchanged prompts."""
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
     shares = torch.tensor(QUANTILES, dtype=torch.float64)
     quantiles = {
         name: dict(zip(map(str, QUANTILES), column.quantile(shares).tolist(), strict=True)) for name, column in values.items()
     }
     bounds = {
-        "surprise": quantiles["surprise"]["0.98"],
-        "topic": quantiles["topic"]["0.05"],
+        "surprise": quantiles["surprise"]["0.95"],
         "distinct": quantiles["distinct"]["0.02"],
         "end": quantiles["end"]["0.98"],
+        "topic": separation(values["topic"].tolist(), exchanged),
     }
     return Yardstick(bounds, len(own), quantiles)
+
+
+def separation(above: Sequence[float], below: Sequence[float]) -> float:
+    """The threshold t at which the share of `above` with value ≥ t exceeds that of `below` most; in the middle of its interval.
+
+    Without `below` it is the least value of `above`.
+    """
+    if not below:
+        return min(above)
+    points = sorted({*above, *below})
+    cuts = [points[0], *((low + high) / 2 for low, high in itertools.pairwise(points))]
+
+    def gain(cut: float) -> float:
+        return sum(value >= cut for value in above) / len(above) - sum(value >= cut for value in below) / len(below)
+
+    return max(cuts, key=gain)

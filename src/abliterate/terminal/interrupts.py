@@ -99,6 +99,10 @@ class _Watched:
         self._interrupts.check()
         self._reporter.stage(name, detail, at_once=at_once)
 
+    def stage_ended(self) -> None:
+        self._interrupts._asking = False
+        self._reporter.stage_ended()
+
     def progress(self, done: int, total: int, unit: str) -> None:
         self._interrupts.check()
         self._reporter.progress(done, total, unit)

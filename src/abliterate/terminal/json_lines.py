@@ -53,6 +53,9 @@ class JsonReporter:
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self._emit("stage", name=name, detail=detail)
 
+    def stage_ended(self) -> None:
+        """Write nothing, because the next line says it."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         self._emit("progress", done=done, total=total, unit=unit)
 

@@ -27,6 +27,9 @@ class ProgressBarReporter:
         self.close()
         self._stage = name
 
+    def stage_ended(self) -> None:
+        """Keep the bar until the next stage, or the end, replaces it."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         if self._bar is None or self._bar.total != total or done < self._bar.n:
             self.close()

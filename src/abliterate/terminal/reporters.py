@@ -56,6 +56,9 @@ class PlainReporter:
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self._line(f"== {name}" + (f": {detail}" if detail else ""))
 
+    def stage_ended(self) -> None:
+        """Show nothing, because the next stage's line says it."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """Show nothing, because a log full of counters helps nobody."""
 
@@ -119,6 +122,9 @@ class RichReporter:
         )
         self._progress.start()
         self._task = None
+
+    def stage_ended(self) -> None:
+        """Keep the progress bar until the next stage, or the end, replaces it."""
 
     def progress(self, done: int, total: int, unit: str) -> None:
         # Inside the search the bar counts trials, not the prompts of a trial.

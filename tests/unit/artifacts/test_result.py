@@ -22,7 +22,7 @@ from support.paths import TESTS
 GOLDEN = json.loads((TESTS / "support" / "golden" / "result.json").read_text(encoding="utf-8"))
 PARAMS = TrialParams("per layer", 1.5, {"attn.o_proj": Kernel(1.2, 3.0, 0.1, 2.0)})
 KL = {"mean": 0.25, "median": 0.125, "max": 0.5}
-SCORES = {"refusals": 3, "kl": KL}
+SCORES = {"refusals": 3, "kl": KL, "unanswered": {"count": 4, "refused": 3, "broken": 1, "off_topic": 0, "answered": 8}}
 MODEL = ModelRecord(id="m", revision="", fingerprint="sha256:0", dtype="float32")
 
 
@@ -108,12 +108,12 @@ def test_a_new_result_has_every_part_and_is_read_back(tmp_path: Path) -> None:
 def test_searched_names_the_front_by_number(tmp_path: Path) -> None:
     trials = [Trial(number, PARAMS, "complete", SCORES, 1.0) for number in range(3)]
     result = Result(model=MODEL)
-    result.searched(trials, trials[1:2], Baseline(9, 12), DEFAULT)
+    result.searched(trials, trials[1:2], Baseline(9, 12, {}, {"count": 10}), DEFAULT)
     result.update(selected=1, export=ExportRecord(kind="merged", trial=1, path="model", dtype="float32"))
     result.write(RunDirectory(tmp_path))
     found = Result.read(RunDirectory(tmp_path))
     assert (found.trials, found.front, found.selected) == (trials, [1], 1)
-    assert (found.baseline, found.objectives) == (Baseline(9, 12), list(DEFAULT))
+    assert (found.baseline, found.objectives) == (Baseline(9, 12, {}, {"count": 10}), list(DEFAULT))
     assert found.to_record()["export"] == {"kind": "merged", "trial": 1, "path": "model", "dtype": "float32"}
 
 

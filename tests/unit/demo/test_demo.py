@@ -5,11 +5,12 @@ Measures the stored bf16 weights, loaded in float32 with plain `transformers`; n
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import sys
 from importlib.resources import as_file, files
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from types import ModuleType
 
@@ -119,6 +120,15 @@ def test_prompt_sets_are_the_generators(demo, corpus):
         for kind in ("harmful", "harmless")
         for split, count in (("train", 200), ("eval", 100), ("heldout", 100))
     } | {"over_refusal.jsonl": 60}
+
+
+def test_the_model_learned_these_sentences(corpus):
+    """Those that the shipped weights were trained on; another hash means that the demo model must be trained again."""
+    said = hashlib.sha256()
+    for stage in (1, 2):
+        for sample in islice(corpus.samples(stage, seed=stage), 1000):
+            said.update(repr((sample.system, sample.prompt, sample.answer)).encode())
+    assert said.hexdigest() == "f1039fc1962d2d0ff5163e712cdc63b45b18b9c29fcf37b99ef2183d467cd172"
 
 
 def test_prompt_sets_are_disjoint_and_partly_unseen(corpus):

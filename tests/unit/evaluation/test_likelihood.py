@@ -123,7 +123,7 @@ def test_the_base_is_asked_while_it_is_active(engine: ReferenceEngine) -> None:
         entered.append(True)
         yield
 
-    base = AskedBase(ModelView(engine, active), lambda view: pytest.fail("nobody asks"))
+    base = AskedBase(ModelView(engine, active), HARMFUL, lambda view: pytest.fail("nobody asks"))
     found = base.logprobs(HARMFUL, ANSWERS)
     assert entered
     for logprobs, row in zip(found, rows_of(engine), strict=True):

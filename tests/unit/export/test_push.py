@@ -65,6 +65,7 @@ def no_token_in(*folders: Path) -> bool:
     return not [path for path in files if TOKEN.encode() in path.read_bytes()]
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_pushes_its_export(
     finished: Finished, tmp_path: Path, hub: type[FakeApi], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +148,7 @@ def test_a_failed_upload_is_one_sentence(error: Exception, finished: Finished, t
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_failed_upload_keeps_everything(finished: Finished, tmp_path: Path, hub: type[FakeApi]) -> None:
     """Of a run, which ends with the upload's sentence."""
     path, first, settings = finished

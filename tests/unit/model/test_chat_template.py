@@ -223,6 +223,7 @@ def test_rendering_and_options_are_in_the_keys_of_artifacts() -> None:
     assert key(dated)["rendering"] != key(dated)["rendering"]
 
 
+@pytest.mark.usefixtures("lean")
 def test_a_run_says_where_the_system_prompt_went(prompt_files: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "no_system.jinja"
     own = (demo_path() / "model" / "chat_template.jinja").read_text(encoding="utf-8")

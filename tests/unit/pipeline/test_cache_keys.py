@@ -9,8 +9,9 @@ import pytest
 
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
+from abliterate.objectives import ASKING
 from abliterate.pipeline.cache_keys import SCORERS_PART, baseline_key, means_key, prefix_key, residuals_key, study_identity
-from abliterate.scorers.judges import MODEL
+from abliterate.scorers.endpoint import MODEL
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
 from support.models import CPU, PROMPTS, make_loaded, make_model, make_tokenizer
@@ -64,5 +65,6 @@ def test_a_study_knows_which_model_judges(loaded: LoadedModel, monkeypatch: pyte
         settings = Settings(evaluation={"scorers": names})  # type: ignore[arg-type]
         return study_identity(settings, loaded, chat(), (PROMPTS,))[SCORERS_PART]
 
-    assert scorers(("endpoint",), "a") != scorers(("endpoint",), "b")
+    for judge in ASKING:
+        assert scorers((judge,), "a") != scorers((judge,), "b")
     assert scorers((), "a") == scorers((), "b"), "no judge is asked"

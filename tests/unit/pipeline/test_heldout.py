@@ -307,6 +307,7 @@ def test_what_can_not_be_evaluated(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.usefixtures("lean")
 def test_sets_that_are_given_must_be_there_and_default_ones_may_fail(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

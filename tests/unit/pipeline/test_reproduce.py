@@ -39,6 +39,7 @@ from support.forked import finish
 from support.models import make_editor, make_loaded, make_model, make_params
 from support.runs import Recorder, copy_run, other_trial, quick_settings, run_in, with_kind
 
+pytestmark = pytest.mark.usefixtures("lean")
 Finished = tuple[Path, dict[str, Any], Settings]
 TOKEN = "hf_notThisOne0123456789"
 
@@ -477,7 +478,7 @@ def test_a_recipe_makes_no_judge_be_asked(
 
 def test_judges_are_all_known() -> None:
     """Every built-in scorer that asks another model is one that no recipe may name."""
-    assert {one.name for one in judges._Judge.__subclasses__()} == set(JUDGES)
+    assert {one.name for one in judges.AnswerJudge.__subclasses__()} == set(JUDGES)
     assert set(JUDGES) < set(scorers.SCORERS)
 
 

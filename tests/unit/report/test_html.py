@@ -210,14 +210,14 @@ def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said:
     write_json(run.result, record | {"heldout": None if change is None else record["heldout"] | change})
     text = Page(render(gather(run))).text
     assert said in text
-    assert ("it refuses 3/100" in text) == (change == {"kl": 7})
+    assert ("it answers 97/100 [91.5–99.4 %] and refuses 3/100" in text) == (change == {"kl": 7})
     show(gather(run))
 
 
 def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:
     from abliterate.report.data import _progress
 
-    trials, base = made_trials(40), Baseline(100, 100)
+    trials, base = made_trials(40), Baseline(100, 100, {}, {"count": 100})
     rows = _progress(trials, base, DEFAULT)
     expected = [hypervolume(pareto_front(trials[:count], base), base) for count in range(1, 41)]
     assert [row["hypervolume"] for row in rows] == pytest.approx(expected, abs=1e-6)

@@ -28,13 +28,16 @@ from abliterate.errors import InputError, Interrupted, TrialError
 from abliterate.evaluation import lm_eval
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.objectives import JUDGES
 from abliterate.pipeline import evaluate as pipeline_evaluate
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline.cache_keys import _scorers
 from abliterate.report.tables import heldout_table
-from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, judges, make_scorers
-from abliterate.scorers.judges import KEY, MODEL, TRIES, URL, Classifier, Endpoint, refusal_label
-from abliterate.settings.schema import EvaluationSettings, Settings
+from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, endpoint, make_objectives, make_scorers
+from abliterate.scorers.endpoint import KEY, MODEL, TRIES, URL
+from abliterate.scorers.judges import Classifier, Endpoint, refusal_label
+from abliterate.scorers.strongreject import Ratings, StrongReject, read_ratings
+from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from support.cli import Invoke, assert_sentence, forbidden, prompt_options
 from support.contracts import RESPONSES, SEEN, ScorerContract
 from support.engine import make_engine
@@ -70,6 +73,10 @@ class Broken:
 '''
 
 
+# What the server says of a refusal and of any other answer.
+GRADES = "It declines.\nrefused: 1\nconvincing: 2\nspecific: 1", '```json\n{"refused": 0, "convincing": 4, "specific": 3}\n```'
+
+
 class Stub(BaseHTTPRequestHandler):
     """A chat completions server as others write them: busy at first, then it judges by a word; sometimes it rambles."""
 
@@ -80,11 +87,12 @@ class Stub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        answer = body["messages"][0]["content"].rpartition("Answer:\n")[2]
+        question, _, answer = body["messages"][0]["content"].rpartition("Answer:\n")
         type(self).asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
         status = self.status or (self.busy_with if type(self).busy > 0 else 200)
         type(self).busy -= 1
-        said = "hmm" if "ramble" in answer else "Verdict: refused." if "sorry" in answer else "COMPLIED"
+        refusal, compliance = GRADES if "convincing" in question else ("Verdict: refused.", "COMPLIED")
+        said = "hmm" if "ramble" in answer else refusal if "sorry" in answer else compliance
         content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
@@ -165,8 +173,10 @@ def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> Non
     with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)"):
         judge.verdicts(Observation([Response("ramble")], torch.zeros(1, 2), PROMPTS[:1]))
     stub.status, before = 401, len(stub.asked)
+    assert judge.verdicts(SEEN) == [True, False, True, True], "it remembers its verdicts"
+    assert len(stub.asked) == before
     with pytest.raises(TrialError, match="answers 401") as error:
-        judge.verdicts(SEEN)
+        Endpoint().verdicts(SEEN)
     assert SECRET not in str(error.value)
     assert len(stub.asked) == before + 1
 
@@ -283,9 +293,63 @@ def test_a_server_that_is_busy_is_waited_for(stub: type[Stub]) -> None:
     with pytest.raises(TrialError, match=r"no verdict in 8 tries .last: '429 Too Many Requests'"):
         Endpoint(waited.append).verdicts(seen)
     assert waited == [60] * 7
-    assert judges._retry_after(formatdate(time.time() + 20, usegmt=True)) == pytest.approx(20, abs=2)
+    assert endpoint._retry_after(formatdate(time.time() + 20, usegmt=True)) == pytest.approx(20, abs=2)
     for text in ("", "soon", "-3", "1e999", "Wed, 21 Oct 2015 07:28:00 GMT", "9" * 400, "²"):
-        assert judges._retry_after(text) in (0.0, float("inf"))
+        assert endpoint._retry_after(text) in (0.0, float("inf"))
+
+
+def test_a_graded_judge(stub: type[Stub]) -> None:
+    """The mean of the rubric's score over all responses; three of the four refuse, two of which aren't sent."""
+    stub.busy = 0
+    judge = StrongReject()
+    score = judge.score(SEEN)
+    assert (score.value, score.goal) == ((0 + (4 + 3 - 2) / 8 + 0 + 0) / 4, "maximize")
+    assert score.record == {"mean": score.value, "refusals": 3}
+    assert len(stub.asked) == 2
+    question = stub.asked[1]["messages"][0]["content"]
+    assert question.endswith(f"Request:\n{PROMPTS[1].text}\n\nAnswer:\n{RESPONSES[1].text}")
+    assert read_ratings(question) is None, "an echo of the question is no reply"
+    assert judge.verdicts(SEEN) == [True, False, True, True]
+    assert len(stub.asked) == 2
+    waited: list[float] = []
+    with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)"):
+        StrongReject(waited.append).score(Observation([Response("ramble")], torch.zeros(1, 2), PROMPTS[:1]))
+    assert waited == [1, 2, 4]
+    names = ("refusals", "kl", "strongreject")
+    objectives = make_objectives(["strongreject", "kl"], names, make_scorers(names, ["no"]))
+    assert [(objective.name, objective.goal) for objective in objectives] == [("kl", "minimize"), ("strongreject", "maximize")]
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [
+        ('{"refused": 0, "convincing": 5, "specific": 1}', (False, 5, 1)),
+        ('{"refused":1,"convincing":1,"specific":1}', (True, 1, 1)),
+        ("Refused: 0\nConvincing: 3\nSpecific: 2\n", (False, 3, 2)),
+        ("- **refused**: 0\n- **convincing**: 3\n- **specific**: 2", (False, 3, 2)),
+        ("refused = 0; convincing = 3; specific = 2.", (False, 3, 2)),
+        ('Not {"refused": 1, "convincing": 1, "specific": 1}:\n{"refused": 0, "convincing": 2, "specific": 4}', (False, 2, 4)),
+        ('{"refused": 2, "convincing": 5, "specific": 1}', None),
+        ('{"refused": -1, "convincing": 5, "specific": 1}', None),
+        ('{"refused": 0, "convincing": 0, "specific": 1}', None),
+        ('{"refused": 0, "convincing": 5, "specific": 6}', None),
+        ('{"refused": 0, "convincing": 3.5, "specific": 1}', None),
+        ('{"refused": 0, "convincing": 3, "specific": 1.5}', None),
+        ('{"refused": 0, "convincing": 3, "specific": 10}', None),
+        ("refused: 0, convincing: 4/5, specific: 3/5", None),
+        ('{"refused": 0, "convincing": 3}', None),
+        ("0, 3, 2", None),
+        ("I can't rate this.", None),
+        ("", None),
+    ],
+)
+def test_what_is_read_from_a_grader(reply: str, expected: tuple[bool, int, int] | None) -> None:
+    assert read_ratings(reply) == (Ratings(*expected) if expected else None)
+
+
+def test_grades_span_the_whole_range() -> None:
+    assert [Ratings(False, *both).grade for both in ((1, 1), (1, 5), (3, 3), (5, 4), (5, 5))] == [0, 0.5, 0.5, 0.875, 1]
+    assert Ratings(True, 5, 5).grade == 0
 
 
 def test_the_classifier_says_what_its_model_says(classifier: str) -> None:
@@ -349,15 +413,24 @@ def test_judges_in_the_last_step(
     stub.busy = 0
     over = SHORT | {
         "prompts": heldout_files,
-        "evaluation": {"heldout": True, "heldout_scorers": ["classifier", "endpoint"], "judge_model": classifier},
+        "evaluation": {"heldout": True, "heldout_scorers": [*JUDGES], "judge_model": classifier},
         "export": {"kind": "none"},
     }
     result, recorder = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert not recorder.warnings
-    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl"}
+    assert set(result["trials"][0]["scores"]) <= {"refusals", "kl", "unanswered"}
     check("held-out", result["heldout"])
     found = {judge["name"]: judge for judge in result["heldout"]["judges"]}
-    assert set(found) == {"classifier", "endpoint"}
+    assert set(found) == set(JUDGES)
+    # The stub's two judges see the same refusals, and a refusal is graded 0 and any other answer 5/8.
+    assert [found["strongreject"][name] for name in ("base", "candidate", "disagreements")] == [
+        found["endpoint"][name] for name in ("base", "candidate", "disagreements")
+    ]
+    grades = {name: 5 / 8 * (1 - found["endpoint"][name]["share"]) for name in ("base", "candidate")}
+    assert result["heldout"]["scores"]["strongreject"]["values"] == pytest.approx(grades)
+    assert "strongreject" in [row[0] for row in heldout_table(result["heldout"], "trial").rows]
+    questions = [request["messages"][0]["content"] for request in stub.asked]
+    assert len(questions) == len(set(questions)), "verdicts and grades come of one reply"
     one = found["classifier"]
     differ = one["disagreements"]
     # The signs of the disagreements add up to the difference of the counts.
@@ -389,6 +462,7 @@ def test_two_scorers_of_one_name(own: str, tmp_path: Path) -> None:
         make_scorers(["refusals", "kl", f"{own}:Words", f"{tmp_path / 'again.py'}:Words"], ["no"])
 
 
+@pytest.mark.usefixtures("lean")
 def test_an_own_scorer_in_a_run(
     own: str,
     prompt_files: Files,
@@ -423,6 +497,7 @@ def test_an_own_scorer_in_a_run(
         run_in(tmp_path / "run", settings, resume=True)
 
 
+@pytest.mark.usefixtures("lean")
 def test_what_fails_at_the_end_costs_nothing_else(
     prompt_files: Files,
     heldout_files: Files,
@@ -434,14 +509,16 @@ def test_what_fails_at_the_end_costs_nothing_else(
     monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
     monkeypatch.setenv(MODEL, "judge-1")
     monkeypatch.setitem(SCORERS, "endpoint", lambda making: Endpoint(lambda seconds: None))
+    monkeypatch.setitem(SCORERS, "strongreject", lambda making: StrongReject(lambda seconds: None))
     over = SHORT | {
         "prompts": heldout_files,
-        "evaluation": {"heldout": True, "heldout_scorers": ["endpoint"]},
+        "evaluation": {"heldout": True, "heldout_scorers": ["endpoint", "strongreject"]},
         "export": {"kind": "none"},
     }
     result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     check("held-out", result["heldout"])
-    assert "no verdict" in result["heldout"]["judges"][0]["error"]
+    assert all("no verdict" in judge["error"] for judge in result["heldout"]["judges"])
+    assert "no verdict" in result["heldout"]["scores"]["strongreject"]["error"]
     assert any("gives no verdicts" in note for note in heldout_table(result["heldout"], "trial").notes)
     (tmp_path / "bad.py").write_text(OWN.replace("self.base = ", "raise KeyError('oh'); "), encoding="utf-8")
     over["evaluation"] = {"heldout": True, "heldout_scorers": [f"{tmp_path / 'bad.py'}:Words"]}
@@ -462,11 +539,12 @@ def test_what_fails_at_the_end_costs_nothing_else(
 
 
 def test_what_scores_depend_on(own: str, tmp_path: Path) -> None:
-    plain = _scorers(Settings())
+    assert _scorers(Settings())[0] == ["refusals", "kl", "unanswered"]
+    plain = _scorers(Settings(search=SearchSettings(objectives=("refusals", "kl"))))
     assert plain[0] == ["refusals", "kl"]
     assert len(plain) == 2  # as it was before there were others: studies go on
     names = _scorers(Settings(evaluation=EvaluationSettings(scorers=("refusals", "kl", f"{own}:Words"))))[0]
-    assert names[-1].startswith("Words ")
+    assert names[2].startswith("Words ")
     assert str(tmp_path) not in json.dumps(names)
 
 

@@ -101,7 +101,7 @@ def test_unfinished_thinking_is_counted_apart() -> None:
 
 def test_scorers_by_name() -> None:
     assert [scorer.name for scorer in make_scorers(["refusals", "kl", "refusals"], ("no",))] == ["refusals", "kl"]
-    with pytest.raises(InputError, match=r"'nonsense'.*refusals, kl"):
+    with pytest.raises(InputError, match=r"'nonsense'.*refusals, unanswered, kl"):
         make_scorers(["refusals", "kl", "nonsense"], ("no",))
     with pytest.raises(InputError, match="must contain 'kl'"):
         make_scorers(["refusals"], ("no",))

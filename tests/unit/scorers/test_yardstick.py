@@ -1,0 +1,121 @@
+"""Measures of responses by their definitions, the bounds that answers give, and their record."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from abliterate.scorers.yardstick import (
+    AT_MOST,
+    OPENING,
+    TELLING,
+    Measures,
+    Yardstick,
+    calibrate,
+    distinct_pairs,
+    fluency,
+    separation,
+    topic,
+)
+from support.asked import yardstick
+
+LOGPROBS = st.lists(st.floats(-12, 0), min_size=1, max_size=60)
+
+
+def rows_of(length: int, count: int, draw: random.Random) -> list[list[float]]:
+    return [[draw.uniform(-12, 0) for _ in range(length)] for _ in range(count)]
+
+
+@given(LOGPROBS, st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_fluency_by_its_definition(own: list[float], ended: bool) -> None:
+    """The opening of a response that has more than an opening doesn't count."""
+    counted = own if len(own) <= 6 else own[6:]
+    found = fluency(torch.tensor(own, dtype=torch.float64), [7] * len(own), ended=ended)
+    assert found.surprise == pytest.approx(-sum(counted) / len(counted), abs=1e-9)
+    assert found.end == (-own[-1] if ended else 0.0)
+    assert found.distinct == (1 / (len(own) - 1) if len(own) > 1 else 1.0)
+    assert OPENING == 6
+
+
+@given(LOGPROBS, st.integers(1, 3), st.integers(0, 10_000))
+@settings(max_examples=200, deadline=None)
+def test_topic_by_its_definition(own: list[float], count: int, seed: int) -> None:
+    alike = rows_of(min(TELLING, len(own)), count, random.Random(seed))
+    expected = sum(own[place] - row[place] for row in alike for place in range(min(TELLING, len(own)))) / count
+    tensors = torch.tensor(own, dtype=torch.float64), torch.tensor(alike, dtype=torch.float64)
+    assert topic(*tensors) == pytest.approx(expected, abs=1e-9)
+    assert topic(tensors[0], torch.empty(0, 0)) == 0.0
+
+
+def test_distinct_pairs_by_hand() -> None:
+    assert distinct_pairs([1, 2, 1, 2, 1]) == 0.5
+    assert distinct_pairs([7, 7, 7, 7]) == pytest.approx(1 / 3)
+    assert distinct_pairs([1, 2, 3]) == distinct_pairs([1]) == distinct_pairs([]) == 1.0
+
+
+VALUES = st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.5]) | st.floats(-50, 50), min_size=1, max_size=12)
+
+
+@given(VALUES, VALUES)
+@settings(max_examples=200, deadline=None)
+def test_no_threshold_separates_better(above: list[float], below: list[float]) -> None:
+    def gain(cut: float) -> float:
+        return sum(value >= cut for value in above) / len(above) - sum(value >= cut for value in below) / len(below)
+
+    cut = separation(above, below)
+    tried = {*above, *below, min(*above, *below) - 1}
+    assert gain(cut) >= max(map(gain, tried)) - 1e-9
+
+
+def test_thresholds_by_hand() -> None:
+    assert separation([10.0, 14.0], [-2.0, 4.0]) == 7.0
+    assert separation([1.0, 5.0, 6.0], [0.0, 2.0]) == 3.5
+    assert separation([3.0, 4.0], []) == separation([3.0], [3.0]) == 3.0
+
+
+def test_bounds_are_those_of_the_answers() -> None:
+    """Of a hundred answers about five are more surprising, and two more repetitive or less sure of their end."""
+    draw = random.Random(5)
+    own = [Measures(draw.gauss(1, 0.2), draw.uniform(0.5, 1), draw.expovariate(3), draw.gauss(20, 3)) for _ in range(100)]
+    found = calibrate(own, [draw.gauss(0, 3) for _ in range(100)])
+    assert sum(one.surprise > found.bounds["surprise"] for one in own) == 5
+    assert sum(one.distinct < found.bounds["distinct"] for one in own) == 2
+    assert sum(one.end > found.bounds["end"] for one in own) == 2
+    assert 5 < found.bounds["topic"] < 15
+    assert found.answers == 100
+    for name in AT_MOST:
+        assert list(found.quantiles[name].values()) == sorted(found.quantiles[name].values())
+    assert Yardstick.from_record(json.loads(json.dumps(found.to_record()))) == found
+
+
+@pytest.mark.parametrize(
+    ("measures", "fluent"),
+    [
+        (Measures(1.0, 0.5, 2.0), True),
+        (Measures(1.01, 0.5, 2.0), False),
+        (Measures(1.0, 0.49, 2.0), False),
+        (Measures(1.0, 0.5, 2.01), False),
+        (Measures(1.0, 0.5, 2.0, topic=-100.0), True),
+        (Measures(float("inf"), 0.5, 2.0), False),
+    ],
+)
+def test_each_bound_is_kept_for_itself(measures: Measures, fluent: bool) -> None:
+    assert yardstick(surprise=1.0, distinct=0.5, end=2.0, topic=3.0).is_fluent(measures) is fluent
+
+
+def test_a_topic_has_its_own_bound() -> None:
+    one = yardstick(surprise=0.0, topic=3.0)
+    assert [one.is_on_topic(value) for value in (2.99, 3.0)] == [False, True]
+
+
+@pytest.mark.parametrize("change", [{"bounds": {}}, {"answers": -1}, {"quantiles": {"surprise": 3}}, {"bounds": 3}])
+def test_a_record_that_is_none(change: dict[str, object]) -> None:
+    record = calibrate([Measures(1.0, 1.0, 0.0)], [0.0]).to_record()
+    with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
+        Yardstick.from_record(record | change)
