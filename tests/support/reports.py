@@ -155,7 +155,7 @@ def with_word(trial: dict[str, Any], word: str) -> dict[str, Any]:
     params["coeffs"] = {f"{name} {word}": coeff for name, coeff in params["coeffs"].items()}
     facts["cosine"] = {f"{name} {word}": cosine for name, cosine in facts["cosine"].items()}
     facts["prompts"] = {name: record | {"digest": word} for name, record in facts["prompts"].items()}
-    facts |= {"learn": word, f"own {word}": [word]}
+    facts |= {"learn": word, f"own {word}": [word], "validation": {"loss": 0.123456789, word: word}}
     return trial
 
 

@@ -99,6 +99,7 @@ def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> 
             "direction_index": [0.4, 0.7],
         },
         "evaluation": {"batch_size": 12, "heldout": False},
+        "refine": {"enabled": False},
     }
     return merge(options, over)
 

@@ -123,4 +123,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _text(value: Any) -> str:
+    """A fact as a person reads it: of a record its names and values."""
+    if isinstance(value, Mapping) and value:
+        return ", ".join(f"{name} {_number(inner)}" for name, inner in value.items())
+    return _number(value)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

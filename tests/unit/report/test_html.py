@@ -148,7 +148,13 @@ def test_a_refined_trial_is_shown_layer_by_layer(tmp_path: Path, capsys: pytest.
     for name, values in (("strengths", expected), ("turns", {place: 1 - coeff for place, coeff in expected.items()})):
         rows = page.data["plots"][name]["data"]["values"]
         assert {(row["component"], row["layer"]): row["value"] for row in rows} == pytest.approx(values)
-    words = ("learned by gradient", "β 10, 40 steps, 6 modules", "30, sha256 plain", "each module has a coeff")
+    words = (
+        "learned by gradient",
+        "β 10, 40 steps, 6 modules",
+        "30, sha256 plain",
+        "loss 0.123457, plain plain",
+        "each module",
+    )
     assert all(part in page.text for part in words)
     points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
     assert [point["scope"] for point in points if point["kind"] == "selected"] == [
