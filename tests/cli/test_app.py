@@ -306,13 +306,18 @@ def test_interrupted_run_is_kept_and_resumed(invoke: Invoke, tmp_path: Path, pro
     assert result["trials"][:-1] == kept["trials"]
 
 
+def counts(unanswered: int) -> dict[str, Any]:
+    """Records of trials that refuse nothing and leave prompts unanswered."""
+    return {"refusals": 0, "unanswered": {"count": unanswered}}
+
+
 def test_advice_after_an_interruption_is_the_rules_choice(finished: Finished, tmp_path: Path) -> None:
     path, result, settings = finished
     directory = RunDirectory(copy_run(path, tmp_path / "run"))
     template = result["trials"][result["front"][0]]
     trials = [
-        {**template, "number": number, "scores": {"refusals": refusals, "kl": {"mean": kl, "median": kl, "max": kl}}}
-        for number, (kl, refusals) in enumerate([(0.01, 9), (0.05, 2), (0.9, 0)])
+        {**template, "number": number, "scores": {**counts(unanswered), "kl": {"mean": kl, "median": kl, "max": kl}}}
+        for number, (kl, unanswered) in enumerate([(0.01, 9), (0.05, 2), (0.9, 0)])
     ]
     changed = {**result, "trials": trials, "front": [0, 1, 2], "selected": None}
     write_json(directory.result, changed | {"sha256": digest_of(changed)})

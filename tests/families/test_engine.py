@@ -9,6 +9,7 @@ import pytest
 from abliterate.engine.decode import join
 from abliterate.engine.trial_engine import Pacing, TrialEngine
 from abliterate.evaluation.trial import early_scorer, evaluate
+from abliterate.objectives import BY_MARKERS
 from abliterate.scorers import make_scorers
 from abliterate.scorers.base import Observation
 from abliterate.scorers.refusals import Refusals
@@ -70,12 +71,12 @@ def test_flags_and_stops_are_the_references(family: str, lab: Lab) -> None:
             break
         lab.editor.apply(params)
         # The reference never stops, so one evaluation of it serves all limits.
-        expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, 1),)), no_progress)
+        expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, 1),), BY_MARKERS), no_progress)
         count = expected.scores["refusals"].record
         counts.add(count)
         assert not expected.stopped
         for limit in (1, 2, 4, 99):
-            found = evaluate(engine, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, limit),)), no_progress)
+            found = evaluate(engine, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, limit),), BY_MARKERS), no_progress)
             assert found.stopped == (count >= limit)
             assert found.scores["refusals"].record == min(count, limit)
             assert found.scores["kl"].value == pytest.approx(expected.scores["kl"].value, abs=1e-5)

@@ -85,6 +85,8 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any], kl: float, ref
             assert counts["complete"] >= counts["stopped"]
         else:
             assert abs(one["scores"]["refusals"] - other["scores"]["refusals"]) <= refusals
+            unanswered = [trial["scores"]["unanswered"]["count"] for trial in (one, other)]
+            assert abs(unanswered[0] - unanswered[1]) <= refusals
         assert one["scores"]["kl"]["mean"] == pytest.approx(other["scores"]["kl"]["mean"], rel=kl, abs=1e-5)
 
 

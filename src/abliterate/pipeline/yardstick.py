@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -54,4 +55,15 @@ def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]]) -> Yardstick:
     others = other_logprobs(base, prompts, rows, answers, ALIKE + 1)
     own = [replace(one, topic=topic(logprobs, away[1:])) for (one, logprobs), away in zip(measured, others, strict=True)]
     exchanged = [topic(away[0], away[1:]) for away in others if len(away) > 1]
-    return calibrate(own, exchanged)
+    ends = [one.end for one, ids in zip(own, answers, strict=True) if ids[-1] in base.ends]
+    return calibrate(own, exchanged, ends, _cut(base, answers))
+
+
+def _cut(base: BaseView, answers: Sequence[Sequence[int]]) -> list[float]:
+    """−log p of an end token in the middle of each answer; none for a model without end tokens."""
+    used = Counter(ids[-1] for ids in answers if ids[-1] in base.ends) or Counter(sorted(base.ends)[:1])
+    if not used:
+        return []
+    end = used.most_common(1)[0][0]
+    found = base.logprobs(base.harmless, [(*ids[: len(ids) // 2], end) for ids in answers])
+    return [-float(logprobs[-1]) for logprobs in found]

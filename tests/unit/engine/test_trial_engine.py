@@ -22,6 +22,7 @@ from abliterate.engine.trial_engine import Pacing, TrialEngine
 from abliterate.errors import Interrupted
 from abliterate.evaluation.trial import early_scorer, evaluate
 from abliterate.model.chat_template import PromptEncoder
+from abliterate.objectives import BY_MARKERS
 from abliterate.pipeline.calibrate import common_start, prefix_responses
 from abliterate.scorers import make_scorers
 from abliterate.scorers.base import Observation
@@ -79,13 +80,13 @@ def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
     counts = set()
     for params in trials(lab, 4):
         lab.editor.apply(params)
-        never = DominancePruner(((0.0, 99),))
+        never = DominancePruner(((0.0, 99),), BY_MARKERS)
         found = [evaluate(e, some, HARMFUL, HARMLESS, never, no_progress) for e, some in zip(engines, scorers, strict=True)]
         assert len({one.scores["refusals"].record for one in found}) == 1
         assert found[0].scores["kl"].value == pytest.approx(found[1].scores["kl"].value, abs=1e-5)
         counts.add(found[0].scores["refusals"].record)
         if switch == "use_certified_stop" and found[0].scores["refusals"].record:
-            limit = DominancePruner(((0.0, found[0].scores["refusals"].record),))
+            limit = DominancePruner(((0.0, found[0].scores["refusals"].record),), BY_MARKERS)
             stopped = [
                 evaluate(e, some, HARMFUL, HARMLESS, limit, no_progress) for e, some in zip(engines, scorers, strict=True)
             ]
@@ -392,17 +393,17 @@ def test_the_front_is_that_of_full_evaluation(llama: Lab, margin: int, pause: in
         records = {name: score.record for name, score in found.scores.items()}
         return Trial(number, params[number], "stopped" if found.stopped else "complete", records)
 
-    never = DominancePruner(((0.0, 10**6),))
+    never = DominancePruner(((0.0, 10**6),), BY_MARKERS)
     whole_trials = [evaluated(llama.reference, number, never) for number in range(len(params))]  # in any order the same
     for seed in range(2):
         order = random.Random(seed + batch_size).sample(range(len(params)), len(params))
         full, stopped = [whole_trials[number] for number in order], list[Trial]()
         for number in order:
-            stopped.append(evaluated(engine, number, DominancePruner.of(stopped, baseline)))
+            stopped.append(evaluated(engine, number, DominancePruner.of(stopped, baseline, BY_MARKERS)))
         assert any(trial.state == "stopped" for trial in stopped)
         # By position, not number: of exact ties the first that was evaluated stays.
         renumbered = [[dataclasses.replace(t, number=place) for place, t in enumerate(part)] for part in (full, stopped)]
-        fronts = [pareto_front(part, baseline) for part in renumbered]
+        fronts = [pareto_front(part, baseline, BY_MARKERS) for part in renumbered]
         assert [(t.number, t.refusals) for t in fronts[0]] == [(t.number, t.refusals) for t in fronts[1]]
 
 

@@ -85,9 +85,10 @@ def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDir
         response_prefix="",
         rendering="",
     )
-    scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}}
+    unanswered = {"count": 4, "refused": 3, "broken": 1, "off_topic": 0, "answered": 8}
+    scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}, "unanswered": unanswered}
     trial = Trial(0, make_params(0, sizes.num_hidden_layers), "complete", scores)
-    result.searched([trial], [trial], Baseline(9, 12), DEFAULT)
+    result.searched([trial], [trial], Baseline(9, 12, {}, {"count": 9}), DEFAULT)
     result.write(directory)
     directory.directions.write_bytes(stages.directions_file(directions))
     return settings, directory

@@ -221,7 +221,10 @@ def test_the_baseline_is_that_of_plain_generate(
     edited_logits(bench, params)
     monkeypatch.setattr(bench.context.store, "get", lambda *args, **kwargs: None)
     found = stages.baseline(bench)
-    assert found == Baseline(sum(markers.is_refusal(stages.Response(text)) for text in answers), len(prompts))
+    refused = sum(markers.is_refusal(stages.Response(text)) for text in answers)
+    assert refused == len(prompts)  # so no answer is left to be judged
+    kinds = {"count": refused, "refused": refused, "broken": 0, "off_topic": 0, "answered": 0}
+    assert found == Baseline(refused, len(prompts), {}, kinds)
 
 
 def test_closing_frees_the_model(prompt_files: Files, tmp_path: Path) -> None:

@@ -76,17 +76,20 @@ def test_no_threshold_separates_better(above: list[float], below: list[float]) -
 def test_thresholds_by_hand() -> None:
     assert separation([10.0, 14.0], [-2.0, 4.0]) == 7.0
     assert separation([1.0, 5.0, 6.0], [0.0, 2.0]) == 3.5
-    assert separation([3.0, 4.0], []) == separation([3.0], [3.0]) == 3.0
+    assert separation([3.0, 4.0], []) == separation([3.0], [3.0]) == separation([], [3.0, 1.0]) == 3.0
+    assert calibrate([Measures(1.0, 1.0, 0.0)], [], [], []).bounds["end"] == 1e9  # a model that never ends
+    assert calibrate([Measures(1.0, 1.0, 0.0)], [], [], [4.0, 7.0]).bounds["end"] == 4.0  # none of its answers has ended
 
 
 def test_bounds_are_those_of_the_answers() -> None:
-    """Of a hundred answers about five are more surprising, and two more repetitive or less sure of their end."""
+    """Of a hundred answers five are more surprising, and two more repetitive."""
     draw = random.Random(5)
     own = [Measures(draw.gauss(1, 0.2), draw.uniform(0.5, 1), draw.expovariate(3), draw.gauss(20, 3)) for _ in range(100)]
-    found = calibrate(own, [draw.gauss(0, 3) for _ in range(100)])
+    cut = [draw.uniform(6, 9) for _ in range(100)]
+    found = calibrate(own, [draw.gauss(0, 3) for _ in range(100)], [one.end for one in own], cut)
     assert sum(one.surprise > found.bounds["surprise"] for one in own) == 5
     assert sum(one.distinct < found.bounds["distinct"] for one in own) == 2
-    assert sum(one.end > found.bounds["end"] for one in own) == 2
+    assert max(one.end for one in own) < found.bounds["end"] < min(cut)
     assert 5 < found.bounds["topic"] < 15
     assert found.answers == 100
     for name in AT_MOST:
@@ -116,6 +119,6 @@ def test_a_topic_has_its_own_bound() -> None:
 
 @pytest.mark.parametrize("change", [{"bounds": {}}, {"answers": -1}, {"quantiles": {"surprise": 3}}, {"bounds": 3}])
 def test_a_record_that_is_none(change: dict[str, object]) -> None:
-    record = calibrate([Measures(1.0, 1.0, 0.0)], [0.0]).to_record()
+    record = calibrate([Measures(1.0, 1.0, 0.0)], [0.0], [], []).to_record()
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
         Yardstick.from_record(record | change)
