@@ -11,9 +11,10 @@ knows them (`ground_truth.py`).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from abliterate.model.loader import demo_path
 from abliterate.pipeline import stages
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.search import Search
+from abliterate.refine.descent import Pass
+from abliterate.refine.loss import Rows
 from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import load_settings
+from abliterate.settings.sources import load_settings, merge, parse_assignments
 from abliterate.types import Baseline, Params, Prompt, Trial
 
 # The shares of unanswered prompts at which the least KL is read off.
@@ -57,8 +60,6 @@ def main() -> None:
 
 def settings_of(model: str, seed: int, assignments: Sequence[str]) -> Settings:
     """The settings of a run of `model` on its own prompts."""
-    from abliterate.settings.sources import merge, parse_assignments
-
     options: dict[str, Any] = {"model": model, "seed": seed, "evaluation": {"heldout": False}}
     if model != "demo":
         names = ("harmful", "harmless", "harmful_eval", "harmless_eval")
@@ -85,11 +86,9 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
         for trial in search if trials else ():
             note(trial, 0)
         if refined:
-            fed = 0
-            for trial in Refinement(bench, study, baseline, search.trials, trials):
-                # A refined trial's tokens have its backward pass; its forward passes are counted by the hook.
-                fed += int(2 * trial.params.facts["tokens"] / 4)  # type: ignore[union-attr]
-                note(trial, fed)
+            with backward_tokens() as fed:
+                for trial in Refinement(bench, study, baseline, search.trials, trials):
+                    note(trial, sum(fed))
         everything = study.trials()
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
         found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}
@@ -101,6 +100,23 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
             "tokens": points[-1]["tokens"] if points else 0,
             "seconds": round(time.perf_counter() - started, 1),
         }
+
+
+@contextlib.contextmanager
+def backward_tokens() -> Iterator[list[int]]:
+    """While active, the list gets twice the tokens of each batch's backward pass; its forward pass is counted by the hook."""
+    fed: list[int] = []
+    real = Pass.gradients
+
+    def counted(self: Pass, factors: Any, rows: Rows, beta: float) -> Any:
+        fed.append(2 * sum(len(row.prompt) + len(row.answer) - 1 for row in (*rows.harmful, *rows.harmless)))
+        return real(self, factors, rows, beta)
+
+    Pass.gradients = counted  # type: ignore[method-assign]
+    try:
+        yield fed
+    finally:
+        Pass.gradients = real  # type: ignore[method-assign]
 
 
 def point(trial: Trial) -> dict[str, Any]:
