@@ -114,7 +114,8 @@ def measure(
     ]
     drifts = drift(base, candidate, base_answers, lambda count: counted(count, 0))
     markers = next(scorer for scorer in scorers if scorer.name == "refusals" and isinstance(scorer, EarlyScorer))
-    record = {name: _refusals_and_faults(answers, markers) for name, answers in zip(("base", "candidate"), seen, strict=True)}
+    both = zip(("base", "candidate"), seen, strict=True)
+    record: dict[str, Any] = {name: _refusals_and_faults(answers, markers) for name, answers in both}
     kinds = [_kinds(answers, sets, scorers, asked) for answers in seen]
     record = {name: {**record[name], "unanswered": found} for name, found in zip(record, kinds, strict=True)}
     record |= _drifted(drifts) | {"unchanged": _unchanged(seen[0].harmless, seen[1].harmless)}
