@@ -52,6 +52,15 @@ class _Point:
         return float(self.params.facts["validation"]["refused"])
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A descent of so many steps at `beta`, from the point `before`; None is the beginning."""
+
+    beta: float
+    steps: int
+    before: _Point | None
+
+
 class Refinement:
     """Refinement of a search's front on a workbench; iterating gives the refined trials, each one measured and stored.
 
@@ -76,10 +85,10 @@ class Refinement:
         if lesson is None:
             return
         points: list[_Point] = []
-        while (beta := self._next_beta(lesson, points)) is not None:
-            trial = known.get(len(points)) or self._one_trial(lesson, beta, points)
+        while (plan := self._next(lesson, points)) is not None:
+            trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
             assert isinstance(trial.params, RefinedParams)
-            points.append(_Point(beta, trial.params))
+            points.append(_Point(plan.beta, trial.params))
             yield trial
 
     def _has_backward(self) -> bool:
@@ -96,19 +105,28 @@ class Refinement:
             return False
         return True
 
-    def _next_beta(self, lesson: Lesson, points: Sequence[_Point]) -> float | None:
-        betas = self._settings.betas
-        if betas != "auto":
-            return betas[len(points)] if len(points) < len(betas) else None
+    def _next(self, lesson: Lesson, points: Sequence[_Point]) -> _Plan | None:
+        """The next descent: at the listed weights, or at those that refusals ask for and then once more at the best of them."""
+        settings = self._settings
+        if settings.betas != "auto":
+            beta = settings.betas[len(points)] if len(points) < len(settings.betas) else None
+            return None if beta is None else _Plan(beta, settings.steps, _nearest(points, beta))
         tried = [Tried(point.beta, point.refused) for point in points]
-        return next_beta(tried, lesson.first_beta, self._settings.max_refused, self._settings.max_betas)
+        beta = next_beta(tried, lesson.first_beta, settings.max_refused, settings.max_betas)
+        if beta is not None:
+            return _Plan(beta, settings.steps, _nearest(points, beta))
+        enough = [point for point in points if point.refused <= settings.max_refused]
+        if not enough or not settings.last_steps or len({point.beta for point in points}) < len(points):
+            return None
+        best = max(enough, key=lambda point: point.beta)
+        return _Plan(best.beta, settings.last_steps, best)
 
-    def _one_trial(self, lesson: Lesson, beta: float, points: Sequence[_Point]) -> Trial:
+    def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""
         bench = self._bench
-        with bench.context.stage("refine", f"β = {beta:.3g}"):
+        with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
-            params = self._descend(lesson, beta, len(points), number, _nearest(points, beta))
+            params = self._descend(lesson, plan, stage, number)
             pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
             trial = stages.evaluate(bench, number, params, pruner)
         if not self._study.add(trial):
@@ -116,22 +134,22 @@ class Refinement:
         self._trials.append(trial)
         return trial
 
-    def _descend(self, lesson: Lesson, beta: float, stage: int, number: int, before: _Point | None) -> RefinedParams:
-        """Descend from the nearest point before; of the steps looked at, that with the least loss on validation rows counts."""
-        bench, settings = self._bench, self._settings
-        parameters, starts = self._parameters(before)
+    def _descend(self, lesson: Lesson, plan: _Plan, stage: int, number: int) -> RefinedParams:
+        """Descend from the plan's start; of the steps looked at, that with the least loss on validation rows counts."""
+        bench, settings, beta = self._bench, self._settings, plan.beta
+        parameters, starts = self._parameters(plan.before)
         n, d_model = parameters.directions.shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        part = {"stage": stage, "beta": beta, "settings": settings.model_dump(include={"steps", "learn", "batch"})}
+        part = {"stage": stage, "beta": beta, "steps": plan.steps, "settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
-        while descent.steps < settings.steps:
+        while descent.steps < plan.steps:
             with bench.learning():
-                descent.step(beta, _rate(descent.steps / settings.steps))
-                bench.context.reporter.progress(descent.steps, settings.steps, "steps")
-                if descent.steps % LOOK and descent.steps < settings.steps:
+                descent.step(beta, _rate(descent.steps / plan.steps))
+                bench.context.reporter.progress(descent.steps, plan.steps, "steps")
+                if descent.steps % LOOK and descent.steps < plan.steps:
                     continue
                 loss = passes.loss(parameters.factors(), lesson.validation)
             if not math.isfinite(loss.total(beta)):
@@ -141,26 +159,18 @@ class Refinement:
                 best = _Best(record, parameters.coeffs.clone(), parameters.directions.clone())
             kept.keep(descent, best)
         assert best is not None
-        return self._stored(lesson, beta, stage, number, before, best, descent, starts)
+        return self._stored(lesson, plan, stage, number, best, descent, starts)
 
     def _stored(
-        self,
-        lesson: Lesson,
-        beta: float,
-        stage: int,
-        number: int,
-        before: _Point | None,
-        best: _Best,
-        descent: Descent,
-        starts: Tensor,
+        self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
     ) -> RefinedParams:
         """The point as parameters of a trial, with the answers of the refined model to the validation prompts counted."""
-        bench, settings = self._bench, self._settings
+        bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
         cosines = (best.directions * starts).sum(dim=1).clamp(-1, 1).tolist()
         facts = {
-            "beta": beta,
+            "beta": plan.beta,
             "steps": descent.steps + (before.params.facts["steps"] if before else 0),
             "stage": stage,
             "learn": settings.learn,

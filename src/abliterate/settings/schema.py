@@ -179,6 +179,7 @@ class RefineSettings(_Section):
 
     enabled: bool = True
     steps: int = Field(20, ge=1)
+    last_steps: int = Field(40, ge=0)
     betas: Literal["auto"] | Annotated[tuple[Annotated[float, Field(gt=0, le=LARGEST)], ...], Field(min_length=1)] = "auto"
     max_betas: int = Field(5, ge=1)
     max_refused: float = Field(0.03, ge=0, lt=1)
