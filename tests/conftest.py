@@ -70,6 +70,17 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk() -> Iterator[None]:
+    """No test pulls the plug, and what a killed process has written is there without `fsync`, which takes 8 ms, 80 times a run.
+
+    Tests of full disks replace it by one that fails, so they see that it is called. `support/warm.py` does the same for forks.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def first_prompts(folder: Path, sources: Mapping[str, tuple[str, int]]) -> Files:
     """Files of the first of the demo's prompts, by name; `sources` has the set and the number of each."""
     files = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import os
 
 for name in (
     *("transformers.models.qwen2.modeling_qwen2", "transformers.models.qwen2.tokenization_qwen2"),
@@ -17,3 +18,4 @@ for name in (
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 gc.freeze()
+os.fsync = lambda fd: None  # as tests/conftest.py says
