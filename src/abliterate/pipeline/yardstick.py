@@ -63,8 +63,8 @@ def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]], greedy: Seque
     own = [replace(one, topic=topic(logprobs, away[1:])) for (one, logprobs), away in zip(measured, others, strict=True)]
     exchanged = [topic(away[0], away[1:]) for away in others if len(away) > 1]
     ends = [one.end for one, ids in zip(own, answers, strict=True) if ids[-1] in base.ends]
-    distinct = [[distinct_pairs(ids) for ids in some] for some in (greedy, list(map(looped, greedy)))]
-    return calibrate(own, Spoiled(*distinct, exchanged, ends, _cut(base, answers)))
+    distinct, loops = ([distinct_pairs(ids) for ids in some] for some in (greedy, map(looped, greedy)))
+    return calibrate(own, Spoiled(distinct, loops, exchanged, ends, _cut(base, answers)))
 
 
 def _cut(base: BaseView, answers: Sequence[Sequence[int]]) -> list[float]:

@@ -26,13 +26,15 @@ class Response:
 
 
 class BaseView(Protocol):
-    """The unedited model, for scorers that ask it about responses; it answers only while no edit is on the model.
+    """The unedited model, for scorers that ask it about responses; it answers only while no edit is on the model."""
 
-    `ends` are the ids that end a response, `harmless` prompts that it answers.
-    """
+    @property
+    def ends(self) -> Set[int]:
+        """The ids that end a response."""
 
-    ends: Set[int]
-    harmless: Sequence[Prompt]
+    @property
+    def harmless(self) -> Sequence[Prompt]:
+        """Prompts that the model answers."""
 
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The log-probabilities (T) float64 of each answer's T ids, each id after its prompt and the ids before it."""
