@@ -29,6 +29,7 @@ from abliterate.model.loader import demo_path
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.refusals import Refusals, read_markers
 from abliterate.scorers.unanswered import Unanswered, kinds_of
+from abliterate.scorers.yardstick import looped
 from abliterate.settings.sources import config_path, load_settings
 from abliterate.types import Kernel, TrialParams
 
@@ -154,10 +155,9 @@ def shuffled(ids: Sequence[int], end: int, draw: random.Random) -> list[int]:
     return [*body, *([end] if ids[-1] == end else [])]
 
 
-def looped(ids: Sequence[int], end: int, draw: random.Random) -> list[int]:
-    """The first dozen tokens over and over, as long as the answer was."""
-    head = list(ids[:12])
-    return (head * (len(ids) // len(head) + 1))[: len(ids)]
+def as_loop(ids: Sequence[int], end: int, draw: random.Random) -> list[int]:
+    """The first tokens over and over, as long as the answer was."""
+    return looped(ids)
 
 
 def cut(ids: Sequence[int], end: int, draw: random.Random) -> list[int]:
@@ -166,7 +166,7 @@ def cut(ids: Sequence[int], end: int, draw: random.Random) -> list[int]:
     return [*body[: max(8, draw.randrange(len(body) // 4, 3 * len(body) // 4 + 1))], end]
 
 
-SPOILT = {"looped": looped, "cut": cut, "shuffled": shuffled}
+SPOILT = {"looped": as_loop, "cut": cut, "shuffled": shuffled}
 
 
 def over_ablated(bench: Workbench, strength: float) -> list[Response]:

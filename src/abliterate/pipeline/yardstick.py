@@ -15,7 +15,7 @@ from abliterate.pipeline.cache_keys import yardstick_key
 from abliterate.pipeline.context import Context
 from abliterate.scorers.base import BaseView
 from abliterate.scorers.unanswered import ALIKE, measure_fluency, other_logprobs
-from abliterate.scorers.yardstick import Yardstick, calibrate, topic
+from abliterate.scorers.yardstick import Spoiled, Yardstick, calibrate, distinct_pairs, looped, topic
 from abliterate.types import Prompt
 
 # The harmless prompts whose answers are the yardstick. Of twice as many the bounds move by less than those of other draws.
@@ -38,17 +38,24 @@ def find_yardstick(context: Context, loaded: LoadedModel, chat: PromptEncoder, b
     stored = context.store.get("yardstick", key)
     if stored is not None:
         return Yardstick.from_record(json.loads(from_bytes(stored["record"])))
+    total = 2 * len(base.harmless)
+
+    def progress(done: int, before: int) -> None:
+        context.reporter.progress(before + done, total, "answers")
+
     with base.model.active():
-        progress = context.reporter.progress
-        answers = sampled_answers(base.model.engine, base.harmless, _SEED, lambda done, total: progress(done, total, "prompts"))
-    found = yardstick_of(base, answers)
+        engine = base.model.engine
+        sampled = sampled_answers(engine, base.harmless, _SEED, lambda done, _: progress(done, 0))
+        greedy = engine.respond(base.harmless, lambda done, _: progress(done, len(sampled)))
+    assert greedy is not None  # only a limit can stop it
+    found = yardstick_of(base, sampled, [response.ids for response in greedy])
     label = f"{loaded.info.id}: {found.answers} answers"
     context.store.put("yardstick", key, {"record": to_bytes(json.dumps(found.to_record()))}, label)
     return found
 
 
-def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]]) -> Yardstick:
-    """The yardstick of these answers of the base to its harmless prompts."""
+def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]], greedy: Sequence[Sequence[int]]) -> Yardstick:
+    """The yardstick of these sampled answers of the base to its harmless prompts, and of its greedy answers."""
     prompts, rows = base.harmless, range(len(base.harmless))
     measured = measure_fluency(base, prompts, rows, answers)
     # One prompt more than a topic is compared with: the first stands for a prompt that the answer isn't to.
@@ -56,7 +63,8 @@ def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]]) -> Yardstick:
     own = [replace(one, topic=topic(logprobs, away[1:])) for (one, logprobs), away in zip(measured, others, strict=True)]
     exchanged = [topic(away[0], away[1:]) for away in others if len(away) > 1]
     ends = [one.end for one, ids in zip(own, answers, strict=True) if ids[-1] in base.ends]
-    return calibrate(own, exchanged, ends, _cut(base, answers))
+    distinct, loops = ([distinct_pairs(ids) for ids in some] for some in (greedy, map(looped, greedy)))
+    return calibrate(own, Spoiled(distinct, loops, exchanged, ends, _cut(base, answers)))
 
 
 def _cut(base: BaseView, answers: Sequence[Sequence[int]]) -> list[float]:

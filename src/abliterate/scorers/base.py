@@ -34,7 +34,7 @@ class BaseView(Protocol):
 
     @property
     def harmless(self) -> Sequence[Prompt]:
-        """Prompts that it answers."""
+        """Prompts that the model answers."""
 
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The log-probabilities (T) float64 of each answer's T ids, each id after its prompt and the ids before it."""

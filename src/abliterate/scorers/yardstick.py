@@ -20,13 +20,15 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 3
+VERSION = 4
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
 OPENING = 6
 # The tokens that tell a response's topic. What it says first is what it is about; later words follow from earlier ones.
 TELLING = 32
+# A loop that is no answer repeats about a sentence.
+LOOP = 12
 QUANTILES = (0.01, 0.02, 0.05, 0.25, 0.5, 0.75, 0.95, 0.98, 0.99)
 # {measure: whether a real answer has at most the bound, else at least}
 AT_MOST = {"surprise": True, "distinct": False, "end": True, "topic": False}
@@ -108,23 +110,44 @@ class Yardstick:
         return Yardstick(bounds, count(record["answers"]), quantiles)
 
 
-def calibrate(own: Sequence[Measures], exchanged: Sequence[float], ends: Sequence[float], cut: Sequence[float]) -> Yardstick:
-    """The yardstick of the base's own answers to harmless prompts.
+def looped(ids: Sequence[int]) -> list[int]:
+    """The first `LOOP` tokens of an answer over and over, to its length."""
+    return list(itertools.islice(itertools.cycle(ids[:LOOP]), len(ids)))
 
-    `exchanged` are topics of such answers to other prompts, `ends` −ℓ of the end tokens of those that ended, `cut` −ℓ of an end
-    token in the middle of each. The surprise may be that of 95 % of the answers, repetitions those of 98 %. The other bounds
-    are where own and exchanged pairs, and ends and cuts, separate best.
+
+@dataclass(frozen=True)
+class Spoiled:
+    """What the base's answers are told from.
+
+    `greedy` and `looped` are the shares of distinct pairs of its greedy answers and of these as loops, `exchanged` the topics
+    of answers to other prompts, `ends` −ℓ of the ends of answers, and `cut` −ℓ of an end in the middle of each.
+    """
+
+    greedy: Sequence[float] = ()
+    looped: Sequence[float] = ()
+    exchanged: Sequence[float] = ()
+    ends: Sequence[float] = ()
+    cut: Sequence[float] = ()
+
+
+def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
+    """The yardstick of the base's `own` sampled answers to harmless prompts.
+
+    The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best. Repetitions are
+    those of greedy answers, as responses are greedy, and small models repeat themselves more in these.
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
+    if spoiled.greedy:
+        values["distinct"] = torch.tensor(list(spoiled.greedy), dtype=torch.float64)
     shares = torch.tensor(QUANTILES, dtype=torch.float64)
     quantiles = {
         name: dict(zip(map(str, QUANTILES), column.quantile(shares).tolist(), strict=True)) for name, column in values.items()
     }
     bounds = {
         "surprise": quantiles["surprise"]["0.95"],
-        "distinct": quantiles["distinct"]["0.02"],
-        "end": -separation([-value for value in ends], [-value for value in cut]),
-        "topic": separation(values["topic"].tolist(), exchanged),
+        "distinct": separation(values["distinct"].tolist(), spoiled.looped),
+        "end": -separation([-value for value in spoiled.ends], [-value for value in spoiled.cut]),
+        "topic": separation(values["topic"].tolist(), spoiled.exchanged),
     }
     return Yardstick(bounds, len(own), quantiles)
 

@@ -13,10 +13,11 @@ import pytest
 
 from abliterate.export import card as export_card
 from abliterate.model.loader import demo_path
+from abliterate.objectives import BY_MARKERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path, load_settings, parse_assignments
 from support.cli import Invoke
-from support.exports import raw
+from support.exports import CARD_FACTS, raw
 from support.runs import copy_run, quick_settings
 
 RECORD = {
@@ -158,3 +159,13 @@ def test_the_recipe_rebuilds_the_export(
     assert raw(there / "again") == raw(here / "first" / "model")
     again = (there / "again" / "README.md").read_text(encoding="utf-8")
     assert again.split("## Checked")[0] == card.split("## Checked")[0]
+
+
+def test_a_card_says_which_prompts_are_unanswered() -> None:
+    base = {"count": 98, "refused": 97, "broken": 1, "off_topic": 0, "answered": 2}
+    kinds = {"count": 20, "refused": 12, "broken": 5, "off_topic": 3, "answered": 80}
+    card = export_card.model_card(CARD_FACTS | {"before_kinds": base, "kinds": kinds})
+    assert "| unanswered (100 harmful prompts, by the base's own measure) | 98 | 20 |" in card
+    broken, off_topic = "| of these broken | 1 | 5 |", "| of these off-topic | 0 | 3 |"
+    assert f"{broken}\n{off_topic}\n| refusals (100 harmful prompts, marker count) | 97 | 12 |" in card
+    assert "unanswered" not in export_card.model_card(CARD_FACTS | {"objectives": BY_MARKERS})

@@ -9,8 +9,18 @@ import pytest
 
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
-from abliterate.objectives import ASKING
-from abliterate.pipeline.cache_keys import SCORERS_PART, baseline_key, means_key, prefix_key, residuals_key, study_identity
+from abliterate.objectives import ASKING, BY_MARKERS, DEFAULT
+from abliterate.pipeline import cache_keys
+from abliterate.pipeline.cache_keys import (
+    OBJECTIVES_PART,
+    SCORERS_PART,
+    baseline_key,
+    means_key,
+    prefix_key,
+    residuals_key,
+    study_identity,
+    yardstick_key,
+)
 from abliterate.scorers.endpoint import MODEL
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
@@ -21,6 +31,7 @@ Key = Callable[[Settings, LoadedModel, PromptEncoder, tuple[Prompt, ...]], dict[
 KEYS: dict[str, Key] = {
     "residuals": residuals_key,
     "means": means_key,
+    "yardstick": yardstick_key,
     "baseline": lambda settings, loaded, chat, prompts: baseline_key(settings, loaded, chat, (prompts, PROMPTS)),
 }
 
@@ -44,11 +55,26 @@ def test_keys_know_the_prompts_and_the_prefix(name: str, loaded: LoadedModel) ->
     assert first != key(settings, loaded, chat(), (PROMPTS[1], PROMPTS[0], *PROMPTS[2:])), "the same prompts in another order"
 
 
-def test_the_baselines_key_knows_how_the_model_generates(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = (PROMPTS, OTHERS)
-    first = baseline_key(Settings(), loaded, chat(), sets)
+@pytest.mark.parametrize("name", ["baseline", "yardstick"])
+def test_keys_know_how_the_model_generates(name: str, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = KEYS[name](Settings(), loaded, chat(), OTHERS)
     monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.3)
-    assert baseline_key(Settings(), loaded, chat(), sets) != first
+    assert KEYS[name](Settings(), loaded, chat(), OTHERS) != first
+
+
+def test_a_yardstick_of_another_definition_is_no_use(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = yardstick_key(Settings(), loaded, chat(), PROMPTS)
+    monkeypatch.setattr(cache_keys, "VERSION", cache_keys.VERSION + 1)
+    assert yardstick_key(Settings(), loaded, chat(), PROMPTS) != first
+
+
+def test_a_search_by_markers_has_the_identity_it_always_had(loaded: LoadedModel) -> None:
+    """So runs of earlier versions, which searched so by default, go on."""
+    by_markers = Settings(search={"objectives": ("refusals", "kl")})  # type: ignore[arg-type]
+    old = study_identity(by_markers, loaded, chat(), (PROMPTS,), BY_MARKERS)
+    new = study_identity(Settings(), loaded, chat(), (PROMPTS,), DEFAULT)
+    assert OBJECTIVES_PART not in old
+    assert {name for name in new if new[name] != old.get(name)} == {OBJECTIVES_PART, SCORERS_PART}
 
 
 def test_the_prefixs_key_knows_how_responses_are_read(loaded: LoadedModel) -> None:

@@ -15,10 +15,12 @@ from abliterate.scorers.yardstick import (
     OPENING,
     TELLING,
     Measures,
+    Spoiled,
     Yardstick,
     calibrate,
     distinct_pairs,
     fluency,
+    looped,
     separation,
     topic,
 )
@@ -77,18 +79,24 @@ def test_thresholds_by_hand() -> None:
     assert separation([10.0, 14.0], [-2.0, 4.0]) == 7.0
     assert separation([1.0, 5.0, 6.0], [0.0, 2.0]) == 3.5
     assert separation([3.0, 4.0], []) == separation([3.0], [3.0]) == separation([], [3.0, 1.0]) == 3.0
-    assert calibrate([Measures(1.0, 1.0, 0.0)], [], [], []).bounds["end"] == 1e9  # a model that never ends
-    assert calibrate([Measures(1.0, 1.0, 0.0)], [], [], [4.0, 7.0]).bounds["end"] == 4.0  # none of its answers has ended
+    assert calibrate([Measures(1.0, 1.0, 0.0)], Spoiled()).bounds["end"] == 1e9  # a model that never ends
+    assert calibrate([Measures(1.0, 1.0, 0.0)], Spoiled(cut=[4.0, 7.0])).bounds["end"] == 4.0  # none of its answers has ended
+
+
+def test_loops_by_hand() -> None:
+    assert looped(range(30)) == [*range(12), *range(12), *range(6)]
+    assert looped([1, 2]) == [1, 2]
 
 
 def test_bounds_are_those_of_the_answers() -> None:
-    """Of a hundred answers five are more surprising, and two more repetitive."""
+    """Of a hundred answers five are more surprising; the other bounds lie between good and spoiled ones."""
     draw = random.Random(5)
     own = [Measures(draw.gauss(1, 0.2), draw.uniform(0.5, 1), draw.expovariate(3), draw.gauss(20, 3)) for _ in range(100)]
     cut = [draw.uniform(6, 9) for _ in range(100)]
-    found = calibrate(own, [draw.gauss(0, 3) for _ in range(100)], [one.end for one in own], cut)
+    greedy, loops = [draw.uniform(0.4, 0.9) for _ in range(100)], [0.12] * 100
+    found = calibrate(own, Spoiled(greedy, loops, [draw.gauss(0, 3) for _ in own], [one.end for one in own], cut))
     assert sum(one.surprise > found.bounds["surprise"] for one in own) == 5
-    assert sum(one.distinct < found.bounds["distinct"] for one in own) == 2
+    assert found.bounds["distinct"] == (min(greedy) + 0.12) / 2
     assert max(one.end for one in own) < found.bounds["end"] < min(cut)
     assert 5 < found.bounds["topic"] < 15
     assert found.answers == 100
@@ -119,6 +127,6 @@ def test_a_topic_has_its_own_bound() -> None:
 
 @pytest.mark.parametrize("change", [{"bounds": {}}, {"answers": -1}, {"quantiles": {"surprise": 3}}, {"bounds": 3}])
 def test_a_record_that_is_none(change: dict[str, object]) -> None:
-    record = calibrate([Measures(1.0, 1.0, 0.0)], [0.0], [], []).to_record()
+    record = calibrate([Measures(1.0, 1.0, 0.0)], Spoiled()).to_record()
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
         Yardstick.from_record(record | change)
