@@ -5,6 +5,7 @@ A loaded model or a skeleton, which is made from the config alone, can be descri
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,9 +167,14 @@ def _cost(
     if speeds:
         once = prompts / speeds["prefill"] + decoded / speeds["decode"]
         seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once, "run_at_most": 0.0}
-    for cost in filter(None, (tokens, flop, seconds)):
-        # The baseline costs as much as a trial.
-        cost["run_at_most"] = cost["residuals"] + (trials + 1) * cost["trial_at_most"]  # type: ignore[index]
+    fed, measured = _refinement(settings, work)
+    of_token = (1, 2 * (layers + head), 1 / speeds["prefill"] if speeds else 0)
+    costs: list[tuple[dict[str, Any] | None, float]] = list(zip((tokens, flop, seconds), of_token, strict=True))
+    for cost, each in costs:
+        if cost is not None:
+            cost["refinement_at_most"] = fed * each + measured * cost["trial_at_most"]
+            # The baseline costs as much as a trial.
+            cost["run_at_most"] = cost["residuals"] + (trials + 1) * cost["trial_at_most"] + cost["refinement_at_most"]
     return {
         "trials": trials,
         "response_tokens": response,
@@ -182,6 +188,22 @@ def _cost(
         "flop": flop,
         "seconds": seconds,
     }
+
+
+def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
+    """At most: the tokens that refinement feeds, forward once and backward twice, and the trials whose answers it makes."""
+    refine = settings.refine
+    if not refine.enabled:
+        return 0, 0
+    descents = refine.max_betas + 1 if refine.betas == "auto" else len(refine.betas)
+    steps = refine.max_betas * refine.steps + refine.last_steps if refine.betas == "auto" else descents * refine.steps
+    (n_harmful, _, harmful), (n_harmless, _, harmless) = work.sets["harmful"], work.sets["harmless"]
+    rows = {"harmful": harmful / max(1, n_harmful) + refine.tokens, "harmless": harmless / max(1, n_harmless) + refine.tokens}
+    # The base sees the harmless rows, too.
+    step = refine.batch * (3 * rows["harmful"] + 4 * rows["harmless"])
+    # The teacher's answers, and each descent's answers to validation prompts, as shares of the evaluation prompts.
+    answers = min(n_harmful, refine.prompts) * (1 + descents * refine.validation) / max(1, work.sets["harmful_eval"][0])
+    return round(steps * step), descents + math.ceil(answers)
 
 
 def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:

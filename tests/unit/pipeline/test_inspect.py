@@ -192,7 +192,18 @@ def test_seconds_are_tokens_by_speed() -> None:
     speeds = {"residuals": 100.0, "prefill": 50.0, "decode": 10.0}
     cost = requirements_of(Settings(search={"trials": 9}), load_specimen("llama"), CPU, Workload.usual(""), speeds)["cost"]
     once = 2 * 100 * 64 / 50 + 100 * 100 / 10
-    assert cost["seconds"] == {"residuals": 512.0, "trial_at_most": once, "run_at_most": 512.0 + 10 * once}
+    whole = {"residuals": 512.0, "trial_at_most": once, "refinement_at_most": 0.0, "run_at_most": 512.0 + 10 * once}
+    assert cost["seconds"] == whole
+
+
+def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> None:
+    """2 · 10 steps of 5 + 5 rows of 64 + 4 tokens: forward once, backward twice, harmless rows once more by the base."""
+    refine = {"enabled": True, "steps": 10, "betas": [1.0, 2.0], "batch": 5, "tokens": 4, "validation": 0.25}
+    settings = Settings(search={"trials": 0}, refine=refine)  # type: ignore[arg-type]
+    cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""))["cost"]["tokens"]
+    # Two trials, the teacher's answers to 400 prompts, and twice those of a refined model to a quarter of them.
+    assert cost["refinement_at_most"] == 20 * 5 * 7 * 68 + 8 * cost["trial_at_most"]
+    assert cost["run_at_most"] == cost["residuals"] + cost["trial_at_most"] + cost["refinement_at_most"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_5_moe", "gemma3_vl"])
