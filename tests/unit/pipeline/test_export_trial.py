@@ -339,7 +339,9 @@ def test_of_a_quantized_run_the_full_weights_are_edited(tmp_path: Path) -> None:
 
 def test_of_a_quantized_run_scores_can_be_compared(tmp_path: Path, prompt_files: dict[str, str]) -> None:
     pytest.importorskip("bitsandbytes")
-    over = {"load": {"quantization": "bnb_8bit"}, "export": {"kind": "none"}, "search": {"trials": 1}}
+    # Four tokens of a response are no answer, so refusals alone are counted.
+    search = {"trials": 1, "objectives": ["refusals", "kl"]}
+    over = {"load": {"quantization": "bnb_8bit"}, "export": {"kind": "none"}, "search": search}
     over |= {"response": {"max_new_tokens": 4, "detect_prefix": False}, "efficiency": {"use_trial_engine": False}}
     settings = quick_settings(prompt_files, tmp_path / "cache", **over)
     result, _ = run_in(tmp_path / "run", settings)

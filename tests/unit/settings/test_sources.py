@@ -165,7 +165,7 @@ def test_other_environment_variables_are_no_concern(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("search.trials", 0),
+        ("search.trials", -1),
         ("search.trials", "many"),
         ("search.trials", 1.5),
         ("search.distance", 0.0),
