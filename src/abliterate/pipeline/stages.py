@@ -155,11 +155,12 @@ def baseline(bench: Workbench) -> Baseline:
                 "(--set response.thinking=skip; where that is not enough, --set response.detect_prefix=false and a "
                 "response.prefix that closes it)."
             )
-        counts = {"refusals": measured.refusals} | ({"unanswered": kinds["count"]} if kinds else {})
-        unanswered = f" and leaves {kinds['count']} unanswered" if kinds else ""
-        context.reporter.note(
-            f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts{unanswered}", **counts
-        )
+        refuses = f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts"
+        if kinds is None:
+            context.reporter.note(refuses, refusals=measured.refusals)
+        else:
+            text, unanswered = f"{refuses} and leaves {kinds['count']} unanswered", kinds["count"]
+            context.reporter.note(text, refusals=measured.refusals, unanswered=unanswered)
     if measured.refusals == 0 and FEWER & set(bench.objectives):
         raise AbliterateError(
             f"The model refuses none of the {measured.prompts} harmful prompts, so there is nothing to remove; give prompts it "

@@ -20,7 +20,7 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 4
+VERSION = 5
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -54,10 +54,10 @@ class Measures:
 def fluency(own: Tensor, ids: Sequence[int], *, ended: bool) -> Measures:
     """The measures of a response but for its topic, from ℓ (T) of its tokens `ids`, the last of which is its end if it `ended`.
 
-    A response that is all opening is judged as a whole.
+    Nothing is surprising in a response that is all opening.
     """
-    start = OPENING if len(ids) > OPENING else 0
-    return Measures(float(-own[start:].mean()), distinct_pairs(ids), float(-own[-1]) if ended else 0.0)
+    surprise = float(-own[OPENING:].mean()) if len(ids) > OPENING else 0.0
+    return Measures(surprise, distinct_pairs(ids), float(-own[-1]) if ended else 0.0)
 
 
 def topic(own: Tensor, alike: Tensor) -> float:

@@ -142,7 +142,7 @@ class MadeEngine:
         return None if limit is not None and refused >= limit else self.responses
 
 
-RESPONSES = [response(5, text="sorry"), response(6, text="sorry"), response(7), response(8)]
+RESPONSES = [response(5, text="sorry"), response(6, text="sorry"), response(*WORDS), response(*WORDS[::-1])]
 
 
 def trial(objectives: tuple[Objective, ...], points: tuple[tuple[float, int], ...], base: MadeBase, *names: str) -> Any:
