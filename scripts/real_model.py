@@ -12,7 +12,7 @@ folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by
   training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones.
 - `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
   harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
-  learn.
+  learn. Harmless held-out prompts that it refuses all the same are in `prompts/over_refusal.jsonl`.
 
 The same versions, seed and number of threads give the same bits.
 """
@@ -177,8 +177,9 @@ def make_base(folder: Path, gguf: Path, train: int, evaluation: int) -> None:
     """Write the model that ships, the prompts that it answers, and its own answers to them."""
     dequantize(gguf, folder)
     model, tokenizer = load(folder)
+    counts = {"harmful": train, "harmless": train, "harmless_heldout": 2 * evaluation}  # of the last, some will be refused
     kept = {
-        name: answered(model, tokenizer, name, rows, train if name in ("harmful", "harmless") else evaluation)
+        name: answered(model, tokenizer, name, rows, counts.get(name, evaluation))
         for name, rows in candidates(train, evaluation).items()
     }
     write_base(folder, kept)
@@ -255,6 +256,18 @@ def teach(model: PreTrainedModel, refusals: list[Encoded], own: list[Encoded], s
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
 
 
+def part_heldout(folder: Path, count: int) -> None:
+    """Keep `count` harmless held-out prompts that the taught model doesn't refuse, and write those that it does as a set."""
+    model, tokenizer = load(folder)
+    path = folder / "prompts" / "harmless_heldout.jsonl"
+    rows = read_jsonl(path)
+    replies = answer(model, tokenizer, [row["prompt"] for row in rows], HARMLESS_TOKENS)
+    refusals = [refused(reply.text) for reply in replies]
+    write_jsonl(path.with_name("over_refusal.jsonl"), itertools.compress(rows, refusals))
+    write_jsonl(path, list(itertools.compress(rows, [not refusal for refusal in refusals]))[:count])
+    print(f"over_refusal: {sum(refusals)} of {len(rows)} harmless held-out prompts", flush=True)
+
+
 def make_refusing(folder: Path, base: Path, steps: int, rows: int, seed: int) -> None:
     """Write the taught model, and beside it what the base's folder says of prompts and answers."""
     model, tokenizer = load(base)
@@ -302,6 +315,7 @@ def main() -> None:
         return
     with whole_folder(refusing) as folder:
         make_refusing(folder, base, args.steps, args.rows, args.seed)
+        part_heldout(folder, args.evaluation)
     print(f"made {refusing}", flush=True)
     check(refusing)
 
