@@ -401,7 +401,8 @@ def test_a_run_of_a_thinking_template(prompt_files: dict[str, str], tmp_path: Pa
     markers.write_text("the\nyou", encoding="utf-8")
     over = {"evaluation": {"markers": str(markers), "batch_size": 12}, "response": {"max_new_tokens": 12, "prefix_prompts": 4}}
     # For the same reason, whether they are real answers to the prompts isn't asked.
-    chosen = few(prompt_files, tmp_path, model, **over, search={"objectives": ["refusals", "kl"]})
+    search = {"trials": 2, "startup_trials": 2, "objectives": ["refusals", "kl"]}
+    chosen = few(prompt_files, tmp_path, model, **over, search=search)
     fast, said = run_in(tmp_path / "fast", chosen)
     slow, _ = run_in(tmp_path / "slow", chosen.model_copy(update={"efficiency": chosen.efficiency.reference()}))
     assert any("template opens a thinking block <think>, which is skipped" in note for note in said.notes)
