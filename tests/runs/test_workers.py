@@ -173,7 +173,7 @@ def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path) -> No
 
 
 def test_a_setup_of_another_version_is_refused() -> None:
-    with pytest.raises(InputError, match=r"format 99, not 2.*same version"):
+    with pytest.raises(InputError, match=r"format 99, not 3.*same version"):
         workers.SharedSetup.of_bytes(json.dumps({"format": 99}).encode())
 
 
