@@ -485,7 +485,7 @@ def test_in_a_pipe(invoke: Invoke, finished: Finished, tmp_path: Path, monkeypat
     assert "> " not in outcome.out
     for told in (
         "the base model answers",
-        f"trial {other} answers: refusals",
+        f"trial {other} answers: unanswered",
         "Front: every trial",
         "conversation: none",
         "/quit",

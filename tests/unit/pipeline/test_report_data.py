@@ -34,7 +34,7 @@ def test_importance_names_what_mattered_and_repeats() -> None:
     trials = made_trials(120)
     found = importances(trials, 100)
     assert next(iter(found["KL"])) == "attn max"
-    assert next(iter(found["refusals"])) == "attn position"
+    assert next(iter(found["unanswered"])) == "attn position"
     assert all(abs(sum(part.values()) - 1) < 1e-6 for part in found.values())
     assert "mlp distance" not in found["KL"]  # it never changed
     assert importances(trials, 100) == found
