@@ -129,7 +129,8 @@ def _kinds(
     if scorer is None or asked is None:
         return None
     kinds = scorer.kinds(Observation([answer.response for answer in seen.harmful], torch.empty(0), sets.harmful, asked))
-    counts = {"count": len(kinds) - kinds.count("answered"), **{kind: kinds.count(kind) for kind in KINDS}}
+    counts: dict[str, int] = {"count": len(kinds) - kinds.count("answered")}
+    counts |= {str(kind): kinds.count(kind) for kind in KINDS}
     return {name: rate(count, len(kinds)) for name, count in counts.items()}
 
 

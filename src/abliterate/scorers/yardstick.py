@@ -20,7 +20,7 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 6
+VERSION = 7
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -134,7 +134,8 @@ class Spoiled:
 def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
     """The yardstick of the base's `own` sampled answers to harmless prompts.
 
-    The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best. Repetitions are
+    The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best; that of the topic
+    costs at most 1 % of the base's answers, because prompts of one set may be alike. Repetitions are
     those of greedy answers, as responses are greedy, and small models repeat themselves more in these.
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
@@ -148,7 +149,7 @@ def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
         "surprise": quantiles["surprise"]["0.95"],
         "distinct": separation(values["distinct"].tolist(), spoiled.looped),
         "end": -separation([-value for value in spoiled.ends], [-value for value in spoiled.cut]),
-        "topic": separation(values["topic"].tolist(), spoiled.exchanged),
+        "topic": min(separation(values["topic"].tolist(), spoiled.exchanged), quantiles["topic"]["0.01"]),
     }
     return Yardstick(bounds, len(own), quantiles)
 
