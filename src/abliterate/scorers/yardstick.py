@@ -134,9 +134,9 @@ class Spoiled:
 def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
     """The yardstick of the base's `own` sampled answers to harmless prompts.
 
-    The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best; that of the topic
-    costs at most 1 % of the base's answers, because prompts of one set may be alike. Repetitions are
-    those of greedy answers, as responses are greedy, and small models repeat themselves more in these.
+    The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best; that of the
+    topic costs at most 1 % of the base's answers, because prompts of one set may be alike. Repetitions are those of greedy
+    answers, as responses are greedy, and small models repeat themselves more in these.
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
     if spoiled.greedy:
