@@ -191,7 +191,8 @@ def controls(model: str) -> tuple[dict[str, tuple[int, int]], Mapping[str, float
             return [*ids, end][:length]
 
         answers = [ids_of(originals[prompt.text]) for prompt in prompts]
-        sets = {"original answers": answers, "answers to another prompt": answers[1:] + answers[:1]}
+        shift = len(answers) // 3  # so that no answer's own prompt is among those that it is compared with
+        sets = {"original answers": answers, "answers to another prompt": answers[shift:] + answers[:shift]}
         sets |= {name: [spoil(ids, end, draw) for ids in answers] for name, spoil in SPOILT.items()}
         for name, ids in sets.items():
             kinds = kinds_of(base, prompts, range(len(prompts)), ids)

@@ -102,7 +102,7 @@ def test_no_code_of_a_hostile_run_is_run(
     assert not settings.load.trust_remote_code
     assert settings.load.attn_implementation == ""
     assert settings.efficiency.residual_cache_dir == ""
-    assert settings.scorers == ("refusals", "kl", "unanswered")
+    assert settings.scorers == ("refusals", "kl")
     # What trials were measured with is the run's.
     theirs = finished[2]
     assert (settings.prompts, settings.response, settings.edit) == (theirs.prompts, theirs.response, theirs.edit)

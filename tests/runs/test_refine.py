@@ -171,13 +171,16 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
     assert any("no edited model answers more than" in text for text in recorder.warnings)
 
 
-def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke) -> None:
-    """The option turns refinement off, and a run without trials and without refinement has nothing to select."""
-    given = ["run", "demo", "-n", "0", "--no-refine", "--out", str(tmp_path / "run"), "--export", "none", "--batch-size", "12"]
+def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option turns refinement off, whatever the environment says."""
+    monkeypatch.setenv("ABLITERATE_REFINE__ENABLED", "true")
+    given = ["run", "demo", "-n", "1", "--no-refine", "--out", str(tmp_path / "run"), "--export", "none", "--batch-size", "12"]
     options = [item for name, path in prompt_files.items() for item in (f"--{name.replace('_', '-')}", path)]
     done = invoke(*given, *options, "--set", "response.max_new_tokens=8", "--set", "evaluation.heldout=false")
-    assert done.code != 0
+    assert "== search" in done.out + done.err
     assert "== refine" not in done.out + done.err
+    nothing = invoke("run", "demo", "-n", "0", "--no-refine", "--out", str(tmp_path / "none"))
+    assert (nothing.code, "without refinement finds nothing" in nothing.err) == (2, True)
 
 
 def test_memory_decides_whether_layers_keep_their_activations(

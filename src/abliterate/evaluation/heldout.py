@@ -131,7 +131,7 @@ def _kinds(
         return None
     kinds = scorer.kinds(Observation([answer.response for answer in seen.harmful], torch.empty(0), sets.harmful, asked))
     counts: dict[str, int] = {"count": len(kinds) - kinds.count("answered")}
-    counts |= {kind: kinds.count(kind) for kind in KINDS}
+    counts |= {str(kind): kinds.count(kind) for kind in KINDS}
     return {name: rate(count, len(kinds)) for name, count in counts.items()}
 
 

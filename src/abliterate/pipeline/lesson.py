@@ -122,7 +122,7 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     own = _own_answers(bench, harmless)
     n_held = max(1, round(settings.validation * len(own)))
     whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"
-    bench.context.reporter.note(f"{len(answered)} answers of {whose} to learn from", start=start, answers=len(answered))
+    bench.context.reporter.note(f"{len(answered)} answers of {whose} to learn from")
     validation = Rows([row for row in targets[:n_asked] if row is not None], own[:n_held])
     return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, _first_beta(bench, teacher, validation))
 

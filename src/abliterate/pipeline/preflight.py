@@ -92,6 +92,8 @@ def check_names(settings: Settings) -> SelectionRule:
     names = [scorer.name for scorer in scorers]
     if rule.scorer and rule.scorer not in names:
         raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
+    if settings.search.trials == 0 and not settings.refine.enabled:
+        raise InputError("A run without trials and without refinement finds nothing; give more trials with -n, or --refine.")
     choose_device(settings.device)
     check_push(settings.export)
     check_components(settings)

@@ -17,7 +17,7 @@ from abliterate.scorers.yardstick import KINDS, TELLING, Kind, Measures, fluency
 from abliterate.types import Goal, Prompt, Score
 
 # The other prompts of the same set that a topic is compared with.
-ALIKE = 2
+ALIKE = 3
 
 
 class Unanswered:

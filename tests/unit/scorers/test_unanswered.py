@@ -47,7 +47,7 @@ def test_each_kind_is_counted() -> None:
     def logprob(prompt: Prompt, token: int) -> float:
         return -9.0 if token == 99 else -0.1 if token == 30 + places.get(prompt.text, 60) else -2.0 if token >= 30 else -1.0
 
-    base = MadeBase(logprob, yardstick(surprise=3.0, topic=1.0, distinct=0.5))
+    base = MadeBase(logprob, yardstick(surprise=3.0, topic=0.2, distinct=0.5))
     mixed = [
         response(*WORDS, text="I'm sorry"),
         response(*WORDS, 31, 31, 31, 31, END),  # of its own prompt

@@ -26,7 +26,7 @@ from abliterate.scorers.yardstick import (
 )
 from support.asked import yardstick
 
-LOGPROBS = st.lists(st.floats(-12, 0), min_size=1, max_size=60)
+LOGPROBS = st.lists(st.floats(-12, -0.01), min_size=1, max_size=60)
 
 
 def rows_of(length: int, count: int, draw: random.Random) -> list[list[float]]:
@@ -48,11 +48,22 @@ def test_fluency_by_its_definition(own: list[float], ended: bool) -> None:
 @given(LOGPROBS, st.integers(1, 3), st.integers(0, 10_000))
 @settings(max_examples=200, deadline=None)
 def test_topic_by_its_definition(own: list[float], count: int, seed: int) -> None:
+    """Of the surprise after the likeliest other prompt, the share that the own prompt takes away."""
     alike = rows_of(min(TELLING, len(own)), count, random.Random(seed))
-    expected = sum(own[place] - row[place] for row in alike for place in range(min(TELLING, len(own)))) / count
-    tensors = torch.tensor(own, dtype=torch.float64), torch.tensor(alike, dtype=torch.float64)
-    assert topic(*tensors) == pytest.approx(expected, abs=1e-9)
-    assert topic(tensors[0], torch.empty(0, 0)) == 0.0
+    found = topic(torch.tensor(own, dtype=torch.float64), torch.tensor(alike, dtype=torch.float64))
+    places = range(min(TELLING, len(own)))
+    mine = sum(-own[place] for place in places)
+    theirs = min(sum(-row[place] for place in places) for row in alike)
+    assert found == pytest.approx((theirs - mine) / max(theirs, mine), abs=1e-9)
+    assert -1 <= found <= 1
+
+
+def test_topics_by_hand() -> None:
+    own = torch.tensor([-1.0, -1.0])
+    assert topic(own, torch.tensor([[-4.0, -4.0], [-3.0, -7.0]])) == 0.75
+    assert topic(own, torch.tensor([[-4.0, -4.0], [-1.0, -1.0]])) == 0.0
+    assert topic(own, torch.tensor([[-0.5, 0.0]])) == -0.75
+    assert topic(own, torch.empty(0, 0)) == 1.0
 
 
 def test_distinct_pairs_by_hand() -> None:
@@ -91,14 +102,14 @@ def test_loops_by_hand() -> None:
 def test_bounds_are_those_of_the_answers() -> None:
     """Of a hundred answers five are more surprising; the other bounds lie between good and spoiled ones."""
     draw = random.Random(5)
-    own = [Measures(draw.gauss(1, 0.2), draw.uniform(0.5, 1), draw.expovariate(3), draw.gauss(20, 3)) for _ in range(100)]
+    own = [Measures(draw.gauss(1, 0.2), draw.uniform(0.5, 1), draw.expovariate(3), draw.gauss(0.6, 0.05)) for _ in range(100)]
     cut = [draw.uniform(6, 9) for _ in range(100)]
     greedy, loops = [draw.uniform(0.4, 0.9) for _ in range(100)], [0.12] * 100
-    found = calibrate(own, Spoiled(greedy, loops, [draw.gauss(0, 3) for _ in own], [one.end for one in own], cut))
+    found = calibrate(own, Spoiled(greedy, loops, [draw.gauss(0, 0.05) for _ in own], [one.end for one in own], cut))
     assert sum(one.surprise > found.bounds["surprise"] for one in own) == 5
     assert found.bounds["distinct"] == (min(greedy) + 0.12) / 2
     assert max(one.end for one in own) < found.bounds["end"] < min(cut)
-    assert 5 < found.bounds["topic"] < 15
+    assert 0.15 < found.bounds["topic"] < 0.5
     assert found.answers == 100
     for name in AT_MOST:
         assert list(found.quantiles[name].values()) == sorted(found.quantiles[name].values())
