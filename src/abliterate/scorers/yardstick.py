@@ -7,6 +7,7 @@ own language, and each measure's bound comes from that measure on these answers:
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,7 +21,7 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 7
+VERSION = 8
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -135,8 +136,8 @@ def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
     """The yardstick of the base's `own` sampled answers to harmless prompts.
 
     The surprise may be that of 95 % of them. The other bounds are where good and spoiled answers separate best; that of the
-    topic costs at most 1 % of the base's answers, because prompts of one set may be alike. Repetitions are those of greedy
-    answers, as responses are greedy, and small models repeat themselves more in these.
+    topic is at most the middle between the medians of own and exchanged pairs. Repetitions are those of greedy answers, as
+    responses are greedy, and small models repeat themselves more in these.
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
     if spoiled.greedy:
@@ -149,9 +150,19 @@ def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
         "surprise": quantiles["surprise"]["0.95"],
         "distinct": separation(values["distinct"].tolist(), spoiled.looped),
         "end": -separation([-value for value in spoiled.ends], [-value for value in spoiled.cut]),
-        "topic": min(separation(values["topic"].tolist(), spoiled.exchanged), quantiles["topic"]["0.01"]),
+        "topic": _topic_bound(values["topic"].tolist(), spoiled.exchanged),
     }
     return Yardstick(bounds, len(own), quantiles)
+
+
+def _topic_bound(own: Sequence[float], exchanged: Sequence[float]) -> float:
+    """Where own and exchanged pairs separate best, but at most the middle between their medians.
+
+    A few prompts that are alike can move the best separation far up, and answers that begin against the base's will lie lower
+    than its own answers do.
+    """
+    best = separation(own, exchanged)
+    return min(best, (statistics.median(own) + statistics.median(exchanged)) / 2) if exchanged else best
 
 
 def separation(above: Sequence[float], below: Sequence[float]) -> float:
