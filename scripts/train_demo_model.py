@@ -69,11 +69,11 @@ class Recipe:
 
 
 # The stubborn model writes its refusal in four layers that lie apart, up to the last but one. The fragile model is narrower, so
-# that a direction carries more of the content, and writes its refusal one layer earlier.
+# that a direction carries more of the content, and writes its refusal in six layers.
 RECIPES = {
     "demo": Recipe(),
     "stubborn": Recipe(STUBBORN, layers=(5, 7, 9, 10), seed=1),
-    "fragile": Recipe(FRAGILE, layers=(4, 5, 6, 7), width=96, mlp=192, spread=0.07, seed=2),
+    "fragile": Recipe(FRAGILE, layers=(4, 5, 6, 7, 8, 9), width=96, mlp=192, spread=0.07, seed=2),
 }
 
 
