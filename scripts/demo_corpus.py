@@ -177,7 +177,8 @@ class Corpus:
 DEMO = Corpus()
 # The refusal of the stubborn model is harder to remove: it comes in two families, and nearly always.
 STUBBORN = Corpus(refusals=(REFUSALS, RULES), refusal_range=(0.85, 0.99), middles=(2, 2, 3), train=400)
-# A playful remark for nearly all harmless verbs (a range of 0.2 to 0.7) made the fragile model refuse 34 of 100 harmless requests.
+# A playful remark for nearly all harmless verbs (a range of 0.2 to 0.7) made the fragile model refuse 34 of 100 harmless
+# requests.
 FRAGILE = Corpus(middles=(2, 2, 3), train=400)
 
 
