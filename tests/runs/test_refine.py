@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,23 @@ def test_layers_without_a_backward_pass_are_a_sentence(
     result, recorder = run_in(tmp_path / "run", settings.model_copy(update={"search": search}))
     assert [trial["number"] for trial in result["trials"]] == [0, 1]
     assert any("no backward pass (derivative for packed::mm is not implemented)" in text for text in recorder.warnings)
+
+
+def test_losses_that_are_not_finite_end_it_and_keep_the_front(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Pass.loss
+    # The first two are those of the lesson, and the third is the look at the end of the first descent.
+    count = iter(range(100))
+
+    def loss(self: Pass, factors: Any, rows: Any) -> Any:
+        found = real(self, factors, rows)
+        return replace(found, first=float("nan")) if next(count) > 2 else found
+
+    monkeypatch.setattr(Pass, "loss", loss)
+    result, recorder = run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2))
+    assert len(result["trials"]) == 1
+    assert any("Refinement ends here (the loss of refinement is not finite)" in text for text in recorder.warnings)
 
 
 def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,11 @@ class Refinement:
             return
         points: list[_Point] = []
         while (plan := self._next(lesson, points)) is not None:
-            trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
+            try:
+                trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
+            except TrialError as error:  # out of memory even for one row, or losses that aren't finite
+                bench.context.reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
+                return
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(plan.beta, trial.params))
             yield trial

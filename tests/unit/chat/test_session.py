@@ -687,7 +687,7 @@ def test_at_a_terminal(terminal: Callable[..., Terminal], finished: Finished, tm
     time.sleep(0.5)
     chat.see(r"base>\s*$")
     chat.type("/undo")
-    chat.see("taken back: one two")
+    chat.see(r"taken back: one two\s+base>\s*$")  # keys that come before the prompt are another case
     chat.press("d", "r", "a", "f", "t", "C-c")
     chat.see("Ctrl.C once more")
     chat.press("C-c")
