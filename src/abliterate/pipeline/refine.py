@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -127,12 +128,13 @@ class Refinement:
 
     def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""
-        bench = self._bench
+        bench, started = self._bench, time.perf_counter()
         with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
             params = self._descend(lesson, plan, stage, number)
             pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
             trial = stages.evaluate(bench, number, params, pruner)
+            trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
         if not self._study.add(trial):
             raise AbliterateError("Another process has taken a refined trial's place in the study; continue with --resume.")
         self._trials.append(trial)
