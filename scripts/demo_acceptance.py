@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tool import search_demo
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.model.chat_template import PromptEncoder
@@ -50,21 +51,8 @@ def on_topic(model_path: Path, rows: list[dict[str, str]]) -> int:
 def run_seed(seed: int, trials: int, folder: Path) -> dict[str, Any]:
     """Run the tool once: the best front point within the KL limit, and the answers of its export."""
     out = folder / f"seed{seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "abliterate",
-        "run",
-        "demo",
-        "--no-refine",
-        "-n",
-        str(trials),
-        "--seed",
-        str(seed),
-        "--out",
-        str(out),
-    ]
-    subprocess.run([*command, "--select", f"kl<={MAX_KL}"], check=True)
+    command = search_demo(trials, "--seed", seed, "--out", out, "--select", f"kl<={MAX_KL}")
+    subprocess.run(command, check=True)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     by_number = {trial["number"]: trial for trial in result["trials"]}
     best = by_number[result["selected"]]

@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tool import search_demo
+
 from abliterate.objectives import BY_MARKERS
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, Trial
@@ -27,20 +29,7 @@ GRIDS = ((0.0, 0.0), (0.02, 0.1), (0.05, 0.25), (0.1, 0.5))
 def measure(coeff_grid: float, direction_grid: float, seed: int, trials: int, folder: Path) -> tuple[float, float, float]:
     """(hypervolume, memo hit rate, median seconds of a trial) of one run."""
     out = folder / f"{coeff_grid}-{seed}"
-    command = [
-        sys.executable,
-        "-m",
-        "abliterate",
-        "run",
-        "demo",
-        "--no-refine",
-        "-n",
-        str(trials),
-        "--seed",
-        str(seed),
-        "-o",
-        str(out),
-    ]
+    command = search_demo(trials, "--seed", seed, "-o", out)
     command += ["--objective", "refusals", "--objective", "kl"]
     command += ["--export", "none", "--set", "edit.representation=svd", "--set", "evaluation.heldout=false"]
     command += ["--set", f"edit.coeff_grid={coeff_grid}", "--set", f"edit.direction_grid={direction_grid}"]

@@ -19,6 +19,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from tool import search_demo
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))  # the imports below come from there
 
@@ -101,20 +103,7 @@ def search_seconds(workers: int, trials: int) -> tuple[float, str]:
     """Seconds of the search of the demo model, and the number of trials of each worker."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name) / "run"
-        command = [
-            sys.executable,
-            "-m",
-            "abliterate",
-            "run",
-            "demo",
-            "--no-refine",
-            "-n",
-            str(trials),
-            "-o",
-            str(out),
-            "--export",
-            "none",
-        ]
+        command = search_demo(trials, "-o", out, "--export", "none")
         command += ["--set", "evaluation.heldout=false"]
         command += ["--set", "efficiency.use_certified_stop=false", "--gpus", str(workers), "--device", "cpu"]
         subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.DEVNULL)

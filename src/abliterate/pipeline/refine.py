@@ -78,6 +78,13 @@ class Refinement:
         self._lesson_key: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Trial]:
+        try:
+            yield from self._refined()
+        except TrialError as error:  # out of memory even for one row, or losses that aren't finite
+            reporter = self._bench.context.reporter
+            reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
+
+    def _refined(self) -> Iterator[Trial]:
         bench, search = self._bench, [trial for trial in self._trials if not isinstance(trial.params, RefinedParams)]
         known = {trial.params.facts.get("stage"): trial for trial in self._trials if isinstance(trial.params, RefinedParams)}
         with bench.context.stage("lesson", "answers to learn from"):
@@ -87,11 +94,7 @@ class Refinement:
             return
         points: list[_Point] = []
         while (plan := self._next(lesson, points)) is not None:
-            try:
-                trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
-            except TrialError as error:  # out of memory even for one row, or losses that aren't finite
-                bench.context.reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
-                return
+            trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(plan.beta, trial.params))
             yield trial
