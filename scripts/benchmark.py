@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmark_page import Measured, update_page, variants_section
-from peer import run_heretic
+from peer import run_heretic, sentence
+from rig import settings_of
 
 ROOT = Path(__file__).parents[1]
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -154,7 +155,10 @@ def main() -> None:
                     second.append(measure(options, name, study, folder, cache, sizes)["startup"])
             check_metrics({name: results[name][-1] for name in names})
         ours = statistics.mean(trial["seconds"] for trial in results["all"][-1]["trials"])
-        peer = run_heretic(options.model, options.count, 0, options.threads, folder, ours) if options.peer else ""
+        peer = ""
+        if options.peer:
+            (folder / "peer").mkdir()
+            peer = sentence(run_heretic(settings_of(options.model, 0), options.count, options.threads, folder / "peer"), ours)
     measured = {name: medians(repeats) for name, repeats in results.items()}
     title = options.title or f"Variants: {options.model}"
     body = variants_section(measured, statistics.median(second), options.threads, options.count, options.repeats)

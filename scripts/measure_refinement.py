@@ -3,7 +3,8 @@
     python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 200 --starts 0 20 40 --out refinement.jsonl
 
 Each line of the output is one course of one seed: `trials` trials and no refinement, or `starts` trials and refinement after
-them. `tokens` counts what the model was fed: a token forward once, backward twice. The model is `demo`, or a folder that
+them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
+token forward once, backward twice. The model is `demo`, or a folder that
 `train_demo_model.py --variant` or `real_model.py` made, with its prompts. Good answers are counted exactly where the corpus
 knows them (`ground_truth.py`).
 """
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from ground_truth import is_good
 from optuna.storages import InMemoryStorage
-from rig import Counters, Quiet
+from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
 from abliterate.model.loader import demo_path
@@ -33,8 +34,7 @@ from abliterate.refine.descent import Pass
 from abliterate.refine.loss import Rows
 from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import load_settings, merge, parse_assignments
-from abliterate.types import Baseline, Params, Prompt, Trial
+from abliterate.types import Baseline, Params, Prompt, RefinedParams, Trial
 
 # The shares of unanswered prompts at which the least KL is read off.
 SHARES = (0.0, 0.03, 0.1)
@@ -58,27 +58,20 @@ def main() -> None:
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
 
 
-def settings_of(model: str, seed: int, assignments: Sequence[str]) -> Settings:
-    """The settings of a run of `model` on its own prompts."""
-    options: dict[str, Any] = {"model": model, "seed": seed, "evaluation": {"heldout": False}}
-    if model != "demo":
-        names = ("harmful", "harmless", "harmful_eval", "harmless_eval")
-        options["prompts"] = {name: str(Path(model) / "prompts" / f"{name}.jsonl") for name in names}
-    return load_settings("", merge(options, parse_assignments(list(assignments))))
-
-
 def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
     """One course: its trials, what was best on the way, and the cost of each."""
+    started, counters, points = time.perf_counter(), Counters(), list[dict[str, Any]]()
     with load(settings, Quiet()) as bench:
+        bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
         find_directions(bench)
         baseline = stages.baseline(bench)
-        counters = Counters()
-        bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
-        started, points = time.perf_counter(), list[dict[str, Any]]()
+        ready = {"tokens": counters.tokens, "seconds": round(time.perf_counter() - started, 2)}
 
         def note(trial: Trial, backward: int) -> None:
             cost = {"tokens": counters.tokens + backward, "seconds": round(time.perf_counter() - started, 2)}
             points.append(point(trial) | cost)
+            if isinstance(trial.params, RefinedParams):
+                print(json.dumps(points[-1]), flush=True)
 
         space = replace(bench.space, settings=bench.settings.search.model_copy(update={"trials": trials}))
         study = Study(InMemoryStorage(), STUDY_NAME, space, settings.seed)
@@ -96,6 +89,7 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
             "trials": trials,
             "refined": refined,
             "best": found,
+            "ready": ready,
             "points": points,
             "tokens": points[-1]["tokens"] if points else 0,
             "seconds": round(time.perf_counter() - started, 1),

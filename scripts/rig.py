@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,6 +18,7 @@ from abliterate.pipeline import stages
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
 from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings, merge, parse_assignments
 from abliterate.types import Baseline, Table, Trial, TrialParams
 
 
@@ -124,3 +126,12 @@ def timed(work: Any) -> tuple[Any, float]:
     """The result of `work` and its seconds."""
     started = time.perf_counter()
     return work(), time.perf_counter() - started
+
+
+def settings_of(model: str, seed: int, assignments: Sequence[str] = ()) -> Settings:
+    """The settings of a run of the demo, or of a model in a folder, on its own prompts."""
+    options: dict[str, Any] = {"model": model, "seed": seed, "evaluation": {"heldout": False}}
+    if model != "demo":
+        names = ("harmful", "harmless", "harmful_eval", "harmless_eval")
+        options["prompts"] = {name: str(Path(model) / "prompts" / f"{name}.jsonl") for name in names}
+    return load_settings("", merge(options, parse_assignments(list(assignments))))

@@ -13,11 +13,12 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import Interrupted
-from abliterate.pipeline import lesson, refine
+from abliterate.pipeline import lesson, refine, stages
 from abliterate.pipeline.passes import passes_of
+from abliterate.pipeline.workbench import load
 from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
-from abliterate.types import RefinedParams, Trial
+from abliterate.types import Kernel, RefinedParams, Trial, TrialParams
 from support.cli import Invoke
 from support.runs import Recorder, outcomes, quick_settings, run_in
 
@@ -85,13 +86,13 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
     monkeypatch.setattr(Pass, "_run", watched)
     benches: list[Any] = []
     real_lesson = refine.prepare_lesson
-    monkeypatch.setattr(refine, "prepare_lesson", lambda bench, trials: benches.append(bench) or real_lesson(bench, trials))
+    monkeypatch.setattr(refine, "prepare_lesson", lambda bench, some: benches.append(bench) or real_lesson(bench, some))
     asked: list[str] = []
     real_answers = lesson.answers
 
-    def answered(bench: Any, params: Any, prompts: Any) -> Any:
+    def answered(bench: Any, params: Any, prompts: Any, **options: Any) -> Any:
         asked.extend(prompt.text for prompt in prompts)
-        return real_answers(bench, params, prompts)
+        return real_answers(bench, params, prompts, **options)
 
     monkeypatch.setattr(lesson, "answers", answered)
     monkeypatch.setattr(refine, "answers", answered)
@@ -189,6 +190,23 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
     assert any("no edited model answers more than" in text for text in recorder.warnings)
 
 
+def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(prompt_files: Files, tmp_path: Path) -> None:
+    """Rivals that refuse too much are stopped early; the choice is that of asking all of them everything."""
+    with load(settings_of(prompt_files, tmp_path / "cache", tokens=4), Recorder()) as bench:
+        stages.find_directions(bench)
+        bench.asked().yardstick()
+        kernels = {name: Kernel(0.0, 1.0, 0.0, 1.0) for name in bench.space.components}
+        nothing = TrialParams("global", 1.0, kernels)
+        teachers = [("teachers", nothing), *lesson.teachers_of(bench, [])]
+        asked = bench.prompts.harmful[-lesson._COMPARED :]
+        counts = [
+            lesson.answers(bench, params, asked, length=lesson._judged(bench))[1].count("answered") for _, params in teachers
+        ]
+        assert counts[0] < max(counts)
+        for some, expected in ((teachers, counts), (teachers[::-1], counts[::-1])):
+            assert lesson._best(bench, some) is some[expected.index(max(expected))]
+
+
 def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
     """The option turns refinement off, whatever the environment says."""
     monkeypatch.setenv("ABLITERATE_REFINE__ENABLED", "true")
@@ -204,8 +222,7 @@ def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypa
 def test_memory_decides_whether_layers_keep_their_activations(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from abliterate.pipeline import passes, stages
-    from abliterate.pipeline.workbench import load
+    from abliterate.pipeline import passes
 
     with load(settings_of(prompt_files, tmp_path / "cache"), Recorder()) as bench:
         stages.find_directions(bench)

@@ -71,13 +71,21 @@ class ReferenceEngine:
 
     @torch.inference_mode()
     def respond(
-        self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        progress: Progress = lambda done, total: None,
+        *,
+        limit: int | None = None,
+        length: int | None = None,
     ) -> list[Response] | None:
-        """The greedy responses, never None: the reference ignores the `limit` at which a trial could be pruned."""
+        """The greedy responses, never None: the reference ignores the `limit` at which a trial could be pruned.
+
+        They have at most `length` tokens, if that is less than the engine's own limit.
+        """
         counted = _Counter(len(prompts), progress, self.check)
 
         def work(batch: Sequence[Prompt]) -> Sequence[Response]:
-            ids = self.generate_ids(batch, self.max_new_tokens)
+            ids = self.generate_ids(batch, min(length or self.max_new_tokens, self.max_new_tokens))
             counted.add(len(batch))
             opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in batch]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]

@@ -174,7 +174,12 @@ class TrialEngine:
 
     @torch.inference_mode()
     def respond(
-        self, prompts: Sequence[Prompt], progress: Progress = lambda done, total: None, *, limit: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        progress: Progress = lambda done, total: None,
+        *,
+        limit: int | None = None,
+        length: int | None = None,
     ) -> list[Response] | None:
         """The responses of `ReferenceEngine.respond`; with pruning on, None as soon as `limit` responses count for certain.
 
@@ -184,9 +189,10 @@ class TrialEngine:
         if limit is not None and limit <= 0:
             return None
         prompt_set = self._set(prompts, together=True)
-        length, reader = self.reference.max_new_tokens, self.reference.reader
+        most, reader = self.reference.max_new_tokens, self.reference.reader
+        length = min(length or most, most)
         watch = StopWhenDecided(reader, self._ends, length, prompt_set.opens, prompt_set.before, self._early, limit)
-        self._respond(prompt_set, self._chunks(prompt_set, limit), watch)
+        self._respond(prompt_set, self._chunks(prompt_set, limit), watch, length)
         progress(len(prompts), len(prompts))
         for row, counts in watch.counts.items():
             prompt_set.history[row][0] += counts
@@ -201,7 +207,7 @@ class TrialEngine:
         prompt_set = self._lay_out(prompts, together=True)
         watch = StopWhenDiverged(self.chat, self._ends, self.reference.reader.markup, prompt_set.before)
         prompt_set.drafts = None  # no response comes twice
-        self._decodes.run(range(len(prompts)), lambda rows: self._whole(prompt_set, rows, watch))
+        self._decodes.run(range(len(prompts)), lambda rows: self._whole(prompt_set, rows, watch, self.reference.max_new_tokens))
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
@@ -231,20 +237,19 @@ class TrialEngine:
         rest = tokens[-len(together.rows) :, cut:]
         return torch.cat(before), self._decode.forced(together, rest, in_blocks=self.drafting)
 
-    def _respond(self, prompt_set: _PromptSet, chunks: Sequence[Sequence[int]], watch: StopWhenDecided) -> None:
+    def _respond(self, prompt_set: _PromptSet, chunks: Sequence[Sequence[int]], watch: StopWhenDecided, length: int) -> None:
         """Decode every chunk up to where most refusals are confirmed, then all remaining rows together.
 
         So a hopeless trial ends after few rows, and long responses share their passes. The rows in memory, waiting rows
         included, never exceed one batch.
         """
-        length = self.reference.max_new_tokens
         paused: list[Decoding] = []
 
         def begin(batch: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
                 return batch
             if sum(len(rows.rows) for rows in paused) + len(batch) > self._decodes.affordable():
-                self._finish_paused(paused, watch, prompt_set.drafts)
+                self._finish_paused(paused, watch, prompt_set.drafts, length)
             watch.begin(batch)  # a batch that ran out of memory is decoded again from its start
             try:
                 with memory_errors():
@@ -259,13 +264,12 @@ class TrialEngine:
 
         for chunk in chunks:
             self._decodes.run(chunk, begin)
-        self._finish_paused(paused, watch, prompt_set.drafts)
+        self._finish_paused(paused, watch, prompt_set.drafts, length)
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
-        self._decodes.run(left, lambda batch: batch if watch.satisfied else self._whole(prompt_set, batch, watch))
+        self._decodes.run(left, lambda batch: batch if watch.satisfied else self._whole(prompt_set, batch, watch, length))
 
-    def _finish_paused(self, paused: list[Decoding], watch: StopWhenDecided, drafts: Drafts | None) -> None:
+    def _finish_paused(self, paused: list[Decoding], watch: StopWhenDecided, drafts: Drafts | None, length: int) -> None:
         """Decode the paused rows to their end. If they don't fit into memory together, they are left undone."""
-        length = self.reference.max_new_tokens
         try:
             if paused and not watch.satisfied:
                 with memory_errors():
@@ -277,10 +281,11 @@ class TrialEngine:
         paused.clear()
         self._decodes.shrink(self._decodes.size)
 
-    def _whole(self, prompt_set: _PromptSet, batch: Sequence[int], watch: StopWhenDecided | StopWhenDiverged) -> Sequence[int]:
+    def _whole(
+        self, prompt_set: _PromptSet, batch: Sequence[int], watch: StopWhenDecided | StopWhenDiverged, length: int
+    ) -> Sequence[int]:
         """Decode rows from their start to their end, or until the watch is satisfied."""
         watch.begin(batch)
-        length = self.reference.max_new_tokens
         self._decode(self._started(prompt_set.groups[0], batch), length, length, watch, prompt_set.drafts)
         return batch
 

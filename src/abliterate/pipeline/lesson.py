@@ -23,8 +23,11 @@ from abliterate.refine.teachers import best_trials, plain_ablations
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.refusals import Refusals
 from abliterate.scorers.unanswered import Unanswered
+from abliterate.scorers.yardstick import Kind
 from abliterate.types import Params, Prompt, Trial
 
+# An edited model and its name: a trial's number, or "teachers" for a plain ablation.
+Teacher = tuple[int | str, Params]
 # Training prompts on which possible teachers are compared, and the fewest answers that are worth learning from.
 _COMPARED, _FEWEST = 16, 8
 
@@ -56,57 +59,84 @@ class Lesson:
         return Lesson(**{**record, **rows})
 
 
-def prepare_lesson(bench: Workbench, trials: Sequence[Trial]) -> Lesson | None:
-    """The lesson of the best teacher among `trials`, or without trials among plain ablations; None if none answers enough."""
-    key = lesson_key(bench, trials)
+def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | None:
+    """The lesson of the best of some teachers; None if it answers too little."""
+    key = lesson_key(bench, teachers)
     stored = bench.context.store.get("lesson", key, remember=False)
     if stored is not None:
         return Lesson.from_record(json.loads(from_bytes(stored["record"])))
-    lesson = _made(bench, *_teacher(bench, trials))
+    lesson = _made(bench, *_best(bench, teachers))
     if lesson is not None:
         label = f"{bench.loaded.info.id}: {len(lesson.training.harmful)} answers"
         bench.context.store.put("lesson", key, {"record": to_bytes(json.dumps(lesson.to_record()))}, label, remember=False)
     return lesson
 
 
-def lesson_key(bench: Workbench, trials: Sequence[Trial]) -> dict[str, Any]:
+def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
     settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
-    return {"study": bench.identity(), "settings": settings, "teachers": [asdict(p) for _, p in _candidates(bench, trials)]}
+    return {"study": bench.identity(), "settings": settings, "teachers": [asdict(params) for _, params in teachers]}
 
 
-def answers(bench: Workbench, params: Params, prompts: Sequence[Prompt]) -> tuple[list[Response], list[str]]:
-    """An edited model's responses and their kinds, whether or not `unanswered` is an objective of the search."""
-    with bench.edited(params):
-        responses = bench.engine.respond(prompts)
-    assert responses is not None  # only a limit can stop it
-    scorer = next((scorer for scorer in bench.scorers if isinstance(scorer, Unanswered)), None)
-    scorer = scorer or Unanswered(next(scorer for scorer in bench.scorers if isinstance(scorer, Refusals)))
-    return responses, list(scorer.kinds(Observation(responses, torch.empty(0), prompts, bench.asked())))
-
-
-def _candidates(bench: Workbench, trials: Sequence[Trial]) -> list[tuple[int | str, Params]]:
+def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
+    """The best trials of a search as teachers, or without trials plain ablations."""
     best = best_trials(trials)
     if best:
         return [(trial.number, trial.params) for trial in best]
     return [("teachers", params) for params in plain_ablations(bench.space.n_layers, bench.space.components)]
 
 
-def _teacher(bench: Workbench, trials: Sequence[Trial]) -> tuple[int | str, Params]:
-    """The candidate that answers most of some training prompts."""
-    candidates, counts = _candidates(bench, trials), list[int]()
-    for _, params in candidates:
+def answers(
+    bench: Workbench, params: Params, prompts: Sequence[Prompt], *, length: int | None = None
+) -> tuple[list[Response], list[Kind]]:
+    """An edited model's responses, of at most `length` tokens, and their kinds, whatever the search counts."""
+    with bench.edited(params):
+        responses = bench.engine.respond(prompts, length=length)
+    assert responses is not None  # only a limit can stop it
+    return responses, _kinds(bench, prompts, responses)
+
+
+def _kinds(bench: Workbench, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Kind]:
+    scorer = next((scorer for scorer in bench.scorers if isinstance(scorer, Unanswered)), None)
+    scorer = scorer or Unanswered(_refusals(bench))
+    return scorer.kinds(Observation(responses, torch.empty(0), prompts, bench.asked()))
+
+
+def _refusals(bench: Workbench) -> Refusals:
+    return next(scorer for scorer in bench.scorers if isinstance(scorer, Refusals))
+
+
+def _best(bench: Workbench, teachers: Sequence[Teacher]) -> Teacher:
+    """The teacher that answers most of some training prompts, the first of equal ones.
+
+    One that refuses too many of them to be the best is stopped there, and its answers aren't shown to the base.
+    """
+    best, most, prompts = teachers[0], 0, bench.prompts.harmful[-_COMPARED:]
+    for tried, teacher in enumerate(teachers if len(teachers) > 1 else ()):
+        if most == len(prompts):
+            break
         bench.context.check()
-        _, kinds = answers(bench, params, bench.prompts.harmful[-_COMPARED:])
-        counts.append(kinds.count("answered"))
-        bench.context.reporter.progress(len(counts), len(candidates), "teachers")
-    return candidates[counts.index(max(counts))]
+        with bench.edited(teacher[1]):
+            responses = bench.engine.respond(prompts, limit=len(prompts) - most, length=_judged(bench))
+        if responses and sum(not _refusals(bench).is_refusal(response) for response in responses) > most:
+            answered = _kinds(bench, prompts, responses).count("answered")
+            best, most = (teacher, answered) if answered > most else (best, most)
+        bench.context.reporter.progress(tried + 1, len(teachers), "teachers")
+    return best
+
+
+def _judged(bench: Workbench) -> int:
+    """The tokens of a teacher's answer that are generated and judged, of which the first are learned from.
+
+    They are enough to show a refusal or a loop.
+    """
+    return max(48, 2 * bench.settings.refine.tokens)
 
 
 def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     settings = bench.settings.refine
     harmful, harmless = bench.prompts.harmful[: settings.prompts], bench.prompts.harmless[: settings.prompts]
-    responses, kinds = answers(bench, teacher, harmful)
+    responses, kinds = answers(bench, teacher, harmful, length=_judged(bench))
     targets = [
         TeacherForced(bench.chat.token_ids(prompt), response.ids[: settings.tokens]) if kind == "answered" else None
         for prompt, response, kind in zip(harmful, responses, kinds, strict=True)

@@ -22,11 +22,11 @@ from abliterate.edits import edit_method
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.pipeline import stages
-from abliterate.pipeline.lesson import Lesson, answers, lesson_key, prepare_lesson
+from abliterate.pipeline.lesson import Lesson, answers, lesson_key, prepare_lesson, teachers_of
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
-from abliterate.refine.betas import Tried, next_beta
+from abliterate.refine.betas import Tried, next_descent
 from abliterate.refine.descent import Descent, Rates
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
@@ -85,19 +85,29 @@ class Refinement:
             reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
 
     def _refined(self) -> Iterator[Trial]:
-        bench, search = self._bench, [trial for trial in self._trials if not isinstance(trial.params, RefinedParams)]
         known = {trial.params.facts.get("stage"): trial for trial in self._trials if isinstance(trial.params, RefinedParams)}
-        with bench.context.stage("lesson", "answers to learn from"):
-            self._lesson_key = lesson_key(bench, search)
-            lesson = prepare_lesson(bench, search) if self._has_backward() else None
-        if lesson is None:
-            return
         points: list[_Point] = []
-        while (plan := self._next(lesson, points)) is not None:
-            trial = known.get(len(points)) or self._one_trial(lesson, plan, len(points))
+        lesson: Lesson | None = None
+        while len(points) < self._settings.n_descents:
+            trial = known.get(len(points))
+            if trial is None:
+                lesson = lesson or self._lesson()
+                if lesson is None:
+                    return
+                trial = self._one_trial(lesson, self._next(lesson, points), len(points))
             assert isinstance(trial.params, RefinedParams)
-            points.append(_Point(plan.beta, trial.params))
+            points.append(_Point(trial.params.facts["beta"], trial.params))
             yield trial
+
+    def _lesson(self) -> Lesson | None:
+        """What the descents learn from; None, with a warning, if there is nothing to learn or no way to."""
+        bench, search = self._bench, [trial for trial in self._trials if not isinstance(trial.params, RefinedParams)]
+        with bench.context.stage("lesson", "answers to learn from"):
+            if not self._has_backward():
+                return None
+            teachers = teachers_of(bench, search)
+            self._lesson_key = lesson_key(bench, teachers)
+            return prepare_lesson(bench, teachers)
 
     def _has_backward(self) -> bool:
         """Whether every layer passes gradients on; some quantized layers don't, which is a warning."""
@@ -113,21 +123,15 @@ class Refinement:
             return False
         return True
 
-    def _next(self, lesson: Lesson, points: Sequence[_Point]) -> _Plan | None:
-        """The next descent: at the listed weights, or at those that refusals ask for and then once more at the best of them."""
+    def _next(self, lesson: Lesson, points: Sequence[_Point]) -> _Plan:
+        """The next descent: at the next listed weight, or at the one that refusals ask for."""
         settings = self._settings
         if settings.betas != "auto":
-            beta = settings.betas[len(points)] if len(points) < len(settings.betas) else None
-            return None if beta is None else _Plan(beta, settings.steps, _nearest(points, beta))
-        tried = [Tried(point.beta, point.refused) for point in points]
-        beta = next_beta(tried, lesson.first_beta, settings.max_refused, settings.max_betas)
-        if beta is not None:
+            beta = settings.betas[len(points)]
             return _Plan(beta, settings.steps, _nearest(points, beta))
-        enough = [point for point in points if point.refused <= settings.max_refused]
-        if not enough or not settings.last_steps or len({point.beta for point in points}) < len(points):
-            return None
-        best = max(enough, key=lambda point: point.beta)
-        return _Plan(best.beta, settings.last_steps, best)
+        tried = [Tried(point.beta, point.refused) for point in points]
+        found = next_descent(tried, lesson.first_beta, settings.max_refused)
+        return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
 
     def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""

@@ -195,15 +195,14 @@ def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
     refine = settings.refine
     if not refine.enabled:
         return 0, 0
-    descents = refine.max_betas + 1 if refine.betas == "auto" else len(refine.betas)
-    steps = refine.max_betas * refine.steps + refine.last_steps if refine.betas == "auto" else descents * refine.steps
     (n_harmful, _, harmful), (n_harmless, _, harmless) = work.sets["harmful"], work.sets["harmless"]
     rows = {"harmful": harmful / max(1, n_harmful) + refine.tokens, "harmless": harmless / max(1, n_harmless) + refine.tokens}
     # The base sees the harmless rows, too.
     step = refine.batch * (3 * rows["harmful"] + 4 * rows["harmless"])
     # The teacher's answers, and each descent's answers to validation prompts, as shares of the evaluation prompts.
-    answers = min(n_harmful, refine.prompts) * (1 + descents * refine.validation) / max(1, work.sets["harmful_eval"][0])
-    return round(steps * step), descents + math.ceil(answers)
+    answers = min(n_harmful, refine.prompts) * (1 + refine.n_descents * refine.validation)
+    trials = refine.n_descents + math.ceil(answers / max(1, work.sets["harmful_eval"][0]))
+    return round(refine.n_descents * refine.steps * step), trials
 
 
 def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:

@@ -139,7 +139,7 @@ class SearchSettings(_Section):
     """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
 
     objectives: tuple[str, ...] = Field(("unanswered", "kl"), min_length=1)
-    trials: int = Field(200, ge=0)
+    trials: int = Field(40, ge=0)
     startup_trials: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)
     direction_index: Interval = (0.4, 0.9)
@@ -179,15 +179,19 @@ class RefineSettings(_Section):
 
     enabled: bool = True
     steps: int = Field(20, ge=1)
-    last_steps: int = Field(40, ge=0)
     betas: Literal["auto"] | Annotated[tuple[Annotated[float, Field(gt=0, le=LARGEST)], ...], Field(min_length=1)] = "auto"
-    max_betas: int = Field(5, ge=1)
+    descents: int = Field(8, ge=1)
     max_refused: float = Field(0.03, ge=0, lt=1)
     learn: Literal["directions", "strengths"] = "directions"
     batch: int = Field(24, ge=1)
     tokens: int = Field(24, ge=1)
     prompts: int = Field(400, ge=2)
     validation: float = Field(0.2, gt=0, lt=1)
+
+    @property
+    def n_descents(self) -> int:
+        """The number of descents, each of which gives a trial."""
+        return self.descents if self.betas == "auto" else len(self.betas)
 
 
 class EvaluationSettings(_Section):

@@ -352,6 +352,22 @@ def test_whole_responses_are_kept_for_scorers_that_need_them(llama: Lab) -> None
     assert early_scorer(make_scorers(["refusals", "kl", "unfinished_thinking"], ["a"])) is None
 
 
+@pytest.mark.parametrize("length", [1, 7, 1000])
+def test_shorter_responses_are_the_beginnings_of_whole_ones(llama: Lab, length: int) -> None:
+    llama.editor.clear()
+    whole = llama.reference.respond(HARMFUL)
+    assert whole is not None
+    for engine in (llama.reference, llama.engine(), llama.engine(Refusals(["e"]))):
+        short = engine.respond(HARMFUL, length=length)
+        assert short is not None
+        assert all(len(one.ids) <= length for one in short)
+        for one, all_of_it in zip(short, whole, strict=True):
+            assert one.ids == all_of_it.ids[: len(one.ids)]
+    plain = llama.reference.respond(HARMFUL, length=length)
+    assert plain is not None
+    assert [len(one.ids) for one in plain] == [min(length, len(one.ids)) for one in whole]
+
+
 @pytest.mark.parametrize("opens", [True, False])
 def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     """The prompt ends inside a block (or not), so no marker in the response counts (or any does)."""

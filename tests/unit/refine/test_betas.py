@@ -2,55 +2,59 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 
-from abliterate.refine.betas import FACTOR, FIRST, NEAR, Tried, first_beta, next_beta
+from abliterate.refine.betas import FAR, FIRST, MANY, NEAR, Next, Tried, first_beta, next_descent
+
+LIMIT = 0.03
 
 
-def tried_on(threshold: float, first: float, most: int = 20, limit: float = 0.03) -> list[Tried]:
-    """All weights that are tried on a model that refuses half of the prompts beyond `threshold`."""
+def tried_on(threshold: float, first: float, descents: int, growth: float = 1.0) -> list[Tried]:
+    """The descents on a model that refuses beyond `threshold`, which grows by `growth` with every descent gone on from."""
     tried: list[Tried] = []
-    while (beta := next_beta(tried, first, limit, most)) is not None:
-        tried.append(Tried(beta, 0.5 if beta > threshold else 0.02))
+    length: list[int] = []
+    for _ in range(descents):
+        after = next_descent(tried, first, LIMIT)
+        length.append(0 if after.after is None else length[after.after] + 1)
+        excess = math.log(after.beta / (threshold * growth ** length[-1]))
+        tried.append(Tried(after.beta, min(1.0, max(0.0, 0.5 * excess))))
     return tried
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.9, 1.0, 3.0, 17.0, 400.0])
 @pytest.mark.parametrize("first", [0.2, 1.0, 30.0])
-def test_the_largest_weight_that_removes_refusals_is_found(threshold: float, first: float) -> None:
-    tried = tried_on(threshold, first)
-    found = max(one.beta for one in tried if one.beta <= threshold)
-    assert threshold / found < NEAR
-    assert len(tried) <= 3 + abs(math.log(threshold / first, FACTOR)) + math.log2(math.log(FACTOR) / math.log(NEAR)) + 1
-    assert len({one.beta for one in tried}) == len(tried)
+def test_weights_near_the_largest_that_removes_refusals_are_found(threshold: float, first: float) -> None:
+    far = math.ceil(abs(math.log(threshold / first, FAR)))
+    tried = tried_on(threshold, first, far + 4)
+    found = max(one.beta for one in tried if one.refused <= LIMIT)
+    assert 1 / NEAR < found / threshold < NEAR
 
 
-def test_weights_grow_until_refusals_come_back_and_then_come_between() -> None:
-    betas = [one.beta for one in tried_on(5.0, 1.0)]
-    assert betas[:3] == [1.0, 4.0, 16.0]
-    assert betas[3] == pytest.approx(8.0)
-    assert betas[4] == pytest.approx(math.sqrt(32))
+def test_weights_follow_what_more_steps_allow() -> None:
+    """Where every descent lets the weight grow by a half, the descents after the first few rise with it."""
+    tried = tried_on(1.0, 0.7, 12, growth=NEAR)
+    assert tried[-1].beta > 20
+    assert sum(one.refused > MANY for one in tried) <= 2
 
 
-@pytest.mark.parametrize("most", [1, 2, 4])
-def test_no_more_weights_than_allowed(most: int) -> None:
-    assert len(tried_on(1e9, 1.0, most)) == most
-
-
-def test_a_share_at_the_limit_is_enough() -> None:
-    assert next_beta([Tried(2.0, 0.03)], 2.0, 0.03, 5) == 2.0 * FACTOR
-    assert next_beta([Tried(2.0, 0.031)], 2.0, 0.03, 5) == 2.0 / FACTOR
-
-
-def test_shares_that_contradict_each_other_end_the_search() -> None:
-    """A small weight may refuse more than a larger one by chance."""
-    tried = [Tried(1.0, 0.5), Tried(0.25, 0.0), Tried(0.5, 0.0), Tried(0.7, 0.1)]
-    assert next_beta(tried, 1.0, 0.03, 9) is None
-    for order in itertools.permutations(tried):
-        assert next_beta(order, 1.0, 0.03, 9) is None
+@pytest.mark.parametrize(
+    ("tried", "expected"),
+    [
+        ([], Next(1.0, None)),
+        ([Tried(1.0, LIMIT)], Next(FAR, 0)),
+        ([Tried(1.0, 0.9)], Next(1 / FAR, None)),
+        ([Tried(1.0, 0.1)], Next(1 / NEAR, 0)),
+        ([Tried(1.0, 0.0), Tried(4.0, 0.9)], Next(2.0, 0)),
+        ([Tried(1.0, 0.0), Tried(4.0, 0.1)], Next(4 / NEAR, 1)),
+        ([Tried(4.0, 0.9), Tried(1.0, 0.0)], Next(NEAR, 1)),
+        ([Tried(4.0, 0.0), Tried(16.0, 0.1), Tried(2.0, 0.9)], Next(2 / NEAR, 0)),
+    ],
+)
+def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> None:
+    found = next_descent(tried, 1.0, LIMIT)
+    assert (found.beta, found.after) == (pytest.approx(expected.beta), expected.after)
 
 
 def test_the_first_weight_is_a_share_of_the_teachers_gain_per_nat() -> None:
