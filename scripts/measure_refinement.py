@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,8 @@ from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import stages
+from abliterate.pipeline import refine, stages
+from abliterate.pipeline.lesson import Lesson, Teacher
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.search import Search
 from abliterate.refine.descent import Pass
@@ -47,14 +49,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", type=int, default=200, help="trials of the search alone; 0 leaves it out")
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 20, 40], help="trials before refinement")
+    parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
     args = parser.parse_args()
     for seed in args.seeds:
         for trials, refined in [(args.trials, False)] * bool(args.trials) + [(start, True) for start in args.starts]:
-            line = course(settings_of(args.model, seed, args.assignments), trials, refined=refined)
+            with spoiled_targets(args.spoil):
+                line = course(settings_of(args.model, seed, args.assignments), trials, refined=refined)
+            given = {"model": Path(args.model).name, "seed": seed, "set": args.assignments, "spoil": args.spoil}
             with args.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"model": Path(args.model).name, "seed": seed, **line}) + "\n")
+                file.write(json.dumps(given | line) + "\n")
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
 
 
@@ -94,6 +99,27 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
             "tokens": points[-1]["tokens"] if points else 0,
             "seconds": round(time.perf_counter() - started, 1),
         }
+
+
+@contextlib.contextmanager
+def spoiled_targets(share: float) -> Iterator[None]:
+    """While active, this share of the answers to learn from have their tokens in random order."""
+    real = refine.prepare_lesson
+
+    def spoiled(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | None:
+        lesson = real(bench, teachers)
+        if lesson is None:
+            return None
+        draw, rows = random.Random(0), list(lesson.training.harmful)
+        for index in draw.sample(range(len(rows)), round(share * len(rows))):
+            rows[index] = replace(rows[index], answer=draw.sample(list(rows[index].answer), len(rows[index].answer)))
+        return replace(lesson, training=replace(lesson.training, harmful=rows))
+
+    refine.prepare_lesson = spoiled  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        refine.prepare_lesson = real
 
 
 @contextlib.contextmanager

@@ -79,11 +79,9 @@ def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
 
 
 def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
-    """The best trials of a search as teachers, or without trials plain ablations."""
-    best = best_trials(trials)
-    if best:
-        return [(trial.number, trial.params) for trial in best]
-    return [("teachers", params) for params in plain_ablations(bench.space.n_layers, bench.space.components)]
+    """The best trials of a search as teachers, and after them plain ablations, which are better than a few bad trials."""
+    plain = plain_ablations(bench.space.n_layers, bench.space.components)
+    return [*((trial.number, trial.params) for trial in best_trials(trials)), *(("teachers", params) for params in plain)]
 
 
 def answers(

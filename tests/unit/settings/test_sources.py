@@ -45,7 +45,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = write(tmp_path, "seed = 1\n[search]\ntrials = 10\nei_candidates = 11\n")
-    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "20")
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "25")
     monkeypatch.setenv("ABLITERATE_SEED", "2")
     loaded = load_settings(config, {"search": {"trials": 30}})
     assert loaded.search.trials == 30  # command line
@@ -55,22 +55,22 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_source_beats_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().search.trials == 40
+    assert load_settings().search.trials == 20
     config = write(tmp_path, "[search]\ntrials = 10\n")
     assert load_settings(config).search.trials == 10
-    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "20")
-    assert load_settings(config).search.trials == 20
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "25")
+    assert load_settings(config).search.trials == 25
 
 
 def test_stored_settings_are_the_lowest_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = tmp_path / "settings.toml"
     first = {"seed": 1, "search": {"trials": 10, "ei_candidates": 11, "max_coeff": {"default": [0.1, 0.2], "x": [1.0, 2.0]}}}
     stored.write_text(dump_settings(load_settings("", first)), encoding="utf-8")
-    config = write(tmp_path, "[search]\ntrials = 20\nmax_coeff = {default = [0.5, 0.6]}\n")
+    config = write(tmp_path, "[search]\ntrials = 25\nmax_coeff = {default = [0.5, 0.6]}\n")
     monkeypatch.setenv("ABLITERATE_EVALUATION__BATCH_SIZE", "7")
     loaded = load_settings(config, {"search": {"select": "knee"}}, stored=stored)
     assert (loaded.seed, loaded.search.ei_candidates) == (1, 11)
-    assert (loaded.search.trials, loaded.evaluation.batch_size, loaded.search.select) == (20, 7, "knee")
+    assert (loaded.search.trials, loaded.evaluation.batch_size, loaded.search.select) == (25, 7, "knee")
     assert loaded.search.max_coeff == {"default": (0.5, 0.6)}  # a table is one option
 
 
@@ -284,7 +284,7 @@ def test_merge() -> None:
 
 
 def test_startup_trials() -> None:
-    assert SearchSettings().n_startup_trials == 12
+    assert SearchSettings().n_startup_trials == 6
     assert SearchSettings(trials=10).n_startup_trials == 3
     assert SearchSettings(trials=10, startup_trials=7).n_startup_trials == 7
 
