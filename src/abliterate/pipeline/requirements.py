@@ -25,11 +25,15 @@ from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import usable_memory
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import in_features, n_matrices, out_features
+from abliterate.objectives import UNANSWERED
 from abliterate.pipeline.batch_size import reserved_bytes
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of
 from abliterate.pipeline.preflight import adapter_refusal
+from abliterate.pipeline.yardstick import ANSWERS
 from abliterate.prompts.sets import PromptSets
+from abliterate.scorers.unanswered import ALIKE
+from abliterate.scorers.yardstick import TELLING
 from abliterate.settings.schema import Settings
 from abliterate.terminal.quantities import USUAL_TOKENS, in_words
 from abliterate.types import OPERATIONS
@@ -161,20 +165,24 @@ def _cost(
     prompts, decoded = harmful_tokens + harmless_tokens, harmful * response
     layers, head = _multiplied(loaded)
     trial = 2 * (layers * (prompts + decoded) + head * (harmless + decoded))
-    tokens = {"residuals": directions, "trial_at_most": prompts + decoded, "run_at_most": 0}
-    flop = {"residuals": 2 * layers * directions, "trial_at_most": trial, "run_at_most": 0}
-    seconds = None
+    tokens: dict[str, float] = {"residuals": directions, "trial_at_most": prompts + decoded}
+    flop: dict[str, float] = {"residuals": 2 * layers * directions, "trial_at_most": trial}
+    seconds: dict[str, float] | None = None
     if speeds:
         once = prompts / speeds["prefill"] + decoded / speeds["decode"]
-        seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once, "run_at_most": 0.0}
+        seconds = {"residuals": directions / speeds["residuals"], "trial_at_most": once}
+    asked, yardstick = _asked(settings, work)
     fed, measured = _refinement(settings, work)
     of_token = (1, 2 * (layers + head), 1 / speeds["prefill"] if speeds else 0)
-    costs: list[tuple[dict[str, Any] | None, float]] = list(zip((tokens, flop, seconds), of_token, strict=True))
+    costs: list[tuple[dict[str, float] | None, float]] = list(zip((tokens, flop, seconds), of_token, strict=True))
     for cost, each in costs:
         if cost is not None:
+            cost["trial_at_most"] += asked * each
+            cost["yardstick_at_most"] = yardstick * each
             cost["refinement_at_most"] = fed * each + measured * cost["trial_at_most"]
             # The baseline costs as much as a trial.
-            cost["run_at_most"] = cost["residuals"] + (trials + 1) * cost["trial_at_most"] + cost["refinement_at_most"]
+            whole = (trials + 1) * cost["trial_at_most"] + cost["refinement_at_most"]
+            cost["run_at_most"] = cost["residuals"] + cost["yardstick_at_most"] + whole
     return {
         "trials": trials,
         "response_tokens": response,
@@ -188,6 +196,21 @@ def _cost(
         "flop": flop,
         "seconds": seconds,
     }
+
+
+def _asked(settings: Settings, work: Workload) -> tuple[int, int]:
+    """The tokens that the base is fed, at most, about a trial's answers, and for its yardstick; 0 without `unanswered`."""
+    if UNANSWERED not in (*settings.search.objectives, *settings.evaluation.scorers):
+        return 0, 0
+    response = settings.response.max_new_tokens
+    telling = min(TELLING, response)
+    (harmful, _, harmful_tokens), (harmless, _, harmless_tokens) = work.sets["harmful_eval"], work.sets["harmless"]
+    of_trial = harmful_tokens + harmful * response + ALIKE * (harmful_tokens + harmful * telling)
+    answers = min(ANSWERS, harmless)
+    prompt = math.ceil(harmless_tokens / max(1, harmless))
+    # Answers are made twice, and shown to the base whole, as a half, and after one prompt more than a trial's.
+    of_answer = 3 * (prompt + response) + prompt + math.ceil(response / 2) + (ALIKE + 1) * (prompt + telling)
+    return of_trial, answers * of_answer
 
 
 def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:

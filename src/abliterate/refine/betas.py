@@ -7,17 +7,18 @@ model still refuses after few steps is often right after more of them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 # The first weight, as a share of the teacher's gain per nat of KL: at 1 the teacher's own edit would just pay, and refined
 # edits reach the same answers at a fraction of its KL.
 FIRST = 0.6
-# The factor between weights until one removes refusals and another doesn't, and the factor from then on.
-FAR, NEAR = 4.0, 1.5
-# The share of prompts beyond which a weight was far too large: its descent led back to the unedited model, and none goes on.
-MANY = 0.25
+# The factors by which the weight grows until refusals come back, and from then on.
+FAR, NEAR = 2.0, 1.4
+# How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
+FALL = 3.0
+# The share of prompts beyond which a descent led back to the unedited model, and none goes on from it.
+ALL = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,12 @@ def first_beta(gain: float, kl: float) -> float:
 def next_descent(tried: Sequence[Tried], first: float, limit: float) -> Next:
     """The descent after those `tried`, where at most `limit` of the prompts may be refused.
 
-    Weights grow while that is so, and fall while it isn't.
+    Weights grow while that is so, and fall while it isn't, the more the more is refused.
     """
     if not tried:
         return Next(first, None)
-    enough = [place for place, one in enumerate(tried) if one.refused <= limit]
-    last = tried[-1]
+    last, enough = tried[-1], [place for place, one in enumerate(tried) if one.refused <= limit]
     if last.refused <= limit:
         return Next(last.beta * (NEAR if len(enough) < len(tried) else FAR), len(tried) - 1)
-    if last.refused <= MANY:
-        return Next(last.beta / NEAR, len(tried) - 1)
-    if not enough:
-        return Next(last.beta / FAR, None)
-    good = tried[enough[-1]].beta
-    return Next(math.sqrt(good * last.beta) if good < last.beta else last.beta / NEAR, enough[-1])
+    after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
+    return Next(last.beta / (1 + FALL * last.refused), after)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,11 @@ from abliterate.model.footprint import Shape
 from abliterate.model.thinking import Markup
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.preflight import check_model
-from abliterate.pipeline.requirements import Workload, requirements_of
+from abliterate.pipeline.requirements import Workload, _asked, requirements_of
+from abliterate.pipeline.yardstick import yardstick_of
 from abliterate.prompts.sets import PromptSets
+from abliterate.scorers.unanswered import kinds_of
+from abliterate.scorers.yardstick import Yardstick
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.terminal.quantities import in_words
 from abliterate.types import BatchSizes, Prompt
@@ -183,17 +187,52 @@ def test_cost_is_what_the_reference_feeds() -> None:
     )
     engine.observe(harmful, harmless, lambda done, total: None)
     handle.remove()
-    cost = requirements_of(Settings(response={"max_new_tokens": response}), loaded, CPU, work)["cost"]
+    settings = Settings(response={"max_new_tokens": response}, search={"objectives": ("refusals", "kl")})  # type: ignore[arg-type]
+    cost = requirements_of(settings, loaded, CPU, work)["cost"]
     assert fed == cost["tokens"]["trial_at_most"] - len(harmful)  # the last token of a response isn't fed again
     assert cost["tokens"]["run_at_most"] == cost["tokens"]["residuals"] + 21 * cost["tokens"]["trial_at_most"]
 
 
 def test_seconds_are_tokens_by_speed() -> None:
     speeds = {"residuals": 100.0, "prefill": 50.0, "decode": 10.0}
-    cost = requirements_of(Settings(search={"trials": 9}), load_specimen("llama"), CPU, Workload.usual(""), speeds)["cost"]
+    settings = Settings(search={"trials": 9, "objectives": ("refusals", "kl")})  # type: ignore[arg-type]
+    cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""), speeds)["cost"]
     once = 2 * 100 * 64 / 50 + 100 * 100 / 10
-    whole = {"residuals": 512.0, "trial_at_most": once, "refinement_at_most": 0.0, "run_at_most": 512.0 + 10 * once}
+    nothing = {"yardstick_at_most": 0.0, "refinement_at_most": 0.0}
+    whole = {"residuals": 512.0, "trial_at_most": once, "run_at_most": 512.0 + 10 * once} | nothing
     assert cost["seconds"] == whole
+
+
+def test_the_scorer_costs_what_it_shows_the_base() -> None:
+    """The tokens of all rows that the base is asked about: a trial's answers, and the yardstick's."""
+    response, fed = 40, 0
+    prompts = {
+        name: tuple(Prompt(f"Tell me how to squash hat number {index + start}.") for index in range(6))
+        for name, start in (("harmful_eval", 10), ("harmless", 20))
+    }
+    chat = make_chat()
+
+    class Base:
+        ends = frozenset({0})
+        harmless = prompts["harmless"]
+
+        def logprobs(self, asked: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+            nonlocal fed
+            fed += sum(len(chat.token_ids(prompt)) + len(ids) for prompt, ids in zip(asked, answers, strict=True))
+            return [-torch.ones(len(ids), dtype=torch.float64) for ids in answers]
+
+        def yardstick(self) -> Yardstick:
+            return Yardstick({"surprise": 9.0, "distinct": 0.0, "end": 9.0, "topic": -9.0}, 6, {})
+
+    answers = [(*range(1, response), 0)] * 6
+    work = Workload.of(PromptSets(*(prompts[name] for name in ("harmless", "harmless", "harmful_eval", "harmful_eval"))), chat)
+    asked, yardstick = _asked(Settings(response={"max_new_tokens": response}), work)  # type: ignore[arg-type]
+    assert kinds_of(Base(), prompts["harmful_eval"], range(6), answers) == ["answered"] * 6
+    assert fed == asked
+    fed = 0
+    yardstick_of(Base(), answers, answers)
+    made = 2 * sum(len(chat.token_ids(prompt)) + response for prompt in prompts["harmless"])
+    assert fed + made - 6 <= yardstick <= fed + made + 6  # an end stands for a half's last token
 
 
 def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> None:
@@ -203,7 +242,8 @@ def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> N
     cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""))["cost"]["tokens"]
     # Two trials, the teacher's answers to 400 prompts, and twice those of a refined model to a quarter of them.
     assert cost["refinement_at_most"] == 20 * 5 * 7 * 68 + 8 * cost["trial_at_most"]
-    assert cost["run_at_most"] == cost["residuals"] + cost["trial_at_most"] + cost["refinement_at_most"]
+    parts = ("residuals", "yardstick_at_most", "trial_at_most", "refinement_at_most")
+    assert cost["run_at_most"] == sum(cost[part] for part in parts)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_oss", "qwen3_5_moe", "gemma3_vl"])
