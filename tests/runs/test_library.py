@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import abliterate as ab
 from abliterate.errors import AbliterateError, InputError
 from abliterate.pipeline.search import Search
+from abliterate.types import RefinedParams
 from support.models import logits_of
 from support.paths import ROOT
 from support.runs import Recorder, Untouched, quick_options
@@ -96,6 +97,22 @@ def test_a_search_goes_on_where_an_iteration_has_stopped(searched: Searched) -> 
     assert [trial.params for trial in other.front] == [trial.params for trial in study.front]
     assert [trial.number for trial in other.trials] == [0, 1, 2, 3]
     assert [trial.scores for trial in other.trials] == [trial.scores for trial in study.trials]
+
+
+def test_refinement_adds_trials_that_edit_the_model(prompt_files: Files, cache: Path) -> None:
+    few = {"enabled": True, "steps": 3, "betas": [1.0], "batch": 4, "tokens": 4}
+    with ab.load(ab.Settings.load("quick", **options_of(prompt_files, cache, refine=few)), Recorder()) as bench:
+        study = ab.search(bench, ab.find_directions(bench), trials=2)
+        list(study)
+        (new,) = [trial for trials in study.refine() for trial in trials]
+        assert isinstance(new.params, RefinedParams)
+        assert [trial.number for trial in study.trials] == [0, 1, new.number]
+        base = bench.respond([QUESTION])
+        with bench.edited(new.params):
+            assert bench.editor.hooks.active
+        assert bench.respond([QUESTION]) == base
+        assert study.measure(new.params).kl == pytest.approx(new.kl, abs=1e-6)
+        assert new.kl > 0
 
 
 def test_leaving_an_edit_gives_the_base_back(searched: Searched, untouched: Untouched) -> None:
