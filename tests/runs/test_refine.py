@@ -20,7 +20,7 @@ from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
 from abliterate.types import Kernel, RefinedParams, Trial, TrialParams
 from support.cli import Invoke
-from support.runs import Recorder, outcomes, quick_settings, run_in
+from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
 pytestmark = pytest.mark.usefixtures("lean")
 Files = dict[str, str]
@@ -140,6 +140,18 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     assert outcomes(again) == outcomes(whole)
     assert len(taken) == 26, "finished weights are not computed again"
     assert not recorder.warnings
+
+
+def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt_files: Files, tmp_path: Path) -> None:
+    path, _, settings, _ = refined
+    copy_run(path, tmp_path / "run")
+    again, recorder = run_in(tmp_path / "run", settings, resume=True)
+    assert "lesson" not in recorder.stages, "nothing is left to learn"
+    more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"betas": (0.5, 3.0, 1.0), "steps": 2})})
+    longer, recorder = run_in(tmp_path / "run", more, resume=True)
+    assert recorder.stages.count("refine") == 1
+    assert outcomes(longer)[:2] == outcomes(again)
+    assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
 
 
 def test_strengths_alone_leave_the_directions(prompt_files: Files, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ class Refinement:
         except (RuntimeError, NotImplementedError) as error:
             self._bench.context.reporter.warn(
                 f"The front isn't refined, because this model's layers have no backward pass ({first_line(error)}); load it in "
-                "bfloat16, without quantization, to refine it."
+                "bfloat16, without quantization, to refine it, or search longer, with -n 200."
             )
             return False
         return True
