@@ -23,8 +23,9 @@ TEXT = (
     "*KL* is the least KL of a trial that leaves at most 3 % of the harmful evaluation prompts refused: its median over",
     "seeds, and its range; *none*: seeds without such a trial. *Good*: the exact count of good answers of 100. *Tokens* are",
     "those that the model was fed from the first trial on, forward once and backward twice. *Ratio*: the KL over that of the",
-    "search alone with the same seed. *As good after*: the tokens until the first trial whose KL is no larger than that of",
-    "the search alone at its end, as a share of the search's.",
+    "search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens. *As good",
+    "after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a share of",
+    "the search's.",
 )
 # {(trials, refined): {seed: line}}
 Courses = Mapping[tuple[int, bool], Mapping[int, Line]]
@@ -52,9 +53,20 @@ def spent(line: Line, tokens: int) -> int:
 def tokens_until(line: Line, kl: float, prompts: int) -> int | None:
     """The tokens of a course until its first trial with a KL of at most `kl` and no more than `SHARE` refusals."""
     for point in line["points"]:
-        if point["state"] == "complete" and point["kl"] <= kl and point["refusals"] <= float(SHARE) * prompts:
+        if point["kl"] <= kl and good_enough(point, prompts):
             return spent(line, point["tokens"])
     return None
+
+
+def good_enough(point: Mapping[str, Any], prompts: int) -> bool:
+    """Whether a point was measured in full and refuses at most `SHARE`."""
+    return bool(point["state"] == "complete" and point["refusals"] <= float(SHARE) * prompts)
+
+
+def least_kl_within(line: Line, tokens: int, prompts: int) -> float | None:
+    """`least_kl` of the trials that a course had after so many tokens."""
+    points = [point for point in line["points"] if good_enough(point, prompts) and spent(line, point["tokens"]) <= tokens]
+    return min((point["kl"] for point in points), default=None)
 
 
 def row(course: tuple[int, bool], by_seed: Mapping[int, Line], search: Mapping[int, Line], prompts: int) -> str:
@@ -64,13 +76,15 @@ def row(course: tuple[int, bool], by_seed: Mapping[int, Line], search: Mapping[i
     known = sorted(kl for kl in kls if kl is not None)
     goods = [line["best"][SHARE]["good"] for line in by_seed.values() if line["best"][SHARE] is not None]
     goods = [good for good in goods if good is not None]
-    costs, ratios, shares = [], [], []
+    costs, ratios, equal, shares = [], [], [], []
     for seed, line in by_seed.items():
         costs.append(spent(line, line["tokens"]))
         other = search.get(seed)
         if refined and other is not None and (theirs := least_kl(other)) is not None:
             ours, until = least_kl(line), tokens_until(line, theirs, prompts)
             ratios += [] if ours is None else [ours / theirs]
+            within = least_kl_within(line, spent(other, other["tokens"]), prompts)
+            equal += [] if within is None else [within / theirs]
             shares += [] if until is None else [until / spent(other, other["tokens"])]
     cells = [
         f"{trials} trials, refined" if refined else f"{trials} trials",
@@ -80,6 +94,7 @@ def row(course: tuple[int, bool], by_seed: Mapping[int, Line], search: Mapping[i
         f"{statistics.median(goods):g} (least {min(goods)})" if goods else "–",
         f"{statistics.median(costs) / 1e6:.2f} M",
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "–",
+        f"{statistics.median(equal):.2f} ({min(equal):.2f} to {max(equal):.2f})" if equal else "–",
         f"{statistics.median(shares):.0%} (most {max(shares):.0%})" if shares else "–",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
@@ -101,8 +116,8 @@ def page(found: Mapping[str, Courses], command: str) -> str:
             "",
             f"## {model}",
             "",
-            "| course | seeds | KL at ≤ 3 % | none | good | tokens | ratio | as good after |",
-            "|---|---|---|---|---|---|---|---|",
+            "| course | seeds | KL at ≤ 3 % | none | good | tokens | ratio | at equal cost | as good after |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         lines += [row(course, courses[course], search, prompts) for course in sorted(courses, key=lambda one: (one[1], one[0]))]
     return "\n".join(lines) + "\n"

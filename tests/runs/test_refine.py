@@ -88,14 +88,13 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
     real_lesson = refine.prepare_lesson
     monkeypatch.setattr(refine, "prepare_lesson", lambda bench, some: benches.append(bench) or real_lesson(bench, some))
     asked: list[str] = []
-    real_answers = lesson.answers
+    real_answers = lesson._responses
 
-    def answered(bench: Any, params: Any, prompts: Any, **options: Any) -> Any:
+    def answered(bench: Any, params: Any, prompts: Any, *options: Any, **more: Any) -> Any:
         asked.extend(prompt.text for prompt in prompts)
-        return real_answers(bench, params, prompts, **options)
+        return real_answers(bench, params, prompts, *options, **more)
 
-    monkeypatch.setattr(lesson, "answers", answered)
-    monkeypatch.setattr(refine, "answers", answered)
+    monkeypatch.setattr(lesson, "_responses", answered)
     ids: dict[str, set[tuple[int, ...]]] = {}
     real_one = refine.Refinement._one_trial
 
@@ -211,9 +210,10 @@ def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(prompt_file
         nothing = TrialParams("global", 1.0, kernels)
         teachers = [("teachers", nothing), *lesson.teachers_of(bench, [])]
         asked = bench.prompts.harmful[-lesson._COMPARED :]
-        counts = [
-            lesson.answers(bench, params, asked, length=lesson._judged(bench))[1].count("answered") for _, params in teachers
-        ]
+        counts = []
+        for _, params in teachers:
+            responses = lesson._responses(bench, params, asked)
+            counts.append(lesson._kinds(bench, asked, responses or ()).count("answered"))
         assert counts[0] < max(counts)
         for some, expected in ((teachers, counts), (teachers[::-1], counts[::-1])):
             assert lesson._best(bench, some) is some[expected.index(max(expected))]

@@ -1,6 +1,6 @@
 """What refinement learns from: the answers of a teacher, an edited model, and the unedited model's own answers.
 
-A teacher's answers count as `unanswered` counts them. They cost as much as a few trials, so they are kept in the cache.
+They cost as much as a few trials, so they are kept in the cache.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from abliterate.refine.loss import Rows
 from abliterate.refine.teachers import best_trials, plain_ablations
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.refusals import Refusals
-from abliterate.scorers.unanswered import Unanswered
+from abliterate.scorers.unanswered import Unanswered, measure_fluency
 from abliterate.scorers.yardstick import Kind
 from abliterate.types import Params, Prompt, Trial
 
@@ -84,23 +84,43 @@ def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
     return [*((trial.number, trial.params) for trial in best_trials(trials)), *(("teachers", params) for params in plain)]
 
 
-def answers(
-    bench: Workbench, params: Params, prompts: Sequence[Prompt], *, length: int | None = None
-) -> tuple[list[Response], list[Kind]]:
-    """An edited model's responses, of at most `length` tokens, and their kinds, whatever the search counts."""
-    with bench.edited(params):
-        responses = bench.engine.respond(prompts, length=length)
+def refusals(bench: Workbench, params: Params, prompts: Sequence[Prompt]) -> int:
+    """The number of prompts that an edited model refuses, as far as the beginning of its responses shows it."""
+    responses = _responses(bench, params, prompts)
     assert responses is not None  # only a limit can stop it
-    return responses, _kinds(bench, prompts, responses)
+    return sum(map(_markers(bench).is_refusal, responses))
+
+
+def answers(bench: Workbench, params: Params, prompts: Sequence[Prompt]) -> list[Response | None]:
+    """The beginnings of an edited model's responses; None for refusals and broken ones.
+
+    Whether they are on topic is asked about some answers of each teacher only (`_best`), because it takes most of the tokens.
+    """
+    responses, base = _responses(bench, params, prompts), bench.asked()
+    assert responses is not None  # only a limit can stop it
+    rows = [row for row, response in enumerate(responses) if not _markers(bench).is_refusal(response)]
+    measured = measure_fluency(base, prompts, rows, [responses[row].ids for row in rows])
+    found: list[Response | None] = [None] * len(responses)
+    yardstick = base.yardstick()
+    for row, (measures, _) in zip(rows, measured, strict=True):
+        if yardstick.is_fluent(measures):
+            found[row] = responses[row]
+    return found
+
+
+def _responses(bench: Workbench, params: Params, prompts: Sequence[Prompt], limit: int | None = None) -> list[Response] | None:
+    """Responses of twice the tokens that are learned from, which are enough to show a refusal or a loop."""
+    with bench.edited(params):
+        return bench.engine.respond(prompts, limit=limit, length=max(48, 2 * bench.settings.refine.tokens))
 
 
 def _kinds(bench: Workbench, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Kind]:
     scorer = next((scorer for scorer in bench.scorers if isinstance(scorer, Unanswered)), None)
-    scorer = scorer or Unanswered(_refusals(bench))
+    scorer = scorer or Unanswered(_markers(bench))
     return scorer.kinds(Observation(responses, torch.empty(0), prompts, bench.asked()))
 
 
-def _refusals(bench: Workbench) -> Refusals:
+def _markers(bench: Workbench) -> Refusals:
     return next(scorer for scorer in bench.scorers if isinstance(scorer, Refusals))
 
 
@@ -114,30 +134,20 @@ def _best(bench: Workbench, teachers: Sequence[Teacher]) -> Teacher:
         if most == len(prompts):
             break
         bench.context.check()
-        with bench.edited(teacher[1]):
-            responses = bench.engine.respond(prompts, limit=len(prompts) - most, length=_judged(bench))
-        if responses and sum(not _refusals(bench).is_refusal(response) for response in responses) > most:
+        responses = _responses(bench, teacher[1], prompts, limit=len(prompts) - most)
+        if responses and sum(not _markers(bench).is_refusal(response) for response in responses) > most:
             answered = _kinds(bench, prompts, responses).count("answered")
             best, most = (teacher, answered) if answered > most else (best, most)
         bench.context.reporter.progress(tried + 1, len(teachers), "teachers")
     return best
 
 
-def _judged(bench: Workbench) -> int:
-    """The tokens of a teacher's answer that are generated and judged, of which the first are learned from.
-
-    They are enough to show a refusal or a loop.
-    """
-    return max(48, 2 * bench.settings.refine.tokens)
-
-
 def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     settings = bench.settings.refine
     harmful, harmless = bench.prompts.harmful[: settings.prompts], bench.prompts.harmless[: settings.prompts]
-    responses, kinds = answers(bench, teacher, harmful, length=_judged(bench))
     targets = [
-        TeacherForced(bench.chat.token_ids(prompt), response.ids[: settings.tokens]) if kind == "answered" else None
-        for prompt, response, kind in zip(harmful, responses, kinds, strict=True)
+        TeacherForced(bench.chat.token_ids(prompt), response.ids[: settings.tokens]) if response else None
+        for prompt, response in zip(harmful, answers(bench, teacher, harmful), strict=True)
     ]
     n_asked = max(1, round(settings.validation * len(harmful)))
     answered = [row for row in targets[n_asked:] if row is not None]

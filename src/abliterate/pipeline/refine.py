@@ -22,7 +22,7 @@ from abliterate.edits import edit_method
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.pipeline import stages
-from abliterate.pipeline.lesson import Lesson, answers, lesson_key, prepare_lesson, teachers_of
+from abliterate.pipeline.lesson import Lesson, lesson_key, prepare_lesson, refusals, teachers_of
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
@@ -195,9 +195,8 @@ class Refinement:
         }
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
-        _, kinds = answers(bench, params, bench.prompts.harmful[: lesson.n_asked])
-        shares = {kind: kinds.count(kind) / len(kinds) for kind in ("refused", "answered")}
-        validation = {**best.record, **shares, "prompts": len(kinds)}
+        refused = refusals(bench, params, bench.prompts.harmful[: lesson.n_asked])
+        validation = {**best.record, "refused": refused / lesson.n_asked, "prompts": lesson.n_asked}
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:
