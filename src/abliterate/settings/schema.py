@@ -180,7 +180,7 @@ class RefineSettings(_Section):
     enabled: bool = True
     steps: int = Field(20, ge=1)
     betas: Literal["auto"] | Annotated[tuple[Annotated[float, Field(gt=0, le=LARGEST)], ...], Field(min_length=1)] = "auto"
-    descents: int = Field(6, ge=1)
+    descents: int = Field(8, ge=1)
     max_refused: float = Field(0.03, ge=0, lt=1)
     learn: Literal["directions", "strengths"] = "directions"
     batch: int = Field(24, ge=1)
