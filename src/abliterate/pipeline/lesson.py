@@ -28,6 +28,8 @@ from abliterate.types import Params, Prompt, Trial
 
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
+# The version of how a lesson is made: those in the cache that another version made are no use.
+_VERSION = 2
 # Training prompts on which possible teachers are compared, and the fewest answers that are worth learning from.
 _COMPARED, _FEWEST = 16, 8
 
@@ -75,7 +77,8 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
 def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
     settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
-    return {"study": bench.identity(), "settings": settings, "teachers": [asdict(params) for _, params in teachers]}
+    of_teachers = [asdict(params) for _, params in teachers]
+    return {"version": _VERSION, "study": bench.identity(), "settings": settings, "teachers": of_teachers}
 
 
 def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
@@ -146,7 +149,7 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     settings = bench.settings.refine
     harmful, harmless = bench.prompts.harmful[: settings.prompts], bench.prompts.harmless[: settings.prompts]
     targets = [
-        TeacherForced(bench.chat.token_ids(prompt), response.ids[: settings.tokens]) if response else None
+        TeacherForced(bench.chat.token_ids(prompt), response.ids[: settings.tokens]) if response is not None else None
         for prompt, response in zip(harmful, answers(bench, teacher, harmful), strict=True)
     ]
     n_asked = max(1, round(settings.validation * len(harmful)))
