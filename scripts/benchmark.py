@@ -158,7 +158,8 @@ def main() -> None:
         peer = ""
         if options.peer:
             (folder / "peer").mkdir()
-            peer = sentence(run_heretic(settings_of(options.model, 0), options.count, options.threads, folder / "peer"), ours)
+            peer_settings = settings_of(options.model, 0, options.prompts)
+            peer = sentence(run_heretic(peer_settings, options.count, options.threads, folder / "peer"), ours)
     measured = {name: medians(repeats) for name, repeats in results.items()}
     title = options.title or f"Variants: {options.model}"
     body = variants_section(measured, statistics.median(second), options.threads, options.count, options.repeats)

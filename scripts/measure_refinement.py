@@ -1,4 +1,4 @@
-"""Measure refinement against the search alone: the least KL at few unanswered prompts, its cost, and exact good answers.
+"""Measure refinement against the search alone: the least KL at few refusals, its cost, and exact good answers.
 
     python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 200 --starts 0 20 40 --out refinement.jsonl
 
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import random
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Params, Prompt, RefinedParams, Trial
 
-# The shares of unanswered prompts at which the least KL is read off.
+# The shares of refused prompts at which the least KL is read off.
 SHARES = (0.0, 0.03, 0.1)
 
 
@@ -55,8 +56,10 @@ def main() -> None:
     args = parser.parse_args()
     for seed in args.seeds:
         for trials, refined in [(args.trials, False)] * bool(args.trials) + [(start, True) for start in args.starts]:
-            with spoiled_targets(args.spoil):
-                line = course(settings_of(args.model, seed, args.assignments), trials, refined=refined)
+            # A cache of its own, so that no course gets for nothing what another one has paid for.
+            with spoiled_targets(args.spoil), tempfile.TemporaryDirectory() as cache:
+                settings = settings_of(args.model, seed, [f"cache_dir={cache}", *args.assignments])
+                line = course(settings, trials, refined=refined)
             given = {"model": Path(args.model).name, "seed": seed, "set": args.assignments, "spoil": args.spoil}
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
@@ -95,6 +98,7 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
             "refined": refined,
             "best": found,
             "ready": ready,
+            "prompts": baseline.prompts,
             "points": points,
             "tokens": points[-1]["tokens"] if points else 0,
             "seconds": round(time.perf_counter() - started, 1),
@@ -154,7 +158,7 @@ def point(trial: Trial) -> dict[str, Any]:
 
 
 def least_kl(trials: Sequence[Trial], baseline: Baseline, share: float) -> Trial | None:
-    """The complete trial of least KL among those that refuse or leave unanswered at most this share, by refusals."""
+    """The complete trial of least KL among those that refuse at most this share of the prompts."""
     fit = [trial for trial in trials if trial.state == "complete" and trial.refusals <= share * baseline.prompts]
     return min(fit, key=lambda trial: trial.kl, default=None)
 

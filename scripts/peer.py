@@ -119,8 +119,7 @@ def _write_config(settings: Settings, trials: int, folder: Path) -> None:
     for name, source in prompt_sources(settings).items():
         path = folder / f"{name}.txt"
         path.write_text("\n".join(p.text for p in load_prompts(source, settings.prompts)) + "\n", encoding="utf-8")
-        if name in _SETS:
-            config[_SETS[name]] = {"dataset": str(path)}
+        config[_SETS[name]] = {"dataset": str(path)}
     (folder / "config.toml").write_text(tomli_w.dumps(config), encoding="utf-8")
 
 
@@ -141,7 +140,7 @@ def main() -> None:
     line |= {"trials": [[*trial, round(end, 2)] for trial, end in zip(peer.trials, peer.ends, strict=True)]}
     with args.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    print(sentence(peer, statistics.mean(peer.seconds)))
+    print(f"{statistics.mean(peer.seconds):.2f} s a trial, {peer.before:.0f} s before the first; (refusals, KL): {peer.trials}")
 
 
 if __name__ == "__main__":

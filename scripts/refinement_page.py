@@ -21,21 +21,24 @@ SHARE = "0.03"
 Line = Mapping[str, Any]
 TEXT = (
     "*KL* is the least KL of a trial that leaves at most 3 % of the harmful evaluation prompts refused: its median over",
-    "seeds, and its range; *none*: seeds without such a trial. *Good*: the exact count of good answers of 100. *Tokens* are",
-    "those that the model was fed from the first trial on, forward once and backward twice. *Ratio*: the KL over that of the",
-    "search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens. *As good",
-    "after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a share of",
-    "the search's.",
+    "seeds, their range, and of how many seeds if some have no such trial. *Good*: the exact count of its good answers of 100.",
+    "*Tokens*: those that the model was fed from the first trial on, forward once and backward twice. *Ratio*: the KL over",
+    "that of the search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens.",
+    "*As good after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a",
+    "share of the search's.",
 )
-# {(trials, refined): {seed: line}}
-Courses = Mapping[tuple[int, bool], Mapping[int, Line]]
+# (refined, trials, what else was set)
+Course = tuple[bool, int, str]
+Courses = Mapping[Course, Mapping[int, Line]]
 
 
 def courses_of(lines: Sequence[Line]) -> dict[str, Courses]:
     """{model: its courses}; of two lines of one seed the later one counts."""
-    found: dict[str, dict[tuple[int, bool], dict[int, Line]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, dict[Course, dict[int, Line]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
-        found[line["model"]][line["trials"], line["refined"]][line["seed"]] = line
+        given = [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
+        given += [f"{line['spoil']:.0%} of the targets spoiled"] if line.get("spoil") else []
+        found[line["model"]][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
     return dict(found)
 
 
@@ -50,10 +53,10 @@ def spent(line: Line, tokens: int) -> int:
     return tokens - line["ready"]["tokens"]
 
 
-def tokens_until(line: Line, kl: float, prompts: int) -> int | None:
+def tokens_until(line: Line, kl: float) -> int | None:
     """The tokens of a course until its first trial with a KL of at most `kl` and no more than `SHARE` refusals."""
     for point in line["points"]:
-        if point["kl"] <= kl and good_enough(point, prompts):
+        if point["kl"] <= kl and good_enough(point, line["prompts"]):
             return spent(line, point["tokens"])
     return None
 
@@ -63,39 +66,46 @@ def good_enough(point: Mapping[str, Any], prompts: int) -> bool:
     return bool(point["state"] == "complete" and point["refusals"] <= float(SHARE) * prompts)
 
 
-def least_kl_within(line: Line, tokens: int, prompts: int) -> float | None:
+def least_kl_within(line: Line, tokens: int) -> float | None:
     """`least_kl` of the trials that a course had after so many tokens."""
-    points = [point for point in line["points"] if good_enough(point, prompts) and spent(line, point["tokens"]) <= tokens]
+    points = [
+        point for point in line["points"] if good_enough(point, line["prompts"]) and spent(line, point["tokens"]) <= tokens
+    ]
     return min((point["kl"] for point in points), default=None)
 
 
-def row(course: tuple[int, bool], by_seed: Mapping[int, Line], search: Mapping[int, Line], prompts: int) -> str:
+def shown(values: Sequence[float], of: int, form: str) -> str:
+    """The median and the range of a figure, and of how many seeds."""
+    if not values:
+        return f"none of {of}" if of else "–"
+    text = f"{statistics.median(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    return text if len(values) == of else f"{text}, {len(values)} of {of}"
+
+
+def row(course: Course, by_seed: Mapping[int, Line], search: Mapping[int, Line]) -> str:
     """A row of the table."""
-    trials, refined = course
-    kls = [least_kl(line) for line in by_seed.values()]
-    known = sorted(kl for kl in kls if kl is not None)
+    refined, trials, given = course
+    both = [(line, search[seed]) for seed, line in by_seed.items() if refined and seed in search]
+    both = [(line, other) for line, other in both if least_kl(other) is not None]
+    kls = [kl for line in by_seed.values() if (kl := least_kl(line)) is not None]
     goods = [line["best"][SHARE]["good"] for line in by_seed.values() if line["best"][SHARE] is not None]
-    goods = [good for good in goods if good is not None]
-    costs, ratios, equal, shares = [], [], [], []
-    for seed, line in by_seed.items():
-        costs.append(spent(line, line["tokens"]))
-        other = search.get(seed)
-        if refined and other is not None and (theirs := least_kl(other)) is not None:
-            ours, until = least_kl(line), tokens_until(line, theirs, prompts)
-            ratios += [] if ours is None else [ours / theirs]
-            within = least_kl_within(line, spent(other, other["tokens"]), prompts)
-            equal += [] if within is None else [within / theirs]
-            shares += [] if until is None else [until / spent(other, other["tokens"])]
+    ratios, equal, shares = list[float](), list[float](), list[float]()
+    for line, other in both:
+        theirs, cost = least_kl(other) or 0.0, spent(other, other["tokens"])
+        ours, within, until = least_kl(line), least_kl_within(line, cost), tokens_until(line, theirs)
+        ratios += [] if ours is None else [ours / theirs]
+        equal += [] if within is None else [within / theirs]
+        shares += [] if until is None else [until / cost]
+    name = f"{trials} trials, refined" if refined else f"{trials} trials"
     cells = [
-        f"{trials} trials, refined" if refined else f"{trials} trials",
+        f"{name}: {given}" if given else name,
         len(by_seed),
-        f"{statistics.median(known):.4f} ({known[0]:.4f} to {known[-1]:.4f})" if known else "–",
-        len(kls) - len(known),
-        f"{statistics.median(goods):g} (least {min(goods)})" if goods else "–",
-        f"{statistics.median(costs) / 1e6:.2f} M",
-        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if ratios else "–",
-        f"{statistics.median(equal):.2f} ({min(equal):.2f} to {max(equal):.2f})" if equal else "–",
-        f"{statistics.median(shares):.0%} (most {max(shares):.0%})" if shares else "–",
+        shown(kls, len(by_seed), ".4f"),
+        shown([good for good in goods if good is not None], len(by_seed), "g"),
+        shown([spent(line, line["tokens"]) / 1e6 for line in by_seed.values()], len(by_seed), ".2f"),
+        shown(ratios, len(both), ".2f"),
+        shown(equal, len(both), ".2f"),
+        shown(shares, len(both), ".0%"),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -110,16 +120,16 @@ def page(found: Mapping[str, Courses], command: str) -> str:
         *TEXT,
     ]
     for model, courses in sorted(found.items()):
-        search = next((by_seed for (_, refined), by_seed in sorted(courses.items(), reverse=True) if not refined), {})
-        prompts = 40 if model.startswith("smollm2") else 100
+        alone = sorted(course for course in courses if not course[0])
+        search = courses[alone[-1]] if alone else {}
         lines += [
             "",
             f"## {model}",
             "",
-            "| course | seeds | KL at ≤ 3 % | none | good | tokens | ratio | at equal cost | as good after |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| course | seeds | KL at ≤ 3 % | good | M tokens | ratio | at equal cost | as good after |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        lines += [row(course, courses[course], search, prompts) for course in sorted(courses, key=lambda one: (one[1], one[0]))]
+        lines += [row(course, courses[course], search) for course in sorted(courses)]
     return "\n".join(lines) + "\n"
 
 

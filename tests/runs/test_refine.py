@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from abliterate.errors import Interrupted
 from abliterate.pipeline import lesson, refine, stages
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import load
+from abliterate.refine.betas import Tried, next_descent
 from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
 from abliterate.types import Kernel, RefinedParams, Trial, TrialParams
@@ -28,7 +31,7 @@ Refined = tuple[Path, dict[str, Any], Settings, Recorder]
 
 
 def settings_of(prompt_files: Files, cache: Path, **over: Any) -> Settings:
-    """A run without trials of its own: 12 steps at one weight, 6 at another."""
+    """A run without trials of its own: 12 steps at each of two weights."""
     options = {"enabled": True, "steps": 12, "betas": [0.5, 3.0], "batch": 6, "tokens": 6, **over}
     search = {"trials": 0, "startup_trials": 0}
     return quick_settings(prompt_files, cache, refine=options, search=search, export={"kind": "none"})
@@ -84,9 +87,6 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
         return real(self, factors, rows, work)
 
     monkeypatch.setattr(Pass, "_run", watched)
-    benches: list[Any] = []
-    real_lesson = refine.prepare_lesson
-    monkeypatch.setattr(refine, "prepare_lesson", lambda bench, some: benches.append(bench) or real_lesson(bench, some))
     asked: list[str] = []
     real_answers = lesson._responses
 
@@ -153,6 +153,39 @@ def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt
     assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
 
 
+def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Files, tmp_path: Path) -> None:
+    settings = settings_of(prompt_files, tmp_path / "cache", betas="auto", descents=2, steps=2)
+    run_in(tmp_path / "run", settings)
+    first, second = (trial.params.facts for trial in trials_of(tmp_path / "run"))  # type: ignore[union-attr]
+    tried = [Tried(first["beta"], first["validation"]["refused"])]
+    assert second["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused).beta
+    more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"descents": 3})})
+    run_in(tmp_path / "run", more, resume=True)
+    facts = [trial.params.facts for trial in trials_of(tmp_path / "run")]  # type: ignore[union-attr]
+    assert [one["stage"] for one in facts] == [0, 1, 2]
+    tried.append(Tried(second["beta"], second["validation"]["refused"]))
+    assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused).beta
+
+
+def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, tmp_path: Path) -> None:
+    settings = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=1)
+    run_in(tmp_path / "run", settings)
+    other = settings.model_copy(update={"refine": settings.refine.model_copy(update={"betas": (2.0,)})})
+    for _ in range(2):
+        run_in(tmp_path / "run", other, resume=True)
+        assert [trial.params.facts["beta"] for trial in trials_of(tmp_path / "run")] == [1.0, 2.0]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("thinking", "length"), [("keep", None), ("skip", 48)])
+def test_models_that_may_think_answer_in_full(thinking: str, length: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    engine = SimpleNamespace(respond=lambda prompts, limit, length: asked.append(length) or [])
+    settings = Settings(response={"thinking": thinking}, refine={"tokens": 8})  # type: ignore[arg-type]
+    bench = SimpleNamespace(engine=engine, settings=settings, edited=lambda params: contextlib.nullcontext())
+    lesson._responses(bench, None, [])  # type: ignore[arg-type]
+    assert asked == [length]
+
+
 def test_strengths_alone_leave_the_directions(prompt_files: Files, tmp_path: Path) -> None:
     run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2, betas=[1.0], learn="strengths"))
     (trial,) = trials_of(tmp_path / "run")
@@ -201,7 +234,9 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
     assert any("no edited model answers more than" in text for text in recorder.warnings)
 
 
-def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(prompt_files: Files, tmp_path: Path) -> None:
+def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rivals that refuse too much are stopped early; the choice is that of asking all of them everything."""
     with load(settings_of(prompt_files, tmp_path / "cache", tokens=4), Recorder()) as bench:
         stages.find_directions(bench)
@@ -209,14 +244,18 @@ def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(prompt_file
         kernels = {name: Kernel(0.0, 1.0, 0.0, 1.0) for name in bench.space.components}
         nothing = TrialParams("global", 1.0, kernels)
         teachers = [("teachers", nothing), *lesson.teachers_of(bench, [])]
-        asked = bench.prompts.harmful[-lesson._COMPARED :]
+        asked = bench.prompts.harmful[-lesson.COMPARED :]
         counts = []
         for _, params in teachers:
             responses = lesson._responses(bench, params, asked)
             counts.append(lesson._kinds(bench, asked, responses or ()).count("answered"))
         assert counts[0] < max(counts)
+        found: list[Any] = []
+        real = lesson._responses
+        monkeypatch.setattr(lesson, "_responses", lambda *given, **options: found.append(real(*given, **options)) or found[-1])
         for some, expected in ((teachers, counts), (teachers[::-1], counts[::-1])):
             assert lesson._best(bench, some) is some[expected.index(max(expected))]
+        assert None in found, "a rival was stopped"
 
 
 def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

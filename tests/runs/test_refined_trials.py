@@ -77,7 +77,7 @@ def test_it_is_exported_and_its_recipe_makes_the_same_export(
     for part in (
         "Its strengths and directions were learned by gradient",
         "β 10, 40 steps",
-        f"beginning at trial {trial.params.facts['start']}",
+        f"taught by the answers of trial {trial.params.facts['start']}",
         "harmful prompts (30, sha256 d1); harmless prompts (30, sha256 d2)",
     ):
         assert part in card

@@ -331,7 +331,9 @@ def _trained(params: Params) -> str:
         return _UNTRAINED
     facts, sets = params.facts, prompt_texts(params)
     begun = facts.get("start")
-    start = {int: f", beginning at trial {begun}", str: ", beginning at its own teachers"}.get(type(begun), "")
+    start = {int: f", taught by the answers of trial {begun}", str: ", taught by the answers of a plain ablation"}.get(
+        type(begun), ""
+    )
     prompts = "; ".join(f"{plain(name)} prompts ({plain(text)})" for name, text in sets.items()) or "not recorded"
     return _REFINED.format(found=plain(refined_text(params)), count=params.edited, start=start, prompts=prompts)
 

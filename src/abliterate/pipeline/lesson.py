@@ -19,24 +19,27 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.refine.betas import first_beta
 from abliterate.refine.loss import Rows
-from abliterate.refine.teachers import best_trials, plain_ablations
+from abliterate.refine.teachers import COMPARED, best_trials, plain_ablations
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.refusals import Refusals
 from abliterate.scorers.unanswered import Unanswered, measure_fluency
+from abliterate.scorers.yardstick import VERSION as YARDSTICK_VERSION
 from abliterate.scorers.yardstick import Kind
 from abliterate.types import Params, Prompt, Trial
 
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
+# Tokens of a response that show whether it is a refusal or a loop; at least twice as many as are learned from are looked at.
+_SHOWN = 48
 # The version of how a lesson is made: those in the cache that another version made are no use.
 _VERSION = 2
-# Training prompts on which possible teachers are compared, and the fewest answers that are worth learning from.
-_COMPARED, _FEWEST = 16, 8
+# The fewest answers that are worth learning from.
+_FEWEST = 8
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """Training and validation rows, and the harmful validation prompts, of which the first `n_asked` training prompts are.
+    """Training and validation rows; the first `n_asked` harmful training prompts are those of validation.
 
     `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `first_beta` is the weight to begin with.
     """
@@ -78,7 +81,7 @@ def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
     settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
     of_teachers = [asdict(params) for _, params in teachers]
-    return {"version": _VERSION, "study": bench.identity(), "settings": settings, "teachers": of_teachers}
+    return {"version": [_VERSION, YARDSTICK_VERSION], "study": bench.identity(), "settings": settings, "teachers": of_teachers}
 
 
 def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
@@ -112,9 +115,10 @@ def answers(bench: Workbench, params: Params, prompts: Sequence[Prompt]) -> list
 
 
 def _responses(bench: Workbench, params: Params, prompts: Sequence[Prompt], limit: int | None = None) -> list[Response] | None:
-    """Responses of twice the tokens that are learned from, which are enough to show a refusal or a loop."""
+    """The beginnings of responses, or whole ones if the model may think: an open thinking block counts as a refusal."""
+    shown = max(_SHOWN, 2 * bench.settings.refine.tokens)
     with bench.edited(params):
-        return bench.engine.respond(prompts, limit=limit, length=max(48, 2 * bench.settings.refine.tokens))
+        return bench.engine.respond(prompts, limit=limit, length=None if bench.settings.response.thinking == "keep" else shown)
 
 
 def _kinds(bench: Workbench, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Kind]:
@@ -132,8 +136,8 @@ def _best(bench: Workbench, teachers: Sequence[Teacher]) -> Teacher:
 
     One that refuses too many of them to be the best is stopped there, and its answers aren't shown to the base.
     """
-    best, most, prompts = teachers[0], 0, bench.prompts.harmful[-_COMPARED:]
-    for tried, teacher in enumerate(teachers if len(teachers) > 1 else ()):
+    best, most, prompts = teachers[0], 0, bench.prompts.harmful[-COMPARED:]
+    for tried, teacher in enumerate(teachers):
         if most == len(prompts):
             break
         bench.context.check()

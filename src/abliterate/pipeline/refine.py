@@ -27,15 +27,13 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
 from abliterate.refine.betas import Tried, next_descent
-from abliterate.refine.descent import Descent, Rates
+from abliterate.refine.descent import LOOK, Descent, Rates
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
 from abliterate.types import Baseline, RefinedParams, Trial
 
-# Steps between two looks at the validation rows, at which the state becomes durable.
-LOOK = 10
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
 # to be divided by √d_model.
 _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.1
@@ -85,11 +83,10 @@ class Refinement:
             reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
 
     def _refined(self) -> Iterator[Trial]:
-        known = {trial.params.facts.get("stage"): trial for trial in self._trials if isinstance(trial.params, RefinedParams)}
         points: list[_Point] = []
         lesson: Lesson | None = None
         while len(points) < self._settings.n_descents:
-            trial = known.get(len(points))
+            trial = self._known(len(points))
             if trial is None:
                 lesson = lesson or self._lesson()
                 if lesson is None:
@@ -98,6 +95,15 @@ class Refinement:
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(trial.params.facts["beta"], trial.params))
             yield trial
+
+    def _known(self, stage: int) -> Trial | None:
+        """The trial of a finished descent, at the weight that is asked for."""
+        betas = self._settings.betas
+        for trial in self._trials:
+            facts = trial.params.facts if isinstance(trial.params, RefinedParams) else {}
+            if facts.get("stage") == stage and (betas == "auto" or betas[stage] == facts["beta"]):
+                return trial
+        return None
 
     def _lesson(self) -> Lesson | None:
         """What the descents learn from; None, with a warning, if there is nothing to learn or no way to."""

@@ -32,6 +32,8 @@ from abliterate.pipeline.from_settings import chat_of
 from abliterate.pipeline.preflight import adapter_refusal
 from abliterate.pipeline.yardstick import ANSWERS
 from abliterate.prompts.sets import PromptSets
+from abliterate.refine.descent import LOOK
+from abliterate.refine.teachers import COMPARED, TEACHERS
 from abliterate.scorers.unanswered import ALIKE
 from abliterate.scorers.yardstick import TELLING
 from abliterate.settings.schema import Settings
@@ -199,9 +201,7 @@ def _cost(
 
 
 def _asked(settings: Settings, work: Workload) -> tuple[int, int]:
-    """The tokens that the base is fed, at most, about a trial's answers, and for its yardstick; 0 without `unanswered`."""
-    if UNANSWERED not in (*settings.search.objectives, *settings.evaluation.scorers):
-        return 0, 0
+    """The tokens that the base is fed, at most, about a trial's answers, and for its yardstick."""
     response = settings.response.max_new_tokens
     telling = min(TELLING, response)
     (harmful, _, harmful_tokens), (harmless, _, harmless_tokens) = work.sets["harmful_eval"], work.sets["harmless"]
@@ -210,7 +210,8 @@ def _asked(settings: Settings, work: Workload) -> tuple[int, int]:
     prompt = math.ceil(harmless_tokens / max(1, harmless))
     # Answers are made twice, and shown to the base whole, as a half, and after one prompt more than a trial's.
     of_answer = 3 * (prompt + response) + prompt + math.ceil(response / 2) + (ALIKE + 1) * (prompt + telling)
-    return of_trial, answers * of_answer
+    yardstick = answers * of_answer if UNANSWERED in settings.scorers or settings.refine.enabled else 0
+    return of_trial if UNANSWERED in settings.scorers else 0, yardstick
 
 
 def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
@@ -222,10 +223,15 @@ def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
     rows = {"harmful": harmful / max(1, n_harmful) + refine.tokens, "harmless": harmless / max(1, n_harmless) + refine.tokens}
     # The base sees the harmless rows, too.
     step = refine.batch * (3 * rows["harmful"] + 4 * rows["harmless"])
-    # The teacher's answers, and each descent's answers to validation prompts, as shares of the evaluation prompts.
-    answers = min(n_harmful, refine.prompts) * (1 + refine.n_descents * refine.validation)
+    used = {"harmful": min(n_harmful, refine.prompts), "harmless": min(n_harmless, refine.prompts)}
+    looked = refine.validation * (used["harmful"] * rows["harmful"] + 2 * used["harmless"] * rows["harmless"])
+    looks = refine.n_descents * math.ceil(refine.steps / LOOK) + 2
+    # The answers of teachers that are compared, those of the one that teaches, the base's own, and each descent's to validation
+    # prompts, as shares of the evaluation prompts.
+    answers = TEACHERS * COMPARED + used["harmless"]
+    answers += math.ceil(used["harmful"] * (1 + refine.n_descents * refine.validation))
     trials = refine.n_descents + math.ceil(answers / max(1, work.sets["harmful_eval"][0]))
-    return round(refine.n_descents * refine.steps * step), trials
+    return round(refine.n_descents * refine.steps * step + looks * looked), trials
 
 
 def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:

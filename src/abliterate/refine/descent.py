@@ -23,6 +23,8 @@ from abliterate.model.edit_hooks import EditHooks
 from abliterate.refine.loss import Loss, Rows, kl_losses, target_loss
 from abliterate.refine.parameters import Parameters, tensors_of
 
+# Steps between two looks at the validation rows, at which the state becomes durable.
+LOOK = 10
 # One row of a batch: whether it is harmful, and the row.
 _Item = tuple[bool, TeacherForced]
 

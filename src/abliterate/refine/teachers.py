@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 from abliterate.types import Kernel, Trial, TrialParams
 
-# Trials that are tried as teachers, those with the most answers first.
-BEST = 4
-# Plain ablations for a run without trials: positions of the one direction, as fractions of n_layers − 1, None for each layer's
+# Trials that are tried as teachers, those with the most answers first; and the training prompts on which teachers are compared.
+BEST, COMPARED = 4, 16
+# Plain ablations, which rival the trials: positions of the one direction, as fractions of n_layers − 1, None for each layer's
 # own; and the coeff of the MLPs beside the attention's 1. Each edits the upper 70 % of the layers.
 _POSITIONS: tuple[float | None, ...] = (0.5, 0.6, 0.7, None)
 _MLP = (1.0, 0.0)
 _FROM = 0.3
+# The teachers that are compared, at most.
+TEACHERS = BEST + len(_POSITIONS) * len(_MLP)
 
 
 def best_trials(trials: Sequence[Trial]) -> list[Trial]:
@@ -29,7 +31,7 @@ def plain_ablations(n_layers: int, components: Sequence[str]) -> list[TrialParam
     """A handful of plain ablations, which need no search."""
     last = n_layers - 1
     found = []
-    for mlp in _MLP:
+    for mlp in _MLP if any(component.startswith("mlp") for component in components) else _MLP[:1]:
         kernels = {
             component: Kernel(coeff, last, coeff, max(1.0, (1 - _FROM) * last))
             for component in components

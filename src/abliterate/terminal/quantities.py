@@ -26,17 +26,19 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
         "edits": f"{sum(group['layers'] for group in edited)} modules, {record['edit']['mode']} "
         f"({record['edit']['representation']})",
         "coverage": "\n".join([_share(coverage), *map(_group, coverage["groups"])]),
-        "cost": f"at most {at_most}: {_trials(cost)}",
+        "cost": f"at most {at_most}: {_purposes(cost)}",
     }
     return words | ({"assumed": f"{USUAL_TOKENS} tokens a prompt: {cost['assumed']}"} if cost["assumed"] else {})
 
 
-def _trials(cost: Mapping[str, Any]) -> str:
+def _purposes(cost: Mapping[str, Any]) -> str:
     """What the cost is for."""
-    refinement = cost["tokens"].get("refinement_at_most", 0)
+    refinement = cost["tokens"]["refinement_at_most"]
     if not refinement:
         return f"{cost['trials']} trials, which usually need a fifth to half of it"
-    rest = f", the rest for {cost['trials']} trials, which usually need a fifth to half of that" if cost["trials"] else ""
+    rest = (
+        f", the rest mostly for {cost['trials']} trials, which usually need a fifth to half of that" if cost["trials"] else ""
+    )
     return f"{_count(refinement)} tokens for refinement{rest}"
 
 

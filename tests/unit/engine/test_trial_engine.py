@@ -363,9 +363,11 @@ def test_shorter_responses_are_the_beginnings_of_whole_ones(llama: Lab, length: 
         assert all(len(one.ids) <= length for one in short)
         for one, all_of_it in zip(short, whole, strict=True):
             assert one.ids == all_of_it.ids[: len(one.ids)]
-    plain = llama.reference.respond(HARMFUL, length=length)
+    plain, engine = llama.reference.respond(HARMFUL, length=length), llama.engine()
     assert plain is not None
     assert [len(one.ids) for one in plain] == [min(length, len(one.ids)) for one in whole]
+    assert engine.respond(HARMFUL, length=length) == plain == engine.respond(HARMFUL, length=length)
+    assert engine.respond(HARMFUL) == whole, "what it learned of short responses doesn't shorten whole ones"
 
 
 @pytest.mark.parametrize("opens", [True, False])

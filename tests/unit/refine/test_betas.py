@@ -33,7 +33,7 @@ def test_weights_near_the_largest_that_removes_refusals_are_found(threshold: flo
 
 
 def test_weights_follow_what_more_steps_allow() -> None:
-    """Where every descent lets the weight grow by a half, the descents after the first few rise with it."""
+    """Where every descent lets the weight grow by `NEAR`, the descents after the first few rise with it."""
     tried = tried_on(1.0, 0.7, 12, growth=NEAR)
     assert tried[-1].beta > 20
     assert all(one.refused < ALL for one in tried)
