@@ -158,13 +158,13 @@ def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Fil
     run_in(tmp_path / "run", settings)
     first, second = (trial.params.facts for trial in trials_of(tmp_path / "run"))  # type: ignore[union-attr]
     tried = [Tried(first["beta"], first["validation"]["refused"])]
-    assert second["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused).beta
+    assert second["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
     more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"descents": 3})})
     run_in(tmp_path / "run", more, resume=True)
     facts = [trial.params.facts for trial in trials_of(tmp_path / "run")]  # type: ignore[union-attr]
     assert [one["stage"] for one in facts] == [0, 1, 2]
     tried.append(Tried(second["beta"], second["validation"]["refused"]))
-    assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused).beta
+    assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
 
 
 def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ class Refinement:
             beta = settings.betas[len(points)]
             return _Plan(beta, settings.steps, _nearest(points, beta))
         tried = [Tried(point.beta, point.refused) for point in points]
-        found = next_descent(tried, lesson.first_beta, settings.max_refused)
+        is_last = len(points) == settings.n_descents - 1
+        found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
         return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
 
     def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:

@@ -17,6 +17,8 @@ FIRST = 0.6
 FAR, NEAR = 2.0, 1.4
 # How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
 FALL = 3.0
+# The last descent's weight is smaller by this factor, so that the front ends with a trial that refuses nothing.
+LAST = 2.0
 # The share of prompts beyond which a descent led back to the unedited model, and none goes on from it.
 ALL = 0.9
 
@@ -42,15 +44,17 @@ def first_beta(gain: float, kl: float) -> float:
     return FIRST * max(gain, 1e-3) / max(kl, 1e-6)
 
 
-def next_descent(tried: Sequence[Tried], first: float, limit: float) -> Next:
+def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last: bool = False) -> Next:
     """The descent after those `tried`, where at most `limit` of the prompts may be refused.
 
-    Weights grow while that is so, and fall while it isn't, the more the more is refused.
+    Weights grow while that is so, and fall while it isn't, the more the more is refused; that of the last descent falls.
     """
     if not tried:
         return Next(first, None)
     last, enough = tried[-1], [place for place, one in enumerate(tried) if one.refused <= limit]
+    if last.refused <= limit and is_last:
+        return Next(last.beta / LAST, len(tried) - 1)
     if last.refused <= limit:
         return Next(last.beta * (NEAR if len(enough) < len(tried) else FAR), len(tried) - 1)
     after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
-    return Next(last.beta / (1 + FALL * last.refused), after)
+    return Next(last.beta / (1 + FALL * last.refused) / (LAST if is_last else 1), after)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from abliterate.refine.betas import ALL, FALL, FAR, FIRST, NEAR, Next, Tried, first_beta, next_descent
+from abliterate.refine.betas import ALL, FALL, FAR, FIRST, LAST, NEAR, Next, Tried, first_beta, next_descent
 
 LIMIT = 0.03
 
@@ -55,6 +55,15 @@ def test_weights_follow_what_more_steps_allow() -> None:
 def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> None:
     found = next_descent(tried, 1.0, LIMIT)
     assert (found.beta, found.after) == (pytest.approx(expected.beta), expected.after)
+
+
+@pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
+def test_the_last_weight_is_smaller(refused: float) -> None:
+    tried = [Tried(1.0, 0.0), Tried(2.0, refused)]
+    usual, last = (next_descent(tried, 1.0, LIMIT, is_last=is_last) for is_last in (False, True))
+    assert last.beta == pytest.approx((2.0 if refused == 0 else usual.beta) / LAST)
+    assert last.after == usual.after
+    assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
 
 
 def test_the_first_weight_is_a_share_of_the_teachers_gain_per_nat() -> None:
