@@ -167,6 +167,32 @@ def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Fil
     assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
 
 
+def test_a_kept_state_of_another_beginning_is_no_use(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run is interrupted in its second descent; another run then comes to that weight from another first one."""
+    real, seen = Descent.step, list[int]()
+
+    def settings(*betas: float) -> Settings:
+        return settings_of(prompt_files, tmp_path / "cache", betas=list(betas), steps=3)
+
+    def step(self: Descent, beta: float, rate: float) -> Any:
+        if beta == 3.0 and self.steps == 2 and 2 not in seen:
+            seen.append(2)
+            raise Interrupted
+        return real(self, beta, rate)
+
+    monkeypatch.setattr(refine, "LOOK", 1)
+    run_in(tmp_path / "other", settings(1.0))
+    monkeypatch.setattr(Descent, "step", step)
+    with pytest.raises(Interrupted):
+        run_in(tmp_path / "first", settings(0.5, 3.0))
+    seen.clear()
+    monkeypatch.setattr(Descent, "step", lambda self, *given: seen.append(self.steps) or real(self, *given))
+    run_in(tmp_path / "other", settings(1.0, 3.0), resume=True)
+    assert seen == [0, 1, 2]
+
+
 def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, tmp_path: Path) -> None:
     settings = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=1)
     run_in(tmp_path / "run", settings)

@@ -162,7 +162,9 @@ class Refinement:
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        part = {"stage": stage, "beta": beta, "steps": plan.steps, "settings": settings.model_dump(include={"learn", "batch"})}
+        begun = plan.before.params.sha256 if plan.before else ""
+        part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
+        part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
         while descent.steps < plan.steps:

@@ -1,4 +1,4 @@
-"""Which weight β of the KL the next descent has, and where it begins: the largest weights at which the model doesn't refuse.
+"""Which weight β of the KL the next descent has, and where it begins, to find the largest at which the model doesn't refuse.
 
 The scale of β is the model's own, so it is found on validation prompts and not by a fixed list. Too large a weight leaves
 refusals, so refusals decide; too small a weight only wastes KL. Descents go on from each other, because a weight at which the
@@ -52,9 +52,8 @@ def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last:
     if not tried:
         return Next(first, None)
     last, enough = tried[-1], [place for place, one in enumerate(tried) if one.refused <= limit]
-    if last.refused <= limit and is_last:
-        return Next(last.beta / LAST, len(tried) - 1)
     if last.refused <= limit:
-        return Next(last.beta * (NEAR if len(enough) < len(tried) else FAR), len(tried) - 1)
+        growth = NEAR if len(enough) < len(tried) else FAR
+        return Next(last.beta / LAST if is_last else last.beta * growth, len(tried) - 1)
     after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
     return Next(last.beta / (1 + FALL * last.refused) / (LAST if is_last else 1), after)
