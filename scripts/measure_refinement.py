@@ -4,9 +4,8 @@
 
 Each line of the output is one course of one seed: `trials` trials and no refinement, or `starts` trials and refinement after
 them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
-token forward once, backward twice. The model is `demo`, or a folder that
-`train_demo_model.py --variant` or `real_model.py` made, with its prompts. Good answers are counted exactly where the corpus
-knows them (`ground_truth.py`).
+token forward once, backward twice. The model is `demo`, or a folder that `train_demo_model.py --variant` or `real_model.py`
+made, with its prompts. Good answers are counted exactly where the corpus knows them (`ground_truth.py`).
 """
 
 from __future__ import annotations

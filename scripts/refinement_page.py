@@ -49,7 +49,7 @@ def least_kl(line: Line) -> float | None:
 
 
 def spent(line: Line, tokens: int) -> int:
-    """Tokens without those before the first trial, which courses of one seed share in a cache."""
+    """Of so many tokens, those from the first trial on."""
     return tokens - line["ready"]["tokens"]
 
 
