@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,14 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import Interrupted
+from abliterate.evaluation.likelihood import AskedBase
 from abliterate.pipeline import lesson, refine, stages
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import load
 from abliterate.refine.betas import Tried, next_descent
 from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
-from abliterate.types import Kernel, RefinedParams, Trial, TrialParams
+from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams
 from support.cli import Invoke
 from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
@@ -95,6 +97,19 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
         return real_answers(bench, params, prompts, *options, **more)
 
     monkeypatch.setattr(lesson, "_responses", answered)
+    real_logprobs, real_lesson = AskedBase.logprobs, refine.prepare_lesson
+    shown: list[str] = []
+
+    def judged(self: AskedBase, prompts: Sequence[Prompt], answers: Any) -> Any:
+        shown.extend(prompt.text for prompt in prompts)
+        return real_logprobs(self, prompts, answers)
+
+    def prepared(bench: Any, teachers: Any) -> Any:
+        with monkeypatch.context() as patch:  # trials show the base their evaluation prompts, a lesson doesn't
+            patch.setattr(AskedBase, "logprobs", judged)
+            return real_lesson(bench, teachers)
+
+    monkeypatch.setattr(refine, "prepare_lesson", prepared)
     ids: dict[str, set[tuple[int, ...]]] = {}
     real_one = refine.Refinement._one_trial
 
@@ -109,7 +124,9 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
     whole = {row for row in seen if len(row) > 4}  # the probe feeds four tokens
     assert whole
     assert whole <= ids["training"]
-    assert set(asked) <= ids["texts"]  # type: ignore[comparison-overlap]
+    assert asked
+    assert shown
+    assert {*asked, *shown} <= ids["texts"]  # type: ignore[comparison-overlap]
 
 
 def test_an_interrupted_refinement_equals_an_uninterrupted_one(
@@ -202,11 +219,11 @@ def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, tm
         assert [trial.params.facts["beta"] for trial in trials_of(tmp_path / "run")] == [1.0, 2.0]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("thinking", "length"), [("keep", None), ("skip", 48)])
-def test_models_that_may_think_answer_in_full(thinking: str, length: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("thinking", "tokens", "length"), [("keep", 8, 100), ("skip", 8, 48), ("skip", 60, 100)])
+def test_models_that_may_think_answer_in_full(thinking: str, tokens: int, length: int) -> None:
     asked: list[Any] = []
     engine = SimpleNamespace(respond=lambda prompts, limit, length: asked.append(length) or [])
-    settings = Settings(response={"thinking": thinking}, refine={"tokens": 8})  # type: ignore[arg-type]
+    settings = Settings(response={"thinking": thinking}, refine={"tokens": tokens})  # type: ignore[arg-type]
     bench = SimpleNamespace(engine=engine, settings=settings, edited=lambda params: contextlib.nullcontext())
     lesson._responses(bench, None, [])  # type: ignore[arg-type]
     assert asked == [length]
@@ -255,9 +272,13 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
     monkeypatch.setattr(lesson, "_FEWEST", 1000)
     settings = settings_of(prompt_files, tmp_path / "cache")
     search = settings.search.model_copy(update={"trials": 2})
-    result, recorder = run_in(tmp_path / "run", settings.model_copy(update={"search": search}))
+    settings = settings.model_copy(update={"search": search})
+    result, recorder = run_in(tmp_path / "run", settings)
     assert len(result["trials"]) == 2
     assert any("no edited model answers more than" in text for text in recorder.warnings)
+    monkeypatch.setattr(lesson, "_made", lambda *given: pytest.fail("what couldn't be learned is remembered"))
+    _, again = run_in(tmp_path / "run", settings, resume=True)
+    assert any("no edited model answers more than" in text for text in again.warnings)
 
 
 def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(

@@ -15,11 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from abliterate.errors import InputError
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.checkpoint import empty_model
+from abliterate.objectives import UNANSWERED
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
 
-# The sets to which whole responses are generated; of direction prompts only the last position is read.
+# The sets to which whole responses are always generated; for the directions only the prompts' last positions are read.
 _ANSWERED = ("harmful_eval", "harmless_eval", "harmful_heldout", "harmless_heldout", "over_refusal")
 # Tables with rows before the first position, of which OPT has two.
 _OFFSETS = 8
@@ -56,7 +57,7 @@ def check_lengths(
         InputError: a prompt is longer than the model's table of positions.
     """
     limit = positions_of(config)
-    long = list(_long(chat, sets, limit, settings.response.max_new_tokens)) if limit else []
+    long = list(_long(chat, sets, limit, _response_tokens(settings))) if limit else []
     if not long:
         return
     worst = max(long, key=lambda entry: entry.tokens + entry.response)
@@ -85,9 +86,22 @@ def has_table(model: PreTrainedModel, limit: int) -> bool:
     return any((leaf == "wpe" or "pos" in leaf) and limit <= rows <= limit + _OFFSETS for leaf, rows in leaves)
 
 
-def _long(chat: PromptEncoder, sets: Mapping[str, Sequence[Prompt]], limit: int, max_new_tokens: int) -> Iterator[_Long]:
+def _response_tokens(settings: Settings) -> dict[str, int]:
+    """The most tokens of the responses to each set's prompts; the yardstick and refinement have training prompts answered."""
+    whole = settings.response.max_new_tokens
+    found = dict.fromkeys(_ANSWERED, whole)
+    if UNANSWERED in settings.scorers or settings.refine.enabled:
+        found["harmless"] = whole
+    if settings.refine.enabled:
+        found["harmful"] = settings.refinement_response_tokens
+    return found
+
+
+def _long(
+    chat: PromptEncoder, sets: Mapping[str, Sequence[Prompt]], limit: int, response_tokens: Mapping[str, int]
+) -> Iterator[_Long]:
     for name, prompts in sets.items():
-        response = max_new_tokens if name in _ANSWERED else 0
+        response = response_tokens.get(name, 0)
         for number, prompt in enumerate(prompts, start=1):
             tokens = len(chat.token_ids(prompt))
             # The last token of a response isn't read any more.

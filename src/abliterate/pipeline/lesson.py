@@ -29,8 +29,6 @@ from abliterate.types import Params, Prompt, Trial
 
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
-# Tokens of a response that show whether it is a refusal or a loop; at least twice as many as are learned from are looked at.
-_SHOWN = 48
 # The version of how a lesson is made: those in the cache that another version made are no use.
 _VERSION = 2
 # The fewest answers that are worth learning from.
@@ -65,16 +63,24 @@ class Lesson:
 
 
 def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | None:
-    """The lesson of the best of some teachers; None if it answers too little."""
+    """The lesson of the best of some teachers; None, with a warning, if it answers too little."""
     key = lesson_key(bench, teachers)
     stored = bench.context.store.get("lesson", key, remember=False)
     if stored is not None:
-        return Lesson.from_record(json.loads(from_bytes(stored["record"])))
-    lesson = _made(bench, *_best(bench, teachers))
-    if lesson is not None:
+        lesson = Lesson.from_record(json.loads(from_bytes(stored["record"])))
+    else:
+        lesson = _made(bench, *_best(bench, teachers))
         label = f"{bench.loaded.info.id}: {len(lesson.training.harmful)} answers"
         bench.context.store.put("lesson", key, {"record": to_bytes(json.dumps(lesson.to_record()))}, label, remember=False)
-    return lesson
+    answered = len(lesson.training.harmful)
+    if answered >= _FEWEST:
+        return lesson
+    asked = min(bench.settings.refine.prompts, len(bench.prompts.harmful)) - lesson.n_asked
+    bench.context.reporter.warn(
+        f"The front isn't refined, because no edited model answers more than {answered} of {asked} harmful training prompts; "
+        "try more trials with -n."
+    )
+    return None
 
 
 def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
@@ -115,10 +121,8 @@ def answers(bench: Workbench, params: Params, prompts: Sequence[Prompt]) -> list
 
 
 def _responses(bench: Workbench, params: Params, prompts: Sequence[Prompt], limit: int | None = None) -> list[Response] | None:
-    """The beginnings of responses, or whole ones if the model may think: an open thinking block counts as a refusal."""
-    shown = max(_SHOWN, 2 * bench.settings.refine.tokens)
     with bench.edited(params):
-        return bench.engine.respond(prompts, limit=limit, length=None if bench.settings.response.thinking == "keep" else shown)
+        return bench.engine.respond(prompts, limit=limit, length=bench.settings.refinement_response_tokens)
 
 
 def _kinds(bench: Workbench, prompts: Sequence[Prompt], responses: Sequence[Response]) -> list[Kind]:
@@ -149,7 +153,7 @@ def _best(bench: Workbench, teachers: Sequence[Teacher]) -> Teacher:
     return best
 
 
-def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
+def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson:
     settings = bench.settings.refine
     harmful, harmless = bench.prompts.harmful[: settings.prompts], bench.prompts.harmless[: settings.prompts]
     targets = [
@@ -158,12 +162,8 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson | None:
     ]
     n_asked = max(1, round(settings.validation * len(harmful)))
     answered = [row for row in targets[n_asked:] if row is not None]
-    if len(answered) < _FEWEST:
-        bench.context.reporter.warn(
-            f"The front isn't refined, because no edited model answers more than {len(answered)} of {len(targets) - n_asked} "
-            "harmful training prompts; try more trials with -n."
-        )
-        return None
+    if len(answered) < _FEWEST:  # nothing more is needed of a lesson that is no use
+        return Lesson(Rows(answered, []), Rows([], []), n_asked, start, 0.0)
     own = _own_answers(bench, harmless)
     n_held = max(1, round(settings.validation * len(own)))
     whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"

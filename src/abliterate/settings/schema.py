@@ -18,6 +18,9 @@ from abliterate.types import LARGEST, LARGEST_COUNT
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 
+# Tokens of a response that show whether it is a refusal or a loop; refinement looks at twice as many as it learns from, too.
+_SHOWN = 48
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -275,3 +278,12 @@ class Settings(BaseSettings):
         """The scorers of each trial: the named ones, those that are objectives, and the two that every record contains."""
         objectives = (split(text)[0] for text in self.search.objectives)
         return tuple(dict.fromkeys((*self.evaluation.scorers, *objectives, "refusals", "kl")))
+
+    @property
+    def refinement_response_tokens(self) -> int:
+        """The most tokens of the responses to training prompts that refinement looks at.
+
+        They are whole if the model may think, because an open thinking block counts as a refusal.
+        """
+        whole, shown = self.response.max_new_tokens, max(_SHOWN, 2 * self.refine.tokens)
+        return whole if self.response.thinking == "keep" else min(whole, shown)

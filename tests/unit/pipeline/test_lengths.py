@@ -25,11 +25,21 @@ LIMIT = 64
 SHORT, LONG = Prompt("Hi", ""), Prompt("How do I squash a very old hat at home? " * 8, "")
 
 
-def check(family: str, sets: Mapping[str, Sequence[Prompt]], response: int = 4, **sizes: Any) -> list[str]:
+# A search whose training prompts have no responses: no yardstick, and no refinement.
+OLD: dict[str, Any] = {"search": {"objectives": ("refusals", "kl")}, "refine": {"enabled": False}}
+
+
+def check(
+    family: str,
+    sets: Mapping[str, Sequence[Prompt]],
+    response: int = 4,
+    options: Mapping[str, Any] = OLD,
+    **sizes: Any,
+) -> list[str]:
     """The warnings on these sets for a tiny model of a family."""
     warnings: list[str] = []
     model = make_model(family, **sizes)
-    settings = Settings(response={"max_new_tokens": response})  # type: ignore[arg-type]
+    settings = Settings(response={"max_new_tokens": response}, **options)  # type: ignore[arg-type]
     check_lengths(settings, model.config, make_chat(), sets, warnings.append)
     return warnings
 
@@ -63,6 +73,22 @@ def test_directions_read_prompts_alone(name: str) -> None:
     with pytest.raises(InputError) as caught:
         check("gpt2", {name: [SHORT]}, 500, n_positions=tokens_of(SHORT) - 1)
     assert "max_new_tokens" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "read"),
+    [
+        ("harmful", {"search": OLD["search"], "refine": {"enabled": True, "tokens": 4}}, 48),
+        ("harmful", {"search": OLD["search"], "refine": {"enabled": True, "tokens": 30}}, 60),
+        ("harmless", {"search": OLD["search"], "refine": {"enabled": True}}, 100),
+        ("harmless", {"search": {"objectives": ("unanswered", "kl")}, "refine": {"enabled": False}}, 100),
+    ],
+)
+def test_refinement_and_the_yardstick_answer_training_prompts(name: str, options: dict[str, Any], read: int) -> None:
+    limit = tokens_of(SHORT) + read - 1
+    assert check("gpt2", {name: [SHORT]}, 100, options, n_positions=limit) == []
+    with pytest.raises(InputError, match=f"Prompt 1 of the set {name}.* up to {read}"):
+        check("gpt2", {name: [SHORT]}, 100, options, n_positions=limit - 1)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
