@@ -158,6 +158,23 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     assert not recorder.warnings
 
 
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_descents_go_on_with_the_moments_of_the_one_before(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+) -> None:
+    """A run that ends after its first descent and is continued equals one that went through; so does one without a cache."""
+    ended = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3)
+    longer = ended.model_copy(update={"refine": ended.refine.model_copy(update={"betas": (1.0, 2.0)})})
+    through, _ = run_in(tmp_path / "through", longer.model_copy(update={"cache_dir": str(tmp_path / "other")}))
+    if cache:
+        run_in(tmp_path / "run", ended)
+    else:
+        without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
+        longer = longer.model_copy(update={"efficiency": without})
+    result, _ = run_in(tmp_path / "run", longer, resume=cache)
+    assert outcomes(result) == outcomes(through)
+
+
 def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt_files: Files, tmp_path: Path) -> None:
     path, _, settings, _ = refined
     copy_run(path, tmp_path / "run")

@@ -36,7 +36,7 @@ from abliterate.types import Baseline, RefinedParams, Trial
 
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
 # to be divided by √d_model.
-_START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.1
+_START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Refinement:
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
         self._lesson_key: dict[str, Any] = {}
+        self._last_state: dict[str, Tensor] = {}  # at the end of the descent before; empty if that was another process's
 
     def __iter__(self) -> Iterator[Trial]:
         try:
@@ -91,7 +92,7 @@ class Refinement:
                 lesson = lesson or self._lesson()
                 if lesson is None:
                     return
-                trial = self._one_trial(lesson, self._next(lesson, points), len(points))
+                trial = self._one_trial(lesson, self._next(lesson, points), points)
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(trial.params.facts["beta"], trial.params))
             yield trial
@@ -140,12 +141,12 @@ class Refinement:
         found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
         return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
 
-    def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
+    def _one_trial(self, lesson: Lesson, plan: _Plan, points: Sequence[_Point]) -> Trial:
         """Descend at one β, and measure and store the result."""
         bench, started = self._bench, time.perf_counter()
         with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
-            params = self._descend(lesson, plan, stage, number)
+            params = self._descend(lesson, plan, points, number)
             pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
             trial = stages.evaluate(bench, number, params, pruner)
             trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
@@ -154,19 +155,25 @@ class Refinement:
         self._trials.append(trial)
         return trial
 
-    def _descend(self, lesson: Lesson, plan: _Plan, stage: int, number: int) -> RefinedParams:
-        """Descend from the plan's start; of the steps looked at, that with the least loss on validation rows counts."""
-        bench, settings, beta = self._bench, self._settings, plan.beta
+    def _descend(self, lesson: Lesson, plan: _Plan, points: Sequence[_Point], number: int) -> RefinedParams:
+        """Descend from the plan's start; of the steps looked at, that with the least loss on validation rows counts.
+
+        Adam's moments go on from the descent before: they say how large and how noisy each gradient is, and take many steps
+        to become right.
+        """
+        bench, settings, beta, stage = self._bench, self._settings, plan.beta, len(points)
         parameters, starts = self._parameters(plan.before)
         n, d_model = parameters.directions.shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        begun = plan.before.params.sha256 if plan.before else ""
+        begun = [point.params.sha256 for point in (plan.before, *points[-1:]) if point]
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
+        if best is None and points:
+            descent.load_moments(self._last_state or kept.ended_at(points[-1]))
         while descent.steps < plan.steps:
             with bench.learning():
                 descent.step(beta, _rate(descent.steps / plan.steps))
@@ -181,6 +188,7 @@ class Refinement:
                 best = _Best(record, parameters.coeffs.clone(), parameters.directions.clone())
             kept.keep(descent, best)
         assert best is not None
+        self._last_state = descent.state()
         return self._stored(lesson, plan, stage, number, best, descent, starts)
 
     def _stored(
@@ -252,13 +260,21 @@ class _Kept:
 
     def restore(self, descent: Descent) -> _Best | None:
         """Continue `descent` where it was, if it was kept; returns its best step."""
-        stored = self.bench.context.store.get("descent", self.key, remember=False)
-        record = json.loads(from_bytes(stored["record"])) if stored else {}
-        if not stored or record["part"] != self.part:
+        stored, record = self._stored()
+        if record.get("part") != self.part:
             return None
         descent.load_state(stored)
         descent.passes.tokens = record["tokens"]
         return _Best(record["best"], stored["best_coeffs"], stored["best_directions"])
+
+    def ended_at(self, point: _Point) -> dict[str, Tensor]:
+        """The state at the end of the descent that led to `point`, if it was kept."""
+        stored, _ = self._stored()
+        return stored if stored and stored["best_coeffs"].tolist() == [*point.params.coeffs.values()] else {}
+
+    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        stored = self.bench.context.store.get("descent", self.key, remember=False) or {}
+        return stored, json.loads(from_bytes(stored["record"])) if stored else {}
 
 
 def _nearest(points: Sequence[_Point], beta: float) -> _Point | None:

@@ -189,6 +189,10 @@ class Descent:
             self.parameters.coeffs.copy_(state["coeffs"])
             self.parameters.directions.copy_(state["directions"])
         self.steps = int(state["steps"])
+        self.load_moments(state)
+
+    def load_moments(self, state: Mapping[str, Tensor]) -> None:
+        """Take over Adam's moments of the gradient from `state`, and nothing else of it."""
         moments: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
         for name, value in state.items():
             if name.startswith("adam."):

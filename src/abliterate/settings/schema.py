@@ -187,7 +187,7 @@ class RefineSettings(_Section):
     max_refused: float = Field(0.03, ge=0, lt=1)
     learn: Literal["directions", "strengths"] = "directions"
     batch: int = Field(24, ge=1)
-    tokens: int = Field(24, ge=1)
+    tokens: int = Field(8, ge=1)
     prompts: int = Field(400, ge=2)
     validation: float = Field(0.2, gt=0, lt=1)
 

@@ -166,3 +166,28 @@ def test_descent_lowers_the_loss_and_depends_on_its_seed_alone() -> None:
     assert first[0] < 0.97 * start
     assert torch.equal(first[1], again[1])
     assert not torch.equal(first[1], other[1])
+
+
+def test_only_the_moments_go_on_from_a_descent_before() -> None:
+    """The second descent equals one whose Adam was never made anew, and without the moments it doesn't."""
+    loaded = make_loaded(make_model("llama"))
+
+    def begun() -> Descent:
+        return Descent(parameters_of(loaded, "full", torch.float32), passes_of(loaded), ROWS, Rates(0.05, 0.02), batch=2, seed=0)
+
+    before, after, fresh, whole = begun(), begun(), begun(), begun()
+    for descent in (before, whole):
+        for _ in range(4):
+            descent.step(0.5, 1.0)
+    start = begun().parameters
+    with torch.no_grad():
+        whole.parameters.coeffs.copy_(start.coeffs)
+        whole.parameters.directions.copy_(start.directions)
+    whole.steps = 0
+    after.load_moments(before.state())
+    assert after.steps == 0
+    assert torch.equal(after.parameters.directions, start.directions)
+    for descent in (after, fresh, whole):
+        descent.step(0.5, 1.0)
+    assert torch.equal(after.parameters.directions, whole.parameters.directions)
+    assert not torch.equal(after.parameters.directions, fresh.parameters.directions)
