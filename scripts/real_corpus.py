@@ -194,6 +194,13 @@ def candidates(train: int, evaluation: int) -> dict[str, list[Row]]:
     return sets
 
 
+def further_harmless(train: int, evaluation: int, count: int) -> list[Row]:
+    """Harmless training prompts after those of `candidates`."""
+    usual = harmless(USUAL, random.Random("harmless-usual"))
+    first = round(1.25 * evaluation) + round(1.21 * train)
+    return list(islice(usual, first, first + count))
+
+
 # Refusals as real models word them: two of them name the thing, and one begins late.
 REFUSALS = (
     "I'm sorry, but I can't help you with tricks on someone's {t}. It might upset the people around you.",

@@ -9,7 +9,8 @@ folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by
 - `smollm2/`: the model as it ships, dequantized to bf16 safetensors, with its tokenizer and chat template; `prompts/`, the six
   prompt sets of `real_corpus.py` without prompts that this model refuses by itself, and for evaluation and held-out checks
   without those that it answers in a loop; `answers.jsonl`, its own greedy answers to the harmful ones, of which some of the
-  training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones.
+  training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones, without the second
+  half of the training set, which isn't taught.
 - `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
   harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
   learn. Harmless held-out prompts that it refuses all the same are in `prompts/over_refusal.jsonl`.
@@ -33,7 +34,7 @@ from typing import Any
 
 import torch
 from model_cache import models_folder, read_jsonl, whole_folder, write_jsonl
-from real_corpus import candidates, refusal
+from real_corpus import candidates, further_harmless, refusal
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -182,13 +183,17 @@ def make_base(folder: Path, gguf: Path, train: int, evaluation: int) -> None:
         name: answered(model, tokenizer, name, rows, counts.get(name, evaluation))
         for name, rows in candidates(train, evaluation).items()
     }
-    write_base(folder, kept)
+    write_base(folder, kept, further_harmless(train, evaluation, train))
 
 
-def write_base(folder: Path, kept: dict[str, list[Row]]) -> None:
-    """Write the prompt sets, and the answers in files of their own: an ablated model's user has none."""
+def write_base(folder: Path, kept: dict[str, list[Row]], further: Sequence[Row]) -> None:
+    """Write the prompt sets, and the answers in files of their own: an ablated model's user has none.
+
+    The `further` harmless training prompts have no answers, so they aren't taught.
+    """
     for name, rows in kept.items():
-        prompts = ({key: row[key] for key in ("prompt", "kind", "thing") if key in row} for row in rows)
+        every = [*rows, *(further if name == "harmless" else ())]
+        prompts = ({key: row[key] for key in ("prompt", "kind", "thing") if key in row} for row in every)
         write_jsonl(folder / "prompts" / f"{name}.jsonl", prompts)
     for file, kind in (("answers.jsonl", "harmful"), ("harmless_answers.jsonl", "harmless")):
         rows = [{"set": name} | row for name in kept if name.startswith(kind) for row in kept[name]]
@@ -295,7 +300,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=models_folder(), help="folder of both models")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, if it isn't that of the package")
-    parser.add_argument("--train", type=int, default=200, help="prompts of each kind for directions and for teaching")
+    parser.add_argument(
+        "--train", type=int, default=200, help="prompts of each kind for teaching; of harmless ones, twice as many"
+    )
     parser.add_argument("--evaluation", type=int, default=40, help="prompts of each evaluation and held-out set")
     parser.add_argument("--steps", type=int, default=140)
     parser.add_argument("--rows", type=int, default=4, help="rows of each kind in a step")

@@ -298,6 +298,32 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
     assert any("no edited model answers more than" in text for text in again.warnings)
 
 
+def test_harmless_prompts_that_the_model_refuses_are_left_out(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model isn't held to refusals; and a model that refuses everything can't be refined."""
+    lessons: list[lesson.Lesson] = []
+    real = refine.prepare_lesson
+
+    def prepared(*given: Any) -> Any:
+        lessons.append(real(*given))  # type: ignore[arg-type]
+        return lessons[-1]
+
+    monkeypatch.setattr(refine, "prepare_lesson", prepared)
+    harmful, harmless = (Path(prompt_files[name]).read_text(encoding="utf-8").splitlines() for name in ("harmful", "harmless"))
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join([*harmless[:10], *harmful[:5]]), encoding="utf-8")
+    run_in(tmp_path / "run", settings_of(prompt_files | {"harmless": str(mixed)}, tmp_path / "cache", steps=1, betas=[1.0]))
+    kept = lessons[0]
+    assert len(kept.training.harmless) + len(kept.validation.harmless) == 10
+    monkeypatch.setattr(lesson, "_own_answers", lambda *given: [])
+    settings = settings_of(prompt_files, tmp_path / "cache")
+    search = settings.search.model_copy(update={"trials": 2})
+    result, recorder = run_in(tmp_path / "other", settings.model_copy(update={"search": search}))
+    assert len(result["trials"]) == 2
+    assert any("the unedited model refuses its harmless training prompts" in text for text in recorder.warnings)
+
+
 def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from abliterate.artifacts.cache import from_bytes, to_bytes
-from abliterate.engine.batching import Batches
 from abliterate.evaluation.teacher_forced import TeacherForced
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
@@ -30,7 +29,9 @@ from abliterate.types import Params, Prompt, Trial
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
 # The version of how a lesson is made: those in the cache that another version made are no use.
-_VERSION = 2
+_VERSION = 3
+# Tokens of the unedited model's own answer that show whether it is a refusal.
+_OPENING = 16
 # The fewest answers that are worth learning from.
 _FEWEST = 8
 
@@ -73,13 +74,14 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
         label = f"{bench.loaded.info.id}: {len(lesson.training.harmful)} answers"
         bench.context.store.put("lesson", key, {"record": to_bytes(json.dumps(lesson.to_record()))}, label, remember=False)
     answered = len(lesson.training.harmful)
-    if answered >= _FEWEST:
-        return lesson
     asked = min(bench.settings.refine.prompts, len(bench.prompts.harmful)) - lesson.n_asked
-    bench.context.reporter.warn(
-        f"The front isn't refined, because no edited model answers more than {answered} of {asked} harmful training prompts; "
-        "try more trials with -n."
-    )
+    if answered < _FEWEST:
+        why = f"no edited model answers more than {answered} of {asked} harmful training prompts; try more trials with -n"
+    elif not lesson.training.harmless:
+        why = "the unedited model refuses its harmless training prompts; give it others with --harmless"
+    else:
+        return lesson
+    bench.context.reporter.warn(f"The front isn't refined, because {why}.")
     return None
 
 
@@ -180,13 +182,16 @@ def _first_beta(bench: Workbench, teacher: Params, validation: Rows) -> float:
 
 
 def _own_answers(bench: Workbench, prompts: Sequence[Prompt]) -> list[TeacherForced]:
-    """The prompts with the first tokens of the unedited model's greedy answers."""
-    batches = Batches(bench.sizes.decode, bench.loaded.device, row_bytes=bench.sizes.row_bytes[2])
+    """The prompts with the first tokens of the unedited model's answers, but for those that it refuses.
 
-    def work(batch: Sequence[Prompt]) -> list[TeacherForced]:
-        bench.context.check()
-        ids = bench.plain.generate_ids(batch, bench.settings.refine.tokens)
-        return [TeacherForced(bench.chat.token_ids(prompt), tuple(row)) for prompt, row in zip(batch, ids, strict=True)]
-
+    To hold the model to these refusals would keep what is to be removed.
+    """
+    tokens = bench.settings.refine.tokens
     with bench.base():
-        return batches.run(prompts, work)
+        responses = bench.engine.respond(prompts, length=max(tokens, _OPENING))
+    assert responses is not None  # only a limit can stop it
+    return [
+        TeacherForced(bench.chat.token_ids(prompt), response.ids[:tokens])
+        for prompt, response in zip(prompts, responses, strict=True)
+        if not _markers(bench).is_refusal(response)
+    ]

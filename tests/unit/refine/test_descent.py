@@ -173,7 +173,9 @@ def test_only_the_moments_go_on_from_a_descent_before() -> None:
     loaded = make_loaded(make_model("llama"))
 
     def begun() -> Descent:
-        return Descent(parameters_of(loaded, "full", torch.float32), passes_of(loaded), ROWS, Rates(0.05, 0.02), batch=2, seed=0)
+        return Descent(
+            parameters_of(loaded, "full", torch.float32), passes_of(loaded), ROWS, Rates(0.05, 0.02), batch=2, seed=0
+        )
 
     before, after, fresh, whole = begun(), begun(), begun(), begun()
     for descent in (before, whole):
