@@ -34,7 +34,7 @@ class LayerRow:
 def refined_text(params: RefinedParams) -> str:
     """`β 10, 40 steps, 24 modules`; what isn't recorded is left out."""
     facts = params.facts
-    parts = [f"β {facts['beta']:g}" if "beta" in facts else "", f"{facts['steps']} steps" if "steps" in facts else ""]
+    parts = [f"β {facts['beta']:.3g}" if "beta" in facts else "", f"{facts['steps']} steps" if "steps" in facts else ""]
     return ", ".join([*filter(None, parts), f"{params.edited} modules"])
 
 
