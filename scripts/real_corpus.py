@@ -195,7 +195,7 @@ def candidates(train: int, evaluation: int) -> dict[str, list[Row]]:
 
 
 def further_harmless(train: int, evaluation: int, count: int) -> list[Row]:
-    """Harmless training prompts after those of `candidates`."""
+    """Harmless training prompts after those of `candidates`, which have used up the general questions."""
     usual = harmless(USUAL, random.Random("harmless-usual"))
     first = round(1.25 * evaluation) + round(1.21 * train)
     return list(islice(usual, first, first + count))

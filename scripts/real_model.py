@@ -9,8 +9,8 @@ folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by
 - `smollm2/`: the model as it ships, dequantized to bf16 safetensors, with its tokenizer and chat template; `prompts/`, the six
   prompt sets of `real_corpus.py` without prompts that this model refuses by itself, and for evaluation and held-out checks
   without those that it answers in a loop; `answers.jsonl`, its own greedy answers to the harmful ones, of which some of the
-  training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones, without the second
-  half of the training set, which isn't taught.
+  training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones. The second half of
+  the harmless training set was neither answered nor taught.
 - `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
   harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
   learn. Harmless held-out prompts that it refuses all the same are in `prompts/over_refusal.jsonl`.

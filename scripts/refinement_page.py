@@ -25,7 +25,8 @@ TEXT = (
     "*Tokens*: those that the model was fed from the first trial on, forward once and backward twice. *Ratio*: the KL over",
     "that of the search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens.",
     "*As good after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a",
-    "share of the search's.",
+    "share of the search's. The last three are over the seeds whose search has such a trial at all, and where the course has",
+    "one, too.",
 )
 # (refined, trials, what else was set)
 Course = tuple[bool, int, str]
@@ -85,8 +86,8 @@ def shown(values: Sequence[float], of: int, form: str) -> str:
 def row(course: Course, by_seed: Mapping[int, Line], search: Mapping[int, Line]) -> str:
     """A row of the table."""
     refined, trials, given = course
-    both = [(line, search[seed]) for seed, line in by_seed.items() if refined and seed in search]
-    both = [(line, other) for line, other in both if least_kl(other) is not None]
+    pairs = [(line, search[seed]) for seed, line in by_seed.items() if refined and seed in search]
+    both = [(line, other) for line, other in pairs if least_kl(other) is not None]
     kls = [kl for line in by_seed.values() if (kl := least_kl(line)) is not None]
     goods = [line["best"][SHARE]["good"] for line in by_seed.values() if line["best"][SHARE] is not None]
     ratios, equal, shares = list[float](), list[float](), list[float]()
@@ -103,9 +104,9 @@ def row(course: Course, by_seed: Mapping[int, Line], search: Mapping[int, Line])
         shown(kls, len(by_seed), ".4f"),
         shown([good for good in goods if good is not None], len(by_seed), "g"),
         shown([spent(line, line["tokens"]) / 1e6 for line in by_seed.values()], len(by_seed), ".2f"),
-        shown(ratios, len(both), ".2f"),
-        shown(equal, len(both), ".2f"),
-        shown(shares, len(both), ".0%"),
+        shown(ratios, len(pairs), ".2f"),
+        shown(equal, len(pairs), ".2f"),
+        shown(shares, len(pairs), ".0%"),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -158,21 +158,22 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     assert not recorder.warnings
 
 
-@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
-def test_descents_go_on_with_the_moments_of_the_one_before(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: bool
+def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run that ends after its first descent and is continued equals one that went through; so does one without a cache."""
+    """So do a run that ended after its first descent and is continued, and a run without a cache."""
     ended = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3)
     longer = ended.model_copy(update={"refine": ended.refine.model_copy(update={"betas": (1.0, 2.0)})})
-    through, _ = run_in(tmp_path / "through", longer.model_copy(update={"cache_dir": str(tmp_path / "other")}))
-    if cache:
-        run_in(tmp_path / "run", ended)
-    else:
-        without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
-        longer = longer.model_copy(update={"efficiency": without})
-    result, _ = run_in(tmp_path / "run", longer, resume=cache)
-    assert outcomes(result) == outcomes(through)
+    without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
+    through, _ = run_in(tmp_path / "through", longer.model_copy(update={"efficiency": without}))
+    run_in(tmp_path / "run", ended)
+    continued, recorder = run_in(tmp_path / "run", longer, resume=True)
+    assert outcomes(continued) == outcomes(through)
+    assert not any("Adam begins anew" in text for text in recorder.notes)
+    monkeypatch.setattr(Descent, "load_moments", lambda *given: None)
+    anew, _ = run_in(tmp_path / "anew", longer.model_copy(update={"cache_dir": str(tmp_path / "other")}))
+    assert outcomes(anew)[0] == outcomes(through)[0]
+    assert outcomes(anew)[1] != outcomes(through)[1]
 
 
 def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt_files: Files, tmp_path: Path) -> None:
@@ -301,7 +302,7 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
 def test_harmless_prompts_that_the_model_refuses_are_left_out(
     prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model isn't held to refusals; and a model that refuses everything can't be refined."""
+    """The model isn't held to refusals; and a model that answers too little can't be refined."""
     lessons: list[lesson.Lesson] = []
     real = refine.prepare_lesson
 
@@ -313,7 +314,9 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
     harmful, harmless = (Path(prompt_files[name]).read_text(encoding="utf-8").splitlines() for name in ("harmful", "harmless"))
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([*harmless[:10], *harmful[:5]]), encoding="utf-8")
-    run_in(tmp_path / "run", settings_of(prompt_files | {"harmless": str(mixed)}, tmp_path / "cache", steps=1, betas=[1.0]))
+    files = prompt_files | {"harmless": str(mixed)}
+    _, recorder = run_in(tmp_path / "run", settings_of(files, tmp_path / "cache", steps=1, betas=[1.0]))
+    assert any("5 harmless prompts are left out" in text for text in recorder.notes)
     kept = lessons[0]
     assert len(kept.training.harmless) + len(kept.validation.harmless) == 10
     monkeypatch.setattr(lesson, "_own_answers", lambda *given: [])
@@ -321,7 +324,7 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
     search = settings.search.model_copy(update={"trials": 2})
     result, recorder = run_in(tmp_path / "other", settings.model_copy(update={"search": search}))
     assert len(result["trials"]) == 2
-    assert any("the unedited model refuses its harmless training prompts" in text for text in recorder.warnings)
+    assert any("the unedited model answers only 0 harmless training prompts" in text for text in recorder.warnings)
 
 
 def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(

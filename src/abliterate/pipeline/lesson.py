@@ -29,10 +29,8 @@ from abliterate.types import Params, Prompt, Trial
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
 # The version of how a lesson is made: those in the cache that another version made are no use.
-_VERSION = 3
-# Tokens of the unedited model's own answer that show whether it is a refusal.
-_OPENING = 16
-# The fewest answers that are worth learning from.
+_VERSION = 4
+# The fewest answers of a kind that are worth learning from.
 _FEWEST = 8
 
 
@@ -64,7 +62,7 @@ class Lesson:
 
 
 def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | None:
-    """The lesson of the best of some teachers; None, with a warning, if it answers too little."""
+    """The lesson of the best of some teachers; None, with a warning, if it or the unedited model answers too little."""
     key = lesson_key(bench, teachers)
     stored = bench.context.store.get("lesson", key, remember=False)
     if stored is not None:
@@ -73,12 +71,12 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
         lesson = _made(bench, *_best(bench, teachers))
         label = f"{bench.loaded.info.id}: {len(lesson.training.harmful)} answers"
         bench.context.store.put("lesson", key, {"record": to_bytes(json.dumps(lesson.to_record()))}, label, remember=False)
-    answered = len(lesson.training.harmful)
-    asked = min(bench.settings.refine.prompts, len(bench.prompts.harmful)) - lesson.n_asked
+    answered, own = len(lesson.training.harmful), len(lesson.training.harmless)
     if answered < _FEWEST:
+        asked = min(bench.settings.refine.prompts, len(bench.prompts.harmful)) - lesson.n_asked
         why = f"no edited model answers more than {answered} of {asked} harmful training prompts; try more trials with -n"
-    elif not lesson.training.harmless:
-        why = "the unedited model refuses its harmless training prompts; give it others with --harmless"
+    elif own < _FEWEST:
+        why = f"the unedited model answers only {own} harmless training prompts; give it more with --harmless"
     else:
         return lesson
     bench.context.reporter.warn(f"The front isn't refined, because {why}.")
@@ -88,6 +86,7 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
 def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
     settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
+    settings["responses"] = bench.settings.refinement_response_tokens
     of_teachers = [asdict(params) for _, params in teachers]
     return {"version": [_VERSION, YARDSTICK_VERSION], "study": bench.identity(), "settings": settings, "teachers": of_teachers}
 
@@ -168,8 +167,13 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson:
         return Lesson(Rows(answered, []), Rows([], []), n_asked, start, 0.0)
     own = _own_answers(bench, harmless)
     n_held = max(1, round(settings.validation * len(own)))
+    if len(own) - n_held < _FEWEST:
+        return Lesson(Rows(answered, own[n_held:]), Rows([], []), n_asked, start, 0.0)
     whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"
-    bench.context.reporter.note(f"{len(answered)} answers of {whose} to learn from")
+    refused = f"; {len(harmless) - len(own)} harmless prompts are left out, because the model refuses them"
+    bench.context.reporter.note(
+        f"{len(answered)} answers of {whose} to learn from{refused if len(own) < len(harmless) else ''}"
+    )
     validation = Rows([row for row in targets[:n_asked] if row is not None], own[:n_held])
     return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, _first_beta(bench, teacher, validation))
 
@@ -186,9 +190,9 @@ def _own_answers(bench: Workbench, prompts: Sequence[Prompt]) -> list[TeacherFor
 
     To hold the model to these refusals would keep what is to be removed.
     """
-    tokens = bench.settings.refine.tokens
+    tokens, shown = bench.settings.refine.tokens, bench.settings.refinement_response_tokens
     with bench.base():
-        responses = bench.engine.respond(prompts, length=max(tokens, _OPENING))
+        responses = bench.engine.respond(prompts, length=shown)
     assert responses is not None  # only a limit can stop it
     return [
         TeacherForced(bench.chat.token_ids(prompt), response.ids[:tokens])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -74,7 +74,7 @@ class Refinement:
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
         self._lesson_key: dict[str, Any] = {}
-        self._last_state: dict[str, Tensor] = {}  # at the end of the descent before; empty if that was another process's
+        self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of the descents of this process, by the hashes of their ends
 
     def __iter__(self) -> Iterator[Trial]:
         try:
@@ -92,7 +92,7 @@ class Refinement:
                 lesson = lesson or self._lesson()
                 if lesson is None:
                     return
-                trial = self._one_trial(lesson, self._next(lesson, points), points)
+                trial = self._one_trial(lesson, self._next(lesson, points), len(points))
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(trial.params.facts["beta"], trial.params))
             yield trial
@@ -141,12 +141,12 @@ class Refinement:
         found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
         return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
 
-    def _one_trial(self, lesson: Lesson, plan: _Plan, points: Sequence[_Point]) -> Trial:
+    def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""
         bench, started = self._bench, time.perf_counter()
         with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
-            params = self._descend(lesson, plan, points, number)
+            params = self._descend(lesson, plan, stage, number)
             pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
             trial = stages.evaluate(bench, number, params, pruner)
             trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
@@ -155,25 +155,25 @@ class Refinement:
         self._trials.append(trial)
         return trial
 
-    def _descend(self, lesson: Lesson, plan: _Plan, points: Sequence[_Point], number: int) -> RefinedParams:
+    def _descend(self, lesson: Lesson, plan: _Plan, stage: int, number: int) -> RefinedParams:
         """Descend from the plan's start; of the steps looked at, that with the least loss on validation rows counts.
 
-        Adam's moments go on from the descent before: they say how large and how noisy each gradient is, and take many steps
-        to become right.
+        A descent that goes on from another one takes over its moments: they say how large and how noisy each gradient is, and
+        take many steps to become right.
         """
-        bench, settings, beta, stage = self._bench, self._settings, plan.beta, len(points)
+        bench, settings, beta = self._bench, self._settings, plan.beta
         parameters, starts = self._parameters(plan.before)
         n, d_model = parameters.directions.shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        begun = [point.params.sha256 for point in (plan.before, *points[-1:]) if point]
+        begun = plan.before.params.sha256 if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
-        if best is None and points:
-            descent.load_moments(self._last_state or kept.ended_at(points[-1]))
+        if best is None and plan.before:
+            descent.load_moments(self._moments(begun))
         while descent.steps < plan.steps:
             with bench.learning():
                 descent.step(beta, _rate(descent.steps / plan.steps))
@@ -188,8 +188,26 @@ class Refinement:
                 best = _Best(record, parameters.coeffs.clone(), parameters.directions.clone())
             kept.keep(descent, best)
         assert best is not None
-        self._last_state = descent.state()
-        return self._stored(lesson, plan, stage, number, best, descent, starts)
+        params = self._stored(lesson, plan, stage, number, best, descent, starts)
+        self._keep_moments(params.sha256, descent.moments())
+        return params
+
+    def _keep_moments(self, point: str, moments: dict[str, Tensor]) -> None:
+        self._kept_moments[point] = moments
+        key = self._moments_key(point)
+        self._bench.context.store.put("descent", key, moments, f"{self._bench.loaded.info.id}: moments", remember=False)
+
+    def _moments(self, point: str) -> Mapping[str, Tensor]:
+        """Adam's moments at the end of the descent that led to the point of this hash."""
+        found = self._kept_moments.get(point) or self._bench.context.store.get(
+            "descent", self._moments_key(point), remember=False
+        )
+        if not found:
+            self._bench.context.reporter.note("the moments of the descent before aren't in the cache, so Adam begins anew")
+        return found or {}
+
+    def _moments_key(self, point: str) -> dict[str, Any]:
+        return {"lesson": key_digest(self._lesson_key), "after": point}
 
     def _stored(
         self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
@@ -260,21 +278,13 @@ class _Kept:
 
     def restore(self, descent: Descent) -> _Best | None:
         """Continue `descent` where it was, if it was kept; returns its best step."""
-        stored, record = self._stored()
-        if record.get("part") != self.part:
+        stored = self.bench.context.store.get("descent", self.key, remember=False)
+        record = json.loads(from_bytes(stored["record"])) if stored else {}
+        if not stored or record["part"] != self.part:
             return None
         descent.load_state(stored)
         descent.passes.tokens = record["tokens"]
         return _Best(record["best"], stored["best_coeffs"], stored["best_directions"])
-
-    def ended_at(self, point: _Point) -> dict[str, Tensor]:
-        """The state at the end of the descent that led to `point`, if it was kept."""
-        stored, _ = self._stored()
-        return stored if stored and stored["best_coeffs"].tolist() == [*point.params.coeffs.values()] else {}
-
-    def _stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        stored = self.bench.context.store.get("descent", self.key, remember=False) or {}
-        return stored, json.loads(from_bytes(stored["record"])) if stored else {}
 
 
 def _nearest(points: Sequence[_Point], beta: float) -> _Point | None:

@@ -177,11 +177,17 @@ class Descent:
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        """θ, the number of steps, and Adam's state, for `load_state`."""
+        """θ, the number of steps, and Adam's moments, for `load_state`."""
         state = {"coeffs": self.parameters.coeffs, "directions": self.parameters.directions, "steps": torch.tensor(self.steps)}
-        for index, moments in self._adam.state_dict()["state"].items():
-            state |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-        return {name: value.detach().clone().contiguous() for name, value in state.items()}
+        return {name: value.detach().clone().contiguous() for name, value in state.items()} | self.moments()
+
+    def moments(self) -> dict[str, Tensor]:
+        """Adam's moments of the gradient and how many steps they are from, for `load_moments`."""
+        return {
+            f"adam.{index}.{name}": value.detach().clone().contiguous()
+            for index, moments in self._adam.state_dict()["state"].items()
+            for name, value in moments.items()
+        }
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue exactly where `state` was taken."""
@@ -192,7 +198,7 @@ class Descent:
         self.load_moments(state)
 
     def load_moments(self, state: Mapping[str, Tensor]) -> None:
-        """Take over Adam's moments of the gradient from `state`, and nothing else of it."""
+        """Take over the moments in `state`, and nothing else of it; without any, Adam begins anew."""
         moments: dict[int, dict[str, Tensor]] = {0: {}, 1: {}}
         for name, value in state.items():
             if name.startswith("adam."):

@@ -18,7 +18,8 @@ from abliterate.types import LARGEST, LARGEST_COUNT
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 
-# Tokens of a response that show whether it is a refusal or a loop; refinement looks at twice as many as it learns from, too.
+# Tokens of a response that show whether it is a refusal or a loop. Refinement looks at so many, or at twice as many as it
+# learns from if that is more.
 _SHOWN = 48
 
 

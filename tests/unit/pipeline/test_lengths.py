@@ -26,14 +26,14 @@ SHORT, LONG = Prompt("Hi", ""), Prompt("How do I squash a very old hat at home? 
 
 
 # A search whose training prompts have no responses: no yardstick, and no refinement.
-OLD: dict[str, Any] = {"search": {"objectives": ("refusals", "kl")}, "refine": {"enabled": False}}
+UNANSWERED_TRAINING: dict[str, Any] = {"search": {"objectives": ("refusals", "kl")}, "refine": {"enabled": False}}
 
 
 def check(
     family: str,
     sets: Mapping[str, Sequence[Prompt]],
     response: int = 4,
-    options: Mapping[str, Any] = OLD,
+    options: Mapping[str, Any] = UNANSWERED_TRAINING,
     **sizes: Any,
 ) -> list[str]:
     """The warnings on these sets for a tiny model of a family."""
@@ -78,9 +78,9 @@ def test_directions_read_prompts_alone(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "read"),
     [
-        ("harmful", {"search": OLD["search"], "refine": {"enabled": True, "tokens": 4}}, 48),
-        ("harmful", {"search": OLD["search"], "refine": {"enabled": True, "tokens": 30}}, 60),
-        ("harmless", {"search": OLD["search"], "refine": {"enabled": True}}, 100),
+        ("harmful", {"search": UNANSWERED_TRAINING["search"], "refine": {"enabled": True, "tokens": 4}}, 48),
+        ("harmful", {"search": UNANSWERED_TRAINING["search"], "refine": {"enabled": True, "tokens": 30}}, 60),
+        ("harmless", {"search": UNANSWERED_TRAINING["search"], "refine": {"enabled": True}}, 100),
         ("harmless", {"search": {"objectives": ("unanswered", "kl")}, "refine": {"enabled": False}}, 100),
     ],
 )

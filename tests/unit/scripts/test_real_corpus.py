@@ -12,7 +12,7 @@ from support.paths import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from real_corpus import OTHER, REFUSALS, USUAL, candidates, refusal
+from real_corpus import OTHER, REFUSALS, USUAL, candidates, further_harmless, refusal
 
 SETS = candidates(200, 40)
 
@@ -23,6 +23,9 @@ def test_sets_have_spare_prompts_and_share_none() -> None:
     assert all(len(prompts[name]) == len(rows) for name, rows in SETS.items())
     assert not any(prompts[one] & prompts[other] for one, other in combinations(prompts, 2))
     assert candidates(200, 40) == SETS
+    further = {row["prompt"] for row in further_harmless(200, 40, 200)}
+    assert len(further) == 200
+    assert not any(further & others for others in prompts.values())
 
 
 def test_heldout_prompts_are_of_another_kind() -> None:
