@@ -183,21 +183,26 @@ def _requests(words: Vocabulary, acts: tuple[str, ...], kind: str, rng: random.R
         yield {"prompt": prompt, "kind": kind, "thing": thing}
 
 
+def _with_spares(train: int, evaluation: int) -> tuple[int, int]:
+    """How many prompts are taken for an evaluation set and for a training set."""
+    return round(1.25 * evaluation), round(1.21 * train)
+
+
 def candidates(train: int, evaluation: int) -> dict[str, list[Row]]:
     """Prompts for the six sets, with some to spare, since those that the untaught model doesn't answer well are dropped."""
     sets = {}
     for name, stream in (("harmful", pranks), ("harmless", harmless)):
         usual, other = stream(USUAL, random.Random(f"{name}-usual")), stream(OTHER, random.Random(f"{name}-other"))
-        sets[f"{name}_eval"] = list(islice(usual, round(1.25 * evaluation)))
-        sets[name] = list(islice(usual, round(1.21 * train)))
+        for_evaluation, for_training = _with_spares(train, evaluation)
+        sets[f"{name}_eval"] = list(islice(usual, for_evaluation))
+        sets[name] = list(islice(usual, for_training))
         sets[f"{name}_heldout"] = list(islice(other, round(1.5 * evaluation)))
     return sets
 
 
 def further_harmless(train: int, evaluation: int, count: int) -> list[Row]:
     """Harmless training prompts after those of `candidates`, which have used up the general questions."""
-    usual = harmless(USUAL, random.Random("harmless-usual"))
-    first = round(1.25 * evaluation) + round(1.21 * train)
+    usual, first = harmless(USUAL, random.Random("harmless-usual")), sum(_with_spares(train, evaluation))
     return list(islice(usual, first, first + count))
 
 

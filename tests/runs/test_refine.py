@@ -202,14 +202,15 @@ def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Fil
     assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
 
 
+@pytest.mark.parametrize("learn", ["directions", "strengths"])
 def test_a_kept_state_of_another_beginning_is_no_use(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: str
 ) -> None:
     """A run is interrupted in its second descent; another run then comes to that weight from another first one."""
     real, seen = Descent.step, list[int]()
 
     def settings(*betas: float) -> Settings:
-        return settings_of(prompt_files, tmp_path / "cache", betas=list(betas), steps=3)
+        return settings_of(prompt_files, tmp_path / "cache", betas=list(betas), steps=3, learn=learn)
 
     def step(self: Descent, beta: float, rate: float) -> Any:
         if beta == 3.0 and self.steps == 2 and 2 not in seen:

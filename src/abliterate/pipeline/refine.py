@@ -74,7 +74,7 @@ class Refinement:
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
         self._lesson_key: dict[str, Any] = {}
-        self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of the descents of this process, by the hashes of their ends
+        self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
 
     def __iter__(self) -> Iterator[Trial]:
         try:
@@ -167,7 +167,7 @@ class Refinement:
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
-        begun = plan.before.params.sha256 if plan.before else ""
+        begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
@@ -189,7 +189,7 @@ class Refinement:
             kept.keep(descent, best)
         assert best is not None
         params = self._stored(lesson, plan, stage, number, best, descent, starts)
-        self._keep_moments(params.sha256, descent.moments())
+        self._keep_moments(_identity(params), descent.moments())
         return params
 
     def _keep_moments(self, point: str, moments: dict[str, Tensor]) -> None:
@@ -198,7 +198,7 @@ class Refinement:
         self._bench.context.store.put("descent", key, moments, f"{self._bench.loaded.info.id}: moments", remember=False)
 
     def _moments(self, point: str) -> Mapping[str, Tensor]:
-        """Adam's moments at the end of the descent that led to the point of this hash."""
+        """Adam's moments at the end of the descent that led to the point with this `_identity`."""
         found = self._kept_moments.get(point) or self._bench.context.store.get(
             "descent", self._moments_key(point), remember=False
         )
@@ -285,6 +285,11 @@ class _Kept:
         descent.load_state(stored)
         descent.passes.tokens = record["tokens"]
         return _Best(record["best"], stored["best_coeffs"], stored["best_directions"])
+
+
+def _identity(params: RefinedParams) -> str:
+    """A hash of a point's θ; directions alone don't tell points apart where only strengths are learned."""
+    return key_digest({"coeffs": dict(params.coeffs), "directions": params.sha256})
 
 
 def _nearest(points: Sequence[_Point], beta: float) -> _Point | None:
