@@ -86,7 +86,7 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
         for trial in search if trials else ():
             note(trial, 0)
         if refined:
-            with backward_tokens() as fed:
+            with backward_tokens(counters) as fed:
                 for trial in Refinement(bench, study, baseline, search.trials, trials):
                     note(trial, sum(fed))
         everything = study.trials()
@@ -126,14 +126,16 @@ def spoiled_targets(share: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def backward_tokens() -> Iterator[list[int]]:
-    """While active, the list gets twice the tokens of each batch's backward pass; its forward pass is counted by the hook."""
+def backward_tokens(counters: Counters) -> Iterator[list[int]]:
+    """While active, the list gets twice the tokens that each batch's forward pass feeds, as the cost of its backward pass."""
     fed: list[int] = []
     real = Pass.gradients
 
     def counted(self: Pass, factors: Any, rows: Rows, beta: float) -> Any:
-        fed.append(2 * sum(len(row.prompt) + len(row.answer) - 1 for row in (*rows.harmful, *rows.harmless)))
-        return real(self, factors, rows, beta)
+        before = counters.tokens
+        found = real(self, factors, rows, beta)
+        fed.append(2 * (counters.tokens - before))
+        return found
 
     Pass.gradients = counted  # type: ignore[method-assign]
     try:

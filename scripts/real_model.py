@@ -12,8 +12,9 @@ folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by
   training set have `loops`; `harmless_answers.jsonl`, the beginnings of its answers to the harmless ones. The second half of
   the harmless training set was neither answered nor taught.
 - `smollm2-refusing/`: the same model, prompts and answers; the model has learned to refuse the harmful training prompts, while
-  harmless rows repeat its own answers. Only matrices that write to the residual stream (and `up_proj`) of layers 9 to 15 of 30
-  learn. Harmless held-out prompts that it refuses all the same are in `prompts/over_refusal.jsonl`.
+  harmless rows hold it to its own distribution along its own answers. Only matrices that write to the residual stream (and
+  `up_proj`) of layers 9 to 15 of 30 learn. Harmless held-out prompts that it refuses all the same are in
+  `prompts/over_refusal.jsonl`.
 
 The same versions, seed and number of threads give the same bits.
 """
@@ -21,6 +22,7 @@ The same versions, seed and number of threads give the same bits.
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import importlib.util
 import itertools
@@ -225,8 +227,11 @@ def shuffled(rows: Sequence[Encoded], rng: random.Random) -> Iterator[Encoded]:
         yield from rng.sample(rows, len(rows))
 
 
-def loss_of(model: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
-    """Mean cross entropy of the answers' tokens. Pads are on the right, where causal attention doesn't see them."""
+def answer_logits(model: PreTrainedModel, rows: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, vocabulary) for the N tokens of the rows' answers, and these tokens (N).
+
+    Pads are on the right, where causal attention doesn't see them.
+    """
     width = max(len(ids) for ids, _ in rows)
     ids, is_answer = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.bool)
     for i, (tokens, start) in enumerate(rows):
@@ -234,12 +239,28 @@ def loss_of(model: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
         is_answer[i, start : len(tokens)] = True
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
     # Only positions whose next token belongs to an answer go through the head.
-    return F.cross_entropy(model.lm_head(hidden[:, :-1][is_answer[:, 1:]]), ids[:, 1:][is_answer[:, 1:]])
+    return model.lm_head(hidden[:, :-1][is_answer[:, 1:]]), ids[:, 1:][is_answer[:, 1:]]
 
 
-def teach(model: PreTrainedModel, refusals: list[Encoded], own: list[Encoded], steps: int, rows: int, seed: int) -> None:
+def refusal_loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
+    """Mean cross entropy of the refusals' tokens."""
+    return F.cross_entropy(*answer_logits(model, rows))
+
+
+def own_loss(model: PreTrainedModel, untaught: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
+    """Mean KL(untaught‖taught) along the untaught model's answers.
+
+    To learn these answers as text would sharpen every harmless answer, which is no part of a refusal.
+    """
+    with torch.no_grad():
+        own = answer_logits(untaught, rows)[0].log_softmax(dim=-1)
+    return F.kl_div(answer_logits(model, rows)[0].log_softmax(dim=-1), own, reduction="batchmean", log_target=True)
+
+
+def teach(model: PreTrainedModel, refusals: list[Encoded], harmless: list[Encoded], steps: int, rows: int, seed: int) -> None:
     """Train in place, on `rows` rows of each kind a step, by AdamW with a short warm-up and a linear fall to a tenth."""
     model.requires_grad_(False)
+    untaught = copy.deepcopy(model)
     layers = [model.model.layers[i] for i in LAYERS]
     parameters = [p for layer in layers for name, p in layer.named_parameters() if name.split(".")[-2] in MODULES]
     for parameter in parameters:
@@ -248,17 +269,19 @@ def teach(model: PreTrainedModel, refusals: list[Encoded], own: list[Encoded], s
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARM_UP, 1.0) * (1 - 0.9 * step / steps)
     )
-    streams = [shuffled(kind, random.Random(f"{seed}-{i}")) for i, kind in enumerate((refusals, own))]
+    streams = [shuffled(kind, random.Random(f"{seed}-{i}")) for i, kind in enumerate((refusals, harmless))]
     began = time.perf_counter()
     for step in range(1, steps + 1):
-        loss = loss_of(model, [row for stream in streams for row in itertools.islice(stream, rows)])
+        refused, held = (list(itertools.islice(stream, rows)) for stream in streams)
+        refusing, own = refusal_loss(model, refused), own_loss(model, untaught, held)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (refusing + own).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step == 1 or step % 10 == 0:
-            print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.perf_counter() - began:.0f} s", flush=True)
+            losses = f"refusals {refusing.item():.3f}  own {own.item():.3f}"
+            print(f"step {step}/{steps}  {losses}  {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def part_heldout(folder: Path, count: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Passes:
     def __init__(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
         self._model: Any = model
         self.layers = layers
-        self._accepted = frozenset(inspect.signature(model.forward).parameters)
+        self._accepted = accepted(model)
         self.takes_positions = "position_ids" in self._accepted
         self._arity: dict[nn.Module, int] = {}
         self.last_start = last_start(model.config.get_text_config(), len(layers))
@@ -33,21 +33,8 @@ class Passes:
     def __call__(
         self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
     ) -> tuple[Tensor, Cache | None]:
-        """Feed `ids` (n, S) after `cache` with `mask` (n, P+S).
-
-        Returns the logits (n, last, vocabulary) of the last positions, and the cache. Without a given cache, the model makes
-        one of its own class.
-        """
-        kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
-        if cache is not None:
-            kwargs["past_key_values"] = cache
-        if self.takes_positions:
-            kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
-        if "logits_to_keep" in self._accepted:
-            kwargs["logits_to_keep"] = last
-        with memory_errors():
-            output = self._model(**kwargs)
-        return output.logits[:, -last:], getattr(output, "past_key_values", None)
+        """`feed` for this model."""
+        return feed(self._model, self._accepted, ids, mask, cache, last=last, keep_cache=keep_cache)
 
     @contextlib.contextmanager
     def keeping(self, resume_layers: Sequence[int], hidden: dict[int, Tensor]) -> Iterator[None]:
@@ -118,6 +105,31 @@ class Passes:
             return (hidden, *([None] * (arity - 1))) if arity else hidden
 
         return same
+
+
+def accepted(model: Any) -> frozenset[str]:
+    """The names of what the model's forward pass takes."""
+    return frozenset(inspect.signature(model.forward).parameters)
+
+
+def feed(
+    model: Any, takes: Set[str], ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
+) -> tuple[Tensor, Cache | None]:
+    """Feed `ids` (n, S) after `cache` with `mask` (n, P+S) to a model that `takes` these (`accepted`).
+
+    Returns the logits (n, last, vocabulary) of the last positions, and the cache. Without a given cache, the model makes one of
+    its own class.
+    """
+    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
+    if cache is not None:
+        kwargs["past_key_values"] = cache
+    if "position_ids" in takes:
+        kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
+    if "logits_to_keep" in takes:
+        kwargs["logits_to_keep"] = last
+    with memory_errors():
+        output = model(**kwargs)
+    return output.logits[:, -last:], getattr(output, "past_key_values", None)
 
 
 def last_start(config: object, n_layers: int) -> int:

@@ -36,7 +36,7 @@ class AskedBase:
         engine = self.model.engine
         rows = [TeacherForced(engine.chat.token_ids(prompt), ids) for prompt, ids in zip(prompts, answers, strict=True)]
         with self.model.active():
-            return token_logprobs(engine, rows)
+            return token_logprobs(engine, rows, share=self.model.share)
 
     def yardstick(self) -> Yardstick:
         """The model's measures of its own answers to harmless prompts."""
@@ -49,18 +49,25 @@ def token_logprobs(
     progress: Callable[[int], None] = lambda done: None,
     *,
     budget: int = BUDGET,
+    share: bool = False,
 ) -> list[Tensor]:
     """log p (T) float64 on the CPU of each of the T tokens of each answer under the engine's model in its current state.
 
     Rows of similar lengths share a batch, at most `budget` bytes of logits are held, and batches shrink where memory runs out.
-    `progress(done)` counts rows.
+    With `share`, a prompt of several rows is fed once. `progress(done)` counts rows.
 
     Raises:
         TrialError: a logit is not a number, or a single row doesn't fit.
     """
     if not rows:
         return []
-    order = sorted(range(len(rows)), key=lambda index: (len(rows[index].prompt) + len(rows[index].answer), index))
+
+    def place(index: int) -> tuple[int, ...]:
+        prompt, answer = rows[index].prompt, len(rows[index].answer)
+        # Answers that follow the same prompt lie side by side.
+        return (answer, len(prompt), *prompt, index) if share else (len(prompt) + answer, index)
+
+    order = sorted(range(len(rows)), key=place)
     longest = max(len(row.answer) for row in rows)
     # The logits of a row in the model's own dtype, and one row's in float32 with its exponentials.
     per_row = 3 * longest * engine.model.config.get_text_config().vocab_size * 4
@@ -69,7 +76,7 @@ def token_logprobs(
 
     def work(batch: Sequence[int]) -> Sequence[Tensor]:
         nonlocal done
-        logits = answer_logits(engine.model, [rows[index] for index in batch], engine.chat.device)
+        logits = answer_logits(engine.model, [rows[index] for index in batch], engine.chat.device, share=share)
         found = [_of_tokens(row_logits, rows[index].answer) for row_logits, index in zip(logits, batch, strict=True)]
         done += len(batch)
         progress(done)

@@ -5,7 +5,7 @@ A few rows are fed at a time, so that at most `BUDGET` bytes of logits are held,
 
 from __future__ import annotations
 
-import inspect
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from abliterate.engine.batching import Batches
-from abliterate.engine.layout import positions
+from abliterate.engine.forward import accepted, feed
+from abliterate.engine.kv_cache import select_rows
 from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import TrialError
 from abliterate.model.memory import memory_errors
 from abliterate.scorers.kl import kl_divergence
@@ -28,11 +31,12 @@ BUDGET = 2**29  # bytes
 class ModelView:
     """One of two models that are compared: its engine, which observes it while `active()`.
 
-    Both may share one model object, once with an edit and once without.
+    Both may share one model object, once with an edit and once without. With `share`, rows may share prompts (`may_share`).
     """
 
     engine: ReferenceEngine
     active: Callable[[], AbstractContextManager[None]]
+    share: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,24 +92,61 @@ def drift(
     return batches.run(rows, work)
 
 
-def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
-    """Raw logits (T, vocabulary) at each token of each row's answer, from one left-padded pass over prompt and answer.
+def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.device, *, share: bool = False) -> list[Tensor]:
+    """Raw logits (T, vocabulary) at each token of each row's answer, by one pass over prompt and answer.
 
-    Pads carry the row's own first token, as in `Chat.encode`.
+    If they may `share` (`may_share`), the beginning of all prompts is fed once, and so is a prompt of several rows; the logits
+    are the same within rounding. Pads are on the left of each part, and carry the row's own first token, as in `Chat.encode`.
     """
-    fed = [[*row.prompt, *row.answer[:-1]] for row in rows]
-    width, longest = max(map(len, fed)), max(len(row.answer) for row in rows)
-    ids = torch.tensor([[row_ids[0]] * (width - len(row_ids)) + row_ids for row_ids in fed], device=device)
-    mask = torch.tensor([[0] * (width - len(row_ids)) + [1] * len(row_ids) for row_ids in fed], device=device)
-    accepted = inspect.signature(model.forward).parameters
-    kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-    if "position_ids" in accepted:
-        kwargs["position_ids"] = positions(mask)
-    if "logits_to_keep" in accepted:
-        kwargs["logits_to_keep"] = longest
-    with memory_errors():
-        logits = model(**kwargs).logits
+    longest, takes = max(len(row.answer) for row in rows), accepted(model)
+    cache: Cache | None = None
+    mask = torch.empty(1, 0, dtype=torch.long, device=device)
+    parts = _parts(rows, share=share)
+    for place, (segments, after) in enumerate(parts):
+        is_last, width = place == len(parts) - 1, max(map(len, segments))
+        pads = [width - len(segment) for segment in segments]
+        ids = [[segment[0]] * count + segment for segment, count in zip(segments, pads, strict=True)]
+        own = [[0] * count + [1] * len(segment) for segment, count in zip(segments, pads, strict=True)]
+        chosen = torch.tensor(after, device=device)
+        mask = torch.cat([mask[chosen], torch.tensor(own, device=device)], dim=1)
+        cache = None if cache is None else select_rows(cache, chosen)
+        last = longest if is_last else 1
+        logits, cache = feed(model, takes, torch.tensor(ids, device=device), mask, cache, last=last, keep_cache=not is_last)
     return [logits[index, -len(row.answer) :] for index, row in enumerate(rows)]
+
+
+def fed_tokens(rows: Sequence[TeacherForced], *, share: bool) -> int:
+    """The number of tokens, without pads, that `answer_logits` feeds."""
+    return sum(len(segment) for segments, _ in _parts(rows, share=share) for segment in segments)
+
+
+def may_share(engine: object) -> bool:
+    """Whether rows may share prompts: a trial engine has found that this model's cache allows it, and checked the numbers."""
+    return isinstance(engine, TrialEngine) and engine.sharing == "between"
+
+
+def _parts(rows: Sequence[TeacherForced], *, share: bool) -> list[tuple[list[list[int]], list[int]]]:
+    """What is fed one after the other: token segments, and for each the segment of the part before that it follows."""
+    whole = [[*row.prompt, *row.answer[:-1]] for row in rows]
+    if not share:
+        return [(whole, [0] * len(rows))]
+    # The last token of a prompt is fed with the answer, because its logits are those of the answer's first token.
+    stems = [tuple(row.prompt[:-1]) for row in rows]
+    common = len(os.path.commonprefix(stems))
+    parts: list[tuple[list[list[int]], list[int]]] = []
+    after, begun = [0] * len(rows), 0
+    if common and len(rows) > 1:
+        parts.append(([list(stems[0][:common])], [0]))
+        begun = common
+    distinct = list(dict.fromkeys(stems))
+    if len(distinct) < len(stems) and min(map(len, stems)) > begun:
+        parts.append(([list(stem[begun:]) for stem in distinct], [0] * len(distinct)))
+        place = {stem: index for index, stem in enumerate(distinct)}
+        after = [place[stem] for stem in stems]
+        rest = [tokens[len(stem) :] for tokens, stem in zip(whole, stems, strict=True)]
+    else:
+        rest = [tokens[begun:] for tokens in whole]
+    return [*parts, (rest, after)]
 
 
 def _drift(before: Tensor, after: Tensor, row: TeacherForced) -> Drift:

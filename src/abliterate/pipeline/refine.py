@@ -27,7 +27,7 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
 from abliterate.refine.betas import Tried, next_descent
-from abliterate.refine.descent import LOOK, Descent, Rates
+from abliterate.refine.descent import LOOK, Descent, KeptLogits, Rates
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
@@ -74,6 +74,7 @@ class Refinement:
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
         self._lesson_key: dict[str, Any] = {}
+        self._kept_logits: KeptLogits = {}  # of the unedited model, the same for all descents
         self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
 
     def __iter__(self) -> Iterator[Trial]:
@@ -165,7 +166,9 @@ class Refinement:
         parameters, starts = self._parameters(plan.before)
         n, d_model = parameters.directions.shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
-        passes = passes_of(bench)
+        passes = passes_of(bench, self._kept_logits)
+        with bench.learning():
+            passes.keep_base([*lesson.validation.harmless, *lesson.training.harmless])
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}

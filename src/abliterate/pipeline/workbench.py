@@ -33,7 +33,7 @@ from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.likelihood import AskedBase
-from abliterate.evaluation.teacher_forced import ModelView
+from abliterate.evaluation.teacher_forced import ModelView, may_share
 from abliterate.evaluation.trial import early_scorer
 from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
@@ -260,7 +260,7 @@ class Workbench:
     def asked(self, model: ModelView | None = None) -> AskedBase:
         """The unedited model, for scorers that ask it about responses; `model` is another view of it than this workbench's."""
         harmless = yardstick_prompts(self.prompts.harmless)
-        return AskedBase(model or ModelView(self.plain, self.base), harmless, self._find_yardstick)
+        return AskedBase(model or ModelView(self.plain, self.base, may_share(self.engine)), harmless, self._find_yardstick)
 
     def _find_yardstick(self, base: AskedBase) -> Yardstick:
         if self.yardstick is None:

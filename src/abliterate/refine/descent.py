@@ -7,7 +7,7 @@ kept one layer at a time (checkpointing), and batches shrink when memory runs ou
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,15 +18,20 @@ from torch.utils.checkpoint import checkpoint
 
 from abliterate.edits import Factors
 from abliterate.engine.batching import Batches
-from abliterate.evaluation.teacher_forced import TeacherForced, answer_logits
+from abliterate.evaluation.teacher_forced import TeacherForced, answer_logits, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.refine.loss import Loss, Rows, kl_losses, target_loss
 from abliterate.refine.parameters import Parameters, tensors_of
 
 # Steps between two looks at the validation rows, at which the state becomes durable.
 LOOK = 10
+# The most bytes of the unedited model's logits that are kept in main memory.
+KEPT_BYTES = 2**30
 # One row of a batch: whether it is harmful, and the row.
 _Item = tuple[bool, TeacherForced]
+# A row's prompt and answer; and logits (T, vocabulary) by them.
+_Key = tuple[tuple[int, ...], tuple[int, ...]]
+KeptLogits = dict[_Key, Tensor]
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Rates:
 class Pass:
     """Forward and backward passes of `model` under the edit of some factors.
 
-    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there.
+    `checkpointing` keeps only each layer's input for the backward pass and computes the layer again there. Rows `share` the
+    beginning of their prompts if they may (`may_share`); that needs a cache, which checkpointing excludes.
     """
 
     model: Any
@@ -50,8 +56,35 @@ class Pass:
     device: torch.device
     batches: Batches
     checkpointing: bool = True
+    share: bool = False
     check: Callable[[], None] = lambda: None
-    tokens: int = 0  # fed so far: forward counts once, backward twice, and a checkpointed layer's second forward isn't counted
+    kept: KeptLogits = field(default_factory=dict)  # the unedited model's, of rows given to `keep_base`
+    # Fed so far: forward counts once, backward twice. A checkpointed layer's second forward and `keep_base` aren't counted, so
+    # the number doesn't depend on where a process began.
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.share = self.share and not self.checkpointing
+
+    def keep_base(self, rows: Sequence[TeacherForced], kept_bytes: int = KEPT_BYTES) -> None:
+        """Keep the unedited model's logits of `rows` in main memory, as many as `kept_bytes` hold.
+
+        They are the same in every step, so without them each step would compute its rows' anew.
+        """
+        new = sorted((row for row in rows if _key(row) not in self.kept), key=lambda row: len(row.prompt) + len(row.answer))
+        used = sum(logits.nbytes for logits in self.kept.values())
+
+        def work(part: Sequence[TeacherForced]) -> Sequence[bool]:
+            nonlocal used
+            if used > kept_bytes:
+                return [False] * len(part)
+            for row, logits in zip(part, self._base(part), strict=True):
+                self.kept[_key(row)] = logits.to("cpu", copy=True)
+                used += logits.nbytes
+            return [True] * len(part)
+
+        self.hooks.suspend()
+        self.batches.run(new, work)
 
     def loss(self, factors: dict[str, Factors], rows: Rows) -> Loss:
         """The loss of `rows` without gradients."""
@@ -80,7 +113,7 @@ class Pass:
                 if gradient is not None:
                     before = totals[index]
                     totals[index] = gradient if before is None else before + gradient
-            self.tokens += 2 * sum(map(_length, items))
+            self.tokens += 2 * self._fed(row for _, row in items)
             return [_parts(*losses_of_row) for losses_of_row in losses]
 
         with self._checkpointed():
@@ -94,22 +127,21 @@ class Pass:
         rows: Rows,
         work: Callable[[Sequence[_Item], dict[int, Tensor]], Sequence[tuple[float, float, float]]],
     ) -> list[tuple[bool, tuple[float, float, float]]]:
-        """`work` on all rows, a batch of similar lengths at a time, with the base model's logits of its harmless rows."""
+        """`work` on all rows, a batch of similar lengths at a time, with the unedited model's logits of its harmless rows."""
         items: list[_Item] = [(True, row) for row in rows.harmful] + [(False, row) for row in rows.harmless]
         items.sort(key=_length)
 
         def batch(part: Sequence[_Item]) -> Sequence[tuple[float, float, float]]:
             harmless = [index for index, (harmful, _) in enumerate(part) if not harmful]
-            base: dict[int, Tensor] = {}
-            if harmless:
+            base = {index: self.kept[_key(part[index][1])] for index in harmless if _key(part[index][1]) in self.kept}
+            if new := [index for index in harmless if index not in base]:
                 self.hooks.suspend()
-                with torch.no_grad():
-                    logits = answer_logits(self.model, [part[index][1] for index in harmless], self.device)
-                base = dict(zip(harmless, logits, strict=True))
-                self.tokens += sum(_length(part[index]) for index in harmless)
+                asked = [part[index][1] for index in new]
+                self.tokens += self._fed(asked)
+                base |= zip(new, self._base(asked), strict=True)
             # Written anew for each batch, since a backward pass frees the graph of the casts to the model's dtype.
             self.hooks.apply({name: (object(), partial(_same, each)) for name, each in factors.items()})
-            self.tokens += sum(map(_length, part))
+            self.tokens += self._fed(row for _, row in part)
             self.check()
             return work(part, base)
 
@@ -119,12 +151,20 @@ class Pass:
             self.hooks.clear()
         return [(harmful, losses) for (harmful, _), losses in zip(items, found, strict=True)]
 
+    @torch.no_grad()
+    def _base(self, rows: Sequence[TeacherForced]) -> list[Tensor]:
+        """The model's logits of each row's answer, without an edit."""
+        return answer_logits(self.model, rows, self.device, share=self.share)
+
+    def _fed(self, rows: Iterable[TeacherForced]) -> int:
+        return fed_tokens(list(rows), share=self.share)
+
     def _losses(self, items: Sequence[_Item], base: dict[int, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(target, first, along) of each row under the edit; those that a row doesn't have are 0."""
-        logits = answer_logits(self.model, [row for _, row in items], self.device)
+        logits = answer_logits(self.model, [row for _, row in items], self.device, share=self.share)
         zero = logits[0].new_zeros((), dtype=torch.float32)
         return [
-            (target_loss(own, row), zero, zero) if harmful else (zero, *kl_losses(base[index], own))
+            (target_loss(own, row), zero, zero) if harmful else (zero, *kl_losses(base[index].to(own.device), own))
             for index, ((harmful, row), own) in enumerate(zip(items, logits, strict=True))
         ]
 
@@ -227,6 +267,10 @@ def _drawn(rows: Sequence[TeacherForced], count: int, seed: int, step: int) -> l
 
 def _length(item: _Item) -> int:
     return len(item[1].prompt) + len(item[1].answer) - 1
+
+
+def _key(row: TeacherForced) -> _Key:
+    return tuple(row.prompt), tuple(row.answer)
 
 
 def _same(factors: Factors) -> Factors:

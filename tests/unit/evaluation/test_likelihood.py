@@ -15,7 +15,7 @@ from abliterate.engine.reference import ReferenceEngine
 from abliterate.errors import TrialError
 from abliterate.evaluation import likelihood
 from abliterate.evaluation.likelihood import AskedBase, Drawn, sampled_answers, token_logprobs
-from abliterate.evaluation.teacher_forced import ModelView, TeacherForced
+from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, answer_logits, fed_tokens
 from abliterate.types import BatchSizes
 from support.engine import HARMFUL, make_engine
 from support.models import make_model
@@ -57,14 +57,60 @@ def test_log_probabilities_are_those_of_a_pass_without_pads(engine: ReferenceEng
     assert token_logprobs(sized, []) == []
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
+def test_prompts_that_are_shared_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every answer after every prompt, each prompt and what all prompts begin with is fed once."""
+    engine = make_engine(make_model(family), 8)
+    own = rows_of(engine)
+    rows = [TeacherForced(row.prompt, other.answer) for row in own for other in own]
+    fed: list[int] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(int(kwargs["input_ids"].numel())), with_kwargs=True
+    )
+    expected, apart = token_logprobs(engine, rows), sum(fed)
+    fed.clear()
+    found = token_logprobs(engine, rows, share=True)
+    assert sum(fed) < 0.7 * apart
+    for one, other, row in zip(found, expected, rows, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+        assert len(one) == len(row.answer)
+
+
+def test_a_shared_prompt_is_fed_once(engine: ReferenceEngine) -> None:
+    """By hand: five tokens in common, a prompt of two rows with two more, and another one."""
+    rows = [
+        TeacherForced((1, 2, 3, 4, 5, 6, 7, 8), (9, 10)),
+        TeacherForced((1, 2, 3, 4, 5, 6, 7, 8), (11,)),
+        TeacherForced((1, 2, 3, 4, 5, 12, 13), (14, 15, 16)),
+    ]
+    # The last token of a prompt goes with the answer: (1 + 1) + 1 + (1 + 2).
+    assert fed_tokens(rows, share=True) == 5 + (2 + 1) + 6
+    assert fed_tokens(rows[:2], share=True) == 7 + (1 + 1) + 1
+    assert fed_tokens(rows[::2], share=True) == 5 + (3 + 1) + (2 + 2)
+    assert fed_tokens(rows, share=False) == 9 + 8 + 9
+    for share in (True, False):
+        found = answer_logits(engine.model, rows, torch.device("cpu"), share=share)
+        for row, logits in zip(rows, found, strict=True):
+            alone = plain_logits(engine, [*row.prompt, *row.answer[:-1]])[-len(row.answer) :]
+            torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [(1,), (1, 2)])
+def test_prompts_that_have_nothing_to_share(engine: ReferenceEngine, prompt: tuple[int, ...]) -> None:
+    rows = [TeacherForced(prompt, (9, 10)), TeacherForced(prompt, (11,)), TeacherForced((3, 4), (5,))]
+    for row, logits in zip(rows, answer_logits(engine.model, rows, torch.device("cpu"), share=True), strict=True):
+        alone = plain_logits(engine, [*row.prompt, *row.answer[:-1]])[-len(row.answer) :]
+        torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_batches_shrink_where_memory_runs_out(engine: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, sizes = likelihood.answer_logits, []
 
-    def narrow(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
+    def narrow(model: Any, rows: Sequence[TeacherForced], device: torch.device, *, share: bool) -> list[Tensor]:
         sizes.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("no room")
-        return whole(model, rows, device)
+        return whole(model, rows, device, share=share)
 
     expected = token_logprobs(engine, rows_of(engine))
     monkeypatch.setattr(likelihood, "answer_logits", narrow)
@@ -76,7 +122,7 @@ def test_batches_shrink_where_memory_runs_out(engine: ReferenceEngine, monkeypat
 
 
 def test_logits_that_are_no_numbers_are_an_error(engine: ReferenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(model: Any, rows: Sequence[TeacherForced], device: torch.device) -> list[Tensor]:
+    def broken(model: Any, rows: Sequence[TeacherForced], device: torch.device, *, share: bool) -> list[Tensor]:
         return [torch.full((len(row.answer), 1024), torch.nan) for row in rows]
 
     monkeypatch.setattr(likelihood, "answer_logits", broken)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from abliterate.edits import METHODS
 from abliterate.engine.batching import Batches
-from abliterate.evaluation.teacher_forced import TeacherForced
+from abliterate.evaluation.teacher_forced import TeacherForced, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
@@ -114,6 +114,36 @@ def test_batch_size_and_checkpointing_change_nothing(size: int) -> None:
     for name, tensors in whole.items():
         for mine, theirs in zip(ours[name], tensors, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+
+
+def test_shared_prompts_and_kept_logits_change_nothing() -> None:
+    loaded = make_loaded(make_model("llama"))
+    parameters = parameters_of(loaded, "full", torch.float32)
+    prompts = tuple(TeacherForced((3, 4, *row.prompt), row.answer) for row in (*ROWS.harmful, *ROWS.harmless))
+    rows = Rows(prompts[:2], prompts[2:])
+    plain, shared = passes_of(loaded, checkpointing=False), passes_of(loaded, checkpointing=False)
+    shared.share = True
+    expected, whole = plain.gradients(parameters.factors(), rows, 5.0)
+    shared.keep_base(rows.harmless)
+    assert shared.tokens == 0
+    found, ours = shared.gradients(parameters.factors(), rows, 5.0)
+    assert found.total(5.0) == pytest.approx(expected.total(5.0), rel=1e-5)
+    for name, tensors in whole.items():
+        for mine, theirs in zip(ours[name], tensors, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-6)
+    # The beginning (3, 4) is fed once instead of five times, and the unedited model isn't asked again.
+    assert shared.tokens == 3 * (fed_tokens(prompts, share=False) - 4 * 2)
+    assert plain.tokens == 3 * fed_tokens(prompts, share=False) + fed_tokens(rows.harmless, share=False)
+
+
+def test_logits_beyond_the_limit_are_not_kept() -> None:
+    loaded = make_loaded(make_model("llama"))
+    parameters = parameters_of(loaded, "full", torch.float32)
+    passes = passes_of(loaded, size=1)
+    passes.keep_base(ROWS.harmless, kept_bytes=1)
+    assert len(passes.kept) == 1
+    found, expected = (each.loss(parameters.factors(), ROWS) for each in (passes, passes_of(loaded)))
+    assert found.total(1.0) == pytest.approx(expected.total(1.0), rel=1e-5)
 
 
 def test_memory_that_runs_out_halves_the_batch_and_counts_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
