@@ -18,7 +18,7 @@ FAR, NEAR = 2.0, 1.4
 # How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
 FALL = 3.0
 # The last descent's weight is smaller by this factor, so that the front ends with a trial that refuses nothing.
-LAST = 2.0
+LAST = 4.0
 # The share of prompts beyond which a descent led back to the unedited model, and none goes on from it.
 ALL = 0.9
 
