@@ -5,7 +5,8 @@
 Each line of the output is one course of one seed: `trials` trials and no refinement, or `starts` trials and refinement after
 them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
 token forward once, backward twice. The model is `demo`, or a folder that `train_demo_model.py --variant` or `real_model.py`
-made, with its prompts. Good answers are counted exactly where the corpus knows them (`ground_truth.py`).
+made, with its prompts. Good answers are counted exactly where the corpus knows them (`ground_truth.py`). With `--heldout`, the
+trial of least KL at 3 % refusals or fewer is measured on the model's held-out prompts, too.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ from rig import Counters, Quiet, settings_of
 from abliterate import Workbench, find_directions, load
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import refine, stages
+from abliterate.pipeline.heldout import measured as measured_heldout
+from abliterate.pipeline.heldout import read_heldout, views
 from abliterate.pipeline.lesson import Lesson, Teacher
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.search import Search
+from abliterate.prompts.sets import HUB_HELDOUT
 from abliterate.refine.descent import Pass
 from abliterate.refine.loss import Rows
 from abliterate.search.study import STUDY_NAME, Study
@@ -40,6 +44,7 @@ from abliterate.types import Baseline, Params, Prompt, RefinedParams, Trial
 
 # The shares of refused prompts at which the least KL is read off.
 SHARES = (0.0, 0.03, 0.1)
+HELDOUT = 0.03  # the one of them whose trial is measured on held-out prompts
 
 
 def main() -> None:
@@ -50,6 +55,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200, help="trials of the search alone; 0 leaves it out")
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 20, 40], help="trials before refinement")
     parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
+    parser.add_argument("--heldout", action="store_true", help="measure the best trial on held-out prompts, too")
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
     args = parser.parse_args()
@@ -58,14 +64,14 @@ def main() -> None:
             # A cache of its own, so that no course gets for nothing what another one has paid for.
             with spoiled_targets(args.spoil), tempfile.TemporaryDirectory() as cache:
                 settings = settings_of(args.model, seed, [f"cache_dir={cache}", *args.assignments])
-                line = course(settings, trials, refined=refined)
+                line = course(settings, trials, refined=refined, heldout=args.heldout)
             given = {"model": Path(args.model).name, "seed": seed, "set": args.assignments, "spoil": args.spoil}
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
 
 
-def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
+def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = False) -> dict[str, Any]:
     """One course: its trials, what was best on the way, and the cost of each."""
     started, counters, points = time.perf_counter(), Counters(), list[dict[str, Any]]()
     with load(settings, Quiet()) as bench:
@@ -92,10 +98,12 @@ def course(settings: Settings, trials: int, *, refined: bool) -> dict[str, Any]:
         everything = study.trials()
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
         found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}
+        selected = best[str(HELDOUT)] if heldout else None
         return {
             "trials": trials,
             "refined": refined,
             "best": found,
+            "heldout": None if selected is None else on_heldout(bench, selected),
             "ready": ready,
             "prompts": baseline.prompts,
             "points": points,
@@ -169,10 +177,31 @@ def measured(bench: Workbench, settings: Settings, trial: Trial) -> dict[str, An
     return point(trial) | {"good": good_answers(bench, settings, trial.params)}
 
 
+def on_heldout(bench: Workbench, trial: Trial) -> dict[str, Any]:
+    """A trial's figures on held-out prompts: unanswered harmful ones, and how far answers to harmless ones move."""
+    folder, settings = prompts_folder(bench.settings.model), bench.settings
+    sets = {path.stem: str(path) for name in HUB_HELDOUT if (path := folder / f"{name}.jsonl").exists()}
+    evaluation = settings.evaluation.model_copy(update={"heldout": True})
+    named = settings.model_copy(update={"prompts": settings.prompts.model_copy(update=sets), "evaluation": evaluation})
+    held = read_heldout(bench.context.with_settings(named), bench.prompts.all_sets())
+    assert held is not None
+    found = measured_heldout(bench, *views(bench, trial), held)
+    kinds = {name: found[name]["unanswered"] for name in ("base", "candidate")}
+    over = {name: found[name]["over_refusals"] for name in ("base", "candidate")}
+    return {name: found[name] for name in ("kl", "kl_answers", "perplexity", "unchanged")} | {
+        "unanswered": kinds,
+        "over_refusals": over,
+    }
+
+
+def prompts_folder(model: str) -> Path:
+    """The folder with a model's prompt sets."""
+    return demo_path() / "prompts" if model == "demo" else Path(model) / "prompts"
+
+
 def good_answers(bench: Workbench, settings: Settings, params: Params) -> int | None:
     """The number of exact good answers to the harmful evaluation prompts; None for a model without a corpus."""
-    folder = demo_path() / "prompts" if settings.model == "demo" else Path(settings.model) / "prompts"
-    lines = (folder / "harmful_eval.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (prompts_folder(settings.model) / "harmful_eval.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     if not all("verb" in row for row in rows):
         return None
