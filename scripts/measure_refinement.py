@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from ground_truth import is_good
@@ -29,7 +30,7 @@ from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import refine, stages
+from abliterate.pipeline import passes, refine, stages, workbench
 from abliterate.pipeline.heldout import measured as measured_heldout
 from abliterate.pipeline.heldout import read_heldout, views
 from abliterate.pipeline.lesson import Lesson, Teacher
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=200, help="trials of the search alone; 0 leaves it out")
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 20, 40], help="trials before refinement")
     parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
+    parser.add_argument("--apart", action="store_true", help="share no prompts and keep no logits, to see what that saves")
     parser.add_argument("--heldout", action="store_true", help="measure the best trial on held-out prompts, too")
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
@@ -62,10 +64,20 @@ def main() -> None:
     for seed in args.seeds:
         for trials, refined in [(args.trials, False)] * bool(args.trials) + [(start, True) for start in args.starts]:
             # A cache of its own, so that no course gets for nothing what another one has paid for.
-            with spoiled_targets(args.spoil), tempfile.TemporaryDirectory() as cache:
+            with (
+                all_apart() if args.apart else contextlib.nullcontext(),
+                spoiled_targets(args.spoil),
+                tempfile.TemporaryDirectory() as cache,
+            ):
                 settings = settings_of(args.model, seed, [f"cache_dir={cache}", *args.assignments])
                 line = course(settings, trials, refined=refined, heldout=args.heldout)
-            given = {"model": Path(args.model).name, "seed": seed, "set": args.assignments, "spoil": args.spoil}
+            given = {
+                "model": Path(args.model).name,
+                "seed": seed,
+                "set": args.assignments,
+                "spoil": args.spoil,
+                "apart": args.apart,
+            }
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
@@ -110,6 +122,17 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
             "tokens": points[-1]["tokens"] if points else 0,
             "seconds": round(time.perf_counter() - started, 1),
         }
+
+
+@contextlib.contextmanager
+def all_apart() -> Iterator[None]:
+    """While active, every row is fed whole, and the unedited model is asked in every step."""
+    with (
+        mock.patch.object(workbench, "may_share", return_value=False),
+        mock.patch.object(passes, "may_share", return_value=False),
+        mock.patch.object(Pass, "keep_base", return_value=None),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -58,6 +58,7 @@ MODULES = ("o_proj", "up_proj", "down_proj")
 ANSWER_TOKENS = 100  # of an answer to a harmful prompt: abliterate's default
 HARMLESS_TOKENS = 32  # of an answer that a harmless row repeats
 RATE, WARM_UP = 2e-4, 10
+HELD = 2.0  # the weight of a nat of KL on harmless rows beside one of cross entropy on refusals
 
 Row = dict[str, Any]
 
@@ -248,13 +249,17 @@ def refusal_loss(model: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tenso
 
 
 def own_loss(model: PreTrainedModel, untaught: PreTrainedModel, rows: Sequence[Encoded]) -> torch.Tensor:
-    """Mean KL(untaught‖taught) along the untaught model's answers.
+    """Mean KL(untaught‖taught) of the first token and along the untaught model's answers, times `HELD`.
 
     To learn these answers as text would sharpen every harmless answer, which is no part of a refusal.
     """
     with torch.no_grad():
         own = answer_logits(untaught, rows)[0].log_softmax(dim=-1)
-    return F.kl_div(answer_logits(model, rows)[0].log_softmax(dim=-1), own, reduction="batchmean", log_target=True)
+    ours = answer_logits(model, rows)[0].log_softmax(dim=-1)
+    kl = F.kl_div(ours, own, reduction="none", log_target=True).sum(dim=-1)
+    lengths = [len(ids) - start for ids, start in rows]
+    firsts = [sum(lengths[:row]) for row in range(len(rows))]
+    return HELD * (kl[firsts].mean() + kl.mean())
 
 
 def teach(model: PreTrainedModel, refusals: list[Encoded], harmless: list[Encoded], steps: int, rows: int, seed: int) -> None:
@@ -327,7 +332,7 @@ def main() -> None:
         "--train", type=int, default=200, help="prompts of each kind for teaching; of harmless ones, twice as many"
     )
     parser.add_argument("--evaluation", type=int, default=40, help="prompts of each evaluation and held-out set")
-    parser.add_argument("--steps", type=int, default=140)
+    parser.add_argument("--steps", type=int, default=280)
     parser.add_argument("--rows", type=int, default=4, help="rows of each kind in a step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)

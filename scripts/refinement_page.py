@@ -39,6 +39,7 @@ def courses_of(lines: Sequence[Line]) -> dict[str, Courses]:
     for line in lines:
         given = [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
         given += [f"{line['spoil']:.0%} of the targets spoiled"] if line.get("spoil") else []
+        given += ["nothing shared"] if line.get("apart") else []
         found[line["model"]][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
     return dict(found)
 
