@@ -143,7 +143,7 @@ class SearchSettings(_Section):
     """Search space, sampler, storage and selection. Positions and indices are fractions of n_layers − 1."""
 
     objectives: tuple[str, ...] = Field(("unanswered", "kl"), min_length=1)
-    trials: int = Field(20, ge=0)
+    trials: int = Field(10, ge=0)
     startup_trials: int = Field(0, ge=0)
     ei_candidates: int = Field(128, ge=1)
     direction_index: Interval = (0.4, 0.9)

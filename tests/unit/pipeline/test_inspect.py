@@ -190,7 +190,7 @@ def test_cost_is_what_the_reference_feeds() -> None:
     settings = Settings(response={"max_new_tokens": response}, search={"objectives": ("refusals", "kl")})  # type: ignore[arg-type]
     cost = requirements_of(settings, loaded, CPU, work)["cost"]
     assert fed == cost["tokens"]["trial_at_most"] - len(harmful)  # the last token of a response isn't fed again
-    assert cost["tokens"]["run_at_most"] == cost["tokens"]["residuals"] + 21 * cost["tokens"]["trial_at_most"]
+    assert cost["tokens"]["run_at_most"] == cost["tokens"]["residuals"] + 11 * cost["tokens"]["trial_at_most"]
 
 
 def test_seconds_are_tokens_by_speed() -> None:

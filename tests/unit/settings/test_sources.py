@@ -55,7 +55,7 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_each_source_beats_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load_settings().search.trials == 20
+    assert load_settings().search.trials == 10
     config = write(tmp_path, "[search]\ntrials = 10\n")
     assert load_settings(config).search.trials == 10
     monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "25")
@@ -284,8 +284,8 @@ def test_merge() -> None:
 
 
 def test_startup_trials() -> None:
-    assert SearchSettings().n_startup_trials == 6
-    assert SearchSettings(trials=10).n_startup_trials == 3
+    assert SearchSettings().n_startup_trials == 3
+    assert SearchSettings(trials=20).n_startup_trials == 6
     assert SearchSettings(trials=10, startup_trials=7).n_startup_trials == 7
 
 
