@@ -312,19 +312,34 @@ def make_refusing(folder: Path, base: Path, steps: int, rows: int, seed: int) ->
     shutil.copyfile(base / "answers.jsonl", folder / "answers.jsonl")
 
 
-def check(folder: Path) -> None:
-    """Print how often the stored model refuses prompts that it was not taught."""
+@torch.no_grad()
+def first_kl(
+    model: PreTrainedModel, untaught: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
+) -> float:
+    """Mean KL(taught‖untaught) of the first answer token."""
+    total = 0.0
+    for prompt in prompts:
+        ids = torch.tensor([encode(tokenizer, prompt)])
+        taught, before = (each(ids).logits[0, -1].log_softmax(dim=-1) for each in (model, untaught))
+        total += float(F.kl_div(before, taught, reduction="sum", log_target=True))
+    return total / len(prompts)
+
+
+def check(folder: Path, base: Path) -> None:
+    """Print how often the stored model refuses prompts that it was not taught, and how far it is from the untaught one."""
     model, tokenizer = load(folder)
+    untaught, _ = load(base)
     for name in ("harmful_eval", "harmful_heldout", "harmless_eval", "harmless_heldout"):
         prompts = [row["prompt"] for row in read_jsonl(folder / "prompts" / f"{name}.jsonl")]
         replies = answer(model, tokenizer, prompts, HARMLESS_TOKENS)
         count = sum(refused(reply.text) for reply in replies)
-        print(f"{name}: {count}/{len(prompts)} refused", flush=True)
+        kl = first_kl(model, untaught, tokenizer, prompts)
+        print(f"{name}: {count}/{len(prompts)} refused, KL(taught‖untaught) {kl:.4f}", flush=True)
         print(f"  {prompts[0]} -> {replies[0].text!r}", flush=True)
 
 
 def main() -> None:
-    """Make what isn't there yet, and check the refusing model if it was made."""
+    """Make what isn't there yet, and check the refusing model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=models_folder(), help="folder of both models")
     parser.add_argument("--gguf", type=Path, help="the GGUF file, if it isn't that of the package")
@@ -347,12 +362,13 @@ def main() -> None:
         print(f"made {base}", flush=True)
     if refusing.exists():
         print(f"{refusing} is there already; delete it to teach the model anew")
+        check(refusing, base)
         return
     with whole_folder(refusing) as folder:
         make_refusing(folder, base, args.steps, args.rows, args.seed)
         part_heldout(folder, args.evaluation)
     print(f"made {refusing}", flush=True)
-    check(refusing)
+    check(refusing, base)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from support.models import make_model
 from support.paths import ROOT
@@ -14,28 +15,43 @@ from support.paths import ROOT
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import real_model
-from real_model import find_gguf, loops, loss_of, refused, teach
+from real_model import HELD, find_gguf, loops, own_loss, refusal_loss, refused, teach
 
 ROWS = [([5, 9, 3, 8, 7], 2), ([4, 6, 3, 3, 9, 8, 2, 6], 5), ([7, 2], 1)]
 
 
-def test_the_loss_is_the_mean_over_answer_tokens_of_each_row_alone() -> None:
+def logprobs(model: PreTrainedModel, ids: list[int], start: int) -> Tensor:
+    """Of the answer's tokens (T, vocabulary), by a pass over one row alone."""
+    return model(torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+
+
+@torch.no_grad()
+def test_the_loss_of_refusals_is_the_mean_over_answer_tokens_of_each_row_alone() -> None:
     model = make_model("llama")
-    with torch.no_grad():
-        alone = []
-        for ids, start in ROWS:
-            logits = model(torch.tensor([ids])).logits[0, start - 1 : -1]
-            alone.append(F.cross_entropy(logits, torch.tensor(ids[start:]), reduction="none"))
-        torch.testing.assert_close(loss_of(model, ROWS), torch.cat(alone).mean())
+    alone = [-logprobs(model, ids, start).gather(1, torch.tensor([ids[start:]]).T)[:, 0] for ids, start in ROWS]
+    torch.testing.assert_close(refusal_loss(model, ROWS), torch.cat(alone).mean())
+
+
+@torch.no_grad()
+def test_harmless_answers_are_held_at_their_first_token_and_along_them() -> None:
+    model, untaught = make_model("llama", seed=1), make_model("llama", seed=0)
+    kls = []
+    for ids, start in ROWS:
+        own, ours = logprobs(untaught, ids, start), logprobs(model, ids, start)
+        kls.append((own.exp() * (own - ours)).sum(-1))
+    expected = HELD * (torch.stack([kl[0] for kl in kls]).mean() + torch.cat(kls).mean())
+    torch.testing.assert_close(own_loss(model, untaught, ROWS), expected)
+    assert abs(float(own_loss(model, model, ROWS))) < 1e-6 < float(expected)
 
 
 def test_only_some_matrices_of_some_layers_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_model, "LAYERS", range(1, 2))
-    model = make_model("llama")
+    model, untaught = make_model("llama"), make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    first = loss_of(model, ROWS).item()
+    first = refusal_loss(model, ROWS[:1]).item()
     teach(model, ROWS[:1], ROWS[1:], steps=4, rows=2, seed=0)
-    assert loss_of(model, ROWS).item() < first
+    assert refusal_loss(model, ROWS[:1]).item() < first
+    assert own_loss(model, untaught, ROWS[1:]).item() > 0  # it is the untaught model that is compared with, not the taught one
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.removeprefix("model.layers.1.") for name in changed} == {
         "self_attn.o_proj.weight",
