@@ -2,13 +2,15 @@
 
     python scripts/refinement_page.py refinement.jsonl
 
-For each model and course, over its seeds: the least KL at 3 % refusals or fewer, its exact good answers, and the cost.
+For each model and course, over its seeds: the least KL at 3 % refusals or fewer, its exact good answers, and the cost. Lines of
+earlier days are in docs/generated/refinement.jsonl; new ones join them there, without the trials that say nothing more.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -42,6 +44,31 @@ def courses_of(lines: Sequence[Line]) -> dict[str, Courses]:
         given += ["nothing shared"] if line.get("apart") else []
         found[line["model"]][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
     return dict(found)
+
+
+def compact(line: Line) -> Line:
+    """The line with only those points that are refined or better than all before them."""
+    points, least = [], math.inf
+    for point in line["points"]:
+        better = good_enough(point, line["prompts"]) and point["kl"] < least
+        least = min(least, point["kl"]) if better else least
+        points += [point] if better or "beta" in point else []
+    return line | {"points": points}
+
+
+def rounded(value: Any) -> Any:
+    """JSON with floats of six digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def identity(line: Line) -> str:
+    """What a line is of: of two such lines the later one counts."""
+    names = ("model", "seed", "trials", "refined", "set", "spoil", "apart")
+    return json.dumps([line.get(name) or None for name in names])
 
 
 def least_kl(line: Line) -> float | None:
@@ -117,7 +144,7 @@ def page(found: Mapping[str, Courses], command: str) -> str:
     lines = [
         "# Refinement beside the search alone",
         "",
-        f"Written by `{command}` from the output of `scripts/measure_refinement.py`.",
+        f"Written by `{command}` from the output of `scripts/measure_refinement.py`, which is kept in refinement.jsonl.",
         "",
         *TEXT,
     ]
@@ -138,12 +165,15 @@ def page(found: Mapping[str, Courses], command: str) -> str:
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lines", type=Path, nargs="+")
+    parser.add_argument("lines", type=Path, nargs="*", help="output of measure_refinement.py")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "generated" / "refinement.md")
     args = parser.parse_args()
-    lines = [json.loads(line) for path in args.lines for line in path.read_text(encoding="utf-8").splitlines()]
-    names = " ".join(path.name for path in args.lines)
-    args.out.write_text(page(courses_of(lines), f"python scripts/refinement_page.py {names}"), encoding="utf-8")
+    paths = [path for path in (args.out.with_suffix(".jsonl"), *args.lines) if path.exists()]
+    read = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = {identity(line): rounded(compact(line)) for line in read}
+    kept = [json.dumps(lines[key], ensure_ascii=False) + "\n" for key in sorted(lines)]
+    args.out.with_suffix(".jsonl").write_text("".join(kept), encoding="utf-8")
+    args.out.write_text(page(courses_of(list(lines.values())), "python scripts/refinement_page.py LINES"), encoding="utf-8")
 
 
 if __name__ == "__main__":
