@@ -20,6 +20,7 @@ from torch import Tensor
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
 from abliterate.edits import edit_method
 from abliterate.errors import AbliterateError, TrialError, first_line
+from abliterate.model.memory import usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.pipeline import stages
 from abliterate.pipeline.lesson import Lesson, lesson_key, prepare_lesson, refusals, teachers_of
@@ -27,7 +28,7 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
 from abliterate.refine.betas import Tried, next_descent
-from abliterate.refine.descent import LOOK, Descent, KeptLogits, Rates
+from abliterate.refine.descent import KEPT_BYTES, LOOK, Descent, KeptLogits, Rates
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
@@ -168,7 +169,8 @@ class Refinement:
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
         passes = passes_of(bench, self._kept_logits)
         with bench.learning():
-            passes.keep_base([*lesson.validation.harmless, *lesson.training.harmless])
+            kept_bytes = min(KEPT_BYTES, usable_memory(torch.device("cpu")) // 4)
+            passes.keep_base([*lesson.validation.harmless, *lesson.training.harmless], kept_bytes)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
