@@ -195,7 +195,9 @@ def run(
     harmless_heldout: Annotated[Text, for_prompts(help="Harmless prompts for the final measurement only.")] = None,
     over_refusal: Annotated[Text, for_prompts(help="Harmless prompts that look harmful, for the final measurement.")] = None,
     markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
-    trials: Annotated[int | None, for_search("-n", "--trials", help="Number of trials. Default: 10; without refinement give 200.")] = None,
+    trials: Annotated[
+        int | None, for_search("-n", "--trials", help="Number of trials. Default: 10; without refinement give 200.")
+    ] = None,
     refine: Annotated[
         bool | None, for_search("--refine/--no-refine", help="Refine the front by gradient after the search. Default: yes.")
     ] = None,
