@@ -35,8 +35,8 @@ def passes_of(bench: Workbench, kept: KeptLogits | None = None) -> Pass:
         bench.editor.hooks,
         device,
         batches,
-        checkpointing,
-        may_share(bench.engine),
-        bench.context.check,
-        {} if kept is None else kept,
+        checkpointing=checkpointing,
+        share=may_share(bench.engine),
+        check=bench.context.check,
+        kept={} if kept is None else kept,
     )

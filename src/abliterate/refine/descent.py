@@ -76,6 +76,7 @@ class Pass:
 
         def work(part: Sequence[TeacherForced]) -> Sequence[bool]:
             nonlocal used
+            self.check()
             if used > kept_bytes:
                 return [False] * len(part)
             for row, logits in zip(part, self._base(part), strict=True):
