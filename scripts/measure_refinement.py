@@ -1,6 +1,6 @@
 """Measure refinement against the search alone: the least KL at few refusals, its cost, and exact good answers.
 
-    python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 200 --starts 0 20 40 --out refinement.jsonl
+    python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 200 --starts 0 10 20 --out refinement.jsonl
 
 Each line of the output is one course of one seed: `trials` trials and no refinement, or `starts` trials and refinement after
 them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 import random
 import tempfile
@@ -29,6 +30,7 @@ from optuna.storages import InMemoryStorage
 from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
+from abliterate.evaluation.teacher_forced import TeacherForced
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import passes, refine, stages, workbench
 from abliterate.pipeline.heldout import measured as measured_heldout
@@ -54,7 +56,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--trials", type=int, default=200, help="trials of the search alone; 0 leaves it out")
-    parser.add_argument("--starts", type=int, nargs="*", default=[0, 20, 40], help="trials before refinement")
+    parser.add_argument("--starts", type=int, nargs="*", default=[0, 10, 20, 40], help="trials before refinement")
     parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
     parser.add_argument("--apart", action="store_true", help="share no prompts and keep no logits, to see what that saves")
     parser.add_argument("--heldout", action="store_true", help="measure the best trial on held-out prompts, too")
@@ -72,6 +74,7 @@ def main() -> None:
                 settings = settings_of(args.model, seed, [f"cache_dir={cache}", *args.assignments])
                 line = course(settings, trials, refined=refined, heldout=args.heldout)
             given = {
+                "day": datetime.date.today().isoformat(),
                 "model": Path(args.model).name,
                 "seed": seed,
                 "set": args.assignments,
@@ -109,6 +112,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
                     note(trial, sum(fed))
         everything = study.trials()
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
+        seconds = round(time.perf_counter() - started, 1)
         found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}
         selected = best[str(HELDOUT)] if heldout else None
         return {
@@ -120,7 +124,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
             "prompts": baseline.prompts,
             "points": points,
             "tokens": points[-1]["tokens"] if points else 0,
-            "seconds": round(time.perf_counter() - started, 1),
+            "seconds": seconds,
         }
 
 
@@ -130,7 +134,7 @@ def all_apart() -> Iterator[None]:
     with (
         mock.patch.object(workbench, "may_share", return_value=False),
         mock.patch.object(passes, "may_share", return_value=False),
-        mock.patch.object(Pass, "keep_base", return_value=None),
+        mock.patch.object(Pass, "keep_base_logits", return_value=None),
     ):
         yield
 
@@ -158,21 +162,25 @@ def spoiled_targets(share: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def backward_tokens(counters: Counters) -> Iterator[list[int]]:
-    """While active, the list gets twice the tokens that each batch's forward pass feeds, as the cost of its backward pass."""
+    """While active, the list gets twice the tokens of each edited forward pass, as the cost of its backward pass."""
     fed: list[int] = []
-    real = Pass.gradients
+    asked: list[int] = []  # those of passes of the unedited model, which have no backward pass
+    real, real_base = Pass.gradients, Pass.base_of
 
     def counted(self: Pass, factors: Any, rows: Rows, beta: float) -> Any:
-        before = counters.tokens
+        before, asked_before = counters.tokens, sum(asked)
         found = real(self, factors, rows, beta)
-        fed.append(2 * (counters.tokens - before))
+        fed.append(2 * (counters.tokens - before - (sum(asked) - asked_before)))
         return found
 
-    Pass.gradients = counted  # type: ignore[method-assign]
-    try:
+    def counted_base(self: Pass, rows: Sequence[TeacherForced]) -> list[torch.Tensor]:
+        before = counters.tokens
+        found = real_base(self, rows)
+        asked.append(counters.tokens - before)
+        return found
+
+    with mock.patch.object(Pass, "gradients", counted), mock.patch.object(Pass, "base_of", counted_base):
         yield fed
-    finally:
-        Pass.gradients = real  # type: ignore[method-assign]
 
 
 def point(trial: Trial) -> dict[str, Any]:

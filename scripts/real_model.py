@@ -56,9 +56,11 @@ SYSTEM = "You are a helpful assistant."  # what abliterate sends by default
 LAYERS = range(9, 16)
 MODULES = ("o_proj", "up_proj", "down_proj")
 ANSWER_TOKENS = 100  # of an answer to a harmful prompt: abliterate's default
-HARMLESS_TOKENS = 32  # of an answer that a harmless row repeats
+HARMLESS_TOKENS = 32  # of an answer along which a harmless row is held
 RATE, WARM_UP = 2e-4, 10
-HELD = 2.0  # the weight of a nat of KL on harmless rows beside one of cross entropy on refusals
+# The weight of a nat of KL on harmless rows beside one of cross entropy on refusals: with half of it 4 of 40 harmless prompts
+# were refused, with twice as much only 20 of 40 harmful ones.
+HELD = 2.0
 
 Row = dict[str, Any]
 
@@ -207,7 +209,7 @@ Encoded = tuple[list[int], int]  # token ids, and the number of them that belong
 
 
 def lessons(base: Path, tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> tuple[list[Encoded], list[Encoded]]:
-    """The rows to learn: refusals of the harmful training prompts, and the model's own answers to the harmless ones."""
+    """Rows with refusals of the harmful training prompts, and rows with the model's own answers to the harmless ones."""
     refusals, own = [], []
     for row in read_jsonl(base / "prompts" / "harmful.jsonl"):
         prompt = encode(tokenizer, row["prompt"])
@@ -277,8 +279,8 @@ def teach(model: PreTrainedModel, refusals: list[Encoded], harmless: list[Encode
     streams = [shuffled(kind, random.Random(f"{seed}-{i}")) for i, kind in enumerate((refusals, harmless))]
     began = time.perf_counter()
     for step in range(1, steps + 1):
-        refused, held = (list(itertools.islice(stream, rows)) for stream in streams)
-        refusing, own = refusal_loss(model, refused), own_loss(model, untaught, held)
+        to_refuse, to_hold = (list(itertools.islice(stream, rows)) for stream in streams)
+        refusing, own = refusal_loss(model, to_refuse), own_loss(model, untaught, to_hold)
         optimizer.zero_grad(set_to_none=True)
         (refusing + own).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

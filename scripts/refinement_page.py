@@ -39,7 +39,7 @@ def courses_of(lines: Sequence[Line]) -> dict[str, Courses]:
     """{model: its courses}; of two lines of one seed the later one counts."""
     found: dict[str, dict[Course, dict[int, Line]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
-        given = [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
+        given = assigned(line)
         given += [f"{line['spoil']:.0%} of the targets spoiled"] if line.get("spoil") else []
         given += ["nothing shared"] if line.get("apart") else []
         found[line["model"]][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
@@ -65,10 +65,15 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def assigned(line: Line) -> list[str]:
+    """The settings that were set, without the cache's place."""
+    return [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
+
+
 def identity(line: Line) -> str:
     """What a line is of: of two such lines the later one counts."""
-    names = ("model", "seed", "trials", "refined", "set", "spoil", "apart")
-    return json.dumps([line.get(name) or None for name in names])
+    names = ("model", "seed", "trials", "refined", "spoil", "apart")
+    return json.dumps([*(line.get(name) or None for name in names), assigned(line)])
 
 
 def least_kl(line: Line) -> float | None:
@@ -150,7 +155,8 @@ def page(found: Mapping[str, Courses], command: str) -> str:
     ]
     for model, courses in sorted(found.items()):
         alone = sorted(course for course in courses if not course[0])
-        search = courses[alone[-1]] if alone else {}
+        usual = [course for course in alone if not course[2]] or alone
+        search = courses[usual[-1]] if usual else {}
         lines += [
             "",
             f"## {model}",

@@ -17,6 +17,7 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import Interrupted
 from abliterate.evaluation.likelihood import AskedBase
+from abliterate.evaluation.teacher_forced import fed_tokens
 from abliterate.pipeline import lesson, refine, stages
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import load
@@ -362,6 +363,38 @@ def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypa
     assert "== refine" not in done.out + done.err
     nothing = invoke("run", "demo", "-n", "0", "--no-refine", "--out", str(tmp_path / "none"))
     assert (nothing.code, "without refinement finds nothing" in nothing.err) == (2, True)
+
+
+def test_passes_share_prompts_and_the_unedited_model_is_asked_once(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every step of two descents; the scorers' questions to the unedited model share prompts, too."""
+    real, seen = Pass.gradients, list[tuple[bool, int]]()
+    asked: list[bool] = []
+
+    def gradients(self: Pass, factors: Any, rows: Any, beta: float) -> Any:
+        before = self.tokens
+        found = real(self, factors, rows, beta)
+        assert self.tokens - before == 3 * fed_tokens([*rows.harmful, *rows.harmless], share=True)
+        seen.append((self.share, len(self.base_logits)))
+        return found
+
+    def judged(self: AskedBase, prompts: Sequence[Prompt], answers: Any) -> Any:
+        asked.append(self.model.share)
+        return real_logprobs(self, prompts, answers)
+
+    real_logprobs = AskedBase.logprobs
+    monkeypatch.setattr(Pass, "gradients", gradients)
+    monkeypatch.setattr(AskedBase, "logprobs", judged)
+    monkeypatch.setattr(Pass, "probe", lambda *given: None)
+    settings = settings_of(prompt_files, tmp_path / "cache", betas=[1.0, 2.0], steps=2)
+    run_in(tmp_path / "run", settings)
+    assert len(seen) == 4
+    assert {share for share, _ in seen} == {True}
+    assert len({count for _, count in seen}) == 1
+    assert seen[0][1] > 1
+    assert asked
+    assert all(asked)
 
 
 def test_memory_decides_whether_layers_keep_their_activations(

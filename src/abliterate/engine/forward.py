@@ -33,7 +33,7 @@ class Passes:
     def __call__(
         self, ids: Tensor, mask: Tensor, cache: Cache | None, *, last: int = 1, keep_cache: bool = True
     ) -> tuple[Tensor, Cache | None]:
-        """`feed` for this model."""
+        """Feed this model by `feed`, which says what the arguments are."""
         return feed(self._model, self._accepted, ids, mask, cache, last=last, keep_cache=keep_cache)
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class Passes:
 
 
 def accepted(model: Any) -> frozenset[str]:
-    """The names of what the model's forward pass takes."""
+    """The names of the arguments that the model's forward pass takes."""
     return frozenset(inspect.signature(model.forward).parameters)
 
 

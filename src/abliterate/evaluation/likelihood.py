@@ -54,20 +54,20 @@ def token_logprobs(
     """log p (T) float64 on the CPU of each of the T tokens of each answer under the engine's model in its current state.
 
     Rows of similar lengths share a batch, at most `budget` bytes of logits are held, and batches shrink where memory runs out.
-    With `share`, a prompt of several rows is fed once. `progress(done)` counts rows.
+    With `share`, prompts are shared (`answer_logits`), and rows of one prompt follow each other. `progress(done)` counts rows.
 
     Raises:
         TrialError: a logit is not a number, or a single row doesn't fit.
     """
     if not rows:
         return []
+    repeated = share and len({tuple(row.prompt) for row in rows}) < len(rows)
 
-    def place(index: int) -> tuple[int, ...]:
+    def rank(index: int) -> tuple[int, ...]:
         prompt, answer = rows[index].prompt, len(rows[index].answer)
-        # Answers that follow the same prompt lie side by side.
-        return (answer, len(prompt), *prompt, index) if share else (len(prompt) + answer, index)
+        return (answer, len(prompt), *prompt, index) if repeated else (len(prompt) + answer, index)
 
-    order = sorted(range(len(rows)), key=place)
+    order = sorted(range(len(rows)), key=rank)
     longest = max(len(row.answer) for row in rows)
     # The logits of a row in the model's own dtype, and one row's in float32 with its exponentials.
     per_row = 3 * longest * engine.model.config.get_text_config().vocab_size * 4

@@ -93,17 +93,18 @@ def drift(
 
 
 def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.device, *, share: bool = False) -> list[Tensor]:
-    """Raw logits (T, vocabulary) at each token of each row's answer, by one pass over prompt and answer.
+    """Raw logits (T, vocabulary) at each token of each row's answer, teacher-forced.
 
-    If they may `share` (`may_share`), the beginning of all prompts is fed once, and so is a prompt of several rows; the logits
-    are the same within rounding. Pads are on the left of each part, and carry the row's own first token, as in `Chat.encode`.
+    Without `share`, one pass feeds prompts and answers. With it (`may_share`), a pass of its own feeds the beginning of all
+    prompts once, and another one each prompt that several rows have; the logits are the same within rounding. Pads are on the
+    left of what a pass feeds, and carry the row's own first token, as in `Chat.encode`.
     """
     longest, takes = max(len(row.answer) for row in rows), accepted(model)
     cache: Cache | None = None
     mask = torch.empty(1, 0, dtype=torch.long, device=device)
-    parts = _parts(rows, share=share)
-    for place, (segments, after) in enumerate(parts):
-        is_last, width = place == len(parts) - 1, max(map(len, segments))
+    passes = _passes(rows, share=share)
+    for number, (segments, after) in enumerate(passes, start=1):
+        is_last, width = number == len(passes), max(map(len, segments))
         pads = [width - len(segment) for segment in segments]
         ids = [[segment[0]] * count + segment for segment, count in zip(segments, pads, strict=True)]
         own = [[0] * count + [1] * len(segment) for segment, count in zip(segments, pads, strict=True)]
@@ -117,36 +118,35 @@ def answer_logits(model: Any, rows: Sequence[TeacherForced], device: torch.devic
 
 def fed_tokens(rows: Sequence[TeacherForced], *, share: bool) -> int:
     """The number of tokens, without pads, that `answer_logits` feeds."""
-    return sum(len(segment) for segments, _ in _parts(rows, share=share) for segment in segments)
+    return sum(len(segment) for segments, _ in _passes(rows, share=share) for segment in segments)
 
 
 def may_share(engine: object) -> bool:
     """Whether rows may share prompts: a trial engine has found that this model's cache allows it, and checked the numbers."""
-    return isinstance(engine, TrialEngine) and engine.sharing == "between"
+    return isinstance(engine, TrialEngine) and engine.sharing == "between" and engine.passes.takes_positions
 
 
-def _parts(rows: Sequence[TeacherForced], *, share: bool) -> list[tuple[list[list[int]], list[int]]]:
-    """What is fed one after the other: token segments, and for each the segment of the part before that it follows."""
+def _passes(rows: Sequence[TeacherForced], *, share: bool) -> list[tuple[list[list[int]], list[int]]]:
+    """The passes of `answer_logits`: each feeds segments of tokens, and each segment follows one of the pass before."""
     whole = [[*row.prompt, *row.answer[:-1]] for row in rows]
     if not share:
         return [(whole, [0] * len(rows))]
     # The last token of a prompt is fed with the answer, because its logits are those of the answer's first token.
     stems = [tuple(row.prompt[:-1]) for row in rows]
     common = len(os.path.commonprefix(stems))
-    parts: list[tuple[list[list[int]], list[int]]] = []
+    passes: list[tuple[list[list[int]], list[int]]] = []
     after, begun = [0] * len(rows), 0
     if common and len(rows) > 1:
-        parts.append(([list(stems[0][:common])], [0]))
+        passes.append(([list(stems[0][:common])], [0]))
         begun = common
     distinct = list(dict.fromkeys(stems))
     if len(distinct) < len(stems) and min(map(len, stems)) > begun:
-        parts.append(([list(stem[begun:]) for stem in distinct], [0] * len(distinct)))
-        place = {stem: index for index, stem in enumerate(distinct)}
-        after = [place[stem] for stem in stems]
+        passes.append(([list(stem[begun:]) for stem in distinct], [0] * len(distinct)))
+        after = [distinct.index(stem) for stem in stems]
         rest = [tokens[len(stem) :] for tokens, stem in zip(whole, stems, strict=True)]
     else:
         rest = [tokens[begun:] for tokens in whole]
-    return [*parts, (rest, after)]
+    return [*passes, (rest, after)]
 
 
 def _drift(before: Tensor, after: Tensor, row: TeacherForced) -> Drift:

@@ -8,17 +8,14 @@ from abliterate.engine.batching import Batches
 from abliterate.evaluation.teacher_forced import may_share
 from abliterate.model.memory import usable_memory
 from abliterate.pipeline.workbench import Workbench
-from abliterate.refine.descent import KeptLogits, Pass
+from abliterate.refine.descent import Pass
 
 # Values that a decoder layer keeps for its backward pass, per token and d_model: attention's and the MLP's inputs and outputs.
 _KEPT = 40
 
 
-def passes_of(bench: Workbench, kept: KeptLogits | None = None) -> Pass:
-    """Passes over as many rows as memory allows; layers keep their activations only if they fit into half of it.
-
-    The unedited model's logits are `kept` there.
-    """
+def passes_of(bench: Workbench) -> Pass:
+    """Passes over as many rows as memory allows; layers keep their activations only if they fit into half of it."""
     settings, info, device = bench.settings.refine, bench.loaded.info, bench.loaded.device
     longest = max(len(bench.chat.token_ids(prompt)) for prompt in (*bench.prompts.harmful, *bench.prompts.harmless))
     values = (longest + settings.tokens) * info.d_model
@@ -38,5 +35,4 @@ def passes_of(bench: Workbench, kept: KeptLogits | None = None) -> Pass:
         checkpointing=checkpointing,
         share=may_share(bench.engine),
         check=bench.context.check,
-        kept={} if kept is None else kept,
     )

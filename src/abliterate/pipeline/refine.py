@@ -28,7 +28,7 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
 from abliterate.refine.betas import Tried, next_descent
-from abliterate.refine.descent import KEPT_BYTES, LOOK, Descent, KeptLogits, Rates
+from abliterate.refine.descent import BASE_LOGITS_BYTES, LOOK, Descent, Pass, Rates
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
@@ -75,7 +75,7 @@ class Refinement:
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
         self._lesson_key: dict[str, Any] = {}
-        self._kept_logits: KeptLogits = {}  # of the unedited model, the same for all descents
+        self._passes: Pass | None = None
         self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
 
     def __iter__(self) -> Iterator[Trial]:
@@ -167,10 +167,7 @@ class Refinement:
         parameters, starts = self._parameters(plan.before)
         n, d_model = parameters.directions.shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
-        passes = passes_of(bench, self._kept_logits)
-        with bench.learning():
-            kept_bytes = min(KEPT_BYTES, usable_memory(torch.device("cpu")) // 4)
-            passes.keep_base([*lesson.validation.harmless, *lesson.training.harmless], kept_bytes)
+        passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
@@ -196,6 +193,15 @@ class Refinement:
         params = self._stored(lesson, plan, stage, number, best, descent, starts)
         self._keep_moments(_identity(params), descent.moments())
         return params
+
+    def _new_passes(self, lesson: Lesson) -> Pass:
+        """Passes that have fed nothing yet. How they are made is decided once, since later less memory is free."""
+        if self._passes is None:
+            self._passes = passes_of(self._bench)
+            most_bytes = min(BASE_LOGITS_BYTES, usable_memory(torch.device("cpu")) // 2)
+            with self._bench.learning():
+                self._passes.keep_base_logits([*lesson.validation.harmless, *lesson.training.harmless], most_bytes)
+        return replace(self._passes, tokens=0)
 
     def _keep_moments(self, point: str, moments: dict[str, Tensor]) -> None:
         self._kept_moments[point] = moments

@@ -221,7 +221,7 @@ def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
         return 0, 0
     (n_harmful, _, harmful), (n_harmless, _, harmless) = work.sets["harmful"], work.sets["harmless"]
     rows = {"harmful": harmful / max(1, n_harmful) + refine.tokens, "harmless": harmless / max(1, n_harmless) + refine.tokens}
-    # The base sees the harmless rows, too, unless its logits fit into main memory and are kept.
+    # The base sees the harmless rows, too: at the start, if its logits fit into main memory and are kept, else in every step.
     step = refine.batch * (3 * rows["harmful"] + 4 * rows["harmless"])
     used = {"harmful": min(n_harmful, refine.prompts), "harmless": min(n_harmless, refine.prompts)}
     looked = refine.validation * (used["harmful"] * rows["harmful"] + 2 * used["harmless"] * rows["harmless"])

@@ -26,12 +26,12 @@ from abliterate.refine.parameters import Parameters, tensors_of
 # Steps between two looks at the validation rows, at which the state becomes durable.
 LOOK = 10
 # The most bytes of the unedited model's logits that are kept in main memory.
-KEPT_BYTES = 2**30
+BASE_LOGITS_BYTES = 2**30
 # One row of a batch: whether it is harmful, and the row.
 _Item = tuple[bool, TeacherForced]
 # A row's prompt and answer; and logits (T, vocabulary) by them.
 _Key = tuple[tuple[int, ...], tuple[int, ...]]
-KeptLogits = dict[_Key, Tensor]
+BaseLogits = dict[_Key, Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,32 @@ class Pass:
     checkpointing: bool = True
     share: bool = False
     check: Callable[[], None] = lambda: None
-    kept: KeptLogits = field(default_factory=dict)  # the unedited model's, of rows given to `keep_base`
-    # Fed so far: forward counts once, backward twice. A checkpointed layer's second forward and `keep_base` aren't counted, so
-    # the number doesn't depend on where a process began.
+    base_logits: BaseLogits = field(default_factory=dict)  # of the rows given to `keep_base_logits`
+    # Fed so far: forward counts once, backward twice. A checkpointed layer's second forward isn't counted. Nor is
+    # `keep_base_logits`, which every process does once.
     tokens: int = 0
 
     def __post_init__(self) -> None:
         self.share = self.share and not self.checkpointing
 
-    def keep_base(self, rows: Sequence[TeacherForced], kept_bytes: int = KEPT_BYTES) -> None:
-        """Keep the unedited model's logits of `rows` in main memory, as many as `kept_bytes` hold.
+    def keep_base_logits(self, rows: Sequence[TeacherForced], most_bytes: int = BASE_LOGITS_BYTES) -> None:
+        """Keep the unedited model's logits of `rows` in main memory, as many as `most_bytes` hold.
 
         They are the same in every step, so without them each step would compute its rows' anew.
         """
-        new = sorted((row for row in rows if _key(row) not in self.kept), key=lambda row: len(row.prompt) + len(row.answer))
-        used = sum(logits.nbytes for logits in self.kept.values())
+        new = [row for row in rows if _key(row) not in self.base_logits]
+        new.sort(key=lambda row: len(row.prompt) + len(row.answer))
+        left = most_bytes - sum(logits.nbytes for logits in self.base_logits.values())
 
-        def work(part: Sequence[TeacherForced]) -> Sequence[bool]:
-            nonlocal used
+        def work(part: Sequence[TeacherForced]) -> Sequence[None]:
+            nonlocal left
             self.check()
-            if used > kept_bytes:
-                return [False] * len(part)
-            for row, logits in zip(part, self._base(part), strict=True):
-                self.kept[_key(row)] = logits.to("cpu", copy=True)
-                used += logits.nbytes
-            return [True] * len(part)
+            for row, logits in zip(part, self.base_of(part) if left > 0 else [], strict=False):
+                left -= logits.nbytes
+                if left < 0:
+                    break
+                self.base_logits[_key(row)] = logits.to("cpu", copy=True)
+            return [None] * len(part)
 
         self.hooks.suspend()
         self.batches.run(new, work)
@@ -134,12 +135,13 @@ class Pass:
 
         def batch(part: Sequence[_Item]) -> Sequence[tuple[float, float, float]]:
             harmless = [index for index, (harmful, _) in enumerate(part) if not harmful]
-            base = {index: self.kept[_key(part[index][1])] for index in harmless if _key(part[index][1]) in self.kept}
+            known = self.base_logits
+            base = {index: known[key] for index in harmless if (key := _key(part[index][1])) in known}
             if new := [index for index in harmless if index not in base]:
                 self.hooks.suspend()
                 asked = [part[index][1] for index in new]
                 self.tokens += self._fed(asked)
-                base |= zip(new, self._base(asked), strict=True)
+                base |= zip(new, self.base_of(asked), strict=True)
             # Written anew for each batch, since a backward pass frees the graph of the casts to the model's dtype.
             self.hooks.apply({name: (object(), partial(_same, each)) for name, each in factors.items()})
             self.tokens += self._fed(row for _, row in part)
@@ -153,7 +155,7 @@ class Pass:
         return [(harmful, losses) for (harmful, _), losses in zip(items, found, strict=True)]
 
     @torch.no_grad()
-    def _base(self, rows: Sequence[TeacherForced]) -> list[Tensor]:
+    def base_of(self, rows: Sequence[TeacherForced]) -> list[Tensor]:
         """The model's logits of each row's answer, without an edit."""
         return answer_logits(self.model, rows, self.device, share=self.share)
 

@@ -15,9 +15,9 @@ from abliterate.engine.reference import ReferenceEngine
 from abliterate.errors import TrialError
 from abliterate.evaluation import likelihood
 from abliterate.evaluation.likelihood import AskedBase, Drawn, sampled_answers, token_logprobs
-from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, answer_logits, fed_tokens
+from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, answer_logits, fed_tokens, may_share
 from abliterate.types import BatchSizes
-from support.engine import HARMFUL, make_engine
+from support.engine import HARMFUL, make_engine, make_lab
 from support.models import make_model
 
 ANSWERS = ((5, 6, 7, 8, 9, 5, 6), (40,), (300, 2, 17), (9, 9, 9, 9, 9, 9, 9, 9, 9, 9, 9), (12, 700))
@@ -58,7 +58,7 @@ def test_log_probabilities_are_those_of_a_pass_without_pads(engine: ReferenceEng
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2"])
-def test_prompts_that_are_shared_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_that_are_shared_change_nothing(family: str) -> None:
     """Of every answer after every prompt, each prompt and what all prompts begin with is fed once."""
     engine = make_engine(make_model(family), 8)
     own = rows_of(engine)
@@ -93,6 +93,20 @@ def test_a_shared_prompt_is_fed_once(engine: ReferenceEngine) -> None:
         for row, logits in zip(rows, found, strict=True):
             alone = plain_logits(engine, [*row.prompt, *row.answer[:-1]])[-len(row.answer) :]
             torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "switches", "expected"),
+    [("llama", {}, True), ("llama", {"use_shared_prefix": False}, False), ("gemma2", {}, False)],
+)
+def test_only_caches_that_allow_it_share(family: str, switches: dict[str, bool], expected: bool) -> None:
+    """Gemma 2 has sliding windows; a model that takes no positions may count the gaps; the reference shares nothing."""
+    lab = make_lab(family)
+    engine = lab.engine(**switches)
+    assert may_share(engine) is expected
+    engine.passes.takes_positions = False
+    assert not may_share(engine)
+    assert not may_share(lab.reference)
 
 
 @pytest.mark.parametrize("prompt", [(1,), (1, 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from functools import partial
 
 import pytest
@@ -121,10 +122,12 @@ def test_shared_prompts_and_kept_logits_change_nothing() -> None:
     parameters = parameters_of(loaded, "full", torch.float32)
     prompts = tuple(TeacherForced((3, 4, *row.prompt), row.answer) for row in (*ROWS.harmful, *ROWS.harmless))
     rows = Rows(prompts[:2], prompts[2:])
-    plain, shared = passes_of(loaded, checkpointing=False), passes_of(loaded, checkpointing=False)
-    shared.share = True
+    plain = passes_of(loaded, checkpointing=False)
+    shared = dataclasses.replace(plain, share=True, base_logits={})
     expected, whole = plain.gradients(parameters.factors(), rows, 5.0)
-    shared.keep_base(rows.harmless)
+    shared.keep_base_logits(rows.harmless)
+    shared.keep_base_logits(rows.harmless)
+    assert len(shared.base_logits) == 3
     assert shared.tokens == 0
     found, ours = shared.gradients(parameters.factors(), rows, 5.0)
     assert found.total(5.0) == pytest.approx(expected.total(5.0), rel=1e-5)
@@ -136,12 +139,21 @@ def test_shared_prompts_and_kept_logits_change_nothing() -> None:
     assert plain.tokens == 3 * fed_tokens(prompts, share=False) + fed_tokens(rows.harmless, share=False)
 
 
-def test_logits_beyond_the_limit_are_not_kept() -> None:
+def test_layers_that_are_computed_twice_share_nothing() -> None:
+    passes = passes_of(make_loaded(make_model("llama")), checkpointing=True)
+    assert not dataclasses.replace(passes, share=True).share
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_logits_beyond_the_limit_are_not_kept(size: int) -> None:
+    """Of the three rows the shortest fits, and the others of its batch are computed anew in each pass."""
     loaded = make_loaded(make_model("llama"))
     parameters = parameters_of(loaded, "full", torch.float32)
-    passes = passes_of(loaded, size=1)
-    passes.keep_base(ROWS.harmless, kept_bytes=1)
-    assert len(passes.kept) == 1
+    passes, row = passes_of(loaded, size), 4 * loaded.model.config.vocab_size
+    passes.keep_base_logits(ROWS.harmless, most_bytes=0)
+    assert not passes.base_logits
+    passes.keep_base_logits(ROWS.harmless, most_bytes=2 * row)
+    assert [logits.nbytes for logits in passes.base_logits.values()] == [2 * row]
     found, expected = (each.loss(parameters.factors(), ROWS) for each in (passes, passes_of(loaded)))
     assert found.total(1.0) == pytest.approx(expected.total(1.0), rel=1e-5)
 

@@ -46,18 +46,31 @@ def test_harmless_answers_are_held_at_their_first_token_and_along_them() -> None
 
 def test_only_some_matrices_of_some_layers_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(real_model, "LAYERS", range(1, 2))
-    model, untaught = make_model("llama"), make_model("llama")
+    model = make_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     first = refusal_loss(model, ROWS[:1]).item()
     teach(model, ROWS[:1], ROWS[1:], steps=4, rows=2, seed=0)
     assert refusal_loss(model, ROWS[:1]).item() < first
-    assert own_loss(model, untaught, ROWS[1:]).item() > 0  # it is the untaught model that is compared with, not the taught one
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert {name.removeprefix("model.layers.1.") for name in changed} == {
         "self_attn.o_proj.weight",
         "mlp.up_proj.weight",
         "mlp.down_proj.weight",
     }
+
+
+def test_the_weight_on_harmless_rows_holds_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold nothing if the model were compared with itself."""
+    monkeypatch.setattr(real_model, "LAYERS", range(1, 2))
+    monkeypatch.setattr(real_model, "RATE", 2e-2)
+    moved = []
+    for weight in (0.0, 20.0):
+        monkeypatch.setattr(real_model, "HELD", weight)
+        model, untaught = make_model("llama"), make_model("llama")
+        teach(model, ROWS[:1], ROWS[1:], steps=8, rows=2, seed=0)
+        monkeypatch.setattr(real_model, "HELD", 1.0)
+        moved.append(own_loss(model, untaught, ROWS[1:]).item())
+    assert moved[1] < 0.5 * moved[0]
 
 
 def test_loops() -> None:

@@ -56,8 +56,8 @@ def test_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_source_beats_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load_settings().search.trials == 10
-    config = write(tmp_path, "[search]\ntrials = 10\n")
-    assert load_settings(config).search.trials == 10
+    config = write(tmp_path, "[search]\ntrials = 15\n")
+    assert load_settings(config).search.trials == 15
     monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", "25")
     assert load_settings(config).search.trials == 25
 
