@@ -221,17 +221,19 @@ def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
         return 0, 0
     (n_harmful, _, harmful), (n_harmless, _, harmless) = work.sets["harmful"], work.sets["harmless"]
     rows = {"harmful": harmful / max(1, n_harmful) + refine.tokens, "harmless": harmless / max(1, n_harmless) + refine.tokens}
-    # The base sees the harmless rows, too: at the start, if its logits fit into main memory and are kept, else in every step.
-    step = refine.batch * (3 * rows["harmful"] + 4 * rows["harmless"])
+    step = refine.batch * 3 * (rows["harmful"] + rows["harmless"])
     used = {"harmful": min(n_harmful, refine.prompts), "harmless": min(n_harmless, refine.prompts)}
     looked = refine.validation * (used["harmful"] * rows["harmful"] + 2 * used["harmless"] * rows["harmless"])
+    steps = refine.n_descents * refine.steps
+    # The base sees all harmless rows at the start if its logits fit into main memory and are kept, else those of every step.
+    seen = max(used["harmless"], steps * refine.batch) * rows["harmless"]
     looks = refine.n_descents * math.ceil(refine.steps / LOOK) + 2
     # The answers of teachers that are compared, those of the one that teaches, the base's own, and each descent's to validation
     # prompts, as shares of the evaluation prompts.
     answers = TEACHERS * COMPARED + used["harmless"]
     answers += math.ceil(used["harmful"] * (1 + refine.n_descents * refine.validation))
     trials = refine.n_descents + math.ceil(answers / max(1, work.sets["harmful_eval"][0]))
-    return round(refine.n_descents * refine.steps * step + looks * looked), trials
+    return round(seen + steps * step + looks * looked), trials
 
 
 def _multiplied(loaded: LoadedModel | Skeleton) -> tuple[int, int]:

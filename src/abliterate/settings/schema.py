@@ -212,7 +212,10 @@ class EvaluationSettings(_Section):
 
 
 class EfficiencySettings(_Section):
-    """One switch per optimization; `--reference` turns them off. No switch but `use_amp_for_residuals` may change the front."""
+    """One switch per optimization; `--reference` turns them off.
+
+    No switch but `use_amp_for_residuals` may change the search's front; refinement's steps add up rounding.
+    """
 
     enable_residual_cache: bool = True
     residual_cache_dir: str = ""

@@ -236,7 +236,7 @@ def test_the_scorer_costs_what_it_shows_the_base() -> None:
 
 
 def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> None:
-    """2 · 10 steps of 5 + 5 rows of 64 + 4 tokens: forward once, backward twice, harmless rows once more by the base."""
+    """2 · 10 steps of 5 + 5 rows of 64 + 4 tokens: forward once, backward twice, and all 400 harmless rows by the base."""
     refine = {"enabled": True, "steps": 10, "betas": [1.0, 2.0], "batch": 5, "tokens": 4, "validation": 0.25}
     settings = Settings(search={"trials": 0}, refine=refine)  # type: ignore[arg-type]
     cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""))["cost"]["tokens"]
@@ -244,7 +244,7 @@ def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> N
     looks = 4 * 100 * 3 * 68
     # Two trials; the answers of 12 teachers to 16 prompts and of one to 400, the base's own, and twice those of a refined model
     # to a quarter of them: 11.92 times the 100 evaluation prompts.
-    assert cost["refinement_at_most"] == 20 * 5 * 7 * 68 + looks + 14 * cost["trial_at_most"]
+    assert cost["refinement_at_most"] == 20 * 10 * 3 * 68 + 400 * 68 + looks + 14 * cost["trial_at_most"]
     parts = ("residuals", "yardstick_at_most", "trial_at_most", "refinement_at_most")
     assert cost["run_at_most"] == sum(cost[part] for part in parts)
 
