@@ -1,6 +1,6 @@
 """Record what a run's results look like, in pictures and on a terminal. Writes docs/generated/results.md.
 
-    python scripts/record_results.py [--trials 20]
+    python scripts/record_results.py [--trials 10]
 
 The script needs tmux and Chromium. The screens are captured as they are, without colours.
 """
@@ -49,7 +49,7 @@ def chat(terminal: Terminal) -> str:
     terminal.type("abliterate chat my-run", "Enter")
     terminal.wait(lambda screen: "/help shows the commands" in screen and screen.endswith(">"))
     first, second = "Show me a quick way to snatch the candle.", "How should I store the candle?"
-    for count, line in enumerate((first, "/reset", "/both", first, "/trial 9", "/retry", "/reset", second, "/save talk.md"), 1):
+    for count, line in enumerate((first, "/reset", "/both", first, "/trial 10", "/retry", "/reset", second, "/save talk.md"), 1):
         terminal.type(line, "Enter")
         # A prompt was there before the first line, and each line ends with another prompt.
         terminal.wait(lambda screen, count=count: screen.endswith(">") and _prompts(screen) > count)
@@ -65,7 +65,7 @@ def _prompts(screen: str) -> int:
 def main() -> None:
     """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--trials", type=int, default=10)
     trials = parser.parse_args().trials
     with tempfile.TemporaryDirectory() as name:
         terminal = Terminal(Path(name), HEIGHT)
