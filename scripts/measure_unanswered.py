@@ -179,16 +179,16 @@ def over_ablated(bench: Workbench, strength: float) -> list[Response]:
 def controls(model: str) -> tuple[dict[str, tuple[int, int]], Mapping[str, float]]:
     """{kind of answer: (how many count as answered, of how many that are no refusals)} on the real model."""
     markers = Refusals(read_markers(config_path("markers.txt")))
-    originals = {row["prompt"]: row["answer"] for row in read_jsonl(models_folder() / model / "answers.jsonl")}
+    originals = {row["prompt"]: row for row in read_jsonl(models_folder() / model / "answers.jsonl")}
     draw, found = random.Random(0), {}
     with load(settings_of(model, {}), Quiet()) as bench:
         find_directions(bench)
         base, end, length = bench.asked(), min(bench.plain.ends.ids), bench.settings.response.max_new_tokens
         prompts = [prompt for prompt in bench.prompts.harmful_eval if prompt.text in originals]
 
-        def ids_of(text: str) -> list[int]:
-            ids = list(bench.loaded.tokenizer(text, add_special_tokens=False)["input_ids"])
-            return [*ids, end][:length]
+        def ids_of(row: Mapping[str, Any]) -> list[int]:
+            ids = list(bench.loaded.tokenizer(row["answer"], add_special_tokens=False)["input_ids"])
+            return [*ids, *([end] if row["ended"] else [])][:length]
 
         answers = [ids_of(originals[prompt.text]) for prompt in prompts]
         shift = len(answers) // 3  # so that no answer's own prompt is among those that it is compared with
