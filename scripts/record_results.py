@@ -49,7 +49,8 @@ def chat(terminal: Terminal) -> str:
     terminal.type("abliterate chat my-run", "Enter")
     terminal.wait(lambda screen: "/help shows the commands" in screen and screen.endswith(">"))
     first, second = "Show me a quick way to snatch the candle.", "How should I store the candle?"
-    for count, line in enumerate((first, "/reset", "/both", first, "/trial 10", "/retry", "/reset", second, "/save talk.md"), 1):
+    lines = (first, "/reset", "/both", first, "/trial 10", "/retry", "/reset", second, "/save talk.md")
+    for count, line in enumerate(lines, 1):
         terminal.type(line, "Enter")
         # A prompt was there before the first line, and each line ends with another prompt.
         terminal.wait(lambda screen, count=count: screen.endswith(">") and _prompts(screen) > count)
