@@ -58,8 +58,8 @@ MODULES = ("o_proj", "up_proj", "down_proj")
 ANSWER_TOKENS = 100  # of an answer to a harmful prompt: abliterate's default
 HARMLESS_TOKENS = 32  # of an answer along which a harmless row is held
 RATE, WARM_UP = 2e-4, 10
-# The weight of a nat of KL on harmless rows beside one of cross entropy on refusals: with half of it 4 of 40 harmless prompts
-# were refused, with twice as much only 20 of 40 harmful ones.
+# The weight of a nat of KL on harmless rows beside one of cross entropy on refusals. A smaller weight left refusals of harmless
+# prompts, and a larger one left harmful prompts that weren't refused (docs/decisions.md, Demo model).
 HELD = 2.0
 
 Row = dict[str, Any]
