@@ -174,11 +174,12 @@ def main() -> None:
     parser.add_argument("lines", type=Path, nargs="*", help="output of measure_refinement.py")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "generated" / "refinement.md")
     args = parser.parse_args()
-    paths = [path for path in (args.out.with_suffix(".jsonl"), *args.lines) if path.exists()]
+    stored = args.out.with_suffix(".jsonl")
+    paths = [*([stored] if stored.exists() else []), *args.lines]
     read = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     lines = {identity(line): rounded(compact(line)) for line in read}
     kept = [json.dumps(lines[key], ensure_ascii=False) + "\n" for key in sorted(lines)]
-    args.out.with_suffix(".jsonl").write_text("".join(kept), encoding="utf-8")
+    stored.write_text("".join(kept), encoding="utf-8")
     args.out.write_text(page(courses_of(list(lines.values())), "python scripts/refinement_page.py LINES"), encoding="utf-8")
 
 
