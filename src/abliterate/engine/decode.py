@@ -6,6 +6,7 @@ This module handles tokens only; a `StoppingRule` reads the text and decides whi
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -202,7 +203,10 @@ class Decoder:
             proposed = [() if pauses else self._draft(rows, index, limit, drafts) for index in range(len(rows.rows))]
             width = drafts.width(proposed)
             proposed = [draft[: width - 1] for draft in proposed]
-            new = self._checked(rows, [[tokens[-1], *draft] for tokens, draft in zip(rows.generated, proposed, strict=True)])
+            blocks = [[tokens[-1], *draft] for tokens, draft in zip(rows.generated, proposed, strict=True)]
+            started = time.perf_counter()
+            new = self._checked(rows, blocks)
+            drafts.times.note(len(blocks) * max(map(len, blocks)), time.perf_counter() - started)
             drafts.score(proposed, list(map(len, new)))
             if pauses:
                 return

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from abliterate.engine.pass_times import PassTimes
+
 # A continuation is looked up by its last CONTEXT tokens. With two, more drafts are found and fewer are right; with four, the
 # reverse.
 CONTEXT = 3
@@ -18,11 +20,10 @@ CONTEXT = 3
 OF_A_PROMPT = 8
 OF_ALL = 200
 START = -1  # stands for the positions before a response
-# The fixed cost of a pass, in fed tokens: 100 on the demo model, 12 at fifty million parameters, on two cores.
-PASS_COST = 64
-# The rate of right draft tokens assumed before any evidence, as (right, tried), and the share of evidence forgotten per pass.
+# The rate of right draft tokens assumed before any evidence, as (right, tried), and the share of evidence forgotten per pass
+# with drafts and without. The latter makes drafts that didn't pay be tried again in one of several hundred passes.
 PRIOR = (3.0, 4.0)
-FORGOTTEN = 0.05
+FORGOTTEN, FORGOTTEN_UNTRIED = 0.05, 0.01
 
 
 class _Memory:
@@ -51,13 +52,16 @@ class _Memory:
 
 
 class Drafts:
-    """Drafts for the numbered prompts of one set, from the prompt's own earlier responses or else from any prompt's."""
+    """Drafts for the numbered prompts of one set, from the prompt's own earlier responses or else from any prompt's.
 
-    def __init__(self, prompts: int, pass_cost: int = PASS_COST) -> None:
+    They are only proposed where they pay: by the rate at which they were right, and by the `times` of passes.
+    """
+
+    def __init__(self, prompts: int, times: PassTimes | None = None) -> None:
         self._by_prompt = [_Memory(OF_A_PROMPT) for _ in range(prompts)]
         self._shared = _Memory(OF_ALL)
         self._right, self._tried = PRIOR
-        self._pass_cost = pass_cost
+        self.times = times or PassTimes()
 
     def learn(self, row: int, tokens: Sequence[int]) -> None:
         """Remember a response to prompt `row`, or the beginning of one."""
@@ -74,19 +78,20 @@ class Drafts:
 
         Every row of a pass is as wide as the widest, so a width that few rows fill, or that is rarely right, doesn't pay.
         """
-        rate, decided = self._right / self._tried, float(len(drafts))
-        best, width = decided / (self._pass_cost + len(drafts)), 1
+        rate, decided, pass_cost = self._right / self._tried, float(len(drafts)), self.times.pass_cost
+        best, width = decided / (pass_cost + len(drafts)), 1
         for length in range(1, 1 + max(map(len, drafts), default=0)):
             decided += rate**length * sum(len(draft) >= length for draft in drafts)
-            if decided / (self._pass_cost + len(drafts) * (length + 1)) > best:
-                best, width = decided / (self._pass_cost + len(drafts) * (length + 1)), length + 1
+            if decided / (pass_cost + len(drafts) * (length + 1)) > best:
+                best, width = decided / (pass_cost + len(drafts) * (length + 1)), length + 1
         return width
 
     def score(self, drafts: Sequence[Sequence[int]], right: Sequence[int]) -> None:
         """Learn how many tokens of each draft were `right`; the tokens after a wrong token were not tried."""
         tried = sum(min(len(draft), good + 1) for draft, good in zip(drafts, right, strict=True))
-        self._right = (1 - FORGOTTEN) * self._right + FORGOTTEN * PRIOR[0] + sum(right)
-        self._tried = (1 - FORGOTTEN) * self._tried + FORGOTTEN * PRIOR[1] + tried
+        forgotten = FORGOTTEN if tried else FORGOTTEN_UNTRIED
+        self._right = (1 - forgotten) * self._right + forgotten * PRIOR[0] + sum(right)
+        self._tried = (1 - forgotten) * self._tried + forgotten * PRIOR[1] + tried
 
 
 def _contexts(tokens: tuple[int, ...]) -> list[tuple[int, ...]]:

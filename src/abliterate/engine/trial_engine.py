@@ -15,10 +15,11 @@ from torch import Tensor
 
 from abliterate.engine.batching import batches_of_trials
 from abliterate.engine.decode import BLOCK_BYTES, HOLES, Decoder, Decoding, join
-from abliterate.engine.drafts import PASS_COST, Drafts
+from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import Sharing, shared_prefix
+from abliterate.engine.pass_times import PASS_COST, PassTimes
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
 from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
@@ -45,14 +46,14 @@ PAUSE = 24
 class Pacing:
     """How the engine cuts its work into passes; no number that it returns depends on these values.
 
-    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, the others where `Decoder` and `Drafts` define their defaults.
+    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, the others where their defaults are defined.
     """
 
     margin: int = MARGIN
     pause: int = PAUSE
     holes: float = HOLES
     block_bytes: int = BLOCK_BYTES
-    pass_cost: int = PASS_COST
+    pass_cost: float = PASS_COST
 
 
 PACING = Pacing()
@@ -123,6 +124,7 @@ class TrialEngine:
             holes=pacing.holes,
             block_bytes=pacing.block_bytes,
         )
+        self._times = PassTimes(pacing.pass_cost)
         self._sets: dict[tuple[bool, tuple[Prompt, ...]], _PromptSet] = {}
         self._prefix: list[int] = []
 
@@ -324,7 +326,7 @@ class TrialEngine:
         device = self.chat.device
         groups = [self._prefill.group(batch, [tokens[row] for row in batch], prefix, device) for batch in batches]
         opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
-        drafts = Drafts(len(prompts), self._pacing.pass_cost) if self.drafting and together else None
+        drafts = Drafts(len(prompts), self._times) if self.drafting and together else None
         before = [self._ends.context(row) for row in tokens]
         return _PromptSet(groups, opens, before, [[0, 0] for _ in prompts], drafts)
 

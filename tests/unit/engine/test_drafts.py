@@ -189,9 +189,27 @@ def test_width_is_what_decides_most_for_its_work() -> None:
     for _ in range(50):
         memory.score([(1,) * 7] * 10, [0] * 10)
     assert memory.width([(1,) * 7] * 100) == 1
-    for _ in range(200):
+    for _ in range(1000):
         memory.score([()] * 10, [0] * 10)
     assert memory.width([(1,) * 7] * 100) > 1, "drafts are tried again after a while"
+
+
+@pytest.mark.parametrize(("cost", "rate", "least", "most"), [(12.0, 0.4, 0.99, 1.01), (200.0, 0.9, 2.0, 6.0)])
+def test_drafts_pay_or_cost_next_to_nothing(cost: float, rate: float, least: float, most: float) -> None:
+    """Simulated passes of 40 rows: the speed with drafts over that without, by what a pass truly costs."""
+    memory, draw = Drafts(40), random.Random(1)
+    seconds, decided, plain_seconds, plain_decided = 0.0, 0, 0.0, 0
+    for _ in range(3000):
+        rows = draw.choice([40, 40, 40, 20, 10])
+        proposed = [(1,) * 7 if draw.random() < 0.8 else () for _ in range(rows)]
+        width = memory.width(proposed)
+        proposed = [draft[: width - 1] for draft in proposed]
+        right = [next((n for n in range(len(draft)) if draw.random() > rate), len(draft)) for draft in proposed]
+        memory.times.note(rows * width, cost + rows * width)
+        memory.score(proposed, right)
+        seconds, decided = seconds + cost + rows * width, decided + rows + sum(right)
+        plain_seconds, plain_decided = plain_seconds + cost + rows, plain_decided + rows
+    assert least < (decided / seconds) / (plain_decided / plain_seconds) < most
 
 
 def test_useless_drafts_cost_little(widths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
