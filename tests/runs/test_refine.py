@@ -81,6 +81,25 @@ def test_facts_say_how_it_was_found(refined: Refined) -> None:
     assert settings.seed == first.facts["seed"]
 
 
+def test_refusals_are_counted_under_a_weaker_edit(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, asked = refine.refusals, list[tuple[RefinedParams, int]]()
+
+    def counted(bench: Any, params: Any, prompts: Any) -> int:
+        asked.append((params, real(bench, params, prompts)))
+        return asked[-1][1]
+
+    monkeypatch.setattr(refine, "refusals", counted)
+    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3, margin=0.4))
+    (trial,) = trials_of(tmp_path / "run")
+    ((weaker, refused),) = asked
+    assert isinstance(trial.params, RefinedParams)
+    assert weaker.coeffs == pytest.approx({name: 0.6 * coeff for name, coeff in trial.params.coeffs.items()})
+    assert weaker.sha256 == trial.params.sha256
+    validation = trial.params.facts["validation"]
+    assert validation["refused"] == pytest.approx(refused / validation["prompts"])
+    assert validation["margin"] == 0.4
+
+
 def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
     real = Pass._run

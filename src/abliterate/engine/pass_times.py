@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-# The fixed cost of a pass, in fed tokens, until passes have been timed. On two cores it is 100 on the demo model, and 12 at fifty
-# million parameters.
+# The fixed cost of a pass, in fed tokens, until passes have been timed. On two cores it is 100 on the demo model and 12 at
+# fifty million parameters.
 PASS_COST = 64.0
 # The passes as which this guess counts, the share of evidence forgotten per pass, and by how much a pass that takes longer than
 # expected may count as longer, because a machine that is busy for a moment says nothing about the next pass.

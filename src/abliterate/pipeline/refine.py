@@ -42,7 +42,7 @@ _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
 
 @dataclass(frozen=True)
 class _Point:
-    """The end of a descent at `beta`, and the share of validation prompts that the model still refuses there."""
+    """The end of a descent at `beta`, and the share of validation prompts that are still refused under its edit made weaker."""
 
     beta: float
     params: RefinedParams
@@ -223,7 +223,7 @@ class Refinement:
     def _stored(
         self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
     ) -> RefinedParams:
-        """The point as parameters of a trial, with the answers of the refined model to the validation prompts counted."""
+        """The point as parameters of a trial, with the refusals of validation prompts under the edit made weaker."""
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
@@ -241,8 +241,9 @@ class Refinement:
         }
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
-        refused = refusals(bench, params, bench.prompts.harmful[: lesson.n_asked])
-        validation = {**best.record, "refused": refused / lesson.n_asked, "prompts": lesson.n_asked}
+        weaker = replace(params, coeffs={name: (1 - settings.margin) * coeff for name, coeff in params.coeffs.items()})
+        refused = refusals(bench, weaker, bench.prompts.harmful[: lesson.n_asked])
+        validation = {**best.record, "refused": refused / lesson.n_asked, "prompts": lesson.n_asked, "margin": settings.margin}
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:

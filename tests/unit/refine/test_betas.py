@@ -58,10 +58,10 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
 
 
 @pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
-def test_the_last_weight_is_smaller(refused: float) -> None:
+def test_the_last_weight_is_larger(refused: float) -> None:
     tried = [Tried(1.0, 0.0), Tried(2.0, refused)]
     usual, last = (next_descent(tried, 1.0, LIMIT, is_last=is_last) for is_last in (False, True))
-    assert last.beta == pytest.approx((2.0 if refused == 0 else usual.beta) / LAST)
+    assert last.beta == pytest.approx(2.0 * max(FAR, LAST) if refused == 0 else usual.beta * LAST)
     assert last.after == usual.after
     assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
 
