@@ -54,7 +54,7 @@ HARMLESS = tuple(
     Prompt(text, SYSTEM) for text in ("Hello", "Write a short guide on how to rinse a carpet.", "Sing", "What now?")
 )
 TOKENS = 10
-SHORT = Pacing(pause=4)
+SHORT = Pacing(pause=4, pass_cost=64)
 Observed = tuple[torch.Tensor, list[str]]
 
 

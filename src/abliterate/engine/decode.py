@@ -50,7 +50,8 @@ class Decoding:
 
     `rows` are the numbers of their prompts. `generated` holds each row's tokens so far, all of which were fed. `logits`
     (n, vocabulary) are those of the next token. `mask` (n, C) covers the columns of `cache`; rejected drafts leave holes in it.
-    `prompt` (n, W) are the prompts' tokens as logits processors see them. `finished` holds the indices in `rows` that are done.
+    `prompt` (n, W) are the prompts' tokens as logits processors see them. `cached` counts the columns of each row that `mask`
+    doesn't hide, so that no one has to wait for the device to know. `finished` holds the indices in `rows` that are done.
     """
 
     rows: list[int]
@@ -59,6 +60,7 @@ class Decoding:
     cache: Cache
     mask: Tensor
     prompt: Tensor
+    cached: list[int]
     finished: set[int]
 
     @property
@@ -79,7 +81,7 @@ class Decoding:
     @property
     def holes(self) -> float:
         """The share of columns that no row needs once all rows are moved to the right."""
-        return 1 - int(self.mask.sum(dim=1).max()) / self.mask.shape[1]
+        return 1 - max(self.cached) / self.mask.shape[1]
 
     def leave(self) -> None:
         """Take finished rows out of the batch."""
@@ -93,9 +95,10 @@ class Decoding:
         stay = torch.tensor(kept, dtype=torch.long, device=self.mask.device)
         self.rows = [self.rows[index] for index in kept]
         self.generated = [self.generated[index] for index in kept]
+        self.cached = [self.cached[index] for index in kept]
         self.finished = {new for new, index in enumerate(kept) if index in self.finished}
         self.mask, self.prompt, self.logits = self.mask[stay], self.prompt[stay], self.logits[stay]
-        columns = self.mask.argsort(dim=1, stable=True)[:, -int(self.mask.sum(dim=1).max()) :] if closing else None
+        columns = self.mask.argsort(dim=1, stable=True)[:, -max(self.cached) :] if closing else None
         for layer in self.cache.layers:  # one layer after the other: two whole caches would not fit where one just does
             if columns is None:
                 layer.reorder_cache(stay)  # type: ignore[arg-type]
@@ -124,9 +127,9 @@ def join(decodings: Sequence[Decoding]) -> Decoding:
     cache = with_layers(decodings[0].cache, layers)
     mask = torch.cat([pad(decoding.mask, (columns, 0)) for decoding, columns in zip(decodings, missing, strict=True)])
     logits, prompt = (torch.cat([getattr(decoding, name) for decoding in decodings]) for name in ("logits", "prompt"))
-    return Decoding(
-        rows, [tokens for decoding in decodings for tokens in decoding.generated], logits, cache, mask, prompt, finished
-    )
+    generated = [tokens for decoding in decodings for tokens in decoding.generated]
+    cached = [count for decoding in decodings for count in decoding.cached]
+    return Decoding(rows, generated, logits, cache, mask, prompt, cached, finished)
 
 
 class Decoder:
@@ -186,13 +189,12 @@ class Decoder:
                     tokens = whole[:, -1:]
                     processors = self.processors(rows, limit)
             rows.logits = self._feed(rows, tokens, torch.ones_like(tokens))[:, -1]
+            rows.cached = [count + 1 for count in rows.cached]
 
     def _in_blocks(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts) -> None:
         """Each pass feeds every row's next token and a draft after it, and keeps the part that the model agrees with."""
-        new: list[list[int]] = [[] for _ in rows.rows]
+        new = [[token] for token in rows.logits.argmax(dim=-1).tolist()]
         while rows.open:
-            for tokens, token in zip(new, rows.logits.argmax(dim=-1).tolist(), strict=True):
-                tokens.append(token)
             self._check()
             self._look(rows, new, watch)
             if watch.satisfied or not rows.open:
@@ -207,7 +209,7 @@ class Decoder:
             started = time.perf_counter()
             new = self._checked(rows, blocks)
             drafts.times.note(len(blocks) * max(map(len, blocks)), time.perf_counter() - started)
-            drafts.score(proposed, list(map(len, new)))
+            drafts.score(proposed, [len(tokens) - 1 for tokens in new])
             if pauses:
                 return
 
@@ -217,14 +219,17 @@ class Decoder:
         return drafts.propose(rows.rows[index], generated, most) if most > 0 and index not in rows.finished else ()
 
     def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Feed a token and a draft of each row; return the right part of each draft."""
+        """Feed a token and a draft of each row; return the right part of each draft, and the model's own token after it.
+
+        The device is waited for once.
+        """
         logits = self._feed_blocks(rows, blocks)
-        right = []
+        new = []
         for block, chosen in zip(blocks, logits.argmax(dim=-1).tolist(), strict=True):
-            wrong = (index for index, token in enumerate(block[1:]) if token != chosen[index])
-            right.append(list(block[1 : 1 + next(wrong, len(block))]))
-        self._hold(rows, logits, [1 + len(draft) for draft in right])
-        return right
+            right = next((index for index, token in enumerate(block[1:]) if token != chosen[index]), len(block) - 1)
+            new.append([*block[1 : 1 + right], chosen[right]])
+        self._hold(rows, logits, list(map(len, new)))
+        return new
 
     def forced(self, rows: Decoding, tokens: Tensor, *, in_blocks: bool = False) -> Tensor:
         """Raw logits (n, T, vocabulary) before each of `tokens` (n, T), which continue the rows whatever the model prefers.
@@ -274,6 +279,7 @@ class Decoder:
         width = logits.shape[1]
         counts = torch.tensor(held, device=logits.device)
         rows.mask[:, -width:] = (torch.arange(width, device=logits.device) < counts[:, None]).to(rows.mask.dtype)
+        rows.cached = [cached + count for cached, count in zip(rows.cached, held, strict=True)]
         latest = logits[torch.arange(len(held), device=logits.device), (counts - 1).clamp_min(0)]
         rows.logits = torch.where(counts[:, None] > 0, latest, rows.logits)
 

@@ -25,7 +25,8 @@ class Layout:
 
     First `prefix_ids` (m, P) with `prefix_mask` fill a cache; row i continues from cache row `prefix_of[i]`. Then `ids` (n, S)
     are fed. `mask` (n, P+S) covers cached and fed tokens; `whole` (n, P+S) holds all tokens with pads at the left, as logits
-    processors see them. P is 0 if nothing is shared.
+    processors see them. P is 0 if nothing is shared. `lengths` are the rows' numbers of tokens, and layouts with equal
+    `prefix_key` have the same prefix rows; both are known without waiting for the device.
     """
 
     prefix_ids: Tensor
@@ -34,6 +35,8 @@ class Layout:
     ids: Tensor
     mask: Tensor
     whole: Tensor
+    lengths: tuple[int, ...]
+    prefix_key: tuple[tuple[int, ...], ...]
 
     @property
     def prefix_length(self) -> int:
@@ -90,6 +93,8 @@ def lay_out(rows: Sequence[Sequence[int]], prefix: Sequence[int], sharing: Shari
         tensor(ids, longest),
         tensor(mask, total),
         tensor(whole, total),
+        tuple(map(len, rows)),
+        (*map(tuple, prefix_ids), *map(tuple, prefix_mask)),
     )
 
 

@@ -13,19 +13,22 @@ GUESSED, FORGOTTEN, SLOWEST = 4.0, 0.01, 2.0
 class PassTimes:
     """What a pass costs beside its tokens, from the seconds that passes of different sizes take.
 
-    The seconds are fitted as a + b·tokens by least squares, in which older passes count less.
+    The seconds are fitted as a + b·tokens by least squares, in which older passes count less. With `known`, a fixed cost in
+    tokens, nothing is learned.
     """
 
-    def __init__(self, pass_cost: float = PASS_COST) -> None:
-        self._guess = pass_cost
+    def __init__(self, known: float | None = None) -> None:
+        self._known = known
         # Weight, and weighted sums of tokens, seconds, squared tokens, and tokens times seconds.
         self._sums = [0.0] * 5
 
     @property
     def pass_cost(self) -> float:
         """The fixed cost a/b of a pass, in tokens; never below 0."""
+        if self._known is not None:
+            return self._known
         fixed, each = self._fit()
-        return fixed / each if each else self._guess
+        return fixed / each if each else PASS_COST
 
     def note(self, tokens: int, seconds: float) -> None:
         """A pass that fed `tokens`, pads included, has taken `seconds`."""
@@ -42,7 +45,7 @@ class PassTimes:
         if not weight:
             return 0.0, 0.0
         mean, mean_seconds = tokens / weight, seconds / weight
-        guessed = mean_seconds / (self._guess + mean)  # b, if a were what it is guessed to be
+        guessed = mean_seconds / (PASS_COST + mean)  # b, if a were what it is guessed to be
         spread = GUESSED * mean * mean
         each = (products - tokens * mean_seconds + spread * guessed) / (squares - tokens * mean + spread)
         each = min(max(each, 1e-3 * mean_seconds / mean), mean_seconds / mean)  # neither part is negative

@@ -97,7 +97,7 @@ class Prefill:
         self.passes = passes
         self.sharing = sharing
         self._edits = edits
-        self._prefixes: dict[bytes, Cache] = {}
+        self._prefixes: dict[tuple[tuple[int, ...], ...], Cache] = {}
         self._version = -1
 
     def group(
@@ -216,7 +216,7 @@ class Prefill:
         if self._version != self._edits.version:
             self.forget()
             self._version = self._edits.version
-        key = layout.prefix_ids.cpu().numpy().tobytes() + layout.prefix_mask.cpu().numpy().tobytes()
+        key = layout.prefix_key
         if keeping or key not in self._prefixes:
             rows = torch.arange(len(layout.prefix_ids), device=layout.ids.device)
             cache, hidden = self._prefix_rows(group, rows, start, keeping)

@@ -19,7 +19,7 @@ from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import Sharing, shared_prefix
-from abliterate.engine.pass_times import PASS_COST, PassTimes
+from abliterate.engine.pass_times import PassTimes
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
 from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
@@ -46,14 +46,15 @@ PAUSE = 24
 class Pacing:
     """How the engine cuts its work into passes; no number that it returns depends on these values.
 
-    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, the others where their defaults are defined.
+    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, `holes` and `block_bytes` where `Decoder` gets its defaults, and
+    `pass_cost` is the fixed cost of a pass in tokens; without it, it is learned.
     """
 
     margin: int = MARGIN
     pause: int = PAUSE
     holes: float = HOLES
     block_bytes: int = BLOCK_BYTES
-    pass_cost: float = PASS_COST
+    pass_cost: float | None = None
 
 
 PACING = Pacing()
@@ -295,8 +296,9 @@ class TrialEngine:
         rows = self._tensor(batch)
         logits, cache = self._prefill(group, rows, keep_cache=True)
         assert cache is not None
-        generated: list[list[int]] = [[] for _ in batch]
-        return Decoding(list(batch), generated, logits, cache, group.layout.mask[rows], group.layout.whole[rows], set())
+        layout, generated = group.layout, [list[int]() for _ in batch]
+        cached = [layout.lengths[row] for row in batch]
+        return Decoding(list(batch), generated, logits, cache, layout.mask[rows], layout.whole[rows], cached, set())
 
     def _chunks(self, prompt_set: _PromptSet, limit: int | None) -> list[list[int]]:
         """Rows in the order in which they are tried. If the trial may be pruned: hardest first, and few at first."""

@@ -237,7 +237,16 @@ def decoding(mask: list[list[int]], first: int) -> Decoding:
     cache = DynamicCache()
     cache.update(states, states + 100, 0)
     rows = list(range(first, first + n))
-    return Decoding(rows, [[row] for row in rows], torch.ones(n, 9), cache, torch.tensor(mask), torch.zeros(n, 2).long(), set())
+    return Decoding(
+        rows,
+        [[row] for row in rows],
+        torch.ones(n, 9),
+        cache,
+        torch.tensor(mask),
+        torch.zeros(n, 2).long(),
+        list(map(sum, mask)),
+        set(),
+    )
 
 
 def test_closing_moves_what_counts_to_the_right() -> None:

@@ -22,9 +22,16 @@ def test_the_cost_of_a_pass_is_learned_from_times(cost: float, each: float) -> N
 
 
 def test_times_of_passes_of_one_size_leave_the_guess() -> None:
-    times = PassTimes(20.0)
+    times = PassTimes()
     for _ in range(100):
         times.note(40, 0.5)
-    assert times.pass_cost == pytest.approx(20.0)
+    assert times.pass_cost == pytest.approx(PASS_COST)
     times.note(40, 0.0)
-    assert times.pass_cost == pytest.approx(20.0)
+    assert times.pass_cost == pytest.approx(PASS_COST)
+
+
+def test_a_known_cost_stays() -> None:
+    times = PassTimes(20.0)
+    times.note(40, 0.5)
+    times.note(80, 5.0)
+    assert times.pass_cost == 20
