@@ -91,7 +91,7 @@ class Pass:
     def loss(self, factors: dict[str, Factors], rows: Rows) -> Loss:
         """The loss of `rows` without gradients."""
         with torch.no_grad():
-            parts = self._run(factors, rows, lambda items, base: [_parts(*pair) for pair in self._losses(items, base)])
+            parts = self._run(factors, rows, lambda items, base: _numbers(self._losses(items, base)))
         return _mean(rows, parts)
 
     def probe(self, prompt: Sequence[int], factors: dict[str, Factors]) -> None:
@@ -116,7 +116,7 @@ class Pass:
                     before = totals[index]
                     totals[index] = gradient if before is None else before + gradient
             self.tokens += 2 * self._fed(row for _, row in items)
-            return [_parts(*losses_of_row) for losses_of_row in losses]
+            return _numbers(losses)
 
         with self._checkpointed():
             loss = _mean(rows, self._run(factors, rows, work))
@@ -280,8 +280,10 @@ def _same(factors: Factors) -> Factors:
     return factors
 
 
-def _parts(target: Tensor, first: Tensor, along: Tensor) -> tuple[float, float, float]:
-    return float(target.detach()), float(first.detach()), float(along.detach())
+def _numbers(losses: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[tuple[float, float, float]]:
+    """The losses of a batch's rows, read from the device at once."""
+    values = torch.stack([value.detach() for row in losses for value in row]).tolist()
+    return list(zip(values[::3], values[1::3], values[2::3], strict=True))
 
 
 def _mean(rows: Rows, parts: Sequence[tuple[bool, tuple[float, float, float]]]) -> Loss:
