@@ -6,7 +6,7 @@ Each line of the output is one course of one seed: `trials` trials and no refine
 them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
 token forward once, backward twice. The model is `demo`, or a folder that `train_demo_model.py --variant` or `real_model.py`
 made, with its prompts. Good answers are counted exactly where the corpus knows them (`ground_truth.py`). With `--heldout`, the
-trial of least KL at 3 % refusals or fewer is measured on the model's held-out prompts, too.
+trial of least KL at 3 % refusals or fewer and the one that a run would select are measured on held-out prompts, too.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ from abliterate.pipeline.search import Search
 from abliterate.prompts.sets import HUB_HELDOUT
 from abliterate.refine.descent import Pass
 from abliterate.refine.loss import Rows
+from abliterate.search.front import pareto_front
+from abliterate.search.selection import parse_rule
 from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Params, Prompt, RefinedParams, Trial
@@ -59,7 +61,7 @@ def main() -> None:
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 10, 20, 40], help="trials before refinement")
     parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
     parser.add_argument("--apart", action="store_true", help="share no prompts and keep no logits, to see what that saves")
-    parser.add_argument("--heldout", action="store_true", help="measure the best trial on held-out prompts, too")
+    parser.add_argument("--heldout", action="store_true", help="measure two trials on held-out prompts, too")
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
     args = parser.parse_args()
@@ -114,12 +116,16 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
         seconds = round(time.perf_counter() - started, 1)
         found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}
-        selected = best[str(HELDOUT)] if heldout else None
+        least = best[str(HELDOUT)] if heldout else None
+        front = pareto_front(everything, baseline, bench.objectives) if heldout else ()
+        selected = parse_rule("auto", objectives=bench.objectives)(front) if front else None
+        figures = {trial.number: on_heldout(bench, trial) for trial in (least, selected) if trial is not None}
         return {
             "trials": trials,
             "refined": refined,
             "best": found,
-            "heldout": None if selected is None else on_heldout(bench, selected),
+            "heldout": None if least is None else figures[least.number],
+            "selected": None if selected is None else point(selected) | {"heldout": figures[selected.number]},
             "ready": ready,
             "prompts": baseline.prompts,
             "points": points,

@@ -81,7 +81,9 @@ def test_facts_say_how_it_was_found(refined: Refined) -> None:
     assert settings.seed == first.facts["seed"]
 
 
-def test_refusals_are_counted_under_a_weaker_edit(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_are_counted_as_it_is_and_under_a_weaker_edit(
+    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, asked = refine.refusals, list[tuple[RefinedParams, int]]()
 
     def counted(bench: Any, params: Any, prompts: Any) -> int:
@@ -91,12 +93,14 @@ def test_refusals_are_counted_under_a_weaker_edit(prompt_files: Files, tmp_path:
     monkeypatch.setattr(refine, "refusals", counted)
     run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3, margin=0.4))
     (trial,) = trials_of(tmp_path / "run")
-    ((weaker, refused),) = asked
+    (same, refused), (weaker, refused_weaker) = asked
     assert isinstance(trial.params, RefinedParams)
+    assert same.coeffs == trial.params.coeffs
     assert weaker.coeffs == pytest.approx({name: 0.6 * coeff for name, coeff in trial.params.coeffs.items()})
-    assert weaker.sha256 == trial.params.sha256
+    assert same.sha256 == weaker.sha256 == trial.params.sha256
     validation = trial.params.facts["validation"]
     assert validation["refused"] == pytest.approx(refused / validation["prompts"])
+    assert validation["weaker"] == pytest.approx(refused_weaker / validation["prompts"])
     assert validation["margin"] == 0.4
 
 
@@ -212,13 +216,13 @@ def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Fil
     settings = settings_of(prompt_files, tmp_path / "cache", betas="auto", descents=2, steps=2)
     run_in(tmp_path / "run", settings)
     first, second = (trial.params.facts for trial in trials_of(tmp_path / "run"))  # type: ignore[union-attr]
-    tried = [Tried(first["beta"], first["validation"]["refused"])]
+    tried = [Tried(first["beta"], first["validation"]["refused"], first["validation"]["weaker"])]
     assert second["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
     more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"descents": 3})})
     run_in(tmp_path / "run", more, resume=True)
     facts = [trial.params.facts for trial in trials_of(tmp_path / "run")]  # type: ignore[union-attr]
     assert [one["stage"] for one in facts] == [0, 1, 2]
-    tried.append(Tried(second["beta"], second["validation"]["refused"]))
+    tried.append(Tried(second["beta"], second["validation"]["refused"], second["validation"]["weaker"]))
     assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
 
 

@@ -42,14 +42,15 @@ _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
 
 @dataclass(frozen=True)
 class _Point:
-    """The end of a descent at `beta`, and the share of validation prompts that are still refused under its edit made weaker."""
+    """The end of a descent at `beta`."""
 
     beta: float
     params: RefinedParams
 
-    @property
-    def refused(self) -> float:
-        return float(self.params.facts["validation"]["refused"])
+    def tried(self) -> Tried:
+        """Its weight and what it leaves refused; a trial of an older version, without a weaker edit, counts as without margin."""
+        validation = self.params.facts["validation"]
+        return Tried(self.beta, float(validation["refused"]), float(validation.get("weaker", 1.0)))
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Refinement:
         if settings.betas != "auto":
             beta = settings.betas[len(points)]
             return _Plan(beta, settings.steps, _nearest(points, beta))
-        tried = [Tried(point.beta, point.refused) for point in points]
+        tried = [point.tried() for point in points]
         is_last = len(points) == settings.n_descents - 1
         found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
         return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
@@ -223,7 +224,7 @@ class Refinement:
     def _stored(
         self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
     ) -> RefinedParams:
-        """The point as parameters of a trial, with the refusals of validation prompts under the edit made weaker."""
+        """The point as parameters of a trial, with the validation prompts counted that it refuses, and the edit made weaker."""
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
@@ -242,8 +243,9 @@ class Refinement:
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
         weaker = replace(params, coeffs={name: (1 - settings.margin) * coeff for name, coeff in params.coeffs.items()})
-        refused = refusals(bench, weaker, bench.prompts.harmful[: lesson.n_asked])
-        validation = {**best.record, "refused": refused / lesson.n_asked, "prompts": lesson.n_asked, "margin": settings.margin}
+        asked = bench.prompts.harmful[: lesson.n_asked]
+        shares = {name: refusals(bench, each, asked) / len(asked) for name, each in (("refused", params), ("weaker", weaker))}
+        validation = {**best.record, **shares, "margin": settings.margin, "prompts": len(asked)}
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:

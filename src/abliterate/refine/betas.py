@@ -1,10 +1,10 @@
 """Which weight β of the KL the next descent has, and where it begins, to find the largest at which the model doesn't refuse.
 
 The scale of β is the model's own, so it is found on validation prompts and not by a fixed list. Too large a weight leaves
-refusals, so refusals decide; too small a weight only wastes KL. They are counted under a slightly weaker edit
-(`refine.margin`), because an edit that just suffices for prompts like those that it was learned from doesn't suffice for
-others. Descents go on from each other, because a weight at which the model still refuses after few steps is often right after
-more of them.
+refusals, so refusals decide; too small a weight only wastes KL. Descents go on from each other, because a weight at which the
+model still refuses after few steps is often right after more of them. An edit that just suffices for prompts like those that
+it was learned from doesn't suffice for others, so the course begins at a small weight, and returns at its end to the largest
+one that keeps a margin: at which a weaker edit suffices, too.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 
 # The first weight, as a share of the teacher's gain per nat of KL: at 1 the teacher's own edit would just pay, and refined
 # edits reach the same answers at a fraction of its KL. The first trial is to have a wide margin.
-FIRST = 0.15
-# The factors by which the weight grows: usually, and where one of the last two descents left refusals.
-FAR, NEAR = 2.5, 1.4
+FIRST = 0.1
+# The factors by which the weight grows until refusals come back, and from then on.
+FAR, NEAR = 3.0, 1.4
 # How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
 FALL = 3.0
-# The last descent's weight is larger by this factor, so that the front ends with the least KL, where no margin is left.
+# The last descent's weight is smaller than the first one by this factor, if none has kept a margin.
 LAST = 2.0
 # The share of prompts beyond which a descent led back to the unedited model, and none goes on from it.
 ALL = 0.9
@@ -27,10 +27,11 @@ ALL = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Tried:
-    """A weight, and the share of validation prompts that are still refused under the edit of its descent, made weaker."""
+    """A weight, and the shares of validation prompts that its edit leaves refused, and the edit made weaker."""
 
     beta: float
     refused: float
+    weaker: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +50,17 @@ def first_beta(gain: float, kl: float) -> float:
 def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last: bool = False) -> Next:
     """The descent after those `tried`, where at most `limit` of the prompts may be refused.
 
-    Weights grow while that is so, and fall while it isn't, the more the more is refused; that of the last descent is larger.
+    Weights grow while that is so, and fall while it isn't, the more the more is refused. The last one is the largest that keeps
+    a margin.
     """
     if not tried:
         return Next(first, None)
-    last, rise = tried[-1], LAST if is_last else 1.0
-    enough = [place for place, one in enumerate(tried) if one.refused <= limit]
-    if last.refused <= limit:
-        growth = NEAR if any(one.refused > limit for one in tried[-2:]) else FAR
-        return Next(last.beta * max(growth, rise), len(tried) - 1)
+    last, enough = tried[-1], [place for place, one in enumerate(tried) if one.refused <= limit]
     after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
-    return Next(last.beta / (1 + FALL * last.refused) * rise, after)
+    if is_last:
+        with_margin = [one.beta for one in tried if one.weaker <= limit]
+        return Next(max(with_margin, default=min(one.beta for one in tried) / LAST), after)
+    if last.refused <= limit:
+        growth = NEAR if len(enough) < len(tried) else FAR
+        return Next(last.beta * growth, after)
+    return Next(last.beta / (1 + FALL * last.refused), after)

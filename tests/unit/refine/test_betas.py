@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +20,7 @@ def tried_on(threshold: float, first: float, descents: int, growth: float = 1.0)
         after = next_descent(tried, first, LIMIT)
         length.append(0 if after.after is None else length[after.after] + 1)
         excess = math.log(after.beta / (threshold * growth ** length[-1]))
-        tried.append(Tried(after.beta, min(1.0, max(0.0, 0.5 * excess))))
+        tried.append(Tried(after.beta, min(1.0, max(0.0, 0.5 * excess)), 1.0))
     return tried
 
 
@@ -43,13 +44,13 @@ def test_weights_follow_what_more_steps_allow() -> None:
     ("tried", "expected"),
     [
         ([], Next(1.0, None)),
-        ([Tried(1.0, LIMIT)], Next(FAR, 0)),
-        ([Tried(1.0, 0.1)], Next(1 / (1 + 0.1 * FALL), 0)),
-        ([Tried(1.0, 1.0)], Next(1 / (1 + FALL), None)),
-        ([Tried(1.0, 0.0), Tried(2.0, 1.0)], Next(2 / (1 + FALL), 0)),
-        ([Tried(1.0, 0.0), Tried(2.0, ALL)], Next(2 / (1 + ALL * FALL), 1)),
-        ([Tried(4.0, 0.5), Tried(1.6, 0.0)], Next(1.6 * NEAR, 1)),
-        ([Tried(1.0, 0.0), Tried(2.0, 0.0), Tried(4.0, 1.0)], Next(4 / (1 + FALL), 1)),
+        ([Tried(1.0, LIMIT, 0.0)], Next(FAR, 0)),
+        ([Tried(1.0, 0.1, 0.0)], Next(1 / (1 + 0.1 * FALL), 0)),
+        ([Tried(1.0, 1.0, 0.0)], Next(1 / (1 + FALL), None)),
+        ([Tried(1.0, 0.0, 0.0), Tried(2.0, 1.0, 0.0)], Next(2 / (1 + FALL), 0)),
+        ([Tried(1.0, 0.0, 0.0), Tried(2.0, ALL, 0.0)], Next(2 / (1 + ALL * FALL), 1)),
+        ([Tried(4.0, 0.5, 0.0), Tried(1.6, 0.0, 0.0)], Next(1.6 * NEAR, 1)),
+        ([Tried(1.0, 0.0, 0.0), Tried(2.0, 0.0, 0.0), Tried(4.0, 1.0, 0.0)], Next(4 / (1 + FALL), 1)),
     ],
 )
 def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> None:
@@ -58,11 +59,12 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
 
 
 @pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
-def test_the_last_weight_is_larger(refused: float) -> None:
-    tried = [Tried(1.0, 0.0), Tried(2.0, refused)]
+def test_the_last_weight_is_the_largest_that_keeps_a_margin(refused: float) -> None:
+    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, refused, 1.0)]
     usual, last = (next_descent(tried, 1.0, LIMIT, is_last=is_last) for is_last in (False, True))
-    assert last.beta == pytest.approx(2.0 * max(FAR, LAST) if refused == 0 else usual.beta * LAST)
-    assert last.after == usual.after
+    assert last == Next(3.0, usual.after)
+    without = [replace(one, weaker=0.5) for one in tried]
+    assert next_descent(without, 1.0, LIMIT, is_last=True).beta == 1.0 / LAST
     assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
 
 
