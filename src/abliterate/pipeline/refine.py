@@ -48,7 +48,7 @@ class _Point:
     params: RefinedParams
 
     def tried(self) -> Tried:
-        """Its weight and what it leaves refused; a trial of an older version, without a weaker edit, counts as without margin."""
+        """Its weight and what it leaves refused; a trial of an older version, without a weaker edit, has no margin."""
         validation = self.params.facts["validation"]
         return Tried(self.beta, float(validation["refused"]), float(validation.get("weaker", 1.0)))
 
