@@ -229,9 +229,9 @@ def _refinement(settings: Settings, work: Workload) -> tuple[int, int]:
     seen = max(used["harmless"], steps * refine.batch) * rows["harmless"]
     looks = refine.n_descents * math.ceil(refine.steps / LOOK) + 2
     # The answers of teachers that are compared, those of the one that teaches, the base's own, and each descent's to validation
-    # prompts, as shares of the evaluation prompts.
+    # prompts, under its edit and under a weaker one, as shares of the evaluation prompts.
     answers = TEACHERS * COMPARED + used["harmless"]
-    answers += math.ceil(used["harmful"] * (1 + refine.n_descents * refine.validation))
+    answers += math.ceil(used["harmful"] * (1 + 2 * refine.n_descents * refine.validation))
     trials = refine.n_descents + math.ceil(answers / max(1, work.sets["harmful_eval"][0]))
     return round(seen + steps * step + looks * looked), trials
 

@@ -242,9 +242,9 @@ def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> N
     cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""))["cost"]["tokens"]
     # Two looks and two losses at a quarter of 400 + 400 rows, of which the base sees the harmless ones, too.
     looks = 4 * 100 * 3 * 68
-    # Two trials; the answers of 12 teachers to 16 prompts and of one to 400, the base's own, and twice those of a refined model
-    # to a quarter of them: 11.92 times the 100 evaluation prompts.
-    assert cost["refinement_at_most"] == 20 * 10 * 3 * 68 + 400 * 68 + looks + 14 * cost["trial_at_most"]
+    # Two trials; the answers of 12 teachers to 16 prompts and of one to 400, the base's own, and twice those of two refined
+    # models to a quarter of them: 13.92 times the 100 evaluation prompts.
+    assert cost["refinement_at_most"] == 20 * 10 * 3 * 68 + 400 * 68 + looks + 16 * cost["trial_at_most"]
     parts = ("residuals", "yardstick_at_most", "trial_at_most", "refinement_at_most")
     assert cost["run_at_most"] == sum(cost[part] for part in parts)
 
