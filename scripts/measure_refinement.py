@@ -110,7 +110,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
             note(trial, 0)
         if refined:
             with backward_tokens(counters) as fed:
-                for trial in Refinement(bench, study, baseline, search.trials, trials):
+                for trial in Refinement(bench, study, search.trials, trials):
                     note(trial, sum(fed))
         everything = study.trials()
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}

@@ -33,7 +33,7 @@ from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
-from abliterate.types import Baseline, RefinedParams, Trial
+from abliterate.types import RefinedParams, Trial
 
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
 # to be divided by √d_model.
@@ -68,10 +68,9 @@ class Refinement:
     Trials that the study already has are not computed again.
     """
 
-    def __init__(self, bench: Workbench, study: Study, baseline: Baseline, trials: Sequence[Trial], budget: int) -> None:
+    def __init__(self, bench: Workbench, study: Study, trials: Sequence[Trial], budget: int) -> None:
         self._bench = bench
         self._study = study
-        self._baseline = baseline
         self._trials = list(trials)
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
@@ -150,8 +149,8 @@ class Refinement:
         with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
             params = self._descend(lesson, plan, stage, number)
-            pruner = DominancePruner.of(self._trials, self._baseline, bench.objectives)
-            trial = stages.evaluate(bench, number, params, pruner)
+            # Evaluation prompts don't show which trial keeps a margin, so a dominated one may be wanted: it is measured in full.
+            trial = stages.evaluate(bench, number, params, DominancePruner.never(bench.objectives))
             trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
         if not self._study.add(trial):
             raise AbliterateError("Another process has taken a refined trial's place in the study; continue with --resume.")

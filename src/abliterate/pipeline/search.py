@@ -105,7 +105,7 @@ class Search:
 
     def refine(self) -> Iterator[Sequence[Trial]]:
         """Refine the front by gradient after the search; gives the newly finished trials after each refined one."""
-        for _ in Refinement(self.bench, self.study, self.baseline, self.trials, self.budget):
+        for _ in Refinement(self.bench, self.study, self.trials, self.budget):
             before = {trial.number for trial in self.trials}
             self.trials = self.study.trials()
             yield self._report(before)
