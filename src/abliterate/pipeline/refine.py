@@ -149,7 +149,7 @@ class Refinement:
         with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
             number = self._study.free_slot(self._budget)
             params = self._descend(lesson, plan, stage, number)
-            # Evaluation prompts don't show which trial keeps a margin, so a dominated one may be wanted: it is measured in full.
+            # In full: evaluation prompts don't show which trial keeps a margin, so one that others dominate may be wanted.
             trial = stages.evaluate(bench, number, params, DominancePruner.never(bench.objectives))
             trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
         if not self._study.add(trial):
