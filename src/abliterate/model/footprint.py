@@ -16,6 +16,8 @@ FLOAT32 = 4
 _MARGIN = 1.3
 # The names that families give to the number of experts that a token visits.
 _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+# Values that a decoder layer keeps for its backward pass, per token and d_model: attention's and the MLP's inputs and outputs.
+_ACTIVATIONS = 40
 # Without their kernel packages, linear attention and convolutions run in plain PyTorch, which keeps many float32 copies.
 _RECURRENT_MARGIN = 5
 
@@ -98,6 +100,15 @@ def row_bytes(shape: Shape, operation: str, prompt: int, response: int) -> int:
     # A layer's cache is copied when it grows.
     growing = (prompt + response) * shape.cache_bytes_per_token
     return passed + shape.cache_bytes(prompt + response) + growing
+
+
+def learning_bytes(shape: Shape, tokens: int, learned: int, *, checkpointing: bool) -> int:
+    """Bytes of one row of `tokens` tokens in a forward and backward pass, with the logits of its `learned` last tokens.
+
+    With `checkpointing`, every layer keeps only its input, and one layer at a time its activations.
+    """
+    layers = shape.n_layers + _ACTIVATIONS if checkpointing else shape.n_layers * _ACTIVATIONS
+    return shape.itemsize * tokens * shape.d_model * layers + 4 * FLOAT32 * learned * shape.vocabulary
 
 
 def kept_bytes(shape: Shape, resume_layers: int, harmful: int, harmless: int, prompt: int) -> int:

@@ -20,7 +20,7 @@ from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.coverage import coverage_of
 from abliterate.model.devices import device_name, memory_text
 from abliterate.model.experts import is_fused
-from abliterate.model.footprint import Shape, row_bytes, visited_experts
+from abliterate.model.footprint import Shape, learning_bytes, row_bytes, visited_experts
 from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import usable_memory
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
@@ -125,7 +125,7 @@ def requirements_of(
 
 
 def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.device, work: Workload) -> dict[str, Any]:
-    """The bytes of the weights, of one prompt in each operation, and of everything kept between trials."""
+    """The bytes of the weights, of a prompt in each operation, of a row of refinement, and of what is kept between trials."""
     model, dtype = loaded.model, getattr(torch, loaded.info.dtype)
     shape = Shape.of(model.config.get_text_config(), dtype)
     weights = _weights_bytes(loaded, dtype)
@@ -143,7 +143,12 @@ def _memory(settings: Settings, loaded: LoadedModel | Skeleton, device: torch.de
     for name in OPERATIONS:
         bytes_per_prompt = row_bytes(shape, name, longest[name], settings.response.max_new_tokens)
         operations[name] = {"bytes_per_prompt": bytes_per_prompt, "prompts_that_fit": free // bytes_per_prompt}
-    return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations}
+    learned = settings.refine.tokens
+    tokens = longest["residuals"] + learned
+    row = {
+        name: learning_bytes(shape, tokens, learned, checkpointing=on) for name, on in (("row", False), ("checkpointed", True))
+    }
+    return {"weights_bytes": weights, "kept_bytes": reserved, "operations": operations, "refinement": row}
 
 
 def _weights_bytes(loaded: LoadedModel | Skeleton, dtype: torch.dtype) -> int:
