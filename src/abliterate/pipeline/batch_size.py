@@ -27,11 +27,13 @@ from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import Settings
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 
-# Two sizes whose throughput differs by less than this share are equally good; the smaller size needs less memory.
+# Two sizes whose throughput differs by less than this share are equally good. The larger one is taken: a probe may be slow by
+# chance, and rows leave their batch as they finish.
 PLATEAU = 0.05
 
-# The most probes in all, and the most probes spent on finding the smallest size that is as fast.
-_PROBES, _SHRINK_PROBES = 8, 4
+# The most sizes that are probed, the most of them spent on finding a smaller size that is as fast, and how often the largest
+# and the smallest such size are then probed again, in turn, because other work on the machine may slow down any one probe.
+_PROBES, _SHRINK_PROBES, _AGAIN = 8, 4, 2
 
 # Neighbouring sizes differ by this factor, and a search begins with _FIRST_STEP such steps at once: nearly a doubling.
 _STEP, _FIRST_STEP = 1.2, 2
@@ -63,11 +65,12 @@ def even_sizes(items: int, maximum: int) -> list[int]:
 def tune_batch_size(
     probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, grow: bool = True, shrink: bool = True
 ) -> BatchTuning:
-    """The smallest of `sizes` (ascending) that is as fast as any size that fits, by binary search in at most eight probes.
+    """The largest of `sizes` (ascending) that is worth it, by binary search over at most eight sizes.
 
     `probe(size)` gives items per second, or None if the device runs out of memory. The search goes from `start` (an estimate)
-    to the largest size that fits, as long as growing gains speed, and then to the smallest size that is as fast. The result is
-    1 if nothing fits. Without `grow`, sizes above `start` aren't tried; without `shrink`, smaller sizes only if it doesn't fit.
+    to the largest size that fits, as long as growing gains speed, and then to the smallest size that is as fast; both are
+    probed again, and the smaller one is taken if it is clearly faster. The result is 1 if nothing fits. Without `grow`, sizes
+    above `start` aren't tried; without `shrink`, smaller sizes only if it doesn't fit, and the smallest of equal ones is taken.
     """
     probes: dict[int, float | None] = {}
     index = max((index for index, size in enumerate(sizes) if size <= start), default=0)
@@ -92,7 +95,14 @@ def tune_batch_size(
         if sizes[index] not in probes:
             probes[sizes[index]] = probe(sizes[index])
         slow, fast = (slow, index) if sizes[index] in _as_fast_as_any(probes) else (index, fast)
-    return BatchTuning(min(_as_fast_as_any(probes), default=1), probes)
+    largest = max((size for size, speed in probes.items() if speed is not None), default=1)
+    smaller = min(_as_fast_as_any(probes), default=1)
+    if smaller == largest or not shrink:
+        return BatchTuning(smaller, probes)
+    for size in (largest, smaller) * _AGAIN:
+        probes[size] = max(probes[size] or 0.0, probe(size) or 0.0)
+    is_clear = (probes[largest] or 0.0) < (1 - PLATEAU) * (probes[smaller] or 0.0)
+    return BatchTuning(smaller if is_clear else largest, probes)
 
 
 def _as_fast_as_any(probes: Mapping[int, float | None]) -> list[int]:
@@ -309,8 +319,10 @@ class Probes:
         """Prompts a second; None if so many don't fit."""
         self._context.check()
         self._warm_up()
-        measured = self._probe(operation, estimate, size)
-        probes[size] = measured
+        measured, before = self._probe(operation, estimate, size), probes.get(size)
+        if measured and before and before.tokens_per_second > measured.tokens_per_second:
+            measured = before
+        probes[size] = measured or before
         return measured.tokens_per_second / self._tokens(operation) if measured else None
 
     def _probe(self, operation: Operation, estimate: int, size: int) -> BatchProbe | None:

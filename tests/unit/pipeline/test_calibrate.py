@@ -48,11 +48,11 @@ def test_search_takes_few_probes_and_never_returns_what_failed(name: str, start:
     for capacity in range(1, 140):
         device = FakeDevice(capacity, SPEEDS[name])
         tuned = tune(device, start)
-        assert len(device.asked) <= 8
-        assert len(set(device.asked)) == len(device.asked), "no size is measured twice"
+        assert len(set(device.asked)) <= 8
+        assert len(device.asked) - len(set(device.asked)) in (0, 4), "two sizes are measured twice again"
         assert 1 <= tuned.size <= min(capacity, 128)
         assert tuned.probes[tuned.size] is not None
-        assert sorted(tuned.probes) == sorted(device.asked)
+        assert sorted(tuned.probes) == sorted(set(device.asked))
 
 
 @given(st.integers(1, 2000), st.integers(1, 1000), st.integers(0, 1100), st.integers(0, 1200), st.sampled_from(sorted(SPEEDS)))
@@ -60,7 +60,7 @@ def test_search_takes_few_probes_and_never_returns_what_failed(name: str, start:
 def test_search_for_any_work(items: int, maximum: int, capacity: int, start: int, name: str) -> None:
     device = FakeDevice(capacity, SPEEDS[name])
     tuned = tune(device, start, items, maximum)
-    assert len(device.asked) <= 8
+    assert len(set(device.asked)) <= 8
     assert min(device.asked) >= 1
     assert max(device.asked) <= min(items, maximum)
     assert capacity == 0 or tuned.size <= capacity
@@ -89,20 +89,34 @@ def test_a_good_estimate_needs_few_probes(estimate: float) -> None:
 def test_growing_stops_where_it_gains_nothing() -> None:
     device = FakeDevice(1000, SPEEDS["flat"])
     tune(device, start=10)
-    assert len([size for size in device.asked if size > 10]) == 1
+    assert len({size for size in device.asked if size > 10}) == 1
 
 
 @pytest.mark.parametrize("name", SPEEDS)
-def test_what_is_chosen_is_as_fast_as_all_that_was_measured_and_the_smallest(name: str) -> None:
+def test_the_largest_is_chosen_unless_a_smaller_size_is_clearly_faster(name: str) -> None:
     tuned = tune(FakeDevice(100, SPEEDS[name]))
-    best = max(speed for speed in tuned.probes.values() if speed is not None)
-    as_fast = [size for size, speed in tuned.probes.items() if speed is not None and speed >= 0.95 * best]
-    assert tuned.size == min(as_fast)
+    speeds = {size: speed for size, speed in tuned.probes.items() if speed is not None}
+    as_fast = [size for size, speed in speeds.items() if speed >= 0.95 * max(speeds.values())]
+    assert tuned.size == max(as_fast)
 
 
-def test_search_comes_down_where_size_gains_nothing() -> None:
-    assert tune(FakeDevice(500, SPEEDS["flat"])).size <= 4
-    assert tune(FakeDevice(500, SPEEDS["plateau at 20"])).size <= 40
+def test_search_comes_down_where_size_costs_speed() -> None:
+    assert tune(FakeDevice(500, SPEEDS["flat"])).size == 128
+    assert tune(FakeDevice(500, SPEEDS["falling"])).size == 1
+    assert 8 <= tune(FakeDevice(500, SPEEDS["peak at 16"])).size <= 32
+
+
+@pytest.mark.parametrize("slow", range(12))
+def test_one_slow_probe_decides_nothing(slow: int) -> None:
+    """Another process takes a machine's time during one probe, whichever that is."""
+    device, calls = FakeDevice(40, SPEEDS["saturating"]), list[int]()
+
+    def probe(size: int) -> float | None:
+        calls.append(size)
+        speed = device.probe(size)
+        return speed / 4 if speed is not None and len(calls) == slow + 1 else speed
+
+    assert tune_batch_size(probe, even_sizes(40, 40), 40).size >= 20
 
 
 def test_from_a_plateau_smaller_sizes_are_not_tried() -> None:
@@ -116,7 +130,7 @@ def test_a_look_whether_it_fits_needs_no_speeds(capacity: int, found: int) -> No
     device = FakeDevice(capacity, SPEEDS["falling"])
     tuned = tune_batch_size(device.probe, even_sizes(100, 100), 100, grow=False, shrink=False)
     assert tuned.size == found
-    assert len(device.asked) <= 8
+    assert len(set(device.asked)) <= 8
     assert capacity < 100 or device.asked == [100]
 
 
