@@ -30,6 +30,11 @@ class PassTimes:
         fixed, each = self._fit()
         return fixed / each if each else PASS_COST
 
+    def speed(self, tokens: int) -> float:
+        """Tokens a second in passes over so many tokens; 0 before any pass was timed."""
+        fixed, each = self._fit()
+        return tokens / (fixed + each * tokens) if fixed + each else 0.0
+
     def note(self, tokens: int, seconds: float) -> None:
         """A pass that fed `tokens`, pads included, has taken `seconds`."""
         fixed, each = self._fit()

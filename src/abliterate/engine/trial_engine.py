@@ -129,6 +129,11 @@ class TrialEngine:
         self._sets: dict[tuple[bool, tuple[Prompt, ...]], _PromptSet] = {}
         self._prefix: list[int] = []
 
+    @property
+    def decode_speed(self) -> float:
+        """Tokens a second of decoding a full batch, one token of each row a pass; 0 if no pass was timed yet."""
+        return self._times.speed(self._decodes.size)
+
     @torch.inference_mode()
     def prepare(
         self,

@@ -35,6 +35,9 @@ PLATEAU = 0.05
 # and the smallest such size are then probed again, in turn, because other work on the machine may slow down any one probe.
 _PROBES, _SHRINK_PROBES, _AGAIN = 8, 4, 2
 
+# Trials that decode so many times as fast as the probe of their size did say that the machine was busy then.
+_BUSY = 2.0
+
 # Neighbouring sizes differ by this factor, and a search begins with _FIRST_STEP such steps at once: nearly a doubling.
 _STEP, _FIRST_STEP = 1.2, 2
 
@@ -192,10 +195,9 @@ def batch_sizes(
         _report(context, BatchSizes.same(fixed_size), "as given")
         return BatchSizes.same(fixed_size)
     probes = Probes(context, loaded, engine, prompts)
-    cached = context.store.get("batch-sizes", probes.key)
-    if cached is not None:
-        sizes = json.loads(from_bytes(cached["sizes"]))
-        cached_sizes = BatchSizes(**sizes["sizes"], row_bytes=tuple(sizes["row_bytes"]))
+    stored = _stored(context, probes)
+    if stored is not None and not stored.get("outdated"):
+        cached_sizes = BatchSizes(**stored["sizes"], row_bytes=tuple(stored["row_bytes"]))
         _report(context, cached_sizes, "from the cache")
         return cached_sizes
     return sizes_of(_measure(context, loaded, probes))
@@ -209,9 +211,35 @@ def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts
 def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> dict[str, float]:
     """Tokens a second by operation, measured here before, or else measured now and kept for later runs."""
     probes = Probes(context, loaded, engine, prompts)
-    cached = context.store.get("batch-sizes", probes.key)
-    speeds = json.loads(from_bytes(cached["sizes"])).get("tokens_per_second") if cached is not None else None
+    stored = _stored(context, probes)
+    speeds = stored.get("tokens_per_second") if stored is not None and not stored.get("outdated") else None
     return speeds or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
+
+
+def renew_if_slow(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets, speed: float) -> bool:
+    """Have the next run measure anew, if trials decode `speed` tokens a second and the stored probe was far slower.
+
+    It was then measured while the machine had other work, and may have chosen too small a size. Returns whether that is so.
+    """
+    probes = Probes(context, loaded, engine, prompts)
+    stored = _stored(context, probes)
+    measured = float(((stored or {}).get("tokens_per_second") or {}).get("decode", 0))
+    if not stored or stored.get("outdated") or not 0 < measured * _BUSY < speed:
+        return False
+    label = f"{loaded.info.id}: outdated, measured on a busy machine"
+    context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(json.dumps(stored | {"outdated": True}))}, label)
+    context.reporter.note(
+        f"trials decode {speed:.0f} tokens a second, and {measured:.0f} when batch sizes were found, beside other work; "
+        "the next run finds them anew"
+    )
+    return True
+
+
+def _stored(context: Context, probes: Probes) -> dict[str, Any] | None:
+    """What was measured here before."""
+    cached = context.store.get("batch-sizes", probes.key)
+    found: dict[str, Any] | None = json.loads(from_bytes(cached["sizes"])) if cached is not None else None
+    return found
 
 
 def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tuned, ...]:

@@ -128,6 +128,7 @@ class _Run:
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
             publish(bench, study, baseline, directions, result.identity or {})
             search = self._search(bench, study, baseline, devices)  # 6
+            bench.renew_batch_sizes()
             self._refine(search)  # 7
             selected = self._select(search, choose, held)  # 8
             picked = self._prepare_export(bench, selected)

@@ -203,6 +203,12 @@ class Workbench:
                 context.reporter.note(note)
         self._prepared = True
 
+    def renew_batch_sizes(self) -> None:
+        """After trials: have the next run find batch sizes anew, if theirs were found while the machine was busy."""
+        speed = getattr(self.engine, "decode_speed", 0.0)
+        if speed and not self.settings.evaluation.batch_size:
+            batch_size.renew_if_slow(self.context, self.loaded, self.plain, self.prompts, speed)
+
     def _forget_edits(self) -> None:
         """Take earlier hooks off, and with them the engine that was made for them.
 

@@ -35,3 +35,11 @@ def test_a_known_cost_stays() -> None:
     times.note(40, 0.5)
     times.note(80, 5.0)
     assert times.pass_cost == 20
+
+
+def test_the_speed_of_passes() -> None:
+    times = PassTimes()
+    assert times.speed(40) == 0
+    for tokens in [10, 20, 40, 80] * 200:
+        times.note(tokens, 0.01 * (30 + tokens))
+    assert times.speed(40) == pytest.approx(40 / 0.7, rel=0.05)

@@ -92,8 +92,10 @@ def test_every_operation_has_a_size_and_few_probes(
     assert len(found["residuals"].probes) == 1, "done once: one look"
     assert found["residuals"].size <= found["prefill"].size
     passes = len(machine.rows)
-    # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load.
-    assert passes <= len(found["decode"].probes) * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
+    # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load. Two
+    # decoding sizes are probed twice again.
+    decoding = len(found["decode"].probes) + 4
+    assert passes <= decoding * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,24 @@ def test_another_machine_is_measured_anew(
     machine = Machine(monkeypatch)
     batch_size.batch_sizes(context, loaded, from_settings.plain_engine(context, loaded), prompts)
     assert machine.rows
+
+
+def test_sizes_found_on_a_busy_machine_are_found_anew(
+    tuned: dict[str, Tuned], loaded: LoadedModel, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trials show it: they decode far faster than the probe of their size did."""
+    context, prompts, _ = made(prompt_files, tmp_path)
+    engine = from_settings.plain_engine(context, loaded)
+    speed = tuned["decode"].speed
+    assert speed > 0
+    for slower, outdated in ((1.9, False), (2.1, True), (2.1, False)):  # the third time it is known already
+        assert batch_size.renew_if_slow(context, loaded, engine, prompts, slower * speed) == outdated
+    machine = Machine(monkeypatch)
+    batch_size.batch_sizes(context, loaded, engine, prompts)
+    assert machine.rows
+    machine.rows.clear()
+    batch_size.batch_sizes(context, loaded, engine, prompts)
+    assert machine.rows == [], "and kept again"
 
 
 def test_a_given_size_is_not_measured(
