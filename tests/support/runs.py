@@ -60,6 +60,7 @@ class Recorder:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.trials: list[Trial] = []
+        self.units: set[tuple[str, str]] = set()  # (stage, unit) of what progress was shown for
         self.result: Mapping[str, Any] | None = None
 
     def header(self, fields: Mapping[str, str]) -> None: ...
@@ -67,7 +68,10 @@ class Recorder:
         self.stages.append(name)
 
     def stage_ended(self) -> None: ...
-    def progress(self, done: int, total: int, unit: str) -> None: ...
+    def progress(self, done: int, total: int, unit: str) -> None:
+        assert done <= total
+        self.units.add((self.stages[-1] if self.stages else "", unit))
+
     def note(self, text: str, **fields: Any) -> None:
         self.notes.append(text)
 

@@ -8,7 +8,7 @@ numbers.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
@@ -106,8 +106,19 @@ class Prefill:
         """Lay out the prompts numbered `rows`, whose ids are `tokens`."""
         return RowGroup(list(rows), lay_out(tokens, prefix, self.sharing, device))
 
-    def keep(self, group: RowGroup, resume_layers: Sequence[int], batch_size: int, *, with_cache: bool) -> None:
-        """Keep the base model's states for a group; the model must carry no edit. Decoding needs them `with_cache`."""
+    def keep(
+        self,
+        group: RowGroup,
+        resume_layers: Sequence[int],
+        batch_size: int,
+        *,
+        with_cache: bool,
+        kept: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Keep the base model's states for a group; the model must carry no edit. Decoding needs them `with_cache`.
+
+        `kept` is called with the number of rows of each chunk that is done.
+        """
         assert self._edits.first_layer is None
         resume_layers = sorted({layer for layer in resume_layers if 0 < layer <= self.passes.last_start} - self._dropped_layers)
         if not resume_layers:
@@ -115,7 +126,7 @@ class Prefill:
         self._kept_groups.append(group)
         fits = False
         with contextlib.suppress(torch.OutOfMemoryError), memory_errors():
-            fits = self._keep(group, resume_layers, batch_size, with_cache)
+            fits = self._keep(group, resume_layers, batch_size, with_cache, kept)
         if not fits:
             group.kept, group.prefix = KeptStates(), KeptStates()
             self.forget()
@@ -131,7 +142,9 @@ class Prefill:
         """The bytes of the base model's states that are kept."""
         return sum(kept.nbytes(list(kept.hidden)) for group in self._kept_groups for kept in (group.kept, group.prefix))
 
-    def _keep(self, group: RowGroup, resume_layers: list[int], size: int, with_cache: bool) -> bool:
+    def _keep(
+        self, group: RowGroup, resume_layers: list[int], size: int, with_cache: bool, kept: Callable[[int], None]
+    ) -> bool:
         """`keep` in chunks that are halved if they don't fit; False if a single row doesn't fit."""
         cache = self._prefix(group, 0, keeping=resume_layers)
         lower = cache.layers[: max(resume_layers)] if cache is not None else []
@@ -157,6 +170,7 @@ class Prefill:
             states.cut(resume_layers)
             states_by_chunk.append(states)
             done += len(chunk)
+            kept(len(chunk))
         group.kept = KeptStates.merged(states_by_chunk, resume_layers)
         return True
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from abliterate.engine.prefill import EditState
-from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.reference import Progress, ReferenceEngine
 from abliterate.engine.trial_engine import PACING, Pacing, TrialEngine, Unsupported
 from abliterate.errors import TrialError, first_line
 from abliterate.model.memory import clear_device_cache, memory_errors
@@ -40,11 +40,12 @@ class EngineSetup:
     resume_layers: Sequence[int]
     budget_bytes: float = inf
     pacing: Pacing = PACING
+    progress: Progress = lambda done, total: None
 
     def engine(self, switches: EfficiencySettings) -> TrialEngine:
         """A prepared engine; the model must carry no edit."""
         engine = TrialEngine(self.reference, self.layers, self.edits, switches, self.early, self.pacing)
-        engine.prepare(self.harmful, self.harmless, self.resume_layers, self.budget_bytes)
+        engine.prepare(self.harmful, self.harmless, self.resume_layers, self.budget_bytes, self.progress)
         return engine
 
 

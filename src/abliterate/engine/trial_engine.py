@@ -141,19 +141,27 @@ class TrialEngine:
         harmless: Sequence[Prompt],
         resume_layers: Sequence[int],
         budget_bytes: float = inf,
+        progress: Progress = lambda done, total: None,
     ) -> None:
-        """Lay out both sets and keep the base model's states; the model must carry no edit.
+        """Lay out both sets and keep the base model's states; the model must carry no edit. `progress` counts prompts.
 
         A trial's passes may begin at `resume_layers`; at most `budget_bytes` are kept.
         """
         self._prefill.budget_bytes = budget_bytes
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
+        done = 0
+
+        def kept(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, len(rows))
+
         for prompts, with_cache, batches in ((harmful, True, self._decodes), (harmless, False, self._prefills)):
             prompt_set = self._lay_out(prompts, together=with_cache)
             if self._switches.use_layer_skip:
                 for group in prompt_set.groups:
-                    self._prefill.keep(group, resume_layers, batches.affordable(), with_cache=with_cache)
+                    self._prefill.keep(group, resume_layers, batches.affordable(), with_cache=with_cache, kept=kept)
             self._sets[(with_cache, tuple(prompts))] = prompt_set
 
     @torch.inference_mode()

@@ -35,6 +35,9 @@ PLATEAU = 0.05
 # and the smallest such size are then probed again, in turn, because other work on the machine may slow down any one probe.
 _PROBES, _SHRINK_PROBES, _AGAIN = 8, 4, 2
 
+# About so many probes find the sizes of all operations; for the progress that a person sees.
+_USUAL_PROBES = 12
+
 # Trials that decode so many times as fast as the probe of their size did say that the machine was busy then.
 _BUSY = 2.0
 
@@ -293,6 +296,7 @@ class Probes:
 
     def __init__(self, context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> None:
         self._context, self._loaded, self._engine = context, loaded, engine
+        self._done = 0
         self._device = loaded.device
         # {operation: (prompts in the larger set, tokens of the longest prompt, tokens of a response)}
         self.lengths: dict[str, tuple[int, int, int]] = {}
@@ -346,6 +350,8 @@ class Probes:
     def _speed(self, operation: Operation, estimate: int, probes: dict[int, BatchProbe | None], size: int) -> float | None:
         """Prompts a second; None if so many don't fit."""
         self._context.check()
+        self._done += 1
+        self._context.reporter.progress(self._done, max(self._done, _USUAL_PROBES), "probes")
         self._warm_up()
         measured, before = self._probe(operation, estimate, size), probes.get(size)
         if measured and before and before.tokens_per_second > measured.tokens_per_second:

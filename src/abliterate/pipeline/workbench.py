@@ -194,6 +194,7 @@ class Workbench:
             # The layers at which trials are likely to resume.
             resume_layers(editor.first_layers(space.samples(_SAMPLES, seed=0))),
             editor.budget_bytes,  # the budget that prepared edits leave
+            progress=lambda done, total: context.reporter.progress(done, total, "prompts"),
         )
         with context.stage("trial engine"), self._measuring("the self-check's model"):
             edit = partial(editor.apply_exactly, space.upper_half())  # lower layers stay as they are

@@ -478,3 +478,13 @@ def test_skipping_leaves_the_model_as_it_was(llama: Lab) -> None:
     llama.editor.clear()
     assert list(no_edit_left(llama.loaded.model)) == []
     assert all(not layer._forward_pre_hooks for layer in llama.loaded.layers)
+
+
+def test_keeping_states_shows_progress() -> None:
+    lab, seen = make_lab("llama", batch_size=2), list[tuple[int, int]]()
+    engine = lab.engine()
+    engine.prepare(HARMFUL, HARMLESS, range(len(lab.loaded.layers)), progress=lambda done, total: seen.append((done, total)))
+    total = len(HARMFUL) + len(HARMLESS)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert len(seen) >= 4, "once a chunk"
+    assert seen[-1] == (total, total)

@@ -158,6 +158,13 @@ def test_sizes_are_kept_for_the_next_run(
     reporter = context.reporter
     assert isinstance(reporter, Recorder)
     assert any("batch size" in note and "from the cache" in note for note in reporter.notes)
+    assert not any(unit == "probes" for _, unit in reporter.units)
+
+
+def test_probes_show_progress(prompt_files: Files, tmp_path: Path) -> None:
+    settings, recorder = made(prompt_files, tmp_path)[2], Recorder()
+    tune(settings, recorder)
+    assert any(unit == "probes" for _, unit in recorder.units)
 
 
 @pytest.mark.usefixtures("tuned")
