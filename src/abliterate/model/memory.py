@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import psutil
 import torch
 
+from abliterate.model.cgroups import CGROUPS, OWN, group_folders
+
 Result = TypeVar("Result")
 
 # Phrases of out-of-memory errors without a class of their own: the CPU's allocator, MPS, XPU, cuBLAS.
@@ -240,27 +242,14 @@ def _of_all_devices(statistic: str) -> int:
     return sum(getattr(accelerator, statistic)(index) for index in range(accelerator.device_count())) if accelerator else 0
 
 
-def _cgroups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[tuple[int, int]]:
+def _cgroups(root: Path = CGROUPS, own: Path = OWN) -> list[tuple[int, int]]:
     """(limit, used) bytes of every control group of this process with a memory limit; containers have one."""
-    try:
-        lines = own.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return []
     groups = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            names, top = ("memory.limit_in_bytes", "memory.usage_in_bytes"), root / "memory"
-        elif not controllers:
-            names, top = ("memory.max", "memory.current"), root
-        else:
-            continue
-        # In a container, the group's own path is the mounted root; limits of the groups above it count too.
-        inner = top / path.lstrip("/")
-        for folder in {top, *(parent for parent in (inner, *inner.parents) if parent.is_relative_to(top))}:
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-                limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
-                groups.append((limit, used - _reclaimable(folder)))
+    for folder, version in group_folders("memory", root, own):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if version == 1 else ("memory.max", "memory.current")
+        with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
+            limit, used = (int((folder / name).read_text(encoding="ascii")) for name in names)
+            groups.append((limit, used - _reclaimable(folder)))
     return groups
 
 

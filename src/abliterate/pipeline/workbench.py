@@ -41,6 +41,7 @@ from abliterate.model.devices import choose_device, device_name
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
+from abliterate.model.threads import THREADS
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import batch_size
 from abliterate.pipeline.cache_keys import rendering, study_identity
@@ -390,6 +391,8 @@ def open_workbench(
     """
     settings = context.settings
     device = choose_device(settings.device)
+    if device.type == "cpu":
+        THREADS.fit(context.reporter.note)
     coverage: Mapping[str, Any] | None = None
     probe, checked = probe_inputs(settings), named_sets(prompts) if sets is None else sets
 
