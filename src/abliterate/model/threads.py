@@ -21,7 +21,7 @@ from abliterate.model.cgroups import CGROUPS, OWN, group_folders
 # Environment variables by which a person chooses the number of threads.
 CHOSEN_BY = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # The seconds for which other processes are watched.
-WATCHED = 0.2
+WATCHED = 0.1
 
 
 class Threads:
