@@ -119,7 +119,8 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
         least = best[str(HELDOUT)] if heldout else None
         front = pareto_front(everything, baseline, bench.objectives) if heldout else ()
         selected = parse_rule("auto", objectives=bench.objectives)(front) if front else None
-        figures = {trial.number: on_heldout(bench, trial) for trial in (least, selected) if trial is not None}
+        wanted = {trial.number: trial for trial in (least, selected) if trial is not None}
+        figures = {number: on_heldout(bench, trial) for number, trial in wanted.items()}
         return {
             "trials": trials,
             "refined": refined,

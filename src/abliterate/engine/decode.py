@@ -51,7 +51,7 @@ class Decoding:
     `rows` are the numbers of their prompts. `generated` holds each row's tokens so far, all of which were fed. `logits`
     (n, vocabulary) are those of the next token. `mask` (n, C) covers the columns of `cache`; rejected drafts leave holes in it.
     `prompt` (n, W) are the prompts' tokens as logits processors see them. `cached` counts the columns of each row that `mask`
-    doesn't hide, so that no one has to wait for the device to know. `finished` holds the indices in `rows` that are done.
+    doesn't hide, so that nothing waits for the device to know it. `finished` holds the indices in `rows` that are done.
     """
 
     rows: list[int]
@@ -189,7 +189,7 @@ class Decoder:
                     tokens = whole[:, -1:]
                     processors = self.processors(rows, limit)
             rows.logits = self._feed(rows, tokens, torch.ones_like(tokens))[:, -1]
-            rows.cached = [count + 1 for count in rows.cached]
+            rows.cached = [columns + 1 for columns in rows.cached]
 
     def _in_blocks(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts) -> None:
         """Each pass feeds every row's next token and a draft after it, and keeps the part that the model agrees with."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import statistics
+
 # The fixed cost of a pass, in fed tokens, until passes have been timed. On two cores it is 100 on the demo model and 12 at
 # fifty million parameters.
 PASS_COST = 64.0
-# The passes as which this guess counts, the share of evidence forgotten per pass, and by how much a pass that takes longer than
-# expected may count as longer, because a machine that is busy for a moment says nothing about the next pass.
+# This guess counts as so many passes spread around the mean one; so much of the evidence is forgotten per pass; and a pass
+# counts as at most so many times as long as expected: a machine that is busy for a moment says nothing about the next pass.
 GUESSED, FORGOTTEN, SLOWEST = 4.0, 0.01, 2.0
+# Some of the first passes may be far slower than all later ones; those that are, by their median, don't count.
+FIRST = 8
 
 
 class PassTimes:
@@ -19,6 +23,7 @@ class PassTimes:
 
     def __init__(self, known: float | None = None) -> None:
         self._known = known
+        self._first: list[tuple[int, float]] = []
         # Weight, and weighted sums of tokens, seconds, squared tokens, and tokens times seconds.
         self._sums = [0.0] * 5
 
@@ -37,15 +42,23 @@ class PassTimes:
 
     def note(self, tokens: int, seconds: float) -> None:
         """A pass that fed `tokens`, pads included, has taken `seconds`."""
+        if len(self._first) < FIRST:
+            self._first.append((tokens, seconds))
+            if len(self._first) == FIRST:
+                usual = statistics.median(one / (PASS_COST + fed) for fed, one in self._first)
+                for fed, one in self._first:
+                    if one <= SLOWEST * usual * (PASS_COST + fed):
+                        self._add(fed, one)
+            return
         fixed, each = self._fit()
-        expected = fixed + each * tokens
-        if expected > 0:
-            seconds = min(seconds, SLOWEST * expected)
+        self._add(tokens, min(seconds, SLOWEST * (fixed + each * tokens)))
+
+    def _add(self, tokens: int, seconds: float) -> None:
         new = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self._sums = [(1 - FORGOTTEN) * old + one for old, one in zip(self._sums, new, strict=True)]
 
     def _fit(self) -> tuple[float, float]:
-        """(a, b): at the mean pass the guess counts as some passes that agree with it; (0, 0) before any pass."""
+        """(a, b), or (0, 0) before there are enough passes."""
         weight, tokens, seconds, squares, products = self._sums
         if not weight:
             return 0.0, 0.0

@@ -46,8 +46,8 @@ PAUSE = 24
 class Pacing:
     """How the engine cuts its work into passes; no number that it returns depends on these values.
 
-    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, `holes` and `block_bytes` where `Decoder` gets its defaults, and
-    `pass_cost` is the fixed cost of a pass in tokens; without it, it is learned.
+    `margin` and `pause` are explained at `MARGIN` and `PAUSE`, `holes` and `block_bytes` at `HOLES` and `BLOCK_BYTES` in
+    decode.py, and `pass_cost` is the fixed cost of a pass in tokens; without it, it is learned.
     """
 
     margin: int = MARGIN

@@ -31,9 +31,9 @@ from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
 # chance, and rows leave their batch as they finish.
 PLATEAU = 0.05
 
-# The most sizes that are probed, the most of them spent on finding a smaller size that is as fast, and how often the largest
-# and the smallest such size are then probed again, in turn, because other work on the machine may slow down any one probe.
-_PROBES, _SHRINK_PROBES, _AGAIN = 8, 4, 2
+# The most sizes that are probed, and the most of them spent on finding a smaller size that is as fast. Where two sizes decide,
+# both are probed again, because other work on the machine may slow down any one probe.
+_PROBES, _SHRINK_PROBES = 8, 4
 
 # About so many probes find the sizes of all operations; for the progress that a person sees.
 _USUAL_PROBES = 12
@@ -71,21 +71,21 @@ def even_sizes(items: int, maximum: int) -> list[int]:
 def tune_batch_size(
     probe: Callable[[int], float | None], sizes: Sequence[int], start: int, *, grow: bool = True, shrink: bool = True
 ) -> BatchTuning:
-    """The largest of `sizes` (ascending) that is worth it, by binary search over at most eight sizes.
+    """The largest of the probed `sizes` (ascending) that isn't clearly slower than another, after a binary search over eight.
 
     `probe(size)` gives items per second, or None if the device runs out of memory. The search goes from `start` (an estimate)
     to the largest size that fits, as long as growing gains speed, and then to the smallest size that is as fast; both are
-    probed again, and the smaller one is taken if it is clearly faster. The result is 1 if nothing fits. Without `grow`, sizes
-    above `start` aren't tried; without `shrink`, smaller sizes only if it doesn't fit, and the smallest of equal ones is taken.
+    probed again. The result is 1 if nothing fits. Without `grow`, sizes above `start` aren't tried; without `shrink`, smaller
+    sizes only if it doesn't fit, and the smallest of equal ones is taken.
     """
     probes: dict[int, float | None] = {}
     index = max((index for index, size in enumerate(sizes) if size <= start), default=0)
     fits, too_large, step = -1, len(sizes) if grow else index + 1, _FIRST_STEP
     while len(probes) < _PROBES and fits < index < too_large:
-        before = probes[sizes[fits]] if fits >= 0 else None
-        speed = probes[sizes[index]] = probe(sizes[index])
+        before, speed = fits, probe(sizes[index])
+        probes[sizes[index]] = speed
         fits, too_large = (fits, index) if speed is None else (index, too_large)
-        if speed is not None and before is not None and speed < (1 + PLATEAU) * before:
+        if speed is not None and before >= 0 and _gains_nothing(probe, probes, sizes[before], sizes[index], again=shrink):
             break
         # Growing steps lead away from the estimate, which is seldom far off; between a size that fits and a size that doesn't,
         # the search bisects.
@@ -101,14 +101,37 @@ def tune_batch_size(
         if sizes[index] not in probes:
             probes[sizes[index]] = probe(sizes[index])
         slow, fast = (slow, index) if sizes[index] in _as_fast_as_any(probes) else (index, fast)
+    if not shrink:
+        return BatchTuning(min(_as_fast_as_any(probes), default=1), probes)
     largest = max((size for size, speed in probes.items() if speed is not None), default=1)
     smaller = min(_as_fast_as_any(probes), default=1)
-    if smaller == largest or not shrink:
-        return BatchTuning(smaller, probes)
-    for size in (largest, smaller) * _AGAIN:
-        probes[size] = max(probes[size] or 0.0, probe(size) or 0.0)
-    is_clear = (probes[largest] or 0.0) < (1 - PLATEAU) * (probes[smaller] or 0.0)
-    return BatchTuning(smaller if is_clear else largest, probes)
+    if smaller < largest:
+        for size in (largest, smaller):
+            _again(probe, probes, size)
+    return BatchTuning(max(_as_fast_as_any(probes), default=1), probes)
+
+
+def _gains_nothing(
+    probe: Callable[[int], float | None], probes: dict[int, float | None], small: int, large: int, *, again: bool
+) -> bool:
+    """Whether the larger size isn't clearly faster, also if both are probed `again`."""
+
+    def gain() -> bool:
+        return (probes[large] or 0.0) >= (1 + PLATEAU) * (probes[small] or 0.0)
+
+    if gain() or not again:
+        return not gain()
+    for size in (large, small):
+        _again(probe, probes, size)
+    return not gain()
+
+
+def _again(probe: Callable[[int], float | None], probes: dict[int, float | None], size: int) -> None:
+    """Probe a size again and keep its best speed; a size that doesn't fit any more is as if it never did."""
+    before = probes[size]
+    if before is not None:
+        speed = probe(size)
+        probes[size] = None if speed is None else max(before, speed)
 
 
 def _as_fast_as_any(probes: Mapping[int, float | None]) -> list[int]:
@@ -222,12 +245,13 @@ def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, pr
 def renew_if_slow(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets, speed: float) -> bool:
     """Have the next run measure anew, if trials decode `speed` tokens a second and the stored probe was far slower.
 
-    It was then measured while the machine had other work, and may have chosen too small a size. Returns whether that is so.
+    It was then measured while the machine had other work, and may have chosen too small a size. This is done once: where the
+    engine of trials is so much faster than the probes, another measurement changes nothing. Returns whether it is done.
     """
     probes = Probes(context, loaded, engine, prompts)
     stored = _stored(context, probes)
     measured = float(((stored or {}).get("tokens_per_second") or {}).get("decode", 0))
-    if not stored or stored.get("outdated") or not 0 < measured * _BUSY < speed:
+    if not stored or "outdated" in stored or not 0 < measured * _BUSY < speed:
         return False
     label = f"{loaded.info.id}: outdated, measured on a busy machine"
     context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(json.dumps(stored | {"outdated": True}))}, label)
@@ -254,7 +278,9 @@ def _measure(context: Context, loaded: LoadedModel, probes: Probes) -> tuple[Tun
         tuned = probes.double()
     sizes = sizes_of(tuned)
     speeds = {entry.operation: entry.speed for entry in tuned}
-    text = json.dumps({"sizes": sizes.by_name, "row_bytes": sizes.row_bytes, "tokens_per_second": speeds})
+    # After a renewal the entry says so, so that it isn't renewed again.
+    again = {"outdated": False} if (_stored(context, probes) or {}).get("outdated") else {}
+    text = json.dumps({"sizes": sizes.by_name, "row_bytes": sizes.row_bytes, "tokens_per_second": speeds} | again)
     label = f"{loaded.info.id}: " + ", ".join(f"{name} {size}" for name, size in sizes.by_name.items())
     context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(text)}, label)
     _report(context, sizes, f"found by {sum(len(entry.probes) for entry in tuned)} probes")
@@ -354,9 +380,10 @@ class Probes:
         self._context.reporter.progress(self._done, max(self._done, _USUAL_PROBES), "probes")
         self._warm_up()
         measured, before = self._probe(operation, estimate, size), probes.get(size)
-        if measured and before and before.tokens_per_second > measured.tokens_per_second:
-            measured = before
-        probes[size] = measured or before
+        if measured and before:  # probed again: the best speed, and the memory that the first time took
+            fastest = max(measured.tokens_per_second, before.tokens_per_second)
+            measured = BatchProbe(fastest, max(measured.peak_bytes, before.peak_bytes))
+        probes[size] = measured
         return measured.tokens_per_second / self._tokens(operation) if measured else None
 
     def _probe(self, operation: Operation, estimate: int, size: int) -> BatchProbe | None:

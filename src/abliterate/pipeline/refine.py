@@ -47,19 +47,26 @@ class _Point:
     beta: float
     params: RefinedParams
 
-    def tried(self) -> Tried:
-        """Its weight and what it leaves refused; a trial of an older version, without a weaker edit, has no margin."""
+    def tried(self, margin: float) -> Tried:
+        """Its weight and what it leaves refused; one that wasn't asked with such a margin counts as without."""
         validation = self.params.facts["validation"]
-        return Tried(self.beta, float(validation["refused"]), float(validation.get("weaker", 1.0)))
+        weaker = float(validation["weaker"]) if validation.get("margin", -1.0) >= margin else 1.0
+        return Tried(self.beta, float(validation["refused"]), weaker)
+
+    @property
+    def ends(self) -> bool:
+        """Whether it ended a course: one that is continued goes on from the point before."""
+        return bool(self.params.facts.get("ends", False))
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A descent of so many steps at `beta`, from the point `before`; None is the beginning."""
+    """A descent of so many steps at `beta`, from the point `before`; None is the beginning. The last of a course `ends` it."""
 
     beta: float
     steps: int
     before: _Point | None
+    ends: bool = False
 
 
 class Refinement:
@@ -138,10 +145,11 @@ class Refinement:
         if settings.betas != "auto":
             beta = settings.betas[len(points)]
             return _Plan(beta, settings.steps, _nearest(points, beta))
-        tried = [point.tried() for point in points]
-        is_last = len(points) == settings.n_descents - 1
+        course, is_last = [point for point in points if not point.ends], len(points) == settings.n_descents - 1
+        tried = [point.tried(settings.margin) for point in course]
         found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
-        return _Plan(found.beta, settings.steps, None if found.after is None else points[found.after])
+        before = None if found.after is None else course[found.after]
+        return _Plan(found.beta, settings.steps, before, ends=is_last and bool(course))
 
     def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""
@@ -223,7 +231,7 @@ class Refinement:
     def _stored(
         self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
     ) -> RefinedParams:
-        """The point as parameters of a trial, with the validation prompts counted that it refuses, and the edit made weaker."""
+        """The point as parameters of a trial, with the shares of validation prompts that it refuses, as it is and weaker."""
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
@@ -232,6 +240,7 @@ class Refinement:
             "beta": plan.beta,
             "steps": descent.steps + (before.params.facts["steps"] if before else 0),
             "stage": stage,
+            "ends": plan.ends,
             "learn": settings.learn,
             "seed": bench.settings.seed,
             "start": lesson.start,

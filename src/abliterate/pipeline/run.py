@@ -128,8 +128,8 @@ class _Run:
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
             publish(bench, study, baseline, directions, result.identity or {})
             search = self._search(bench, study, baseline, devices)  # 6
-            bench.renew_batch_sizes()
             self._refine(search)  # 7
+            bench.renew_batch_sizes()
             selected = self._select(search, choose, held)  # 8
             picked = self._prepare_export(bench, selected)
             if (answers := report_data.answers(bench, selected)) is not None:

@@ -209,7 +209,8 @@ class Workbench:
         """After trials: have the next run find batch sizes anew, if theirs were found while the machine was busy."""
         speed = getattr(self.engine, "decode_speed", 0.0)
         if speed and not self.settings.evaluation.batch_size:
-            batch_size.renew_if_slow(self.context, self.loaded, self.plain, self.prompts, speed)
+            # The sizes were found before the response prefix was known, which makes prompts longer.
+            batch_size.renew_if_slow(self.context, self.loaded, plain_engine(self.context, self.loaded), self.prompts, speed)
 
     def _forget_edits(self) -> None:
         """Take earlier hooks off, and with them the engine that was made for them.

@@ -19,7 +19,7 @@ FIRST = 0.1
 FAR, NEAR = 3.0, 1.4
 # How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
 FALL = 3.0
-# The last descent's weight is smaller than the first one by this factor, if none has kept a margin.
+# The last descent's weight is smaller than all before it by this factor, if none of them has kept a margin.
 LAST = 2.0
 # The share of prompts beyond which a descent led back to the unedited model, and none goes on from it.
 ALL = 0.9
@@ -57,10 +57,9 @@ def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last:
         return Next(first, None)
     last, enough = tried[-1], [place for place, one in enumerate(tried) if one.refused <= limit]
     after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
+    growth = NEAR if len(enough) < len(tried) else FAR
+    beta = last.beta * growth if last.refused <= limit else last.beta / (1 + FALL * last.refused)
     if is_last:
-        with_margin = [one.beta for one in tried if one.weaker <= limit]
-        return Next(max(with_margin, default=min(one.beta for one in tried) / LAST), after)
-    if last.refused <= limit:
-        growth = NEAR if len(enough) < len(tried) else FAR
-        return Next(last.beta * growth, after)
-    return Next(last.beta / (1 + FALL * last.refused), after)
+        least = min(beta, min(one.beta for one in tried) / LAST)
+        beta = max((one.beta for one in tried if one.weaker <= limit), default=least)
+    return Next(beta, after)

@@ -26,8 +26,6 @@ def test_times_of_passes_of_one_size_leave_the_guess() -> None:
     for _ in range(100):
         times.note(40, 0.5)
     assert times.pass_cost == pytest.approx(PASS_COST)
-    times.note(40, 0.0)
-    assert times.pass_cost == pytest.approx(PASS_COST)
 
 
 def test_a_known_cost_stays() -> None:
@@ -43,3 +41,14 @@ def test_the_speed_of_passes() -> None:
     for tokens in [10, 20, 40, 80] * 200:
         times.note(tokens, 0.01 * (30 + tokens))
     assert times.speed(40) == pytest.approx(40 / 0.7, rel=0.05)
+
+
+@pytest.mark.parametrize("slow", [20.0, 1000.0])
+@pytest.mark.parametrize("first", [10, 100])
+def test_slow_first_passes_say_little(slow: float, first: int) -> None:
+    times, draw = PassTimes(), random.Random(2)
+    for number in range(40):
+        tokens = first if number < 2 else draw.choice([10, 20, 40, 80])
+        times.note(tokens, 0.01 * (100 + tokens) * (slow if number < 2 else 1.0))
+        assert 20 < times.pass_cost < 400
+    assert times.speed(40) == pytest.approx(40 / 1.4, rel=0.2)

@@ -93,7 +93,7 @@ def test_every_operation_has_a_size_and_few_probes(
     assert found["residuals"].size <= found["prefill"].size
     passes = len(machine.rows)
     # A decoding probe is a prefill and a pass a token, the others are one pass; two warm up, and one is the test at load. Two
-    # decoding sizes are probed twice again.
+    # sizes that decide are probed again, at most twice.
     decoding = len(found["decode"].probes) + 4
     assert passes <= decoding * (1 + batch_size.PROBE_TOKENS) + len(found["prefill"].probes) + 1 + 2 + 1
 
