@@ -212,18 +212,39 @@ def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt
     assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
 
 
+def tried_of(facts: dict[str, Any]) -> Tried:
+    """What the course knows of a finished descent."""
+    return Tried(facts["beta"], facts["validation"]["refused"], facts["validation"]["weaker"])
+
+
 def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Files, tmp_path: Path) -> None:
+    """A course that is continued goes on from the point before its end."""
     settings = settings_of(prompt_files, tmp_path / "cache", betas="auto", descents=2, steps=2)
     run_in(tmp_path / "run", settings)
     first, second = (trial.params.facts for trial in trials_of(tmp_path / "run"))  # type: ignore[union-attr]
-    tried = [Tried(first["beta"], first["validation"]["refused"], first["validation"]["weaker"])]
-    assert second["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
-    more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"descents": 3})})
+    limit = settings.refine.max_refused
+    assert second["beta"] == next_descent([tried_of(first)], first["beta"], limit, is_last=True).beta
+    assert (first["ends"], second["ends"]) == (False, True)
+    more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"descents": 4})})
     run_in(tmp_path / "run", more, resume=True)
     facts = [trial.params.facts for trial in trials_of(tmp_path / "run")]  # type: ignore[union-attr]
-    assert [one["stage"] for one in facts] == [0, 1, 2]
-    tried.append(Tried(second["beta"], second["validation"]["refused"], second["validation"]["weaker"]))
-    assert facts[2]["beta"] == next_descent(tried, first["beta"], settings.refine.max_refused, is_last=True).beta
+    assert [one["stage"] for one in facts] == [0, 1, 2, 3]
+    assert [one["ends"] for one in facts] == [False, True, False, True]
+    assert facts[2]["beta"] == next_descent([tried_of(first)], first["beta"], limit).beta
+    course = [tried_of(first), tried_of(facts[2])]
+    assert facts[3]["beta"] == next_descent(course, first["beta"], limit, is_last=True).beta
+
+
+def test_a_margin_that_was_not_asked_for_counts_as_none(refined: Refined) -> None:
+    path, _, _, _ = refined
+    trial = trials_of(path)[0]
+    assert isinstance(trial.params, RefinedParams)
+    point, validation = refine._Point(0.5, trial.params), trial.params.facts["validation"]
+    assert point.tried(validation["margin"]).weaker == validation["weaker"]
+    assert point.tried(validation["margin"] + 0.1).weaker == 1.0
+    old = {name: value for name, value in validation.items() if name not in ("weaker", "margin")}
+    older = replace(trial.params, facts={**trial.params.facts, "validation": old})
+    assert refine._Point(0.5, older).tried(0.0) == Tried(0.5, validation["refused"], 1.0)
 
 
 @pytest.mark.parametrize("learn", ["directions", "strengths"])

@@ -43,7 +43,7 @@ class Waits(TorchFunctionMode):
 
 
 def _moves_to_host(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether it is `tensor.to("cpu")`; a device of another tensor doesn't tell, on a CPU, whether it differs."""
+    """Whether it is `tensor.to("cpu")`; the device of another tensor doesn't tell here whether it differs."""
     return getattr(func, "__name__", "") == "to" and any(
         isinstance(value, str) and value == "cpu" for value in (*args[1:], *kwargs.values())
     )

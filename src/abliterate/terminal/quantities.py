@@ -16,13 +16,15 @@ def in_words(record: Mapping[str, Any]) -> dict[str, str]:
     size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
     edited = [group for group in coverage["groups"] if group["edited"]]
     each = ", ".join(f"{name} {bytes_text(operation['bytes_per_prompt'])}" for name, operation in memory["operations"].items())
+    least, most = (bytes_text(memory["refinement"][name]) for name in ("checkpointed", "row"))
     seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
     at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
     words = {
         "model": f"{model['id']} ({model['family']}, {size})",
         "weights": f"{weights}, {bytes_text(memory['weights_bytes'])}",
         "device": record["device"]["name"],
-        "memory": f"{record['device']['memory']}; a prompt takes {each}; between trials {bytes_text(memory['kept_bytes'])}",
+        "memory": f"{record['device']['memory']}; a prompt takes {each}; a row of refinement {least} to "
+        f"{most}; between trials {bytes_text(memory['kept_bytes'])}",
         "edits": f"{sum(group['layers'] for group in edited)} modules, {record['edit']['mode']} "
         f"({record['edit']['representation']})",
         "coverage": "\n".join([_share(coverage), *map(_group, coverage["groups"])]),

@@ -65,6 +65,8 @@ def test_the_last_weight_is_the_largest_that_keeps_a_margin(refused: float) -> N
     assert last == Next(3.0, usual.after)
     without = [replace(one, weaker=0.5) for one in tried]
     assert next_descent(without, 1.0, LIMIT, is_last=True).beta == 1.0 / LAST
+    falling = [Tried(4.0, 0.9, 1.0), Tried(1.0, 0.9, 1.0)]
+    assert next_descent(falling, 4.0, LIMIT, is_last=True).beta == next_descent(falling, 4.0, LIMIT).beta < 1.0 / LAST
     assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
 
 

@@ -47,7 +47,7 @@ def record(weights: float, path: str = "mlp.down_proj") -> dict[str, Any]:
         "operations": {"decode": {"bytes_per_prompt": 100e6}},
         "refinement": {"row": 2e9, "checkpointed": 2e8},
     }
-    return {"memory": memory, "coverage": {"groups": [{"path": path}]}}
+    return {"memory": memory, "coverage": {"groups": [{"path": path}]}, "whole_bytes": 0.1 * weights}
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def record(weights: float, path: str = "mlp.down_proj") -> dict[str, Any]:
         (10e9, "mlp.down_proj", 24, "100"),
         (19e9, "mlp.down_proj", 24, "16"),
         (20.45e9, "mlp.down_proj", 24, "1, not refined"),
-        (39.9e9, "mlp.down_proj", 24, "94 in 4 bits"),
+        (39.9e9, "mlp.down_proj", 24, "73 in 4 bits"),
         (40e9, "mlp.experts", 24, "2 cards"),
         (140e9, "mlp.down_proj", 24, "7 cards"),
     ],
