@@ -294,7 +294,8 @@ def summary(result: Mapping[str, Any]) -> Found:
         "mean s of complete": round(statistics.mean(by_state["complete"]), 3) if "complete" in by_state else None,
         "start-up s": round(sum(before.values()), 1),
         "batch": result["batch_sizes"],
-        "memory": result["memory"],
+        "peak GiB": round(result["memory"]["peak_rss_bytes"] / GIB, 2),
+        "peak device GiB": round(result["memory"]["peak_device_bytes"] / GIB, 2),
     }
 
 

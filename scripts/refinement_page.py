@@ -28,7 +28,8 @@ TEXT = (
     "that of the search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens.",
     "*As good after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a",
     "share of the search's. The last three are over the seeds whose search has such a trial at all, and where the course has",
-    "one, too.",
+    "one, too. *Earlier course*: until the morning of 2026-11-29, which began at a four to six times larger weight and kept no",
+    "margin.",
 )
 # (refined, trials, what else was set)
 Course = tuple[bool, int, str]
@@ -135,7 +136,7 @@ def row(course: Course, by_seed: Mapping[int, Line], search: Mapping[int, Line])
         f"{name}: {given}" if given else name,
         len(by_seed),
         shown(kls, len(by_seed), ".4f"),
-        shown([good for good in goods if good is not None], len(by_seed), "g"),
+        shown(known, len(by_seed), "g") if (known := [good for good in goods if good is not None]) or not goods else "–",
         shown([spent(line, line["tokens"]) / 1e6 for line in by_seed.values()], len(by_seed), ".2f"),
         shown(ratios, len(pairs), ".2f"),
         shown(equal, len(pairs), ".2f"),
