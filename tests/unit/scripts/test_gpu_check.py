@@ -1,0 +1,60 @@
+"""scripts/gpu_check.py: what a step tells, also one that fails or takes too long."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import gpu_check
+
+ARGUMENTS = ["--device", "cpu", "--small"]
+
+
+def test_a_run_in_numbers() -> None:
+    trials = [
+        {"state": "complete", "seconds": 3.0},
+        {"state": "stopped", "seconds": 1.0},
+        {"state": "complete", "seconds": 5.0},
+    ]
+    result = {
+        "trials": trials,
+        "timings": {"load": 2.0, "calibrate": 3.5, "search": 9.0, "report": 1.0},
+        "batch_sizes": {"decode": 8},
+        "memory": {"peak_rss_bytes": 3 * 2**30, "peak_device_bytes": 0},
+    }
+    found = gpu_check.summary(result)
+    assert found["trials"] == {"complete": 2, "stopped": 1}
+    assert (found["mean s"], found["mean s of complete"], found["start-up s"], found["peak GiB"]) == (3.0, 4.0, 5.5, 3.0)
+    assert gpu_check.summary(result | {"trials": []})["mean s of complete"] is None
+
+
+def test_a_step_that_takes_too_long_or_fails_is_told(tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path), *ARGUMENTS]
+    assert "took more than" in gpu_check.run_step("machine", 0, arguments, tmp_path)["failed"]
+    assert "ended with 1 (see export.log)" in gpu_check.run_step("export", 60, arguments, tmp_path)["failed"]
+    assert "result.json" in (tmp_path / "export.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_steps_leave_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "machine", "inflate", "--out", str(tmp_path), *ARGUMENTS])
+    gpu_check.main()
+    found = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found["machine"]["TFLOP/s"] > 0
+    assert found["inflate"]["parameters"] > 8e6
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.count("\n| ") == 2
+    assert table in capsys.readouterr().out
+
+
+def test_an_unknown_step_is_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "nonsense", "--out", str(tmp_path), *ARGUMENTS])
+    with pytest.raises(SystemExit):
+        gpu_check.main()
