@@ -59,7 +59,11 @@ def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last:
     after = len(tried) - 1 if last.refused <= ALL else enough[-1] if enough else None
     growth = NEAR if len(enough) < len(tried) else FAR
     beta = last.beta * growth if last.refused <= limit else last.beta / (1 + FALL * last.refused)
-    if is_last:
-        least = min(beta, min(one.beta for one in tried) / LAST)
-        beta = max((one.beta for one in tried if one.weaker <= limit), default=least)
-    return Next(beta, after)
+    if not is_last:
+        return Next(beta, after)
+    with_margin = [place for place, one in enumerate(tried) if one.weaker <= limit]
+    if not with_margin:
+        return Next(min(beta, min(one.beta for one in tried) / LAST), None)
+    # It goes on from that point: a few steps don't widen an edit again that larger weights have made narrow.
+    widest = max(with_margin, key=lambda place: tried[place].beta)
+    return Next(tried[widest].beta, widest)

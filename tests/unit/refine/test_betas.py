@@ -62,9 +62,10 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
 def test_the_last_weight_is_the_largest_that_keeps_a_margin(refused: float) -> None:
     tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, refused, 1.0)]
     usual, last = (next_descent(tried, 1.0, LIMIT, is_last=is_last) for is_last in (False, True))
-    assert last == Next(3.0, usual.after)
+    assert usual.beta != 3.0
+    assert last == Next(3.0, 1), "it goes on from the point that kept the margin"
     without = [replace(one, weaker=0.5) for one in tried]
-    assert next_descent(without, 1.0, LIMIT, is_last=True).beta == 1.0 / LAST
+    assert next_descent(without, 1.0, LIMIT, is_last=True) == Next(1.0 / LAST, None)
     falling = [Tried(4.0, 0.9, 1.0), Tried(1.0, 0.9, 1.0)]
     assert next_descent(falling, 4.0, LIMIT, is_last=True).beta == next_descent(falling, 4.0, LIMIT).beta < 1.0 / LAST
     assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
