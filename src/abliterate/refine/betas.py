@@ -3,8 +3,8 @@
 The scale of β is the model's own, so it is found on validation prompts and not by a fixed list. Too large a weight leaves
 refusals, so refusals decide; too small a weight only wastes KL. Descents go on from each other, because a weight at which the
 model still refuses after few steps is often right after more of them. An edit that just suffices for prompts like those that
-it was learned from doesn't suffice for others, so the course begins at a small weight, and returns at its end to the largest
-one that keeps a margin: at which a weaker edit suffices, too.
+it was learned from doesn't suffice for others, so the course begins at a small weight, and ends with more steps at the
+largest one that keeps a margin: at which a weaker edit suffices, too.
 """
 
 from __future__ import annotations
