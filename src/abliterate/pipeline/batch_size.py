@@ -256,8 +256,8 @@ def renew_if_slow(context: Context, loaded: LoadedModel, engine: ReferenceEngine
     label = f"{loaded.info.id}: outdated, measured on a busy machine"
     context.store.put("batch-sizes", probes.key, {"sizes": to_bytes(json.dumps(stored | {"outdated": True}))}, label)
     context.reporter.note(
-        f"trials decode {speed:.0f} tokens a second, and {measured:.0f} when batch sizes were found, beside other work; "
-        "the next run finds them anew"
+        f"trials decode {speed:.0f} tokens a second, and it was {measured:.0f} when batch sizes were found, probably "
+        "beside other work; the next run finds them anew"
     )
     return True
 

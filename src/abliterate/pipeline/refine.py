@@ -48,7 +48,7 @@ class _Point:
     params: RefinedParams
 
     def tried(self, margin: float) -> Tried:
-        """Its weight and what it leaves refused; one that wasn't asked with such a margin counts as without."""
+        """Its weight and the shares it leaves refused; the weaker edit's share is 1 if it wasn't asked with this `margin`."""
         validation = self.params.facts["validation"]
         weaker = float(validation["weaker"]) if validation.get("margin", -1.0) >= margin else 1.0
         return Tried(self.beta, float(validation["refused"]), weaker)

@@ -50,8 +50,8 @@ def first_beta(gain: float, kl: float) -> float:
 def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last: bool = False) -> Next:
     """The descent after those `tried`, where at most `limit` of the prompts may be refused.
 
-    Weights grow while that is so, and fall while it isn't, the more the more is refused. The last one is the largest that keeps
-    a margin.
+    Weights grow while that is so, and fall while it isn't, the more the more is refused. The last descent adds steps at the
+    largest weight that kept a margin; if there is none, it starts from the beginning at a smaller weight.
     """
     if not tried:
         return Next(first, None)
