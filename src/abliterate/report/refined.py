@@ -32,10 +32,20 @@ class LayerRow:
 
 
 def refined_text(params: RefinedParams) -> str:
-    """`β 10, 40 steps, 24 modules`; what isn't recorded is left out."""
+    """`β 10, 40 steps, 24 modules, 15 % weaker: 3 of 40 refused`; what isn't recorded is left out."""
     facts = params.facts
     parts = [f"β {facts['beta']:.3g}" if "beta" in facts else "", f"{facts['steps']} steps" if "steps" in facts else ""]
-    return ", ".join([*filter(None, parts), f"{params.edited} modules"])
+    return ", ".join(filter(None, [*parts, f"{params.edited} modules", margin_text(params)]))
+
+
+def margin_text(params: RefinedParams) -> str:
+    """`15 % weaker: 3 of 40 refused`, the validation prompts that the edit leaves refused when its coeffs are smaller."""
+    validation = params.facts.get("validation")
+    known = validation if isinstance(validation, Mapping) else {}
+    margin, share, prompts = (known.get(name) for name in ("margin", "weaker", "prompts"))
+    if not all(isinstance(value, int | float) for value in (margin, share, prompts)):
+        return ""
+    return f"{100 * margin:.0f} % weaker: {share * prompts:.0f} of {prompts:.0f} refused"
 
 
 def layer_rows(params: RefinedParams, coverage: Mapping[str, Any]) -> list[LayerRow]:

@@ -20,7 +20,7 @@ from abliterate.report import draw
 from abliterate.report.data import gather
 from abliterate.report.page import render, write_report
 from abliterate.report.plots import all_plots
-from abliterate.report.refined import LayerRow, layer_rows
+from abliterate.report.refined import LayerRow, layer_rows, refined_text
 from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, RefinedParams
@@ -179,6 +179,14 @@ def test_components_of_refined_trials_are_those_of_the_coverage() -> None:
         LayerRow(2, "experts.*.down", 2, 0.25, None),
         LayerRow(0, "odd", 1, 2.0, None),
     ]
+
+
+def test_a_refined_trial_tells_what_a_weaker_edit_leaves_refused() -> None:
+    validation = {"refused": 0.0, "weaker": 0.075, "margin": 0.15, "prompts": 40}
+    params = RefinedParams({"one": 0.5}, "", "", {"beta": 4.0, "steps": 20, "validation": validation})
+    assert refined_text(params) == "β 4, 20 steps, 1 modules, 15 % weaker: 3 of 40 refused"
+    for odd in (None, [1], {}, validation | {"weaker": "many"}):
+        assert refined_text(RefinedParams({"one": 0.5}, "", "", {"validation": odd})) == "1 modules"
 
 
 @pytest.mark.parametrize("facts", [{}, {"prompts": None}, {"prompts": [1]}, {"prompts": {"harmful": 3}}, {"start": [{}]}])
