@@ -58,12 +58,11 @@ def _picks_by_mask(func: Any, args: Sequence[Any]) -> bool:
 
 
 def _place() -> str:
-    """The innermost frame outside torch and this file: `file: function` of this package, or "model"."""
-    frames = traceback.walk_stack(sys._getframe(2))
-    torch_folder, here = str(Path(torch.__file__).parent), __file__
-    for frame, _ in frames:
+    """The innermost frame outside torch and this folder: `file: function` of this package, or "model"."""
+    torch_folder, here = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+    for frame, _ in traceback.walk_stack(sys._getframe(2)):
         path = frame.f_code.co_filename
-        if path == here or path.startswith(torch_folder):
+        if path.startswith((here, torch_folder)):
             continue
         return f"{Path(path).name}: {frame.f_code.co_name}" if path.startswith(OWN) else "model"
     return "model"

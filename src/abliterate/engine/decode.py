@@ -99,12 +99,11 @@ class Decoding:
         self.finished = {new for new, index in enumerate(kept) if index in self.finished}
         self.mask, self.prompt, self.logits = self.mask[stay], self.prompt[stay], self.logits[stay]
         columns = self.mask.argsort(dim=1, stable=True)[:, -max(self.cached) :] if closing else None
-        for layer in self.cache.layers:  # one layer after the other: two whole caches would not fit where one just does
-            if columns is None:
+        if columns is None:
+            for layer in self.cache.layers:
                 layer.reorder_cache(stay)  # type: ignore[arg-type]
-            else:
-                take_columns(layer, stay, columns)
-        if columns is not None:
+        else:
+            take_columns(self.cache.layers, stay, columns)
             self.mask = self.mask.gather(1, columns)
 
 

@@ -76,15 +76,23 @@ def widened(layer: Any, columns: int) -> Any:
     return new
 
 
-def take_columns(layer: Any, rows: Tensor, columns: Tensor) -> None:
-    """Keep in a plain cache layer only the given `rows` (n), and in each row the given `columns` (n, C)."""
-    rows, columns = rows.to(layer.keys.device), columns.to(layer.keys.device)  # layers may lie on several devices
-    for name in ("keys", "values"):
-        states = getattr(layer, name)  # (m, heads, width, d)
-        _, heads, width, d = states.shape
-        head = rows[:, None, None] * heads + torch.arange(heads, device=rows.device)[:, None]
-        flat_indices = (head * width + columns[:, None, :]).flatten()  # ten times faster than a gather
-        setattr(layer, name, states.reshape(-1, d).index_select(0, flat_indices).view(len(rows), heads, -1, d))
+def take_columns(layers: Sequence[Any], rows: Tensor, columns: Tensor) -> None:
+    """Keep in plain cache layers only the given `rows` (n), and in each row the given `columns` (n, C).
+
+    One layer after the other, since two whole caches would not fit where one just does.
+    """
+    places: dict[tuple[torch.device, int, int], Tensor] = {}  # layers of one shape share their flat indices
+    for layer in layers:
+        for name in ("keys", "values"):
+            states = getattr(layer, name)  # (m, heads, width, d)
+            _, heads, width, d = states.shape
+            shape = (states.device, heads, width)  # layers may lie on several devices
+            if shape not in places:
+                at, within = rows.to(states.device), columns.to(states.device)
+                head = at[:, None, None] * heads + torch.arange(heads, device=states.device)[:, None]
+                places[shape] = (head * width + within[:, None, :]).flatten()
+            taken = states.reshape(-1, d).index_select(0, places[shape])  # ten times faster than a gather
+            setattr(layer, name, taken.view(len(rows), heads, -1, d))
 
 
 def _selected(layer: Any, rows: Tensor) -> Any:

