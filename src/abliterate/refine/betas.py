@@ -3,12 +3,13 @@
 The scale of β is the model's own, so it is found on validation prompts and not by a fixed list. Too large a weight leaves
 refusals, so refusals decide; too small a weight only wastes KL. Descents go on from each other, because a weight at which the
 model still refuses after few steps is often right after more of them. An edit that just suffices for prompts like those that
-it was learned from doesn't suffice for others, so the course begins at a small weight, and ends with more steps at the
+it was learned from doesn't suffice for others, so the course begins at a small weight, and its last descent looks for the
 largest one that keeps a margin: at which a weaker edit suffices, too.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ def first_beta(gain: float, kl: float) -> float:
 def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last: bool = False) -> Next:
     """The descent after those `tried`, where at most `limit` of the prompts may be refused.
 
-    Weights grow while that is so, and fall while it isn't, the more the more is refused. The last descent adds steps at the
-    largest weight that kept a margin; if there is none, it starts from the beginning at a smaller weight.
+    Weights grow while that is so, and fall while it isn't, the more the more is refused. The last descent lies halfway (of
+    logarithms) between the largest weight that kept a margin and the next one tried; if none kept one, it starts from the
+    beginning at a smaller weight.
     """
     if not tried:
         return Next(first, None)
@@ -64,6 +66,9 @@ def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last:
     with_margin = [place for place, one in enumerate(tried) if one.weaker <= limit]
     if not with_margin:
         return Next(min(beta, min(one.beta for one in tried) / LAST), None)
-    # It goes on from that point: a few steps don't widen an edit again that larger weights have made narrow.
     widest = max(with_margin, key=lambda place: tried[place].beta)
-    return Next(tried[widest].beta, widest)
+    beyond = [one.beta for one in tried if one.beta > tried[widest].beta]
+    if not beyond:
+        return Next(beta, after)
+    # It goes on from the wide point: a few steps don't widen an edit again that larger weights have made narrow.
+    return Next(math.sqrt(tried[widest].beta * min(beyond)), widest)

@@ -59,16 +59,21 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
 
 
 @pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
-def test_the_last_weight_is_the_largest_that_keeps_a_margin(refused: float) -> None:
-    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, refused, 1.0)]
-    usual, last = (next_descent(tried, 1.0, LIMIT, is_last=is_last) for is_last in (False, True))
-    assert usual.beta != 3.0
-    assert last == Next(3.0, 1), "it goes on from the point that kept the margin"
+def test_the_last_weight_is_beyond_the_largest_that_kept_a_margin(refused: float) -> None:
+    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, 0.0, 0.4), Tried(12.0, refused, 1.0)]
+    last = next_descent(tried, 1.0, LIMIT, is_last=True)
+    assert last.beta == pytest.approx(math.sqrt(3.0 * 9.0))
+    assert last.after == 1, "it goes on from the point that kept the margin"
     without = [replace(one, weaker=0.5) for one in tried]
     assert next_descent(without, 1.0, LIMIT, is_last=True) == Next(1.0 / LAST, None)
     falling = [Tried(4.0, 0.9, 1.0), Tried(1.0, 0.9, 1.0)]
     assert next_descent(falling, 4.0, LIMIT, is_last=True).beta == next_descent(falling, 4.0, LIMIT).beta < 1.0 / LAST
     assert next_descent([], 1.0, LIMIT, is_last=True) == Next(1.0, None)
+
+
+def test_while_every_weight_keeps_its_margin_they_grow_to_the_end() -> None:
+    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT)]
+    assert next_descent(tried, 1.0, LIMIT, is_last=True) == next_descent(tried, 1.0, LIMIT) == Next(9.0, 1)
 
 
 def test_the_first_weight_is_a_share_of_the_teachers_gain_per_nat() -> None:
