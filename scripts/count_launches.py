@@ -34,8 +34,8 @@ BEGIN, END = "<!-- launches -->", "<!-- /launches -->"
 # What reads only tensors in main memory, whatever the device: the directions.
 HOST = ("base.py: blend",)
 HEAD = (
-    "| model | drafts | passes | the model's own, a pass | of the edits, a pass and module | of the engine, a pass | waits, a pass "
-    "| factors, a trial and module |"
+    "| model | drafts | passes | the model's own, a pass | of the edits, a pass and module | of the engine, a pass "
+    "| waits, a pass | factors, a trial and module |"
 )
 
 

@@ -60,7 +60,8 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
 
 @pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
 def test_the_last_weight_is_beyond_the_largest_that_kept_a_margin(refused: float) -> None:
-    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, 0.0, 0.4), Tried(12.0, refused, 1.0)]
+    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, 0.0, 0.4)]
+    tried.append(Tried(12.0, refused, 1.0))
     last = next_descent(tried, 1.0, LIMIT, is_last=True)
     assert last.beta == pytest.approx(math.sqrt(3.0 * 9.0))
     assert last.after == 1, "it goes on from the point that kept the margin"
