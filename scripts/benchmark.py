@@ -158,7 +158,7 @@ def main() -> None:
         peer = ""
         if options.peer:
             (folder / "peer").mkdir()
-            peer_settings = settings_of(options.model, 0, options.prompts)
+            peer_settings = settings_of(options.model, 0, [f"prompts.{source}" for source in options.prompts])
             peer = sentence(run_heretic(peer_settings, options.count, options.threads, folder / "peer"), ours)
     measured = {name: medians(repeats) for name, repeats in results.items()}
     title = options.title or f"Variants: {options.model}"
