@@ -3,10 +3,10 @@
     python scripts/gpu_check.py --out FOLDER            on a CUDA machine: an 8B shape in bfloat16, about ten minutes
     python scripts/gpu_check.py --out FOLDER --small    on a CPU, with small shapes, to try the script itself
 
-Steps: machine, inflate, ours, reference, heretic, equality, tight, refine, profile, tune, export. Give some of them to run
-these alone; `inflate` comes first, and `ours` before profile and export. A step that fails or takes too long is told, and
-doesn't end the others. The model is the demo, inflated with its function kept (`inflate_model.py`), so that trials refuse and
-answer as the demo's do. heretic is compared if its command is on the PATH.
+Steps: machine, inflate, ours, reference, heretic, static, equality, tight, refine, profile, tune, export. Give some of them
+to run these alone; `inflate` comes first, and `ours` before profile and export. A step that fails or takes too long is told,
+and doesn't end the others. The model is the demo, inflated with its function kept (`inflate_model.py`), so that trials refuse
+and answer as the demo's do. heretic is compared if its command is on the PATH.
 """
 
 from __future__ import annotations
@@ -76,8 +76,10 @@ SMALL = Shape(14, 256, 512, 4, 2, 64)
 def plan_of(out: Path, device: str, *, small: bool) -> Plan:
     """An 8B shape on a device, or a small one to try the script."""
     if small:
-        return Plan(out, device, SMALL, "float32", {"ours": 12, "reference": 2, "heretic": 2, "equality": 3, "tight": 2})
-    return Plan(out, device, LARGE, "bfloat16", {"ours": 60, "reference": 6, "heretic": 6, "equality": 20, "tight": 6})
+        trials = {"ours": 12, "reference": 2, "heretic": 2, "static": 3, "equality": 3, "tight": 2}
+        return Plan(out, device, SMALL, "float32", trials)
+    trials = {"ours": 60, "reference": 6, "heretic": 6, "static": 10, "equality": 20, "tight": 6}
+    return Plan(out, device, LARGE, "bfloat16", trials)
 
 
 # -- steps; each runs in a process of its own and prints one line of JSON
@@ -115,6 +117,24 @@ def reference(plan: Plan) -> Found:
     return searched(plan, "reference", "--no-refine", "--reference")
 
 
+# {way of decoding: its settings}
+WAYS = {"drafts": (), "plain": ("use_drafts=false",), "static": ("use_static_cache=true",)}
+
+
+def static(plan: Plan) -> Found:
+    """The same random trials with drafts, without them, and in a static cache with graphs: their seconds and results."""
+    found: Found = {}
+    records: dict[str, list[Found]] = {}
+    count = plan.trials["static"]
+    for way, switches in WAYS.items():
+        options = [word for switch in switches for word in ("--set", f"efficiency.{switch}")]
+        # Random trials, because the sampler would answer a difference by rounding with other parameters.
+        run = searched(plan, f"static-{way}", "--no-refine", "--set", f"search.startup_trials={count}", *options, trials=count)
+        found[way] = {name: run[name] for name in ("mean s", "mean s of complete", "start-up s", "peak device GiB")}
+        records[way] = read_result(plan.out / "runs" / f"static-{way}")["trials"]
+    return found | {f"{way} and plain": compared(records[way], records["plain"]) for way in WAYS if way != "plain"}
+
+
 def equality(plan: Plan) -> Found:
     """Runs of the demo in float32 on the device and on the CPU: the largest differences of their trials."""
     records = []
@@ -123,7 +143,12 @@ def equality(plan: Plan) -> Found:
         options = ["--device", device, "--dtype", "float32", "--no-refine", "--export", "none", "--seed", "1", "--restart"]
         tool(command("run", "demo", *options, "-n", plan.trials["equality"], "-o", out))
         records.append(read_result(out)["trials"])
-    pairs = list(zip(*records, strict=True))
+    return compared(*records)
+
+
+def compared(trials: Sequence[Found], others: Sequence[Found]) -> Found:
+    """How two records of the same trials differ."""
+    pairs = list(zip(trials, others, strict=True))
     both = [(one, other) for one, other in pairs if one["state"] == other["state"] == "complete"]
     return {
         "trials": len(pairs),
@@ -224,6 +249,7 @@ STEPS: tuple[tuple[str, Callable[[Plan], Found], int], ...] = (
     ("ours", ours, 180),
     ("reference", reference, 150),
     ("heretic", heretic, 170),
+    ("static", static, 180),
     ("equality", equality, 120),
     ("tight", tight, 120),
     ("refine", refine, 150),

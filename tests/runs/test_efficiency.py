@@ -52,10 +52,10 @@ GROUPS = tuple(
     tuple(switch for switch, three in zip(ENGINE, itertools.combinations(range(5), 3), strict=False) if group in three)
     for group in range(5)
 )
-# `tests/unit` has these: test_residuals, test_calibrate and test_trial_engine. A run on a CPU reaches none of them.
+# `tests/unit` has these: test_residuals, test_calibrate, test_trial_engine and test_static_cache. A run on a CPU reaches none.
 ELSEWHERE = (
     *("offload_residuals_to_cpu", "cache_clear_frequency"),
-    *("residual_cache_dir", "use_amp_for_residuals", "use_trial_engine"),
+    *("residual_cache_dir", "use_amp_for_residuals", "use_trial_engine", "use_static_cache"),
 )
 
 

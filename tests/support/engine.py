@@ -184,11 +184,12 @@ def make_setup(lab: Lab) -> EngineSetup:
     return EngineSetup(lab.reference, lab.loaded.layers, lab.editor.hooks, None, HARMFUL, HARMLESS, (1, 2), pacing=lab.pacing)
 
 
-def trusted(lab: Lab, warnings: list[str]) -> TrialEngine | ReferenceEngine:
+def trusted(lab: Lab, warnings: list[str], **switches: bool) -> TrialEngine | ReferenceEngine:
     """The engine that passes the self-check."""
 
     def edit() -> None:
         lab.editor.apply(last_layer())
         assert lab.editor.hooks.first_layer == 2
 
-    return trusted_engine(make_setup(lab), EfficiencySettings(), edit, lab.editor.clear, warnings.append)
+    efficiency = EfficiencySettings(**switches)  # type: ignore[arg-type]
+    return trusted_engine(make_setup(lab), efficiency, edit, lab.editor.clear, warnings.append)

@@ -5,9 +5,10 @@ This module handles tokens only; a `StoppingRule` reads the text and decides whi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,8 @@ from transformers.cache_utils import Cache
 from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import merge_layer, take_columns, widened, with_layers
+from abliterate.engine.static_cache import StaticCache
+from abliterate.model.memory import memory_errors
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
 # finished in between costs up to LOOK_EVERY - 1 passes.
@@ -51,7 +54,8 @@ class Decoding:
     `rows` are the numbers of their prompts. `generated` holds each row's tokens so far, all of which were fed. `logits`
     (n, vocabulary) are those of the next token. `mask` (n, C) covers the columns of `cache`; rejected drafts leave holes in it.
     `prompt` (n, W) are the prompts' tokens as logits processors see them. `cached` counts the columns of each row that `mask`
-    doesn't hide, so that nothing waits for the device to know it. `finished` holds the indices in `rows` that are done.
+    doesn't hide, so that nothing waits for the device to know it. `finished` holds the indices in `rows` that are done. While
+    the rows are in `static` buffers, these stand for `cache` and `mask`, which hold nothing.
     """
 
     rows: list[int]
@@ -62,6 +66,7 @@ class Decoding:
     prompt: Tensor
     cached: list[int]
     finished: set[int]
+    static: StaticCache | None = None
 
     @property
     def open(self) -> bool:
@@ -97,7 +102,11 @@ class Decoding:
         self.generated = [self.generated[index] for index in kept]
         self.cached = [self.cached[index] for index in kept]
         self.finished = {new for new, index in enumerate(kept) if index in self.finished}
-        self.mask, self.prompt, self.logits = self.mask[stay], self.prompt[stay], self.logits[stay]
+        self.prompt, self.logits = self.prompt[stay], self.logits[stay]
+        if self.static is not None:
+            self.static.keep(stay)
+            return
+        self.mask = self.mask[stay]
         columns = self.mask.argsort(dim=1, stable=True)[:, -max(self.cached) :] if closing else None
         if columns is None:
             for layer in self.cache.layers:
@@ -132,7 +141,10 @@ def join(decodings: Sequence[Decoding]) -> Decoding:
 
 
 class Decoder:
-    """Continues prefilled rows as `generate` would with `config`."""
+    """Continues prefilled rows as `generate` would with `config`.
+
+    With `static` buffers the rows are decoded in them, and nothing is drafted.
+    """
 
     def __init__(
         self,
@@ -144,6 +156,7 @@ class Decoder:
         check: Callable[[], None] = lambda: None,
         holes: float = HOLES,
         block_bytes: int = BLOCK_BYTES,
+        static: StaticCache | None = None,
     ) -> None:
         self._model: Any = model
         self._passes = passes
@@ -152,6 +165,7 @@ class Decoder:
         self._check = check
         self._holes = holes
         self._block_bytes = block_bytes
+        self._static = static
 
     def __call__(self, rows: Decoding, limit: int, length: int, watch: StoppingRule, drafts: Drafts | None = None) -> None:
         """Decode until every row is finished or has `length` tokens, or `watch` is satisfied.
@@ -160,7 +174,12 @@ class Decoder:
         decides several tokens of a row, unless logits processors must see every token first.
         """
         processors = self.processors(rows, limit)
-        if drafts is None or processors:
+        if self._static is not None:
+            with self._buffered(rows, limit - len(rows.generated[0])):
+                self._in_steps(rows, processors, limit, length, watch)
+                if rows.open and rows.count < limit and not watch.satisfied:
+                    self._give_back(rows)
+        elif drafts is None or processors:
             self._in_steps(rows, processors, limit, length, watch)
         else:
             self._in_blocks(rows, limit, length, watch, drafts)
@@ -235,15 +254,29 @@ class Decoder:
 
         With `in_blocks`, each pass feeds one or two tokens of a row, and a wrong draft after them.
         """
+        if in_blocks:
+            return self._forced_blocks(rows, tokens)
+        logits = [rows.logits]
+        with self._buffered(rows, tokens.shape[1]):
+            for column in tokens.unbind(dim=1):
+                logits.append(self._feed(rows, column[:, None], torch.ones_like(column[:, None]))[:, -1])
+            self._give_back(rows)
+        rows.logits = logits.pop()
+        rows.cached = [columns + tokens.shape[1] for columns in rows.cached]
+        for generated, row in zip(rows.generated, tokens.tolist(), strict=True):
+            generated.extend(row)
+        return torch.stack(logits, dim=1)
+
+    def _forced_blocks(self, rows: Decoding, tokens: Tensor) -> Tensor:
         forced, n_tokens = tokens.tolist(), tokens.shape[1]
         logits_by_row = [[logits] for logits in rows.logits]
         fed = [0] * len(forced)
         while min(fed) < n_tokens:
             held, blocks = [], []
             for index, (row, start) in enumerate(zip(forced, fed, strict=True)):
-                right = row[start : start + 1 + (in_blocks and index % 2)]
+                right = row[start : start + 1 + index % 2]
                 held.append(len(right))
-                blocks.append([*right, *([row[0]] if in_blocks or not right else [])])
+                blocks.append([*right, row[0]])
             logits = self._feed_blocks(rows, blocks)
             self._hold(rows, logits, held)
             for index, length in enumerate(held):
@@ -267,6 +300,8 @@ class Decoder:
         return self._feed(rows, torch.tensor(ids, device=device), torch.tensor(fed, device=device))
 
     def _feed(self, rows: Decoding, ids: Tensor, fed: Tensor) -> Tensor:
+        if rows.static is not None:
+            return rows.static.feed(ids)[:, None]
         rows.mask = torch.cat([rows.mask, fed], dim=1)
         logits, cache = self._passes(ids, rows.mask, rows.cache, last=ids.shape[1])
         assert cache is not None
@@ -283,7 +318,31 @@ class Decoder:
         rows.logits = torch.where(counts[:, None] > 0, latest, rows.logits)
 
     def _leaves(self, rows: Decoding) -> bool:
+        if rows.static is not None:
+            return self._leaving and rows.static.shrinks(len(rows.rows) - len(rows.finished))
         return self._leaving and len(rows.finished) >= LEAVING_SHARE * len(rows.rows)
+
+    @contextlib.contextmanager
+    def _buffered(self, rows: Decoding, more: int) -> Iterator[None]:
+        """While active, the rows are in the static buffers, if there are some; at most `more` tokens will follow them."""
+        if self._static is None:
+            yield
+            return
+        try:
+            with memory_errors():
+                self._static.take(rows.cache, rows.mask, more)
+            rows.static = self._static
+            yield
+        except torch.OutOfMemoryError:
+            self._static.release()
+            raise
+        finally:
+            rows.static = None
+
+    def _give_back(self, rows: Decoding) -> None:
+        """Take the rows out of the static buffers, if they are in them; rows that need no more passes can be left there."""
+        if rows.static is not None:
+            rows.mask = rows.static.give_back(rows.cache)
 
     def _look(self, rows: Decoding, new: Sequence[Sequence[int]], watch: StoppingRule) -> None:
         for index, (row, tokens) in enumerate(zip(rows.rows, new, strict=True)):

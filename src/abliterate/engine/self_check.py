@@ -116,9 +116,21 @@ def trusted_engine(
 
 
 # The mechanisms that could change the numbers, with the names that a user reads, in the order in which they are left out.
-# Drafts and a shared prefix both need a cache whose columns may be masked anywhere.
-_DOUBTFUL = {"use_drafts": "drafts", "use_shared_prefix": "the shared prefix", "use_layer_skip": "layer skip"}
-_LEFT_OUT = (("use_drafts",), ("use_drafts", "use_shared_prefix"), ("use_layer_skip",), tuple(_DOUBTFUL))
+# The static cache, drafts and a shared prefix all need a cache whose columns may be masked anywhere.
+_STATIC = "use_static_cache"
+_DOUBTFUL = {
+    _STATIC: "the static cache",
+    "use_drafts": "drafts",
+    "use_shared_prefix": "the shared prefix",
+    "use_layer_skip": "layer skip",
+}
+_LEFT_OUT = (
+    (_STATIC,),
+    (_STATIC, "use_drafts"),
+    (_STATIC, "use_drafts", "use_shared_prefix"),
+    (_STATIC, "use_layer_skip"),
+    tuple(_DOUBTFUL),
+)
 
 
 def _attempts(switches: EfficiencySettings) -> Iterable[tuple[EfficiencySettings, str]]:

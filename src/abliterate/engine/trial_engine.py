@@ -17,11 +17,13 @@ from abliterate.engine.batching import batches_of_trials
 from abliterate.engine.decode import BLOCK_BYTES, HOLES, Decoder, Decoding, join
 from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
+from abliterate.engine.graphs import Graphs, capture_of
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import Sharing, shared_prefix
 from abliterate.engine.pass_times import PassTimes
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
 from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
+from abliterate.engine.static_cache import StaticCache
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
 from abliterate.model.memory import memory_errors
 from abliterate.scorers.base import EarlyScorer, Response
@@ -112,9 +114,13 @@ class TrialEngine:
                 raise Unsupported(f"the generation config has {name}, whose processor depends on all earlier passes")
         possible = self._examine()
         self.sharing: Sharing = possible if switches.use_shared_prefix else "none"
-        self.drafting = switches.use_drafts and possible == "between" and self.passes.takes_positions
+        masks_hide = possible == "between" and self.passes.takes_positions
+        self.static = switches.use_static_cache and masks_hide
+        self.drafting = switches.use_drafts and masks_hide and not self.static
         self._prefill = Prefill(self.passes, edits, self.sharing)
         self.left_out = self._prefill.left_out
+        if switches.use_static_cache and not self.static:
+            self.left_out["static"] = "this model's cache isn't plain keys and values under a mask, so it can't be static"
         self._ends = reference.ends
         self._decode = Decoder(
             reference.model,
@@ -124,6 +130,7 @@ class TrialEngine:
             check=reference.check,
             holes=pacing.holes,
             block_bytes=pacing.block_bytes,
+            static=self._static_cache(edits) if self.static else None,
         )
         self._times = PassTimes(pacing.pass_cost)
         self._sets: dict[tuple[bool, tuple[Prompt, ...]], _PromptSet] = {}
@@ -323,6 +330,13 @@ class TrialEngine:
             first = min(size, limit + self._pacing.margin)
         rest = [rows[start : start + size] for start in range(first, len(rows), size)]
         return [rows[:first], *rest] if first else rest
+
+    def _static_cache(self, edits: EditState) -> StaticCache:
+        """Static buffers, whose passes are captured on CUDA."""
+        capture = capture_of(self.reference.model, self.chat.device)
+        if capture is None:
+            return StaticCache(self.passes)
+        return StaticCache(self.passes, Graphs(edits, capture, lambda text: self.left_out.update(graphs=text)))
 
     def _set(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
         return self._sets.get((together, tuple(prompts))) or self._lay_out(prompts, together=together)

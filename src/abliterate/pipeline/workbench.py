@@ -431,7 +431,9 @@ def _left_out(engine: Engine, setup: EngineSetup, settings: Settings) -> Iterato
         return
     if settings.efficiency.use_shared_prefix and engine.sharing == "none":
         yield "the model's states can't be cut, so prompts share no prefix"
-    if settings.efficiency.use_drafts and not engine.drafting:
+    if engine.static:
+        yield "responses are decoded in a static cache, so they aren't drafted"
+    elif settings.efficiency.use_drafts and not engine.drafting:
         yield "this model allows no holes in its cache, so responses aren't drafted"
     if setup.early is None:
         yield "a scorer needs whole responses, so no response and no trial ends early"

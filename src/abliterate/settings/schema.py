@@ -238,6 +238,7 @@ class EfficiencySettings(_Section):
     use_certified_stop: bool = True
     use_settled_rows: bool = True
     use_drafts: bool = True
+    use_static_cache: bool = False
 
     def reference(self) -> EfficiencySettings:
         """All optimizations off but the single warm-up, which a fair reference has (docs/design.md §5)."""

@@ -80,12 +80,15 @@ def test_reads_are_counted_where_they_happen() -> None:
     assert sum(waits.places.values()) == 4
 
 
-@pytest.mark.parametrize(("family", "drafts"), [("llama", True), ("llama", False), ("gemma3", False)])
-def test_a_pass_waits_at_most_once(family: str, drafts: bool, called: Called) -> None:
+@pytest.mark.parametrize(
+    ("family", "drafts", "static"),
+    [("llama", True, False), ("llama", False, False), ("llama", False, True), ("gemma3", False, False)],
+)
+def test_a_pass_waits_at_most_once(family: str, drafts: bool, static: bool, called: Called) -> None:
     """Without drafts, only a look at several passes waits; no prefill, hook or scorer ever does."""
     lab = make_lab(family, batch_size=4, tokens=24)
-    engine = lab.engine(Refusals(["no such text"]), use_drafts=drafts)
-    assert engine.drafting == drafts
+    engine = lab.engine(Refusals(["no such text"]), use_drafts=drafts, use_static_cache=static)
+    assert (engine.drafting, engine.static) == (drafts, static)
     for params in trials(lab, 3):
         lab.editor.apply(params)
         called.clear()

@@ -35,6 +35,31 @@ def test_a_run_in_numbers() -> None:
     assert gpu_check.summary(result | {"trials": []})["mean s of complete"] is None
 
 
+def test_ways_of_decoding_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way runs the same random trials; a trial that differs is told."""
+    plan = gpu_check.plan_of(tmp_path, "cpu", small=True)
+    asked: dict[str, list[str]] = {}
+
+    def searched(plan: gpu_check.Plan, name: str, *more: str, trials: int) -> dict[str, object]:
+        asked[name] = list(more)
+        return {"mean s": 1.0, "mean s of complete": 2.0, "start-up s": 3.0, "peak device GiB": 0.0, "batch": {}}
+
+    def read_result(run: Path) -> dict[str, object]:
+        refusals = 4 if run.name == "static-static" else 5
+        trial = {"state": "complete", "scores": {"refusals": refusals, "kl": {"mean": 0.5}}}
+        return {"trials": [trial, {**trial, "scores": {"refusals": 5, "kl": {"mean": 0.1 * refusals}}}]}
+
+    monkeypatch.setattr(gpu_check, "searched", searched)
+    monkeypatch.setattr(gpu_check, "read_result", read_result)
+    found = gpu_check.static(plan)
+    assert all("search.startup_trials=3" in more for more in asked.values())
+    assert [("efficiency.use_static_cache=true" in more) for more in asked.values()] == [False, False, True]
+    assert found["plain"]["mean s of complete"] == 2.0
+    assert found["drafts and plain"]["same refusals"] == found["drafts and plain"]["complete"] == 2
+    assert found["static and plain"]["same refusals"] == 1
+    assert found["static and plain"]["largest difference of KL"] == pytest.approx(0.1)
+
+
 def test_a_step_that_takes_too_long_or_fails_is_told(tmp_path: Path) -> None:
     arguments = ["--out", str(tmp_path), *ARGUMENTS]
     assert "took more than" in gpu_check.run_step("machine", 0, arguments, tmp_path)["failed"]
