@@ -27,6 +27,7 @@ from abliterate.model import loader
 from abliterate.model.devices import choose_device
 from abliterate.model.loader import DEMO
 from abliterate.model.model_files import ADAPTER, CONFIG, is_adapter, read_json
+from abliterate.model.offload import home_of
 from abliterate.model.peft import check_adapter, with_adapter
 from abliterate.objectives import other_scores
 from abliterate.pipeline import stages
@@ -163,7 +164,8 @@ def _session(
     run: str | None,
     fields: dict[str, str],
 ) -> tuple[Session, dict[str, str]]:
-    device = model.get_input_embeddings().weight.device
+    embeddings = model.get_input_embeddings()
+    device = home_of(embeddings, embeddings.weight)
     chat = chat_of(settings, tokenizer, device, wanted.response_prefix)
     voice = Generator(model, chat, ResponseReader(tokenizer, markup_of(settings, tokenizer)), wanted.sampling)
     system = settings.prompts.system

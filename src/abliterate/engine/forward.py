@@ -129,7 +129,8 @@ def feed(
         kwargs["logits_to_keep"] = last
     with memory_errors():
         output = model(**kwargs)
-    return output.logits[:, -last:], getattr(output, "past_key_values", None)
+    # A model over several devices computes logits on its last one; accelerate brings them back, a model's own code may not.
+    return output.logits[:, -last:].to(ids.device), getattr(output, "past_key_values", None)
 
 
 def last_start(config: object, n_layers: int) -> int:

@@ -27,6 +27,7 @@ from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.model_config import d_model_of, read_config
 from abliterate.model.model_files import CONFIG, reading
+from abliterate.model.offload import home_of
 from abliterate.model.structure import discover
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
@@ -54,7 +55,8 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """The device for inputs (with a device map, the embedding's device)."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value,union-attr]
+        embeddings: Any = self.model.get_input_embeddings()
+        return home_of(embeddings, embeddings.weight)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 
+from abliterate.edits import METHODS
+from abliterate.engine import drafts as drafts_module
+from abliterate.engine import trial_engine
+from abliterate.engine.batching import Batches
+from abliterate.engine.forward import Passes
+from abliterate.engine.self_check import check
+from abliterate.engine.trial_engine import Pacing
+from abliterate.evaluation.teacher_forced import TeacherForced
 from abliterate.model import loader
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight, device_and_dtype
+from abliterate.refine.descent import Pass
+from abliterate.refine.loss import Rows
+from abliterate.refine.parameters import Module, Parameters
+from abliterate.scorers.refusals import Refusals
 from abliterate.settings.schema import LoadSettings
-from support.models import CPU, PROMPTS, logits_of, make_chat, make_editor, save_model, write_dense
+from support.engine import HARMFUL, HARMLESS, TOKENS, Lab, assert_same, last_layer, make_engine, make_lab, make_setup, trials
+from support.models import (
+    CPU,
+    PROMPTS,
+    logits_of,
+    make_chat,
+    make_directions,
+    make_editor,
+    make_loaded,
+    make_model,
+    save_model,
+    write_dense,
+)
 from support.runs import outcomes, quick_settings, run_in
 from support.zoo import everywhere, make_specimen
 
@@ -56,3 +84,78 @@ def test_a_run_of_a_spread_model_is_the_run(tmp_path: Path, prompt_files: dict[s
     found, recorder = run_in(tmp_path / "spread", quick_settings(prompt_files, tmp_path / "b", **short, **place))
     assert outcomes(found) == outcomes(plain)
     assert recorder.warnings == []
+
+
+PLACES = {
+    "model.embed_tokens": "disk",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.layers.2": "disk",
+    "model.norm": "cpu",
+    "lm_head": "disk",
+}
+
+
+def dispatched(folder: Path, family: str) -> LoadedModel:
+    """A model whose embedding, last layers and head are on the disk but for their own passes."""
+    model = make_model(family)
+    model.tie_weights()
+    placed = dispatch_model(model, PLACES, offload_dir=str(folder), main_device="cpu")
+    return make_loaded(placed)
+
+
+@pytest.mark.parametrize("switches", [{}, {"use_static_cache": True}], ids=["drafts", "static"])
+def test_the_engines_mechanisms_on_an_offloaded_model(
+    switches: dict[str, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes begin at an offloaded layer, chunks are joined, rows leave and drafts are right, as on the plain model."""
+    joined: list[int] = []
+    starts: set[int] = set()
+    join, starting_at = trial_engine.join, Passes.starting_at
+    monkeypatch.setattr(trial_engine, "join", lambda parts: joined.append(len(parts)) or join(parts))
+    monkeypatch.setattr(
+        Passes, "starting_at", lambda self, start, hidden: starts.add(start) or starting_at(self, start, hidden)
+    )
+    plain = make_lab("llama", batch_size=5)
+    loaded = dispatched(tmp_path, "llama")
+    assert loaded.device == CPU
+    assert all(parameter.is_meta for parameter in loaded.layers[2].parameters())
+    reference = make_engine(loaded.model, 5, TOKENS)
+    lab = Lab(loaded, reference, make_editor(loaded), Pacing(margin=0, pause=4, pass_cost=64))
+    engine = lab.engine(Refusals(["no such text"]), **switches)
+    for params in (*trials(plain, 2), last_layer(), last_layer()):
+        expected = plain.expected(params)
+        lab.editor.apply(params)
+        found = engine.respond(HARMFUL, limit=2)
+        assert found is not None
+        assert [response.text for response in found] == expected[1]
+        assert_same((engine.first_logprobs(HARMLESS), expected[1]), expected)
+    assert max(joined) > 1
+    assert max(starts) == 2
+    assert check(engine, make_setup(lab)).ok
+    drafts = engine._sets[(True, HARMFUL)].drafts
+    assert (drafts is not None and drafts._right > drafts_module.PRIOR[0]) == (not switches)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_refinement_of_an_offloaded_model_has_the_same_gradients(checkpointing: bool, tmp_path: Path) -> None:
+    """Weights that are on the disk between passes are there again for the backward pass."""
+    rows = Rows(
+        (TeacherForced((5, 6, 7), (8, 9, 10)), TeacherForced((5, 6, 13, 14, 15), (16, 17))),
+        (TeacherForced((5, 6, 22), (23, 24)), TeacherForced((5, 6, 33, 34), (35,))),
+    )
+    losses, gradients = [], []
+    for loaded in (make_loaded(make_model("llama")), dispatched(tmp_path, "llama")):
+        modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in loaded.targets]
+        vectors = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).by_layer()
+        directions = torch.stack([vectors[module.layer] for module in modules])
+        parameters = Parameters(modules, METHODS["full"], torch.linspace(0.2, 1.1, len(modules)), directions)
+        hooks, batches = EditHooks(loaded.targets), Batches(16, CPU)
+        passes = Pass(loaded.model, loaded.layers, hooks, loaded.device, batches, checkpointing, share=True)
+        loss, found = passes.gradients(parameters.factors(), rows, 2.0)
+        parameters.pull_back(found)
+        losses.append(loss.total(2.0))
+        gradients.append((parameters.coeffs.grad, parameters.directions.grad))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
