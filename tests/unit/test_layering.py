@@ -14,8 +14,8 @@ import abliterate
 ROOT = Path(abliterate.__file__).parent
 # A unit (a folder or a file of the package) imports units of lower ranks only; "/" ends a rank.
 RANKS = """
-_version types errors / files objectives plugins / settings terminal / directions / edits / model search / prompts scorers /
-artifacts engine / evaluation / refine report / export / pipeline / chat / cli / __init__ __main__
+_version types errors / files objectives plugins ranks / settings terminal / directions / edits / model search /
+prompts scorers / artifacts engine / evaluation / refine report / export / pipeline / chat / cli / __init__ __main__
 """
 RANK = {unit: rank for rank, units in enumerate(RANKS.split("/")) for unit in units.split()}
 NO_TORCH = ("_version", "types", "errors", "files", "objectives", "plugins", "settings", "terminal", "search")

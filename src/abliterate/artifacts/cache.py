@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.files import expanded
 
 FORMAT = 1
@@ -216,6 +217,22 @@ class ArtifactStore:
         except (OSError, ValueError, SafetensorError) as error:
             self._warn(f"The cache entry {path.stem[:12]} ({kind}) is not usable: {error}; it is computed again.")
             return None
+
+
+class SharedStore(ArtifactStore):
+    """The store of a run on several ranks: rank 0 reads and writes its files, and all get what it reads."""
+
+    def has(self, kind: str, key: Mapping[str, Any]) -> bool:
+        return ranks.agree(lambda: ArtifactStore.has(self, kind, key))
+
+    def get(self, kind: str, key: Mapping[str, Any], *, remember: bool = True) -> dict[str, Tensor] | None:
+        return ranks.agree(lambda: ArtifactStore.get(self, kind, key, remember=remember))
+
+    def put(
+        self, kind: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor], label: str = "", *, remember: bool = True
+    ) -> None:
+        if ranks.is_first():
+            super().put(kind, key, tensors, label, remember=remember)
 
 
 def key_digest(key: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.errors import AbliterateError, InputError, disk_remedy
 from abliterate.files import write_atomically
 from abliterate.types import REFINED, Params, RefinedParams
@@ -74,7 +75,7 @@ class RefinedStore:
         """The content of the parameters' file. InputError: it is missing, or isn't the file that the run left."""
         content = self._contents.get(params.sha256)
         if content is None:
-            content = self._read(params)
+            content = ranks.agree(lambda: self._read(params))  # a run's directory is rank 0's
         return content
 
     def directions(self, params: RefinedParams) -> dict[str, Tensor]:

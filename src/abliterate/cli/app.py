@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from abliterate import ranks
 from abliterate.cli import exit
 from abliterate.cli.cache import cache_app
 from abliterate.cli.options import (
@@ -167,12 +168,15 @@ def _show_version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    ctx: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     # Eager: otherwise Typer complains about a missing command first.
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
+    if ranks.launched() > 1 and ctx.invoked_subcommand != "run":
+        raise InputError("Under torchrun only abliterate run works; start this command without it.")
     if debug:
         os.environ["ABLITERATE_DEBUG"] = "1"
 
@@ -235,6 +239,10 @@ def run(
     """Search for the best ablation of MODEL and export the edited model; several models run one after the other."""
     if resume and restart:
         raise InputError("The options --resume and --restart contradict each other; give one.")
+    if ranks.launched() > 1 and (gpus > 1 or listed is not None or len(models or ()) > 1):
+        raise InputError(
+            "Under torchrun all processes work on one run of one model; leave --gpus, --list and further models out."
+        )
     given = {
         "seed": seed,
         "device": device,

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from abliterate import ranks
 from abliterate.errors import BAD_INPUT, FAILED, INTERRUPTED, AbliterateError, Interrupted
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
@@ -71,6 +72,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
+    if ranks.is_silent():
+        sys.exit(exit_code)
     try:
         from abliterate.terminal.reporters import show_error
 

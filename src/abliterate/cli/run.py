@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate import ranks
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
 from abliterate.cli.exit import quiet_libraries
@@ -19,7 +22,7 @@ from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
 from abliterate.terminal.interrupts import Interrupts
-from abliterate.terminal.reporters import ask_for_trial, make_reporter
+from abliterate.terminal.reporters import SilentReporter, ask_for_trial, make_reporter
 from abliterate.types import Baseline, Trial
 
 
@@ -37,9 +40,26 @@ class RunFlags:
 def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: RunFlags) -> None:
     """`abliterate run MODEL`."""
     options = options_of(given, assignments)
-    settings, directory = resolve(options, config, flags)
-    at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.as_json
-    carry_out(settings, directory, flags, Interrupts(), ask=at_terminal and "select" not in options.get("search", {}))
+    with ranks.joined():
+        settings, directory = ranks.agree(lambda: resolve(options, config, flags))
+        if not ranks.is_first():
+            follow(settings, flags)
+            return
+        at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.as_json and ranks.size() == 1
+        carry_out(settings, directory, flags, Interrupts(), ask=at_terminal and "select" not in options.get("search", {}))
+
+
+def follow(settings: Settings, flags: RunFlags) -> None:
+    """Take part in rank 0's run, silently and in a directory of its own, which is removed.
+
+    Rank 0 alone heeds signals: if it ends, this process notices.
+    """
+    quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    with tempfile.TemporaryDirectory(prefix="abliterate-rank-") as folder:
+        directory = RunDirectory(Path(folder) / "run")
+        pipeline_run.run(settings, SilentReporter(), directory, resume=flags.resume, restart=flags.restart)
 
 
 def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -77,7 +97,7 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
             return ask_for_trial(front, default, front_table(search), reporter)
 
     try:
-        with interrupts.listening():
+        with interrupts.listening(), ranks.lost_ranks():
             return pipeline_run.run(
                 settings,
                 interrupts.watched(reporter),
@@ -88,6 +108,8 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
                 choose=choose if ask else None,
                 check=interrupts.check,
             )
+    except ranks.Lost as error:
+        raise ranks.Lost(f"{error}: {_how_to_continue(directory, settings)}") from error
     except Interrupted as error:
         raise Interrupted(error.exit_code, _how_to_continue(directory, settings)) from error
     except KeyboardInterrupt as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import statistics
 
+from abliterate import ranks
+
 # The fixed cost of a pass, in fed tokens, until passes have been timed. On two cores it is 100 on the demo model and 12 at
 # fifty million parameters.
 PASS_COST = 64.0
@@ -18,11 +20,11 @@ class PassTimes:
     """What a pass costs beside its tokens, from the seconds that passes of different sizes take.
 
     The seconds are fitted as a + b·tokens by least squares, in which older passes count less. With `known`, a fixed cost in
-    tokens, nothing is learned.
+    tokens, nothing is learned; nor is it on several ranks, whose clocks would decide differently.
     """
 
     def __init__(self, known: float | None = None) -> None:
-        self._known = known
+        self._known = PASS_COST if known is None and ranks.size() > 1 else known
         self._first: list[tuple[int, float]] = []
         # Weight, and weighted sums of tokens, seconds, squared tokens, and tokens times seconds.
         self._sums = [0.0] * 5

@@ -20,8 +20,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
+from abliterate import ranks
 from abliterate.errors import InputError
-from abliterate.model import offload, quantized
+from abliterate.model import offload, quantized, tensor_parallel
 from abliterate.model.formats import FILES
 from abliterate.model.generation import reduce_generation_config, stored_generation_config
 from abliterate.model.memory import free_memory, is_out_of_memory
@@ -51,13 +52,16 @@ def load_weights(
     check_weight_files(source, config)
     quantized.check(config, load, device)
     dense = quantized.is_made_dense(config, load, device)
+    if ranks.size() > 1:
+        is_quantized = load.quantization != "none" or bool(quantized.method_of(config))
+        tensor_parallel.check(config, load, empty_model(config, load), quantized=is_quantized)
     if (
         load.quantization == "none"
         and (dense or not quantized.method_of(config))
         and not load.device_map
         and (device is None or device.type == "cpu")
     ):
-        _check_memory(config, load, dtype)
+        ranks.agree(lambda: _check_memory(config, load, dtype))
     auto, kwargs = auto_class(config, load), _options(source, load, dtype, device, dense=dense)
     part = "its weights" if getattr(config, "quantization_config", None) is None else "its weights or its quantization_config"
     try:
@@ -91,7 +95,9 @@ def _options(
         kwargs["revision"] = load.revision
     if load.attn_implementation:
         kwargs["attn_implementation"] = load.attn_implementation
-    if device is not None:
+    if ranks.size() > 1:
+        kwargs["distributed_config"] = tensor_parallel.distributed_config()
+    elif device is not None:
         kwargs["device_map"] = load.device_map or {"": str(device)}
         if load.device_map:
             # Used only for weights that the files store in another layout than the model, above all fused experts.

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from abliterate.model.architectures import Target
 from abliterate.model.experts import ExpertsEdit, LowRankEdit, is_fused
 from abliterate.model.offload import held
+from abliterate.model.sharding import Columns, columns_of, whole
 from abliterate.model.weights import device_and_dtype
 
 # {module: (key, function that makes the factors)}. Equal keys mean equal factors, so an unchanged module isn't written again.
@@ -88,6 +89,7 @@ class _ModuleEdit:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._handle: RemovableHandle | None = None
+        self._columns: Columns | None = columns_of(getattr(module, "weight", None))
         self.off()
 
     def write(self, key: Hashable, factors: LowRankEdit) -> None:
@@ -96,11 +98,13 @@ class _ModuleEdit:
         device, dtype = device_and_dtype(self._module)
         options: Any = {"device": device, "dtype": dtype or torch.float32}
         self._a, self._b = factors.a.to(**options), factors.b.to(**options)
+        self._part = None if self._columns is None else self._columns.of(self._a)
         # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
         self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**options)
         # y = s∘(Wx) + BAx + bias, computed from the module's own output Wx + bias: biases are never edited.
         self._shift = None
         if bias is not None and factors.row_scale is not None:
+            bias = whole(bias)
             self._shift = (bias.detach().float() * (1 - factors.row_scale.to(bias.device))).to(**options)
         self.key = key
         self.resume()
@@ -122,13 +126,16 @@ class _ModuleEdit:
     def off(self) -> None:
         self.suspend()
         self.key = None
-        self._a = self._b = self._scale = self._shift = None  # type: ignore[assignment]
+        self._a = self._part = self._b = self._scale = self._shift = None  # type: ignore[assignment]
 
     def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         x = args[0]
         if self._a.dtype != x.dtype:
             self._recast(x.dtype)
-        low = nn.functional.linear(x, self._a)
+        if self._columns is None or x.shape[-1] == self._columns.total:
+            low = nn.functional.linear(x, self._a)
+        else:  # x is this rank's part, and `output` is summed over ranks already
+            low = self._columns.summed(nn.functional.linear(x, self._part))  # type: ignore[arg-type]
         edited = output if self._scale is None else torch.addcmul(output, output, self._scale)
         if self._shift is not None:
             edited = edited + self._shift
@@ -139,5 +146,6 @@ class _ModuleEdit:
 
     def _recast(self, dtype: torch.dtype) -> None:
         self._a, self._b = self._a.to(dtype), self._b.to(dtype)
+        self._part = None if self._part is None else self._part.to(dtype)
         self._scale = None if self._scale is None else self._scale.to(dtype)
         self._shift = None if self._shift is None else self._shift.to(dtype)

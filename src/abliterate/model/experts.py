@@ -20,6 +20,7 @@ from transformers.integrations import moe
 
 from abliterate.model.formats import is_plain
 from abliterate.model.offload import held, home_of
+from abliterate.model.sharding import columns_of
 
 # The name of our function in transformers' registry, and the attribute of an edited module that holds its edit.
 _FUNCTION, _EDIT = "abliterate", "_abliterate_edit"
@@ -43,6 +44,11 @@ def is_fused(module: nn.Module) -> bool:
     down = module._parameters.get("down_proj")
     known = type(module).__name__ in _REPLACED or all(hasattr(module, name) for name in _DECORATED)
     return known and down is not None and down.ndim == 3 and is_plain(down)
+
+
+def replaces_forward(module: nn.Module) -> bool:
+    """Whether an edit of these fused experts replaces their forward pass, since transformers' registry has no place for it."""
+    return type(module).__name__ in _REPLACED
 
 
 def is_transposed(module: Any) -> bool:
@@ -91,7 +97,11 @@ class ExpertsEdit:
         place = {"device": home_of(self._module, weight), "dtype": weight.dtype}
         # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
         scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
-        self._edit = _Edit(factors.a.to(**place), factors.b.to(**place), scale, self._config)
+        a, b = factors.a.to(**place), factors.b.to(**place)
+        columns = columns_of(weight, 1 if is_transposed(self._module) else 2)
+        if columns is not None:  # transformers sums what all ranks' experts return, so nothing is summed here
+            a, b, scale = columns.of(a), columns.shared(b), None if scale is None else columns.shared(scale)
+        self._edit = _Edit(a, b, scale, self._config)
         self.key = key
         self.resume()
 

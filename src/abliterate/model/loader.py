@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from abliterate import ranks
 from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.files import expanded
 from abliterate.model import architectures, model_files, quantized
@@ -29,6 +30,7 @@ from abliterate.model.model_config import d_model_of, read_config
 from abliterate.model.model_files import CONFIG, reading
 from abliterate.model.offload import home_of
 from abliterate.model.structure import discover
+from abliterate.model.tensor_parallel import check_targets
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
 
@@ -109,7 +111,7 @@ def load_model(
         id=public_name(name),
         source=source,
         revision=model_files.commit_of(source, config, load.revision) or load.revision,
-        fingerprint=fingerprint(source, config, load.revision),
+        fingerprint=ranks.agree(lambda: fingerprint(source, config, load.revision)),
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
         d_model=d_model_of(source, config),
@@ -119,6 +121,7 @@ def load_model(
         quantization=quantized.label(model, config, load),
     )
     targets = architectures.find_targets(model, architecture, info.d_model)
+    check_targets(targets)
     return LoadedModel(model, tokenizer, info, architecture, targets)
 
 
@@ -201,6 +204,8 @@ def _first_that_generates(
         except ImportError as error:
             raise _without_kernels(config, error) from error
         except RuntimeError as error:  # also out of memory; an InputError, for wrong input, isn't caught
+            if ranks.is_lost(error):
+                raise
             reason = first_line(error)
         if model is not None and not reason:
             check_not_empty(source, model)

@@ -16,6 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import psutil
 import torch
 
+from abliterate import ranks
+from abliterate.errors import AbliterateError
 from abliterate.model.cgroups import CGROUPS, OWN, group_folders
 
 Result = TypeVar("Result")
@@ -39,17 +41,22 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn every device's out-of-memory error into `torch.OutOfMemoryError`."""
+    """Turn every device's out-of-memory error into `torch.OutOfMemoryError`.
+
+    Of several ranks, only some may run out of memory, and the others would wait for them: that ends the run.
+    """
     try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except MemoryError as error:
+        with ranks.lost_ranks():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        if ranks.size() > 1 and is_out_of_memory(error):
+            raise AbliterateError(
+                "The device of one process is out of memory, and all processes need batches of one size; continue with "
+                "--resume and a smaller --batch-size, or with more processes."
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError) or not is_out_of_memory(error):
+            raise
         raise torch.OutOfMemoryError(str(error) or "out of memory") from error
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise torch.OutOfMemoryError(str(error)) from error
-        raise
 
 
 def unless_full(work: Callable[[], Result], device: torch.device) -> Result | None:
@@ -119,8 +126,8 @@ def _mem_get_info(device: torch.device) -> tuple[int, int] | None:
 
 
 def usable_memory(device: torch.device) -> int:
-    """The part of `free_memory` that plans may count on."""
-    return int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device)))
+    """The part of `free_memory` that plans may count on; on several ranks rank 0's, so that all plan alike."""
+    return ranks.agree(lambda: int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device))))
 
 
 def synchronize(device: torch.device) -> None:

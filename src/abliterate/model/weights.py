@@ -13,6 +13,7 @@ from abliterate.errors import InputError
 from abliterate.model.experts import fused_weight, is_fused
 from abliterate.model.formats import device_of, is_plain, storage_of
 from abliterate.model.offload import held, home_of
+from abliterate.model.sharding import whole
 
 
 def shape_of(module: nn.Module) -> tuple[int, ...] | None:
@@ -62,15 +63,17 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype | Non
 def dense_weight(module: nn.Module) -> Tensor:
     """W (d_out, d_in), or (E, d_out, d_in): a view of a dense weight, otherwise a dequantized copy that we never keep.
 
+    A weight that is sharded over ranks is gathered, so every rank must ask for it.
+
     Raises:
         InputError: we can't read the format.
     """
     if is_fused(module):
-        return fused_weight(module)
+        return whole(fused_weight(module))
     storage = storage_of(module)
     if storage is not None:
         return storage.dense(module)
-    weight = held(module, "weight").detach()
+    weight = whole(held(module, "weight").detach())
     if not is_plain(weight):
         raise InputError(
             f"The weights of a {type(module).__name__} are stored as {weight.dtype}, which can't be read; load them in bf16."

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
@@ -221,6 +222,10 @@ def batch_sizes(
         _report(context, BatchSizes.same(fixed_size), "as given")
         return BatchSizes.same(fixed_size)
     probes = Probes(context, loaded, engine, prompts)
+    if ranks.size() > 1:  # a probe that doesn't fit would end the run, and clocks differ
+        sizes = probes.estimated()
+        _report(context, sizes, "by estimate")
+        return sizes
     stored = _stored(context, probes)
     if stored is not None and not stored.get("outdated"):
         cached_sizes = BatchSizes(**stored["sizes"], row_bytes=tuple(stored["row_bytes"]))
@@ -355,6 +360,17 @@ class Probes:
         probe = partial(self._speed, operation, estimate, probes)
         tuned = tune_batch_size(probe, sizes, start, grow=not at_most, shrink=not at_most and not is_plateau)
         return self._tuned(operation, tuned, start, estimate, probes)
+
+    def estimated(self) -> BatchSizes:
+        """The sizes that fit by the estimate, without a probe."""
+        usable, found = self._usable(), []
+        for name in OPERATIONS:
+            items, prompt, response = self.lengths[name]
+            sizes = even_sizes(items, min(items, self._context.settings.evaluation.max_batch_size))
+            estimate = row_bytes(self.shape, name, prompt, response)
+            found.append((max((size for size in sizes if size * estimate <= usable), default=1), estimate))
+        (residuals, prefill, decode), rows = zip(*found, strict=True)
+        return BatchSizes(residuals, prefill, decode, rows)
 
     def double(self) -> tuple[Tuned, ...]:
         """Find one size for all operations by doubling, as comparable tools do."""

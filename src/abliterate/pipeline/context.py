@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from abliterate.artifacts.cache import ArtifactStore, default_root
+from abliterate import ranks
+from abliterate.artifacts.cache import ArtifactStore, SharedStore, default_root
 from abliterate.artifacts.result import Memory, Result
 from abliterate.model.memory import PeakMeter
 from abliterate.prompts.sets import PromptSets, read_prompt_sets
@@ -82,7 +83,7 @@ class Context:
 def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
     """The artifact store that the settings name."""
     efficiency = settings.efficiency
-    return ArtifactStore(
+    return (ArtifactStore if ranks.size() == 1 else SharedStore)(
         default_root(efficiency.residual_cache_dir or settings.cache_dir),
         warn=reporter.warn,
         enabled=efficiency.enable_residual_cache,
@@ -93,4 +94,4 @@ def make_store(settings: Settings, reporter: Reporter) -> ArtifactStore:
 def read_prompts(context: Context) -> PromptSets:
     """The four prompt sets that the settings name."""
     with context.stage("prompts", at_once=True):
-        return read_prompt_sets(context.settings, context.reporter.warn, context.reporter.note)
+        return ranks.agree(lambda: read_prompt_sets(context.settings, context.reporter.warn, context.reporter.note))

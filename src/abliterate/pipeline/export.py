@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, PromptSetRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
@@ -113,7 +114,10 @@ def prepare(bench: Workbench, settings: Settings, result: Result, trial: Trial) 
         card=card(settings, result, loaded.info.source, trial, approximation),
         refined=refined_file(bench.refined, trial),
     )
-    expected = _expect(bench, settings.export.kind, job, trial)
+    if ranks.size() > 1:  # no device holds the whole model, so the export's files are checked instead of its outputs
+        expected = Expected(trial, torch.empty(0), torch.empty(0), 0.0, {})
+    else:
+        expected = _expect(bench, settings.export.kind, job, trial)
     measured = (bench.scorers, bench.prompts, bench.sizes, bench.response_prefix)
     return Picked(job, approximation, expected, *measured, getattr(torch, loaded.info.dtype), loaded.info.quantization)
 

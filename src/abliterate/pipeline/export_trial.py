@@ -7,7 +7,7 @@ in progress there continues undisturbed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from abliterate.artifacts.refined import RefinedStore
-from abliterate.artifacts.result import Result, damaged
+from abliterate.artifacts.result import ExportRecord, Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.edits import Factors, edit_method
@@ -46,7 +46,7 @@ from abliterate.pipeline.export import (
     verify,
     write,
 )
-from abliterate.pipeline.workbench import load_calibrated
+from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.report.tables import summary
 from abliterate.search.study import changed_parts
 from abliterate.settings.schema import LoadSettings, Settings
@@ -212,6 +212,39 @@ def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> 
         base = Matrices(job.source, job.load, job.architecture)
         reread = EXPORTERS[context.settings.export.kind].reread(final, job, base)
         return check_weights(base, reread, edits.definitions, progress)
+
+
+def edits_on(bench: Workbench, picked: Picked) -> StoredEdits:
+    """The edits of a picked trial on the workbench's model."""
+    settings, editor, params = bench.settings.edit, bench.editor, picked.trial.params
+    method, factors = edit_method(settings.mode), picked.job.factors
+    definitions: dict[str, Definition] = {}
+    for name, key in editor.plan(params).items():
+        exact = settings.representation == "exact" or factors[name].a.ndim == 3
+        v = editor.direction(params, key)
+        definitions[name] = by_definition(method, v, key[2]) if exact else by_factors(factors[name])
+    return StoredEdits(factors, definitions, picked.approximation, picked.job.refined)
+
+
+def export_and_check(
+    context: Context, picked: Picked, edits: StoredEdits, result: Result, final: Path
+) -> Iterator[ExportRecord]:
+    """Write the export and check its files matrix by matrix, where no device holds the whole model to run it.
+
+    It yields the export's record after each of the two steps.
+    """
+    trial = picked.trial
+    record = write(context, picked.job, result, final, trial, picked.approximation)
+    yield record
+    if not context.settings.export.verify:
+        return
+    verdict = unless_full(lambda: check(context, picked.job, edits, final), torch.device("cpu"))
+    if verdict is None:
+        context.reporter.warn("The export was written but not checked, because memory is short; abliterate export repeats it.")
+        return
+    record = concluded(record, verdict)
+    yield record
+    conclude(context, record, final, trial, len(picked.prompts.harmful_eval), verdict)
 
 
 def job_of(settings: Settings, result: Result, source: str, base: Matrices, edits: StoredEdits, trial: Trial) -> ExportJob:

@@ -9,10 +9,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
+from abliterate import ranks
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import REPORT_STAGE, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
@@ -24,6 +25,7 @@ from abliterate.model.devices import choose_device
 from abliterate.pipeline import report_data, stages
 from abliterate.pipeline.context import Context, StageClock, make_store, read_prompts
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records, push_export, write_recipe
+from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
 from abliterate.pipeline.preflight import check_model, check_names, note_adapter
@@ -74,8 +76,10 @@ def run(
             check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:
                 check_output(directory.export)
-            result = Result.continued(directory) if resume else Result()
-            settings = at_its_moment(settings, directory) if resume else settings
+            if resume:
+                result, settings = ranks.agree(lambda: (Result.continued(directory), at_its_moment(settings, directory)))
+            else:
+                result = Result()
             context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
             return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
     finally:
@@ -114,7 +118,7 @@ class _Run:
         note_adapter(context)
         check_model(context.settings)  # before prompts are fetched, because the model's name is the likeliest mistake
         prompts = read_prompts(context)
-        held = read_heldout(context, prompts.all_sets())
+        held = ranks.agree(lambda: read_heldout(context, prompts.all_sets()))
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
         with load_calibrated(context, prompts, held=held.sets if held else None) as bench:  # steps 1 and 2 of docs/design.md §2
@@ -131,13 +135,18 @@ class _Run:
             self._refine(search)  # 7
             bench.renew_batch_sizes()
             selected = self._select(search, choose, held)  # 8
-            picked = self._prepare_export(bench, selected)
+            picked, edits = self._prepare_export(bench, selected)
             if (answers := report_data.answers(bench, selected)) is not None:
                 report_data.write_one_line(directory.answers, answers)
 
         # The workbench is closed by now, so memory holds one model at a time: the export reads the weights anew.
+        ranks.leave()
+        if not ranks.is_first():
+            return result
         if picked:
-            for record in export_and_verify(context, picked, result, directory.export):  # 9
+            final = directory.export
+            verified = export_and_verify(context, picked, result, final)
+            for record in verified if edits is None else export_and_check(context, picked, edits, result, final):  # 9
                 result.export = record
                 self.save()
         write_recipe(context.settings, result, directory, exported=picked is not None)
@@ -153,8 +162,12 @@ class _Run:
         """The run's study, new or continued; InputError if the given options would change what its trials mean."""
         settings, directory, result = self.context.settings, self.directory, self.result
         url = settings.search.storage
-        name = directory.study_name() if url else STUDY_NAME
-        study = open_study(url, directory.journal, bench.space, settings.seed, name)
+
+        def opened() -> Study:
+            name = directory.study_name() if url else STUDY_NAME
+            return open_study(url, directory.journal, bench.space, settings.seed, name)
+
+        study = opened() if ranks.size() == 1 else cast(Study, ranks.Owned(Study, opened, alone=("at_work", "give_up")))
         identity = bench.identity()
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
@@ -210,13 +223,17 @@ class _Run:
             self.save()
         return selected
 
-    def _prepare_export(self, bench: Workbench, selected: Trial) -> Picked | None:
-        """What the export of the selected trial needs once the model is gone; None if nothing is to be exported."""
+    def _prepare_export(self, bench: Workbench, selected: Trial) -> tuple[Picked | None, StoredEdits | None]:
+        """What the export of the selected trial needs once the model is gone; None if nothing is to be exported.
+
+        And the edits that its files are checked against, if the model is sharded.
+        """
         settings = self.context.settings
         if settings.export.kind == "none":
-            return None
+            return None, None
         with self.context.stage("pick", f"trial {selected.number}"):
-            return prepare(bench, settings, self.result, selected)
+            picked = prepare(bench, settings, self.result, selected)
+            return picked, edits_on(bench, picked) if ranks.size() > 1 else None
 
     def _end(self, *, exported: bool) -> Result:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""

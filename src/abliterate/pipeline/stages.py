@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.artifacts.result import DirectionsRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
@@ -180,6 +181,12 @@ def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePru
             measured = trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress)
         return trial_evaluation.completed(measured, bench.scorers, bench.asked())
 
+    trial = _evaluated(bench, number, params, once)
+    return ranks.agree(lambda: replace(trial, seconds=round(time.perf_counter() - started, 3)))
+
+
+def _evaluated(bench: Workbench, number: int, params: Params, once: Callable[[], trial_evaluation.Evaluation]) -> Trial:
+    """The trial by its evaluation `once`, without its seconds."""
     try:
         # The engine itself continues with smaller batches; any other step that runs out of memory is retried after freeing it.
         evaluation = unless_full(once, bench.loaded.device)
@@ -187,11 +194,10 @@ def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePru
             with memory_errors():
                 evaluation = once()
     except (TrialError, torch.OutOfMemoryError) as error:
-        return Trial(number, params, "failed", {}, round(time.perf_counter() - started, 3), first_line(error))
-    seconds = round(time.perf_counter() - started, 3)
+        return Trial(number, params, "failed", {}, 0.0, first_line(error))
     records = {name: score.record for name, score in evaluation.scores.items()}
     values = {name: float(score.value) for name, score in evaluation.scores.items()}
-    return Trial(number, params, "stopped" if evaluation.stopped else "complete", records, seconds, values=values)
+    return Trial(number, params, "stopped" if evaluation.stopped else "complete", records, 0.0, values=values)
 
 
 def check_failures(trials: list[Trial], limit: int) -> None:

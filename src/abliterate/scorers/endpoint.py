@@ -16,6 +16,7 @@ from collections.abc import Callable
 from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
+from abliterate import ranks
 from abliterate.errors import InputError, TrialError
 
 URL, MODEL, KEY = "ABLITERATE_JUDGE_URL", "ABLITERATE_JUDGE_MODEL", "ABLITERATE_JUDGE_KEY"
@@ -61,7 +62,7 @@ class ChatEndpoint(Generic[Verdict]):
             TrialError: the server can't be reached, answers with an error, or gives no verdict however often it is asked.
         """
         if question not in self._verdicts:
-            self._verdicts[question] = self._asked(question)
+            self._verdicts[question] = ranks.agree(lambda: self._asked(question))
         return self._verdicts[question]
 
     def _asked(self, question: str) -> Verdict:

@@ -59,6 +59,10 @@ class Asked:
     params: TrialParams
     handle: optuna.Trial
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Only the process that asked has Optuna's handle; other ranks get the rest."""
+        return Asked, (self.number, self.params, None)
+
 
 class Study:
     """One study in a journal file or an Optuna RDB, for one or several workers.
