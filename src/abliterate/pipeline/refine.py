@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
 from abliterate.edits import edit_method
 from abliterate.errors import AbliterateError, TrialError, first_line
@@ -197,6 +198,7 @@ class Refinement:
                 record = {"total": loss.total(beta), "target": loss.target, "first": loss.first, "along": loss.along}
                 best = _Best(record, parameters.coeffs.clone(), parameters.directions.clone())
             kept.keep(descent, best)
+        best = ranks.agree(lambda: best)  # the last bits of gradients may differ between ranks, and the file's hash must not
         assert best is not None
         params = self._stored(lesson, plan, stage, number, best, descent, starts)
         self._keep_moments(_identity(params), descent.moments())
