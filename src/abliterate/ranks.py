@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -194,8 +195,11 @@ def _end(error: Exception) -> None:
 def _reason_of_other(seconds: float = 0.2) -> str:
     """The reason that the first rank that failed left; "" if none comes within some seconds, as after a kill."""
     with contextlib.suppress(Exception):
-        store = _store()
-        store.wait([_REASON], timedelta(seconds=seconds))
+        store, end = _store(), time.monotonic() + seconds
+        while not store.check([_REASON]):  # its own `wait` writes warnings to standard error
+            if time.monotonic() > end:
+                return ""
+            time.sleep(0.05)
         return str(store.get(_REASON).decode())
     return ""
 

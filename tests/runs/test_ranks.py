@@ -102,11 +102,13 @@ def test_a_rank_that_dies_ends_all_and_nothing_is_lost(prompt_files: Files, tmp_
 @pytest.mark.usefixtures("lean")
 def test_refinement_on_two_ranks_learns_what_one_process_learns(prompt_files: Files, tmp_path: Path) -> None:
     refine = {"enabled": True, "steps": 4, "betas": [1.0], "batch": 6, "tokens": 6}
-    search = {"trials": 0, "objectives": ["refusals", "kl"]}
+    search = {"trials": 0, "startup_trials": 0, "objectives": ["refusals", "kl"]}
     options = quick_options(prompt_files, tmp_path / "cache", refine=refine, search=search, export={"kind": "none"})
     config = write_config(tmp_path / "quick.toml", options)
-    ranks.finish(ranks.command(["run", "demo", "-c", config, "-o", "run", "--json"], tmp_path, before=Lean()))
-    own = merge(options, {"cache_dir": str(tmp_path / "own")})  # or the lesson and the descent would be those of the ranks
+    ranks.finish(ranks.command(["run", "demo", "-c", config, "-o", "run", "--refine"], tmp_path, before=Lean()))
+    own = merge(
+        options, {"cache_dir": str(tmp_path / "own"), "refine": {"enabled": True}}
+    )  # or the lesson and the descent would be those of the ranks
     run_in(tmp_path / "alone", load_settings("", own))
     (mine,), (other,) = (results(tmp_path / name)["trials"] for name in ("run", "alone"))
     assert mine["params"]["coeffs"] == pytest.approx(other["params"]["coeffs"], abs=1e-3)
