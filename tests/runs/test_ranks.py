@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import load_settings, merge
 from support import ranks
 from support.forked import Lean, write_config
-from support.runs import Files, quick_options, run_in
+from support.runs import Files, quick_options
 
 
 def results(path: Path) -> dict[str, Any]:
@@ -96,24 +95,3 @@ def test_a_rank_that_dies_ends_all_and_nothing_is_lost(prompt_files: Files, tmp_
         assert len(results(tmp_path / "run")["trials"]) == 2
     ranks.finish(ranks.command([*words, "--resume"], tmp_path, before=Lean()))
     assert [trial["number"] for trial in results(tmp_path / "run")["trials"]] == [0, 1, 2, 3]
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("lean")
-def test_refinement_on_two_ranks_learns_what_one_process_learns(prompt_files: Files, tmp_path: Path) -> None:
-    refine = {"enabled": True, "steps": 4, "betas": [1.0], "batch": 6, "tokens": 6}
-    search = {"trials": 0, "startup_trials": 0, "objectives": ["refusals", "kl"]}
-    options = quick_options(prompt_files, tmp_path / "cache", refine=refine, search=search, export={"kind": "none"})
-    config = write_config(tmp_path / "quick.toml", options)
-    ranks.finish(ranks.command(["run", "demo", "-c", config, "-o", "run", "--refine"], tmp_path, before=Lean()))
-    own = merge(
-        options, {"cache_dir": str(tmp_path / "own"), "refine": {"enabled": True}}
-    )  # or the lesson and the descent would be those of the ranks
-    run_in(tmp_path / "alone", load_settings("", own))
-    (mine,), (other,) = (results(tmp_path / name)["trials"] for name in ("run", "alone"))
-    assert mine["params"]["coeffs"] == pytest.approx(other["params"]["coeffs"], abs=1e-3)
-    found, expected = (load_file(tmp_path / name / "refined" / "0.safetensors") for name in ("run", "alone"))
-    for name, direction in found.items():
-        torch.testing.assert_close(direction, expected[name], rtol=0, atol=2e-3)
-    assert mine["scores"]["kl"]["mean"] == pytest.approx(other["scores"]["kl"]["mean"], rel=0.01)
-    assert mine["scores"]["refusals"] == other["scores"]["refusals"]
