@@ -14,6 +14,7 @@ from abliterate.engine.trial_engine import TrialEngine, Unsupported
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
 from abliterate.model.thinking import Markup
+from abliterate.model.threads import THREADS
 from abliterate.pipeline.cache_keys import prefix_key
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of, make_engine, markup_of
@@ -94,6 +95,20 @@ class WarmUp:
         if self.runs == 0 or not self._once:
             self._work()
             self.runs += 1
+
+
+def choose_threads(engine: ReferenceEngine, prompts: PromptSets, note: Callable[[str], None]) -> None:
+    """Take half of the CPU's threads where a few passes are clearly faster with them; other devices stay as they are."""
+    if engine.chat.device.type != "cpu":
+        return
+    lengths = {prompt: len(engine.chat.token_ids(prompt)) for prompt in prompts.harmful_eval}
+    shortest = min(lengths, key=lambda prompt: lengths[prompt])  # the cheapest to probe with
+    tokens = sum(lengths.values()) + sum(len(engine.chat.token_ids(prompt)) for prompt in prompts.harmless_eval)
+    THREADS.compare(
+        lambda rows, passes, after: engine.generate_ids([shortest] * rows, 1 + passes, after),
+        tokens / lengths[shortest],
+        note,
+    )
 
 
 class NoEdit:

@@ -45,7 +45,7 @@ from abliterate.model.threads import THREADS
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import batch_size
 from abliterate.pipeline.cache_keys import rendering, study_identity
-from abliterate.pipeline.calibrate import known_prefix
+from abliterate.pipeline.calibrate import choose_threads, known_prefix
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine, objectives_of, plain_engine, scorers_of
 from abliterate.pipeline.lengths import check_lengths, named_sets
@@ -139,7 +139,9 @@ class Workbench:
         `prefix` and `sizes` ({operation: batch size}) are given by a run to its workers, or by a recipe.
         """
         with self.context.stage("calibrate"), self.base():
-            tuned = batch_size.batch_sizes(self.context, self.loaded, plain_engine(self.context, self.loaded), prompts, sizes)
+            plain = plain_engine(self.context, self.loaded)
+            choose_threads(plain, prompts, self.context.reporter.note)  # before the batch sizes, which depend on it
+            tuned = batch_size.batch_sizes(self.context, self.loaded, plain, prompts, sizes)
             if prefix is None:
                 prefix = known_prefix(self.context, self.loaded, tuned, prompts)
         self._forget_edits()  # the trial engine and the scorers know the prompts of before

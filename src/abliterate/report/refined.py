@@ -43,7 +43,7 @@ def margin_text(params: RefinedParams) -> str:
     validation = params.facts.get("validation")
     known = validation if isinstance(validation, Mapping) else {}
     margin, share, prompts = (known.get(name) for name in ("margin", "weaker", "prompts"))
-    if not all(isinstance(value, int | float) for value in (margin, share, prompts)):
+    if not (isinstance(margin, int | float) and isinstance(share, int | float) and isinstance(prompts, int | float)):
         return ""
     return f"{100 * margin:.0f} % weaker: {share * prompts:.0f} of {prompts:.0f} refused"
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abliterate.model.thinking import Markup
+from abliterate.model.threads import Generate
+from abliterate.pipeline import calibrate
 from abliterate.pipeline.batch_size import BatchTuning, double_batch_size, even_sizes, tune_batch_size
 from abliterate.pipeline.calibrate import WarmUp, common_start, detect_prefix
+from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import ResponseSettings
+from support.engine import HARMFUL, HARMLESS, make_engine
+from support.models import make_model
 
 Speed = Callable[[int], float]
 SPEEDS: dict[str, Speed] = {
@@ -265,3 +271,27 @@ def test_a_warm_up_that_failed_is_not_done() -> None:
     warm_up()
     warm_up()
     assert len(attempts) == 2
+
+
+def test_threads_are_compared_by_passes_of_the_shortest_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(make_model("llama"), 3)
+    asked: list[float] = []
+
+    def compare(generate: Generate, prefills: float, note: Callable[[str], None]) -> None:
+        tokens = list[int]()
+        generate(2, 3, lambda: tokens.append(1))
+        asked.extend((prefills, len(tokens)))
+
+    monkeypatch.setattr(calibrate.THREADS, "compare", compare)
+    fed: list[tuple[int, ...]] = []
+    engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    calibrate.choose_threads(engine, PromptSets(HARMFUL, HARMLESS, HARMFUL, HARMLESS), pytest.fail)
+    lengths = [len(engine.chat.token_ids(prompt)) for prompt in (*HARMFUL, *HARMLESS)]
+    assert fed == [(2, min(lengths)), (2, 1), (2, 1), (2, 1)]
+    assert asked == [sum(lengths) / min(lengths), 4]
+    engine.chat.device = torch.device("meta")
+    calibrate.choose_threads(engine, PromptSets(HARMFUL, HARMLESS, HARMFUL, HARMLESS), pytest.fail)
+    engine.chat.device = torch.device("cpu")
+    assert len(asked) == 2
