@@ -37,5 +37,9 @@ class MadeBase:
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
 
+    def logprobs_beside(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], token: int) -> list[Tensor]:
+        own, beside = self.logprobs(prompts, answers), self.logprobs(prompts, [[token] * len(ids) for ids in answers])
+        return [torch.stack(pair) for pair in zip(own, beside, strict=True)]
+
     def yardstick(self) -> Yardstick:
         return self.bounds

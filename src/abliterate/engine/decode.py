@@ -1,4 +1,4 @@
-"""Greedy decoding in which finished rows leave the batch and drafts save passes.
+"""Decoding in which finished rows leave the batch and drafts save passes.
 
 This module handles tokens only; a `StoppingRule` reads the text and decides which rows are finished.
 """
@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import merge_layer, take_columns, widened, with_layers
+from abliterate.engine.sampling import Drawn
 from abliterate.engine.static_cache import StaticCache
 from abliterate.model.memory import memory_errors
 
@@ -55,7 +56,8 @@ class Decoding:
     (n, vocabulary) are those of the next token. `mask` (n, C) covers the columns of `cache`; rejected drafts leave holes in it.
     `prompt` (n, W) are the prompts' tokens as logits processors see them. `cached` counts the columns of each row that `mask`
     doesn't hide, so that nothing waits for the device to know it. `finished` holds the indices in `rows` that are done. While
-    the rows are in `static` buffers, these stand for `cache` and `mask`, which hold nothing.
+    the rows are in `static` buffers, these stand for `cache` and `mask`, which hold nothing. With `uniform` (n, T) on the CPU,
+    tokens are drawn by these numbers (`Drawn`) and are not the likeliest ones.
     """
 
     rows: list[int]
@@ -67,6 +69,7 @@ class Decoding:
     cached: list[int]
     finished: set[int]
     static: StaticCache | None = None
+    uniform: Tensor | None = None
 
     @property
     def open(self) -> bool:
@@ -101,6 +104,7 @@ class Decoding:
         self.rows = [self.rows[index] for index in kept]
         self.generated = [self.generated[index] for index in kept]
         self.cached = [self.cached[index] for index in kept]
+        self.uniform = None if self.uniform is None else self.uniform[list(kept)]
         self.finished = {new for new, index in enumerate(kept) if index in self.finished}
         self.prompt, self.logits = self.prompt[stay], self.logits[stay]
         if self.static is not None:
@@ -117,7 +121,7 @@ class Decoding:
 
 
 def join(decodings: Sequence[Decoding]) -> Decoding:
-    """All rows of several decodings of one layout. The given decodings must not be used afterwards."""
+    """All rows of several greedy decodings of one layout. The given decodings must not be used afterwards."""
     if len(decodings) == 1:
         return decodings[0]
     rows: list[int] = []
@@ -364,6 +368,8 @@ class Decoder:
             model_kwargs={},
         )
         assert isinstance(processors, LogitsProcessorList)
+        if rows.uniform is not None:
+            processors.append(Drawn(rows.uniform, len(rows.generated[0])))
         return processors
 
 

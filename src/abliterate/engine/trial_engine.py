@@ -234,6 +234,28 @@ class TrialEngine:
         return [watch.text(row) for row in range(len(prompts))]
 
     @torch.inference_mode()
+    def whole_ids(
+        self, prompts: Sequence[Prompt], uniform: Tensor, progress: Progress = lambda done, total: None
+    ) -> list[tuple[int, ...]]:
+        """The ids of whole answers up to the end or the length limit, drawn by `uniform` (n, T) (`sampling.Drawn`).
+
+        No scorer decides an answer early.
+        """
+        prompt_set, length = self._lay_out(prompts, together=True), self.reference.max_new_tokens
+        watch = StopWhenDecided(self.reference.reader, self._ends, length, prompt_set.opens, prompt_set.before, None, None)
+
+        def work(batch: Sequence[int]) -> Sequence[int]:
+            watch.begin(batch)
+            rows = self._started(prompt_set.groups[0], batch)
+            rows.uniform = uniform[list(batch)]
+            self._decode(rows, length, length, watch)
+            progress(len(watch.responses), len(prompts))
+            return batch
+
+        self._decodes.run(range(len(prompts)), work)
+        return [tuple(watch.ids[row]) for row in range(len(prompts))]
+
+    @torch.inference_mode()
     def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Raw logits of some rows of a prompt set, continued with `tokens` (n, T) in the way responses are decoded.
 

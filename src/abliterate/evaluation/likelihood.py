@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from abliterate.engine.batching import Batches
 from abliterate.engine.reference import ReferenceEngine, greedy_config
+from abliterate.engine.sampling import Drawn
+from abliterate.engine.self_check import Engine
+from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import TrialError
 from abliterate.evaluation.teacher_forced import BUDGET, ModelView, TeacherForced, answer_logits
 from abliterate.model.memory import memory_errors
@@ -33,10 +36,17 @@ class AskedBase:
 
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The log-probabilities (T) float64 of each answer's T ids; it raises as `token_logprobs` does."""
+        return self._logprobs(prompts, answers, None)
+
+    def logprobs_beside(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], token: int) -> list[Tensor]:
+        """The log-probabilities (2, T) float64 of each answer's T ids, and of `token` instead of each of them."""
+        return self._logprobs(prompts, answers, token)
+
+    def _logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], beside: int | None) -> list[Tensor]:
         engine = self.model.engine
         rows = [TeacherForced(engine.chat.token_ids(prompt), ids) for prompt, ids in zip(prompts, answers, strict=True)]
         with self.model.active():
-            return token_logprobs(engine, rows, share=self.model.share)
+            return token_logprobs(engine, rows, share=self.model.share, beside=beside)
 
     def yardstick(self) -> Yardstick:
         """The model's measures of its own answers to harmless prompts."""
@@ -50,9 +60,11 @@ def token_logprobs(
     *,
     budget: int = BUDGET,
     share: bool = False,
+    beside: int | None = None,
 ) -> list[Tensor]:
     """log p (T) float64 on the CPU of each of the T tokens of each answer under the engine's model in its current state.
 
+    With a token `beside` it is (2, T), and the second row has log p of that token in the place of each of the answer's.
     Rows of similar lengths share a batch, at most `budget` bytes of logits are held, and batches shrink where memory runs out.
     With `share`, prompts are shared (`answer_logits`), and rows of one prompt follow each other. `progress(done)` counts rows.
 
@@ -77,7 +89,7 @@ def token_logprobs(
     def work(batch: Sequence[int]) -> Sequence[Tensor]:
         nonlocal done
         logits = answer_logits(engine.model, [rows[index] for index in batch], engine.chat.device, share=share)
-        found = [_of_tokens(row_logits, rows[index].answer) for row_logits, index in zip(logits, batch, strict=True)]
+        found = [_of_tokens(row_logits, rows[index].answer, beside) for row_logits, index in zip(logits, batch, strict=True)]
         done += len(batch)
         progress(done)
         engine.check()
@@ -87,55 +99,51 @@ def token_logprobs(
     return [by_row[index] for index in range(len(rows))]
 
 
-def _of_tokens(logits: Tensor, answer: Sequence[int]) -> Tensor:
-    """log p (T) of the tokens of one answer from its raw logits (T, vocabulary)."""
+def _of_tokens(logits: Tensor, answer: Sequence[int], beside: int | None) -> Tensor:
+    """log p (T) of the tokens of one answer, or (2, T) with a token `beside`, from its raw logits (T, vocabulary)."""
     with memory_errors():
         logits = logits.float()
-        tokens = torch.tensor(list(answer), device=logits.device)[:, None]
+        asked = [list(answer)] + ([] if beside is None else [[beside] * len(answer)])
+        tokens = torch.tensor(asked, device=logits.device).T
         # The log-probabilities of the whole vocabulary would take as much memory again.
-        logprobs = (logits.gather(1, tokens)[:, 0] - logits.logsumexp(dim=-1)).cpu().double()
+        logprobs = (logits.gather(1, tokens).T - logits.logsumexp(dim=-1)).cpu().double()
     if torch.isnan(logprobs).any():
         raise TrialError("the model's logits are not numbers")
-    return logprobs
-
-
-class Drawn(LogitsProcessor):
-    """Draws the next token of each row at temperature 1: all other tokens get −inf, so that a greedy choice takes it.
-
-    `uniform` (n, T) in [0, 1) is the place of each row's token in the cumulative distribution over the vocabulary. It is given
-    for each row and position, so a row's answer depends neither on its neighbours nor on the batch size.
-    """
-
-    def __init__(self, uniform: Tensor) -> None:
-        self._uniform = uniform
-        self._step = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        distribution = scores.float().softmax(dim=-1).cpu().double().cumsum(dim=-1)
-        place = self._uniform[:, self._step, None] * distribution[:, -1:]
-        self._step += 1
-        # The first token whose cumulative probability exceeds the place, which therefore has a probability above 0.
-        tokens = torch.searchsorted(distribution, place, right=True).clamp_max(scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.to(scores.device), 0.0)
+    return logprobs[0] if beside is None else logprobs
 
 
 @torch.inference_mode()
-def sampled_answers(
-    engine: ReferenceEngine,
+def own_answers(
+    engine: Engine,
     prompts: Sequence[Prompt],
+    looked: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[tuple[int, ...]]:
-    """The ids of an answer to each prompt, sampled at temperature 1, up to its end or to the length limit.
+) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """The ids of a sampled answer to each prompt, and of a greedy one to the first `looked`, up to end or length limit.
 
-    The distribution is the one that responses are chosen from, so the model's own processors apply. A row's random numbers
-    depend on `seed` and the row's number alone.
+    Sampling is at temperature 1, from the distribution that responses are chosen from, so the model's own processors apply. A
+    row's random numbers depend on `seed` and the row's number alone. Both kinds share their batches, because few long answers
+    make most of the passes.
 
     Raises:
         TrialError: the device is too small for a single prompt.
     """
+    reference = engine.reference if isinstance(engine, TrialEngine) else engine
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(len(prompts), engine.max_new_tokens, generator=generator, dtype=torch.float64)
+    drawn = torch.rand(len(prompts), reference.max_new_tokens, generator=generator, dtype=torch.float64)
+    uniform, both = torch.cat([drawn, torch.full_like(drawn[:looked], torch.nan)]), [*prompts, *prompts[:looked]]
+    if isinstance(engine, TrialEngine):
+        found = engine.whole_ids(both, uniform, progress)
+    else:
+        found = _by_generate(engine, both, uniform, progress)
+    return found[: len(prompts)], found[len(prompts) :]
+
+
+def _by_generate(
+    engine: ReferenceEngine, prompts: Sequence[Prompt], uniform: Tensor, progress: Callable[[int, int], None]
+) -> list[tuple[int, ...]]:
+    """The ids of answers by `generate`, whose tokens are drawn by `uniform` (n, T) (`Drawn`)."""
     batches = Batches(engine.sizes.decode, engine.chat.device, row_bytes=engine.sizes.row_bytes[2])
     done = 0
 

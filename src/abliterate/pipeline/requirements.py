@@ -30,7 +30,7 @@ from abliterate.pipeline.batch_size import reserved_bytes
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import chat_of
 from abliterate.pipeline.preflight import adapter_refusal
-from abliterate.pipeline.yardstick import ANSWERS
+from abliterate.pipeline.yardstick import ANSWERS, LOOKED
 from abliterate.prompts.sets import PromptSets
 from abliterate.refine.descent import LOOK
 from abliterate.refine.teachers import COMPARED, TEACHERS
@@ -213,9 +213,9 @@ def _asked(settings: Settings, work: Workload) -> tuple[int, int]:
     of_trial = harmful_tokens + harmful * response + ALIKE * (harmful_tokens + harmful * telling)
     answers = min(ANSWERS, harmless)
     prompt = math.ceil(harmless_tokens / max(1, harmless))
-    # Answers are made twice, and shown to the base whole, as a half, and after one prompt more than a trial's.
-    of_answer = 3 * (prompt + response) + prompt + math.ceil(response / 2) + (ALIKE + 1) * (prompt + telling)
-    yardstick = answers * of_answer if UNANSWERED in settings.scorers or settings.refine.enabled else 0
+    # All are sampled and shown to the base whole; some are also greedy, and shown after one prompt more than a trial's.
+    looked = min(LOOKED, answers) * (prompt + response + (ALIKE + 1) * (prompt + telling))
+    yardstick = answers * 2 * (prompt + response) + looked if UNANSWERED in settings.scorers or settings.refine.enabled else 0
     return of_trial if UNANSWERED in settings.scorers else 0, yardstick
 
 

@@ -275,7 +275,9 @@ class Workbench:
 
     def _find_yardstick(self, base: AskedBase) -> Yardstick:
         if self.yardstick is None:
-            self.yardstick = find_yardstick(self.context, self.loaded, self.chat, base)
+            # The trial engine knows this workbench's view of the model, and no other.
+            engine = self.engine if base.model.engine is self.plain else base.model.engine
+            self.yardstick = find_yardstick(self.context, self.loaded, self.chat, base, engine)
         return self.yardstick
 
     def respond(self, prompts: Sequence[str | Prompt]) -> list[str]:

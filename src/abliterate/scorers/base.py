@@ -39,6 +39,9 @@ class BaseView(Protocol):
     def logprobs(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]]) -> list[Tensor]:
         """The log-probabilities (T) float64 of each answer's T ids, each id after its prompt and the ids before it."""
 
+    def logprobs_beside(self, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], token: int) -> list[Tensor]:
+        """The log-probabilities (2, T) float64 of each answer's T ids, and of `token` instead of each of them."""
+
     def yardstick(self) -> Yardstick:
         """The unedited model's measures of its own answers to harmless prompts."""
 

@@ -21,7 +21,7 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 8
+VERSION = 9
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -140,6 +140,7 @@ def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
     responses are greedy, and small models repeat themselves more in these.
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
+    values["topic"] = values["topic"][~values["topic"].isnan()]  # only some answers are looked at for their topic
     if spoiled.greedy:
         values["distinct"] = torch.tensor(list(spoiled.greedy), dtype=torch.float64)
     shares = torch.tensor(QUANTILES, dtype=torch.float64)

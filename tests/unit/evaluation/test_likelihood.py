@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.sampling import Drawn
 from abliterate.errors import TrialError
 from abliterate.evaluation import likelihood
-from abliterate.evaluation.likelihood import AskedBase, Drawn, sampled_answers, token_logprobs
+from abliterate.evaluation.likelihood import AskedBase, own_answers, token_logprobs
 from abliterate.evaluation.teacher_forced import ModelView, TeacherForced, answer_logits, fed_tokens, may_share
 from abliterate.types import BatchSizes
 from support.engine import HARMFUL, make_engine, make_lab
@@ -156,23 +157,51 @@ def test_draws_have_the_distribution_of_the_scores() -> None:
     assert edges.tolist() == [0, 4]
 
 
-def test_sampled_answers_are_the_chain_of_draws_whatever_the_batch_size(engine: ReferenceEngine) -> None:
-    """Token by token: the first whose cumulative probability exceeds the row's next random number."""
+def slow_answers(engine: ReferenceEngine, seed: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Token by token: the first whose cumulative probability exceeds the row's next random number, and the likeliest."""
     length = engine.max_new_tokens
-    uniform = torch.rand(len(HARMFUL), length, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    expected = []
-    for prompt, row in zip(HARMFUL, uniform.tolist(), strict=True):
-        ids, given = [], engine.chat.token_ids(prompt)
-        for place in row:
-            probabilities = plain_logits(engine, [*given, *ids])[-1].double().softmax(-1).tolist()
-            token = next(token for token, total in enumerate(itertools.accumulate(probabilities)) if total > place)
-            ids.append(token)
-            if token in engine.ends.ids:
-                break
-        expected.append(tuple(ids))
-    for batch_size in (1, 2, 5):
-        assert sampled_answers(make_engine(engine.model, batch_size, length), HARMFUL, 7) == expected
-    assert sampled_answers(engine, HARMFUL, 8) != expected
+    uniform = torch.rand(len(HARMFUL), length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    answers: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = ([], [])
+    for greedy, found in enumerate(answers):
+        for prompt, row in zip(HARMFUL, uniform.tolist(), strict=True):
+            ids, given = list[int](), engine.chat.token_ids(prompt)
+            for place in row:
+                probabilities = plain_logits(engine, [*given, *ids])[-1].double().softmax(-1).tolist()
+                drawn = next(token for token, total in enumerate(itertools.accumulate(probabilities)) if total > place)
+                ids.append(probabilities.index(max(probabilities)) if greedy else drawn)
+                if ids[-1] in engine.ends.ids:
+                    break
+            found.append(tuple(ids))
+    return answers
+
+
+def test_own_answers_are_the_chain_of_draws_whatever_the_batch_size(engine: ReferenceEngine) -> None:
+    expected = slow_answers(engine, 7)
+    for batch_size in (1, 3, 10):
+        assert own_answers(make_engine(engine.model, batch_size, engine.max_new_tokens), HARMFUL, 5, 7) == expected
+    sampled, greedy = own_answers(engine, HARMFUL, 2, 8)
+    assert sampled != expected[0]
+    assert greedy == expected[1][:2]
+
+
+@pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma3", {}), ("llama", {"repetition_penalty": 1.3})])
+def test_the_trial_engine_gives_the_same_own_answers(family: str, options: dict[str, Any]) -> None:
+    """With a shared prefix, rows that leave, and the model's own processors; `generate` feeds every row to the end."""
+    lab = make_lab(family, batch_size=7, tokens=16, generation={"eos_token_id": list(range(3, 90)), **options})
+    done: list[tuple[int, int]] = []
+    sampled, greedy = own_answers(lab.engine(), HARMFUL, 5, 5, lambda *counts: done.append(counts))
+    assert (sampled, greedy) == own_answers(lab.reference, HARMFUL, 5, 5)
+    assert done == [(7, 10), (10, 10)]
+    assert len({len(ids) for ids in (*sampled, *greedy)}) > 2, "rows end at different times"
+
+
+def test_a_token_beside_each_of_an_answer(engine: ReferenceEngine) -> None:
+    rows = rows_of(engine)
+    for row, both in zip(rows, token_logprobs(engine, rows, beside=40), strict=True):
+        assert both[0].tolist() == pytest.approx(slow_logprobs(engine, row), abs=2e-5)
+        for place, found in enumerate(both[1].tolist()):
+            begun = TeacherForced(row.prompt, (*row.answer[:place], 40))
+            assert found == pytest.approx(slow_logprobs(engine, begun)[-1], abs=2e-5)
 
 
 def test_the_base_is_asked_while_it_is_active(engine: ReferenceEngine) -> None:

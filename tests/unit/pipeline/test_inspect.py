@@ -221,6 +221,9 @@ def test_the_scorer_costs_what_it_shows_the_base() -> None:
             fed += sum(len(chat.token_ids(prompt)) + len(ids) for prompt, ids in zip(asked, answers, strict=True))
             return [-torch.ones(len(ids), dtype=torch.float64) for ids in answers]
 
+        def logprobs_beside(self, asked: Sequence[Prompt], answers: Sequence[Sequence[int]], token: int) -> list[torch.Tensor]:
+            return [torch.stack([own, own]) for own in self.logprobs(asked, answers)]
+
         def yardstick(self) -> Yardstick:
             return Yardstick({"surprise": 9.0, "distinct": 0.0, "end": 9.0, "topic": -9.0}, 6, {})
 
@@ -232,7 +235,7 @@ def test_the_scorer_costs_what_it_shows_the_base() -> None:
     fed = 0
     yardstick_of(Base(), answers, answers)
     made = 2 * sum(len(chat.token_ids(prompt)) + response for prompt in prompts["harmless"])
-    assert fed + made - 6 <= yardstick <= fed + made + 6  # an end stands for a half's last token
+    assert fed + made == yardstick
 
 
 def test_refinement_costs_its_steps_and_the_trials_whose_answers_it_makes() -> None:
