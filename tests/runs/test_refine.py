@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,21 @@ def refined(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Re
     return folder / "run", result, settings, recorder
 
 
+@pytest.fixture
+def warm(refined: Refined, tmp_path: Path) -> Path:
+    """A cache with what that run has found before its descents: everything but these takes most of a short run's time."""
+    _, _, settings, _ = refined
+    shutil.copytree(str(settings.cache_dir), tmp_path / "warm", ignore=shutil.ignore_patterns("descent"))
+    return tmp_path / "warm"
+
+
+@pytest.fixture
+def unlearned(warm: Path) -> Path:
+    """That cache without the answers to learn from."""
+    shutil.rmtree(warm / "lesson")
+    return warm
+
+
 def trials_of(path: Path) -> list[Trial]:
     return list(Result.read(RunDirectory(path)).trials)
 
@@ -82,7 +98,7 @@ def test_facts_say_how_it_was_found(refined: Refined) -> None:
 
 
 def test_refusals_are_counted_as_it_is_and_under_a_weaker_edit(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, asked = refine.refusals, list[tuple[RefinedParams, int]]()
 
@@ -91,7 +107,7 @@ def test_refusals_are_counted_as_it_is_and_under_a_weaker_edit(
         return asked[-1][1]
 
     monkeypatch.setattr(refine, "refusals", counted)
-    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3, margin=0.4))
+    run_in(tmp_path / "run", settings_of(prompt_files, warm, betas=[1.0], steps=3, margin=0.4))
     (trial,) = trials_of(tmp_path / "run")
     (same, refused), (weaker, refused_weaker) = asked
     assert isinstance(trial.params, RefinedParams)
@@ -104,7 +120,9 @@ def test_refusals_are_counted_as_it_is_and_under_a_weaker_edit(
     assert validation["margin"] == 0.4
 
 
-def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation_prompts_are_never_fed(
+    prompt_files: Files, unlearned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[int, ...]] = []
     real = Pass._run
 
@@ -144,7 +162,7 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
         return real_one(self, *args)
 
     monkeypatch.setattr(refine.Refinement, "_one_trial", one)
-    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2, betas=[1.0]))
+    run_in(tmp_path / "run", settings_of(prompt_files, unlearned, steps=2, betas=[1.0]))
     whole = {row for row in seen if len(row) > 4}  # the probe feeds four tokens
     assert whole
     assert whole <= ids["training"]
@@ -154,11 +172,11 @@ def test_evaluation_prompts_are_never_fed(prompt_files: Files, tmp_path: Path, m
 
 
 def test_an_interrupted_refinement_equals_an_uninterrupted_one(
-    refined: Refined, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    refined: Refined, prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is interrupted after the state of ten steps was kept, and continued by new objects."""
     _, whole, _, _ = refined
-    settings = settings_of(prompt_files, tmp_path / "cache")
+    settings = settings_of(prompt_files, warm)
     taken: list[int] = []
     real = Descent.step
 
@@ -183,10 +201,10 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
 
 
 def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So do a run that ended after its first descent and is continued, and a run without a cache."""
-    ended = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=3)
+    ended = settings_of(prompt_files, warm, betas=[1.0], steps=3)
     longer = ended.model_copy(update={"refine": ended.refine.model_copy(update={"betas": (1.0, 2.0)})})
     without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
     through, _ = run_in(tmp_path / "through", longer.model_copy(update={"efficiency": without}))
@@ -217,9 +235,9 @@ def tried_of(facts: dict[str, Any]) -> Tried:
     return Tried(facts["beta"], facts["validation"]["refused"], facts["validation"]["weaker"])
 
 
-def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Files, tmp_path: Path) -> None:
+def test_auto_finds_its_weights_and_goes_on_with_more_descents(prompt_files: Files, warm: Path, tmp_path: Path) -> None:
     """A course that is continued goes on from the point before its end."""
-    settings = settings_of(prompt_files, tmp_path / "cache", betas="auto", descents=2, steps=2)
+    settings = settings_of(prompt_files, warm, betas="auto", descents=2, steps=2)
     run_in(tmp_path / "run", settings)
     first, second = (trial.params.facts for trial in trials_of(tmp_path / "run"))  # type: ignore[union-attr]
     limit = settings.refine.max_refused
@@ -249,13 +267,13 @@ def test_a_margin_that_was_not_asked_for_counts_as_none(refined: Refined) -> Non
 
 @pytest.mark.parametrize("learn", ["directions", "strengths"])
 def test_a_kept_state_of_another_beginning_is_no_use(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: str
+    prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: str
 ) -> None:
     """A run is interrupted in its second descent; another run then comes to that weight from another first one."""
     real, seen = Descent.step, list[int]()
 
     def settings(*betas: float) -> Settings:
-        return settings_of(prompt_files, tmp_path / "cache", betas=list(betas), steps=3, learn=learn)
+        return settings_of(prompt_files, warm, betas=list(betas), steps=3, learn=learn)
 
     def step(self: Descent, beta: float, rate: float) -> Any:
         if beta == 3.0 and self.steps == 2 and 2 not in seen:
@@ -274,8 +292,8 @@ def test_a_kept_state_of_another_beginning_is_no_use(
     assert seen == [0, 1, 2]
 
 
-def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, tmp_path: Path) -> None:
-    settings = settings_of(prompt_files, tmp_path / "cache", betas=[1.0], steps=1)
+def test_a_listed_weight_that_was_not_refined_is_refined(prompt_files: Files, warm: Path, tmp_path: Path) -> None:
+    settings = settings_of(prompt_files, warm, betas=[1.0], steps=1)
     run_in(tmp_path / "run", settings)
     other = settings.model_copy(update={"refine": settings.refine.model_copy(update={"betas": (2.0,)})})
     for _ in range(2):
@@ -293,8 +311,8 @@ def test_models_that_may_think_answer_in_full(thinking: str, tokens: int, length
     assert asked == [length]
 
 
-def test_strengths_alone_leave_the_directions(prompt_files: Files, tmp_path: Path) -> None:
-    run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2, betas=[1.0], learn="strengths"))
+def test_strengths_alone_leave_the_directions(prompt_files: Files, warm: Path, tmp_path: Path) -> None:
+    run_in(tmp_path / "run", settings_of(prompt_files, warm, steps=2, betas=[1.0], learn="strengths"))
     (trial,) = trials_of(tmp_path / "run")
     assert isinstance(trial.params, RefinedParams)
     assert all(cosine == pytest.approx(1, abs=1e-6) for cosine in trial.params.facts["cosine"].values())
@@ -302,13 +320,13 @@ def test_strengths_alone_leave_the_directions(prompt_files: Files, tmp_path: Pat
 
 
 def test_layers_without_a_backward_pass_are_a_sentence(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_backward(self: Pass, *args: Any) -> None:
         raise NotImplementedError("derivative for packed::mm is not implemented")
 
     monkeypatch.setattr(Pass, "gradients", no_backward)
-    settings = settings_of(prompt_files, tmp_path / "cache")
+    settings = settings_of(prompt_files, warm)
     search = settings.search.model_copy(update={"trials": 2})
     result, recorder = run_in(tmp_path / "run", settings.model_copy(update={"search": search}))
     assert [trial["number"] for trial in result["trials"]] == [0, 1]
@@ -316,7 +334,7 @@ def test_layers_without_a_backward_pass_are_a_sentence(
 
 
 def test_losses_that_are_not_finite_end_it_and_keep_the_front(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, unlearned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Pass.loss
     # The first two are those of the lesson, and the third is the look at the end of the first descent.
@@ -327,14 +345,16 @@ def test_losses_that_are_not_finite_end_it_and_keep_the_front(
         return replace(found, first=float("nan")) if next(count) > 2 else found
 
     monkeypatch.setattr(Pass, "loss", loss)
-    result, recorder = run_in(tmp_path / "run", settings_of(prompt_files, tmp_path / "cache", steps=2))
+    result, recorder = run_in(tmp_path / "run", settings_of(prompt_files, unlearned, steps=2))
     assert len(result["trials"]) == 1
     assert any("Refinement ends here (the loss of refinement is not finite)" in text for text in recorder.warnings)
 
 
-def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_answers_are_a_sentence(
+    prompt_files: Files, unlearned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lesson, "_FEWEST", 1000)
-    settings = settings_of(prompt_files, tmp_path / "cache")
+    settings = settings_of(prompt_files, unlearned)
     search = settings.search.model_copy(update={"trials": 2})
     settings = settings.model_copy(update={"search": search})
     result, recorder = run_in(tmp_path / "run", settings)
@@ -346,7 +366,7 @@ def test_too_few_answers_are_a_sentence(prompt_files: Files, tmp_path: Path, mon
 
 
 def test_harmless_prompts_that_the_model_refuses_are_left_out(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, unlearned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The model isn't held to refusals; and a model that answers too little can't be refined."""
     lessons: list[lesson.Lesson] = []
@@ -361,12 +381,12 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([*harmless[:10], *harmful[:5]]), encoding="utf-8")
     files = prompt_files | {"harmless": str(mixed)}
-    _, recorder = run_in(tmp_path / "run", settings_of(files, tmp_path / "cache", steps=1, betas=[1.0]))
+    _, recorder = run_in(tmp_path / "run", settings_of(files, unlearned, steps=1, betas=[1.0]))
     assert any("5 harmless prompts are left out" in text for text in recorder.notes)
     kept = lessons[0]
     assert len(kept.training.harmless) + len(kept.validation.harmless) == 10
     monkeypatch.setattr(lesson, "_own_answers", lambda *given: [])
-    settings = settings_of(prompt_files, tmp_path / "cache")
+    settings = settings_of(prompt_files, unlearned)
     search = settings.search.model_copy(update={"trials": 2})
     result, recorder = run_in(tmp_path / "other", settings.model_copy(update={"search": search}))
     assert len(result["trials"]) == 2
@@ -374,10 +394,10 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
 
 
 def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, unlearned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rivals that refuse too much are stopped early; the choice is that of asking all of them everything."""
-    with load(settings_of(prompt_files, tmp_path / "cache", tokens=4), Recorder()) as bench:
+    with load(settings_of(prompt_files, unlearned, tokens=4), Recorder()) as bench:
         stages.find_directions(bench)
         bench.asked().yardstick()
         kernels = {name: Kernel(0.0, 1.0, 0.0, 1.0) for name in bench.space.components}
@@ -410,7 +430,7 @@ def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypa
 
 
 def test_passes_share_prompts_and_the_unedited_model_is_asked_once(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, unlearned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In every step of two descents; the scorers' questions to the unedited model share prompts, too."""
     real, seen = Pass.gradients, list[tuple[bool, int]]()
@@ -431,7 +451,7 @@ def test_passes_share_prompts_and_the_unedited_model_is_asked_once(
     monkeypatch.setattr(Pass, "gradients", gradients)
     monkeypatch.setattr(AskedBase, "logprobs", judged)
     monkeypatch.setattr(Pass, "probe", lambda *given: None)
-    settings = settings_of(prompt_files, tmp_path / "cache", betas=[1.0, 2.0], steps=2)
+    settings = settings_of(prompt_files, unlearned, betas=[1.0, 2.0], steps=2)
     run_in(tmp_path / "run", settings)
     assert len(seen) == 4
     assert {share for share, _ in seen} == {True}
@@ -442,11 +462,11 @@ def test_passes_share_prompts_and_the_unedited_model_is_asked_once(
 
 
 def test_memory_decides_whether_layers_keep_their_activations(
-    prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prompt_files: Files, unlearned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from abliterate.pipeline import passes
 
-    with load(settings_of(prompt_files, tmp_path / "cache"), Recorder()) as bench:
+    with load(settings_of(prompt_files, unlearned), Recorder()) as bench:
         stages.find_directions(bench)
         monkeypatch.setattr(passes, "usable_memory", lambda device: 1 << 40)
         plenty = passes_of(bench)
