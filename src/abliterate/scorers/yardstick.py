@@ -21,7 +21,7 @@ Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 9
+VERSION = 10
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -42,8 +42,9 @@ class Measures:
 
     `surprise`: mean −ℓ of its tokens after the opening. `distinct`: the share of distinct pairs among all pairs of neighbouring
     tokens. `end`: −ℓ of the end token; 0 for a response that was cut at the length limit. `topic`: how much likelier its own
-    prompt makes its first `TELLING` tokens than the best of some other prompts of the same set does: the share of that prompt's
-    surprise that its own prompt takes away. It is a share because prompts of one set may differ in many words or in few.
+    prompt makes its first `TELLING` tokens than some other prompts of the same set do: the share of their mean surprise that
+    its own prompt takes away. It is a share because prompts of one set may differ in many words or in few, and of the mean
+    because one of the others may ask nearly the same.
     """
 
     surprise: float
@@ -69,7 +70,7 @@ def topic(own: Tensor, alike: Tensor) -> float:
     if not len(alike):
         return 1.0
     width = min(TELLING, alike.shape[1])
-    mine, theirs = -own[:width].sum(), -alike[:, :width].sum(dim=1).amax()
+    mine, theirs = -own[:width].sum(), -alike[:, :width].sum(dim=1).mean()
     return float((theirs - mine) / torch.maximum(theirs, mine).clamp_min(1e-6))
 
 
