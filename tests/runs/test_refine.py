@@ -265,7 +265,7 @@ def test_a_margin_that_was_not_asked_for_counts_as_none(refined: Refined) -> Non
     assert refine._Point(0.5, older).tried(0.0) == Tried(0.5, validation["refused"], 1.0)
 
 
-@pytest.mark.parametrize("learn", ["directions", "strengths"])
+@pytest.mark.parametrize("learn", ["directions", pytest.param("strengths", marks=pytest.mark.slow)])
 def test_a_kept_state_of_another_beginning_is_no_use(
     prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: str
 ) -> None:

@@ -96,7 +96,9 @@ def assert_base_untouched(run: Path, result: Mapping[str, Any], settings: Settin
     assert result["heldout"]["perplexity"]["base"] == pytest.approx(expected_perplexity, rel=1e-4)
 
 
-@pytest.mark.parametrize(("new", "continued"), ORDERS)
+@pytest.mark.parametrize(
+    ("new", "continued"), [ORDERS[0], *(pytest.param(*order, marks=pytest.mark.slow) for order in ORDERS[1:])]
+)
 def test_the_base_is_the_untouched_model_in_every_order_of_stages(
     new: tuple[bool, str],
     continued: tuple[bool, str],
