@@ -81,11 +81,7 @@ def _join() -> None:
     options: dict[str, Any] = {"backend": "gloo"}
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"This machine has {torch.cuda.device_count()} GPUs, and torchrun started a process for GPU {device.index}; "
-                "give a smaller --nproc-per-node."
-            )
+        _check_gpus(torch.cuda.device_count())
         torch.cuda.set_device(device)
         # Objects travel by gloo, tensors on a GPU by NCCL.
         options = {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
@@ -97,6 +93,17 @@ def _join() -> None:
             "and the network."
         ) from error
     _size, _rank = dist.get_world_size(), dist.get_rank()
+
+
+def _check_gpus(found: int) -> None:
+    """Raise InputError, on every rank of a machine, if it has fewer GPUs than ranks; the first of them says so."""
+    global _speaks
+    wanted = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if wanted > found:
+        _speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+        raise InputError(
+            f"This machine has {found} GPUs, and torchrun started {wanted} processes on it; give a smaller --nproc-per-node."
+        )
 
 
 def leave() -> None:

@@ -239,9 +239,10 @@ def run(
     """Search for the best ablation of MODEL and export the edited model; several models run one after the other."""
     if resume and restart:
         raise InputError("The options --resume and --restart contradict each other; give one.")
-    if ranks.launched() > 1 and (gpus > 1 or listed is not None or len(models or ()) > 1):
+    if ranks.launched() > 1 and (gpus > 1 or listed is not None or len(models or ()) > 1 or device not in (None, "auto")):
         raise InputError(
-            "Under torchrun all processes work on one run of one model; leave --gpus, --list and further models out."
+            "Under torchrun all processes work on one run of one model, each on a device of its own; leave --gpus, --device, "
+            "--list and further models out."
         )
     given = {
         "seed": seed,

@@ -86,7 +86,7 @@ def _fail(message: str, exit_code: int) -> NoReturn:
 
 def _emit_json_error(message: str, exit_code: int) -> None:
     # Read from the raw arguments, because options that can't be parsed are an error, too.
-    if "--json" in sys.argv[1:]:
+    if "--json" in sys.argv[1:] and not ranks.is_silent():
         with contextlib.suppress(OSError, MemoryError):  # the error may be that of standard output
             json_lines.emit("error", message=message, exit_code=exit_code)
 

@@ -343,6 +343,11 @@ class Decoder:
         finally:
             rows.static = None
 
+    def release(self) -> None:
+        """Give up the static buffers, if there are some; the next rows make their own."""
+        if self._static is not None:
+            self._static.release()
+
     def _give_back(self, rows: Decoding) -> None:
         """Take the rows out of the static buffers, if they are in them; rows that need no more passes can be left there."""
         if rows.static is not None:

@@ -7,12 +7,14 @@ every module would need factors of the same shape in every trial, and modules wi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.engine.prefill import EditState
 from abliterate.engine.static_cache import Bucket
 from abliterate.errors import first_line
@@ -94,13 +96,16 @@ class CudaCapture:
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it only repeats that the capture has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         before.wait_stream(self._stream)
         return graph, output
 
 
 def capture_of(model: torch.nn.Module, device: torch.device) -> Capture | None:
-    """How passes of the model can be captured; None if they can't: not on CUDA, or on several devices."""
+    """How passes of the model can be captured; None if they can't: not on CUDA, or on several devices or ranks."""
     places = set((getattr(model, "hf_device_map", None) or {"": device}).values())
-    return CudaCapture(device) if device.type == "cuda" and len(places) == 1 else None
+    return CudaCapture(device) if device.type == "cuda" and len(places) == ranks.size() == 1 else None

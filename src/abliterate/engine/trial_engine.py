@@ -302,6 +302,7 @@ class TrialEngine:
                     self._decode(rows, length, min(self._pacing.pause, length), watch, prompt_set.drafts)
             except torch.OutOfMemoryError:
                 paused.clear()  # the paused rows hold memory; they are decoded again below
+                self._decode.release()
                 raise
             if rows.open and rows.count < length:
                 paused.append(rows)
@@ -324,6 +325,7 @@ class TrialEngine:
         except torch.OutOfMemoryError:
             pass  # outside this block no traceback keeps their tensors alive
         paused.clear()
+        self._decode.release()
         self._decodes.shrink(self._decodes.size)
 
     def _whole(

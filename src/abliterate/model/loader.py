@@ -204,7 +204,7 @@ def _first_that_generates(
         except ImportError as error:
             raise _without_kernels(config, error) from error
         except RuntimeError as error:  # also out of memory; an InputError, for wrong input, isn't caught
-            if ranks.is_lost(error):
+            if ranks.size() > 1:  # another dtype would be tried by this rank alone
                 raise
             reason = first_line(error)
         if model is not None and not reason:

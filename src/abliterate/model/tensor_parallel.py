@@ -26,7 +26,7 @@ def distributed_config() -> Any:
     except ImportError as error:
         raise InputError(
             "This version of transformers shards no models; pip install -U transformers, or don't use torchrun."
-        ) from (error)
+        ) from error
     return DistributedConfig(tp_size=ranks.size())
 
 
@@ -34,6 +34,8 @@ def check(config: PretrainedConfig, load: LoadSettings, model: Any, *, quantized
     """Raise InputError if the model can't be sharded; `model` has no weights yet."""
     if load.device_map:
         raise InputError("A model is spread either by torchrun or by load.device_map; leave one of the two out.")
+    if load.max_memory:
+        raise InputError("Under torchrun a model isn't spread by memory; leave load.max_memory out.")
     if quantized:
         raise InputError(f"A quantized model can't be sharded over the processes of torchrun; {_ALONE}, or load.quantization.")
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
@@ -41,13 +43,14 @@ def check(config: PretrainedConfig, load: LoadSettings, model: Any, *, quantized
         raise InputError(f"transformers has no plan to shard the layers of {config.model_type!r} by torchrun; {_ALONE}.")
     text = config.get_text_config()
     by_heads = any(name.endswith(("q_proj", "k_proj", "v_proj")) and style == "colwise" for name, style in plan.items())
-    for name in ("num_attention_heads", "num_key_value_heads") if by_heads else ():
-        heads = getattr(text, name, None)
+    named = {name: getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")}
+    counts = [count for count in named.values() if isinstance(count, int)]
+    for name, heads in named.items() if by_heads else ():
         if isinstance(heads, int) and heads % ranks.size():
-            divisors = [str(n) for n in range(2, heads) if heads % n == 0]
+            divisors = [str(n) for n in range(2, heads + 1) if all(count % n == 0 for count in counts)]
             raise InputError(
                 f"The model has {heads} heads ({name}), which {ranks.size()} processes can't share equally; give "
-                + (f"--nproc-per-node {' or '.join(divisors)}." if divisors else f"torchrun {heads} processes, or none.")
+                + (f"--nproc-per-node {' or '.join(divisors)}." if divisors else "torchrun one process, or none.")
             )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
@@ -98,8 +99,11 @@ class WarmUp:
 
 
 def choose_threads(engine: ReferenceEngine, prompts: PromptSets, note: Callable[[str], None]) -> None:
-    """Take half of the CPU's threads where a few passes are clearly faster with them; other devices stay as they are."""
-    if engine.chat.device.type != "cpu":
+    """Take half of the CPU's threads where a few passes are clearly faster with them; other devices stay as they are.
+
+    So do several ranks, whose clocks would ask for different passes.
+    """
+    if engine.chat.device.type != "cpu" or ranks.size() > 1:
         return
     lengths = {prompt: len(engine.chat.token_ids(prompt)) for prompt in prompts.harmful_eval}
     shortest = min(lengths, key=lambda prompt: lengths[prompt])  # the cheapest to probe with

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from abliterate import ranks
 from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.evaluation.heldout import HeldoutSets, measure, rate
 from abliterate.evaluation.teacher_forced import ModelView
@@ -89,6 +90,8 @@ def evaluate_trial(bench: Workbench, baseline: Baseline, trial: Trial, held: Hel
         except Interrupted:
             raise
         except Exception as error:  # custom scorers and judges may fail in any way, which must not lose hours of search
+            if ranks.size() > 1:  # other ranks may not have failed, and none may go on without them
+                raise
             is_own_error = isinstance(error, AbliterateError | torch.OutOfMemoryError)
             cause = (str(error).strip().splitlines() or [""])[0].rstrip(".")
             reason = cause if is_own_error else f"{type(error).__name__}: {cause}"
