@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_running_out_of_memory_loses_nothing(rows: int, monkeypatch: pytest.Monk
     assert [response.text for response in responses] == expected[1]
     assert max(sizes) > rows
     assert sizes.count(rows) > 1
+
+
+def test_buffers_go_when_a_prefill_finds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are of the largest batch so far, and a prefill needs its own cache beside them."""
+    lab = short_lab("llama", batch_size=3)
+    engine = lab.engine(Refusals(["no such text"]), use_static_cache=True)
+    expected = [response.text for response in engine.respond(HARMFUL) or ()]
+    static, started = engine._decode._static, TrialEngine._started
+    assert static is not None
+    assert static._states
+
+    def no_room(self: TrialEngine, *given: Any) -> Any:
+        if static._states and len(static._mask) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return started(self, *given)
+
+    monkeypatch.setattr(TrialEngine, "_started", no_room)
+    assert [response.text for response in engine.respond(HARMFUL) or ()] == expected
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_5", "gpt_oss"])

@@ -39,3 +39,16 @@ def test_a_process_of_its_own_agrees_with_itself(monkeypatch: pytest.MonkeyPatch
     with ranks.joined():
         assert ranks.size() == 1
     assert not ranks.is_silent()
+
+
+@pytest.mark.parametrize(("local", "speaks"), [("0", True), ("1", False)])
+def test_too_few_gpus_are_said_by_the_first_process_of_a_machine(
+    local: str, speaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_speaks", False)
+    for name, value in {"WORLD_SIZE": "8", "RANK": "4", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    ranks._check_gpus(4)
+    with pytest.raises(InputError, match=r"has 2 GPUs, and torchrun started 4 processes on it"):
+        ranks._check_gpus(2)
+    assert ranks.is_silent() != speaks
