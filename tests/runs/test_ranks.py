@@ -54,7 +54,8 @@ def test_a_run_on_two_ranks_is_the_run_of_one_process(
     tensors, expected_tensors = (load_file(path / "model" / "model.safetensors") for path in (tmp_path / "run", alone))
     assert tensors.keys() == expected_tensors.keys()
     for name, tensor in tensors.items():
-        torch.testing.assert_close(tensor, expected_tensors[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, expected_tensors[name], rtol=2**-7, atol=0)  # one rounding to bfloat16
+        assert (tensor != expected_tensors[name]).float().mean() < 1e-3
 
 
 class Dies:
