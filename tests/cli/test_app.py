@@ -248,6 +248,7 @@ def states_of(events: Sequence[dict[str, Any]]) -> list[str]:
     return [event["trial"]["state"] for event in events if event["event"] == "trial"]
 
 
+@pytest.mark.slow
 def test_export_while_the_run_goes_on(invoke: Invoke, tmp_path: Path, prompt_files: dict[str, str]) -> None:
     options = [*prompt_options(prompt_files), *QUICK, "--export", "none", "-o", tmp_path / "run"]
     command = Command(["run", "demo", *options, "-n", "4000", "--json"], tmp_path)

@@ -43,7 +43,20 @@ NO_ADAPTER = {
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 
 
-@pytest.fixture(scope="module", params=ZOO)
+# Text towers and dense decoders that are built like another specimen: ./scripts/test --all has them.
+_ALIKE = """
+qwen2_5_vl qwen3_vl llava_next internvl glm4v glm46v glm4v_moe aya_vision cohere2_vision idefics2 smolvlm
+llava_onevision ovis2 deepseek_vl chameleon exaone4_5 kimi_k25 qwen2_5_omni qwen3_omni_moe aria minicpmv4_6
+mistral4_vl mistral_large4 minimax_m3_vl gemma4_unified hunyuan_vl nemotron_h_omni voxtral qwen3_5_vl gemma4_vl
+lfm2_vl arcee apertus helium seed_oss ministral ministral3 hunyuan ernie4_5 persimmon gpt_bigcode gpt_neox_japanese
+biogpt nanochat vaultgemma internlm3 iquestcoder starcoder2 stablelm exaone4 olmo olmo3 glm4 granitemoehybrid_dense
+deepseek_v2_dense glm4_moe_dense
+"""
+ALIKE = frozenset(_ALIKE.split())
+assert set(ZOO) > ALIKE
+
+
+@pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in ZOO])
 def name(request: pytest.FixtureRequest) -> str:
     """Each specimen in turn."""
     return request.param

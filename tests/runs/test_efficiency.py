@@ -106,6 +106,7 @@ def test_exact_switches_give_the_same_trials(expected: dict[str, Any], prompt_fi
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_the_memo_of_svd_edits_and_residual_cache_dir_change_no_trial(prompt_files: dict[str, str], tmp_path: Path) -> None:
     found = {}
     for switch in ("", *MEMO):

@@ -127,6 +127,7 @@ def test_random_trials_are_as_many_as_when_the_study_began() -> None:
     assert "--startup-trials 2 " in export_card.commands(settings, {**RECORD, "startup_trials": 2}, "merged", 0)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lean")
 def test_the_recipe_rebuilds_the_export(
     invoke: Invoke,

@@ -73,6 +73,7 @@ def test_offloaded_modules_are_read_and_edited(name: str, tmp_path: Path) -> Non
     assert torch.equal(logits_of(loaded.model), base)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_spread_model_is_the_run(tmp_path: Path, prompt_files: dict[str, str]) -> None:
     short: dict[str, Any] = {
         "search": {"trials": 2},

@@ -497,6 +497,7 @@ def test_an_own_scorer_in_a_run(
         run_in(tmp_path / "run", settings, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("lean")
 def test_what_fails_at_the_end_costs_nothing_else(
     prompt_files: Files,
