@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import abliterate
+from support.places import place
 
-OWN = str(Path(abliterate.__file__).parent)
 # They give a tensor a new face, or take memory, and start nothing.
 FREE = frozenset(("detach", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"))
 
@@ -33,21 +28,10 @@ class Launches(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if not func.is_view and func.overloadpacket.__name__ not in FREE:
-            self.places[_place()] += 1
+            self.places[place()] += 1
         return func(*args, **(kwargs or {}))
 
     @property
     def own(self) -> Counter[str]:
         """Those of this package."""
         return Counter({place: count for place, count in self.places.items() if place != "model"})
-
-
-def _place() -> str:
-    """The innermost frame outside torch and this folder: `file: function` of this package, or "model"."""
-    torch_folder, here = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-    for frame, _ in traceback.walk_stack(sys._getframe(2)):
-        path = frame.f_code.co_filename
-        if path.startswith((here, torch_folder)):
-            continue
-        return f"{Path(path).name}: {frame.f_code.co_name}" if path.startswith(OWN) else "model"
-    return "model"

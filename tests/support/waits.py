@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-import abliterate
+from support.places import place
 
-OWN = str(Path(abliterate.__file__).parent)
 # Functions that read a tensor's values, or whose result's shape depends on them.
 READS = frozenset(
     (
@@ -38,7 +34,7 @@ class Waits(TorchFunctionMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__name__", "") in READS or _moves_to_host(func, args, kwargs or {}) or _picks_by_mask(func, args):
-            self.places[_place()] += 1
+            self.places[place()] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -55,14 +51,3 @@ def _picks_by_mask(func: Any, args: Sequence[Any]) -> bool:
         return False
     indices = args[1] if isinstance(args[1], tuple) else (args[1],)
     return any(isinstance(index, torch.Tensor) and index.dtype == torch.bool for index in indices)
-
-
-def _place() -> str:
-    """The innermost frame outside torch and this folder: `file: function` of this package, or "model"."""
-    torch_folder, here = str(Path(torch.__file__).parent), str(Path(__file__).parent)
-    for frame, _ in traceback.walk_stack(sys._getframe(2)):
-        path = frame.f_code.co_filename
-        if path.startswith((here, torch_folder)):
-            continue
-        return f"{Path(path).name}: {frame.f_code.co_name}" if path.startswith(OWN) else "model"
-    return "model"

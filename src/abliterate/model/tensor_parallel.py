@@ -37,7 +37,9 @@ def check(config: PretrainedConfig, load: LoadSettings, model: Any, *, quantized
     if load.max_memory:
         raise InputError("Under torchrun a model isn't spread by memory; leave load.max_memory out.")
     if quantized:
-        raise InputError(f"A quantized model can't be sharded over the processes of torchrun; {_ALONE}, or load.quantization.")
+        raise InputError(
+            f"A quantized model can't be sharded over the processes of torchrun; {_ALONE}, or without load.quantization."
+        )
     plan: dict[str, str] = dict(getattr(model, "tp_plan", None) or {})
     if not any("*" in name for name in plan):  # otherwise at most the embeddings and the head would be sharded
         raise InputError(f"transformers has no plan to shard the layers of {config.model_type!r} by torchrun; {_ALONE}.")

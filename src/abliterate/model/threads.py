@@ -27,7 +27,8 @@ OTHER_NUMBER = "OMP_NUM_THREADS=N chooses another number"
 WATCHED = 0.1
 # The most seconds that comparing numbers of threads may take: this many, or this share of a trial if that is more.
 SECONDS, SHARE = 1.0, 0.02
-# The most rows and decoding passes of a probe; a large model gets fewer, and so few probes that two of each number fit.
+# The most rows and decoding passes of a probe, and the number of probes, two for each number of threads. For a large model,
+# rows and passes are fewer, so that all probes fit into the seconds above.
 ROWS, PASSES, PROBES = 32, 3, 4
 # A batch of a trial is one prefill and about as many decoding passes (docs/performance.md: 18 passes of a survivor's).
 PASSES_OF_A_TRIAL = 18
@@ -96,8 +97,9 @@ class Threads:
     ) -> None:
         """Take half of the threads if passes are clearly faster with them; a number that somebody else chose stays.
 
-        A trial's prompts have as many tokens as `prefills` prompts of those that `generate` takes. The passes take at most a
-        second, or 2 % of a trial; where that is too little for two probes of each number, nothing is compared.
+        A trial's prompts have as many tokens as `prefills` prompts of those that `generate` takes. After two short
+        generations, which tell what a pass costs, the probes take at most a second, or 2 % of a trial; where that is too
+        little for two probes of each number, nothing is compared.
         """
         many, few = self._last, self._last // 2
         if self._is_chosen() or few == 0:

@@ -28,6 +28,7 @@ from abliterate.export.push import check_push
 from abliterate.model import loader
 from abliterate.model.architectures import known_architecture
 from abliterate.model.checkpoint import dense_load, load_weights
+from abliterate.model.editor import EditKey, Editor
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import stages
 from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
@@ -49,9 +50,9 @@ from abliterate.pipeline.export import (
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.report.tables import summary
 from abliterate.search.study import changed_parts
-from abliterate.settings.schema import LoadSettings, Settings
+from abliterate.settings.schema import EditSettings, LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers
-from abliterate.types import Reporter, Trial
+from abliterate.types import Params, Reporter, Trial
 
 # Fields of `Result` that every run with a finished trial has recorded, and that its export or recipe repeats.
 _NEEDED = ("model", "baseline", "directions", "identity", "startup_trials", "batch_sizes", "response_prefix", "rendering")
@@ -183,7 +184,6 @@ def open_base(context: Context, result: Result, number: int) -> tuple[str, Matri
 def edits_of(context: Context, base: Matrices, directions: Directions, refined: RefinedStore, trial: Trial) -> StoredEdits:
     """The trial's edit of each matrix, computed from the full-precision weights even if the run was quantized."""
     settings = context.settings.edit
-    method = edit_method(settings.mode)
     factors: dict[str, Factors] = {}
     definitions: dict[str, Definition] = {}
     with context.stage("edits", f"{settings.mode} ({settings.representation})"):
@@ -191,11 +191,7 @@ def edits_of(context: Context, base: Matrices, directions: Directions, refined: 
             editor = editor_of(target, settings, directions, refined.directions, base.of)
             for name, key in editor.plan(trial.params).items():
                 factors[name] = editor.factors(trial.params)[name]
-                v, coeff = editor.direction(trial.params, key), key[2]
-                # An approximation can only be compared with itself; `error` is its distance from the exact edit. Fused
-                # experts have exact factors in every representation.
-                exact = settings.representation == "exact" or factors[name].a.ndim == 3
-                definitions[name] = by_definition(method, v, coeff) if exact else by_factors(factors[name])
+                definitions[name] = _definition(editor, settings, trial.params, key, factors[name])
             context.reporter.progress(index + 1, len(base.targets), "modules")
         parts = (directions, refined.directions, base.targets.values(), base.of)
         error = approximation_of(settings, *parts, trial.params, factors)
@@ -214,15 +210,21 @@ def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> 
         return check_weights(base, reread, edits.definitions, progress)
 
 
+def _definition(editor: Editor, settings: EditSettings, params: Params, key: EditKey, factors: Factors) -> Definition:
+    """What the edit of one module is checked against.
+
+    An approximation can only be compared with itself; its error is its distance from the exact edit. Fused experts have exact
+    factors in every representation.
+    """
+    if settings.representation == "exact" or factors.a.ndim == 3:
+        return by_definition(edit_method(settings.mode), editor.direction(params, key), key[2])
+    return by_factors(factors)
+
+
 def edits_on(bench: Workbench, picked: Picked) -> StoredEdits:
     """The edits of a picked trial on the workbench's model."""
-    settings, editor, params = bench.settings.edit, bench.editor, picked.trial.params
-    method, factors = edit_method(settings.mode), picked.job.factors
-    definitions: dict[str, Definition] = {}
-    for name, key in editor.plan(params).items():
-        exact = settings.representation == "exact" or factors[name].a.ndim == 3
-        v = editor.direction(params, key)
-        definitions[name] = by_definition(method, v, key[2]) if exact else by_factors(factors[name])
+    settings, editor, params, factors = bench.settings.edit, bench.editor, picked.trial.params, picked.job.factors
+    definitions = {name: _definition(editor, settings, params, key, factors[name]) for name, key in editor.plan(params).items()}
     return StoredEdits(factors, definitions, picked.approximation, picked.job.refined)
 
 
