@@ -35,6 +35,13 @@ class EditState(Protocol):
         """The lowest layer with an edited module; None without an edit."""
 
 
+class NoEdit:
+    """The base model's `EditState`."""
+
+    version = 0
+    first_layer = None
+
+
 @dataclass
 class KeptStates:
     """The kept states of a pass through the base model: {layer: its input (n, S, d_model)}, and the lower layers' cache."""

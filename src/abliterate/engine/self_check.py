@@ -149,7 +149,7 @@ def check(engine: TrialEngine, setup: EngineSetup) -> Verdict:
     """Compare on a few short and long prompts of each set; they are split if they don't fit into memory together."""
     chat = setup.reference.chat
     harmful, harmless = (
-        _spread([len(chat.token_ids(prompt)) for prompt in prompts]) for prompts in (setup.harmful, setup.harmless)
+        spread([len(chat.token_ids(prompt)) for prompt in prompts]) for prompts in (setup.harmful, setup.harmless)
     )
     dtype, difference, noise = _apart(chat.device, lambda rows: _compare_responses(engine, setup, rows), harmful)
     _, first, _ = _apart(chat.device, lambda rows: _compare_first(engine, setup, rows), harmless)
@@ -215,7 +215,7 @@ def _plain_logits(reference: ReferenceEngine, prompt: Prompt, tokens: Tensor) ->
     return logits[0, -len(tokens) :]
 
 
-def _spread(lengths: Sequence[int]) -> list[int]:
+def spread(lengths: Sequence[int]) -> list[int]:
     """A few rows from the shortest to the longest prompt, in even steps."""
     rows = sorted(range(len(lengths)), key=lambda row: lengths[row])
     count = min(ROWS, len(rows))

@@ -21,6 +21,9 @@ from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.memory import clear_device_cache, unless_full
 from abliterate.types import Prompt
 
+# Feeds prompts to the model, so that the last position of its last pass is each prompt's last token.
+Feed = Callable[[Sequence[Prompt]], object]
+
 
 def first_tensor(output: Any) -> Tensor:
     """The hidden state in a layer's output: the output itself, or the first item of a tuple."""
@@ -90,12 +93,13 @@ def stream_residuals(
     offload: bool = True,
     clear_every: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    feed: Feed | None = None,
 ) -> None:
     """Hand each batch's residuals (batch, n_layers+1, d_model) float32 to `take`, in the prompts' order, and keep none.
 
     They are on the CPU if `offload`, else on the model's device. `amp` runs the passes in bfloat16 autocast (faster, rounds
     to 8 bits); `clear_every` batches free the device's memory cache (0: never). The batch size is halved when the device
-    runs out of memory.
+    runs out of memory. `feed` makes the passes in another way than a plain forward pass over the whole prompts.
 
     Raises:
         AbliterateError: a residual is not finite (float16 overflow), or a single prompt doesn't fit.
@@ -105,7 +109,7 @@ def stream_residuals(
     done = count = 0
     while done < len(prompts):
         batch = prompts[done : done + batch_size]
-        captured = unless_full(partial(capture_batch, model, layers, chat, batch, amp=amp, home=home), chat.device)
+        captured = unless_full(partial(capture_batch, model, layers, chat, batch, amp=amp, home=home, feed=feed), chat.device)
         if captured is None:
             if len(batch) == 1:
                 raise AbliterateError(
@@ -151,13 +155,17 @@ def capture_batch(
     *,
     amp: bool,
     home: torch.device,
+    feed: Feed | None = None,
 ) -> Tensor:
-    """The residuals (batch, n_layers+1, d_model) float32 of one pass, on `home`."""
+    """The residuals (batch, n_layers+1, d_model) float32 of one pass, on `home`; `feed` as in `stream_residuals`."""
     states: list[Tensor | None] = [None] * (len(layers) + 1)
-    batch = chat.encode(prompts)
-    stream = _one_stream(layers[0], (*batch["input_ids"].shape, model.config.get_text_config().hidden_size))
-    with stream, capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
-        model(**prefill_kwargs(model, batch))
+    with capture_last(layers, states), torch.autocast(chat.device.type, torch.bfloat16, enabled=amp):
+        if feed is not None:
+            feed(prompts)
+        else:
+            batch = chat.encode(prompts)
+            with _one_stream(layers[0], (*batch["input_ids"].shape, model.config.get_text_config().hidden_size)):
+                model(**prefill_kwargs(model, batch))
     for index, state in enumerate(states):
         if state is None:  # a layer that the model skips (Mllama's cross-attention without an image) adds nothing
             states[index] = states[index - 1]

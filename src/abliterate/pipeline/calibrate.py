@@ -10,6 +10,7 @@ import torch
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
+from abliterate.engine.prefill import NoEdit
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
 from abliterate.model.chat_template import PromptEncoder
@@ -113,13 +114,6 @@ def choose_threads(engine: ReferenceEngine, prompts: PromptSets, note: Callable[
         tokens / lengths[shortest],
         note,
     )
-
-
-class NoEdit:
-    """The base model's `EditState`."""
-
-    version = 0
-    first_layer = None
 
 
 def prefix_responses(

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -25,10 +25,11 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions, ResidualMeans, direction_method, needs_means, summarize_residuals
 from abliterate.directions.geometry import Sample
 from abliterate.engine.reference import Progress
+from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
 from abliterate.model.memory import affordable, memory_errors, unless_full
-from abliterate.model.residuals import capture_residuals, stream_residuals
+from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
@@ -66,7 +67,10 @@ def residuals(bench: Workbench) -> Residuals:
         size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
         large = size > context.settings.efficiency.max_residuals_mb * 2**20
         samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
-        harmful, harmless = (_residuals(bench, name, prompt_set, large, samples[name]) for name, prompt_set in sets.items())
+        feed = cache(partial(_feed, bench))
+        harmful, harmless = (
+            _residuals(bench, name, prompt_set, large, samples[name], feed) for name, prompt_set in sets.items()
+        )
     return Residuals(harmful, harmless, samples)
 
 
@@ -233,7 +237,23 @@ def _progress(context: Context, unit: str) -> Progress:
     return lambda done, total: context.reporter.progress(done, total, unit)
 
 
-def _residuals(bench: Workbench, name: str, prompts: tuple[Prompt, ...], large: bool, sample: Sample) -> Tensor:
+def _feed(bench: Workbench) -> Feed | None:
+    """The way in which prompts of both direction sets are fed, if it isn't the plain one."""
+    efficiency, loaded = bench.settings.efficiency, bench.loaded
+    if not efficiency.use_shared_prefix:
+        return None
+    prompts = (*bench.prompts.harmful, *bench.prompts.harmless)
+    return shared_feed(loaded.model, loaded.layers, bench.chat, prompts, amp=efficiency.use_amp_for_residuals)
+
+
+def _residuals(
+    bench: Workbench,
+    name: str,
+    prompts: tuple[Prompt, ...],
+    large: bool,
+    sample: Sample,
+    feed: Callable[[], Feed | None],
+) -> Tensor:
     """The direction method's input from one set; `large`: the residuals exceed `max_residuals_mb`."""
     context, settings, store = bench.context, bench.settings, bench.context.store
     method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
@@ -266,6 +286,7 @@ def _residuals(bench: Workbench, name: str, prompts: tuple[Prompt, ...], large: 
         offload=settings.efficiency.offload_residuals_to_cpu,
         clear_every=settings.efficiency.cache_clear_frequency,
         progress=progress,
+        feed=feed(),
     )
     computed = means.mean() if captured is None else captured
     store.put("residuals", keys[kind], {kind: computed}, f"{bench.loaded.info.id}: {len(prompts)} {name} prompts")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 
 from abliterate.engine import self_check
-from abliterate.engine.prefill import KeptStates
+from abliterate.engine.prefill import KeptStates, NoEdit
 from abliterate.engine.self_check import check
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
-from abliterate.pipeline.calibrate import NoEdit
 from abliterate.settings.schema import EfficiencySettings
 from support.engine import (
     Lab,

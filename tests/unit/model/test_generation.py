@@ -12,12 +12,12 @@ import pytest
 from transformers import GenerationConfig
 
 from abliterate.chat.generate import Generator, Sampling
+from abliterate.engine.prefill import NoEdit
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
 from abliterate.model.generation import _reduced, reduce_generation_config
 from abliterate.model.loader import LoadedModel, demo_path
 from abliterate.pipeline import stages
-from abliterate.pipeline.calibrate import NoEdit
 from abliterate.pipeline.workbench import load
 from abliterate.search.pruner import DominancePruner
 from abliterate.settings.schema import EfficiencySettings, Settings
