@@ -57,8 +57,8 @@ def main() -> None:
         base = replace(bench.asked(), harmless=bench.prompts.harmless)
         for seed in args.seeds:
             with base.model.active():
-                answers, greedy = own_answers(bench.engine, base.harmless, len(base.harmless), seed)
-            some, others = measured(base, answers, greedy)
+                given = own_answers(bench.engine, base.harmless, len(base.harmless), seed)
+            some, others = measured(base, given)
             own += some
             for name in ("greedy", "looped", "exchanged", "cut"):
                 spoiled[name] += getattr(others, name)

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from abliterate.engine.drafts import Drafts
 from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import merge_layer, take_columns, widened, with_layers
-from abliterate.engine.sampling import Drawn
+from abliterate.engine.sampling import Drawn, TokenLogprobs
 from abliterate.engine.static_cache import StaticCache
 from abliterate.model.memory import memory_errors
 
@@ -57,7 +57,7 @@ class Decoding:
     `prompt` (n, W) are the prompts' tokens as logits processors see them. `cached` counts the columns of each row that `mask`
     doesn't hide, so that nothing waits for the device to know it. `finished` holds the indices in `rows` that are done. While
     the rows are in `static` buffers, these stand for `cache` and `mask`, which hold nothing. With `uniform` (n, T) on the CPU,
-    tokens are drawn by these numbers (`Drawn`) and are not the likeliest ones.
+    tokens are drawn by these numbers (`Drawn`) and are not the likeliest ones, and `noted` gets their log-probabilities.
     """
 
     rows: list[int]
@@ -70,6 +70,7 @@ class Decoding:
     finished: set[int]
     static: StaticCache | None = None
     uniform: Tensor | None = None
+    noted: TokenLogprobs | None = None
 
     @property
     def open(self) -> bool:
@@ -196,6 +197,8 @@ class Decoder:
         while count < length:
             logits = processors(whole, rows.logits.float()) if processors else rows.logits  # type: ignore[arg-type]
             tokens = logits.argmax(dim=-1)[:, None]
+            if rows.noted is not None:
+                rows.noted.note(rows.rows, rows.logits, tokens)
             whole = torch.cat([whole, tokens], dim=1)
             unseen.append(tokens)
             count += 1

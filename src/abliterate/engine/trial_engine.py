@@ -23,6 +23,7 @@ from abliterate.engine.layout import Sharing, shared_prefix
 from abliterate.engine.pass_times import PassTimes
 from abliterate.engine.prefill import EditState, Prefill, RowGroup
 from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
+from abliterate.engine.sampling import TokenLogprobs
 from abliterate.engine.static_cache import StaticCache
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
 from abliterate.model.memory import memory_errors
@@ -236,24 +237,29 @@ class TrialEngine:
     @torch.inference_mode()
     def whole_ids(
         self, prompts: Sequence[Prompt], uniform: Tensor, progress: Progress = lambda done, total: None
-    ) -> list[tuple[int, ...]]:
+    ) -> tuple[list[tuple[int, ...]], list[Tensor]]:
         """The ids of whole answers up to the end or the length limit, drawn by `uniform` (n, T) (`sampling.Drawn`).
 
-        No scorer decides an answer early.
+        With them come log p of each answer's T ids, and of each end token in their places: (1+E, T) float64 on the CPU, the
+        ends in ascending order. No scorer decides an answer early.
         """
         prompt_set, length = self._lay_out(prompts, together=True), self.reference.max_new_tokens
         watch = StopWhenDecided(self.reference.reader, self._ends, length, prompt_set.opens, prompt_set.before, None, None)
+        noted = TokenLogprobs(sorted(self._ends.ids))
 
         def work(batch: Sequence[int]) -> Sequence[int]:
             watch.begin(batch)
+            noted.begin()
             rows = self._started(prompt_set.groups[0], batch)
-            rows.uniform = uniform[list(batch)]
+            rows.uniform, rows.noted = uniform[list(batch)], noted
             self._decode(rows, length, length, watch)
+            noted.finish()
             progress(len(watch.responses), len(prompts))
             return batch
 
         self._decodes.run(range(len(prompts)), work)
-        return [tuple(watch.ids[row]) for row in range(len(prompts))]
+        answers = [tuple(watch.ids[row]) for row in range(len(prompts))]
+        return answers, [noted.of_row[row][:, : len(ids)] for row, ids in enumerate(answers)]
 
     @torch.inference_mode()
     def forced_logits(self, prompts: Sequence[Prompt], rows: Sequence[int], tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,19 @@ def _of_tokens(logits: Tensor, answer: Sequence[int], beside: int | None) -> Ten
     return logprobs[0] if beside is None else logprobs
 
 
+@dataclass(frozen=True)
+class OwnAnswers:
+    """The ids of the model's `sampled` answers to harmless prompts, and of its `greedy` ones to the first of them.
+
+    `noted` are {token: log p of this token in the place of each id} for the end tokens, one for each sampled answer, and with
+    the key None log p of the ids themselves; each is (T) float64. It is None where sampling didn't note them.
+    """
+
+    sampled: Sequence[Sequence[int]]
+    greedy: Sequence[Sequence[int]]
+    noted: Sequence[Mapping[int | None, Tensor]] | None = None
+
+
 @torch.inference_mode()
 def own_answers(
     engine: Engine,
@@ -119,25 +132,29 @@ def own_answers(
     looked: int,
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """The ids of a sampled answer to each prompt, and of a greedy one to the first `looked`, up to end or length limit.
+) -> OwnAnswers:
+    """A sampled answer to each prompt, and a greedy one to the first `looked`, up to end or length limit.
 
     Sampling is at temperature 1, from the distribution that responses are chosen from, so the model's own processors apply. A
     row's random numbers depend on `seed` and the row's number alone. Both kinds share their batches, because few long answers
     make most of the passes.
 
     Raises:
-        TrialError: the device is too small for a single prompt.
+        TrialError: the device is too small for a single prompt, or a logit is not a number.
     """
     reference = engine.reference if isinstance(engine, TrialEngine) else engine
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.rand(len(prompts), reference.max_new_tokens, generator=generator, dtype=torch.float64)
     uniform, both = torch.cat([drawn, torch.full_like(drawn[:looked], torch.nan)]), [*prompts, *prompts[:looked]]
-    if isinstance(engine, TrialEngine):
-        found = engine.whole_ids(both, uniform, progress)
-    else:
+    if not isinstance(engine, TrialEngine):
         found = _by_generate(engine, both, uniform, progress)
-    return found[: len(prompts)], found[len(prompts) :]
+        return OwnAnswers(found[: len(prompts)], found[len(prompts) :])
+    found, logprobs = engine.whole_ids(both, uniform, progress)
+    if any(torch.isnan(values).any() for values in logprobs):
+        raise TrialError("the model's logits are not numbers")
+    tokens: list[int | None] = [None, *sorted(reference.ends.ids)]
+    noted = [dict(zip(tokens, values, strict=True)) for values in logprobs[: len(prompts)]]
+    return OwnAnswers(found[: len(prompts)], found[len(prompts) :], noted)
 
 
 def _by_generate(

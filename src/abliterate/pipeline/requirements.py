@@ -213,9 +213,13 @@ def _asked(settings: Settings, work: Workload) -> tuple[int, int]:
     of_trial = harmful_tokens + harmful * response + ALIKE * (harmful_tokens + harmful * telling)
     answers = min(ANSWERS, harmless)
     prompt = math.ceil(harmless_tokens / max(1, harmless))
-    # All are sampled and shown to the base whole; some are also greedy, and shown after one prompt more than a trial's.
+    # All are sampled; `generate` doesn't note their log-probabilities, so the base is then shown them. Some are also greedy,
+    # and shown after one prompt more than a trial's.
+    times = 1 if settings.efficiency.use_trial_engine else 2
     looked = min(LOOKED, answers) * (prompt + response + (ALIKE + 1) * (prompt + telling))
-    yardstick = answers * 2 * (prompt + response) + looked if UNANSWERED in settings.scorers or settings.refine.enabled else 0
+    yardstick = (
+        answers * times * (prompt + response) + looked if UNANSWERED in settings.scorers or settings.refine.enabled else 0
+    )
     return of_trial if UNANSWERED in settings.scorers else 0, yardstick
 
 

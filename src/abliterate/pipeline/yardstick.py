@@ -9,9 +9,11 @@ from dataclasses import replace
 from math import nan
 from typing import TypeVar
 
+import torch
+
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.engine.self_check import Engine
-from abliterate.evaluation.likelihood import AskedBase, own_answers
+from abliterate.evaluation.likelihood import AskedBase, OwnAnswers, own_answers
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.cache_keys import yardstick_key
@@ -54,31 +56,33 @@ def find_yardstick(context: Context, loaded: LoadedModel, chat: PromptEncoder, b
     if stored is not None:
         return Yardstick.from_record(json.loads(from_bytes(stored["record"])))
     with base.model.active():
-        sampled, greedy = own_answers(
+        own = own_answers(
             engine, base.harmless, LOOKED, _SEED, lambda done, total: context.reporter.progress(done, total, "answers")
         )
-    found = yardstick_of(base, sampled, greedy)
+    found = yardstick_of(base, own)
     label = f"{loaded.info.id}: {found.answers} answers"
     context.store.put("yardstick", key, {"record": to_bytes(json.dumps(found.to_record()))}, label)
     return found
 
 
-def yardstick_of(base: BaseView, answers: Sequence[Sequence[int]], greedy: Sequence[Sequence[int]]) -> Yardstick:
-    """The yardstick of these sampled answers of the base to its harmless prompts, and of its greedy answers."""
-    own, spoiled = measured(base, answers, greedy)
+def yardstick_of(base: BaseView, answers: OwnAnswers) -> Yardstick:
+    """The yardstick of these answers of the base to its harmless prompts."""
+    own, spoiled = measured(base, answers)
     return calibrate(own, spoiled)
 
 
-def measured(
-    base: BaseView, answers: Sequence[Sequence[int]], greedy: Sequence[Sequence[int]]
-) -> tuple[list[Measures], Spoiled]:
+def measured(base: BaseView, given: OwnAnswers) -> tuple[list[Measures], Spoiled]:
     """The measures of sampled answers of the base to its harmless prompts, and of what they are told from.
 
-    As many of the first answers as there are `greedy` ones have a topic; that of the others isn't a number.
+    As many of the first answers as there are greedy ones have a topic; that of the others isn't a number.
     """
+    answers, greedy = given.sampled, given.greedy
     prompts, end, looked = base.harmless, usual_end(base, answers), range(len(greedy))
     # An end in the middle of an answer is measured in the answer's own pass.
-    found = base.logprobs_beside(prompts, answers, 0 if end is None else end)
+    if given.noted is not None:
+        found = [torch.stack([values[None], values[end]]) for values in given.noted]
+    else:
+        found = base.logprobs_beside(prompts, answers, 0 if end is None else end)
     own = [
         replace(fluency(both[0], ids, ended=ids[-1] in base.ends), topic=nan) for both, ids in zip(found, answers, strict=True)
     ]

@@ -178,10 +178,11 @@ def slow_answers(engine: ReferenceEngine, seed: int) -> tuple[list[tuple[int, ..
 def test_own_answers_are_the_chain_of_draws_whatever_the_batch_size(engine: ReferenceEngine) -> None:
     expected = slow_answers(engine, 7)
     for batch_size in (1, 3, 10):
-        assert own_answers(make_engine(engine.model, batch_size, engine.max_new_tokens), HARMFUL, 5, 7) == expected
-    sampled, greedy = own_answers(engine, HARMFUL, 2, 8)
-    assert sampled != expected[0]
-    assert greedy == expected[1][:2]
+        found = own_answers(make_engine(engine.model, batch_size, engine.max_new_tokens), HARMFUL, 5, 7)
+        assert (found.sampled, found.greedy) == expected
+    other = own_answers(engine, HARMFUL, 2, 8)
+    assert other.sampled != expected[0]
+    assert other.greedy == expected[1][:2]
 
 
 @pytest.mark.parametrize(("family", "options"), [("llama", {}), ("gemma3", {}), ("llama", {"repetition_penalty": 1.3})])
@@ -189,10 +190,20 @@ def test_the_trial_engine_gives_the_same_own_answers(family: str, options: dict[
     """With a shared prefix, rows that leave, and the model's own processors; `generate` feeds every row to the end."""
     lab = make_lab(family, batch_size=7, tokens=16, generation={"eos_token_id": list(range(3, 90)), **options})
     done: list[tuple[int, int]] = []
-    sampled, greedy = own_answers(lab.engine(), HARMFUL, 5, 5, lambda *counts: done.append(counts))
-    assert (sampled, greedy) == own_answers(lab.reference, HARMFUL, 5, 5)
+    found = own_answers(lab.engine(), HARMFUL, 5, 5, lambda *counts: done.append(counts))
+    plain = own_answers(lab.reference, HARMFUL, 5, 5)
+    assert (found.sampled, found.greedy) == (plain.sampled, plain.greedy)
     assert done == [(7, 10), (10, 10)]
-    assert len({len(ids) for ids in (*sampled, *greedy)}) > 2, "rows end at different times"
+    assert len({len(ids) for ids in (*found.sampled, *found.greedy)}) > 2, "rows end at different times"
+    # What was noted while sampling is what the base says of whole answers, by its raw logits.
+    assert found.noted is not None
+    assert plain.noted is None
+    rows = [
+        TeacherForced(lab.reference.chat.token_ids(prompt), ids) for prompt, ids in zip(HARMFUL, found.sampled, strict=True)
+    ]
+    for token in sorted(lab.reference.ends.ids)[::40]:
+        for noted, both in zip(found.noted, token_logprobs(lab.reference, rows, beside=token), strict=True):
+            torch.testing.assert_close(torch.stack([noted[None], noted[token]]), both, rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_beside_each_of_an_answer(engine: ReferenceEngine) -> None:

@@ -20,6 +20,7 @@ from abliterate.cli import app
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
 from abliterate.errors import AbliterateError, InputError
+from abliterate.evaluation.likelihood import OwnAnswers
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_targets
 from abliterate.model.coverage import Coverage, check_coverage, coverage_of
@@ -233,7 +234,8 @@ def test_the_scorer_costs_what_it_shows_the_base() -> None:
     assert kinds_of(Base(), prompts["harmful_eval"], range(6), answers) == ["answered"] * 6
     assert fed == asked
     fed = 0
-    yardstick_of(Base(), answers, answers)
+    noted = [dict.fromkeys((None, 0), -torch.ones(len(ids), dtype=torch.float64)) for ids in answers]
+    yardstick_of(Base(), OwnAnswers(answers, answers, noted))
     made = 2 * sum(len(chat.token_ids(prompt)) + response for prompt in prompts["harmless"])
     assert fed + made == yardstick
 

@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from abliterate.evaluation.likelihood import OwnAnswers
 from abliterate.pipeline.yardstick import ANSWERS, LOOKED, measured, usual_end, yardstick_of, yardstick_prompts
 from abliterate.types import Prompt
 from support.asked import END, MadeBase
@@ -32,13 +33,13 @@ def test_only_answers_with_a_greedy_one_have_a_topic() -> None:
 
     base = MadeBase(logprob, harmless=PROMPTS[:5])
     answers = [(*range(1, 9), END)] * 5
-    own, spoiled = measured(base, answers, GREEDY)
+    own, spoiled = measured(base, OwnAnswers(answers, GREEDY))
     assert [math.isnan(one.topic) for one in own] == [False] * 4 + [True]
     assert (len(spoiled.greedy), len(spoiled.looped), len(spoiled.exchanged)) == (4, 4, 4)
     assert spoiled.greedy == [1.0, 1 / 3, 1.0, 1.0]
     assert (spoiled.ends, spoiled.cut) == ([3.0] * 5, [3.0] * 5)
     assert usual_end(base, answers) == END
-    found = yardstick_of(base, answers, GREEDY)
+    found = yardstick_of(base, OwnAnswers(answers, GREEDY))
     assert found.answers == 5
     assert all(math.isfinite(value) for column in found.quantiles.values() for value in column.values())
     assert torch.tensor(list(found.bounds.values())).isfinite().all()
