@@ -1,10 +1,10 @@
 """Count what each stage before a first search feeds the model, in reference trials. Writes a table of docs/performance.md.
 
-    OMP_NUM_THREADS=1 python scripts/measure_startup.py demo
+    OMP_NUM_THREADS=1 python scripts/measure_startup.py demo ~/.cache/abliterate-models/smollm2-refusing
 
 The cache is empty, and loading is left out. A reference trial is the mean of three random trials by `model.generate`, which
 answers all prompts of both evaluation sets. Forward passes and the tokens in them are counted, because they don't depend on the
-machine's other work; the seconds are those of the processor. The yardstick's parts are counted apart. The model is `demo`, or a
+machine's other work; the seconds are those of the processor. The yardstick's parts are counted apart. A model is `demo`, or a
 folder that `train_demo_model.py --variant` or `real_model.py` made, with its prompts.
 """
 
@@ -148,15 +148,16 @@ def rows_of(found: dict[str, Cost], trial: Cost) -> list[str]:
 def main() -> None:
     """Count for a model, and write or print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--no-page", action="store_true", help="print the table only")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    found, trial = first_start(args.model, args.assignments)
-    head = "| stage | passes | tokens | seconds | passes, in reference trials | tokens | seconds |"
-    command = f"python scripts/measure_startup.py {args.model}".replace(str(Path.home()), "~")
-    lines = [f"{datetime.date.today()}, `{command}`:", "", head, "|---" * 7 + "|", *rows_of(found, trial)]
+    command = f"python scripts/measure_startup.py {' '.join(args.models)}".replace(str(Path.home()), "~")
+    lines = [f"{datetime.date.today()}, `{command}`:"]
+    for model in args.models:
+        head = f"| {Path(model).name} | passes | tokens | seconds | passes, in reference trials | tokens | seconds |"
+        lines += ["", head, "|---" * 7 + "|", *rows_of(*first_start(model, args.assignments))]
     print("\n".join(lines), json.dumps(args.assignments), flush=True)
     if not args.no_page:
         text = PAGE.read_text(encoding="utf-8")
