@@ -87,8 +87,7 @@ class Directions:
         high = min(low + 1, self.n_layers - 1)
         t = x - low
         pairs = [(low, 1.0 - t), (high, t)] if t > 0 else [(low, 1.0)]
-        table = self.by_layer().double()
-        mixed = sum((weight * table[layer] for layer, weight in pairs), torch.zeros_like(table[0]))
+        mixed = torch.stack([weight * self.by_layer()[layer].double() for layer, weight in pairs]).sum(dim=0)
         norm = float(mixed.norm())
         if norm < 1e-12:
             return Blend((), ())
