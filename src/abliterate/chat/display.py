@@ -131,7 +131,7 @@ class TerminalDisplay:
         if len(sides) == 1:
             return
         if self._console.width < _NARROW:
-            self._console.print(Text(label(side, trial), style="bold cyan"))
+            self._console.print(Text(label(side, trial), style="bold"))
             return
         self._columns[side] = (label(side, trial), Text())
         if self._live is None:
@@ -153,11 +153,11 @@ class TerminalDisplay:
         remarks = _remarks(answer)
         if answer.side in self._columns:
             shown = self._columns[answer.side][1]
-            shown.append("".join(f"\n({remark})" for remark in remarks), style="yellow")
+            shown.append("".join(f"\n({remark})" for remark in remarks), style="magenta")
             return
         self._console.print()
         for remark in remarks:
-            self._console.print(Text(f"({remark})", style="yellow"))
+            self._console.print(Text(f"({remark})", style="magenta"))
 
     def close(self) -> None:
         """Print the final table in place of the live one."""
@@ -183,7 +183,7 @@ class TerminalDisplay:
     def _table(self) -> Table:
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
         for heading, _ in self._columns.values():
-            table.add_column(Text(heading, style="bold cyan"), ratio=1, overflow="fold")
+            table.add_column(Text(heading, style="bold"), ratio=1, overflow="fold")
         if len(self._columns) == 1:  # keeps the place of the other answer until it begins
             table.add_column("", ratio=1)
         table.add_row(*(text for _, text in self._columns.values()))

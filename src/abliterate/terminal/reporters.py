@@ -9,9 +9,20 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.prompt import Prompt as Question
+from rich.table import Column as RuledColumn
 from rich.table import Table as RuledTable
+from rich.text import Text
 
 from abliterate.objectives import UNANSWERED, other_scores
 from abliterate.terminal.json_lines import JsonReporter
@@ -27,16 +38,26 @@ def make_reporter(*, as_json: bool) -> Reporter:
     return RichReporter(make_console()) if sys.stdout.isatty() else PlainReporter(sys.stdout)
 
 
-def trial_line(trial: Trial, total: int, front: bool) -> str:
-    """One trial in one line: its number, refusals, KL and seconds, and whether it is on the front."""
-    start = f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
+# Terminals with fewer columns see the count and the times of a stage without its rate and bar.
+NARROW = 80
+# Terminals with fewer columns see one count of the best trial.
+WIDE = 120
+
+
+def trial_line(trial: Trial, total: int, front: bool, *, short: bool = False) -> str:
+    """One trial in one line: its number, refusals, KL and seconds, and whether it is on the front.
+
+    A `short` line has at most 55 columns, other scores aside; it lacks the seconds and the count of trials.
+    """
+    start = f"trial {trial.number:<3}" if short else f"{trial.number + 1:>4}/{total}  trial {trial.number:<3}"
     if trial.state == "failed":
         return f"{start}  failed: {trial.reason}"
     bound = "≥" if trial.state == "stopped" else " "
-    mark = "  ★ front" if front else ""
+    mark = ("  ★" if short else "  ★ front") if front else ""
     others = "".join(f"  {text}" for text in other_scores(trial))
     unanswered = f"  unanswered {bound}{trial.unanswered:>3}" if UNANSWERED in trial.scores else ""
-    return f"{start}{unanswered}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}  {trial.seconds:5.1f} s{mark}"
+    seconds = "" if short else f"  {trial.seconds:5.1f} s"
+    return f"{start}{unanswered}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}{seconds}{mark}"
 
 
 class PlainReporter:
@@ -100,6 +121,17 @@ class SilentReporter:
     def close(self) -> None: ...
 
 
+class _Yielding(ProgressColumn):
+    """A field of a task as text that is cut where the terminal is too narrow for all columns."""
+
+    def __init__(self, field: str, style: str) -> None:
+        self._field, self._style = field, style
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields[self._field], style=self._style, no_wrap=True, overflow="ellipsis")
+
+
 class RichReporter:
     """Shows a progress bar for the current stage with the best trial so far, and one line per trial."""
 
@@ -120,20 +152,26 @@ class RichReporter:
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         self.close()
         self._trials = None
-        self._console.print(f"[bold cyan]▸ {escape(printable(name))}[/] [dim]{escape(printable(detail))}[/]")
-        self._progress = Progress(
+        self._console.print(f"[cyan]▸[/] [bold]{escape(printable(name))}[/] [dim]{escape(printable(detail))}[/]")
+        narrow = self._console.width < NARROW
+
+        def kept() -> RuledColumn:
+            return RuledColumn(no_wrap=True)
+
+        columns: list[ProgressColumn] = [
             # These columns would read emoji codes in markup, whatever the console does.
-            TextColumn("  {task.description}", markup=False),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", style="dim", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("left", style="dim", markup=False),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[best]}", style="green", markup=False),
-            console=self._console,
-            transient=True,
-        )
+            TextColumn("  {task.description}", markup=False, table_column=kept()),
+            BarColumn(bar_width=30 if self._console.width >= WIDE else 12, table_column=kept()),
+            MofNCompleteColumn(table_column=kept()),
+            TextColumn("{task.fields[rate]}", style="dim", markup=False, table_column=kept()),
+            TimeElapsedColumn(table_column=kept()),
+            TextColumn("left", style="dim", markup=False, table_column=kept()),
+            TimeRemainingColumn(table_column=kept()),
+            _Yielding("best", "green"),
+        ]
+        if narrow:
+            del columns[3], columns[1]
+        self._progress = Progress(*columns, console=self._console, transient=True)
         self._progress.start()
         self._task = None
 
@@ -152,16 +190,16 @@ class RichReporter:
     def warn(self, text: str) -> None:
         if text not in self._warnings:
             self._warnings.add(text)
-            self._show(f"  [yellow]warning:[/] {escape(printable(text))}")
+            self._show(f"  [bold magenta]warning:[/] {escape(printable(text))}")
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        line = escape(printable(trial_line(trial, total, front)))
+        line = trial_line(trial, total, front)
+        if len(line) + 2 > self._console.width:
+            line = trial_line(trial, total, front, short=True)
         style = "red" if trial.state == "failed" else "bold green" if front else "default"
-        self._show(f"  [{style}]{line}[/]")
+        self._show(f"  [{style}]{escape(printable(line))}[/]")
         if best is not None:
-            others = "".join(f", {printable(text)}" for text in other_scores(best))
-            unanswered = f"{best.unanswered} unanswered, " if UNANSWERED in best.scores else ""
-            self._best = f"best: {unanswered}{best.refusals} refusals, KL {best.kl:.3f}{others}"
+            self._best = self._best_text(best)
         if self._trials is None and self._progress is not None and self._task is not None:
             self._progress.remove_task(self._task)
             self._task = None
@@ -174,13 +212,22 @@ class RichReporter:
             if isinstance(part, Table):
                 print_on(self._console, part, " or abliterate report")
             else:
-                self._console.print(escape(printable(part)), highlight=False)
+                self._console.print(escape(printable(part)))
 
     def close(self) -> None:
         """Take the progress bar off the terminal, before a question or at the end."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def _best_text(self, best: Trial) -> str:
+        """The best trial so far, in as many words as the terminal has room for."""
+        tells_kinds, kl = UNANSWERED in best.scores, f"KL {best.kl:.3f}"
+        if self._console.width < NARROW:
+            return f"best {best.unanswered if tells_kinds else best.refusals}, {kl}"
+        unanswered = [f"{best.unanswered} unanswered"] if tells_kinds else []
+        refusals = [f"{best.refusals} refusals"] if self._console.width >= WIDE or not tells_kinds else []
+        return "best: " + ", ".join([*unanswered, *refusals, kl, *map(printable, other_scores(best))])
 
     def _advance(self, done: int, total: int, unit: str) -> None:
         if self._progress is None:
@@ -196,7 +243,7 @@ class RichReporter:
         )
 
     def _show(self, content: Any) -> None:
-        (self._progress.console if self._progress else self._console).print(content, highlight=False)
+        (self._progress.console if self._progress else self._console).print(content)
 
 
 def ask_for_trial(front: Sequence[Trial], default: Trial, table: Table, reporter: Reporter) -> Trial:
@@ -225,12 +272,12 @@ def ask_yes(question: str) -> bool:
 def show_heading(text: str) -> None:
     """Print a heading above the output of one run among several."""
     if sys.stdout.isatty():
-        make_console().print(f"\n[bold]{escape(text)}[/]", highlight=False)
+        make_console().print(f"\n[bold]{escape(text)}[/]")
     else:
         print(f"\n=== {text}", flush=True)
 
 
 def show_error(message: str) -> None:
     """Print an error sentence on standard error."""
-    console = make_console(stderr=True, highlight=False, soft_wrap=True)
+    console = make_console(stderr=True, soft_wrap=True)
     console.print(f"[bold red]error:[/] {escape(printable(message))}")

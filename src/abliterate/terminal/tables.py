@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -31,8 +31,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def make_console(**options: Any) -> Console:
-    """A console on standard output. It reads no emoji codes, for `:train:` in the name of a data set is one."""
-    return Console(emoji=False, **options)
+    """A console on standard output.
+
+    It reads no emoji codes, for `:train:` in the name of a data set is one, and colours no numbers, which would stand out at
+    random.
+    """
+    return Console(emoji=False, highlight=False, **options)
 
 
 def show_table(table: Table, wider: str = " or a pipe") -> None:
@@ -58,9 +62,9 @@ def print_on(console: Console, table: Table, wider: str = " or a pipe") -> None:
     if len(shown.columns) < len(table.columns):
         remarks.append(f"A wider terminal{wider} shows all columns.")
     for note in table.notes:
-        console.print(escape(printable(note)), highlight=False)
+        console.print(escape(printable(note)))
     for remark in remarks:
-        console.print(escape(remark), style="dim", highlight=False)
+        console.print(escape(remark), style="dim")
 
 
 def plain_lines(table: Table) -> list[str]:
@@ -115,7 +119,8 @@ def _ruled(table: Table, rows: Iterable[Sequence[str]]) -> RuledTable:
     """Rich's form of a table, with these texts as its rows."""
     ruled = RuledTable(title=escape(printable(table.title)) or None, title_justify="left")
     for column in table.columns:
-        ruled.add_column(escape(printable(column.heading)), justify="right" if column.kind == "number" else "left")
+        justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
+        ruled.add_column(escape(printable(column.heading)), justify=justify, no_wrap=column.kind == "number")
     for index, row in enumerate(rows):
         style = "bold green" if index == table.chosen else None
         ruled.add_row(*(escape(printable(text)) for text in row), style=style)

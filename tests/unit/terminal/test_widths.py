@@ -1,0 +1,66 @@
+"""At 60, 80 and 120 columns: counts and times stay whole, and a trial takes one line."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from rich.cells import cell_len
+
+from abliterate.terminal.reporters import RichReporter
+from abliterate.terminal.tables import make_console, print_on
+from abliterate.types import Column, Kernel, Table, Trial, TrialParams
+
+WIDTHS = (60, 80, 120)
+_CODES = re.compile("\x1b\\[[0-9;?]*[a-zA-Z]")
+
+
+def console_of(width: int, **options: object) -> tuple[object, io.StringIO]:
+    """A terminal of so many columns, and what it shows."""
+    out = io.StringIO()
+    return make_console(file=out, width=width, force_terminal=True, **options), out
+
+
+def trial_of(number: int) -> Trial:
+    """A trial whose numbers take many columns."""
+    params = TrialParams("global", 2.0, {"attn.o_proj": Kernel(1.0, 2.0, 0.5, 3.0)})
+    scores = {"unanswered": {"count": 100}, "refusals": 100, "kl": {"mean": 0.1234}}
+    return Trial(number, params, "stopped", scores, 123.4, values={"unanswered": 100.0, "refusals": 100.0, "kl": 0.1234})
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_count_and_times_stay_whole_and_trials_take_one_line(width: int) -> None:
+    console, out = console_of(width)
+    reporter = RichReporter(console)  # type: ignore[arg-type]
+    reporter.stage("search", "200 trials")
+    best = trial_of(198)
+    for number in (197, 198, 199):
+        reporter.trial(trial_of(number), 200, True, best)
+    reporter.close()
+    lines = [line for line in re.split("[\r\n]+", _CODES.sub("", out.getvalue())) if line.strip()]
+    assert all(cell_len(line) <= width for line in lines)
+    bars = [line for line in lines if " left " in line]
+    assert bars
+    assert all(re.search(r"trials .*\d+/200 .*\d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2}", line) for line in bars)
+    shown = [line for line in lines if "★" in line]
+    assert len(shown) == 3
+    assert all("unanswered ≥100" in line and "refusals ≥100" in line and "KL 0.1234" in line for line in shown)
+    assert "best" in bars[-1]  # what gives way
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_numbers_stay_whole_and_words_give_way(width: int) -> None:
+    columns = (*(Column(name, name) for name in ("trial", "unanswered", "refusals")), Column("how", "how", "word"))
+    table = Table("", columns, ((12, "100/100", "99/100", "by a word that is rather long and has spaces in it"),) * 2)
+    console, out = console_of(width)
+    print_on(console, table)  # type: ignore[arg-type]
+    lines = _CODES.sub("", out.getvalue()).splitlines()
+    assert sum("100/100" in line and "99/100" in line for line in lines) == 2
+    assert all(cell_len(line) <= width for line in lines)
+
+
+def test_numbers_have_no_colour_of_their_own() -> None:
+    console, out = console_of(80, color_system="standard")
+    console.print("12 of 100 'prompts' in /tmp/a.txt are None")  # type: ignore[attr-defined]
+    assert not _CODES.search(out.getvalue())
