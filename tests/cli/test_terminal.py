@@ -15,10 +15,10 @@ from support.terminals import AtTerminal
 
 pytest.importorskip("pty")
 
-QUESTION = "Which trial is to be exported"
+QUESTION = "Export trial"
 
 
-@pytest.mark.parametrize("key", [b"\x03", b"\x04"], ids=["Ctrl+C", "Ctrl+D"])
+@pytest.mark.parametrize("key", [b"\x03", b"\x04", b"q"], ids=["Ctrl+C", "Ctrl+D", "q"])
 def test_keys_at_the_question_which_trial(finished: tuple[Path, dict[str, Any], Any], tmp_path: Path, key: bytes) -> None:
     run = copy_run(finished[0], tmp_path / "run")
     shutil.rmtree(run / "model")
@@ -28,7 +28,25 @@ def test_keys_at_the_question_which_trial(finished: tuple[Path, dict[str, Any], 
         assert code == 130, terminal.seen
         assert f"--trial {finished[1]['selected']}" in " ".join(terminal.seen.split())
         assert not (run / "model").exists()
-    else:  # the end of the input takes the default
-        assert code == 0, terminal.seen
+        return
+    assert code == 0, terminal.seen
+    assert terminal.seen.count("Front: ") == 1, "the front is shown once"
+    shown = [terminal.seen.index(part) for part in ("took ", "report: ", "abliterate chat ", "abliterate export ")]
+    assert shown == sorted(shown)
+    if key == b"q":
+        assert not (run / "model").exists()
+        assert (run / "report.html").is_file()
+    else:  # the end of the input takes the proposal
         assert (run / "model" / "config.json").is_file()
         assert json.loads((run / "result.json").read_text(encoding="utf-8"))["selected"] == finished[1]["selected"]
+
+
+def test_a_chat_at_the_question_leads_back_to_it(finished: tuple[Path, dict[str, Any], Any], tmp_path: Path) -> None:
+    run = copy_run(finished[0], tmp_path / "run")
+    shutil.rmtree(run / "model")
+    terminal = AtTerminal(["run", "--resume", "-o", run], QUESTION, Lean())
+    terminal.press_and_see(b"c", "/quit goes back")
+    terminal.press_and_see(b"Hi there\r", "edited")
+    terminal.press_and_see(b"/quit\r", QUESTION)
+    assert terminal.press(b"q") == 0, terminal.seen
+    assert not (run / "model").exists()

@@ -23,8 +23,9 @@ from abliterate.pipeline.export import card
 from abliterate.pipeline.export_trial import _NEEDED
 from abliterate.report import terminal
 from abliterate.report.data import gather
+from abliterate.report.ending import ending
 from abliterate.report.page import render
-from abliterate.report.tables import SearchRecord, exact_trial_table, summary
+from abliterate.report.tables import SearchRecord, exact_trial_table
 from abliterate.settings.schema import Settings
 from support.cli import Invoke, assert_sentence
 from support.refined import refined_trial
@@ -65,7 +66,7 @@ def use(directory: RunDirectory, settings: Settings) -> str:
             terminal.show(material)
         search = SearchRecord.of(result)
         exact_trial_table(search, TrialFilter(sort="kl").of(search.trials, search.front, search.objectives))
-        summary(result, "run")
+        ending(result, "run", front_shown=False)
         trial = first_trial(result, settings, directory.path)
         if result.model is not None and result.baseline is not None:
             card(settings, result, "demo", trial, {})

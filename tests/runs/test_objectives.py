@@ -237,8 +237,12 @@ def test_a_value_that_is_no_number_fails_the_trial(prompt_files: Files, cache: P
 def test_what_ends_a_run(prompt_files: Files, cache: Path, tmp_path: Path, name: str, said: str) -> None:
     own = written(tmp_path, SURE)
     over = {"search": {"trials": 1, "objectives": ["kl", f"{own}:{name}"]}, "export": {"kind": "none"}}
-    with pytest.raises(AbliterateError, match=said):
+    with pytest.raises(AbliterateError, match=said) as caught:
         run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
+    if name == "Flat":  # the search is over, and what it found is kept and shown
+        assert "The trials are kept (1)" in str(caught.value)
+        assert f"--resume --out {tmp_path / 'run'} -n 2" in str(caught.value)
+        assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_a_model_that_refuses_nothing_can_be_searched_for_something_else(

@@ -24,6 +24,7 @@ from abliterate.model.loader import demo_path
 from abliterate.pipeline import cache_keys, context, stages
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.context import StageClock
+from abliterate.pipeline.run import Candidates
 from abliterate.scorers.kl import KL
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
@@ -201,9 +202,9 @@ def test_finished_run_resumed_searches_nothing_and_offers_its_front(
     monkeypatch.setattr(stages, "evaluate", forbidden)
     offered: list[list[int]] = []
 
-    def choose(front: Any, default: Trial, baseline: Any) -> Trial:
-        offered.append([trial.number for trial in front])
-        return front[-1]
+    def choose(given: Candidates) -> Trial:
+        offered.append([trial.number for trial in given.front])
+        return given.front[-1]
 
     run = copy_run(path, tmp_path / "run")
     result, recorder = run_in(run, with_kind(settings, "none"), resume=True, choose=choose)

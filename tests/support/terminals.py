@@ -106,6 +106,15 @@ class AtTerminal:
         os.close(inside)
         assert question in self.seen
 
+    def press_and_see(self, keys: bytes, text: str) -> None:
+        """Press keys, and wait until the terminal shows `text`."""
+        time.sleep(0.5)
+        begin = len(self.seen)
+        os.write(self._terminal, keys)
+        while text not in self.seen[begin:] and (more := self._read()):
+            self.seen += more
+        assert text in self.seen[begin:], self.seen
+
     def press(self, key: bytes) -> int | None:
         """Press a key, and return the exit code; the shown text is in `seen`."""
         time.sleep(0.5)  # until the question waits for input

@@ -34,12 +34,12 @@ from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import pinned
 from abliterate.pipeline.from_settings import chat_of, markup_of
-from abliterate.pipeline.workbench import open_workbench, probe_inputs
+from abliterate.pipeline.workbench import Workbench, open_workbench, probe_inputs
 from abliterate.report.tables import counts_text
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings, merge
 from abliterate.settings.untrusted import code_note, unsaid, without
-from abliterate.types import Reporter
+from abliterate.types import Reporter, Trial
 
 # Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
 _FREE = ("cache_dir", "device", "load", "prompts", "response", "seed")
@@ -110,13 +110,22 @@ def _open_run(
         )
     bench.refined = refined
     bench.make_edits(directions, now=False)
-    edits = RunEdits(directory, bench, trial)
-    others = "".join(f", {text}" for text in other_scores(trial, result.baseline.values))
+    return session_on(bench, directory, trial, wanted)
+
+
+def session_on(bench: Workbench, directory: RunDirectory, trial: Trial, wanted: ChatTarget) -> tuple[Session, dict[str, str]]:
+    """A session with a trial of the run in `directory`, whose model and edits `bench` has, and the fields of a header."""
+    baseline = Result.read(directory).baseline
+    if baseline is None:
+        raise damaged(directory, "it lacks the baseline")
+    info = bench.loaded.info
+    others = "".join(f", {text}" for text in other_scores(trial, baseline.values))
     fields = {
         "model": f"{info.id} ({info.family}, {info.dtype}, {info.device})",
-        "trial": f"{trial.number}: {counts_text(trial, result.baseline)}, KL {trial.kl:.4f}{others}",
+        "trial": f"{trial.number}: {counts_text(trial, baseline)}, KL {trial.kl:.4f}{others}",
     }
-    return _session(settings, wanted, bench.loaded.model, bench.loaded.tokenizer, edits, str(path), fields)
+    edits, path = RunEdits(directory, bench, trial), str(directory.path)
+    return _session(bench.settings, wanted, bench.loaded.model, bench.loaded.tokenizer, edits, path, fields)
 
 
 def _open_model(settings: Settings, wanted: ChatTarget, reporter: Reporter) -> tuple[Session, dict[str, str]]:

@@ -226,6 +226,10 @@ def run(
     restart: Annotated[bool, for_output("--restart", help="Start anew; the old run is renamed and kept.")] = False,
     export: Annotated[Text, for_output(help="Kind of export: merged, adapter or none.")] = None,
     push: Annotated[Text, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
+    yes: Annotated[bool, for_output("--yes", "-y", help="Export the proposed trial without asking.")] = False,
+    wait: Annotated[
+        float, for_output("--wait", min=0, help="Minutes after which it is exported if nobody answers; 0: never.")
+    ] = 10.0,
     as_json: Json = False,
     batch_size: BatchSize = None,
     gpus: Annotated[int, for_efficiency(min=1, help="Devices of this machine to search on at once; unmeasured on GPUs.")] = 1,
@@ -273,7 +277,7 @@ def run(
     from abliterate.cli import batch
     from abliterate.cli import run as cli_run
 
-    flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference)
+    flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference, yes, wait)
     if listed or len(models or []) > 1:
         batch.run(models or [], listed, cli_run.options_of(given, assignments or []), config, flags)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ from typing import Any
 from abliterate import ranks
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
+from abliterate.chat.talk import talk
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
 from abliterate.pipeline import run as pipeline_run
+from abliterate.pipeline.run import Candidates
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
 from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
 from abliterate.terminal.interrupts import Interrupts
+from abliterate.terminal.question import Question
 from abliterate.terminal.reporters import SilentReporter, ask_for_trial, make_reporter
-from abliterate.types import Baseline, Trial
+from abliterate.types import Reporter, Trial
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class RunFlags:
     restart: bool = False
     as_json: bool = False
     reference: bool = False
+    yes: bool = False
+    # The minutes after which the proposed trial is exported if nobody chooses one; 0 waits for ever.
+    wait: float = 10.0
 
 
 def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: RunFlags) -> None:
@@ -45,8 +51,9 @@ def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: Ru
         if not ranks.is_first():
             follow(settings, flags)
             return
-        at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not flags.as_json and ranks.size() == 1
-        carry_out(settings, directory, flags, Interrupts(), ask=at_terminal and "select" not in options.get("search", {}))
+        at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and ranks.size() == 1
+        asks = at_terminal and not (flags.as_json or flags.yes or "select" in options.get("search", {}))
+        carry_out(settings, directory, flags, Interrupts(), ask=asks)
 
 
 def follow(settings: Settings, flags: RunFlags) -> None:
@@ -91,10 +98,9 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
     quiet_libraries()
     reporter = make_reporter(as_json=flags.as_json)
 
-    def choose(front: Sequence[Trial], default: Trial, baseline: Baseline) -> Trial:
+    def choose(given: Candidates) -> Trial | None:
         with interrupts.at_once():
-            search = SearchRecord(tuple(front), tuple(trial.number for trial in front), default.number, baseline)
-            return ask_for_trial(front, default, front_table(search), reporter)
+            return chosen(given, flags, reporter)
 
     try:
         with interrupts.listening(), ranks.lost_ranks():
@@ -116,6 +122,19 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
         raise Interrupted(message=_how_to_continue(directory, settings)) from error
     finally:
         reporter.close()
+
+
+def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | None:
+    """The trial that a person chooses, who may talk to some of them before; None if none is to be exported."""
+    listed, proposed = [trial.number for trial in given.front], given.proposed.number
+    complete = {trial.number: trial for trial in given.trials if trial.state == "complete"}
+    search = SearchRecord(tuple(given.trials), tuple(listed), proposed, given.baseline)
+    while True:
+        question = Question(complete, listed, proposed, 60 * flags.wait if flags.wait else float("inf"))
+        choice = ask_for_trial(question, front_table(search), reporter)
+        if choice.what != "chat":
+            return complete[choice.number] if choice.what == "export" else None
+        talk(given.bench, given.directory, complete[choice.number])
 
 
 def given_options(options: Mapping[str, Any]) -> dict[str, Any]:

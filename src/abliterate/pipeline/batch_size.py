@@ -242,9 +242,20 @@ def tune(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts
 def speeds_of(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets) -> dict[str, float]:
     """Tokens a second by operation, measured here before, or else measured now and kept for later runs."""
     probes = Probes(context, loaded, engine, prompts)
+    return _known_speeds(context, probes) or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
+
+
+def known_speeds(
+    context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets
+) -> dict[str, float] | None:
+    """Tokens a second by operation, if they were measured here before; the run's own batch size leaves them unmeasured."""
+    return _known_speeds(context, Probes(context, loaded, engine, prompts))
+
+
+def _known_speeds(context: Context, probes: Probes) -> dict[str, float] | None:
     stored = _stored(context, probes)
     speeds = stored.get("tokens_per_second") if stored is not None and not stored.get("outdated") else None
-    return speeds or {tuned.operation: tuned.speed for tuned in _measure(context, loaded, probes)}
+    return speeds if speeds and all(speeds.values()) else None
 
 
 def renew_if_slow(context: Context, loaded: LoadedModel, engine: ReferenceEngine, prompts: PromptSets, speed: float) -> bool:

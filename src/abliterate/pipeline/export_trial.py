@@ -48,7 +48,7 @@ from abliterate.pipeline.export import (
     write,
 )
 from abliterate.pipeline.workbench import Workbench, load_calibrated
-from abliterate.report.tables import summary
+from abliterate.report.ending import summary
 from abliterate.search.study import changed_parts
 from abliterate.settings.schema import EditSettings, LoadSettings, Settings
 from abliterate.settings.untrusted import without_own_scorers

@@ -26,9 +26,9 @@ from abliterate.model.memory import usable_memory
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import in_features, n_matrices, out_features
 from abliterate.objectives import UNANSWERED
-from abliterate.pipeline.batch_size import reserved_bytes
+from abliterate.pipeline.batch_size import known_speeds, reserved_bytes
 from abliterate.pipeline.context import Context
-from abliterate.pipeline.from_settings import chat_of
+from abliterate.pipeline.from_settings import plain_engine
 from abliterate.pipeline.preflight import adapter_refusal
 from abliterate.pipeline.yardstick import ANSWERS, LOOKED
 from abliterate.prompts.sets import PromptSets
@@ -37,7 +37,7 @@ from abliterate.refine.teachers import COMPARED, TEACHERS
 from abliterate.scorers.unanswered import ALIKE
 from abliterate.scorers.yardstick import TELLING
 from abliterate.settings.schema import Settings
-from abliterate.terminal.quantities import USUAL_TOKENS, in_words
+from abliterate.terminal.quantities import USUAL_TOKENS, duration_text, in_words
 from abliterate.types import OPERATIONS
 
 # The prompt counts that are assumed if prompts can't be read; they are usual in the field.
@@ -66,11 +66,16 @@ class Workload:
         return Workload({name: (count, USUAL_TOKENS, count * USUAL_TOKENS) for name, count in _USUAL.items()}, reason)
 
 
-def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> dict[str, Any]:
-    """Show the loaded model, and report which parts of it can't be edited; returns the record of its coverage."""
+def describe(context: Context, loaded: LoadedModel, device: torch.device, prompts: PromptSets) -> tuple[dict[str, Any], bool]:
+    """Show the loaded model, and report which parts of it can't be edited.
+
+    Returns the record of its coverage, and whether the time of a run was shown, which needs speeds measured here before.
+    """
     settings = context.settings
-    record = requirements_of(settings, loaded, device, Workload.of(prompts, chat_of(settings, loaded.tokenizer, loaded.device)))
-    context.reporter.header(in_words(record))
+    engine = plain_engine(context, loaded)
+    speeds, work = known_speeds(context, loaded, engine, prompts), Workload.of(prompts, engine.chat)
+    record = requirements_of(settings, loaded, device, work, speeds)
+    context.reporter.header(in_words(record, arithmetic=False))
     if loaded.info.quantization.endswith(DEQUANTIZED) and not settings.load.dequantize:
         stored = checkpoint_quantization(loaded.info.quantization)
         context.reporter.note(
@@ -83,7 +88,15 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device, prompt
         )
     for component, count in record["coverage"]["layers_without"].items():
         context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")
-    return dict(record["coverage"])
+    return dict(record["coverage"]), speeds is not None
+
+
+def note_time(context: Context, loaded: LoadedModel, chat: PromptEncoder, prompts: PromptSets) -> None:
+    """Say how long a run takes at most, by the speeds at which batch sizes were found."""
+    speeds = known_speeds(context, loaded, plain_engine(context, loaded), prompts)
+    if speeds is not None:
+        seconds = _cost(context.settings, loaded, Workload.of(prompts, chat), speeds)["seconds"]["run_at_most"]
+        context.reporter.note(f"the whole run takes at most {duration_text(seconds)}", seconds_at_most=round(seconds, 1))
 
 
 def requirements_of(

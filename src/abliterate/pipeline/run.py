@@ -18,7 +18,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import REPORT_STAGE, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.directions import Directions
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError, as_command
 from abliterate.export import check_output
 from abliterate.files import read_toml, write_atomically
 from abliterate.model.devices import choose_device
@@ -33,8 +33,9 @@ from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
 from abliterate.prompts.sets import Heldout
+from abliterate.report.ending import ending
 from abliterate.report.page import write_report
-from abliterate.report.tables import summary
+from abliterate.search.front import no_front
 from abliterate.search.selection import SelectionRule
 from abliterate.search.study import STUDY_NAME, Study, check_database, open_study
 from abliterate.settings import untrusted
@@ -43,8 +44,24 @@ from abliterate.settings.sources import dump_settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, Reporter, Trial
 
-# A person's choice from the front, given the front, the trial that the rule proposes, and the baseline.
-Choose = Callable[[Sequence[Trial], Trial, Baseline], Trial]
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a person chooses among: the run's trials so far, of which `front` and `proposed`, by the rule, are the best.
+
+    `bench` has the model, and `directory` the run, so that a person can talk to a trial before.
+    """
+
+    bench: Workbench
+    directory: RunDirectory
+    trials: Sequence[Trial]
+    front: Sequence[Trial]
+    proposed: Trial
+    baseline: Baseline
+
+
+# A person's choice: the complete trial that is exported, or None if none is.
+Choose = Callable[[Candidates], Trial | None]
 
 
 def run(
@@ -134,8 +151,8 @@ class _Run:
             search = self._search(bench, study, baseline, devices)  # 6
             self._refine(search)  # 7
             bench.renew_batch_sizes()
-            selected = self._select(search, choose, held)  # 8
-            picked, edits = self._prepare_export(bench, selected)
+            selected, wanted = self._select(search, choose, held)  # 8
+            picked, edits = self._prepare_export(bench, selected) if wanted else (None, None)
             if (answers := report_data.answers(bench, selected)) is not None:
                 report_data.write_one_line(directory.answers, answers)
 
@@ -150,7 +167,7 @@ class _Run:
                 result.export = record
                 self.save()
         write_recipe(context.settings, result, directory, exported=picked is not None)
-        return self._end(exported=picked is not None)
+        return self._end(exported=picked is not None, front_shown=choose is not None)
 
     def save(self) -> None:
         """Write `result.json`, with the time of the current stage so far, which an interruption must not lose."""
@@ -212,16 +229,34 @@ class _Run:
         self.result.caches = search.bench.caches()
         self.save()
 
-    def _select(self, search: Search, choose: Choose | None, held: Heldout | None) -> Trial:
-        """The selected trial, measured on held-out prompts: the export's card shows these figures."""
-        baseline = search.baseline
-        selected = search.pick(self.rule, (lambda front, trial: choose(front, trial, baseline)) if choose else None)
+    def _select(self, search: Search, choose: Choose | None, held: Heldout | None) -> tuple[Trial, bool]:
+        """The selected trial, and whether it is wanted as an export; the proposal is selected if no trial is.
+
+        A wanted trial is measured on held-out prompts: the export's card shows these figures.
+        """
+        selected, wanted = self._proposed(search), True
+        if choose is not None:
+            given = Candidates(search.bench, self.directory, search.trials, search.front_so_far, selected, search.baseline)
+            chosen = choose(given)
+            selected, wanted = chosen or selected, chosen is not None
         self.result.update(selected=selected.number, heldout=None)
         self.save()
-        self.result.heldout = evaluate_trial(search.bench, baseline, selected, held)
+        self.result.heldout = evaluate_trial(search.bench, search.baseline, selected, held) if wanted else None
         if self.result.heldout is not None:
             self.save()
-        return selected
+        return selected, wanted
+
+    def _proposed(self, search: Search) -> Trial:
+        """The trial that the rule picks; where no trial is better than the model itself, the report is written first."""
+        if not search.front_so_far:
+            self.save()
+            write_report(self.directory, self.result, self.context.reporter.warn)
+            more = as_command("run", "--resume", "--out", self.directory.path, "-n", 2 * max(1, search.budget))
+            raise AbliterateError(
+                f"{no_front(search.baseline, search.bench.objectives)} The trials are kept ({len(search.trials)}), "
+                f"{self.directory.report} shows them, and {more} goes on with as many again."
+            )
+        return search.pick(self.rule)
 
     def _prepare_export(self, bench: Workbench, selected: Trial) -> tuple[Picked | None, StoredEdits | None]:
         """What the export of the selected trial needs once the model is gone; None if nothing is to be exported.
@@ -235,7 +270,7 @@ class _Run:
             picked = prepare(bench, settings, self.result, selected)
             return picked, edits_on(bench, picked) if ranks.size() > 1 else None
 
-    def _end(self, *, exported: bool) -> Result:
+    def _end(self, *, exported: bool, front_shown: bool) -> Result:
         """Write the report, and only then upload the export, so that a failed upload costs nothing else."""
         context, directory, result = self.context, self.directory, self.result
         with context.stage(REPORT_STAGE):
@@ -246,5 +281,5 @@ class _Run:
             self.save()
             write_report(directory, result)
         where = str(directory.path)
-        context.reporter.finish(result.with_checksum(), where, summary(result, where))
+        context.reporter.finish(result.with_checksum(), where, ending(result, where, front_shown=front_shown))
         return result

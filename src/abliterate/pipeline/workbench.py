@@ -50,7 +50,7 @@ from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine, objectives_of, plain_engine, scorers_of
 from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
-from abliterate.pipeline.requirements import describe
+from abliterate.pipeline.requirements import describe, note_time
 from abliterate.pipeline.yardstick import find_yardstick, yardstick_prompts
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.scorers import Scorer
@@ -71,13 +71,16 @@ class Workbench:
     `plain` generates whole responses by `generate`. `engine` measures trials: it is the fast engine once `prepare` has
     checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured, and
     `yardstick` its measures of its own answers once a scorer has asked for them. `refined` keeps the directions of refined
-    trials: in memory, or in the directory of the run whose trials are measured.
+    trials: in memory, or in the directory of the run whose trials are measured. `time_told` is whether a person knows how long
+    a run takes.
     """
 
-    def __init__(self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, context: Context, loaded: LoadedModel, coverage: Mapping[str, Any] | None = None, *, time_told: bool = False
+    ) -> None:
         self.context = context
         self.loaded = loaded
-        self.coverage = coverage
+        self.coverage, self.time_told = coverage, time_told
         self.scorers: tuple[Scorer, ...] = ()
         self.objectives: tuple[Objective, ...] = DEFAULT
         self.refined = RefinedStore()
@@ -377,6 +380,8 @@ def load_calibrated(
         check_loaded(context, bench.loaded)
         bench.scorers, bench.objectives = scorers, objectives
         bench.calibrate(prompts, prefix, sizes)
+        if not bench.time_told:
+            note_time(bench.context, bench.loaded, bench.chat, prompts)
         if bench.response_prefix:  # it makes every prompt longer; the warning has been given
             check_lengths(bench.settings, bench.loaded.model.config, bench.chat, sets, lambda text: None)
         bench.note_forms()
@@ -399,6 +404,7 @@ def open_workbench(
     if device.type == "cpu":
         THREADS.fit(context.reporter.note)
     coverage: Mapping[str, Any] | None = None
+    time_told = False
     probe, checked = probe_inputs(settings), named_sets(prompts) if sets is None else sets
 
     def inputs(tokenizer: PreTrainedTokenizerBase, at: torch.device) -> BatchEncoding:
@@ -410,8 +416,8 @@ def open_workbench(
         loaded = loader.load_model(settings.model, settings.load, device, inputs, context.reporter.warn)
         context = context.with_settings(at_a_moment(settings, loaded.tokenizer))
         if prompts is not None:
-            coverage = describe(context, loaded, device, prompts)
-    return Workbench(context, loaded, coverage)
+            coverage, time_told = describe(context, loaded, device, prompts)
+    return Workbench(context, loaded, coverage, time_told=time_told)
 
 
 def probe_inputs(settings: Settings) -> Callable[[PreTrainedTokenizerBase, torch.device], BatchEncoding]:

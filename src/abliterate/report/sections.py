@@ -220,7 +220,7 @@ def summary(material: Material) -> str:
     if material.progress:
         facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
     export = material.result["export"]
-    facts["export"] = f"{export['kind']}, {export_text(export.get('verified'))}" if export.get("path") else "none"
+    facts["export"] = f"{export['kind']}, {export_text(export)}" if export.get("path") else "none"
     return paragraph(in_a_sentence(material)) + numbers(facts)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from abliterate.artifacts.result import Result
-from abliterate.objectives import KL, REFUSALS, UNANSWERED, counted, in_words, other_names, other_scores
+from abliterate.objectives import KL, REFUSALS, UNANSWERED, counted, in_words, other_names
 from abliterate.report.refined import refined_text
 from abliterate.types import (
     Baseline,
@@ -157,9 +157,11 @@ def number_text(value: float | None) -> str:
     return f"{value:.{digits}f}".replace("-0.000", "0.000")
 
 
-def export_text(verified: bool | None) -> str:
-    """The verdict of an export's check; None if it was not checked."""
-    return {True: "verified after reloading", False: "NOT verified", None: "not checked"}[verified]
+def export_text(export: Mapping[str, Any]) -> str:
+    """The verdict of an export's check, from its record; a check may load the export, or compare its weights alone."""
+    loaded = "kl_from_trial" in (export.get("verification") or {})
+    right = "verified after reloading" if loaded else "its weights verified"
+    return {True: right, False: "NOT verified", None: "not checked"}[export.get("verified")]
 
 
 # -- trials
@@ -302,29 +304,7 @@ def _exact_parameters(params: Params) -> dict[str, Cell]:
     return {"scope": params.scope, "direction_index": params.direction_index, **kernels}
 
 
-# -- the end of a run
-
-
-def summary(result: Result, where: str) -> tuple[Table | str, ...]:
-    """The tables and sentences that `abliterate run` shows at its end, in order; `where` is the run's directory."""
-    search = SearchRecord.of(result)
-    tables: list[Table | str] = [front_table(search)]
-    trial, base = search.selected_trial, search.baseline
-    if trial is None or base is None:
-        return tuple(tables)
-    others = "".join(f", {text}" for text in other_scores(trial, base.values))
-    counts = counts_text(trial, base)
-    how = f" (refined by gradient: {refined_text(trial.params)})" if isinstance(trial.params, RefinedParams) else ""
-    tables.append(f"selected trial {trial.number}{how}: {counts}, KL {trial.kl:.4f}{others}")
-    heldout = result.heldout
-    if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
-        tables.append(heldout_table(heldout, f"trial {trial.number}"))
-    export = result.export
-    if export.path:
-        tables.append(f"exported ({export.kind}): {where}/{export.path}, {export_text(export.verified)}")
-        if export.pushed:
-            tables.append(f"pushed: {export.pushed}")
-    return tuple(tables)
+# -- scores
 
 
 def counts_text(trial: Trial, base: Baseline) -> str:

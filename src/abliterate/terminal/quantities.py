@@ -9,16 +9,22 @@ from typing import Any
 USUAL_TOKENS = 64
 
 
-def in_words(record: Mapping[str, Any]) -> dict[str, str]:
-    """The summary that a person sees, as {name: text}."""
+def in_words(record: Mapping[str, Any], *, arithmetic: bool = True) -> dict[str, str]:
+    """The summary that a person sees, as {name: text}.
+
+    The cost is a time where speeds are known, and else tokens and, unless `arithmetic` is off, operations.
+    """
     model, coverage, memory, cost = (record[name] for name in ("model", "coverage", "memory", "cost"))
     weights = model["dtype"] + (f", {model['quantization']}" if model["quantization"] != "none" else "")
     size = f"{model['n_layers']} layers × {model['d_model']}, {_count(model['n_parameters'])}"
     edited = [group for group in coverage["groups"] if group["edited"]]
     each = ", ".join(f"{name} {bytes_text(operation['bytes_per_prompt'])}" for name, operation in memory["operations"].items())
     least, most = (bytes_text(memory["refinement"][name]) for name in ("checkpointed", "row"))
-    seconds = f", {_duration(cost['seconds']['run_at_most'])}" if cost["seconds"] else ""
-    at_most = f"{_count(cost['tokens']['run_at_most'])} tokens, {_count(cost['flop']['run_at_most'])}FLOP{seconds}"
+    at_most = f"{_count(cost['tokens']['run_at_most'])} tokens"
+    if arithmetic:
+        at_most += f", {_count(cost['flop']['run_at_most'])}FLOP"
+    if cost["seconds"]:
+        at_most = f"{duration_text(cost['seconds']['run_at_most'])} ({at_most})"
     words = {
         "model": f"{model['id']} ({model['family']}, {size})",
         "weights": f"{weights}, {bytes_text(memory['weights_bytes'])}",
@@ -77,7 +83,8 @@ def bytes_text(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def _duration(seconds: float) -> str:
+def duration_text(seconds: float) -> str:
+    """A time as a person reads it."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -19,13 +19,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.prompt import Prompt as Question
 from rich.table import Column as RuledColumn
 from rich.table import Table as RuledTable
 from rich.text import Text
 
 from abliterate.objectives import UNANSWERED, other_scores
 from abliterate.terminal.json_lines import JsonReporter
+from abliterate.terminal.question import Choice, Question, ask
 from abliterate.terminal.streams import say_if_unread
 from abliterate.terminal.tables import make_console, plain_lines, print_on, printable
 from abliterate.types import Reporter, Table, Trial
@@ -246,19 +246,13 @@ class RichReporter:
         (self._progress.console if self._progress else self._console).print(content)
 
 
-def ask_for_trial(front: Sequence[Trial], default: Trial, table: Table, reporter: Reporter) -> Trial:
-    """Show the front as `table` and let the person choose; Enter and the end of the input (Ctrl+D) take the default."""
+def ask_for_trial(question: Question, table: Table, reporter: Reporter) -> Choice:
+    """Show the front as `table` and what the keys do, and let the person answer."""
     reporter.close()
     console = make_console()
     print_on(console, table, " or abliterate trials")
-    numbers = {str(trial.number): trial for trial in front}
-    question = "Which trial is to be exported"
-    try:
-        answer = Question.ask(question, choices=list(numbers), default=str(default.number), console=console)
-    except EOFError:
-        console.print()
-        return default
-    return numbers[answer]
+    console.print(escape(question.explanation()), style="dim")
+    return ask(question)
 
 
 def ask_yes(question: str) -> bool:

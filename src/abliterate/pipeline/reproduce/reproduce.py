@@ -26,7 +26,7 @@ from abliterate.pipeline.preflight import check_model, check_names
 from abliterate.pipeline.reproduce.compare import Comparison, compare
 from abliterate.pipeline.reproduce.recipe_settings import left_scorers, settings_of
 from abliterate.pipeline.workbench import Workbench, load_calibrated, rename_model
-from abliterate.report.tables import summary
+from abliterate.report.ending import summary
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import changed_parts
 from abliterate.types import Params, RefinedParams, Reporter, params_from_record

@@ -1,0 +1,85 @@
+"""The question after a search: keys, numbers, and the time after which the proposal is taken."""
+
+from __future__ import annotations
+
+import io
+import os
+import pty
+import termios
+import threading
+import time
+
+import pytest
+
+from abliterate.terminal.question import Choice, Question, ask
+
+INFINITE = float("inf")
+
+
+def question(wait: float = INFINITE) -> Question:
+    """Trials 3, 7 and 12 are on the front, in this order; 7 is proposed, and 0 and 5 are complete, too."""
+    return Question({0, 3, 5, 7, 12}, [3, 7, 12], 7, wait)
+
+
+def answered(keys: str, wait: float = INFINITE) -> tuple[Choice, str]:
+    """The answer to these keys, and what the terminal shows."""
+    controller, terminal = pty.openpty()
+    try:
+        before = termios.tcgetattr(terminal)
+
+        def press() -> None:  # keys pressed before the question don't count
+            while termios.tcgetattr(terminal)[3] & termios.ICANON:
+                time.sleep(0.001)
+            os.write(controller, keys.encode())
+
+        threading.Thread(target=press, daemon=True).start()
+        out = io.StringIO()
+        with os.fdopen(os.dup(terminal)) as source:
+            choice = ask(question(wait), source, out)
+        assert termios.tcgetattr(terminal) == before
+        return choice, out.getvalue()
+    finally:
+        os.close(controller)
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ("\r", Choice("export", 7)),
+        ("\n", Choice("export", 7)),
+        ("12\n", Choice("export", 12)),
+        ("5\n", Choice("export", 5)),  # complete, though not on the front
+        ("99\n\x7f\x7f3\n", Choice("export", 3)),  # there is no trial 99
+        ("\x1b[A\n", Choice("export", 3)),
+        ("\x1b[B\n", Choice("export", 12)),
+        ("\x1b[B\x1b[B\x1b[A\n", Choice("export", 7)),
+        ("\x1b[A\x1b[A\x1b[A\n", Choice("export", 3)),
+        ("c", Choice("chat", 7)),
+        ("12c", Choice("chat", 12)),
+        ("99cq", Choice("quit", 7)),
+        ("3q", Choice("quit", 7)),
+        ("xyz\x1b?\n", Choice("export", 7)),
+        ("3\x04", Choice("export", 7)),
+    ],
+)
+def test_keys(keys: str, expected: Choice) -> None:
+    assert answered(keys)[0] == expected
+
+
+def test_a_number_that_is_no_complete_trial_is_told() -> None:
+    asked = question()
+    assert [asked.key(key) for key in "99\n"] == [None] * 3
+    assert asked.line() == "Export trial 99? There is no complete trial with this number"
+
+
+def test_without_a_key_the_proposal_is_taken_and_a_key_begins_the_time_anew() -> None:
+    assert answered("", wait=0.05) == (Choice("export", 7), "\r\x1b[2KExport trial 7? (proposed) \n")
+    # The shown number isn't the proposal: nobody has confirmed it.
+    assert answered("12", wait=0.05)[0] == Choice("export", 7)
+
+
+def test_the_explanation_tells_the_time() -> None:
+    assert "for 10 minutes, trial 7 is exported" in question(600).explanation()
+    assert "for 30 seconds, trial 7 is exported" in question(30).explanation()
+    assert "Without a key" not in question().explanation()
