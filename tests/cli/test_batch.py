@@ -16,7 +16,7 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import batch
 from abliterate.errors import InputError
-from abliterate.model import hub
+from abliterate.model import hub, memory
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
@@ -137,8 +137,8 @@ def test_one_failing_does_not_stop_the_rest(
     with monkeypatch.context() as patch:
         patch.setattr(pipeline_run, "load_calibrated", load)
         freed: list[Any] = []
-        clear = batch.clear_device_cache
-        patch.setattr(batch, "clear_device_cache", lambda device: freed.append(device) or clear(device))
+        clear = memory.clear_device_cache
+        patch.setattr(memory, "clear_device_cache", lambda device: freed.append(device) or clear(device))
         outcome = invoke("run", "--list", listed, "--json")
     assert_sentence(Outcome(outcome.code, "", outcome.err.splitlines()[-1]), 1, "2 of 4 runs failed", "--resume")
     assert len(freed) == 4

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.artifacts.runs import no_run
 from abliterate.errors import InputError, as_command
 from abliterate.files import DIGEST, digest_of, write_json
 from abliterate.objectives import BY_MARKERS, DEFAULT, KL, UNANSWERED
@@ -324,7 +325,12 @@ class Result(_Record):
         try:
             record = json.loads(directory.result.read_text(encoding="utf-8"), parse_constant=_no_number, parse_float=_finite)
         except FileNotFoundError as error:
-            raise InputError(f"There is no run in {directory.path}: it has no result.json.") from error
+            if not directory.holds_run:
+                raise no_run(directory.path) from error
+            raise InputError(
+                f"The run in {directory.path} has no result.json: no trial of it has finished yet, or the file is gone; wait "
+                f"for a trial, or {directory.resuming('writes it')}."
+            ) from error
         except (OSError, ValueError, RecursionError) as error:
             fault = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
             remedy = directory.resuming("rebuilds it")

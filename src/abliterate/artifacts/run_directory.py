@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import time
 import uuid
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from abliterate.artifacts.runs import JOURNAL, RESULT, RUNS, SETTINGS, STUDY, holds_run
 from abliterate.errors import NO_ROOM, AbliterateError, InputError, as_command, disk_remedy
 from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
 from abliterate.settings import untrusted
@@ -31,14 +31,14 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.settings = path / "settings.toml"
-        self.journal = path / "study.journal"
-        self.study = path / "study.name"
+        self.settings = path / SETTINGS
+        self.journal = path / JOURNAL
+        self.study = path / STUDY
         self.directions = path / "directions.safetensors"
         self.refined = path / REFINED
         self.geometry = path / "geometry.json"
         self.answers = path / "answers.json"
-        self.result = path / "result.json"
+        self.result = path / RESULT
         self.report = path / "report.html"
         self.recipe = path / "recipe.json"
         self.export = path / "model"
@@ -67,8 +67,8 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run has left its study here. Other files don't count, because anybody's files may have their names."""
-        return os.path.exists(self.journal) or os.path.exists(self.study)  # False for a path that is too long
+        """Whether a run has left its study here."""
+        return holds_run(self.path)
 
     def stored_settings(self) -> dict[str, Any]:
         """The settings that the run wrote. InputError: the file can't be read, or isn't what a run writes."""
@@ -188,13 +188,13 @@ class RunDirectory:
 
 def default_path(model: str) -> Path:
     """`runs/<model>-<time>`; no part of the model's name can lead out of that folder."""
-    return Path("runs") / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RUNS / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def latest_run(model: str) -> Path | None:
     """The newest run directory of exactly this model under `runs/` with a default name, if any."""
     name = re.compile(re.escape(safe_name(model)) + r"-\d{8}-\d{6}")
-    runs = [path for path in Path("runs").glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
+    runs = [path for path in RUNS.glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
     return max(runs, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.artifacts.runs import check_trial_of_run, is_run
 from abliterate.chat.edits import AdapterEdits, RunEdits, first_trial
 from abliterate.chat.generate import Generator, Sampling
 from abliterate.chat.session import Edits, Session
@@ -65,8 +66,7 @@ def open_session(
     path = expanded(target)
     if is_run(target):
         return _open_run(RunDirectory(path), wanted, given, reporter)
-    if wanted.trial is not None:
-        raise InputError(f"The option --trial needs a run, but {target} is no run directory; name one, or omit --trial.")
+    check_trial_of_run(target, wanted.trial)
     if target != DEMO and is_adapter(path):
         return _open_adapter(path, wanted, given, reporter)
     if target != DEMO and path.is_dir() and not any((path / name).is_file() for name in (CONFIG, ADAPTER)):
@@ -74,13 +74,6 @@ def open_session(
             f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another directory."
         )
     return _open_model(load_settings("", {**given, "model": target}), wanted, reporter)
-
-
-def is_run(target: str) -> bool:
-    """Whether `target` is a run directory; `demo` is always the demo, even if there is a folder of that name."""
-    path = expanded(target)
-    files = (RunDirectory(path).settings, RunDirectory(path).result)
-    return target != DEMO and not (path / "config.json").is_file() and any(file.is_file() for file in files)
 
 
 def _open_run(

@@ -6,7 +6,6 @@ Imports neither torch nor pydantic-settings at the top, because `--help` must an
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,17 +16,29 @@ import typer
 from abliterate import ranks
 from abliterate.cli import exit
 from abliterate.cli.cache import cache_app
+from abliterate.cli.command import Command, Group, prepared, show_tracebacks
+from abliterate.cli.completion import run_directories, runs_or_demo
+from abliterate.cli.config import config_app
 from abliterate.cli.options import (
     Assignments,
     BatchSize,
     CacheDir,
-    Command,
     Config,
     Device,
     Dtype,
+    Harmful,
+    HarmfulEval,
+    HarmfulHeldout,
+    Harmless,
+    HarmlessEval,
+    HarmlessHeldout,
     Json,
+    Markers,
+    Model,
+    Models,
+    OverRefusal,
+    Run,
     Text,
-    expanding_paths,
     for_answers,
     for_efficiency,
     for_filters,
@@ -35,6 +46,8 @@ from abliterate.cli.options import (
     for_output,
     for_prompts,
     for_search,
+    for_trial,
+    prompt_settings,
     shared,
 )
 from abliterate.errors import InputError
@@ -49,11 +62,13 @@ def reproduce(
     trust_remote_code: Annotated[
         bool, for_model("--trust-remote-code", help="Run the model's own code, if the recipe needs it.")
     ] = False,
-    harmful: Annotated[Text, for_prompts(help="Harmful prompts for the direction, if the recipe's were a file.")] = None,
-    harmless: Annotated[Text, for_prompts(help="Harmless prompts for the direction.")] = None,
-    harmful_eval: Annotated[Text, for_prompts(help="Harmful prompts for the scores.")] = None,
-    harmless_eval: Annotated[Text, for_prompts(help="Harmless prompts for the scores.")] = None,
-    markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
+    harmful: Annotated[
+        Text, for_prompts(metavar="SOURCE", help="Harmful prompts for the direction, if the recipe's were a file.")
+    ] = None,
+    harmless: Annotated[Text, for_prompts(metavar="SOURCE", help="Harmless prompts for the direction, likewise.")] = None,
+    harmful_eval: Annotated[Text, for_prompts(metavar="SOURCE", help="Harmful prompts for the scores, likewise.")] = None,
+    harmless_eval: Annotated[Text, for_prompts(metavar="SOURCE", help="Harmless prompts for the scores, likewise.")] = None,
+    markers: Annotated[Text, for_prompts(metavar="FILE", help="File of refusal markers, if the recipe used one.")] = None,
     kind: Annotated[str, for_output("--kind", help="Kind of export: merged, adapter or none. Default: the recipe's.")] = "",
     out: Annotated[Path | None, for_output("-o", "--out", help="Folder of the export. Default: MODEL-reproduced.")] = None,
     as_json: Json = False,
@@ -67,6 +82,9 @@ def reproduce(
         "prompts": {"harmful": harmful, "harmless": harmless, "harmful_eval": harmful_eval, "harmless_eval": harmless_eval},
         "evaluation": {"markers": markers},
     }
+    from abliterate.cli import checks
+
+    checks.check_recipe(recipe)
     from abliterate.cli import reproduce as cli_reproduce
 
     cli_reproduce.reproduce_recipe(recipe, model, given, kind, out, as_json=as_json)
@@ -78,16 +96,19 @@ _for_benchmarks = partial(typer.Option, rich_help_panel="Benchmarks")
 def evaluate(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The unedited model: Hub id, local directory, or demo.")],
     candidate: Annotated[
-        str, typer.Argument(metavar="CANDIDATE", help="Model or adapter directory, RUN, or RUN:N for its trial N.")
+        str,
+        typer.Argument(
+            metavar="CANDIDATE",
+            help="Model or adapter directory, RUN, or RUN:N for its trial N.",
+            autocompletion=runs_or_demo,
+        ),
     ],
     device: Device = None,
     dtype: Dtype = None,
-    harmful_heldout: Annotated[
-        Text, for_prompts(help="Harmful prompts: file, file.csv:column or dataset:split:column.")
-    ] = None,
-    harmless_heldout: Annotated[Text, for_prompts(help="Harmless prompts.")] = None,
-    over_refusal: Annotated[Text, for_prompts(help="Harmless prompts that look harmful.")] = None,
-    markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
+    harmful_heldout: HarmfulHeldout = None,
+    harmless_heldout: HarmlessHeldout = None,
+    over_refusal: OverRefusal = None,
+    markers: Markers = None,
     benchmark: Annotated[
         list[str] | None, _for_benchmarks(metavar="TASK", help="Also run this task of lm-eval; repeatable.")
     ] = None,
@@ -108,6 +129,9 @@ def evaluate(
         },
         "evaluation": {"markers": markers, "batch_size": batch_size},
     }
+    from abliterate.cli import checks
+
+    checks.check_evaluate(candidate, given, config, assignments or [])
     from abliterate.cli import evaluate as cli_evaluate
     from abliterate.evaluation.lm_eval import Tasks
 
@@ -116,8 +140,13 @@ def evaluate(
 
 
 def chat(
-    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="Run directory, or a Hub id, local directory, or demo.")],
-    trial: Annotated[int | None, for_model("--trial", help="Another trial than the one that the run selected.")] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="Run directory, or a Hub id, local directory, or demo.", autocompletion=runs_or_demo
+        ),
+    ],
+    trial: Annotated[int | None, for_trial(help="Trial of RUN. Default: the trial that the run selected.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     system: Annotated[Text, for_answers(help="System prompt. Default: the run's.")] = None,
@@ -135,6 +164,9 @@ def chat(
 ) -> None:
     """Talk to a trial of RUN beside its base, or to MODEL; see /help. In a pipe, each line is a message or a command."""
     given = shared(None, device, dtype, cache_dir) | {"prompts": {"system": system}}
+    from abliterate.cli import checks
+
+    checks.check_chat(target, trial)
     from abliterate.cli import chat as cli_chat
 
     options = cli_chat.ChatOptions(trial, max_new_tokens, temperature, seed, response_prefix)
@@ -147,15 +179,9 @@ app = typer.Typer(
     help="Remove one behaviour, by default refusal, from an open-weight language model.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_MODEL = "Hub id, local directory, or demo. Default: the model in the settings."
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
-
-Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several models: one run each.")]
-
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
 def _show_version(show: bool) -> None:
@@ -169,16 +195,15 @@ def _show_version(show: bool) -> None:
 @app.callback()
 def _root(
     ctx: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; also after the command.")] = False,
     # Eager: otherwise Typer complains about a missing command first.
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")
+        bool, typer.Option("-V", "--version", is_eager=True, callback=_show_version, help="Print the version.")
     ] = False,
 ) -> None:
     if ranks.launched() > 1 and ctx.invoked_subcommand != "run":
         raise InputError("Under torchrun only abliterate run works; start this command without it.")
-    if debug:
-        os.environ["ABLITERATE_DEBUG"] = "1"
+    show_tracebacks(debug)
 
 
 def run(
@@ -189,16 +214,14 @@ def run(
     allow_partial: Annotated[
         bool, for_model("--allow-partial", help="Run even if less than half of the writing parameters are edited.")
     ] = False,
-    harmful: Annotated[
-        Text, for_prompts(help="Harmful prompts for the direction: file, file.csv:column or dataset:split:column.")
-    ] = None,
-    harmless: Annotated[Text, for_prompts(help="Harmless prompts for the direction.")] = None,
-    harmful_eval: Annotated[Text, for_prompts(help="Harmful prompts for the scores.")] = None,
-    harmless_eval: Annotated[Text, for_prompts(help="Harmless prompts for the scores.")] = None,
-    harmful_heldout: Annotated[Text, for_prompts(help="Harmful prompts for the final measurement only.")] = None,
-    harmless_heldout: Annotated[Text, for_prompts(help="Harmless prompts for the final measurement only.")] = None,
-    over_refusal: Annotated[Text, for_prompts(help="Harmless prompts that look harmful, for the final measurement.")] = None,
-    markers: Annotated[Text, for_prompts(help="File of refusal markers, one a line.")] = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    harmful_eval: HarmfulEval = None,
+    harmless_eval: HarmlessEval = None,
+    harmful_heldout: HarmfulHeldout = None,
+    harmless_heldout: HarmlessHeldout = None,
+    over_refusal: OverRefusal = None,
+    markers: Markers = None,
     trials: Annotated[
         int | None, for_search("-n", "--trials", help="Number of trials. Default: 10; without refinement give 200.")
     ] = None,
@@ -206,7 +229,7 @@ def run(
         bool | None, for_search("--refine/--no-refine", help="Refine the front by gradient after the search. Default: yes.")
     ] = None,
     startup_trials: Annotated[int | None, for_search(help="Random trials at the start. Default: 30 % of all.")] = None,
-    seed: Annotated[int | None, for_search(help="Seed of the search.")] = None,
+    seed: Annotated[int | None, for_search(help="Seed of the search. Default: 0.")] = None,
     objectives: Annotated[
         list[str] | None,
         for_search(
@@ -216,16 +239,33 @@ def run(
         ),
     ] = None,
     select: Annotated[
-        Text, for_search(help="Rule that selects a trial: auto, knee, trial:N, kl<=X, unanswered<=N, NAME<=X or NAME>=X.")
+        Text,
+        for_search(
+            metavar="RULE",
+            help="Rule that selects a trial: auto, knee, trial:N, kl<=X, unanswered<=N, NAME<=X or NAME>=X. Default: auto.",
+        ),
     ] = None,
-    storage: Annotated[Text, for_search(help="Optuna RDB URL of the study. Default: a journal file.")] = None,
+    storage: Annotated[
+        Text, for_search(metavar="URL", help="Optuna RDB URL of the study. Default: a journal file in the run directory.")
+    ] = None,
     out: Annotated[
-        Text, for_output("-o", "--out", help="Run directory; for several models, its parent. Default: runs/MODEL-TIME.")
+        Text,
+        for_output(
+            "-o",
+            "--out",
+            metavar="DIR",
+            help="Run directory; for several models, its parent. Default: runs/MODEL-TIME.",
+            autocompletion=run_directories,
+        ),
     ] = None,
     resume: Annotated[bool, for_output("--resume", help="Continue the run in the run directory.")] = False,
     restart: Annotated[bool, for_output("--restart", help="Start anew; the old run is renamed and kept.")] = False,
-    export: Annotated[Text, for_output(help="Kind of export: merged, adapter or none.")] = None,
-    push: Annotated[Text, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = None,
+    export: Annotated[
+        Text, for_output(metavar="KIND", help="Kind of export: merged, adapter or none. Default: merged.")
+    ] = None,
+    push: Annotated[
+        Text, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name. Default: no upload.")
+    ] = None,
     yes: Annotated[bool, for_output("--yes", "-y", help="Export the proposed trial without asking.")] = False,
     wait: Annotated[
         float, for_output("--wait", min=0, help="Minutes after which it is exported if nobody answers; 0: never.")
@@ -248,21 +288,16 @@ def run(
             "Under torchrun all processes work on one run of one model, each on a device of its own; leave --gpus, --device, "
             "--list and further models out."
         )
+    prompts = prompt_settings(
+        harmful, harmless, harmful_eval, harmless_eval, harmful_heldout, harmless_heldout, over_refusal, markers
+    )
     given = {
         "seed": seed,
         "device": device,
         "out": out,
         "cache_dir": cache_dir,
         "load": {"dtypes": [dtype] if dtype else None, "allow_partial": allow_partial or None},
-        "prompts": {
-            "harmful": harmful,
-            "harmless": harmless,
-            "harmful_eval": harmful_eval,
-            "harmless_eval": harmless_eval,
-            "harmful_heldout": harmful_heldout,
-            "harmless_heldout": harmless_heldout,
-            "over_refusal": over_refusal,
-        },
+        "prompts": prompts["prompts"],
         "search": {
             "objectives": objectives or None,
             "trials": trials,
@@ -271,15 +306,16 @@ def run(
             "select": select,
         },
         "refine": {"enabled": refine},
-        "evaluation": {"markers": markers, "batch_size": batch_size},
+        "evaluation": {**prompts["evaluation"], "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }
     from abliterate.cli import batch
     from abliterate.cli import run as cli_run
+    from abliterate.settings.sources import options_of
 
     flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference, yes, wait)
     if listed or len(models or []) > 1:
-        batch.run(models or [], listed, cli_run.options_of(given, assignments or []), config, flags)
+        batch.run(models or [], listed, options_of(given, assignments or []), config, flags)
     else:
         cli_run.run({**given, "model": models[0] if models else None}, config, assignments or [], flags)
 
@@ -289,15 +325,28 @@ def inspect(
     no_weights: Annotated[bool, for_model("--no-weights", help="Read the config alone and measure nothing.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    harmful_eval: HarmfulEval = None,
+    harmless_eval: HarmlessEval = None,
+    harmful_heldout: HarmfulHeldout = None,
+    harmless_heldout: HarmlessHeldout = None,
+    over_refusal: OverRefusal = None,
+    markers: Markers = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     config: Config = "",
     assignments: Assignments = None,
 ) -> None:
     """Show which modules of MODEL would be edited, which would not and why, and what a run needs and costs."""
+    given = shared(model, device, dtype, cache_dir) | prompt_settings(
+        harmful, harmless, harmful_eval, harmless_eval, harmful_heldout, harmless_heldout, over_refusal, markers
+    )
+    from abliterate.cli import checks
+
+    checks.check_given("inspect", given, config, assignments or [])
     from abliterate.cli import inspect as cli_inspect
 
-    given = shared(model, device, dtype, cache_dir)
     cli_inspect.inspect(given, config, assignments or [], weights=not no_weights, as_json=as_json)
 
 
@@ -305,15 +354,29 @@ def tune_batch(
     model: Model = "",
     device: Device = None,
     dtype: Dtype = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    harmful_eval: HarmfulEval = None,
+    harmless_eval: HarmlessEval = None,
+    harmful_heldout: HarmfulHeldout = None,
+    harmless_heldout: HarmlessHeldout = None,
+    over_refusal: OverRefusal = None,
+    markers: Markers = None,
     as_json: Json = False,
     cache_dir: CacheDir = None,
     config: Config = "",
     assignments: Assignments = None,
 ) -> None:
     """Measure the batch sizes at which MODEL is fastest on this machine, and keep them for later runs."""
+    given = shared(model, device, dtype, cache_dir) | prompt_settings(
+        harmful, harmless, harmful_eval, harmless_eval, harmful_heldout, harmless_heldout, over_refusal, markers
+    )
+    from abliterate.cli import checks
+
+    checks.check_given("tune-batch", given, config, assignments or [])
     from abliterate.cli import tune_batch
 
-    tune_batch.tune_batch(shared(model, device, dtype, cache_dir), config, assignments or [], as_json=as_json)
+    tune_batch.tune_batch(given, config, assignments or [], as_json=as_json)
 
 
 def trials(
@@ -345,6 +408,9 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a run again and show the report here; no model is loaded."""
+    from abliterate.cli import checks
+
+    checks.check_run_directory(run_directory)
     from abliterate.cli import report as cli_report
 
     cli_report.report(run_directory, png, sys.stdout.isatty() if terminal is None else terminal)
@@ -352,7 +418,7 @@ def report(
 
 def export(
     run_directory: Run,
-    trial: Annotated[int, for_model("--trial", help="Number of a complete trial.")],
+    trial: Annotated[int, for_trial(help="Number of a complete trial.")],
     trust_remote_code: Annotated[
         bool, for_model("--trust-remote-code", help="Run the model's own code, if the run did.")
     ] = False,
@@ -363,6 +429,9 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export any complete trial of a finished or running run and check its weights; needs no prompts and no GPU."""
+    from abliterate.cli import checks
+
+    checks.check_export(run_directory, trial, kind, push)
     from abliterate.cli import export as cli_export
 
     trust = trust_remote_code
@@ -370,8 +439,10 @@ def export(
 
 
 def worker(
-    run_directory: Annotated[Path | None, typer.Argument(metavar="RUN", help="Directory of the run to help.")] = None,
-    model: Annotated[Text, for_model(help="The model, if it lies elsewhere on this machine.")] = None,
+    run_directory: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Directory of the run to help.", autocompletion=run_directories)
+    ] = None,
+    model: Annotated[Text, for_model(help="The model, if it lies elsewhere on this machine. Default: the run's.")] = None,
     device: Device = None,
     storage: Annotated[str, for_search(help="The run's Optuna RDB URL, instead of RUN.")] = "",
     study: Annotated[str, for_search(help="Name of the study there, as the run prints it.")] = "",
@@ -383,15 +454,26 @@ def worker(
 ) -> None:
     """Help a run on this device or machine: take trials from its budget until the budget is used up."""
     own = {"model": model, "device": device, "cache_dir": cache_dir, "evaluation": {"batch_size": batch_size}}
+    from abliterate.cli import checks
+
+    checks.check_run_directory(run_directory)
     from abliterate.cli import worker
 
     worker.work(run_directory, storage, study, own, assignments or [], as_json=as_json, end_with_input=end_with_input)
 
 
-# The order of `abliterate --help`: that in which a person meets the commands.
-for _command in (run, inspect, tune_batch, trials, report, chat, evaluate, export, reproduce, worker):
-    app.command(cls=Command)(expanding_paths(_command))
+def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
+    """Check this installation and machine: versions, devices, memory, cache, Hub token, extras, disk."""
+    from abliterate.cli import doctor as cli_doctor
 
+    cli_doctor.doctor(cache_dir, as_json=as_json)
+
+
+# The order of `abliterate --help`: that in which a person meets the commands.
+for _command in (run, inspect, tune_batch, trials, report, chat, evaluate, export, reproduce, worker, doctor):
+    app.command(cls=Command)(prepared(_command))
+
+app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 
 
@@ -407,7 +489,7 @@ def _app() -> None:
     undecodable = next((text for text in sys.argv[1:] if any("\ud800" <= letter <= "\udfff" for letter in text)), None)
     if undecodable is not None:
         raise InputError(f"The argument {undecodable} is not valid UTF-8; rename the file or folder.")
-    app()
+    app(prog_name="abliterate")  # also under python -m abliterate, for its help and for shell completion
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,9 +21,7 @@ from abliterate.cli.exit import explain, show_traceback
 from abliterate.cli.run import RunFlags, carry_out, resolve
 from abliterate.errors import DONE, INTERRUPTED, AbliterateError, InputError, Interrupted
 from abliterate.files import expanded, read_toml, safe_name
-from abliterate.model.devices import choose_device
 from abliterate.model.hub import ask_again
-from abliterate.model.memory import clear_device_cache
 from abliterate.objectives import UNANSWERED, other_names
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import by_section, load_settings
@@ -251,8 +250,13 @@ def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
 
 def _free_memory(planned: Planned, config: str) -> None:
     """Free the memory of the run before the next model is loaded; the errors that held it are gone by now."""
+    if "torch" not in sys.modules:  # the run failed before a model was loaded
+        return
+    from abliterate.model import memory
+    from abliterate.model.devices import choose_device
+
     with contextlib.suppress(InputError):
-        clear_device_cache(choose_device(load_settings(config, planned.options, entry=planned.entry).device))
+        memory.clear_device_cache(choose_device(load_settings(config, planned.options, entry=planned.entry).device))
 
 
 def _announce(model: str, position: tuple[int, int], directory: RunDirectory, *, as_json: bool) -> None:

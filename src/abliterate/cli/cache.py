@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from abliterate.cli.options import CacheDir, Command, Json, for_filters, for_general
+from abliterate.cli.command import Command, Debug, Group, prepared, show_tracebacks
+from abliterate.cli.options import CacheDir, Json, for_filters, for_general
 from abliterate.errors import AbliterateError, InputError
 from abliterate.files import expanded
 
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
 # Seconds by the unit of an age.
 _UNITS = {"min": 60, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 
-cache_app = typer.Typer(help="List, clear and check the cache of residuals, calibrations and baselines.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="List, clear and check the cache of residuals, calibrations and baselines.", no_args_is_help=True, cls=Group
+)
+
+
+@cache_app.callback()
+def _cache(debug: Debug = False) -> None:
+    show_tracebacks(debug)
 
 
 @cache_app.command("ls", cls=Command)
+@prepared
 def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """List the entries with their model, size and age."""
     from abliterate.terminal import json_lines
@@ -42,6 +51,7 @@ def cache_ls(cache_dir: CacheDir = None, as_json: Json = False) -> None:
 
 
 @cache_app.command("clear", cls=Command)
+@prepared
 def cache_clear(
     cache_dir: CacheDir = None,
     model: Annotated[str, for_filters("--model", help="Delete only entries of this model: its name or its path.")] = "",
@@ -84,6 +94,7 @@ def cache_clear(
 
 
 @cache_app.command("verify", cls=Command)
+@prepared
 def cache_verify(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     """Check the checksum of every entry. The exit code is 1 if an entry is not usable."""
     from abliterate.terminal import json_lines
@@ -107,6 +118,7 @@ def cache_verify(cache_dir: CacheDir = None, as_json: Json = False) -> None:
 
 
 @cache_app.command("path", cls=Command)
+@prepared
 def cache_path(cache_dir: CacheDir = None) -> None:
     """Print the folder of the cache."""
     print(cache_root(cache_dir))

@@ -14,9 +14,8 @@ from abliterate.chat.input import Lines, PipedLines, TypedLines, at_terminal
 from abliterate.chat.open import ChatTarget, open_session
 from abliterate.chat.shell import COMMAND_NAMES, Shell
 from abliterate.cli import exit
-from abliterate.cli import run as cli_run
 from abliterate.errors import InputError, Interrupted
-from abliterate.settings.sources import load_settings
+from abliterate.settings.sources import load_settings, options_of
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import PlainReporter, make_reporter
@@ -44,7 +43,7 @@ class ChatOptions:
 def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignments: list[str], *, as_json: bool) -> None:
     """`abliterate chat TARGET`: open the session, run the shell, and in a pipe raise the first error of a line."""
     options.check()
-    settings = cli_run.options_of(given, assignments)
+    settings = options_of(given, assignments)
     exit.quiet_libraries()
     interactive = at_terminal() and not as_json
     reporter: Reporter = make_reporter(as_json=as_json) if as_json or interactive else PlainReporter(sys.stderr)

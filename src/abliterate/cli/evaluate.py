@@ -9,13 +9,12 @@ from typing import Any
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import exit
-from abliterate.cli import run as cli_run
 from abliterate.errors import AbliterateError
 from abliterate.evaluation.lm_eval import Tasks
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
 from abliterate.report.tables import heldout_table
-from abliterate.settings.sources import load_settings, merge
+from abliterate.settings.sources import load_settings, merge, options_of
 from abliterate.settings.untrusted import Request, code_note, scorers_note, to_measure, unsaid, without
 from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import make_reporter
@@ -25,7 +24,7 @@ from abliterate.terminal.tables import print_table, show_table
 def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list[str], tasks: Tasks, *, as_json: bool) -> None:
     """`abliterate evaluate BASE CANDIDATE`; a run's trial is measured with the run's settings where no others are given."""
     candidate = parse_candidate(text)
-    options = cli_run.options_of(given, assignments)
+    options = options_of(given, assignments)
     left_out: tuple[Request, ...] = ()
     doubt = ""
     if candidate.kind == "trial":

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate.cli.exit import ending_at_once, quiet_libraries
-from abliterate.cli.run import options_of
 from abliterate.pipeline import inspect as pipeline_inspect
 from abliterate.report.tables import coverage_table
-from abliterate.settings.sources import load_settings
+from abliterate.settings.sources import load_settings, options_of
 from abliterate.terminal import json_lines
 from abliterate.terminal.quantities import in_words
 from abliterate.terminal.reporters import make_reporter

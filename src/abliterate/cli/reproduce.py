@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.exit import ending_at_once, quiet_libraries
-from abliterate.cli.run import given_options
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.pipeline.reproduce import reproduce as pipeline_reproduce_reproduce
+from abliterate.settings.sources import given_options
 from abliterate.terminal.reporters import make_reporter
 
 

@@ -1,4 +1,7 @@
-"""`abliterate run`: turn options into settings and a run directory, and carry out the run."""
+"""`abliterate run`: turn options into settings and a run directory, and carry out the run.
+
+The pipeline, and with it torch, is imported only when the settings have been checked, so that bad input is told at once.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,26 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from abliterate import ranks
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
-from abliterate.chat.talk import talk
+from abliterate.cli.checks import check_run
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
-from abliterate.pipeline import run as pipeline_run
-from abliterate.pipeline.run import Candidates
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
 from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import check_storage, load_settings, merge, parse_assignments
+from abliterate.settings.sources import check_storage, load_settings, options_of
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.question import Question
 from abliterate.terminal.reporters import SilentReporter, ask_for_trial, make_reporter
 from abliterate.types import Reporter, Trial
+
+if TYPE_CHECKING:
+    from abliterate.pipeline.run import Candidates
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,14 @@ def follow(settings: Settings, flags: RunFlags) -> None:
 
     Rank 0 alone heeds signals: if it ends, this process notices.
     """
+    from abliterate.pipeline import run as pipeline_run
+
     quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with tempfile.TemporaryDirectory(prefix="abliterate-rank-") as folder:
         directory = RunDirectory(Path(folder) / "run")
         pipeline_run.run(settings, SilentReporter(), directory, resume=flags.resume, restart=flags.restart)
-
-
-def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """The settings that the command line gives, including --set."""
-    return merge(given_options(given), parse_assignments(assignments))
 
 
 def resolve(
@@ -95,6 +96,9 @@ def resolve(
 
 def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, interrupts: Interrupts, *, ask: bool) -> Result:
     """Carry out one run; with `ask`, a person chooses the trial."""
+    check_run(settings, directory, resume=flags.resume, restart=flags.restart)
+    from abliterate.pipeline import run as pipeline_run
+
     quiet_libraries()
     reporter = make_reporter(as_json=flags.as_json)
 
@@ -126,6 +130,8 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
 
 def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | None:
     """The trial that a person chooses, who may talk to some of them before; None if none is to be exported."""
+    from abliterate.chat.talk import talk
+
     listed, proposed = [trial.number for trial in given.front], given.proposed.number
     complete = {trial.number: trial for trial in given.trials if trial.state == "complete"}
     search = SearchRecord(tuple(given.trials), tuple(listed), proposed, given.baseline)
@@ -135,16 +141,6 @@ def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | No
         if choice.what != "chat":
             return complete[choice.number] if choice.what == "export" else None
         talk(given.bench, given.directory, complete[choice.number])
-
-
-def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that were given; the others are None and are dropped, so that lower sources decide."""
-    kept: dict[str, Any] = {}
-    for name, value in options.items():
-        inner = given_options(value) if isinstance(value, Mapping) else value
-        if inner is not None and inner != {}:
-            kept[name] = inner
-    return kept
 
 
 def _existing(settings: Settings) -> RunDirectory | None:

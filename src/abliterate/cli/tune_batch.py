@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate.cli.exit import ending_at_once, quiet_libraries
-from abliterate.cli.run import options_of
 from abliterate.pipeline.tune_batch import tune
-from abliterate.settings.sources import load_settings
+from abliterate.settings.sources import load_settings, options_of
 from abliterate.terminal import json_lines
 from abliterate.terminal.quantities import bytes_text
 from abliterate.terminal.reporters import make_reporter

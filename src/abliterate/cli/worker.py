@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.cli.exit import quiet_libraries
-from abliterate.cli.run import options_of
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
-from abliterate.settings.sources import absolute_database
+from abliterate.settings.sources import absolute_database, options_of
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts, end_with
 from abliterate.terminal.reporters import make_reporter

@@ -6,33 +6,10 @@ import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from abliterate.errors import AbliterateError, InputError, first_line
+from abliterate.errors import AbliterateError, first_line
 from abliterate.export.folder import LOCK
 from abliterate.settings.schema import ExportSettings
-
-
-def check_push(settings: ExportSettings) -> None:
-    """InputError if the push that `settings` ask for can't succeed; it is checked before hours of work, not after."""
-    repo = settings.push
-    if not repo:
-        return
-    if settings.kind == "none":
-        raise InputError(
-            f"There is nothing to push to {repo} with --export none; choose merged or adapter, or leave out --push."
-        )
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        repo = ""
-    if repo.count("/") != 1:
-        raise InputError(f"The repository {settings.push!r} can't be pushed to; name it as owner/name.")
-    if not get_token():
-        raise InputError(
-            f"There is no Hub token to push to {repo} with; log in with hf auth login, or set HF_TOKEN, or leave out --push."
-        )
 
 
 def push(folder: Path, settings: ExportSettings) -> str:

@@ -1,6 +1,7 @@
-"""Finds out whether the Hub can be reached, and switches its libraries to offline mode if it can't.
+"""Finds out whether the Hub can be reached and pushed to, and switches its libraries to offline mode if it can't be reached.
 
-Without a network they would retry for half a minute before they look into their own cache.
+Without a network they would retry for half a minute before they look into their own cache. This module is free of torch, so
+that the command line can refuse a push before torch is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +12,12 @@ import sys
 import urllib.error
 import urllib.request
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from abliterate.errors import InputError
+from abliterate.settings.schema import ExportSettings
 
 TIMEOUT_SECONDS = 10.0
 # The mode that the environment requests.
@@ -51,3 +57,24 @@ def _reachable(endpoint: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def check_push(settings: ExportSettings) -> None:
+    """InputError if the push that `settings` ask for can't succeed; it is checked before hours of work, not after."""
+    repo = settings.push
+    if not repo:
+        return
+    if settings.kind == "none":
+        raise InputError(
+            f"There is nothing to push to {repo} with --export none; choose merged or adapter, or leave out --push."
+        )
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        repo = ""
+    if repo.count("/") != 1:
+        raise InputError(f"The repository {settings.push!r} can't be pushed to; name it as owner/name.")
+    if not get_token():
+        raise InputError(
+            f"There is no Hub token to push to {repo} with; log in with hf auth login, or set HF_TOKEN, or leave out --push."
+        )

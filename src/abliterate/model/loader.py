@@ -28,13 +28,13 @@ from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.model_config import d_model_of, read_config
 from abliterate.model.model_files import CONFIG, reading
+from abliterate.model.names import DEMO, check_model_name, demo_path
 from abliterate.model.offload import home_of
 from abliterate.model.structure import discover
 from abliterate.model.tensor_parallel import check_targets
 from abliterate.settings.schema import LoadSettings
 from abliterate.types import ModelInfo
 
-DEMO = "demo"
 # Endings of the files that determine a local model's results; .py for code loaded with trust_remote_code.
 _CONTENT_ENDINGS = (".safetensors", ".bin", ".pt", ".gguf", "config.json", ".index.json", ".py")
 
@@ -71,30 +71,20 @@ class Skeleton:
     targets: tuple[Target, ...]
 
 
-def demo_path() -> Path:
-    """The directory of the demo model and prompts that ship in the package."""
-    return Path(__file__).parents[1] / "demo"
-
-
 def resolve_source(model: str) -> str:
     """The argument of `from_pretrained` for MODEL: `demo`, a local directory, or a Hub id.
 
     Raises:
         InputError: no model is named, or the path doesn't exist or holds no model.
     """
-    if not model:
-        raise InputError("No model was given; name a Hub id, a local directory, or demo: abliterate run demo.")
+    check_model_name(model)
     if model == DEMO:
         return str(demo_path() / "model")
     path = expanded(model)
-    if path.is_dir():
-        model_files.check_folder(path, model)
-        return str(path)
-    if path.exists():
-        raise InputError(f"The path {model} is a file; give the directory that holds config.json and the weights.")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model:
-        raise InputError(f"There is no model directory {model}; check the path, or give a Hub id like owner/name.")
-    return model
+    if not path.is_dir():
+        return model
+    model_files.check_folder(path, model)
+    return str(path)
 
 
 def load_model(

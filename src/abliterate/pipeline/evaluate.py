@@ -18,6 +18,7 @@ import torch
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result, damaged, no_complete_trial
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.artifacts.runs import no_run
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
@@ -67,7 +68,7 @@ def parse_candidate(text: str) -> Candidate:
     if head and tail.isdecimal() and not os.path.exists(path):  # os.path.exists is False for a name that is too long
         run = expanded(head)
         if not _is_run(run):
-            raise InputError(f"There is no run in {head}, so {text} names no trial; give the directory of a run.")
+            raise no_run(run)
         return Candidate("trial", str(run), int(tail))
     if _is_run(path):
         return Candidate("trial", str(path))

@@ -24,11 +24,11 @@ from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
 from abliterate.export.check_behaviour import Verification
 from abliterate.export.check_weights import Definition, by_definition, by_factors, check_weights
-from abliterate.export.push import check_push
 from abliterate.model import loader
 from abliterate.model.architectures import known_architecture
 from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.editor import EditKey, Editor
+from abliterate.model.hub import check_push
 from abliterate.model.memory import unless_full
 from abliterate.pipeline import stages
 from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity

@@ -85,18 +85,26 @@ def local_workers(
         workers.end()
 
 
-def devices_of(gpus: int, device: torch.device) -> list[str]:
-    """The `gpus` − 1 devices of the further workers of a run that itself works on `device`.
+def devices_of(gpus: int, device: torch.device, named: str = "auto") -> list[str]:
+    """The `gpus` − 1 devices of the further workers of a run that itself works on `device`, which the settings call `named`.
+
+    The cores of a CPU are shared by as many workers as are asked for, if the settings name it.
 
     Raises:
         InputError: the machine has fewer devices.
     """
     if gpus <= 1:
         return []
-    if device.type == "cpu":  # all workers share its cores
+    if device.type == "cpu":
+        if named == "auto":
+            raise InputError(
+                f"This machine has no GPU that torch can use, so --gpus {gpus} finds none; leave --gpus out, or add --device "
+                f"cpu to search with {gpus} processes on the CPU."
+            )
         return ["cpu"] * (gpus - 1)
     count = torch.accelerator.device_count()
     if gpus > count:
-        raise InputError(f"This machine has {count} devices of type {device.type}, not {gpus}; give a smaller --gpus.")
+        there = f"{count} devices" if count != 1 else "1 device"
+        raise InputError(f"This machine has {there} of type {device.type}, not {gpus}; give --gpus {count}, or leave it out.")
     own_index = device.index or 0
     return [f"{device.type}:{index}" for index in range(count) if index != own_index][: gpus - 1]

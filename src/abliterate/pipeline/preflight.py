@@ -16,11 +16,11 @@ from abliterate.edits import edit_method, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
-from abliterate.export.push import check_push
 from abliterate.model import loader
 from abliterate.model.architectures import ARCHITECTURES, Target
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
+from abliterate.model.hub import check_push
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import objectives_of, scorers_of

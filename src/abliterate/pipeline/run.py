@@ -88,7 +88,7 @@ def run(
     try:
         with directory.locked():
             rule = check_names(settings)
-            devices = devices_of(gpus, choose_device(settings.device))
+            devices = devices_of(gpus, choose_device(settings.device), settings.device)
             directory.check(resume=resume, restart=restart)
             check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.artifacts.runs import no_run
 from abliterate.directions import Directions
 from abliterate.errors import InputError, first_line
 from abliterate.files import expanded
@@ -157,7 +158,7 @@ def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any]
         return url, Path(), name
     directory = RunDirectory(run)
     if not directory.holds_run:
-        raise InputError(f"There is no run in {run}; name a run's directory, or give --storage and --study.")
+        raise no_run(run)
     directory.check_links()
     study = directory.study_name() if directory.study.exists() else STUDY_NAME
     if not directory.settings.exists():

@@ -24,7 +24,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import AbliterateError, disk_remedy, first_line
+from abliterate.errors import AbliterateError, InputError, disk_remedy, first_line
 
 Result = TypeVar("Result")
 
@@ -39,6 +39,7 @@ _CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each re
 # What databases say where another process has just created a table or a row, or is about to.
 _RACES = ("already exists", "is locked", "deadlock", "duplicate", "unique constraint", "concurrently updated")
 _SCHEMA_PATIENCE = 30.0  # seconds in which a new database's tables must be there, whoever creates them
+_POSTGRES = "pip install 'abliterate[postgres]'"
 _DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -55,6 +56,29 @@ def open_storage(url: str, journal: Path, *, dead_lock: int = _DEAD_LOCK) -> Bas
         return JournalStorage(CheckedJournal(journal, dead_lock))
     # `pool_pre_ping` notices connections that a restart of the server cut before they are used.
     return make_schema(partial(RDBStorage, url, {} if url.startswith("sqlite") else {"pool_pre_ping": True}))
+
+
+def check_driver(url: str) -> None:
+    """InputError if the package that connects to the database at `url` isn't installed; nothing is connected.
+
+    A URL that can't be read passes, because the error of opening it says more.
+    """
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        make_url(url).get_dialect().import_dbapi()
+    except ImportError as error:
+        kind = url.partition(":")[0]
+        remedy = f"install it, or the extra for PostgreSQL: {_POSTGRES}"
+        if kind.startswith("postgresql"):
+            remedy = f"install the extra with {_POSTGRES}"
+            if kind not in ("postgresql", "postgresql+psycopg"):
+                remedy += ", and begin the URL with postgresql+psycopg://"
+        missing = error.name or first_line(error)
+        raise InputError(f"A study at {kind}://… needs the package {missing}, which isn't installed; {remedy}.") from error
+    except SQLAlchemyError:
+        return
 
 
 def make_schema(connect: Callable[[], Result], patience: float = _SCHEMA_PATIENCE) -> Result:

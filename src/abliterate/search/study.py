@@ -34,6 +34,7 @@ from abliterate.search.storage import (
     PATIENCE,
     Result,
     Silence,
+    check_driver,
     disk_refused,
     heartbeat,
     open_storage,
@@ -357,6 +358,7 @@ def open_study(
 def check_database(url: str) -> None:
     """Raise InputError if the database at `url` can't be opened; a run asks before it loads a model, which may take minutes."""
     if url:
+        check_driver(url)
         try:
             open_storage(url, Path())
         except Exception as error:

@@ -21,6 +21,7 @@ from abliterate.errors import InputError
 from abliterate.files import HALF_CHARACTER, expanded, read_toml, split_existing
 from abliterate.objectives import split
 from abliterate.settings import schema
+from abliterate.settings.presets import config_path, presets
 
 ENV_PREFIX = "ABLITERATE_"
 
@@ -38,15 +39,6 @@ _PROMPT_SETS = (
     *("harmful", "harmless", "harmful_eval", "harmless_eval"),
     *("harmful_heldout", "harmless_heldout", "over_refusal"),
 )
-
-
-def config_path(name: str) -> Path:
-    """The path of a file in `configs/`: in the installed package, or at the top of the source tree (editable installs)."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parents[1] / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise InputError(f"The file configs/{name} is missing from this installation; reinstall abliterate.")
 
 
 class _Loading(type(schema.Settings)):  # type: ignore[misc]
@@ -129,6 +121,21 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
         table[leaf] = _parse_value(text.strip())
     return values
+
+
+def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given; the others are None and are dropped, so that lower sources decide."""
+    kept: dict[str, Any] = {}
+    for name, value in options.items():
+        inner = given_options(value) if isinstance(value, Mapping) else value
+        if inner is not None and inner != {}:
+            kept[name] = inner
+    return kept
+
+
+def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """The settings that the command line gives, including --set."""
+    return merge(given_options(given), parse_assignments(assignments))
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,8 +285,8 @@ def _find_config(config: str) -> Path:
             return config_path(config + ".toml")
         except InputError:
             pass
-    presets = ", ".join(sorted(p.stem for p in config_path("default.toml").parent.glob("*.toml")))
-    raise InputError(f"There is no configuration file {config!r}; give a TOML file or one of the presets: {presets}.")
+    names = ", ".join(presets())
+    raise InputError(f"There is no configuration file {config!r}; give a TOML file or one of the presets: {names}.")
 
 
 def _parse_value(text: str) -> Any:

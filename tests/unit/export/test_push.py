@@ -14,6 +14,8 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.export import push
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.files import digest_of
+from abliterate.model import hub as hub_module
+from abliterate.model.hub import check_push
 from abliterate.pipeline import export as pipeline_export
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline import run as pipeline_run
@@ -168,14 +170,14 @@ def test_a_failed_upload_keeps_everything(finished: Finished, tmp_path: Path, hu
 @pytest.mark.parametrize("repo", ["model", "a/b/c", "me/mo del", "me/", "https://x/y"])
 def test_names_that_are_no_repository(repo: str, hub: type[FakeApi]) -> None:
     with pytest.raises(InputError, match="owner/name"):
-        push.check_push(ExportSettings(push=repo))
+        check_push(ExportSettings(push=repo))
 
 
 def test_without_a_token_nothing_begins(
     finished: Finished, tmp_path: Path, hub: type[FakeApi], monkeypatch: pytest.MonkeyPatch, prompt_files: dict[str, str]
 ) -> None:
     path, first, settings = finished
-    monkeypatch.setattr(push, "get_token", lambda: None)
+    monkeypatch.setattr(hub_module, "get_token", lambda: None)
     monkeypatch.setattr(workbench, "open_workbench", forbidden)
     monkeypatch.setattr(pipeline_export, "finished_folder", forbidden)
     quick = quick_settings(prompt_files, tmp_path / "cache", export={"push": "me/model"})
