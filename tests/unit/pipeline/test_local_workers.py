@@ -1,0 +1,28 @@
+"""The devices of `--gpus`: as many as there are, and the number that there is in the sentence where there are fewer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from abliterate.errors import InputError
+from abliterate.pipeline.local_workers import devices_of
+
+
+@pytest.mark.parametrize(("there", "said"), [(1, "1 device of type cuda, not 3; give --gpus 1"), (2, "2 devices of type cuda")])
+def test_more_than_there_are_is_refused_with_their_number(there: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: there)
+    with pytest.raises(InputError, match=said):
+        devices_of(3, torch.device("cuda", 0))
+
+
+def test_the_other_devices_get_a_worker_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    assert devices_of(3, torch.device("cuda", 1)) == ["cuda:0", "cuda:2"]
+    assert devices_of(1, torch.device("cuda", 1)) == []
+
+
+def test_a_cpu_is_shared_only_if_it_is_named() -> None:
+    assert devices_of(3, torch.device("cpu"), "cpu") == ["cpu", "cpu"]
+    with pytest.raises(InputError, match=r"no GPU that torch can use, so --gpus 3 finds none; .* --device cpu"):
+        devices_of(3, torch.device("cpu"), "auto")
