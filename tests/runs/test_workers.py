@@ -224,7 +224,7 @@ def test_a_worker_at_a_finished_run_has_nothing_to_do(finished: Finished, tmp_pa
 
 def test_devices_of_a_run() -> None:
     cpu = torch.device("cpu")
-    assert [local_workers.devices_of(count, cpu) for count in (0, 1, 3)] == [[], [], ["cpu", "cpu"]]
+    assert [local_workers.devices_of(count, cpu, "cpu") for count in (0, 1, 3)] == [[], [], ["cpu", "cpu"]]
 
 
 def test_devices_of_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def is_run(target: str) -> bool:
     """Whether what may be a run or a model is a run directory; `demo` is always the demo, even beside a folder `demo`."""
     path = expanded(target)
     files = (path / SETTINGS, path / RESULT)
-    return target != DEMO and not (path / "config.json").is_file() and any(file.is_file() for file in files)
+    return target != DEMO and not os.path.isfile(path / "config.json") and any(map(os.path.isfile, files))
 
 
 def check_trial_of_run(target: str, trial: int | None) -> None:
@@ -46,7 +46,7 @@ def runs_in(folder: Path) -> list[Path]:
         found = [(entry.stat().st_mtime, folder / entry.name) for entry in os.scandir(folder) if entry.is_dir()]
     except OSError:
         return []
-    return [path for _, path in sorted(found, reverse=True) if holds_run(path) or (path / RESULT).exists()]
+    return [path for _, path in sorted(found, reverse=True) if holds_run(path) or os.path.exists(path / RESULT)]
 
 
 def no_run(path: Path) -> InputError:

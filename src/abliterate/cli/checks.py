@@ -71,7 +71,7 @@ def check_run(settings: Settings, directory: RunDirectory, *, resume: bool, rest
 
 def check_run_directory(path: Path | None) -> None:
     """InputError if a directory was given that holds no run, neither its study nor its result."""
-    if path is not None and not (holds_run(path) or RunDirectory(path).result.is_file()):
+    if path is not None and not (holds_run(path) or os.path.isfile(RunDirectory(path).result)):
         raise no_run(path)
 
 
