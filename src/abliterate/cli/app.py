@@ -37,6 +37,7 @@ from abliterate.cli.options import (
     Model,
     Models,
     OverRefusal,
+    RecipePath,
     Run,
     Text,
     for_answers,
@@ -55,12 +56,7 @@ from abliterate.terminal import streams
 
 
 def reproduce(
-    recipe: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RECIPE", help="recipe.json, or a run directory or export that has one.", autocompletion=run_directories
-        ),
-    ],
+    recipe: RecipePath,
     model: Annotated[str, for_model(help="The model, if the recipe's model was a directory.")] = "",
     device: Device = None,
     chat_template: Annotated[Text, for_model(help="Chat template file, if the recipe used one.")] = None,

@@ -28,6 +28,8 @@ _MODEL = "Hub id, local directory, or demo. Default: the model in the settings."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Models = Annotated[list[str] | None, typer.Argument(metavar="MODEL", help=f"{_MODEL} Several models: one run each.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.", autocompletion=run_directories)]
+_RECIPE = "recipe.json, or a run directory or export that has one."
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help=_RECIPE, autocompletion=run_directories)]
 # A trial of the run that an argument names.
 for_trial = partial(for_model, "--trial", autocompletion=trial_numbers)
 
