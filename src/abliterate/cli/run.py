@@ -134,7 +134,7 @@ def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | No
 
     listed, proposed = [trial.number for trial in given.front], given.proposed.number
     complete = {trial.number: trial for trial in given.trials if trial.state == "complete"}
-    search = SearchRecord(tuple(given.trials), tuple(listed), proposed, given.baseline)
+    search = SearchRecord(tuple(given.trials), tuple(listed), proposed, given.baseline, given.bench.objectives)
     while True:
         question = Question(complete, listed, proposed, 60 * flags.wait if flags.wait else float("inf"))
         choice = ask_for_trial(question, front_table(search), reporter)
