@@ -11,17 +11,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from abliterate.artifacts.result import ModelRecord, Result
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.edits import METHODS, Factors
 from abliterate.export import EXPORTERS, ExportJob
 from abliterate.export.base_weights import Matrices
 from abliterate.export.check_weights import CHUNK, ROUNDING, by_definition, by_factors, check_weights
 from abliterate.export.safetensors_copy import read_header, shard_files
+from abliterate.model import loader
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
 from abliterate.objectives import DEFAULT
-from abliterate.settings.schema import ExportSettings, LoadSettings
-from abliterate.types import Kernel, TrialParams
-from support.models import make_editor, make_loaded, make_model, make_params, save_model
+from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
+from abliterate.settings.schema import ExportSettings, LoadSettings, Settings
+from abliterate.settings.sources import load_settings
+from abliterate.types import Baseline, Kernel, Trial, TrialParams
+from support.models import make_directions, make_editor, make_loaded, make_model, make_params, save_model
 
 MODES = ("full", "pre", "none")
 ON = TrialParams("global", 1.0, dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(1.0, 1.0, 1.0, 9.0)))
@@ -146,3 +152,36 @@ def odd_checkpoint(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     odd = {name: tensor.double() if tensor.dim() == 2 else tensor for name, tensor in tensors.items()}
     save_file(odd, folder / "model.safetensors", {"format": "pt"})
+
+
+def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDirectory]:
+    """A run of one trial on a local model, as a run leaves it; nothing was measured."""
+    settings = load_settings("", {"model": str(base), "cache_dir": str(folder / "cache"), **options})
+    directory = RunDirectory(folder / "run")
+    directory.path.mkdir(parents=True)
+    config = loader.load_config(str(base), settings.load)
+    sizes = config.get_text_config()
+    model = ModelRecord(
+        id=base.name,
+        revision="",
+        fingerprint=loader.fingerprint(str(base), config),
+        dtype="float32",
+        quantization=settings.load.quantization,
+    )
+    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
+    result = Result(
+        model=model,
+        directions=stages.directions_record(directions),
+        identity={TOKENIZER_PART: tokenizer_identity(loader.load_tokenizer(str(base), settings.load))},
+        startup_trials=1,
+        batch_sizes={"residuals": 1, "prefill": 1, "decode": 1},
+        response_prefix="",
+        rendering="",
+    )
+    unanswered = {"count": 4, "refused": 3, "broken": 1, "off_topic": 0, "answered": 8}
+    scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}, "unanswered": unanswered}
+    trial = Trial(0, make_params(0, sizes.num_hidden_layers), "complete", scores)
+    result.searched([trial], [trial], Baseline(9, 12, {}, {"count": 9}), DEFAULT)
+    result.write(directory)
+    directory.directions.write_bytes(stages.directions_file(directions))
+    return settings, directory

@@ -424,7 +424,15 @@ def export(
         bool, for_model("--trust-remote-code", help="Run the model's own code, if the run did.")
     ] = False,
     kind: Annotated[str, for_output("--kind", help="Kind of export: merged or adapter.")] = "merged",
-    out: Annotated[Path | None, for_output("-o", "--out", help="Folder of the export. Default: RUN/model-trial-N.")] = None,
+    gguf: Annotated[
+        Path | None, for_output("--gguf", metavar="FILE", help="Edit a copy of this GGUF file of the model instead.")
+    ] = None,
+    gguf_type: Annotated[
+        str, for_output("--gguf-type", metavar="TYPE", help="Type of edited tensors. Default: theirs; below 8 bits, Q8_0.")
+    ] = "",
+    out: Annotated[
+        Path | None, for_output("-o", "--out", help="Folder of the export, or GGUF file. Default: RUN/model-trial-N.")
+    ] = None,
     verify: Annotated[bool, for_output("--verify", help="Also score the export on the run's prompts.")] = False,
     push: Annotated[str, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = "",
     as_json: Json = False,
@@ -436,6 +444,10 @@ def export(
     from abliterate.cli import export as cli_export
 
     trust = trust_remote_code
+    if gguf is not None or gguf_type:
+        base = cli_export.checked_gguf(gguf, kind, push, verify=verify)
+        cli_export.export_gguf(run_directory, trial, base, gguf_type, out, trust=trust, as_json=as_json)
+        return
     cli_export.export_trial(run_directory, trial, kind, out, push, verify=verify, trust=trust, as_json=as_json)
 
 

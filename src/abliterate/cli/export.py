@@ -2,22 +2,79 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.errors import InputError
+from abliterate.pipeline import export_gguf as pipeline_export_gguf
 from abliterate.pipeline import export_trial as pipeline_export_trial
+from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
 from abliterate.settings.untrusted import code_note, unsaid, without
 from abliterate.terminal.reporters import make_reporter
+from abliterate.types import Reporter
 
 
 def export_trial(
     path: Path, number: int, kind: str, out: Path | None, push: str, *, verify: bool, trust: bool = False, as_json: bool
 ) -> None:
     """`abliterate export RUN --trial N`, with the run's own settings but for the trial and the export."""
+    directory, settings, doubts = _open(path, kind, push, trust=trust)
+    if settings.export.kind == "none":
+        raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
+    if out is not None and not str(out).strip("."):
+        raise InputError("The current directory can't be an export; name a folder with --out.")
+    final = out or path / f"model-trial-{number}"
+    if final.resolve() == directory.export.resolve():
+        raise InputError(
+            f"The folder {final} is the run's own export; choose another --out; "
+            f"{directory.resuming('changes the choice of the run', '--select', f'trial:{number}')}."
+        )
+    with _reporting(doubts, final, as_json=as_json) as reporter:
+        pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)
+
+
+def checked_gguf(gguf: Path | None, kind: str, push: str, *, verify: bool) -> Path:
+    """The GGUF file to edit; InputError where options of `abliterate export` don't go together with it."""
+    if gguf is None:
+        raise InputError("A --gguf-type is only used with --gguf FILE, the GGUF file to edit; name one, or leave it out.")
+    if kind != "merged":
+        raise InputError(f"An export is either --kind {kind} or made from --gguf; leave one of them out.")
+    if verify:
+        raise InputError("A GGUF file is checked by the definition of its edits, not on prompts; leave --verify out.")
+    if push:
+        raise InputError(f"A GGUF file isn't uploaded by --push; leave it out, and run hf upload {push} FILE afterwards.")
+    return gguf
+
+
+def export_gguf(
+    path: Path, number: int, gguf: Path, kind: str, out: Path | None, *, trust: bool = False, as_json: bool
+) -> None:
+    """`abliterate export RUN --trial N --gguf FILE`: a copy of that file with the trial's edits."""
+    directory, settings, doubts = _open(path, "merged", "", trust=trust)
+    final = out or path / f"model-trial-{number}.gguf"
+    request = pipeline_export_gguf.GgufRequest(gguf, final, kind)
+    with _reporting(doubts, final, as_json=as_json) as reporter:
+        pipeline_export_gguf.export_gguf(settings, reporter, directory, number, request)
+
+
+@contextlib.contextmanager
+def _reporting(doubts: Sequence[str], final: Path, *, as_json: bool) -> Iterator[Reporter]:
+    """A reporter that has told the doubts, and that an interruption closes."""
+    quiet_libraries()
+    reporter = make_reporter(as_json=as_json)
+    for note in doubts:
+        reporter.warn(note)
+    with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
+        yield reporter
+
+
+def _open(path: Path, kind: str, push: str, *, trust: bool) -> tuple[RunDirectory, Settings, list[str]]:
+    """The run's directory, its settings with this export's, and what to warn of."""
     directory = RunDirectory(path)
     doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
     # The run decides what its trials mean, and not even the environment may change that. The repository of the run's own
@@ -31,19 +88,4 @@ def export_trial(
     left_out = [request for request in unsaid(options, own) if request.setting.startswith("load.") and not trust]
     export = {"kind": kind, "push": push, "push_private": own.export.push_private}
     settings = load_settings(str(directory.settings), without(options, left_out) | {"export": export})
-    if settings.export.kind == "none":
-        raise InputError("There is nothing to export with --kind none; choose merged or adapter.")
-    if out is not None and not str(out).strip("."):
-        raise InputError("The current directory can't be an export; name a folder with --out.")
-    final = out or path / f"model-trial-{number}"
-    if final.resolve() == directory.export.resolve():
-        raise InputError(
-            f"The folder {final} is the run's own export; choose another --out; "
-            f"{directory.resuming('changes the choice of the run', '--select', f'trial:{number}')}."
-        )
-    quiet_libraries()
-    reporter = make_reporter(as_json=as_json)
-    for note in filter(None, (doubt, code_note(left_out, "--trust-remote-code"))):
-        reporter.warn(note)
-    with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
-        pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)
+    return directory, settings, list(filter(None, (doubt, code_note(left_out, "--trust-remote-code"))))

@@ -10,9 +10,9 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -170,8 +170,17 @@ def by_factors(factors: Factors) -> Definition:
     return define
 
 
+class BaseMatrices(Protocol):
+    """The base's matrices by target, from whatever files."""
+
+    @property
+    def targets(self) -> Mapping[str, Target]: ...
+    def count(self, target: Target) -> int: ...
+    def matrix(self, target: Target, index: int) -> Tensor: ...
+
+
 def check_weights(
-    base: Matrices,
+    base: BaseMatrices,
     reread: Reread,
     definitions: Mapping[str, Definition],
     progress: Callable[[int, int], None],
@@ -184,13 +193,14 @@ def check_weights(
     `chunk` and `rounding` are explained at `CHUNK` and `ROUNDING`.
     """
     comparisons: dict[str, _Comparison] = {}
+    error_of = getattr(reread, "largest_error", lambda target: partial(half_step, dtype=reread.dtype))
     for done, (name, target) in enumerate(base.targets.items(), start=1):
         count = base.count(target) if name in definitions else 0
         for index in range(count):
             weight = base.matrix(target, index)
             rows = reread.rows(target, index, weight)
             label = name if count == 1 else f"{name}[{index}]"  # experts
-            comparisons[label] = _compare(weight, definitions[name](weight), rows, reread.dtype, chunk, rounding)
+            comparisons[label] = _compare(weight, definitions[name](weight), rows, error_of(target), chunk, rounding)
         progress(done, len(base.targets))
     off = sorted(name for name, comparison in comparisons.items() if not comparison.ok)
     checks = {"weights": not off, "untouched": reread.untouched()}
@@ -235,14 +245,22 @@ class _Comparison:
         return -self.sums["along"] / change if change > 0 and math.isfinite(self.sums["along"]) else 0.0
 
 
-def _compare(weight: Tensor, expected: Rows, exported: Rows, dtype: torch.dtype, chunk: int, rounding: float) -> _Comparison:
-    """An entry may be off by half a step of the storage format, plus the share of its row's norm that `rounding` allows."""
-    comparison, info = _Comparison(), torch.finfo(dtype)
+def half_step(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbouring numbers of a dtype, at each entry."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * rows.abs() + info.smallest_normal * info.eps
+
+
+def _compare(
+    weight: Tensor, expected: Rows, exported: Rows, largest: Callable[[Tensor], Tensor], chunk: int, rounding: float
+) -> _Comparison:
+    """An entry may be off by the rounding of its storage, plus the share of its row's norm that `rounding` allows."""
+    comparison = _Comparison()
     for rows in chunks(weight, chunk):
         old, new = weight[rows].double(), expected(rows)
         error = exported(rows) - new
         norms = torch.maximum(old.norm(dim=1), new.norm(dim=1))[:, None]
-        bound = info.eps / 2 * new.abs() + info.smallest_normal * info.eps + rounding * norms
+        bound = largest(new) + rounding * norms
         comparison.ok &= bool((error.abs() <= bound).all())  # false for NaN
         terms = {"error": error.square(), "whole": new.square(), "change": (new - old).square(), "along": error * (new - old)}
         for name, term in terms.items():

@@ -67,11 +67,11 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 (final / LOCK).unlink(missing_ok=True)
     except OSError as error:
-        raise AbliterateError(_disk_sentence(final, error)) from error
+        raise AbliterateError(disk_sentence(final, error)) from error
     except BaseException as error:
         # safetensors reports a full disk as its own kind of error, with the operating system's text in it.
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise AbliterateError(_disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
+            raise AbliterateError(disk_sentence(final, OSError(errno.ENOSPC, "No space left on device"))) from error
         raise
 
 
@@ -165,7 +165,8 @@ def _rename(partial: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_sentence(final: Path, error: OSError) -> str:
+def disk_sentence(final: Path, error: OSError) -> str:
+    """The sentence for a disk that refuses to take an export."""
     return (
         f"The export to {final.name} could not be written ({error.strerror or error}); nothing half-written is left there: "
         f"{disk_remedy(error)} and repeat the command (a run continues with --resume), or choose another --out."

@@ -67,7 +67,9 @@ class Reread(Protocol):
         """Whether everything that isn't edited is the base's, files beside the weights included.
 
         Two attributes for the export's card may be left out: `differing`, the names of tensors and files that aren't the
-        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored.
+        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored. So may
+        a method `largest_error(target)`, for storages whose rounding `dtype` doesn't describe: it returns a function of rows
+        of W' (n, d_in) that gives the largest rounding error of each entry.
         """
 
 

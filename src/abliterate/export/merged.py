@@ -111,9 +111,13 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool, chunk: in
     step = max(1, chunk // weight.shape[1])
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        scale = None if factors.row_scale is None else factors.row_scale[rows]
-        old = weight[rows].float()
-        weight[rows] = (old + Factors(scale, factors.a, factors.b[rows]).delta(old)).to(weight.dtype)
+        weight[rows] = edited_rows(weight[rows].float(), factors, rows).to(weight.dtype)
+
+
+def edited_rows(old: Tensor, factors: Factors, rows: slice) -> Tensor:
+    """The rows of W' (n, d_in) in float32; `old` are these rows of W, in float32."""
+    scale = None if factors.row_scale is None else factors.row_scale[rows]
+    return old + Factors(scale, factors.a, factors.b[rows]).delta(old)
 
 
 def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool, chunk: int) -> None:

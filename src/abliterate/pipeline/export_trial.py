@@ -24,8 +24,9 @@ from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
 from abliterate.export.check_behaviour import Verification
 from abliterate.export.check_weights import Definition, by_definition, by_factors, check_weights
+from abliterate.export.gguf import GgufMatrices
 from abliterate.model import loader
-from abliterate.model.architectures import known_architecture
+from abliterate.model.architectures import Architecture, Target, known_architecture
 from abliterate.model.checkpoint import dense_load, load_weights
 from abliterate.model.editor import EditKey, Editor
 from abliterate.model.hub import check_push
@@ -71,6 +72,42 @@ class StoredEdits:
     refined: bytes = b""
 
 
+@dataclass(frozen=True)
+class StoredTrial:
+    """One complete trial of a run, read from the run's directory; `result` is the result as if the run had selected it."""
+
+    context: Context
+    directory: RunDirectory
+    result: Result
+    trial: Trial
+    directions: Directions
+    refined: RefinedStore
+
+    @staticmethod
+    def read(settings: Settings, reporter: Reporter, directory: RunDirectory, number: int) -> StoredTrial:
+        """Read trial `number`. InputError: there is no such complete trial, or the run's files are damaged."""
+        # The result is copied and never written back, because the run's own process may be writing its result.json.
+        result = Result.read(directory).model_copy(update={"selected": number, "timings": {}})
+        trial = result.trial(number, directory.path)
+        lacking = [name for name in _NEEDED if getattr(result, name) is None]
+        if result.model is None or lacking:
+            raise damaged(directory, f"it lacks {', '.join(lacking)}")
+        try:
+            settings = _as_trials_ran(settings, result.model.dtype)
+        except ValidationError as error:
+            raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
+        context = replace(Context.of(settings, reporter), clock=StageClock(result))
+        directions, refined = stages.read_directions(directory.directions, result), RefinedStore(directory.refined)
+        refined.check(trial.params)
+        return StoredTrial(context, directory, result, trial, directions, refined)
+
+    def check(self, targets: Mapping[str, Target]) -> None:
+        """InputError if the trial's parameters aren't for these modules."""
+        components = {target.component for target in targets.values()}
+        if fault := self.trial.params.fault(self.directions.n_layers, components, targets):
+            raise damaged(self.directory, f"trial {self.trial.number} {fault}")
+
+
 def export_trial(
     settings: Settings, reporter: Reporter, directory: RunDirectory, number: int, final: Path, *, scores: bool = False
 ) -> Result:
@@ -85,35 +122,27 @@ def export_trial(
     check_kind(settings.export.kind)
     check_output(final)
     check_push(settings.export)
-    # The result is copied and never written back, because the run's own process may be writing its result.json.
-    result = Result.read(directory).model_copy(update={"selected": number, "timings": {}})
-    trial = result.trial(number, directory.path)
-    lacking = [name for name in _NEEDED if getattr(result, name) is None]
-    if result.model is None or lacking:
-        raise damaged(directory, f"it lacks {', '.join(lacking)}")
-    try:
-        settings = _as_trials_ran(settings, result.model.dtype)
-    except ValidationError as error:
-        raise damaged(directory, f"it has the dtype {result.model.dtype!r}") from error
-    context = replace(Context.of(settings, reporter), clock=StageClock(result))
-    directions, refined = stages.read_directions(directory.directions, result), RefinedStore(directory.refined)
-    refined.check(trial.params)
+    stored = StoredTrial.read(settings, reporter, directory, number)
+    context, result, trial = stored.context, stored.result, stored.trial
     source, base = open_base(context, result, number)
-    components = {target.component for target in base.targets.values()}
-    if fault := trial.params.fault(directions.n_layers, components, base.targets):
-        raise damaged(directory, f"trial {number} {fault}")
-    edits = edits_of(context, base, directions, refined, trial)
+    stored.check(base.targets)
+    edits = edits_of(context, base, stored.directions, stored.refined, trial)
     job = job_of(context.settings, result, source, base, edits, trial)
-    expected = _expected(context, result, directions, refined, trial) if scores else None
+    expected = _expected(context, result, stored.directions, stored.refined, trial) if scores else None
     write_and_check(context, result, job, base, edits, trial, final, expected)
     result.export = push_export(context, result.export, final)
-    context.clock.count()
-    result.update(timings=context.clock.timings, memory=context.clock.memory)
-    where = str(final.parent)
-    reporter.finish(result.with_checksum(), where, summary(result, where))
+    report_end(context, result, final)
     if result.export.verified is False:
         raise AbliterateError(f"The export in {final} differs from the trial; see its README.md, and don't use it.")
     return result
+
+
+def report_end(context: Context, result: Result, final: Path) -> None:
+    """Report the export in `result` with its times and memory."""
+    context.clock.count()
+    result.update(timings=context.clock.timings, memory=context.clock.memory)
+    where = str(final.parent)
+    context.reporter.finish(result.with_checksum(), where, summary(result, where))
 
 
 def write_and_check(
@@ -158,30 +187,36 @@ def _as_trials_ran(settings: Settings, dtype: str) -> Settings:
 
 def open_base(context: Context, result: Result, number: int) -> tuple[str, Matrices]:
     """The path or id of the run's model, and its matrices; InputError if the model isn't the run's any more."""
-    settings, model = context.settings, result.model
-    assert model is not None
-    source = loader.resolve_source(settings.model)
-    load = pinned(settings.load, source, model.revision)
-    with context.stage("read the base", loader.public_name(settings.model)):
-        config = loader.load_config(source, load)
-        if loader.fingerprint(source, config, load.revision) != model.fingerprint:
-            damage = damage_of(source)
-            if damage:
-                raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
-            raise _changed(number, "model")
-        model_type = config.get_text_config().model_type
-        architecture = known_architecture(model_type, load.decoder_layers, load.components)
-        if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
-            architecture = loader.architecture_of(
-                load_weights(source, dense_load(load), config, stored_dtype(config), None), load
-            )
+    with context.stage("read the base", loader.public_name(context.settings.model)):
+        source, load, architecture = open_model(context.settings, result, number)
         base = Matrices(source, load, architecture)
     if base.reason:
         context.reporter.note(f"the model is loaded as a whole, because {base.reason}", reason=base.reason)
     return source, base
 
 
-def edits_of(context: Context, base: Matrices, directions: Directions, refined: RefinedStore, trial: Trial) -> StoredEdits:
+def open_model(settings: Settings, result: Result, number: int) -> tuple[str, LoadSettings, Architecture]:
+    """The path or id of the run's model, how it is loaded, and its family; InputError if it isn't the run's any more."""
+    model = result.model
+    assert model is not None
+    source = loader.resolve_source(settings.model)
+    load = pinned(settings.load, source, model.revision)
+    config = loader.load_config(source, load)
+    if loader.fingerprint(source, config, load.revision) != model.fingerprint:
+        damage = damage_of(source)
+        if damage:
+            raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
+        raise _changed(number, "model")
+    model_type = config.get_text_config().model_type
+    architecture = known_architecture(model_type, load.decoder_layers, load.components)
+    if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
+        architecture = loader.architecture_of(load_weights(source, dense_load(load), config, stored_dtype(config), None), load)
+    return source, load, architecture
+
+
+def edits_of(
+    context: Context, base: Matrices | GgufMatrices, directions: Directions, refined: RefinedStore, trial: Trial
+) -> StoredEdits:
     """The trial's edit of each matrix, computed from the full-precision weights even if the run was quantized."""
     settings = context.settings.edit
     factors: dict[str, Factors] = {}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from abliterate.artifacts.refined import RefinedStore
-from abliterate.artifacts.result import ModelRecord, Result
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
@@ -29,22 +29,15 @@ from abliterate.export.folder import MARKER
 from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
-from abliterate.objectives import DEFAULT
 from abliterate.pipeline import export_trial as pipeline_export_trial
-from abliterate.pipeline import stages
-from abliterate.pipeline.cache_keys import TOKENIZER_PART, tokenizer_identity
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import load_settings
-from abliterate.types import Baseline, Trial
 from support.cli import forbidden
-from support.exports import odd_checkpoint, renamed_checkpoint
+from support.exports import make_run, odd_checkpoint, renamed_checkpoint
 from support.models import (
     logits_of,
-    make_directions,
     make_editor,
     make_loaded,
     make_model,
-    make_params,
     save_large,
     save_model,
     write_dense,
@@ -59,39 +52,6 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a directory."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDirectory]:
-    """A run of one trial on a local model, as a run leaves it; nothing was measured."""
-    settings = load_settings("", {"model": str(base), "cache_dir": str(folder / "cache"), **options})
-    directory = RunDirectory(folder / "run")
-    directory.path.mkdir(parents=True)
-    config = loader.load_config(str(base), settings.load)
-    sizes = config.get_text_config()
-    model = ModelRecord(
-        id=base.name,
-        revision="",
-        fingerprint=loader.fingerprint(str(base), config),
-        dtype="float32",
-        quantization=settings.load.quantization,
-    )
-    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
-    result = Result(
-        model=model,
-        directions=stages.directions_record(directions),
-        identity={TOKENIZER_PART: tokenizer_identity(loader.load_tokenizer(str(base), settings.load))},
-        startup_trials=1,
-        batch_sizes={"residuals": 1, "prefill": 1, "decode": 1},
-        response_prefix="",
-        rendering="",
-    )
-    unanswered = {"count": 4, "refused": 3, "broken": 1, "off_topic": 0, "answered": 8}
-    scores = {"refusals": 3, "kl": {"mean": 0.1, "median": 0.1, "max": 0.2}, "unanswered": unanswered}
-    trial = Trial(0, make_params(0, sizes.num_hidden_layers), "complete", scores)
-    result.searched([trial], [trial], Baseline(9, 12, {}, {"count": 9}), DEFAULT)
-    result.write(directory)
-    directory.directions.write_bytes(stages.directions_file(directions))
-    return settings, directory
 
 
 def expected_logits(settings: Settings, directory: RunDirectory, number: int, dtype: torch.dtype) -> torch.Tensor:
