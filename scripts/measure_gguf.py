@@ -120,7 +120,7 @@ def main() -> None:
     assert model is not None
     body = [
         f"{datetime.date.today()}, `{command()}`: trial {args.trial} of a run of {model.id},",
-        f"up to {args.prompts} harmless prompts, {args.threads} threads. Each export is checked, and the seconds contain the check.",
+        f"up to {args.prompts} harmless prompts, {args.threads} threads. The seconds contain each export's own check.",
         "",
         "| export: matrices of the file → edited ones | KL model‖file before the edit | KL before‖after the edit "
         "| KL merged‖after | largest share of a module's edit lost to rounding | MB | s |",

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import run as cli_run
@@ -36,6 +37,7 @@ from support.cli import (
     spawn,
 )
 from support.forked import Command, Lean, OfHub, finish
+from support.gguf_files import types_of, write_gguf
 from support.models import make_model, save_model
 from support.runs import copy_run
 
@@ -241,6 +243,36 @@ def test_export_of_any_trial(invoke: Invoke, finished: Finished, tmp_path: Path)
     last = assert_json_lines(outcome.out)[-1]
     assert last["result"]["export"]["verified"] is True
     assert (tmp_path / "ad" / "adapter_model.safetensors").is_file()
+
+
+def test_export_of_a_gguf_file(invoke: Invoke, finished: Finished, tmp_path: Path) -> None:
+    run, number = finished[0], finished[1]["front"][0]
+    model = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32)
+    base, out = write_gguf(model, tmp_path / "base.gguf", "F16"), tmp_path / "new" / "out.gguf"
+    export = ("export", run, "--trial", number)
+    outcome = invoke(*export, "--gguf", base, "--gguf-type", "q8_0", "-o", out, "--json")
+    assert outcome.code == 0, outcome
+    events = assert_json_lines(outcome.out)
+    assert any(event["event"] == "note" and event["fields"].get("type") == "Q8_0" for event in events)
+    record = events[-1]["result"]["export"]
+    assert (record["kind"], record["path"], record["verified"]) == ("gguf", "out.gguf", True)
+    assert record["tensor_types"] == [{"base": "F16", "export": "Q8_0"}]
+    types = types_of(out)
+    edited = {name for name, kind in types.items() if kind == "Q8_0"}
+    assert len(edited) == record["edited_modules"] > 0
+    assert all(name.endswith(("attn_output.weight", "ffn_down.weight")) for name in edited)
+    assert types["blk.1.ffn_up.weight"] == "F16"
+    for further, part in (
+        (["--gguf", base, "-o", out], "exists and is not replaced"),
+        (["--gguf", base, "-o", tmp_path / "b.gguf", "--gguf-type", "Q4_K"], "can't write tensors as Q4_K; choose --gguf-type"),
+        (["--gguf", base, "--kind", "adapter"], "either --kind adapter or made from --gguf"),
+        (["--gguf", base, "--verify"], "leave --verify out"),
+        (["--gguf", base, "--push", "me/name"], "run hf upload me/name"),
+        (["--gguf-type", "F16"], "only used with --gguf FILE"),
+        (["--gguf", demo_path() / "model" / "config.json"], "it doesn't begin as such a file does"),
+    ):
+        assert_sentence(invoke(*export, *further), 2, part)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["base.gguf", "new", "out.gguf"]
 
 
 def states_of(events: Sequence[dict[str, Any]]) -> list[str]:
