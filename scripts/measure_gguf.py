@@ -49,7 +49,9 @@ class Meter:
         context = Context.of(settings, Quiet())
         source = loader.resolve_source(settings.model)
         tokenizer = loader.load_tokenizer(source, settings.load)
-        chat = chat_of(settings, tokenizer, torch.device("cpu"), Result.read(RunDirectory(Path(settings.out))).response_prefix or "")
+        chat = chat_of(
+            settings, tokenizer, torch.device("cpu"), Result.read(RunDirectory(Path(settings.out))).response_prefix or ""
+        )
         self._batch = chat.encode(read_prompts(context).harmless_eval[:count])
 
     @torch.inference_mode()

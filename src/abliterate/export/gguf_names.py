@@ -29,15 +29,15 @@ def find_tensors(file: GgufFile, config: Any, targets: Mapping[str, Target]) -> 
     if file.value("split.count") not in (None, 0, 1):
         raise InputError(f"The GGUF file {file.path.name} is one of several parts; join them with llama-gguf-split --merge.")
     architecture = _check_model(file, config.get_text_config())
-    names = library().get_tensor_name_map(architecture, config.get_text_config().num_hidden_layers)
+    names = tensor_names(architecture, config.get_text_config().num_hidden_layers, targets)
     found: dict[str, GgufTensor] = {}
     for target in targets.values():
-        name = next(filter(None, (names.get_name(key) for key in _keys(target))), None)
+        name = names.get(target.name)
         if name is None:
             raise misfit(file, f"llama.cpp has no tensor for {target.name} in the architecture {_architecture(file)}")
-        tensor = file.tensors.get(f"{name}.weight")
+        tensor = file.tensors.get(name)
         if tensor is None:
-            raise misfit(file, f"it has no tensor {name}.weight")
+            raise misfit(file, f"it has no tensor {name}")
         if tensor.shape != shape_of(target.module):
             raise misfit(file, f"{tensor.name} has the shape {tensor.shape}, not {shape_of(target.module)}")
         if not readable(tensor.type):
@@ -49,6 +49,16 @@ def find_tensors(file: GgufFile, config: Any, targets: Mapping[str, Target]) -> 
     if len({tensor.name for tensor in found.values()}) < len(found):
         raise misfit(file, "it holds several of the model's matrices in one tensor")
     return found
+
+
+def tensor_names(architecture: Any, n_layers: int, targets: Mapping[str, Target]) -> dict[str, str]:
+    """{target: the name of its tensor in a GGUF file}; targets that the library has no name for are left out.
+
+    `architecture` is a member of the library's `MODEL_ARCH`.
+    """
+    names = library().get_tensor_name_map(architecture, n_layers)
+    found = {name: next(filter(None, map(names.get_name, _keys(target))), None) for name, target in targets.items()}
+    return {name: f"{tensor}.weight" for name, tensor in found.items() if tensor is not None}
 
 
 def misfit(file: GgufFile, reason: str) -> InputError:
@@ -85,11 +95,14 @@ def _architecture(file: GgufFile) -> str:
 
 
 def _keys(target: Target) -> list[str]:
-    """The names by which the library may know a target: its own, and that in a model without further towers."""
+    """The names by which the library may know a target: its own, and that in a model without further towers.
+
+    The library has Nemotron-H's names of before transformers had that family.
+    """
     if is_fused(target.module):
         return [_EXPERTS.format(target.layer)]
     within = target.name.partition(f".{target.layer}.")[2]
-    return [target.name, f"model.layers.{target.layer}.{within}"]
+    return [target.name, *(f"{stack}.layers.{target.layer}.{within}" for stack in ("model", "backbone"))]
 
 
 def _letters(name: str) -> str:

@@ -126,8 +126,9 @@ def test_edited_matrices_are_as_defined_and_all_else_stays(case: str, tmp_path: 
     assert {path.name for path in tmp_path.iterdir()} == {"base", "base.gguf", "out.gguf", "run"}
 
 
-def test_the_result_is_the_edited_model_in_transformers_gguf_reader(tmp_path: Path) -> None:
-    made = Made(tmp_path, "llama", "F16", **WIDE)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_result_is_the_edited_model_in_transformers_gguf_reader(family: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, family, "F16")
     made.export()
 
     def loaded(path: Path) -> PreTrainedModel:
