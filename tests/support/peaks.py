@@ -30,6 +30,7 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
     from abliterate.model.checkpoint import load_weights
     from abliterate.model.loader import load_config
     from abliterate.pipeline import export_trial as pipeline_export_trial
+    from abliterate.pipeline.export_gguf import GgufRequest, export_gguf
     from abliterate.settings.schema import LoadSettings
     from abliterate.settings.sources import load_settings
 
@@ -39,6 +40,9 @@ def _export_trial(warm: Path, real: Path, kind: str, cap: int) -> None:
     def export(folder: Path) -> bool | None:
         settings = load_settings("", {"model": str(folder / "base"), "cache_dir": str(folder / "cache")})
         run, out = RunDirectory(folder / "run"), folder / f"{kind}-{cap}"
+        if kind == "gguf":
+            request = GgufRequest(folder / "base.gguf", out)
+            return export_gguf(settings, Recorder(), run, 0, request).export.verified
         return pipeline_export_trial.export_trial(with_kind(settings, kind), Recorder(), run, 0, out).export.verified
 
     export(warm)  # modules imported on first use
@@ -88,7 +92,10 @@ def _peak(process: Forked) -> int:
 
 
 def peak_of_a_later_export(folder: Path, kind: str, cap: int) -> int:
-    """The bytes that `abliterate export` of the run in `folder` takes; `folder/warm` holds a small run to warm up with."""
+    """The bytes that `abliterate export` of the run in `folder` takes; `folder/warm` holds a small run to warm up with.
+
+    The kind `gguf` edits the file `base.gguf` beside each run.
+    """
     return _peak(Forked(_export_trial, (folder / "warm", folder / "real", kind, cap), folder))
 
 

@@ -33,6 +33,7 @@ from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.schema import Settings
 from support.cli import forbidden
 from support.exports import make_run, odd_checkpoint, renamed_checkpoint
+from support.gguf_files import write_gguf
 from support.models import (
     logits_of,
     make_editor,
@@ -418,11 +419,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
     save_model(make_model("llama"), folder / "warm" / "base")
     for name in ("real", "warm"):
         make_run(folder / name, folder / name / "base")
+        write_gguf(AutoModelForCausalLM.from_pretrained(folder / name / "base"), folder / name / "base.gguf")
     return folder, shard, matrix
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")
-@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("kind", ["merged", "adapter", "gguf"])
 def test_memory_is_some_matrices_not_a_model(kind: str, large: tuple[Path, int, int]) -> None:
     """Reading, preparing, writing and checking: no more than a file of 16 MB and a matrix of 4."""
     folder, shard, matrix = large
