@@ -137,6 +137,16 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
     return Material(result, search, settings, geometry, answers, importance, progress, missing, *stages, run.doubt)
 
 
+def changed_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Rows of `answers.json`, those first that the base model refuses and the edited model answers; else in their order."""
+
+    def changed(row: Mapping[str, Any]) -> bool:
+        after = row["edited"]
+        return bool(row["base"].get("refusal")) and not (after.get("refusal") or after.get("thinking_open"))
+
+    return sorted(rows, key=lambda row: not changed(row))
+
+
 def _progress(trials: Sequence[Trial], baseline: Baseline, objectives: Sequence[Objective]) -> list[dict[str, float]]:
     """The trials' own seconds are added up, which is more than passed on the clock if there were several workers."""
     volumes = hypervolumes(trials, baseline, objectives)

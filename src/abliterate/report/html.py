@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from abliterate.report.tables import pair_table
+from abliterate.report.words import explanation
 from abliterate.types import Column, Table
 
 escape = html.escape
@@ -23,13 +24,41 @@ def missing(text: str) -> str:
     return paragraph(text, "missing")
 
 
+def term(text: str) -> str:
+    """A heading, with its explanation as a hint if it needs one."""
+    hint = explanation(text)
+    return f'<abbr title="{escape(hint)}">{escape(text)}</abbr>' if hint else escape(text)
+
+
+def condensed(content: Table) -> tuple[Table, str]:
+    """The table without the columns that have the same text in every row, and a line that says these texts once.
+
+    A table of fewer than three rows or columns stays as it is, and so does the first column, which names the rows. The base
+    model's row isn't a trial, so it doesn't count where its cell is empty.
+    """
+    if len(content.rows) < 3 or len(content.columns) < 3:
+        return content, ""
+    common: dict[str, str] = {}
+    for index, column in list(enumerate(content.columns))[1:]:
+        texts = {
+            text[index]
+            for text, row in zip(content.texts, content.rows, strict=True)
+            if row[index] is not None or "base" not in row
+        }
+        if len(texts) == 1:
+            common[column.key] = f"{column.heading}: {texts.pop() or 'none'}"
+    line = f"The same in every row: {'; '.join(common.values())}." if common else ""
+    return content.without(common), line
+
+
 def table(content: Table) -> str:
-    """A table that scrolls by itself, with its legends and notes below."""
+    """A table that scrolls by itself, with its legends and notes below; what all its rows share is said once."""
+    content, common = condensed(content)
 
     def kind(column: Column) -> str:
         return "" if column.kind == "number" else f' class="{column.kind}"'
 
-    head = "".join(f'<th scope="col"{kind(column)}>{escape(column.heading)}</th>' for column in content.columns)
+    head = "".join(f'<th scope="col"{kind(column)}>{term(column.heading)}</th>' for column in content.columns)
     lines = [
         ('<tr class="selected">' if index == content.chosen else "<tr>")
         + "".join(f"<td{kind(column)}>{escape(text)}</td>" for column, text in zip(content.columns, row, strict=True))
@@ -41,6 +70,7 @@ def table(content: Table) -> str:
     below = "".join(paragraph(note) for note in content.notes)
     if content.legends and content.rows:
         below = paragraph(" · ".join(content.legends), "quiet") + below
+    below = (paragraph(common, "quiet") if common else "") + below
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{title}"><table><caption>{title}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>{below}"
@@ -78,8 +108,19 @@ def details(summary: str, content: str, *, is_open: bool = False) -> str:
 
 def numbers(facts: Mapping[str, str]) -> str:
     """A few facts in large type."""
-    rows = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    rows = "".join(f"<div><dt>{term(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     return f'<dl class="numbers">{rows}</dl>'
+
+
+def beside(*parts: str) -> str:
+    """Parts that stand beside each other where the window is wide enough; nothing where all are empty."""
+    cells = "".join(f"<div>{part}</div>" for part in parts if part)
+    return f'<div class="beside">{cells}</div>' if cells else ""
+
+
+def glossary(words: Mapping[str, str]) -> str:
+    """A list of words and their explanations."""
+    return f"<dl>{''.join(f'<div><dt>{escape(word)}</dt><dd>{escape(text)}</dd></div>' for word, text in words.items())}</dl>"
 
 
 def answer(title: str, record: Mapping[str, Any]) -> str:

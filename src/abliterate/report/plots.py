@@ -84,7 +84,7 @@ def lines(
     """Lines over layers with a point at each; layer −1 is the embedding."""
     last = max(int(row["layer"]) for row in rows)
     first = min(int(row["layer"]) for row in rows)
-    y = quantity(field, title)
+    y = quantity(field, f"{title} (logarithmic scale)" if log else title)
     if log:
         y |= {"scale": {"type": "log"}, "axis": {"format": "~g", "tickCount": 4}}
     x = {
@@ -136,7 +136,7 @@ def tooltip(columns: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 _KL_AXIS = {
-    **quantity("kl", "mean KL of the first token, nats"),
+    **quantity("kl", "mean KL of the first token, nats (scale: logarithmic above 0.01)"),
     "scale": {"type": "symlog", "constant": 0.01},
     "axis": {"values": [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~g", "labelOverlap": True},
 }
@@ -210,7 +210,7 @@ def _of_objectives(material: Material, base: Baseline) -> Plot | None:
 
 
 def _title(material: Material, objective: Objective) -> str:
-    known = {KL: "mean KL of the first token, nats", **_counts_of(material)}
+    known = {KL: _KL_AXIS["title"], **_counts_of(material)}
     return f"{known.get(objective.name, objective.name)} ({objective.goal}d)"
 
 
@@ -310,7 +310,7 @@ def _progress(material: Material, name: str, over: str, title: str, heading: str
         return None
     encoding = {
         "x": quantity(over, title),
-        "y": quantity("hypervolume", "hypervolume"),
+        "y": quantity("hypervolume", "hypervolume (share; more is better)"),
         "tooltip": tooltip({"trial": "trials", "seconds": "seconds", "hypervolume": "hypervolume"}),
     }
     mark = {"type": "line", "interpolate": "step-after", "color": BLUE, "point": {"size": 18, "color": BLUE}}
@@ -330,7 +330,7 @@ def kernels(material: Material) -> Plot | None:
         for layer in range(material.n_layers)
     ]
     names = list(params.kernels)
-    drawn = lines(rows, "coeff", "coeff λ", "component", names)
+    drawn = lines(rows, "coeff", "coeff λ (1 removes all of the direction)", "component", names)
     layers: list[dict[str, Any]] = [drawn]
     if params.scope == "global":
         marked = {"layer": params.direction_index, "what": "the direction is that of this layer"}

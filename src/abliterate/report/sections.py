@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from abliterate.objectives import UNANSWERED, counted, in_words, other_names, other_scores
-from abliterate.report.data import Material
-from abliterate.report.html import answer, details, escape, missing, numbers, pairs, paragraph, table
+from abliterate.report.data import Material, changed_first
+from abliterate.report.html import answer, beside, details, escape, glossary, missing, numbers, pairs, paragraph, table
 from abliterate.report.plots import best_layer, layer_name
 from abliterate.report.refined import fact_pairs, layer_rows, layer_table, refined_table
 from abliterate.report.tables import (
@@ -27,6 +27,7 @@ from abliterate.report.tables import (
     trial_table,
     yardstick_table,
 )
+from abliterate.report.words import WORDS
 from abliterate.types import Baseline, RefinedParams, Trial
 
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
@@ -115,7 +116,7 @@ def cost(material: Material, figure: Figure) -> str:
     if not seconds:
         return ""
     stages = details("As a table", table(stage_table(seconds, material.stage_memory)))
-    return figure("times") + figure("memory") + stages + table(cache_table(material.caches))
+    return beside(figure("times"), figure("memory")) + stages + table(cache_table(material.caches))
 
 
 def coverage(material: Material) -> str:
@@ -141,10 +142,9 @@ def facts(material: Material) -> str:
         if material.settings
         else missing(material.missing["settings"])
     )
+    versions = environment.get("versions", {}) | machine
     return (
-        pairs(result["model"], "Model")
-        + pairs(environment.get("versions", {}) | machine, "Versions")
-        + pairs(seeds, "Seeds")
+        beside(pairs(result["model"], "Model"), pairs(versions, "Versions") + pairs(seeds, "Seeds"))
         + details("Prompts", pairs(result.get("prompts", {}) | asked, "Prompt sets"))
         + details("Export and its check", pairs(result["export"], "Export"))
         + details("Batch sizes", pairs(result.get("batch_sizes", {}), "Prompts at a time"))
@@ -173,6 +173,7 @@ def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
         ("coverage", "Coverage", coverage(material)),
         ("facts", "Settings, versions, seeds", facts(material)),
         ("further", "Further results", further(material)),
+        ("words", "Words used here", details("What the words of this page mean", glossary(WORDS))),
     ]
     return [section for section in made if section[2]]
 
@@ -229,14 +230,19 @@ def _front(material: Material, figure: Figure) -> str:
     if not material.trials or base is None:
         return ""
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
-    axes = "Both axes are better towards the lower left."
+    axes = (
+        "Both axes are better towards the lower left. KL says how far the edited model's next-token probabilities are from the "
+        "base model's on harmless prompts; 0 is no change."
+    )
     if not counted(material.objectives):
         of_base = ", ".join(f"{objective.name} {base.value(objective.name):.4g}" for objective in material.objectives)
         shown = {1: "it by trial", 2: "both"}.get(len(material.objectives), "the first two")
         axes = f"For {in_words(material.objectives)}; the plot shows {shown}, the table all. The base model has {of_base}."
-    ended = "A stopped trial was ended once it was certain that it can't reach the front; its counts are lower bounds. "
+    ended = (
+        "A stopped trial was ended once it was certain that it can't reach the front (pruned); its counts are lower bounds. "
+    )
     text = (
-        f"{axes} {ended if counts['stopped'] else ''}"
+        f"{axes} The front has the trials that no other trial beats in all objectives. {ended if counts['stopped'] else ''}"
         f"{counts['complete']} trials are complete, {counts['stopped']} were stopped and {counts['failed']} failed."
     )
     title = f"All {len(material.trials)} trials"
@@ -270,7 +276,7 @@ def _progress(material: Material, figure: Figure) -> str:
         )
     text = f"{meaning} Time is the trials' own seconds, added up."
     as_table = details("As a table", table(progress_table(material.progress)))
-    return paragraph(text) + figure("progress") + figure("progress-in-time") + as_table
+    return paragraph(text) + beside(figure("progress"), figure("progress-in-time")) + as_table
 
 
 def _kernels(material: Material, figure: Figure) -> str:
@@ -286,11 +292,11 @@ def _kernels(material: Material, figure: Figure) -> str:
         else "Each layer loses its own direction."
     )
     text = (
-        f"Trial {trial.number}. {where} A module's coeff λ says how much of the direction it loses; outside its kernel it is "
-        "untouched."
+        f"Trial {trial.number}. {where} A module's coeff λ says how much of the direction it loses: 0 is none and 1 all of "
+        "it, and more goes beyond; its kernel is the range of layers where λ isn't 0."
     )
     by_layer = details("Coeffs by layer", table(coeff_table(trial, material.n_layers)))
-    return paragraph(text) + figure("kernels") + table(kernel_table(trial)) + by_layer
+    return paragraph(text) + beside(figure("kernels"), table(kernel_table(trial)) + by_layer)
 
 
 def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Figure) -> str:
@@ -302,7 +308,7 @@ def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Fi
     rows = layer_rows(params, material.coverage)
     by_layer = details("By layer", table(layer_table(rows)))
     found = pairs(dict(fact_pairs(params)), "How it was found")
-    return paragraph(text) + figure("strengths") + figure("turns") + table(refined_table(trial, rows)) + by_layer + found
+    return paragraph(text) + beside(figure("strengths"), figure("turns")) + table(refined_table(trial, rows)) + by_layer + found
 
 
 def _importance(material: Material, figure: Figure) -> str:
@@ -324,6 +330,7 @@ def _geometry(material: Material, figure: Figure) -> str:
         "the directions were found with. "
     )
     parts = [figure("norms"), figure("cosines")]
+    below = ""
     if geometry["projection"]:
         sampled = " and ".join(f"{count} {name}" for name, count in geometry["sampled"].items())
         text += (
@@ -331,11 +338,10 @@ def _geometry(material: Material, figure: Figure) -> str:
             "was fitted without: 0.5 is guessing. The silhouette is above 0 where points are closer to their own set than to "
             "the other."
         )
-        parts += [figure("separation"), "<h3>Projection on two principal axes</h3>", _slider(material), figure("projection")]
+        parts += [figure("separation"), _slider(material) + figure("projection")]
     else:
-        parts.append(missing(geometry["reason"]))
-    parts.append(details("As a table", table(geometry_table(geometry))))
-    return paragraph(text) + "".join(parts)
+        below = missing(geometry["reason"])
+    return paragraph(text) + beside(*parts) + below + details("As a table", table(geometry_table(geometry)))
 
 
 def _slider(material: Material) -> str:
@@ -370,7 +376,7 @@ def _answers(material: Material) -> str:
     parts = [paragraph(text)]
     for name in ("harmful", "harmless"):
         parts.append(f"<h3>{name.capitalize()} prompts</h3>")
-        for row in answers[name]:
+        for row in changed_first(answers[name]):
             both = answer("base model", row["base"]) + answer(f"trial {answers['trial']}", row["edited"])
             parts.append(f'<article><h4>{escape(row["prompt"])}</h4><div class="pair">{both}</div></article>')
     return "".join(parts)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from abliterate.objectives import COUNTS, KL
-from abliterate.report.data import Material
+from abliterate.report.data import Material, changed_first
 from abliterate.report.refined import components_of, fact_pairs, layer_rows, refined_table
 from abliterate.report.sections import in_a_sentence
 from abliterate.report.tables import (
@@ -72,7 +72,7 @@ def front_lines(material: Material) -> list[str]:
     labels = [top, *[""] * (_HIGH - 2), bottom]
     lines = [f"{label:>{width}} │{''.join(row).rstrip()}" for label, row in zip(labels, grid, strict=True)]
     start = f"{across.low:g}"
-    end = f"{'KL' if across.root else across.name} {across.high:{'.3f' if across.root else 'g'}}"
+    end = f"{'KL, square-root scale,' if across.root else across.name} {across.high:{'.3f' if across.root else 'g'}}"
     lines.append(f"{'':>{width}} └{'─' * _WIDE}")
     lines.append(f"{'':>{width}}  {start}{end:>{_WIDE - len(start)}}")
     return [*lines, "   ".join(f"{mark} {name}" for name, mark in _MARKS.items())]
@@ -113,7 +113,7 @@ def _progress(material: Material) -> None:
     shown = [values[step * len(values) // _WIDE] for step in range(_WIDE)] if len(values) > _WIDE else values
     end = material.progress[-1]
     after = f"{end['trial']} trials and {end['seconds']:.0f} s in them"
-    print(f"Hypervolume over trials, up to {end['hypervolume']:.3f} after {after}")
+    print(f"Hypervolume (share of results that the front beats) over trials, up to {end['hypervolume']:.3f} after {after}")
     print(f"│{sparkline(shown, 1.0)}│")
 
 
@@ -186,7 +186,7 @@ def _answers(material: Material) -> None:
         return
     print(f"Answers of the base model and of trial {answers['trial']}")
     for name in ("harmful", "harmless"):
-        for row in answers[name]:
+        for row in changed_first(answers[name]):
             print()
             print_marked(f"{name}: ", row["prompt"], ())
             for model in ("base", "edited"):

@@ -17,13 +17,14 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.files import write_json
 from abliterate.objectives import DEFAULT
 from abliterate.report import draw
-from abliterate.report.data import gather
+from abliterate.report.data import changed_first, gather
+from abliterate.report.html import condensed, table
 from abliterate.report.page import render, write_report
 from abliterate.report.plots import all_plots
 from abliterate.report.refined import LayerRow, layer_rows, refined_text
 from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
-from abliterate.types import Baseline, RefinedParams
+from abliterate.types import Baseline, Column, RefinedParams, Table
 from support.cli import Finished, Invoke, assert_sentence
 from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
@@ -111,13 +112,47 @@ def test_every_section_is_there(tmp_path: Path) -> None:
     assert {str(one["id"]) for one in figures} == {f"plot-{name}" for name in PLOTS}
     assert all(one["role"] == "img" and len(str(one["aria-label"])) > 20 for one in figures)
     sections = [str(attributes["id"]) for tag, attributes in page.tags if tag == "section"]
-    ids = "front progress kernels importance geometry heldout answers cost coverage facts further"
+    ids = "front progress kernels importance geometry heldout answers cost coverage facts further words"
     assert sections == ids.split()
     assert {"later", "refusals.count", "7"} <= {word.strip() for word in page.words}  # a result this version knows nothing of
     points = page.data["plots"]["front"]["layer"][1]["data"]["values"]
     assert len(points) == 41
     assert {point["kind"] for point in points} >= {"selected", "stopped: at least so many", "base model"}
     assert any(point["count"].startswith("≥") for point in points)
+
+
+def test_columns_that_say_the_same_in_every_row_become_one_line() -> None:
+    columns = (Column("mark", ""), Column("number", "trial"), Column("state", "state"), Column("kl", "KL mean", digits=".2f"))
+    rows = (("", "base", None, 0.0), ("", 1, "complete", 0.5), ("", 2, "complete", 0.25))
+    shown, line = condensed(Table("Front", columns, rows))
+    assert [column.key for column in shown.columns] == ["mark", "number", "kl"]
+    assert line == "The same in every row: state: complete."
+    text = table(Table("Front", columns, rows))
+    assert "complete" in text.partition("</table>")[2]
+    assert "Kullback-Leibler" in text.partition("<abbr")[2].partition("KL mean</abbr>")[0]
+    mixed = (rows[0], rows[1], ("", 2, "stopped", 0.25))
+    assert condensed(Table("Front", columns, mixed)) == (Table("Front", columns, mixed), "")
+    assert condensed(Table("Front", columns, rows[1:]))[1] == ""  # of two rows
+
+
+def test_answers_that_changed_come_first() -> None:
+    def row(name: str, before: bool, after: bool, thinking: bool = False) -> dict[str, Any]:
+        edited = {"refusal": after, "thinking_open": thinking}
+        return {"prompt": name, "base": {"refusal": before}, "edited": edited}
+
+    rows = [row("both", True, True), row("neither", False, False), row("open", True, False, True), row("changed", True, False)]
+    assert [one["prompt"] for one in changed_first(rows)] == ["changed", "both", "neither", "open"]
+
+
+def test_axes_say_their_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    specs = {plot.name: json.dumps(plot.spec) for plot in all_plots(material)}
+    for name, spec in specs.items():
+        assert ("log" in spec.partition('"scale": {"type"')[2][:12]) == (name in ("front", "norms")), name
+    assert "scale: logarithmic above 0.01" in specs["front"]
+    assert "norm (logarithmic scale)" in specs["norms"]
+    show(material)
+    assert "KL, square-root scale" in capsys.readouterr().out
 
 
 def test_what_was_measured_on_held_out_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
