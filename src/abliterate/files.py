@@ -55,6 +55,23 @@ def drop_lock(file: IO[bytes], path: Path) -> None:
     file.close()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock file. Where a file system has no locks, its existence counts."""
+    try:
+        with path.open("rb") as file:
+            if fcntl is not None:
+                # Shared and given back at once, so that it keeps nobody out for longer than this call.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        pass
+    return path.exists()
+
+
 # The checksum of everything else in a JSON file; a file written by hand has none.
 DIGEST = "sha256"
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)

@@ -20,7 +20,7 @@ from typing import Any
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--hide-scrollbars", "--mute-audio"),
-    *("--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+    *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"),
 )
 
 
@@ -59,8 +59,8 @@ class Browser:
                 return answer["result"]
             self._event(answer)
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
-        """Open a file in a window of that size, and wait until it has loaded."""
+    def open(self, page: Path | str, *, width: int = 1280, height: int = 900, dark: bool = False, scripts: bool = True) -> None:
+        """Open a file or an address in a window of that size, and wait until it has loaded."""
         self.requests.clear()
         self.errors.clear()
         mobile = width < 600
@@ -68,8 +68,8 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
-        self.call("Page.navigate", url=path.as_uri())
-        self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.as_uri())
+        self.wait("document.readyState === 'complete' && location.protocol !== 'about:'")
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""

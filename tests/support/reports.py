@@ -34,8 +34,9 @@ class Pictures:
 
     def drawn(self, *, svg: Mapping[str, Any] | None = None, script: bool = False, **more: Any) -> dict[str, Any]:
         """As `draw._drawn`; images of other kinds (`more`) are drawn each time."""
-        if svg is None:
+        if svg is None and more:
             return DRAWN(script=script, **more)
+        svg = svg or {}
         places = {name: json.dumps(spec) for name, spec in svg.items()}
         missing = {name: svg[name] for name, place in places.items() if place not in self._drawn}
         script_too = script and not self._script

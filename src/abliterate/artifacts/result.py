@@ -357,6 +357,11 @@ class Result(_Record):
         return result
 
     @staticmethod
+    def so_far(directory: RunDirectory) -> Result:
+        """As `read`, and an empty result of a run that hasn't come to its first trial."""
+        return Result() if directory.holds_run and not directory.result.exists() else Result.read(directory)
+
+    @staticmethod
     def continued(directory: RunDirectory) -> Result:
         """The result of a run's earlier sessions, so that a continued run remembers, for example, its export.
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from abliterate.artifacts.runs import JOURNAL, RESULT, RUNS, SETTINGS, STUDY, holds_run
 from abliterate.errors import NO_ROOM, AbliterateError, InputError, as_command, disk_remedy
-from abliterate.files import drop_lock, read_toml, safe_name, take_lock, write_atomically
+from abliterate.files import drop_lock, is_locked, read_toml, safe_name, take_lock, write_atomically
 from abliterate.settings import untrusted
 from abliterate.types import REFINED
 
@@ -69,6 +69,11 @@ class RunDirectory:
     def holds_run(self) -> bool:
         """Whether a run has left its study here."""
         return holds_run(self.path)
+
+    @property
+    def at_work(self) -> bool:
+        """Whether a run works here now, in this process or another; a worker alone doesn't count."""
+        return is_locked(self.path / LOCK)
 
     def stored_settings(self) -> dict[str, Any]:
         """The settings that the run wrote. InputError: the file can't be read, or isn't what a run writes."""

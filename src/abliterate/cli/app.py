@@ -33,9 +33,11 @@ from abliterate.cli.options import (
     HarmlessEval,
     HarmlessHeldout,
     Json,
+    Live,
     Markers,
     Model,
     Models,
+    NoOpen,
     OverRefusal,
     RecipePath,
     Run,
@@ -275,6 +277,8 @@ def run(
     batch_size: BatchSize = None,
     gpus: Annotated[int, for_efficiency(min=1, help="Devices of this machine to search on at once; unmeasured on GPUs.")] = 1,
     cache_dir: CacheDir = None,
+    live: Live = False,
+    no_open: NoOpen = False,
     reference: Annotated[
         bool, for_efficiency("--reference", help="Turn efficiencies off, to compare with plain generate.")
     ] = False,
@@ -314,7 +318,7 @@ def run(
     from abliterate.cli import run as cli_run
     from abliterate.settings.sources import options_of
 
-    flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference, yes, wait)
+    flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference, yes, wait, live, not no_open)
     if listed or len(models or []) > 1:
         batch.run(models or [], listed, options_of(given, assignments or []), config, flags)
     else:
@@ -407,11 +411,22 @@ def report(
     terminal: Annotated[
         bool | None, for_output("--terminal/--no-terminal", help="Also show the report here. Default: on a terminal.")
     ] = None,
+    live: Live = False,
+    no_open: NoOpen = False,
 ) -> None:
     """Write report.html of a run again and show the report here; no model is loaded."""
     from abliterate.cli import checks
 
     checks.check_run_directory(run_directory)
+    if live:
+        if png is not None or terminal:
+            raise InputError(
+                "The option --live writes no files and shows the report in a browser; leave --png and --terminal out."
+            )
+        from abliterate.cli import live as cli_live
+
+        cli_live.watch(run_directory, may_open=not no_open)
+        return
     from abliterate.cli import report as cli_report
 
     cli_report.report(run_directory, png, sys.stdout.isatty() if terminal is None else terminal)

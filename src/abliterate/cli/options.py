@@ -47,6 +47,8 @@ CacheDir = Annotated[
     Text, for_efficiency("--cache-dir", metavar="DIR", help="Folder of the cache. Default: that of abliterate cache path.")
 ]
 Json = Annotated[bool, for_output("--json", help="Write JSON lines; the last is the result or error.")]
+Live = Annotated[bool, for_output("--live", help="Show the report in a browser while the run goes on.")]
+NoOpen = Annotated[bool, for_output("--no-open", help="With --live, only print the address and open no browser.")]
 Config = Annotated[
     str,
     for_general(

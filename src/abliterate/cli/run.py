@@ -5,6 +5,7 @@ The pipeline, and with it torch, is imported only when the settings have been ch
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from abliterate import ranks
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
+from abliterate.cli import live
 from abliterate.cli.checks import check_run
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
@@ -45,6 +47,8 @@ class RunFlags:
     yes: bool = False
     # The minutes after which the proposed trial is exported if nobody chooses one; 0 waits for ever.
     wait: float = 10.0
+    live: bool = False
+    may_open: bool = True
 
 
 def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: RunFlags) -> None:
@@ -107,10 +111,10 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
             return chosen(given, flags, reporter)
 
     try:
-        with interrupts.listening(), ranks.lost_ranks():
+        with interrupts.listening(), ranks.lost_ranks(), _shown(directory, reporter, flags) as told:
             return pipeline_run.run(
                 settings,
-                interrupts.watched(reporter),
+                interrupts.watched(told),
                 directory,
                 resume=flags.resume,
                 restart=flags.restart,
@@ -141,6 +145,13 @@ def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | No
         if choice.what != "chat":
             return complete[choice.number] if choice.what == "export" else None
         talk(given.bench, given.directory, complete[choice.number])
+
+
+def _shown(directory: RunDirectory, reporter: Reporter, flags: RunFlags) -> contextlib.AbstractContextManager[Reporter]:
+    """The reporter of a run, which with --live also tells a browser."""
+    if flags.live:
+        return live.beside(directory, reporter, may_open=flags.may_open)
+    return contextlib.nullcontext(reporter)
 
 
 def _existing(settings: Settings) -> RunDirectory | None:

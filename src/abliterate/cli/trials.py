@@ -121,7 +121,7 @@ def show_trials(path: Path, wanted: TrialFilter, *, as_json: bool, as_csv: bool)
     if as_json and as_csv:
         raise InputError("The options --json and --csv contradict each other; give one.")
     directory = RunDirectory(path)
-    result = _read(directory)
+    result = Result.so_far(directory)
     search = SearchRecord.of(result)
     if result.doubt:
         print(f"warning: {result.doubt}", file=sys.stderr)
@@ -196,13 +196,6 @@ def _record(result: Result, chosen: Sequence[Trial], path: Path) -> dict[str, An
         "finished": len(result.trials),
         "trials": [trial.to_record() for trial in chosen],
     }
-
-
-def _read(directory: RunDirectory) -> Result:
-    """The run's result; an empty result of a run that hasn't come to its first trial."""
-    if directory.holds_run and not directory.result.exists():
-        return Result()
-    return Result.read(directory)
 
 
 def _check_name(option: str, given: str, known: Sequence[str]) -> None:

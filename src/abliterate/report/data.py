@@ -22,6 +22,8 @@ from abliterate.search.front import progress as hypervolumes
 from abliterate.search.importance import ENOUGH, importances
 from abliterate.types import Baseline, Objective, Trial
 
+# What stands for a part of the report that a run at work may still write.
+LATER = "The run hasn't come to this yet."
 # Settings whose texts may begin with a slash and are no paths.
 _TEXTS = ("response.", "prompts.system", "prompts.prefix", "prompts.suffix")
 
@@ -45,6 +47,8 @@ class Material:
     missing: Mapping[str, str]
     stage_seconds: Mapping[str, float]
     stage_memory: Mapping[str, Mapping[str, int]]
+    # Whether the run is at work, so that what is missing may still come.
+    unfinished: bool = False
     # Why its figures may be anything; empty where a checksum vouches for them.
     doubt: str = ""
 
@@ -108,8 +112,10 @@ class Material:
         return trial.number in self.search.front
 
 
-def gather(directory: RunDirectory, run: Result | None = None) -> Material:
+def gather(directory: RunDirectory, run: Result | None = None, *, unfinished: bool = False) -> Material:
     """Read a run directory; `run`: its result, where it is at hand.
+
+    `unfinished`: the run is at work, so what isn't there may come, and the importance of parameters isn't computed yet.
 
     Raises:
         InputError: there is no run, or its `result.json` is damaged.
@@ -126,15 +132,20 @@ def gather(directory: RunDirectory, run: Result | None = None) -> Material:
     search = SearchRecord.of(run)
     base, scored = search.baseline, search.baseline is not None and search.baseline.prompts > 0
     try:
-        importance = importances(search.trials, search.prompts, objectives=search.objectives) if scored else {}
+        known = scored and not unfinished
+        importance = importances(search.trials, search.prompts, objectives=search.objectives) if known else {}
         progress = tuple(_progress(search.trials, base, search.objectives)) if base and scored else ()
     except (AttributeError, KeyError, TypeError, ValueError) as error:  # a trial lacks a score or a parameter
         raise damaged(directory, f"{type(error).__name__}: {first_line(error)}") from error
     if not importance:
         missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
     settings = _settings(directory, missing)
+    if unfinished:
+        absent = {"geometry": directory.geometry, "answers": directory.answers, "settings": directory.settings}
+        missing |= {name: LATER for name, path in absent.items() if name in missing and not path.exists()}
+        missing |= dict.fromkeys(("importance", "coverage", "heldout"), LATER)
     stages = run.stage_seconds(), run.stage_memory()
-    return Material(result, search, settings, geometry, answers, importance, progress, missing, *stages, run.doubt)
+    return Material(result, search, settings, geometry, answers, importance, progress, missing, *stages, unfinished, run.doubt)
 
 
 def changed_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

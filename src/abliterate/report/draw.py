@@ -60,6 +60,11 @@ def svg(specs: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, str], str]:
     return pictures, in_script(done["script"])
 
 
+def library() -> str:
+    """The script that draws plots in a page, as in `svg`. Raises as `svg` does."""
+    return in_script(_drawn(script=True)["script"])
+
+
 def png(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, bytes]:
     """{name: PNG}, black on white, at twice the size. Raises as `svg` does."""
     drawn = _drawn(png={name: {**spec, "background": "white"} for name, spec in specs.items()})["drawn"]

@@ -33,9 +33,12 @@ def term(text: str) -> str:
 def condensed(content: Table) -> tuple[Table, str]:
     """The table without the columns that have the same text in every row, and a line that says these texts once.
 
-    A table of fewer than three rows or columns stays as it is, and so does the first column, which names the rows. The base
+    The first column stays, because it names the rows. Of fewer than three rows or columns only empty columns go. The base
     model's row isn't a trial, so it doesn't count where its cell is empty.
     """
+    cells = content.texts
+    empty = [column.key for index, column in enumerate(content.columns) if index and not any(row[index] for row in cells)]
+    content = content.without(empty) if content.rows else content
     if len(content.rows) < 3 or len(content.columns) < 3:
         return content, ""
     common: dict[str, str] = {}
@@ -46,7 +49,7 @@ def condensed(content: Table) -> tuple[Table, str]:
             if row[index] is not None or "base" not in row
         }
         if len(texts) == 1:
-            common[column.key] = f"{column.heading}: {texts.pop() or 'none'}"
+            common[column.key] = f"{column.heading}: {texts.pop()}"
     line = f"The same in every row: {'; '.join(common.values())}." if common else ""
     return content.without(common), line
 

@@ -1,12 +1,14 @@
 """Write `report.html`: one self-contained page of a run directory, made without loading a model.
 
-The page's policy forbids every request. With JavaScript its plots are interactive; without it, and before, they are pictures.
+The page's policy forbids every request; a live page may ask its own server alone (`live.py`). With JavaScript its plots are
+interactive; without it, and before, they are pictures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from typing import Any
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
@@ -43,22 +45,70 @@ def render(material: Material, warn: Callable[[str], None] = lambda text: None) 
     except draw.Undrawable as error:
         plots, why = {}, str(error)
         warn(why)
-    parts = sections(material, lambda name: _figure(plots[name], stills[name]) if name in plots else "")
-    title = escape(f"abliterate: {material.result['model'].get('id', '')}")
-    links = "".join(f'<li><a href="#{name}">{escape(heading)}</a></li>' for name, heading, _ in parts)
-    content = "".join(f'<section id="{name}"><h2>{escape(heading)}</h2>{body}</section>' for name, heading, body in parts)
+    content = _content(material, plots, stills)
+    scripts = [data("plots", content["plots"]), *([data("layers", content["layers"])] if content["layers"] else [])]
+    return document(content, [*scripts, *_code(library, "page.js")] if plots else [], why=why)
+
+
+def content_of(material: Material) -> dict[str, Any]:
+    """What a live page shows, as JSON values: title, summary, sections, plots and layers; its plots have no still pictures."""
+    return _content(material, {plot.name: plot for plot in all_plots(material)}, {})
+
+
+def live_page(state: Mapping[str, Any], library: str, *, why: str = "") -> str:
+    """The page of a run at work, which asks its own server for news and nobody else.
+
+    `state` is `content_of` with `version`, `running` and `status`; `library` draws plots, and `why` says why there is none.
+    """
+    numbers = {name: state[name] for name in ("version", "running")}
+    scripts = [data("plots", state["plots"]), data("layers", state["layers"] or {}), data("live-state", numbers)]
+    code = [*(_code(library, "page.js") if library else []), *_code("", "live.js")]
+    status = f'<p id="live-status" data-running="{str(state["running"]).lower()}">{escape(state["status"])}</p>'
+    return document(state, [*scripts, *code], why=why, status=status, policy=f"{_POLICY}; connect-src 'self'")
+
+
+def document(
+    content: Mapping[str, Any], scripts: Sequence[str], *, why: str = "", status: str = "", policy: str = _POLICY
+) -> str:
+    """A whole page of `content` (title, summary and sections), with `scripts` at its end; `why`: why there are no plots."""
+    title = escape(content["title"])
+    parts = content["sections"]
+    links = "".join(f'<li><a href="#{part["id"]}">{escape(part["heading"])}</a></li>' for part in parts)
+    shown = "".join(
+        f'<section id="{part["id"]}"><h2>{escape(part["heading"])}</h2><div class="body">{part["html"]}</div></section>'
+        for part in parts
+    )
     head = missing(why) if why else ""
-    scripts = _scripts(material, plots, library)
+    lines = "\n".join(scripts)
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{title}</title><link rel="icon" href="data:,"><style>{_asset("page.css")}</style></head>\n'
-        f"<body><header><h1>{title}</h1>{summary(material)}{head}</header>\n"
-        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>{content}</main>\n{scripts}</body></html>\n'
+        f'<body>{status}<header><h1>{title}</h1><div id="summary">{content["summary"]}</div>{head}</header>\n'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n<main>{shown}</main>\n{lines}</body></html>\n'
     )
     # Half of a surrogate pair is no character, and a prompt file may hold such a half.
     return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _content(material: Material, plots: Mapping[str, Plot], stills: Mapping[str, str]) -> dict[str, Any]:
+    parts = sections(material, lambda name: _figure(plots[name], stills.get(name, "")) if name in plots else "")
+    layers = None
+    if "projection" in plots:
+        assert material.geometry is not None
+        rows = [
+            {"harmful": layer["harmful"], "harmless": layer["harmless"], "text": layer_text(material, index)}
+            for index, layer in enumerate(material.geometry["projection"])
+        ]
+        layers = {"layers": rows, "prompts": material.geometry["prompts"]}
+    return {
+        "title": f"abliterate: {material.result['model'].get('id', '')}".removesuffix(": "),
+        "summary": summary(material),
+        "sections": [{"id": name, "heading": heading, "html": body} for name, heading, body in parts],
+        "plots": {name: plot.spec for name, plot in plots.items()},
+        "layers": layers,
+    }
 
 
 def _figure(plot: Plot, still: str) -> str:
@@ -70,19 +120,9 @@ def _figure(plot: Plot, still: str) -> str:
     )
 
 
-def _scripts(material: Material, plots: Mapping[str, Plot], library: str) -> str:
-    if not plots:
-        return ""
-    parts = [data("plots", {name: plot.spec for name, plot in plots.items()})]
-    if "projection" in plots:
-        assert material.geometry is not None
-        layers = [
-            {"harmful": layer["harmful"], "harmless": layer["harmless"], "text": layer_text(material, index)}
-            for index, layer in enumerate(material.geometry["projection"])
-        ]
-        parts.append(data("layers", {"layers": layers, "prompts": material.geometry["prompts"]}))
-    scripts = (library, draw.in_script(_asset("page.js")))
-    return "\n".join([*parts, *(f"<script>{script}</script>" for script in scripts)])
+def _code(library: str, name: str = "") -> list[str]:
+    """Script elements of a library and of one of our own files."""
+    return [f"<script>{text}</script>" for text in (library, draw.in_script(_asset(name)) if name else "") if text]
 
 
 def _asset(name: str) -> str:

@@ -37,7 +37,8 @@ def heldout(material: Material) -> str:
     """The figures on prompts that neither directions nor search have seen."""
     record = material.heldout
     if not record:
-        return missing("Nothing was measured on held-out prompts (abliterate evaluate does it).") if material.selected else ""
+        text = material.missing.get("heldout", "Nothing was measured on held-out prompts (abliterate evaluate does it).")
+        return missing(text) if material.selected else ""
     if record.get("trial") != material.search.selected:
         return missing(
             "The figures on held-out prompts are of another trial than the selected; abliterate evaluate measures it."
@@ -123,7 +124,7 @@ def coverage(material: Material) -> str:
     """Which matrices are edited, and why the others aren't."""
     record = material.coverage
     if not record:
-        return missing("The file result.json doesn't say which matrices are edited.")
+        return missing(material.missing.get("coverage", "The file result.json doesn't say which matrices are edited."))
     text = f"{record['share']:.1%} of the parameters that write to the residual stream can be edited."
     unknown = paragraph(f"The share is unknown: {record['untold']}.") if record.get("untold") else ""
     return paragraph(text) + table(coverage_table(record)) + unknown
@@ -144,7 +145,7 @@ def facts(material: Material) -> str:
     )
     versions = environment.get("versions", {}) | machine
     return (
-        beside(pairs(result["model"], "Model"), pairs(versions, "Versions") + pairs(seeds, "Seeds"))
+        beside(pairs(result["model"] or {}, "Model"), pairs(versions, "Versions") + pairs(seeds, "Seeds"))
         + details("Prompts", pairs(result.get("prompts", {}) | asked, "Prompt sets"))
         + details("Export and its check", pairs(result["export"], "Export"))
         + details("Batch sizes", pairs(result.get("batch_sizes", {}), "Prompts at a time"))
@@ -182,7 +183,7 @@ def in_a_sentence(material: Material) -> str:
     """The result of the run in one sentence."""
     base, chosen = material.search.baseline, material.selected
     if not material.trials or base is None:
-        return "No trial has finished yet; make the report again when some have."
+        return "No trial has finished yet" + ("." if material.unfinished else "; make the report again when some have.")
     text = f"The base model refuses {base.refusals} of {base.prompts} harmful evaluation prompts"
     if chosen:
         how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
@@ -247,7 +248,13 @@ def _front(material: Material, figure: Figure) -> str:
     )
     title = f"All {len(material.trials)} trials"
     everything = details(title, table(trial_table(material.search, material.trials, title)))
-    return paragraph(text) + figure("front") + table(full_front_table(material.search)) + everything + _yardstick(material)
+    return (
+        paragraph(text)
+        + figure("front")
+        + table(full_front_table(material.search).without(("state",)))
+        + everything
+        + _yardstick(material)
+    )
 
 
 def _yardstick(material: Material) -> str:
@@ -308,7 +315,8 @@ def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Fi
     rows = layer_rows(params, material.coverage)
     by_layer = details("By layer", table(layer_table(rows)))
     found = pairs(dict(fact_pairs(params)), "How it was found")
-    return paragraph(text) + beside(figure("strengths"), figure("turns")) + table(refined_table(trial, rows)) + by_layer + found
+    plots = beside(figure("strengths"), figure("turns"))
+    return paragraph(text) + plots + beside(table(refined_table(trial, rows)) + by_layer, found)
 
 
 def _importance(material: Material, figure: Figure) -> str:

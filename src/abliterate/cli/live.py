@@ -1,0 +1,106 @@
+"""`--live`: show a run's report in a browser while the run goes on, for `abliterate run` and `abliterate report`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import webbrowser
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from abliterate.artifacts.result import Result
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli.exit import ending_at_once
+from abliterate.report.live import Activity, LiveReport
+from abliterate.terminal.reporters import SilentReporter
+from abliterate.terminal.tables import printable
+from abliterate.types import Reporter, Trial
+
+
+def watch(path: Path, *, may_open: bool) -> None:
+    """`abliterate report RUN --live`: serve the report of a run, which another process may be working on, until Ctrl+C.
+
+    Raises:
+        InputError: there is no run, or its `result.json` is damaged. Interrupted: by Ctrl+C or SIGTERM.
+    """
+    directory = RunDirectory(path)
+    doubt = Result.so_far(directory).doubt
+    if doubt:
+        print(f"warning: {printable(doubt)}", file=sys.stderr)
+    with (
+        ending_at_once(SilentReporter(), "the live report has ended; the run itself isn't affected."),
+        LiveReport(directory).serving() as address,
+    ):
+        print(f"live report: {address} (Ctrl+C ends it)", flush=True)
+        if may_open:
+            show(address)
+        while True:
+            time.sleep(1)
+
+
+@contextlib.contextmanager
+def beside(directory: RunDirectory, reporter: Reporter, *, may_open: bool) -> Iterator[Reporter]:
+    """Serve the report of the run that the block carries out with the reporter that it is given.
+
+    The address is told when the run's first stage begins, so that a run that is refused opens no browser.
+    """
+    activity = Activity()
+    live = LiveReport(directory, activity)
+    with live.serving() as address:
+
+        def begin() -> None:
+            reporter.note(f"live report: {address}", live=address)
+            if may_open:
+                show(address)
+
+        told = _Told(reporter, activity, begin)
+        yield cast(Reporter, told)
+        live.finish()
+
+
+def show(address: str) -> None:
+    """Open the address in the desktop's browser, if a person sits at a terminal of a desktop; else do nothing."""
+    on_desktop = os.name == "nt" or sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
+    if not (sys.stdout.isatty() and on_desktop) or "SSH_CONNECTION" in os.environ:
+        return
+
+    def launch() -> None:
+        with contextlib.suppress(webbrowser.Error, OSError):
+            browser = webbrowser.get()
+            # A browser for terminals would take the run's terminal.
+            if type(browser) is not webbrowser.GenericBrowser:
+                browser.open(address)
+
+    # Some browsers return only when they are closed.
+    threading.Thread(target=launch, daemon=True, name="open the live report").start()
+
+
+class _Told:
+    """The reporter, which tells `activity` what the run does; `begin` is called at the first stage."""
+
+    def __init__(self, reporter: Reporter, activity: Activity, begin: Callable[[], None]) -> None:
+        self._reporter, self._activity, self._begin = reporter, activity, begin
+        self._begun = False
+
+    def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
+        if not self._begun:
+            self._begun = True
+            self._begin()
+        self._activity.stage, self._activity.step = f"{name} ({detail})" if detail else name, ""
+        self._reporter.stage(name, detail, at_once=at_once)
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self._activity.step = f"{done} of {total} {unit}"
+        self._reporter.progress(done, total, unit)
+
+    def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
+        done = trial.number + 1
+        self._activity.trials, self._activity.step = f"{done} of {max(done, total)} trials", ""
+        self._reporter.trial(trial, total, front, best)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reporter, name)

@@ -1,0 +1,128 @@
+"""`--live`: the address is told, the page shows what a run does, and Ctrl+C ends the serving of a finished run's page."""
+
+from __future__ import annotations
+
+import os
+import signal
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli import live
+from abliterate.report import draw
+from abliterate.terminal.reporters import SilentReporter
+from support.browser import browser, chromium
+from support.cli import QUICK, Invoke, assert_sentence, prompt_options, spawn
+from support.reports import made_run, made_trials
+
+
+class Noting(SilentReporter):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, Mapping[str, Any]]] = []
+        self.trials = 0
+
+    def note(self, text: str, **fields: Any) -> None:
+        self.notes.append((text, fields))
+
+    def trial(self, *given: Any) -> None:
+        self.trials += 1
+
+
+def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "library", lambda: "")
+    opened: list[str] = []
+    monkeypatch.setattr(live, "show", opened.append)
+    reporter = Noting()
+    with live.beside(RunDirectory(tmp_path / "run"), reporter, may_open=True) as told:
+        assert reporter.notes == []  # a run that is refused opens no browser
+        told.stage("load", "demo")
+        told.stage("search")
+        ((text, fields),) = reporter.notes
+        address = fields["live"]
+        assert text == f"live report: {address}"
+        assert opened == [address]
+        told.trial(made_trials(1)[0], 12, True, None)
+        told.progress(3, 9, "prompts")
+        with urllib.request.urlopen(address, timeout=20) as answer:
+            assert "The run is at work: search: 1 of 12 trials · 3 of 9 prompts." in answer.read().decode()
+        assert reporter.trials == 1
+        monkeypatch.setattr("abliterate.report.live._LOOKING", 0)
+    with pytest.raises(urllib.error.URLError):
+        urllib.request.urlopen(address, timeout=5)
+
+
+def test_a_browser_is_only_opened_on_a_desktop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(**given: Any) -> Any:
+        raise AssertionError("a browser is opened")
+
+    monkeypatch.setattr("threading.Thread", started)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("sys.platform", "linux")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    live.show("http://127.0.0.1:9/")
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setenv("SSH_CONNECTION", "a b")
+    live.show("http://127.0.0.1:9/")
+    monkeypatch.delenv("SSH_CONNECTION")
+    with pytest.raises(AssertionError, match="a browser is opened"):
+        live.show("http://127.0.0.1:9/")
+
+
+def test_what_live_cant_be_given_with(invoke: Invoke, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    assert_sentence(invoke("report", run.path, "--live", "--png", tmp_path), 2, "--live", "leave --png and --terminal out")
+    assert_sentence(invoke("report", run.path, "--live", "--terminal"), 2, "--live")
+    assert_sentence(invoke("report", tmp_path / "none", "--live"), 2, "no run")
+
+
+def test_ctrl_c_ends_the_serving(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    process = spawn(["report", run.path, "--live", "--no-open"], tmp_path)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[2]
+        with urllib.request.urlopen(f"{address}data", timeout=20) as answer:
+            assert b"The run has ended with 5 trials" in answer.read()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "the live report has ended; the run itself isn't affected." in " ".join(err.split())
+    assert not run.report.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None and "CI" not in os.environ, reason="needs Chromium")
+def test_trials_of_a_real_run_appear_in_a_browser(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    options = [*prompt_options(prompt_files), *QUICK, "-n", "12", "-o", "run", "--export", "none", "--live", "--no-open"]
+    process = spawn(["run", "demo", *options], tmp_path)
+    try:
+        assert process.stdout is not None
+        address = next(line.split()[2] for line in process.stdout if line.startswith("live report: "))
+        with browser() as tab:
+            tab.open(address)
+            tab.evaluate("window.sameDocument = true")
+            points = "document.querySelectorAll('#plot-front .mark-symbol.role-mark path').length"
+            tab.wait(f"{points} > 1", timeout=60)
+            first = tab.evaluate(points)
+            process.communicate(timeout=300)
+            tab.wait("document.getElementById('live-status').dataset.running === 'false'")
+            tab.wait(f"{points} === 13")  # with the base model
+            assert first < 13
+            assert tab.evaluate("document.getElementById('live-status').textContent").startswith("The run has ended with 12")
+            assert tab.evaluate("document.querySelectorAll('#answers article').length") > 0
+            assert tab.evaluate("window.sameDocument") is True
+            assert tab.errors == []
+    finally:
+        process.kill()
+    assert process.returncode == 0
