@@ -113,7 +113,7 @@ def test_a_line_without_a_checksum_and_a_study_without_a_format_are_refused(fini
 def test_a_study_of_another_version_is_refused(finished: Finished, tmp_path: Path) -> None:
     path, _, settings = finished
     run = copy_run(path, tmp_path / "run")
-    study = optuna.load_study(study_name="abliterate", storage=open_storage("", run / "study.journal"))
+    study = optuna.load_study(study_name=None, storage=open_storage("", run / "study.journal"))
     study.set_user_attr("format", 2)
     with pytest.raises(InputError, match=r"study has format 2.*--restart"):
         run_in(run, settings, resume=True)

@@ -179,10 +179,9 @@ def test_a_setup_of_another_version_is_refused() -> None:
 
 def test_a_setup_holds_no_path_of_this_machine_and_comes_back(finished: Finished, tmp_path: Path) -> None:
     path, _, settings = finished
-    name = STUDY_NAME
     found = shared(
         optuna.load_study(
-            study_name=name, storage=storage.open_storage("", copy_run(path, tmp_path / "run") / "study.journal")
+            study_name=None, storage=storage.open_storage("", copy_run(path, tmp_path / "run") / "study.journal")
         ),
         "setup",
     )

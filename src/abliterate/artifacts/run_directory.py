@@ -175,10 +175,13 @@ class RunDirectory:
             if self._moved:
                 self._moved.rename(self.path)
 
-    def study_name(self) -> str:
-        """The name of the run's study in a database, made up once, so that no two runs share a study by accident."""
+    def study_name(self, model: str = "") -> str:
+        """The name of the run's study in a database, made up once, so that no two runs share a study by accident.
+
+        A new name has the model (or, without one, the directory's name), the time, and a random part.
+        """
         if not self.study.exists():
-            name = safe_name(str(self.path.absolute()))
+            name = named_after(model or str(self.path.absolute()))
             write_atomically(self.study, f"abliterate-{name}-{uuid.uuid4().hex[:12]}\n")
         try:
             study_name = self.study.read_text(encoding="utf-8").strip()
@@ -193,7 +196,12 @@ class RunDirectory:
 
 def default_path(model: str) -> Path:
     """`runs/<model>-<time>`; no part of the model's name can lead out of that folder."""
-    return RUNS / f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return RUNS / named_after(model)
+
+
+def named_after(model: str) -> str:
+    """`<model>-<time>`, the default name of a run and of its study."""
+    return f"{safe_name(model)}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def latest_run(model: str) -> Path | None:

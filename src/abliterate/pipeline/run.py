@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from abliterate import ranks
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import REPORT_STAGE, Result
-from abliterate.artifacts.run_directory import RunDirectory, default_path
+from abliterate.artifacts.run_directory import RunDirectory, default_path, named_after
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError, as_command
 from abliterate.export import check_output
@@ -37,7 +37,7 @@ from abliterate.report.ending import ending
 from abliterate.report.page import write_report
 from abliterate.search.front import no_front
 from abliterate.search.selection import SelectionRule
-from abliterate.search.study import STUDY_NAME, Study, check_database, open_study
+from abliterate.search.study import Study, check_database, open_study
 from abliterate.settings import untrusted
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.settings.sources import dump_settings
@@ -181,7 +181,7 @@ class _Run:
         url = settings.search.storage
 
         def opened() -> Study:
-            name = directory.study_name() if url else STUDY_NAME
+            name = directory.study_name(settings.model) if url else named_after(settings.model)
             return open_study(url, directory.journal, bench.space, settings.seed, name)
 
         study = opened() if ranks.size() == 1 else cast(Study, ranks.Owned(Study, opened, alone=("at_work", "give_up")))

@@ -33,7 +33,7 @@ from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
 from abliterate.scorers.yardstick import Yardstick
 from abliterate.search.storage import open_storage, shared
-from abliterate.search.study import STUDY_NAME, Study, changed_parts, open_study
+from abliterate.search.study import STUDY_NAME, Study, changed_parts, name_in_journal, open_study
 from abliterate.settings import untrusted
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
@@ -185,7 +185,8 @@ def wait_for_setup(
         InputError: the storage or the study doesn't exist.
     """
     try:
-        study = optuna.load_study(study_name=name, storage=open_storage(url, journal))
+        found = open_storage(url, journal)
+        study = optuna.load_study(study_name=name if url else name_in_journal(found, name), storage=found)
     except KeyError as error:
         raise InputError(f"The storage holds no study {name}; begin the run first, or check --study.") from error
     except Exception as error:

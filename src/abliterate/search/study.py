@@ -341,18 +341,26 @@ def open_study(
     patience: float = PATIENCE,
     pause: float = FIRST_PAUSE,
 ) -> Study:
-    """The study in the run directory's journal, or the one called `name` in the RDB at `url`.
+    """The study in the run directory's journal, whatever its name, or the study called `name` in the RDB at `url`.
 
-    `patience` and `pause` are as in `patiently`.
+    A new study gets the `name` in both. `patience` and `pause` are as in `patiently`.
 
     Raises:
         InputError: the storage can't be reached or read.
         AbliterateError: the disk refuses.
     """
     try:
-        return Study(open_storage(url, journal), name, space, seed, worker, patience=patience, pause=pause)
+        storage = open_storage(url, journal)
+        known = name if url else name_in_journal(storage, name)
+        return Study(storage, known, space, seed, worker, patience=patience, pause=pause)
     except Exception as error:
         raise _unusable(error, url, journal) from error
+
+
+def name_in_journal(storage: BaseStorage, name: str) -> str:
+    """The name of the one study in a run's journal; `name` if it has none yet, or several, which no run has written."""
+    names = optuna.get_all_study_names(storage)
+    return names[0] if len(names) == 1 else name
 
 
 def check_database(url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -104,12 +105,12 @@ def test_no_two_runs_share_a_studys_name(tmp_path: Path) -> None:
     runs = [RunDirectory(tmp_path / folder / "mine") for folder in "ab"]
     for run in runs:
         run.prepare(resume=False, restart=False)
-    names = [run.study_name() for run in runs]
-    assert [RunDirectory(run.path).study_name() for run in runs] == names  # kept in the directory
+    names = [run.study_name("owner/model") for run in runs]
+    assert [RunDirectory(run.path).study_name("other") for run in runs] == names  # kept in the directory
     runs[0].prepare(resume=False, restart=True)
-    names.append(runs[0].study_name())
+    names.append(runs[0].study_name("owner/model"))
     assert len(set(names)) == 3
-    assert all(name.startswith("abliterate-mine-") for name in names)
+    assert all(re.fullmatch(r"abliterate-model-\d{8}-\d{6}-[0-9a-f]{12}", name) for name in names)
 
 
 @pytest.mark.parametrize(

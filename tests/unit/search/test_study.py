@@ -13,6 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.search.space import Space
+from abliterate.search.storage import open_storage
 from abliterate.search.study import Asked, Study, open_study
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
@@ -44,6 +45,16 @@ def expected_space(n_layers: int) -> dict[str, BaseDistribution]:
 def ask_alone(space: Space, seed: int) -> tuple[TrialParams, optuna.Trial]:
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed)).ask()
     return space.suggest(trial), trial
+
+
+def test_a_journal_has_one_study_whatever_its_name(tmp_path: Path) -> None:
+    """Journals of older runs hold the study `abliterate`; new ones hold one that is named after model and time."""
+    journal = tmp_path / "study.journal"
+    open_study("", journal, SPACE, 0, "abliterate").claim({"model": "m"})
+    open_study("", journal, SPACE, 0, "demo-20260101-000000").claim({"model": "m"}, begun=True)
+    assert optuna.get_all_study_names(open_storage("", journal)) == ["abliterate"]
+    open_study("", tmp_path / "new.journal", SPACE, 0, "demo-20260101-000000")
+    assert optuna.get_all_study_names(open_storage("", tmp_path / "new.journal")) == ["demo-20260101-000000"]
 
 
 @pytest.mark.parametrize("n_layers", [1, 2, 12, 80])
