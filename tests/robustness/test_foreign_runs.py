@@ -135,6 +135,10 @@ def command_lines(run: Path, files: dict[str, str]) -> dict[str, list[tuple[int,
     listed = run.parent / "list.toml"
     listed.write_text(tomli_w.dumps({"run": [{"model": "demo", "out": str(run)}]}), encoding="utf-8")
     chosen = Result.read(RunDirectory(run)).selected
+    other = run.parent / "other"
+    other.mkdir(exist_ok=True)
+    for name in ("result.json", "settings.toml"):
+        shutil.copy(run / name, other)
     return {
         "run": [
             (2, ["run", "--resume", "-o", run]),
@@ -148,12 +152,13 @@ def command_lines(run: Path, files: dict[str, str]) -> dict[str, list[tuple[int,
         "reproduce": [(2, ["reproduce", run, "-o", run.parent / "made"])],
         "report": [(0, ["report", run])],
         "trials": [(0, ["trials", run])],
+        "compare": [(0, ["compare", run, other, "-o", run.parent / "compare.html"])],
         "inspect": [(0, ["inspect", run / "base", "--no-weights"])],
         "tune-batch": [(2, ["tune-batch", run])],
     }
 
 
-COMMANDS = ("run", "worker", "export", "evaluate", "chat", "reproduce", "report", "trials", "inspect", "tune-batch")
+COMMANDS = ("run", "worker", "export", "evaluate", "chat", "reproduce", "report", "trials", "compare", "inspect", "tune-batch")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -306,7 +311,7 @@ def test_a_worker_is_no_strangers_hand(
     monkeypatch.setattr(workers, "load_calibrated", load_calibrated)
     change(hostile, search={"storage": ""})
     (hostile / "study.name").unlink()
-    opened = optuna.load_study(study_name="abliterate", storage=open_storage("", hostile / "study.journal"))
+    opened = optuna.load_study(study_name=None, storage=open_storage("", hostile / "study.journal"))
     setup = json.loads(shared(opened, "setup") or b"")
     honest = setup["settings"]
     over = {"load": {"trust_remote_code": True}, "evaluation": {"scorers": ["refusals", own]}}

@@ -432,6 +432,20 @@ def report(
     cli_report.report(run_directory, png, sys.stdout.isatty() if terminal is None else terminal)
 
 
+def compare(
+    run_directories: Annotated[list[Path], typer.Argument(metavar="RUN RUN", help="Two or more run directories.")],
+    select: Annotated[str, for_search(help="Rule that names the best trial. Default: that of the runs, or auto.")] = "",
+    out: Annotated[
+        Path | None, for_output("-o", "--out", metavar="FILE.html", help="Also write the comparison as a page. Default: none.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show the fronts of several runs together, which trial is the best, and in which settings the runs differ."""
+    from abliterate.cli import compare as cli_compare
+
+    cli_compare.compare_runs(run_directories, out, select, as_json=as_json)
+
+
 def export(
     run_directory: Run,
     trial: Annotated[int, for_trial(help="Number of a complete trial.")],
@@ -498,7 +512,7 @@ def doctor(as_json: Json = False, cache_dir: CacheDir = None) -> None:
 
 
 # The order of `abliterate --help`: that in which a person meets the commands.
-for _command in (run, inspect, tune_batch, trials, report, chat, evaluate, export, reproduce, worker, doctor):
+for _command in (run, inspect, tune_batch, trials, report, compare, chat, evaluate, export, reproduce, worker, doctor):
     app.command(cls=Command)(prepared(_command))
 
 app.add_typer(config_app, name="config")

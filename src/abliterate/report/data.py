@@ -139,7 +139,7 @@ def gather(directory: RunDirectory, run: Result | None = None, *, unfinished: bo
         raise damaged(directory, f"{type(error).__name__}: {first_line(error)}") from error
     if not importance:
         missing["importance"] = f"Which parameters mattered can't be seen in fewer than {ENOUGH} scored trials that differ."
-    settings = _settings(directory, missing)
+    settings = public_settings(directory, missing)
     if unfinished:
         absent = {"geometry": directory.geometry, "answers": directory.answers, "settings": directory.settings}
         missing |= {name: LATER for name, path in absent.items() if name in missing and not path.exists()}
@@ -218,8 +218,8 @@ def _check_answers(record: Any) -> None:
             raise TypeError("no text or no span")
 
 
-def _settings(directory: RunDirectory, missing: dict[str, str]) -> dict[str, Any]:
-    """{dotted name: value}, without the folders and names of this machine."""
+def public_settings(directory: RunDirectory, missing: dict[str, str]) -> dict[str, Any]:
+    """{dotted name: value}, without the folders and names of this machine; if there are none, `missing` says why."""
     try:
         stored = read_toml(directory.settings)
     except InputError:

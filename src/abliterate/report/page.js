@@ -14,16 +14,9 @@
     if (before) live.style.visibility = "hidden"; // the old plot is seen until the new one is there
     if (still) still.hidden = true;
     place.append(live);
-    if (narrow) {
-      plot = {
-        ...plot,
-        config: {
-          ...plot.config,
-          axis: { ...plot.config.axis, labelLimit: 130 },
-          legend: { ...plot.config.legend, columns: 1 },
-        },
-      };
-    }
+    const columns = place.clientWidth < 420 ? 1 : place.clientWidth < 700 ? 2 : 3;
+    const axis = narrow ? { ...plot.config.axis, labelLimit: 130 } : plot.config.axis;
+    plot = { ...plot, config: { ...plot.config, axis, legend: { ...plot.config.legend, columns } } };
     try {
       const options = { mode: "vega-lite", renderer: "svg", actions: false, defaultStyle: false };
       options.tooltip = { disableDefaultStyle: true };

@@ -17,7 +17,7 @@ from abliterate.report import draw
 from abliterate.report.data import Material, gather
 from abliterate.report.html import data, escape, missing
 from abliterate.report.plots import Plot, all_plots
-from abliterate.report.sections import layer_text, sections, summary
+from abliterate.report.sections import Figure, layer_text, sections, summary
 
 # Inline only; Vega compiles its expressions.
 _POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data:"
@@ -36,7 +36,17 @@ def write_report(
 
 def render(material: Material, warn: Callable[[str], None] = lambda text: None) -> str:
     """The page as text. All text from outside is escaped where it becomes HTML, JSON or a picture. `warn` as above."""
-    plots = {plot.name: plot for plot in all_plots(material)}
+    return rendered(all_plots(material), lambda figure, plots: _content(material, figure, plots), warn)
+
+
+def rendered(
+    made: Sequence[Plot], content_with: Callable[[Figure, Mapping[str, Plot]], dict[str, Any]], warn: Callable[[str], None]
+) -> str:
+    """A page with these plots; `content_with` gives its content, from a function that makes a plot's figure and from the plots.
+
+    If nothing can be drawn, it gets no plots, and `warn` the reason.
+    """
+    plots = {plot.name: plot for plot in made}
     stills: dict[str, str] = {}
     library = why = ""
     try:
@@ -45,14 +55,15 @@ def render(material: Material, warn: Callable[[str], None] = lambda text: None) 
     except draw.Undrawable as error:
         plots, why = {}, str(error)
         warn(why)
-    content = _content(material, plots, stills)
+    content = content_with(_figures(plots, stills), plots)
     scripts = [data("plots", content["plots"]), *([data("layers", content["layers"])] if content["layers"] else [])]
     return document(content, [*scripts, *_code(library, "page.js")] if plots else [], why=why)
 
 
 def content_of(material: Material) -> dict[str, Any]:
     """What a live page shows, as JSON values: title, summary, sections, plots and layers; its plots have no still pictures."""
-    return _content(material, {plot.name: plot for plot in all_plots(material)}, {})
+    plots = {plot.name: plot for plot in all_plots(material)}
+    return _content(material, _figures(plots, {}), plots)
 
 
 def live_page(state: Mapping[str, Any], library: str, *, why: str = "") -> str:
@@ -92,8 +103,12 @@ def document(
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _content(material: Material, plots: Mapping[str, Plot], stills: Mapping[str, str]) -> dict[str, Any]:
-    parts = sections(material, lambda name: _figure(plots[name], stills.get(name, "")) if name in plots else "")
+def _figures(plots: Mapping[str, Plot], stills: Mapping[str, str]) -> Figure:
+    return lambda name: _figure(plots[name], stills.get(name, "")) if name in plots else ""
+
+
+def _content(material: Material, figure: Figure, plots: Mapping[str, Plot]) -> dict[str, Any]:
+    parts = sections(material, figure)
     layers = None
     if "projection" in plots:
         assert material.geometry is not None

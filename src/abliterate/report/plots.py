@@ -135,8 +135,8 @@ def tooltip(columns: Mapping[str, str]) -> list[dict[str, str]]:
     return [{"field": field, "title": title} for field, title in columns.items()]
 
 
-_KL_AXIS = {
-    **quantity("kl", "mean KL of the first token, nats (scale: logarithmic above 0.01)"),
+KL_AXIS = {
+    **quantity("kl", "mean KL of the first token, nats (log. scale above 0.01)"),
     "scale": {"type": "symlog", "constant": 0.01},
     "axis": {"values": [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~g", "labelOverlap": True},
 }
@@ -158,9 +158,9 @@ def front(material: Material) -> Plot | None:
     line = {
         "data": {"values": steps},
         "mark": {"type": "line", "interpolate": "step-after", "color": BLUE, "opacity": 0.6, "strokeWidth": 1.5},
-        "encoding": {"x": _KL_AXIS, "y": y, "order": {"field": "kl", "type": "quantitative"}},
+        "encoding": {"x": KL_AXIS, "y": y, "order": {"field": "kl", "type": "quantitative"}},
     }
-    points = _points([*rows, base], _KL_AXIS, y, _columns(material))
+    points = _points([*rows, base], KL_AXIS, y, _columns(material))
     count = len(material.search.front)
     text = f"{len(rows)} scored trials as points, {name} against KL; {count} of them are on the front."
     return Plot("front", f"{name.capitalize()} against KL", text, spec_of(340, layer=[line, points]))
@@ -199,7 +199,7 @@ def _of_objectives(material: Material, base: Baseline) -> Plot | None:
         of_base = {"first": base.value(first.name), "second": base.value(rest[0].name)}
         shown.append({"kind": "base model", **_base_counts(base), **of_base})
     titles = [_title(material, objective) for objective in material.objectives]
-    axis = _KL_AXIS if first.name == KL else quantity("first", titles[0])
+    axis = KL_AXIS if first.name == KL else quantity("first", titles[0])
     x = {**axis, "field": "first"}
     y = quantity("second", titles[1]) if rest else {**quantity("second", "trial"), "axis": {"tickMinStep": 1}}
     points = _points(shown, x if rest else y, y if rest else x, _columns(material))
@@ -210,7 +210,7 @@ def _of_objectives(material: Material, base: Baseline) -> Plot | None:
 
 
 def _title(material: Material, objective: Objective) -> str:
-    known = {KL: _KL_AXIS["title"], **_counts_of(material)}
+    known = {KL: KL_AXIS["title"], **_counts_of(material)}
     return f"{known.get(objective.name, objective.name)} ({objective.goal}d)"
 
 

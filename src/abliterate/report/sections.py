@@ -27,7 +27,7 @@ from abliterate.report.tables import (
     trial_table,
     yardstick_table,
 )
-from abliterate.report.words import WORDS
+from abliterate.report.words import used_in
 from abliterate.types import Baseline, RefinedParams, Trial
 
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
@@ -174,8 +174,9 @@ def sections(material: Material, figure: Figure) -> list[tuple[str, str, str]]:
         ("coverage", "Coverage", coverage(material)),
         ("facts", "Settings, versions, seeds", facts(material)),
         ("further", "Further results", further(material)),
-        ("words", "Words used here", details("What the words of this page mean", glossary(WORDS))),
     ]
+    words = used_in(" ".join(html for _, _, html in made) + summary(material))
+    made.append(("words", "Words used here", details("What the words of this page mean", glossary(words))))
     return [section for section in made if section[2]]
 
 
@@ -233,7 +234,7 @@ def _front(material: Material, figure: Figure) -> str:
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
     axes = (
         "Both axes are better towards the lower left. KL says how far the edited model's next-token probabilities are from the "
-        "base model's on harmless prompts; 0 is no change."
+        "base model's on harmless prompts; 0 is no change. Its axis is logarithmic above 0.01 and linear below."
     )
     if not counted(material.objectives):
         of_base = ", ".join(f"{objective.name} {base.value(objective.name):.4g}" for objective in material.objectives)

@@ -5,7 +5,7 @@ Text by models and people can't reach the terminal's controls.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -63,10 +63,15 @@ def front_lines(material: Material) -> list[str]:
         kind = "front" if material.is_front(trial) else str(trial.state)
         shown = "selected" if trial.number == material.search.selected else kind
         points.append((trial.value(first.name) if rest else trial.number, trial.value(up.name), shown))
-    across, rising = _Axis.of(first.name if rest else "trial", points, 0), _Axis.of(up.name, points, 1)
+    return grid_lines(points, _MARKS, first.name if rest else "trial", up.name)
+
+
+def grid_lines(points: Sequence[tuple[float, float, str]], marks: Mapping[str, str], x: str, y: str) -> list[str]:
+    """Plot (x, y, kind) in characters, with axes of these names; where marks meet, the later of `marks` is shown."""
+    across, rising = _Axis.of(x, points, 0), _Axis.of(y, points, 1)
     grid = [[" "] * _WIDE for _ in range(_HIGH)]
-    for x, y, kind in sorted(points, key=lambda point: list(_MARKS).index(point[2])):
-        grid[round((1 - rising.share(y)) * (_HIGH - 1))][round(across.share(x) * (_WIDE - 1))] = _MARKS[kind]
+    for right, up, kind in sorted(points, key=lambda point: list(marks).index(point[2])):
+        grid[round((1 - rising.share(up)) * (_HIGH - 1))][round(across.share(right) * (_WIDE - 1))] = marks[kind]
     top, bottom = f"{rising.high:g}", f"{rising.low:g}"
     width = max(len(top), len(bottom))
     labels = [top, *[""] * (_HIGH - 2), bottom]
@@ -75,7 +80,7 @@ def front_lines(material: Material) -> list[str]:
     end = f"{'KL, square-root scale,' if across.root else across.name} {across.high:{'.3f' if across.root else 'g'}}"
     lines.append(f"{'':>{width}} └{'─' * _WIDE}")
     lines.append(f"{'':>{width}}  {start}{end:>{_WIDE - len(start)}}")
-    return [*lines, "   ".join(f"{mark} {name}" for name, mark in _MARKS.items())]
+    return [*lines, "   ".join(f"{mark} {name.removeprefix(f'{mark}: ')}" for name, mark in marks.items())]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ WORDS = {
     "knee": "The trial of the front that is farthest below the straight line between the front's two ends.",
     "hypervolume": "One number for a whole front: the area or volume of results that it beats, as a share; more is better.",
     "stopped": "A trial that was ended early (pruned), because it can't reach the front; its counts are lower bounds.",
+    "certified": "Certain rather than estimated: a certified stop ends a trial only when it can't reach the front any more.",
     "direction": "The unit vector that is removed; a number says from which layer it was taken.",
     "scope": "Whether all layers lose one common direction (global) or each layer its own (per layer).",
     "coeff λ": "How much of the direction a matrix loses: 0 leaves it as it is, and 1 removes the direction wholly.",
@@ -37,6 +38,12 @@ _HEADINGS = {
     "state": "stopped",
     "refined by gradient": "β",
 }
+
+
+def used_in(text: str) -> dict[str, str]:
+    """The words that occur in a text, by their first part and in any case, with their explanations."""
+    found = text.lower()
+    return {word: said for word, said in WORDS.items() if word.split()[0].lower() in found}
 
 
 def explanation(heading: str) -> str:
