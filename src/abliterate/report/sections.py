@@ -145,7 +145,7 @@ def facts(material: Material) -> str:
     )
     versions = environment.get("versions", {}) | machine
     return (
-        beside(pairs(result["model"] or {}, "Model"), pairs(versions, "Versions") + pairs(seeds, "Seeds"))
+        beside(pairs(result["model"], "Model") if result["model"] else "", pairs(versions, "Versions") + pairs(seeds, "Seeds"))
         + details("Prompts", pairs(result.get("prompts", {}) | asked, "Prompt sets"))
         + details("Export and its check", pairs(result["export"], "Export"))
         + details("Batch sizes", pairs(result.get("batch_sizes", {}), "Prompts at a time"))
@@ -245,7 +245,7 @@ def _front(material: Material, figure: Figure) -> str:
     )
     text = (
         f"{axes} The front has the trials that no other trial beats in all objectives. {ended if counts['stopped'] else ''}"
-        f"{counts['complete']} trials are complete, {counts['stopped']} were stopped and {counts['failed']} failed."
+        f"Trials: {counts['complete']} complete, {counts['stopped']} stopped, {counts['failed']} failed."
     )
     title = f"All {len(material.trials)} trials"
     everything = details(title, table(trial_table(material.search, material.trials, title)))
