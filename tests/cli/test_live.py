@@ -51,7 +51,7 @@ def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Mon
         told.trial(made_trials(1)[0], 12, True, None)
         told.progress(3, 9, "prompts")
         with urllib.request.urlopen(address, timeout=20) as answer:
-            assert "The run is at work: search: 1 of 12 trials · 3 of 9 prompts." in answer.read().decode()
+            assert "The run is at work: search · 3 of 9 prompts · 1 of 12 trials done." in answer.read().decode()
         assert reporter.trials == 1
         monkeypatch.setattr("abliterate.report.live._LOOKING", 0)
     with pytest.raises(urllib.error.URLError):

@@ -53,10 +53,8 @@ class Activity:
 
     @property
     def text(self) -> str:
-        """`search: 7 of 12 trials · 40 of 100 prompts`."""
-        return (
-            f"{self.stage}: " + " · ".join(filter(None, (self.trials, self.step))) if self.trials or self.step else self.stage
-        )
+        """`search · 40 of 100 prompts · 7 of 12 trials done`."""
+        return " · ".join(filter(None, (self.stage, self.step, f"{self.trials} done" if self.trials else "")))
 
 
 @dataclass

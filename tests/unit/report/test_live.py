@@ -113,7 +113,7 @@ def test_the_page_is_made_when_it_is_asked_for_and_something_changed(
     live = LiveReport(run, activity := Activity("search", trials="3 of 24 trials", step="2 of 9 prompts"))
     assert made == []
     first = live.data(None)
-    assert first["status"] == "The run is at work: search: 3 of 24 trials · 2 of 9 prompts."
+    assert first["status"] == "The run is at work: search · 2 of 9 prompts · 3 of 24 trials done."
     assert "sections" not in live.data(first["version"])
     assert len(made) == 1
     keep_trials(run, 4)
@@ -176,7 +176,7 @@ def test_a_run_that_has_written_nothing_has_a_page(tmp_path: Path) -> None:
     live = LiveReport(RunDirectory(tmp_path / "run"), Activity("load", step="3 of 9 files"))
     page = live.page()
     assert "No trial has finished yet." in page
-    assert "The run is at work: load: 3 of 9 files." in page
+    assert "The run is at work: load · 3 of 9 files." in page
     assert "--resume" not in page.partition("<script")[0]
 
 
