@@ -1,4 +1,4 @@
-"""The command line: every command with its options.
+"""The command line: every command with its options. It has over 500 lines, because all options of all commands stand here.
 
 Imports neither torch nor pydantic-settings at the top, because `--help` must answer at once.
 """
