@@ -269,6 +269,7 @@ def test_export_of_a_gguf_file(invoke: Invoke, finished: Finished, tmp_path: Pat
         (["--gguf", base, "--verify"], "leave --verify out"),
         (["--gguf", base, "--push", "me/name"], "run hf upload me/name"),
         (["--gguf-type", "F16"], "only used with --gguf FILE"),
+        (["--gguf", tmp_path / "nowhere.gguf"], "There is no file"),
         (["--gguf", demo_path() / "model" / "config.json"], "it doesn't begin as such a file does"),
     ):
         assert_sentence(invoke(*export, *further), 2, part)

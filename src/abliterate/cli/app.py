@@ -469,12 +469,12 @@ def export(
     """Export any complete trial of a finished or running run and check its weights; needs no prompts and no GPU."""
     from abliterate.cli import checks
 
+    base = checks.checked_gguf(gguf, kind, push, out, verify=verify) if gguf is not None or gguf_type else None
     checks.check_export(run_directory, trial, kind, push)
     from abliterate.cli import export as cli_export
 
     trust = trust_remote_code
-    if gguf is not None or gguf_type:
-        base = cli_export.checked_gguf(gguf, kind, push, verify=verify)
+    if base is not None:
         cli_export.export_gguf(run_directory, trial, base, gguf_type, out, trust=trust, as_json=as_json)
         return
     cli_export.export_trial(run_directory, trial, kind, out, push, verify=verify, trust=trust, as_json=as_json)

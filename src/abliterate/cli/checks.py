@@ -86,6 +86,23 @@ def check_export(path: Path, trial: int, kind: str, push: str) -> None:
         check_push(ExportSettings(kind=kind, push=push))
 
 
+def checked_gguf(gguf: Path | None, kind: str, push: str, out: Path | None, *, verify: bool) -> Path:
+    """The GGUF file to edit; InputError where options of `abliterate export` don't go together with it or name no file."""
+    if gguf is None:
+        raise InputError("A --gguf-type is only used with --gguf FILE, the GGUF file to edit; name one, or leave it out.")
+    if kind != "merged":
+        raise InputError(f"An export is either --kind {kind} or made from --gguf; leave one of them out.")
+    if verify:
+        raise InputError("A GGUF file is checked by the definition of its edits, not on prompts; leave --verify out.")
+    if push:
+        raise InputError(f"A GGUF file isn't uploaded by --push; leave it out, and run hf upload {push} FILE afterwards.")
+    if not gguf.is_file():
+        raise InputError(f"There is no file {gguf}; name a GGUF file of the run's model with --gguf.")
+    if out is not None and os.path.lexists(out):
+        raise InputError(f"The file {out} exists and is not replaced; choose another --out, or move it away.")
+    return gguf
+
+
 def check_recipe(path: Path) -> None:
     """InputError if `abliterate reproduce` is given a path that doesn't exist."""
     if not os.path.exists(path):

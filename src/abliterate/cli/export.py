@@ -38,19 +38,6 @@ def export_trial(
         pipeline_export_trial.export_trial(settings, reporter, directory, number, final, scores=verify)
 
 
-def checked_gguf(gguf: Path | None, kind: str, push: str, *, verify: bool) -> Path:
-    """The GGUF file to edit; InputError where options of `abliterate export` don't go together with it."""
-    if gguf is None:
-        raise InputError("A --gguf-type is only used with --gguf FILE, the GGUF file to edit; name one, or leave it out.")
-    if kind != "merged":
-        raise InputError(f"An export is either --kind {kind} or made from --gguf; leave one of them out.")
-    if verify:
-        raise InputError("A GGUF file is checked by the definition of its edits, not on prompts; leave --verify out.")
-    if push:
-        raise InputError(f"A GGUF file isn't uploaded by --push; leave it out, and run hf upload {push} FILE afterwards.")
-    return gguf
-
-
 def export_gguf(
     path: Path, number: int, gguf: Path, kind: str, out: Path | None, *, trust: bool = False, as_json: bool
 ) -> None:
