@@ -64,10 +64,10 @@ def took_text(result: Result) -> str:
 def next_lines(result: Result, where: str) -> list[str]:
     """Where the report is, and the commands that go on from here."""
     commands = {
-        as_command("chat", where): f"talk to trial {result.selected} beside the base model",
-        as_command("export", where, "--trial", "N"): "export any complete trial",
-        as_command("evaluate", "BASE", where): "measure it on other prompts",
-        as_command("report", where, "--live"): "look at the report in a browser",
+        as_command("chat", where): f"talk to trial {result.selected}",
+        as_command("export", where, "--trial", "N"): "export another trial",
+        as_command("evaluate", "BASE", where): "try other prompts",
+        as_command("report", where, "--live"): "see the report",
     }
     width = max(map(len, commands))
     lines = [f"  {command:<{width}}  {purpose}" for command, purpose in commands.items()]
