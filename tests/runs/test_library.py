@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import abliterate as ab
 from abliterate.errors import AbliterateError, InputError
 from abliterate.pipeline.search import Search
+from abliterate.report import draw
 from abliterate.types import RefinedParams
 from support.models import logits_of
 from support.paths import ROOT
@@ -86,6 +87,26 @@ def test_the_front_and_the_rules_of_select(searched: Searched) -> None:
     with pytest.raises(InputError, match="is not a rule"):
         study.pick("the best")
     assert recorder.stages == stages, "what is finished isn't searched again"
+
+
+def test_the_front_is_drawn_from_memory(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, directions, study, _, _ = searched
+    drawn: list[Any] = []
+    monkeypatch.setattr(draw, "svg", lambda specs: (drawn.append(specs) or dict.fromkeys(specs, "<svg/>"), ""))
+    best = study.pick("knee")
+    assert study.plot(best) == study.plot() == "<svg/>"
+    marked, plain = ([row for layer in specs["front"]["layer"] for row in layer["data"]["values"]] for specs in drawn)
+    assert {row["number"] for row in marked if row["kind"] == "selected"} == {str(best.number)}
+    assert {row["kind"] for row in plain} & {"selected", "on the front"} == {"on the front"}
+    with pytest.raises(AbliterateError, match="No trial has been scored yet"):
+        ab.search(bench, directions, trials=1).plot()
+
+    def fail(specs: Any) -> Any:
+        raise draw.Undrawable("There are no plots, because of this test.")
+
+    monkeypatch.setattr(draw, "svg", fail)
+    with pytest.raises(AbliterateError, match="because of this test"):
+        study.plot()
 
 
 def test_a_search_goes_on_where_an_iteration_has_stopped(searched: Searched) -> None:

@@ -14,6 +14,9 @@ from abliterate.errors import AbliterateError
 from abliterate.pipeline import stages
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.workbench import Workbench
+from abliterate.report import draw, plots
+from abliterate.report.data import Material
+from abliterate.report.tables import SearchRecord
 from abliterate.search.front import no_front, pareto_front
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.selection import SelectionRule, parse_rule
@@ -81,6 +84,23 @@ class Search:
         if isinstance(rule, str):
             rule = self._parse(rule) if rule else self._rule
         return choose(front, rule(front)) if choose else rule(front)
+
+    def plot(self, selected: Trial | None = None) -> str:
+        """The finished trials and their front as an SVG picture, the report's own; `selected` is marked in it.
+
+        Raises:
+            AbliterateError: no trial has been scored yet, or nothing can be drawn here.
+        """
+        front = tuple(trial.number for trial in self.front_so_far)
+        number = None if selected is None else selected.number
+        material = Material.of_search(SearchRecord(self.trials, front, number, self.baseline, tuple(self.bench.objectives)))
+        plot = plots.front(material)
+        if plot is None:
+            raise AbliterateError("No trial has been scored yet, so there is no front to plot; iterate over the search first.")
+        try:
+            return draw.svg({plot.name: plot.spec})[0][plot.name]
+        except draw.Undrawable as error:
+            raise AbliterateError(str(error)) from error
 
     def measure(self, params: Params) -> Trial:
         """Measure any parameters in full, as trials are measured, without reporting them to the sampler."""

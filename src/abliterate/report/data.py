@@ -52,6 +52,13 @@ class Material:
     # Why its figures may be anything; empty where a checksum vouches for them.
     doubt: str = ""
 
+    @staticmethod
+    def of_search(search: SearchRecord) -> Material:
+        """What a search in memory has: its trials and its baseline; only `plots.front` and `plots.progress` show that."""
+        base = search.baseline
+        progress = tuple(_progress(search.trials, base, search.objectives)) if base else ()
+        return Material({}, search, {}, None, None, {}, progress, {}, {}, {})
+
     @property
     def trials(self) -> tuple[Trial, ...]:
         """Every trial that has finished."""
