@@ -96,3 +96,24 @@ def test_a_rank_that_dies_ends_all_and_nothing_is_lost(prompt_files: Files, tmp_
         assert len(results(tmp_path / "run")["trials"]) == 2
     ranks.finish(ranks.command([*words, "--resume"], tmp_path, before=Lean()))
     assert [trial["number"] for trial in results(tmp_path / "run")["trials"]] == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_refinement_on_two_ranks_is_that_of_one_process(prompt_files: Files, tmp_path: Path) -> None:
+    """Two descents: the coeffs and directions, the scores on evaluation prompts, and the points that are kept."""
+    refine = {"enabled": True, "steps": 4, "betas": [1.0, 4.0], "descents": 2, "batch": 4}
+    over = {"search": {"trials": 2}, "refine": refine, "export": {"kind": "none"}}
+    config = write_config(tmp_path / "quick.toml", quick_options(prompt_files, tmp_path / "cache", **over))
+    words = ["--debug", "run", "demo", "-c", config, "--refine", "--json"]
+    ranks.finish(ranks.command([*words, "-o", "run"], tmp_path, before=Lean()))
+    ranks.finish(ranks.command([*words, "-o", "alone"], tmp_path, count=1, before=Lean()))
+    mine, other = (results(tmp_path / name)["trials"] for name in ("run", "alone"))
+    assert [trial["number"] for trial in mine] == [trial["number"] for trial in other] == [0, 1, 2, 3]
+    for trial, expected in zip(mine[2:], other[2:], strict=True):
+        assert trial["scores"]["refusals"] == expected["scores"]["refusals"]
+        assert trial["scores"]["kl"] == pytest.approx(expected["scores"]["kl"], rel=1e-3, abs=1e-5)
+        assert trial["params"]["coeffs"] == pytest.approx(expected["params"]["coeffs"], rel=1e-3, abs=1e-5)
+        files = [load_file(tmp_path / name / "refined" / f"{trial['number']}.safetensors") for name in ("run", "alone")]
+        assert files[0].keys() == files[1].keys()
+        for name, v in files[0].items():
+            torch.testing.assert_close(v, files[1][name], rtol=1e-3, atol=1e-4)
