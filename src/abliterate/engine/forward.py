@@ -121,8 +121,9 @@ def feed(
     its own class.
     """
     kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": keep_cache}
+    name = "cache" if "cache" in takes else "past_key_values"  # renamed in transformers 5.24, which warns of the old name
     if cache is not None:
-        kwargs["past_key_values"] = cache
+        kwargs[name] = cache
     if "position_ids" in takes:
         kwargs["position_ids"] = positions(mask)[:, -ids.shape[1] :]
     if "logits_to_keep" in takes:
@@ -130,7 +131,7 @@ def feed(
     with memory_errors():
         output = model(**kwargs)
     # A model over several devices computes logits on its last one; accelerate brings them back, a model's own code may not.
-    return output.logits[:, -last:].to(ids.device), getattr(output, "past_key_values", None)
+    return output.logits[:, -last:].to(ids.device), getattr(output, name, None)
 
 
 def last_start(config: object, n_layers: int) -> int:
