@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import run as cli_run
+from abliterate.cli.exit import quiet_libraries
 from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
@@ -537,3 +539,14 @@ def test_errors_are_said_where_no_memory_is_left(invoke: Invoke, monkeypatch: py
 
     monkeypatch.setattr("abliterate.terminal.reporters.show_error", full)
     assert_sentence(invoke("run", "/no/model"), 2, "/no/model")
+
+
+def test_what_libraries_will_change_is_not_told_to_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.warnoptions", [])
+    for debug, told in (("", 0), ("1", 1)):
+        monkeypatch.setenv("ABLITERATE_DEBUG", debug)
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            quiet_libraries()
+            warnings.warn("`past_key_values` is deprecated", FutureWarning, stacklevel=1)
+        assert len(seen) == told

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -107,8 +108,13 @@ def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Silence the libraries' progress bars and advice, which would tear our output; their errors are still raised."""
+    """Silence the libraries' progress bars and advice, which would tear our output; their errors are still raised.
+
+    Their notices of future changes are for us, not for whoever runs the command; `python -W` or --debug shows them.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.warnoptions and not os.environ.get("ABLITERATE_DEBUG"):
+        warnings.filterwarnings("ignore", category=FutureWarning)
     import huggingface_hub
     import transformers
 
