@@ -23,6 +23,7 @@ from abliterate.files import DIGEST, read_toml, write_json
 from abliterate.scorers import SCORERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path, load_settings, options_of
+from abliterate.terminal.tables import make_console
 from support import early
 from support.cli import Invoke, Outcome, assert_sentence
 from support.events import checked
@@ -367,3 +368,11 @@ def test_doctor_says_what_to_do(invoke: Invoke, tmp_path: Path, monkeypatch: pyt
     assert "free space" in found["runs"]["remedy"]
     assert found["extra bnb"]["remedy"].endswith("pip install 'abliterate[bnb]'")
     assert all(check["remedy"] for check in found.values() if check["state"] != "ok")
+
+
+def test_doctor_breaks_remedies_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_doctor, "make_console", lambda: make_console(force_terminal=True, width=60))
+    remedy = "a CPU is enough for the demo and small models; for larger ones use a machine with a GPU"
+    _, *lines = cli_doctor._line(cli_doctor.Check("device", "note", "cpu", remedy)).splitlines()
+    assert " ".join(line.strip() for line in lines) == remedy
+    assert all(len(line) <= 60 and line.startswith(" " * 20) for line in lines)

@@ -23,7 +23,7 @@ from abliterate.plugins import installed
 from abliterate.settings.sources import load_settings
 from abliterate.terminal import json_lines
 from abliterate.terminal.quantities import bytes_text
-from abliterate.terminal.tables import printable
+from abliterate.terminal.tables import between_words, make_console, printable
 
 State = Literal["ok", "note", "bad"]
 _MARKS: dict[State, str] = {"ok": "✓", "note": "–", "bad": "✗"}
@@ -68,7 +68,13 @@ def doctor(cache_dir: str | None, *, as_json: bool) -> None:
 
 def _line(check: Check) -> str:
     text = f"{_MARKS[check.state]} {check.name:<17} {check.value}"
-    return printable(text) + (f"\n  {'':<17} {printable(check.remedy)}" if check.remedy else "")
+    if not check.remedy:
+        return printable(text)
+    remedy = " " * 20 + printable(check.remedy)
+    console = make_console()
+    if console.is_terminal:
+        remedy = between_words(remedy, console.width, " " * 20)
+    return f"{printable(text)}\n{remedy}"
 
 
 def _checks(cache_dir: str | None) -> Iterator[Check]:

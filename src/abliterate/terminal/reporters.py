@@ -27,7 +27,7 @@ from abliterate.objectives import UNANSWERED, other_scores
 from abliterate.terminal.json_lines import JsonReporter
 from abliterate.terminal.question import Choice, Question, ask
 from abliterate.terminal.streams import say_if_unread
-from abliterate.terminal.tables import make_console, plain_lines, print_on, printable
+from abliterate.terminal.tables import between_words, make_console, plain_lines, print_on, printable
 from abliterate.types import Reporter, Table, Trial
 
 
@@ -272,6 +272,9 @@ def show_heading(text: str) -> None:
 
 
 def show_error(message: str) -> None:
-    """Print an error sentence on standard error."""
+    """Print an error sentence on standard error: broken between words on a terminal, else one line."""
     console = make_console(stderr=True, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(printable(message))}")
+    text = f"error: {printable(message)}"
+    if console.is_terminal:
+        text = between_words(text, console.width)
+    console.print(f"[bold red]error:[/]{escape(text.removeprefix('error:'))}")

@@ -6,6 +6,7 @@ Foreign text (names of models, answers, reasons) never controls the terminal.
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Container, Iterable, Sequence
 from typing import Any, Literal
 
@@ -37,6 +38,11 @@ def make_console(**options: Any) -> Console:
     random.
     """
     return Console(emoji=False, highlight=False, **options)
+
+
+def between_words(text: str, width: int, indent: str = "") -> str:
+    """`text` in lines of `width` columns; a path or id that is longer than a line stays whole, so that it can be copied."""
+    return textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def show_table(table: Table, wider: str = " or a pipe") -> None:

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.cells import cell_len
 
-from abliterate.terminal.reporters import RichReporter
+from abliterate.terminal.reporters import RichReporter, show_error
 from abliterate.terminal.tables import make_console, print_on
 from abliterate.types import Column, Kernel, Table, Trial, TrialParams
 
@@ -64,3 +64,25 @@ def test_numbers_have_no_colour_of_their_own() -> None:
     console, out = console_of(80, color_system="standard")
     console.print("12 of 100 'prompts' in /tmp/a.txt are None")  # type: ignore[attr-defined]
     assert not _CODES.search(out.getvalue())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_an_error_breaks_between_words_and_leaves_a_path_whole(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def at_terminal(**options: object) -> object:
+        return make_console(force_terminal=True, width=width, color_system=None, **options)
+
+    monkeypatch.setattr("abliterate.terminal.reporters.make_console", at_terminal)
+    path = "/a" * 70
+    message = f"The model {path} can't be fetched from the Hub; check the id and the network, or give a local directory of it."
+    show_error(message)
+    lines = capsys.readouterr().err.splitlines()
+    assert " ".join(line.rstrip() for line in lines) == f"error: {message}"
+    assert all(len(line) <= width for line in lines if path not in line)
+    assert len(lines) > 1
+
+
+def test_an_error_in_a_pipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    show_error("word " * 100)
+    assert capsys.readouterr().err.count("\n") == 1
