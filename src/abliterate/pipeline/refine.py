@@ -155,7 +155,8 @@ class Refinement:
     def _one_trial(self, lesson: Lesson, plan: _Plan, stage: int) -> Trial:
         """Descend at one β, and measure and store the result."""
         bench, started = self._bench, time.perf_counter()
-        with bench.context.stage("refine", f"β = {plan.beta:.3g}, {plan.steps} steps"):
+        place = f"{stage + 1} of {self._settings.n_descents}"
+        with bench.context.stage("refine", f"{place}: {plan.steps} steps, β = {plan.beta:.3g}"):
             number = self._study.free_slot(self._budget)
             params = self._descend(lesson, plan, stage, number)
             # In full: evaluation prompts don't show which trial keeps a margin, so one that others dominate may be wanted.
