@@ -63,6 +63,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
 def print_on(console: Console, table: Table, wider: str = " or a pipe") -> None:
     """Print a table on a terminal, without the optional columns for which it is too narrow."""
     shown = _fitting(table, console)
+    if table.title:  # above and not in Rich's table, which would break it at the table's width
+        console.print(escape(printable(table.title)), style="italic")
     console.print(_ruled(shown, shown.texts))
     remarks = [" · ".join(shown.legends)] if shown.legends else []
     if len(shown.columns) < len(table.columns):
@@ -123,7 +125,7 @@ def _width(table: Table, console: Console) -> int:
 
 def _ruled(table: Table, rows: Iterable[Sequence[str]]) -> RuledTable:
     """Rich's form of a table, with these texts as its rows."""
-    ruled = RuledTable(title=escape(printable(table.title)) or None, title_justify="left")
+    ruled = RuledTable()
     for column in table.columns:
         justify: Literal["left", "right"] = "right" if column.kind == "number" else "left"
         ruled.add_column(escape(printable(column.heading)), justify=justify, no_wrap=column.kind == "number")

@@ -86,3 +86,10 @@ def test_an_error_breaks_between_words_and_leaves_a_path_whole(
 def test_an_error_in_a_pipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     show_error("word " * 100)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_title_is_wider_than_its_table() -> None:
+    console, out = console_of(80, color_system=None)
+    title = "Front: every trial that no other beats on both scores, by rising KL"
+    print_on(console, Table(title, (Column("a", "a"),), (("1",),)))  # type: ignore[arg-type]
+    assert out.getvalue().splitlines()[0].rstrip() == title
