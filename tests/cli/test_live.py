@@ -95,8 +95,9 @@ def test_ctrl_c_ends_the_serving(tmp_path: Path) -> None:
         _, err = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == 130
+    assert process.returncode == 0  # it is how one ends it
     assert "Traceback" not in err
+    assert "error" not in err
     assert "the live report has ended; the run itself isn't affected." in " ".join(err.split())
     assert not run.report.exists()
 

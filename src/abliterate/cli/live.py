@@ -15,6 +15,7 @@ from typing import Any, cast
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once
+from abliterate.errors import INTERRUPTED, Interrupted
 from abliterate.report.live import Activity, LiveReport
 from abliterate.terminal.reporters import SilentReporter
 from abliterate.terminal.tables import printable
@@ -25,21 +26,26 @@ def watch(path: Path, *, may_open: bool) -> None:
     """`abliterate report RUN --live`: serve the report of a run, which another process may be working on, until Ctrl+C.
 
     Raises:
-        InputError: there is no run, or its `result.json` is damaged. Interrupted: by Ctrl+C or SIGTERM.
+        InputError: there is no run, or its `result.json` is damaged. Interrupted: by SIGTERM.
     """
     directory = RunDirectory(path)
     doubt = Result.so_far(directory).doubt
     if doubt:
         print(f"warning: {printable(doubt)}", file=sys.stderr)
-    with (
-        ending_at_once(SilentReporter(), "the live report has ended; the run itself isn't affected."),
-        LiveReport(directory).serving() as address,
-    ):
-        print(f"live report: {address} (Ctrl+C ends it)", flush=True)
-        if may_open:
-            show(address)
-        while True:
-            time.sleep(1)
+    try:
+        with (
+            ending_at_once(SilentReporter(), "the live report has ended; the run itself isn't affected."),
+            LiveReport(directory).serving() as address,
+        ):
+            print(f"live report: {address} (Ctrl+C ends it)", flush=True)
+            if may_open:
+                show(address)
+            while True:
+                time.sleep(1)
+    except Interrupted as ended:
+        if ended.exit_code != INTERRUPTED:
+            raise
+        print(ended, file=sys.stderr)  # Ctrl+C is how one ends it, so it is no error
 
 
 @contextlib.contextmanager
