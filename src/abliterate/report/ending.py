@@ -7,6 +7,7 @@ from pathlib import Path
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import as_command
+from abliterate.model.names import DEMO
 from abliterate.objectives import other_scores
 from abliterate.report.refined import refined_text
 from abliterate.report.tables import (
@@ -63,10 +64,12 @@ def took_text(result: Result) -> str:
 
 def next_lines(result: Result, where: str) -> list[str]:
     """Where the report is, and the commands that go on from here."""
+    model = result.model.id if result.model else ""
+    base = model if model == DEMO or "/" in model else "BASE"  # of a local directory, its path isn't recorded
     commands = {
         as_command("chat", where): f"talk to trial {result.selected}",
         as_command("export", where, "--trial", "N"): "export another trial",
-        as_command("evaluate", "BASE", where): "try other prompts",
+        as_command("evaluate", base, where): "try other prompts",
         as_command("report", where, "--live"): "see the report",
     }
     width = max(map(len, commands))
