@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import sys
 import time
@@ -21,6 +22,9 @@ What = Literal["export", "chat", "quit"]
 # Keys as a terminal sends them.
 _UP, _DOWN = ("\x1b[A", "\x1bOA"), ("\x1b[B", "\x1bOB")
 _ENTER, _BACKSPACE, _END = ("\r", "\n"), ("\x7f", "\b"), "\x04"
+# A key is one character, or a sequence as of → (Esc [ C), F2 (Esc O Q) or Delete (Esc [ 3 ~), whose end is no key of its own.
+_KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)
+_BEGUN = re.compile(r"\x1b(\[[0-?]*[ -/]*|O)?\Z")
 # A key's further bytes come at once; what comes later is another key.
 _SAME_KEY = 0.05
 
@@ -46,11 +50,13 @@ class Question:
     wait: float
     clock: Callable[[], float] = time.monotonic
     _typed: str = field(default="", init=False)
+    _moved: bool = field(default=False, init=False)
 
     def explanation(self) -> str:
         """What each key does."""
         minutes = f"{self.wait / 60:.0f} minutes" if self.wait >= 90 else f"{self.wait:.0f} seconds"
-        later = f" Without a key for {minutes}, trial {self.proposed} is exported." if self.wait < float("inf") else ""
+        limited = self.wait < float("inf") and termios is not None
+        later = f" Without a key for {minutes}, trial {self.proposed} is exported." if limited else ""
         return (
             "Enter exports the trial that is shown, ↑ and ↓ go through the front, and the number of any complete trial names "
             f"it; c chats with it first, q leaves without an export.{later}"
@@ -70,8 +76,10 @@ class Question:
             self._move(-1 if key in _UP else 1)
         elif key in _BACKSPACE:
             self._typed = self._typed[:-1]
-        elif key.isascii() and key.isdigit() and len(self._typed) < 6:
-            self._typed += key
+        elif key.isascii() and key.isdigit():
+            # A digit behind an arrow key begins a number of its own.
+            self._typed = key if self._moved else (self._typed + key)[:6]
+            self._moved = False
         return None
 
     @property
@@ -82,22 +90,30 @@ class Question:
     def line(self) -> str:
         """The question with the present answer."""
         if self.shown not in self.numbers:
-            return f"Export trial {self.shown}? There is no complete trial with this number"
+            return f"Export trial {self.shown}? No complete trial has this number"
         return f"Export trial {self.shown}? {'(proposed)' if self.shown == self.proposed else ''}".rstrip()
 
     def _move(self, step: int) -> None:
         at = self.listed.index(self.shown) + step if self.shown in self.listed else 0
         self._typed = str(self.listed[max(0, min(at, len(self.listed) - 1))])
+        self._moved = True
 
 
 def ask(question: Question, source: TextIO | None = None, out: TextIO | None = None) -> Choice:
     """Ask at the terminal that `source` reads and `out` writes, by default standard input and output.
 
-    At the end of the input, the proposal is taken.
+    At the end of the input, and where the terminal has gone, the proposal is taken.
     """
     source, out = source or sys.stdin, out or sys.stdout
     if termios is None:
         return _by_line(question, out)
+    try:
+        return _by_keys(question, source, out)
+    except (OSError, termios.error):
+        return Choice("export", question.proposed)
+
+
+def _by_keys(question: Question, source: TextIO, out: TextIO) -> Choice:
     with _single_keys(source.fileno()):
         pressed = question.clock()
         while True:
@@ -123,6 +139,7 @@ def _by_line(question: Question, out: TextIO) -> Choice:
             text = input().strip()
         except EOFError:
             return Choice("export", question.proposed)
+        question._typed = ""  # each line is an answer of its own
         for key in text:
             if (choice := question.key(key)) is not None:
                 return choice
@@ -136,14 +153,9 @@ def _keys(descriptor: int, seconds: float) -> list[str] | None:
     if not select.select([descriptor], [], [], timeout)[0]:
         return None
     text = _read(descriptor)
-    while text.endswith("\x1b") and select.select([descriptor], [], [], _SAME_KEY)[0]:
+    while _BEGUN.search(text) and select.select([descriptor], [], [], _SAME_KEY)[0]:
         text += _read(descriptor)
-    keys = []
-    while text:
-        length = 3 if text[:3] in (*_UP, *_DOWN) else 1
-        keys.append(text[:length])
-        text = text[length:]
-    return keys
+    return _KEY.findall(text)
 
 
 def _read(descriptor: int) -> str:

@@ -61,6 +61,8 @@ def answered(keys: str, wait: float = INFINITE) -> tuple[Choice, str]:
         ("3q", Choice("quit", 7)),
         ("xyz\x1b?\n", Choice("export", 7)),
         ("3\x04", Choice("export", 7)),
+        ("\x1b[C\x1bOQ\x1b[3~\x1b[1;5A\n", Choice("export", 7)),  # → F2, Delete and Ctrl+↑ are no answers
+        ("\x1b[A12\n", Choice("export", 12)),  # a number behind an arrow begins anew
     ],
 )
 def test_keys(keys: str, expected: Choice) -> None:
@@ -70,13 +72,32 @@ def test_keys(keys: str, expected: Choice) -> None:
 def test_a_number_that_is_no_complete_trial_is_told() -> None:
     asked = question()
     assert [asked.key(key) for key in "99\n"] == [None] * 3
-    assert asked.line() == "Export trial 99? There is no complete trial with this number"
+    assert asked.line() == "Export trial 99? No complete trial has this number"
+    assert len(asked.line()) < 60
 
 
 def test_without_a_key_the_proposal_is_taken_and_a_key_begins_the_time_anew() -> None:
     assert answered("", wait=0.05) == (Choice("export", 7), "\r\x1b[2KExport trial 7? (proposed) \n")
     # The shown number isn't the proposal: nobody has confirmed it.
     assert answered("12", wait=0.05)[0] == Choice("export", 7)
+
+
+def test_where_the_terminal_has_gone_the_proposal_is_taken() -> None:
+    controller, terminal = pty.openpty()
+    os.close(controller)
+    try:
+        with os.fdopen(os.dup(terminal)) as source:
+            assert ask(question(), source, io.StringIO()) == Choice("export", 7)
+    finally:
+        os.close(terminal)
+
+
+def test_without_single_keys_each_line_is_an_answer_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abliterate.terminal.question.termios", None)
+    lines = iter(["99", "12"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
+    assert ask(question(600), out=io.StringIO()) == Choice("export", 12)
+    assert "Without a key" not in question(600).explanation()  # nothing ends the wait for a line
 
 
 def test_the_explanation_tells_the_time() -> None:
