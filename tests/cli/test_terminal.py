@@ -47,6 +47,9 @@ def test_a_chat_at_the_question_leads_back_to_it(finished: tuple[Path, dict[str,
     terminal = AtTerminal(["run", "--resume", "-o", run], QUESTION, Lean())
     terminal.press_and_see(b"c", "/quit goes back")
     terminal.press_and_see(b"Hi there\r", "edited")
+    terminal.press_and_see(b"\x03", "once more")
+    terminal.press_and_see(b"\x03", QUESTION)  # ends the chat, and not the run
+    terminal.press_and_see(b"c", "/quit goes back")
     terminal.press_and_see(b"/quit\r", QUESTION)
     assert terminal.press(b"q") == 0, terminal.seen
     assert not (run / "model").exists()
