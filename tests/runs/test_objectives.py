@@ -241,7 +241,9 @@ def test_what_ends_a_run(prompt_files: Files, cache: Path, tmp_path: Path, name:
         run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     if name == "Flat":  # the search is over, and what it found is kept and shown
         assert "The trials are kept (1)" in str(caught.value)
-        assert f"--resume --out {tmp_path / 'run'} -n 2" in str(caught.value)
+        assert f"--resume --out {tmp_path / 'run'} " in str(caught.value)
+        assert f"{own}:Flat" in str(caught.value)  # without the scorer's file the run wouldn't go on
+        assert " -n 2 goes on with as many again" in str(caught.value)
         assert (tmp_path / "run" / "report.html").is_file()
 
 

@@ -18,7 +18,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import REPORT_STAGE, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, named_after
 from abliterate.directions import Directions
-from abliterate.errors import AbliterateError, InputError, as_command
+from abliterate.errors import AbliterateError, InputError
 from abliterate.export import check_output
 from abliterate.files import read_toml, write_atomically
 from abliterate.model.devices import choose_device
@@ -251,10 +251,10 @@ class _Run:
         if not search.front_so_far:
             self.save()
             write_report(self.directory, self.result, self.context.reporter.warn)
-            more = as_command("run", "--resume", "--out", self.directory.path, "-n", 2 * max(1, search.budget))
+            more = self.directory.resuming("goes on with as many again", "-n", str(2 * max(1, search.budget)))
             raise AbliterateError(
                 f"{no_front(search.baseline, search.bench.objectives)} The trials are kept ({len(search.trials)}), "
-                f"{self.directory.report} shows them, and {more} goes on with as many again."
+                f"{self.directory.report} shows them, and {more}."
             )
         return search.pick(self.rule)
 
