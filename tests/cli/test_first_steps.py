@@ -344,6 +344,14 @@ def test_doctor(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "runs").exists()  # nothing is made by looking
 
 
+def test_doctor_looks_at_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(path: Path, **more: Any) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", closed)  # as where a folder above is another user's
+    assert cli_doctor._folder("cache", tmp_path / "none" / "cache", "set it", sized=True).value.startswith(str(tmp_path))
+
+
 def test_doctor_says_what_to_do(invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     version = cli_doctor.metadata.version
     old = {"optuna": "1.0"}

@@ -219,7 +219,8 @@ def _folder(name: str, folder: Path, other: str, *, sized: bool = False) -> Chec
 
     Folders that don't exist are not made: the folder in which they would be is looked at.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # `Path.exists` raises where a folder above may not be read.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
     value = str(folder)
     try:
         with tempfile.TemporaryFile(dir=there):
@@ -228,7 +229,7 @@ def _folder(name: str, folder: Path, other: str, *, sized: bool = False) -> Chec
         reason = error.strerror or first_line(error)
         return Check(name, "bad", f"{value}: can't be written to ({reason})", f"{disk_remedy(error)}, or {other}")
     if sized:
-        value += f" ({bytes_text(_size(folder))})" if folder.exists() else " (not yet made)"
+        value += f" ({bytes_text(_size(folder))})" if os.path.exists(folder) else " (not yet made)"
     value += f", {bytes_text(free)} free"
     if free < _LITTLE_ROOM:
         return Check(
