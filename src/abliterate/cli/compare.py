@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import InputError
 from abliterate.files import write_atomically
 from abliterate.objectives import to_records
 from abliterate.report.compare import Comparison, compare, differences, differences_table, fronts_table, runs_table, verdict
@@ -19,6 +20,8 @@ from abliterate.types import Trial
 
 def compare_runs(paths: Sequence[Path], page: Path | None, select: str, *, as_json: bool) -> None:
     """Print the comparison, and write it as a page to `page`, if that is given; an older page there is replaced."""
+    if page is not None and page.suffix.lower() not in (".html", ".htm"):  # an older file there is replaced
+        raise InputError(f"The page of a comparison is HTML, and {page} doesn't end in .html; give such a name with -o.")
     found = compare([RunDirectory(path) for path in paths], select)
     if page is not None:
         write_atomically(page, compare_page(found, _warn))

@@ -14,11 +14,13 @@ import pytest
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.files import write_json
+from abliterate.report import compare as compare_module
 from abliterate.report import draw
 from abliterate.report.compare import compare, differences, fronts_table, runs_table, verdict
 from abliterate.report.compare_page import compare_page, fronts_plot
 from support.cli import Invoke, assert_sentence
 from support.events import checked
+from support.paths import TESTS
 from support.reports import HOSTILE, PICTURES, made_run
 
 
@@ -136,6 +138,7 @@ def test_what_it_refuses(runs: list[RunDirectory], invoke: Invoke, tmp_path: Pat
     assert_sentence(invoke("compare", one), 2, "needs 2 to 26 runs")
     assert_sentence(invoke("compare", one, tmp_path / "two" / ".." / "one"), 2, "named twice")
     assert_sentence(invoke("compare", one, tmp_path / "none"), 2, "no run")
+    assert_sentence(invoke("compare", one, two, "-o", two / "result.json"), 2, "doesn't end in .html")
     assert_sentence(invoke("compare", one, two, "--select", "trial:3"), 2, "names a trial of one run")
     assert_sentence(invoke("compare", one, two, "--select", "best"), 2, "is not a rule")
     change(runs[1], trials=[], front=[], selected=None)
@@ -155,6 +158,13 @@ def test_foreign_text_is_text_in_the_page(tmp_path: Path) -> None:
     assert page.count('class="plot"') == 1
     assert "<dt>knee</dt>" in page  # the rule's sentence has the word
     assert "<dt>probe</dt>" not in page
+
+
+def test_the_parts_that_are_compared_are_those_that_runs_record() -> None:
+    golden = json.loads((TESTS / "support" / "golden" / "result.json").read_text(encoding="utf-8"))
+    assert golden["identity"].keys() >= compare_module._PARTS.keys()
+    assert golden["prompts"].keys() >= {"harmful_eval", "harmless_eval"}
+    assert golden["rendering"]
 
 
 def test_no_torch_is_imported() -> None:
