@@ -125,7 +125,7 @@
     } catch (error) {
       failures += 1;
       if (failures >= TRIES) {
-        say("The server of this page has ended; the page is as it was then.", false);
+        say("The server of this page has ended, and the page is as it was then; report.html in the run's directory has the end.", false);
         return;
       }
     }
