@@ -24,6 +24,8 @@ from abliterate.types import Prompt
 
 # The least relative difference that counts, hundreds of times that of the demo (3e-7) in float32. A mistake gives 0.1 and more.
 FLOOR = 1e-4
+# An unknown model's code may fail in any way on this path; plain passes then say what is wrong with it, if anything is.
+_FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 def shared_feed(
@@ -44,9 +46,14 @@ def shared_feed(
     passes = Passes(model, layers)
     if not passes.takes_positions:
         return None
-    with torch.no_grad():
-        _, cache = passes(torch.tensor([prefix[:1]], device=chat.device), torch.ones(1, 1, device=chat.device).long(), None)
-    if not is_supported(cache) or sharing_of(cache, model.config.get_text_config()) != "between":
+    first = torch.tensor([prefix[:1]], device=chat.device)
+    try:
+        with torch.no_grad():
+            _, cache = passes(first, torch.ones_like(first), None)
+        shares = is_supported(cache) and sharing_of(cache, model.config.get_text_config()) == "between"
+    except _FAULTS:
+        shares = False
+    if not shares:
         return None
     prefill = Prefill(passes, NoEdit(), "between")
 
@@ -65,8 +72,7 @@ def _agrees(
     home = chat.device
     try:
         plain, shared = (capture_batch(model, layers, chat, prompts, amp=amp, home=home, feed=way) for way in (None, feed))
-    # An unknown model's code may fail in any way on this path; plain passes then say what is wrong with it, if anything is.
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError):
+    except _FAULTS:
         clear_device_cache(home)
         return False
     rounding = torch.finfo(torch.bfloat16 if amp else model.dtype).eps

@@ -74,6 +74,18 @@ def test_a_model_that_answers_otherwise_after_a_cache_is_fed_plainly() -> None:
     assert feed_of(loaded) is None
 
 
+def test_a_model_that_fails_with_a_cache_is_fed_plainly() -> None:
+    loaded = make_loaded(make_model("llama"))
+
+    def fail(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("use_cache"):
+            raise AttributeError("no cache here")
+
+    loaded.model.register_forward_pre_hook(fail, with_kwargs=True)
+    assert feed_of(loaded) is None
+    assert residuals(loaded, None, 36).isfinite().all()
+
+
 def test_difference_is_relative_and_of_the_worst_layer() -> None:
     expected = torch.tensor([[[3.0, 4.0], [30.0, 40.0]]])
     assert difference(expected, expected + torch.tensor([[[0.0, 0.5], [0.0, 0.5]]])) == pytest.approx(0.1)
