@@ -29,6 +29,7 @@ from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_c
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
 from abliterate.pipeline.preflight import check_model, check_names, note_adapter
+from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
@@ -140,6 +141,8 @@ class _Run:
 
         with load_calibrated(context, prompts, held=held.sets if held else None) as bench:  # steps 1 and 2 of docs/design.md §2
             context = self.context = bench.context  # its settings have the moment that the run keeps
+            if not bench.time_told:
+                note_time(context, bench.loaded, bench.chat, bench.prompts)
             bench.refined = RefinedStore(directory.refined)
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))

@@ -50,7 +50,7 @@ from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine, objectives_of, plain_engine, scorers_of
 from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
-from abliterate.pipeline.requirements import describe, note_time
+from abliterate.pipeline.requirements import describe
 from abliterate.pipeline.yardstick import find_yardstick, yardstick_prompts
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.scorers import Scorer
@@ -380,8 +380,6 @@ def load_calibrated(
         check_loaded(context, bench.loaded)
         bench.scorers, bench.objectives = scorers, objectives
         bench.calibrate(prompts, prefix, sizes)
-        if not bench.time_told:
-            note_time(bench.context, bench.loaded, bench.chat, prompts)
         if bench.response_prefix:  # it makes every prompt longer; the warning has been given
             check_lengths(bench.settings, bench.loaded.model.config, bench.chat, sets, lambda text: None)
         bench.note_forms()

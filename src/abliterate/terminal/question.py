@@ -27,6 +27,8 @@ _KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)
 _BEGUN = re.compile(r"\x1b(\[[0-?]*[ -/]*|O)?\Z")
 # A key's further bytes come at once; what comes later is another key.
 _SAME_KEY = 0.05
+# Seconds between two looks at whether a job has come to the foreground.
+_LOOK = 0.5
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Question:
         """What each key does."""
         minutes = f"{self.wait / 60:.0f} minutes" if self.wait >= 90 else f"{self.wait:.0f} seconds"
         limited = self.wait < float("inf") and termios is not None
-        later = f" Without a key for {minutes}, trial {self.proposed} is exported." if limited else ""
+        later = f" If no key is pressed for {minutes}, trial {self.proposed} is exported." if limited else ""
         return (
             "Enter exports the trial that is shown, ↑ and ↓ go through the front, and the number of any complete trial names "
             f"it; c chats with it first, q leaves without an export.{later}"
@@ -107,10 +109,23 @@ def ask(question: Question, source: TextIO | None = None, out: TextIO | None = N
     source, out = source or sys.stdin, out or sys.stdout
     if termios is None:
         return _by_line(question, out)
+    begun = question.clock()
     try:
+        while not _in_foreground(source.fileno()):
+            if question.clock() - begun >= question.wait:
+                return Choice("export", question.proposed)
+            time.sleep(_LOOK)
         return _by_keys(question, source, out)
     except (OSError, termios.error):
         return Choice("export", question.proposed)
+
+
+def _in_foreground(descriptor: int) -> bool:
+    """Whether this process may read the terminal: a job in the background (`&`) would be stopped for trying."""
+    try:
+        return os.tcgetpgrp(descriptor) == os.getpgrp()
+    except OSError:  # not the terminal that controls this process, which therefore isn't a job of it
+        return True
 
 
 def _by_keys(question: Question, source: TextIO, out: TextIO) -> Choice:

@@ -63,8 +63,16 @@ def test_caches_that_pads_would_change_are_left_alone(family: str) -> None:
     assert feed_of(make_loaded(make_model(family))) is None
 
 
-def test_a_model_that_answers_otherwise_after_a_cache_is_fed_plainly() -> None:
-    loaded = make_loaded(make_model("llama"))
+def test_rounding_in_bfloat16_is_no_mistake() -> None:
+    loaded = make_loaded(make_model("llama").bfloat16())
+    feed = feed_of(loaded)
+    assert feed is not None
+    assert 0 < difference(residuals(loaded, None, 36), residuals(loaded, feed, 36)) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_answers_otherwise_after_a_cache_is_fed_plainly(dtype: torch.dtype) -> None:
+    loaded = make_loaded(make_model("llama").to(dtype))
 
     def shift(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cached = (cache := kwargs.get("past_key_values")) is not None and cache.get_seq_length() > 0

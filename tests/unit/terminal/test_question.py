@@ -97,10 +97,20 @@ def test_without_single_keys_each_line_is_an_answer_of_its_own(monkeypatch: pyte
     lines = iter(["99", "12"])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     assert ask(question(600), out=io.StringIO()) == Choice("export", 12)
-    assert "Without a key" not in question(600).explanation()  # nothing ends the wait for a line
+    assert "If no key" not in question(600).explanation()  # nothing ends the wait for a line
 
 
 def test_the_explanation_tells_the_time() -> None:
     assert "for 10 minutes, trial 7 is exported" in question(600).explanation()
     assert "for 30 seconds, trial 7 is exported" in question(30).explanation()
-    assert "Without a key" not in question().explanation()
+    assert "If no key" not in question().explanation()
+
+
+def test_a_job_in_the_background_is_not_stopped_and_takes_the_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "tcgetpgrp", lambda descriptor: os.getpgrp() + 1)
+    monkeypatch.setattr("abliterate.terminal.question._LOOK", 0.01)
+    monkeypatch.setattr(termios, "tcsetattr", lambda *given: pytest.fail("this would stop the job"))
+    controller, terminal = pty.openpty()
+    with os.fdopen(terminal) as source:
+        assert ask(question(0.05), source, io.StringIO()) == Choice("export", 7)
+    os.close(controller)
