@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from abliterate.errors import InputError, as_command
 from abliterate.files import expanded
-from abliterate.model.names import DEMO
+from abliterate.model.names import DEMO, is_path
 
 # The files of which every run has one: its study, or with a database the study's name.
 JOURNAL, STUDY = "study.journal", "study.name"
@@ -20,6 +21,9 @@ SETTINGS, RESULT = "settings.toml", "result.json"
 RUNS = Path("runs")
 # Runs that a sentence names, at most.
 _NAMED = 3
+# How alike two names are, from 0 to 1, if one is taken for the other mistyped, though it may be a Hub id: one letter of seven is
+# another, or there is one more than three.
+_ALIKE = 0.85
 
 
 def holds_run(path: Path) -> bool:
@@ -49,9 +53,14 @@ def runs_in(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True) if holds_run(path) or os.path.exists(path / RESULT)]
 
 
-def no_run(path: Path) -> InputError:
-    """The error for a path that was given as a run and is none. It names the run that may be meant, else the newest runs."""
+def no_run(path: Path, *, model: bool = False) -> InputError:
+    """The error for a path that was given as a run and is none. It names the run that may be meant, else the newest runs.
+
+    `model`: whether a model on the Hub may be meant as well, so that the sentence says how to name it.
+    """
     missing = f"There is no run in {path}"
+    if model:
+        missing += " (for a model of that name on the Hub, start the command in another directory)"
     above = next((parent for parent in path.parents if parent.name and holds_run(parent)), None)
     if above is not None:
         return InputError(f"{missing}; did you mean {above}?")
@@ -68,14 +77,28 @@ def no_run(path: Path) -> InputError:
     return InputError(f"{missing}; give the directory of a run, or make one with {as_command('run')} MODEL.")
 
 
-def check_no_mistyped_run(name: str) -> None:
-    """InputError if `name`, which may be a run or a model, is nothing here and reads like the directory of a run.
+def check_no_mistyped_run(name: str, *, model: bool = True) -> None:
+    """InputError if `name` is nothing here and reads like the directory of a run.
 
-    It does if it lies in a folder that holds runs, or is the name of a run in `runs/`. A Hub id would look the same.
+    It does if it lies in a folder that holds runs, or is the name of a run in `runs/`. `model`: whether it may be a model, too.
+    A Hub id then reads like a path, so outside `runs/` it is refused only if a run beside it has nearly the same name.
     """
     path = Path(name)
     if os.path.exists(expanded(name)):
         return
-    in_folder = len(path.parts) > 1 and (path.parent == RUNS or bool(runs_in(path.parent)))
-    if in_folder or (len(path.parts) == 1 and holds_run(RUNS / path)):
+    if len(path.parts) == 1:
+        if holds_run(RUNS / path):
+            raise no_run(path, model=model)
+    elif path.parent == RUNS:
         raise no_run(path)
+    elif beside := runs_in(path.parent):
+        if not model or is_path(name):
+            raise no_run(path)
+        if any(_mistyped(path.name, run.name) for run in beside):
+            raise no_run(path, model=True)
+
+
+def _mistyped(name: str, run: str) -> bool:
+    """Whether `name` is nearly that of a run, with the same numbers, since models of one family differ in their numbers only."""
+    numbers = [re.findall(r"\d+", text) for text in (name, run)]
+    return numbers[0] == numbers[1] and bool(difflib.get_close_matches(name, [run], cutoff=_ALIKE))

@@ -106,7 +106,7 @@ def checked_gguf(gguf: Path | None, kind: str, push: str, out: Path | None, *, v
 def check_recipe(path: Path) -> None:
     """InputError if `abliterate reproduce` is given a path that doesn't exist."""
     if not os.path.exists(path):
-        check_no_mistyped_run(str(path))
+        check_no_mistyped_run(str(path), model=False)
         raise InputError(f"There is no recipe {path}; give the recipe.json of a run or an export.")
 
 

@@ -18,6 +18,11 @@ def demo_path() -> Path:
     return Path(__file__).parents[1] / "demo"
 
 
+def is_path(model: str) -> bool:
+    """Whether a name can only be a path, because no Hub id is written like it."""
+    return expanded(model).is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model
+
+
 def check_model_name(model: str, command: str = "run") -> None:
     """InputError if no model is named, or if the name is a path that is no directory.
 
@@ -31,5 +36,5 @@ def check_model_name(model: str, command: str = "run") -> None:
         return
     if path.exists():
         raise InputError(f"The path {model} is a file; give the directory that holds config.json and the weights.")
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1 or "\\" in model:
+    if is_path(model):
         raise InputError(f"There is no model directory {model}; check the path, or give a Hub id like owner/name.")

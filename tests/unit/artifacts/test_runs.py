@@ -45,10 +45,23 @@ def test_models_are_no_mistyped_runs(name: str, tmp_path: Path, monkeypatch: pyt
     runs.check_no_mistyped_run(name)
 
 
-@pytest.mark.parametrize("name", ["runs/two", "one", "others/two"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.5B-Base", "Qwen/Qwen2.5-1.5B", "Qwen/mine-2"])
+def test_hub_ids_beside_runs_in_a_folder_of_their_owner_are_models(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for run in ("mine", "mine-1", "Qwen2.5-0.5B", "Qwen3-1.7B"):
+        make(Path("Qwen") / run, 0)
+    runs.check_no_mistyped_run(name)
+    with pytest.raises(InputError, match=f"^There is no run in {name}; "):
+        runs.check_no_mistyped_run(name, model=False)
+
+
+@pytest.mark.parametrize("name", ["runs/two", "one", "others/first-rum", "./others/two", "a/b/two"])
 def test_mistyped_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    make(Path("runs/one"), 0)
-    make(Path("others/one"), 0)
-    with pytest.raises(InputError, match=f"^There is no run in {name}; "):
+    for run in ("runs/one", "others/first-run", "a/b/one"):
+        make(Path(run), 0)
+    with pytest.raises(InputError, match=f"^There is no run in {Path(name)}(; | .*directory.; did you mean)") as caught:
         runs.check_no_mistyped_run(name)
+    assert ("a model of that name on the Hub" in str(caught.value)) == (name in ("one", "others/first-rum"))
