@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,14 +26,26 @@ except ImportError:  # on Windows, locks keep nobody out
 # Half of a surrogate pair is no character. Python has one for each byte of the command line, the environment or a file name
 # that isn't UTF-8.
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+# Seconds to wait before each further try to take a lock: `is_locked` holds it for an instant in every process that polls it.
+_PAUSES = (0.02, 0.03)
 
 
 def take_lock(path: Path) -> IO[bytes]:
     """Create, open and lock the lock file; release it with `drop_lock`. On a file system without locks it is only opened.
 
     Raises:
-        BlockingIOError: another process holds the lock. OSError: the file can't be created.
+        BlockingIOError: another process holds the lock, and for longer than `is_locked` does. OSError: the file can't be
+            created.
     """
+    for pause in _PAUSES:
+        try:
+            return _try_lock(path)
+        except BlockingIOError:
+            time.sleep(pause)
+    return _try_lock(path)
+
+
+def _try_lock(path: Path) -> IO[bytes]:
     while True:
         file = path.open("ab")
         try:
