@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -69,8 +70,8 @@ class GgufFile:
         return None if field is None else field.value
 
     def read(self, tensor: GgufTensor, start: int, count: int) -> bytes:
-        """`count` bytes of a tensor from its byte `start` on."""
-        with self.path.open("rb") as file:
+        """`count` bytes of a tensor from its byte `start` on. AbliterateError: the file can't be read, or is shorter now."""
+        with self._opened() as file:
             file.seek(tensor.start + start)
             data = file.read(count)
         if len(data) < count:
@@ -78,8 +79,8 @@ class GgufFile:
         return data
 
     def pieces(self, tensor: GgufTensor) -> Iterator[bytes]:
-        """All bytes of a tensor."""
-        with self.path.open("rb") as file:
+        """All bytes of a tensor. AbliterateError: the file can't be read, or is shorter now."""
+        with self._opened() as file:
             file.seek(tensor.start)
             left = tensor.nbytes
             while left > 0:
@@ -88,6 +89,18 @@ class GgufFile:
                     raise _shorter()
                 yield data
                 left -= len(data)
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        """The file. Errors of the disk become sentences here, where they can't be taken for errors of a file being written."""
+        try:
+            with self.path.open("rb") as file:
+                yield file
+        except OSError as error:
+            raise AbliterateError(
+                f"The GGUF file {self.path.name} can't be read any more ({error.strerror or error}); check the file and its "
+                "disk, and repeat the command."
+            ) from error
 
 
 def read_gguf(path: Path, sizes: Mapping[int, tuple[int, int]]) -> GgufFile:

@@ -23,6 +23,7 @@ from abliterate.export import base_weights
 from abliterate.export import gguf as export_gguf_module
 from abliterate.model import loader
 from abliterate.objectives import DEFAULT
+from abliterate.pipeline import export_gguf as export_gguf_pipeline
 from abliterate.pipeline.export_gguf import GgufRequest, export_gguf
 from abliterate.types import Baseline, Trial
 from support.cli import forbidden
@@ -261,6 +262,21 @@ def test_nothing_is_replaced_and_nothing_unreadable_is_taken(made: Made, tmp_pat
 def test_a_full_disk_is_told_before_anything_is_written(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
     assert_refused(made, "free some space", AbliterateError)
+
+
+def test_a_base_that_fails_while_it_is_read_is_told_as_the_base(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_room = export_gguf_pipeline.check_room
+
+    def gone(size: int, folder: Path) -> None:
+        check_room(size, folder)
+        made.base.rename(away)
+
+    away = made.base.with_name("away.gguf")
+    monkeypatch.setattr(export_gguf_pipeline, "check_room", gone)
+    with pytest.raises(AbliterateError, match=r"^The GGUF file base.gguf can't be read any more \(No such file or directory\);"):
+        made.export()
+    away.rename(made.base)
+    assert not made.out.exists()
 
 
 @pytest.mark.parametrize("fault", ["edit", "other"])
