@@ -21,8 +21,8 @@ SETTINGS, RESULT = "settings.toml", "result.json"
 RUNS = Path("runs")
 # Runs that a sentence names, at most.
 _NAMED = 3
-# How alike two names are, from 0 to 1, if one is taken for the other mistyped, though it may be a Hub id: one letter of seven is
-# another, or there is one more than three.
+# How alike two names are, from 0 to 1, if one is taken for the other mistyped, though it may be a Hub id: one letter of seven
+# is another, or there is one more than three.
 _ALIKE = 0.85
 
 
@@ -99,6 +99,6 @@ def check_no_mistyped_run(name: str, *, model: bool = True) -> None:
 
 
 def _mistyped(name: str, run: str) -> bool:
-    """Whether `name` is nearly that of a run, with the same numbers, since models of one family differ in their numbers only."""
+    """Whether `name` is nearly that of a run and has its numbers, since models of one family may differ in numbers only."""
     numbers = [re.findall(r"\d+", text) for text in (name, run)]
     return numbers[0] == numbers[1] and bool(difflib.get_close_matches(name, [run], cutoff=_ALIKE))

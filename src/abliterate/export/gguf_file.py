@@ -24,6 +24,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _DIMENSIONS = 4  # llama.cpp reads no tensor with more
 _NESTING = 4
 _PIECE = 2 << 20  # bytes copied at a time
+# Bytes that are read into memory, at most: of a key or the name of a tensor, of a text of the metadata (chat templates are the
+# longest), and of all metadata and tensor names together. The list of a vocabulary's tokens and merges takes some 10 MiB.
+_NAME, _TEXT, _HEADER = 64 << 10, 16 << 20, 256 << 20
 ALIGNMENT = "general.alignment"
 
 # Bytes of a tensor, in pieces.
@@ -210,7 +213,7 @@ def _read(path: Path, file: BinaryIO, size: int, sizes: Mapping[int, tuple[int, 
 
 def _field(cursor: _Cursor) -> Field:
     start = cursor.position
-    key, kind = cursor.text(), cursor.number("I")
+    key, kind = cursor.text(_NAME), cursor.number("I")
     value = _value(cursor, kind, 0)
     return Field(key, cursor.again(start), value)
 
@@ -219,7 +222,7 @@ def _value(cursor: _Cursor, kind: int, depth: int) -> Any:
     if kind in _SCALARS:
         return cursor.number(_SCALARS[kind])
     if kind == _STRING:
-        return cursor.text()
+        return cursor.text(_TEXT)
     if kind != _ARRAY or depth == _NESTING:
         raise _Damage(f"its metadata have a value of the unknown type {kind}")
     items, count = cursor.number("I"), cursor.number("Q")
@@ -236,7 +239,7 @@ def _value(cursor: _Cursor, kind: int, depth: int) -> Any:
 
 def _tensor(cursor: _Cursor, sizes: Mapping[int, tuple[int, int]]) -> GgufTensor:
     """A tensor whose `start` is still in bytes from the first tensor on."""
-    name, n_dimensions = cursor.text(), cursor.number("I")
+    name, n_dimensions = cursor.text(_NAME), cursor.number("I")
     if not 1 <= n_dimensions <= _DIMENSIONS:
         raise _Damage(f"its tensor {name} has {n_dimensions} dimensions")
     shape = tuple(reversed([cursor.number("Q") for _ in range(n_dimensions)]))
@@ -261,7 +264,7 @@ def _check_places(tensors: Mapping[str, GgufTensor], size: int) -> None:
 
 
 class _Cursor:
-    """Reads a file from its start, and never beyond its end."""
+    """Reads a file's header from its start, never beyond the file's end, and only so far as a header may reach."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self._file, self._size, self.position = file, size, 0
@@ -292,9 +295,13 @@ class _Cursor:
         """The next number, in a format of `struct`."""
         return struct.unpack(f"<{form}", self.take(struct.calcsize(form)))[0]
 
-    def text(self) -> str:
-        """The next text, after its length."""
-        data = self.take(self.number("Q"))
+    def text(self, limit: int) -> str:
+        """The next text, after its length, which may be `limit` bytes."""
+        count = self.number("Q")
+        self._expect(count)
+        if count > limit:
+            raise _Damage(f"it has a name or text of {count} bytes, and at most {limit} are read")
+        data = self.take(count)
         try:
             return data.decode()
         except UnicodeDecodeError as error:
@@ -303,3 +310,5 @@ class _Cursor:
     def _expect(self, count: int) -> None:
         if count > self._size - self.position:
             raise _Damage("it ends within its header")
+        if self.position + count > _HEADER:
+            raise _Damage(f"its header is longer than {_HEADER >> 20} MiB")

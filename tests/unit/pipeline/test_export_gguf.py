@@ -273,7 +273,9 @@ def test_a_base_that_fails_while_it_is_read_is_told_as_the_base(made: Made, monk
 
     away = made.base.with_name("away.gguf")
     monkeypatch.setattr(export_gguf_pipeline, "check_room", gone)
-    with pytest.raises(AbliterateError, match=r"^The GGUF file base.gguf can't be read any more \(No such file or directory\);"):
+    with pytest.raises(
+        AbliterateError, match=r"^The GGUF file base.gguf can't be read any more \(No such file or directory\);"
+    ):
         made.export()
     away.rename(made.base)
     assert not made.out.exists()
