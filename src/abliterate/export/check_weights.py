@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -31,7 +31,7 @@ from abliterate.model.checkpoint import load_weights
 _PIECE = 1 << 20  # bytes compared at a time
 
 
-class RereadMerged:
+class RereadMerged(Reread):
     """The `Reread` of a model directory, whose files are compared with the base's byte by byte if they were streamed."""
 
     def __init__(self, folder: Path, job: ExportJob, base: Matrices) -> None:
@@ -71,7 +71,7 @@ class RereadMerged:
         return changed + [name for name in plain if (files[0].parent / name).read_bytes() != (self._folder / name).read_bytes()]
 
 
-class RereadAdapter:
+class RereadAdapter(Reread):
     """The `Reread` of an adapter directory, as PEFT applies it: DoRA is m ∘ rownormalize(W + BA), plain LoRA W + BA."""
 
     dtype = torch.float32
@@ -193,14 +193,14 @@ def check_weights(
     `chunk` and `rounding` are explained at `CHUNK` and `ROUNDING`.
     """
     comparisons: dict[str, _Comparison] = {}
-    error_of = getattr(reread, "largest_error", lambda target: partial(half_step, dtype=reread.dtype))
     for done, (name, target) in enumerate(base.targets.items(), start=1):
         count = base.count(target) if name in definitions else 0
         for index in range(count):
             weight = base.matrix(target, index)
             rows = reread.rows(target, index, weight)
             label = name if count == 1 else f"{name}[{index}]"  # experts
-            comparisons[label] = _compare(weight, definitions[name](weight), rows, error_of(target), chunk, rounding)
+            expected, largest = definitions[name](weight), reread.largest_error(target)
+            comparisons[label] = _compare(weight, expected, rows, largest, chunk, rounding)
         progress(done, len(base.targets))
     off = sorted(name for name, comparison in comparisons.items() if not comparison.ok)
     checks = {"weights": not off, "untouched": reread.untouched()}
@@ -243,12 +243,6 @@ class _Comparison:
         """The share of the change that is missing: rounding W' to a coarse dtype loses a part of a weak edit."""
         change = self.sums["change"]
         return -self.sums["along"] / change if change > 0 and math.isfinite(self.sums["along"]) else 0.0
-
-
-def half_step(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbouring numbers of a dtype, at each entry."""
-    info = torch.finfo(dtype)
-    return info.eps / 2 * rows.abs() + info.smallest_normal * info.eps
 
 
 def _compare(

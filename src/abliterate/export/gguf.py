@@ -21,7 +21,7 @@ from abliterate.export.base_weights import checkpoint_folder, stored_dtype
 from abliterate.export.gguf_file import Field, GgufFile, GgufTensor, Pieces
 from abliterate.export.gguf_library import block_sizes, dequantize, kept_type, largest_error, quantize, type_name
 from abliterate.export.gguf_names import misfit
-from abliterate.export.job import Rows
+from abliterate.export.job import Reread, Rows
 from abliterate.export.merged import edited_rows
 from abliterate.export.safetensors_copy import NotStreamable, read_matrix, shard_files
 from abliterate.export.tensor_index import find_places
@@ -157,7 +157,7 @@ def edited_pieces(
     return {base.tensors[name].name: partial(pieces, name) for name in factors}
 
 
-class RereadGguf:
+class RereadGguf(Reread):
     """The `Reread` of an exported GGUF file; what isn't edited is compared with the base's file byte by byte."""
 
     dtype = torch.float32
@@ -172,7 +172,7 @@ class RereadGguf:
         return lambda rows: self._out.rows(target, index, rows).double()
 
     def largest_error(self, target: Target) -> Callable[[Tensor], Tensor]:
-        """How far the entries of given rows may be off, by the type that the target's tensor has."""
+        # By the type that the target's tensor has.
         return partial(largest_error, kind=self._out.tensors[target.name].type)
 
     def untouched(self) -> bool:

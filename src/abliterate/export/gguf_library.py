@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from abliterate.errors import InputError
-from abliterate.export.check_weights import half_step
+from abliterate.export.job import half_step
 
 # Types that lose little of an edit. With fewer bits an edit of entries that lie on the type's own grid is mostly smaller than
 # half a step and is rounded away (docs/decisions.md, Export).

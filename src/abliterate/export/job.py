@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,7 +57,10 @@ class ExportJob:
 
 
 class Reread(Protocol):
-    """The matrices of an export, read back from its files. `dtype`: the format that they were rounded to when written."""
+    """The matrices of an export, read back from its files. `dtype`: the format that they were rounded to when written.
+
+    Inherit from this class to get the methods that have a default.
+    """
 
     dtype: torch.dtype
 
@@ -67,10 +71,21 @@ class Reread(Protocol):
         """Whether everything that isn't edited is the base's, files beside the weights included.
 
         Two attributes for the export's card may be left out: `differing`, the names of tensors and files that aren't the
-        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored. So may
-        a method `largest_error(target)`, for storages whose rounding `dtype` doesn't describe: it returns a function of rows
-        of W' (n, d_in) that gives the largest rounding error of each entry.
+        base's, and `loaded_in`, the dtype that tensors were compared in if they aren't compared as they are stored.
         """
+
+    def largest_error(self, target: Target) -> Callable[[Tensor], Tensor]:
+        """A function of rows of W' (n, d_in) in float64 that gives the largest rounding error of each entry (n, d_in).
+
+        By default that is half a step of `dtype`. Storages whose rounding `dtype` doesn't describe have their own.
+        """
+        return partial(half_step, dtype=self.dtype)
+
+
+def half_step(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Half the distance between neighbouring numbers of a dtype, at each entry."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * rows.abs() + info.smallest_normal * info.eps
 
 
 class Exporter(Protocol):
