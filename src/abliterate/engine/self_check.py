@@ -25,6 +25,9 @@ from abliterate.types import Prompt
 Engine = TrialEngine | ReferenceEngine
 TOKENS = 8
 ROWS = 4
+# An unknown model's code may fail in any way on the engine's paths, while plain passes still work; if those fail, too, they say
+# what is wrong with the model.
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,7 @@ def trusted_engine(
         except Unsupported as error:  # leaving mechanisms out wouldn't help
             warn(f"The trial engine can't be used: {error}.")
             break
-        # An unknown model's code may fail in any way on the engine's path; the reference still works then.
-        except (TrialError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        except (TrialError, *FAULTS) as error:
             fault = f"fails ({type(error).__name__}: {first_line(error)})"
         finally:
             clear()

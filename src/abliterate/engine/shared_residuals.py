@@ -16,7 +16,7 @@ from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import is_supported, sharing_of
 from abliterate.engine.layout import shared_prefix
 from abliterate.engine.prefill import NoEdit, Prefill
-from abliterate.engine.self_check import spread
+from abliterate.engine.self_check import FAULTS, spread
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.memory import clear_device_cache
 from abliterate.model.residuals import Feed, capture_batch
@@ -26,8 +26,6 @@ from abliterate.types import Prompt
 FLOOR = 1e-4
 # The multiple of the dtype's precision that rounding explains: 3 % in bfloat16, where the demo's difference is 0.7 %.
 PRECISIONS = 4
-# An unknown model's code may fail in any way on this path; plain passes then say what is wrong with it, if anything is.
-_FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError)
 
 
 def shared_feed(
@@ -53,7 +51,7 @@ def shared_feed(
         with torch.no_grad():
             _, cache = passes(first, torch.ones_like(first), None)
         shares = is_supported(cache) and sharing_of(cache, model.config.get_text_config()) == "between"
-    except _FAULTS:
+    except FAULTS:
         shares = False
     if not shares:
         return None
@@ -74,7 +72,7 @@ def _agrees(
     home = chat.device
     try:
         plain, shared = (capture_batch(model, layers, chat, prompts, amp=amp, home=home, feed=way) for way in (None, feed))
-    except _FAULTS:
+    except FAULTS:
         clear_device_cache(home)
         return False
     rounding = torch.finfo(torch.bfloat16 if amp else model.dtype).eps
