@@ -109,6 +109,12 @@ def expanded(path: str | Path) -> Path:
         raise InputError(f"The path {path} has no home directory on this machine; write the path in full.") from error
 
 
+def check_new_file(path: Path) -> None:
+    """InputError if anything has a name that is to become a new file's, be it a link to nowhere."""
+    if os.path.lexists(path):  # False for a name that is too long
+        raise InputError(f"The file {path} exists and is not replaced; choose another --out, or move it away.")
+
+
 def split_existing(text: str) -> tuple[Path | None, str]:
     """The path in `path:column` or `path:split:column`, and the text behind its colon; (None, text) if nothing is there.
 

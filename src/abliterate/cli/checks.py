@@ -17,7 +17,7 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import LOCK, RunDirectory
 from abliterate.artifacts.runs import check_no_mistyped_run, check_trial_of_run, holds_run, is_run, no_run
 from abliterate.errors import InputError
-from abliterate.files import expanded
+from abliterate.files import check_new_file, expanded
 from abliterate.model.names import check_model_name
 from abliterate.objectives import is_custom, split
 from abliterate.plugins import GROUP
@@ -98,8 +98,8 @@ def checked_gguf(gguf: Path | None, kind: str, push: str, out: Path | None, *, v
         raise InputError(f"A GGUF file isn't uploaded by --push; leave it out, and run hf upload {push} FILE afterwards.")
     if not gguf.is_file():
         raise InputError(f"There is no file {gguf}; name a GGUF file of the run's model with --gguf.")
-    if out is not None and os.path.lexists(out):
-        raise InputError(f"The file {out} exists and is not replaced; choose another --out, or move it away.")
+    if out is not None:
+        check_new_file(out)
     return gguf
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from abliterate._version import __version__
 from abliterate.artifacts.result import ExportRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import AbliterateError, InputError
+from abliterate.errors import AbliterateError
 from abliterate.export.base_weights import targets_by_name
 from abliterate.export.check_behaviour import Verification
 from abliterate.export.check_weights import check_weights
@@ -37,6 +37,7 @@ from abliterate.export.gguf_file import Field, number_field, read_gguf, size_of,
 from abliterate.export.gguf_library import block_sizes, type_name, type_of
 from abliterate.export.gguf_names import find_tensors
 from abliterate.export.safetensors_copy import check_room
+from abliterate.files import check_new_file
 from abliterate.model import loader
 from abliterate.model.checkpoint import dense_load, empty_model
 from abliterate.pipeline.export_trial import StoredEdits, StoredTrial, edits_of, open_model, report_end
@@ -65,7 +66,7 @@ def export_gguf(settings: Settings, reporter: Reporter, directory: RunDirectory,
         InputError: the output exists, the file can't be read or isn't of the run's model, or the model has changed.
         AbliterateError: the disk is full, or what was written differs from the trial.
     """
-    check_output_file(request.final)
+    check_new_file(request.final)  # since nothing shows that a file is an earlier export
     file = read_gguf(request.base, block_sizes())
     wanted = type_of(request.kind) if request.kind else None
     stored = StoredTrial.read(settings, reporter, directory, number)
@@ -91,12 +92,6 @@ def export_gguf(settings: Settings, reporter: Reporter, directory: RunDirectory,
     result.export = _record(stored, base, kinds, request, verdict)
     report_end(context, result, request.final)
     return result
-
-
-def check_output_file(final: Path) -> None:
-    """InputError if the output exists, since nothing shows that a file is an earlier export."""
-    if final.exists() or final.is_symlink():
-        raise InputError(f"The file {final} exists and is not replaced; choose another --out, or move it away.")
 
 
 def _open_base(stored: StoredTrial, file: Any, request: GgufRequest) -> GgufMatrices:
@@ -203,7 +198,7 @@ def _finished_file(final: Path) -> Iterator[Path]:
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield partial
-        check_output_file(final)  # again, because time has passed since the first check
+        check_new_file(final)  # again, because time has passed since the first check
         partial.rename(final)
     except OSError as error:
         raise AbliterateError(disk_sentence(final, error)) from error
