@@ -46,6 +46,11 @@ class Measured:
         return asdict(self)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 thread, 2 threads."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def update_page(path: Path, title: str, body: str) -> None:
     """Replace or append the section `title`."""
     text = path.read_text(encoding="utf-8") if path.exists() else _HEAD
@@ -59,7 +64,8 @@ def variants_section(measured: Mapping[str, Measured], second: float, threads: i
     """The table of variants and the figures that follow from it."""
     full, reference = measured["all"], measured["reference"]
     lines = [
-        f"{datetime.date.today()}, `{command()}`: {count} trials, {repeats} repeats, {threads} threads,",
+        f"{datetime.date.today()}, `{command()}`: {counted(count, 'trial')}, "
+        f"{counted(repeats, 'repeat')}, {counted(threads, 'thread')},",
         f"torch {torch.__version__}.",
         "",
         "| variant | s, all trials | × of all on | s a trial (median) | mean | start-up s | peak MB (RSS) above weights "

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from benchmark_page import command, update_page
+from benchmark_page import command, counted, update_page
 from rig import make_rig
 from transformers import AutoTokenizer
 
@@ -153,7 +153,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
-        f"{datetime.date.today()}, `{command()}`: seconds of one trial (or of the search alone), {args.threads} threads.",
+        f"{datetime.date.today()}, `{command()}`: seconds of one trial (or of the search alone), "
+        f"{counted(args.threads, 'thread')}.",
         "",
         "| doubled | value | s | × the row before | work × |",
         "|---|---|---|---|---|",

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from benchmark_page import command, update_page
+from benchmark_page import command, counted, update_page
 from rig import Rig, make_rig, settings_of, timed
 
 from abliterate.types import TrialParams
@@ -59,7 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     lines = [
-        f"{datetime.date.today()}, `{command()}`: {args.trials} random trials of each model, {args.threads} threads.",
+        f"{datetime.date.today()}, `{command()}`: {args.trials} random trials of each model, "
+        f"{counted(args.threads, 'thread')}.",
         "",
         "| model | s a trial (mean) | edits | ms an update (median) | of a trial |",
         "|---|---|---|---|---|",

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmark_page import command, update_page
+from benchmark_page import command, counted, update_page
 from rig import Quiet
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -134,7 +134,8 @@ def main() -> None:
     matrix = 4 * args.width * 3 * args.width
     lines = [
         f"{datetime.date.today()}, `{command()}`: a random model of {total / 1e6:.0f} MB in {len(files)} files (the largest",
-        f"{largest / 1e6:.0f} MB), its largest edited matrix {matrix / 1e6:.0f} MB in float32, {args.threads} threads.",
+        f"{largest / 1e6:.0f} MB), its largest edited matrix {matrix / 1e6:.0f} MB in float32, "
+        f"{counted(args.threads, 'thread')}.",
         "",
         "| way | peak MB above the start | of the model | s |",
         "|---|---|---|---|",

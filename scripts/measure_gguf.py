@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_page import command, update_page
+from benchmark_page import command, counted, update_page
 from rig import Quiet
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -122,7 +122,8 @@ def main() -> None:
     assert model is not None
     body = [
         f"{datetime.date.today()}, `{command()}`: trial {args.trial} of a run of {model.id},",
-        f"up to {args.prompts} harmless prompts, {args.threads} threads. The seconds contain each export's own check.",
+        f"up to {args.prompts} harmless prompts, {counted(args.threads, 'thread')}. "
+        "The seconds contain each export's own check.",
         "",
         "| export: matrices of the file → edited ones | KL model‖file before the edit | KL before‖after the edit "
         "| KL merged‖after | largest share of a module's edit lost to rounding | MB | s |",

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from benchmark_page import command, update_page
+from benchmark_page import command, counted, update_page
 from rig import Quiet, timed
 
 from abliterate.model.footprint import Shape, row_bytes
@@ -70,7 +70,7 @@ def main() -> None:
         rows = [row for model in args.models for row in measure(model, Path(folder))]
     lines = [
         f"{datetime.date.today()}, `{command()}`: 200 + 200 prompts for directions,",
-        f"100 + 100 for scores, {args.threads} threads.",
+        f"100 + 100 for scores, {counted(args.threads, 'thread')}.",
         "",
         "| model | search | probes | prompts in them | s | residuals/prefill/decode | estimated memory by measured |",
         "|---|---|---|---|---|---|---|",

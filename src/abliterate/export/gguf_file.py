@@ -25,7 +25,7 @@ _DIMENSIONS = 4  # llama.cpp reads no tensor with more
 _NESTING = 4
 _PIECE = 2 << 20  # bytes copied at a time
 # Bytes that are read into memory, at most: of a key or the name of a tensor, of a text of the metadata (chat templates are the
-# longest), and of all metadata and tensor names together. The list of a vocabulary's tokens and merges takes some 10 MiB.
+# longest), and of all metadata and tensor names together. The largest vocabularies take about 16 MiB (docs/decisions.md).
 _NAME, _TEXT, _HEADER = 64 << 10, 16 << 20, 256 << 20
 ALIGNMENT = "general.alignment"
 

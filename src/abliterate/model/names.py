@@ -1,4 +1,4 @@
-"""What a person may name as MODEL: `demo`, a local directory, or a Hub id.
+"""The names that a command takes as MODEL: `demo`, a local directory, or a Hub id.
 
 It is free of torch, so that the command line can refuse a mistyped path before torch is loaded.
 """

@@ -150,7 +150,7 @@ def _sources(directory: RunDirectory) -> tuple[Any, ...]:
 
 
 def _stamp(path: Any) -> tuple[int, ...]:
-    """Another value whenever a file has been replaced; files of a run are replaced as wholes."""
+    """Another value whenever a file has been replaced; a run replaces whole files."""
     try:
         found = path.stat()
     except OSError:
