@@ -13,7 +13,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -96,15 +96,14 @@ class LiveReport:
         while not self._knows_end and time.monotonic() - self._asked < _LOOKING and time.monotonic() < until:
             time.sleep(0.1)
 
-    def page(self) -> str:
-        """The whole page as it is now."""
+    def page(self, state: Mapping[str, Any]) -> str:
+        """The whole page in a state that `data(None)` has given."""
         with self._lock:
             if self._library is None:
                 try:
                     self._library = draw.library()
                 except draw.Undrawable:
                     self._library = ""
-        state = self.data(None)
         return live_page(state, self._library, why="" if self._library else draw.unavailable())
 
     def data(self, known: int | None) -> dict[str, Any]:
@@ -118,9 +117,11 @@ class LiveReport:
                 self._seen = seen
             is_last = not running and seen == self._seen
             state = {"version": self._version, "running": not is_last, "status": self._status(running)}
-            # The browser that is given the last state needs no answer after this one.
-            self._knows_end = is_last
             return state if known == self._version else state | self._content
+
+    def sent(self, state: Mapping[str, Any]) -> None:
+        """A browser has been sent this state; after the last one it needs no other."""
+        self._knows_end = self._knows_end or not state["running"]
 
     def _build(self, running: bool) -> None:
         begun = time.thread_time()
@@ -190,18 +191,20 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.FORBIDDEN, "This page is only served under a loopback name.", "text/plain")
             return
         asked = urlsplit(self.path)
-        pages: dict[str, Callable[[], tuple[str, str]]] = {
-            self._home: lambda: (self._live.page(), "text/html"),
-            f"{self._home}data": lambda: (_json(self._live.data(_version_in(asked.query))), "application/json"),
-        }
+        kinds = {self._home: "text/html", f"{self._home}data": "application/json"}
         # Compared in constant time, because the path has a secret.
-        found = [make for path, make in pages.items() if secrets.compare_digest(path.encode(), asked.path.encode())]
-        if found:
-            self._send(HTTPStatus.OK, *found[0]())
-        else:
+        found = [kind for path, kind in kinds.items() if secrets.compare_digest(path.encode(), asked.path.encode())]
+        if not found:
             self._send(
                 HTTPStatus.NOT_FOUND, "There is nothing here; use the address that abliterate has printed.", "text/plain"
             )
+            return
+        is_page = found == ["text/html"]
+        state = self._live.data(None if is_page else _version_in(asked.query))
+        self._send(HTTPStatus.OK, self._live.page(state) if is_page else _json(state), found[0])
+        # Not earlier, or the run could end, and this thread with it, while the last state is on its way.
+        if self.command != "HEAD":
+            self._live.sent(state)
 
     def _send(self, status: HTTPStatus, text: str, kind: str, **headers: str) -> None:
         body = text.encode("utf-8", "replace")

@@ -145,17 +145,35 @@ def test_many_trials_dont_take_more_than_a_small_part_of_the_time(run: RunDirect
     assert live.data(version)["version"] == version + 1  # the end isn't kept back
 
 
-def test_the_end_waits_for_a_browser_that_looks(run: RunDirectory) -> None:
+def test_the_end_waits_until_a_browser_has_the_last_state(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     live = LiveReport(run, Activity())
     live.finish()  # nobody has ever asked
-    live = LiveReport(run, Activity())
-    version = live.data(None)["version"]
-    ending = threading.Thread(target=live.finish)
-    ending.start()
-    while live.data(version)["running"]:
-        ending.join(0.05)
-    ending.join(3)
-    assert not ending.is_alive()
+    held, let_go = threading.Event(), threading.Event()
+    send = live_module._Handler._send
+
+    def slow(handler: Any, *given: Any, **more: Any) -> None:
+        if activity.ended:
+            held.set()
+            assert let_go.wait(20)
+        send(handler, *given, **more)
+
+    monkeypatch.setattr(live_module._Handler, "_send", slow)
+    live = LiveReport(run, activity := Activity())
+    with live.serving() as address:
+        assert json.loads(ask(f"{address}data")[2])["running"]
+        ending = threading.Thread(target=live.finish)
+        ending.start()
+        while not activity.ended:
+            ending.join(0.01)
+        asking = threading.Thread(target=ask, args=(f"{address}data",))
+        asking.start()
+        assert held.wait(20)
+        ending.join(0.3)
+        assert ending.is_alive()  # the answer is made and not sent
+        let_go.set()
+        asking.join(20)
+        ending.join(3)
+        assert not ending.is_alive()
 
 
 def test_a_run_of_another_process_works_while_it_holds_its_lock(run: RunDirectory) -> None:
@@ -174,7 +192,7 @@ def test_a_run_of_another_process_works_while_it_holds_its_lock(run: RunDirector
 
 def test_a_run_that_has_written_nothing_has_a_page(tmp_path: Path) -> None:
     live = LiveReport(RunDirectory(tmp_path / "run"), Activity("load", step="3 of 9 files"))
-    page = live.page()
+    page = live.page(live.data(None))
     assert "No trial has finished yet." in page
     assert "The run is at work: load · 3 of 9 files." in page
     assert "--resume" not in page.partition("<script")[0]
