@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import pytest
 
@@ -38,7 +42,7 @@ class Noting(SilentReporter):
 def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draw, "library", lambda: "")
     opened: list[str] = []
-    monkeypatch.setattr(live, "show", opened.append)
+    monkeypatch.setattr(live, "shown", lambda address: contextlib.nullcontext(opened.append(address)))
     reporter = Noting()
     with live.beside(RunDirectory(tmp_path / "run"), reporter, may_open=True) as told:
         assert reporter.notes == []  # a run that is refused opens no browser
@@ -58,22 +62,46 @@ def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Mon
         urllib.request.urlopen(address, timeout=5)
 
 
-def test_a_browser_is_only_opened_on_a_desktop(monkeypatch: pytest.MonkeyPatch) -> None:
-    def started(**given: Any) -> Any:
-        raise AssertionError("a browser is opened")
+def test_a_browser_is_only_opened_on_a_desktop_and_never_told_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    pages: list[tuple[str, int, int]] = []
+    opened = threading.Event()
 
-    monkeypatch.setattr("threading.Thread", started)
+    class Browser:
+        def open(self, address: str) -> None:
+            page = Path(url2pathname(urlsplit(address).path))
+            told.append(address)
+            pages.append((page.read_text(encoding="utf-8"), page.stat().st_mode & 0o777, page.parent.stat().st_mode & 0o777))
+            opened.set()
+
+    monkeypatch.setattr("webbrowser.get", Browser)
     for name in ("DISPLAY", "WAYLAND_DISPLAY", "SSH_CONNECTION"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.platform", "linux")
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    live.show("http://127.0.0.1:9/")
+    address = "http://127.0.0.1:9/secret/"
+    with live.shown(address):
+        assert not opened.wait(0.1)
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setenv("SSH_CONNECTION", "a b")
-    live.show("http://127.0.0.1:9/")
+    with live.shown(address):
+        assert not opened.wait(0.1)
     monkeypatch.delenv("SSH_CONNECTION")
-    with pytest.raises(AssertionError, match="a browser is opened"):
-        live.show("http://127.0.0.1:9/")
+    with live.shown(address):
+        assert opened.wait(20)
+    ((text, mode, folder_mode),) = pages
+    assert told[0].startswith("file:")
+    assert "secret" not in told[0]
+    assert f'content="0;url={address}"' in text
+    assert (mode, folder_mode) == (0o600, 0o700)
+    assert not Path(url2pathname(urlsplit(told[0]).path)).parent.exists()
+
+    def full(**given: Any) -> Any:
+        raise OSError("no room")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", full)
+    with live.shown(address):  # the printed address is left
+        assert len(told) == 1
 
 
 def test_what_live_cant_be_given_with(invoke: Invoke, tmp_path: Path) -> None:

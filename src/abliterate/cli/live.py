@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import os
 import sys
+import tempfile
 import threading
 import time
 import webbrowser
@@ -36,10 +38,11 @@ def watch(path: Path, *, may_open: bool) -> None:
         with (
             ending_at_once(SilentReporter(), "the live report has ended; the run itself isn't affected."),
             LiveReport(directory).serving() as address,
+            contextlib.ExitStack() as until_the_end,
         ):
             print(f"live report: {address} (Ctrl+C ends it)", flush=True)
             if may_open:
-                show(address)
+                until_the_end.enter_context(shown(address))
             while True:
                 time.sleep(1)
     except Interrupted as ended:
@@ -56,33 +59,58 @@ def beside(directory: RunDirectory, reporter: Reporter, *, may_open: bool) -> It
     """
     activity = Activity()
     live = LiveReport(directory, activity)
-    with live.serving() as address:
+    with live.serving() as address, contextlib.ExitStack() as until_the_end:
 
         def begin() -> None:
             reporter.note(f"live report: {address}", live=address)
             if may_open:
-                show(address)
+                until_the_end.enter_context(shown(address))
 
         told = _Told(reporter, activity, begin)
         yield cast(Reporter, told)
         live.finish()
 
 
-def show(address: str) -> None:
-    """Open the address in the desktop's browser, if a person sits at a terminal of a desktop; else do nothing."""
+@contextlib.contextmanager
+def shown(address: str) -> Iterator[None]:
+    """Open the address in the desktop's browser, if a person sits at a terminal of a desktop; else do nothing.
+
+    Every user of a machine can read the command lines of all processes, so the browser isn't given the address, which has a
+    secret part. It is given a file that only this user can read and that leads to the address; the file is there while the
+    block runs. Where it can't be written, no browser is opened.
+    """
     on_desktop = os.name == "nt" or sys.platform == "darwin" or bool({"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys())
     if not (sys.stdout.isatty() and on_desktop) or "SSH_CONNECTION" in os.environ:
+        yield
         return
+    with contextlib.ExitStack() as kept:
+        with contextlib.suppress(OSError):
+            folder = tempfile.TemporaryDirectory(prefix="abliterate-live-", ignore_cleanup_errors=True)
+            way = _way_to(address, Path(kept.enter_context(folder)))
+            # Some browsers return only when they are closed.
+            threading.Thread(target=_open, args=(way.as_uri(),), daemon=True, name="open the live report").start()
+        yield
 
-    def launch() -> None:
-        with contextlib.suppress(webbrowser.Error, OSError):
-            browser = webbrowser.get()
-            # A browser for terminals would take the run's terminal.
-            if type(browser) is not webbrowser.GenericBrowser:
-                browser.open(address)
 
-    # Some browsers return only when they are closed.
-    threading.Thread(target=launch, daemon=True, name="open the live report").start()
+def _way_to(address: str, folder: Path) -> Path:
+    """A page in `folder`, readable by this user alone, that leads a browser to the address."""
+    page = folder / "live.html"
+    page.touch(0o600)
+    link = html.escape(address)
+    page.write_text(
+        f'<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0;url={link}">'
+        f'<title>abliterate</title><a href="{link}">The live report</a>\n',
+        encoding="utf-8",
+    )
+    return page
+
+
+def _open(address: str) -> None:
+    with contextlib.suppress(webbrowser.Error, OSError):
+        browser = webbrowser.get()
+        # A browser for terminals would take the run's terminal.
+        if type(browser) is not webbrowser.GenericBrowser:
+            browser.open(address)
 
 
 class _Told:
