@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ import pytest
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import live
+from abliterate.errors import AbliterateError, Interrupted
 from abliterate.report import draw
 from abliterate.terminal.reporters import SilentReporter
 from support.browser import browser, chromium
@@ -60,6 +62,39 @@ def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("abliterate.report.live._LOOKING", 0)
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (AbliterateError("No trial is better; give it more."), "No trial is better; give it more."),
+        (Interrupted(), "It was interrupted; its terminal says how to continue it."),
+        (OSError(28, "No space left on device"), "No space left on device; fix that and repeat the command"),
+    ],
+)
+def test_the_page_says_why_a_run_has_ended_early(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(draw, "library", lambda: "")
+    run, reporter, last = made_run(tmp_path / "run", count=4), Noting(), []
+
+    def look(address: str) -> None:
+        state: dict[str, Any] = {"running": True}
+        while state["running"]:
+            with urllib.request.urlopen(f"{address}data?version=1", timeout=20) as answer:
+                state = json.load(answer)
+        last.append(state["status"])
+
+    with pytest.raises(type(error)), live.beside(run, reporter, may_open=False) as told:  # noqa: PT012
+        told.stage("search")
+        address = reporter.notes[0][1]["live"]
+        urllib.request.urlopen(address, timeout=20).close()
+        looking = threading.Thread(target=look, args=(address,))
+        looking.start()
+        raise error
+    looking.join(20)
+    (status,) = last
+    assert status.startswith(f"The run has ended early with 5 trials; this page stays as it is now. {said}")
 
 
 def test_a_browser_is_only_opened_on_a_desktop_and_never_told_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.cli.exit import ending_at_once
+from abliterate.cli.exit import ending_at_once, explain
 from abliterate.errors import INTERRUPTED, Interrupted
 from abliterate.report.live import Activity, LiveReport
 from abliterate.terminal.reporters import SilentReporter
@@ -67,7 +67,16 @@ def beside(directory: RunDirectory, reporter: Reporter, *, may_open: bool) -> It
                 until_the_end.enter_context(shown(address))
 
         told = _Told(reporter, activity, begin)
-        yield cast(Reporter, told)
+        # The second Ctrl+C is a KeyboardInterrupt, which ends the run at once, so the page isn't waited for.
+        try:
+            yield cast(Reporter, told)
+        except Interrupted:
+            live.finish("It was interrupted; its terminal says how to continue it.")
+            raise
+        except Exception as error:
+            sentence, _ = explain(error)
+            live.finish(sentence[:1].upper() + sentence[1:])
+            raise
         live.finish()
 
 

@@ -44,12 +44,16 @@ _HEADERS = {
 
 @dataclass
 class Activity:
-    """What a run in this process is doing; its reporter sets the fields, and the server's threads read them."""
+    """What a run in this process is doing; its reporter sets the fields, and the server's threads read them.
+
+    `reason` is the sentence that says why the run has ended early.
+    """
 
     stage: str = "begins"
     step: str = ""
     trials: str = ""
     ended: bool = False
+    reason: str = ""
 
     @property
     def text(self) -> str:
@@ -88,10 +92,13 @@ class LiveReport:
             finally:
                 server.shutdown()
 
-    def finish(self) -> None:
-        """Say that the run has ended, and wait a few seconds for a browser that looks to take the last state of the page."""
+    def finish(self, reason: str = "") -> None:
+        """Say that the run has ended, and wait a few seconds for a browser that looks to take the last state of the page.
+
+        `reason` is the sentence that says why it has ended early.
+        """
         assert self.activity is not None
-        self.activity.ended = True
+        self.activity.reason, self.activity.ended = reason, True
         until = time.monotonic() + _LAST
         while not self._knows_end and time.monotonic() - self._asked < _LOOKING and time.monotonic() < until:
             time.sleep(0.1)
@@ -138,6 +145,8 @@ class LiveReport:
     def _status(self, running: bool) -> str:
         if self._fault:
             return self._fault
+        if not running and self.activity is not None and self.activity.reason:
+            return f"The run has ended early with {self._count} trials; this page stays as it is now. {self.activity.reason}"
         if not running:
             return f"The run has ended with {self._count} trials; this page stays as it is now."
         if self.activity is not None:
