@@ -17,11 +17,17 @@ from urllib.request import url2pathname
 
 import pytest
 
+from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import live
+from abliterate.cli import run as cli_run
 from abliterate.errors import AbliterateError, Interrupted
 from abliterate.report import draw
+from abliterate.report.live import Activity
+from abliterate.settings.schema import Settings
+from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import SilentReporter
+from abliterate.types import Reporter
 from support.browser import browser, chromium
 from support.cli import QUICK, Invoke, assert_sentence, prompt_options, spawn
 from support.reports import made_run, made_trials
@@ -45,8 +51,8 @@ def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(draw, "library", lambda: "")
     opened: list[str] = []
     monkeypatch.setattr(live, "shown", lambda address: contextlib.nullcontext(opened.append(address)))
-    reporter = Noting()
-    with live.beside(RunDirectory(tmp_path / "run"), reporter, may_open=True) as told:
+    reporter, activity = Noting(), Activity()
+    with live.beside(RunDirectory(tmp_path / "run"), reporter, activity, may_open=True) as told:
         assert reporter.notes == []  # a run that is refused opens no browser
         told.stage("load", "demo")
         told.stage("search")
@@ -76,7 +82,7 @@ def test_the_page_says_why_a_run_has_ended_early(
     error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(draw, "library", lambda: "")
-    run, reporter, last = made_run(tmp_path / "run", count=4), Noting(), []
+    run, reporter, activity, last = made_run(tmp_path / "run", count=4), Noting(), Activity(), []
 
     def look(address: str) -> None:
         state: dict[str, Any] = {"running": True}
@@ -85,7 +91,7 @@ def test_the_page_says_why_a_run_has_ended_early(
                 state = json.load(answer)
         last.append(state["status"])
 
-    with pytest.raises(type(error)), live.beside(run, reporter, may_open=False) as told:  # noqa: PT012
+    with pytest.raises(type(error)), live.beside(run, reporter, activity, may_open=False) as told:  # noqa: PT012
         told.stage("search")
         address = reporter.notes[0][1]["live"]
         urllib.request.urlopen(address, timeout=20).close()
@@ -95,6 +101,35 @@ def test_the_page_says_why_a_run_has_ended_early(
     looking.join(20)
     (status,) = last
     assert status.startswith(f"The run has ended early with 5 trials; this page stays as it is now. {said}")
+
+
+def test_the_page_says_that_the_run_waits_for_a_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw, "library", lambda: "")
+    reporter, said = Noting(), []
+
+    def look(*given: Any) -> None:
+        with urllib.request.urlopen(f"{reporter.notes[0][1]['live']}data", timeout=20) as answer:
+            said.append(json.load(answer)["status"])
+
+    def carried_out(settings: Settings, told: Reporter, *given: Any, choose: Any, **more: Any) -> Result:
+        told.stage("refine")
+        told.trial(made_trials(1)[0], 1, True, None)
+        choose(None)
+        told.stage("answers")
+        look()
+        monkeypatch.setattr("abliterate.report.live._LOOKING", 0)
+        return Result()
+
+    for place, stand_in in {"check_run": lambda *_, **__: None, "quiet_libraries": lambda: None, "chosen": look}.items():
+        monkeypatch.setattr(cli_run, place, stand_in)
+    monkeypatch.setattr(cli_run, "make_reporter", lambda **_: reporter)
+    monkeypatch.setattr("abliterate.pipeline.run.run", carried_out)
+    flags = cli_run.RunFlags(live=True, may_open=False)
+    cli_run.carry_out(Settings(), RunDirectory(tmp_path / "run"), flags, Interrupts(), ask=True)
+    assert said == [
+        "The run waits for somebody to choose a trial at its terminal · 1 of 1 trials done.",
+        "The run is at work: answers · 1 of 1 trials done.",
+    ]
 
 
 def test_a_browser_is_only_opened_on_a_desktop_and_never_told_the_secret(monkeypatch: pytest.MonkeyPatch) -> None:

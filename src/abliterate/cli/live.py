@@ -52,12 +52,11 @@ def watch(path: Path, *, may_open: bool) -> None:
 
 
 @contextlib.contextmanager
-def beside(directory: RunDirectory, reporter: Reporter, *, may_open: bool) -> Iterator[Reporter]:
-    """Serve the report of the run that the block carries out with the reporter that it is given.
+def beside(directory: RunDirectory, reporter: Reporter, activity: Activity, *, may_open: bool) -> Iterator[Reporter]:
+    """Serve the report of the run that the block carries out with the reporter that it is given, which tells `activity`.
 
     The address is told when the run's first stage begins, so that a run that is refused opens no browser.
     """
-    activity = Activity()
     live = LiveReport(directory, activity)
     with live.serving() as address, contextlib.ExitStack() as until_the_end:
 
@@ -78,6 +77,16 @@ def beside(directory: RunDirectory, reporter: Reporter, *, may_open: bool) -> It
             live.finish(sentence[:1].upper() + sentence[1:])
             raise
         live.finish()
+
+
+@contextlib.contextmanager
+def waiting(activity: Activity, what: str) -> Iterator[None]:
+    """While the block runs, the page says that the run waits for `what`."""
+    activity.waits = what
+    try:
+        yield
+    finally:
+        activity.waits = ""
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from abliterate.cli import live
 from abliterate.cli.checks import check_run
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
+from abliterate.report.live import Activity
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
 from abliterate.settings import untrusted
@@ -104,14 +105,14 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
     from abliterate.pipeline import run as pipeline_run
 
     quiet_libraries()
-    reporter = make_reporter(as_json=flags.as_json)
+    reporter, activity = make_reporter(as_json=flags.as_json), Activity()
 
     def choose(given: Candidates) -> Trial | None:
-        with interrupts.at_once():
+        with interrupts.at_once(), live.waiting(activity, "somebody to choose a trial at its terminal"):
             return chosen(given, flags, reporter)
 
     try:
-        with interrupts.listening(), ranks.lost_ranks(), _shown(directory, reporter, flags) as told:
+        with interrupts.listening(), ranks.lost_ranks(), _shown(directory, reporter, activity, flags) as told:
             return pipeline_run.run(
                 settings,
                 interrupts.watched(told),
@@ -147,10 +148,12 @@ def chosen(given: Candidates, flags: RunFlags, reporter: Reporter) -> Trial | No
         talk(given.bench, given.directory, complete[choice.number])
 
 
-def _shown(directory: RunDirectory, reporter: Reporter, flags: RunFlags) -> contextlib.AbstractContextManager[Reporter]:
-    """The reporter of a run, which with --live also tells a browser."""
+def _shown(
+    directory: RunDirectory, reporter: Reporter, activity: Activity, flags: RunFlags
+) -> contextlib.AbstractContextManager[Reporter]:
+    """The reporter of a run, which with --live also tells a browser, by way of `activity`."""
     if flags.live:
-        return live.beside(directory, reporter, may_open=flags.may_open)
+        return live.beside(directory, reporter, activity, may_open=flags.may_open)
     return contextlib.nullcontext(reporter)
 
 

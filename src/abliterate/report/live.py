@@ -46,19 +46,21 @@ _HEADERS = {
 class Activity:
     """What a run in this process is doing; its reporter sets the fields, and the server's threads read them.
 
-    `reason` is the sentence that says why the run has ended early.
+    `waits` is what it waits for, if it does. `reason` is the sentence that says why the run has ended early.
     """
 
     stage: str = "begins"
     step: str = ""
     trials: str = ""
+    waits: str = ""
     ended: bool = False
     reason: str = ""
 
     @property
     def text(self) -> str:
-        """`search · 40 of 100 prompts · 7 of 12 trials done`."""
-        return " · ".join(filter(None, (self.stage, self.step, f"{self.trials} done" if self.trials else "")))
+        """`The run is at work: search · 40 of 100 prompts · 7 of 12 trials done.`"""
+        doing = (f"The run waits for {self.waits}",) if self.waits else (f"The run is at work: {self.stage}", self.step)
+        return " · ".join(filter(None, (*doing, f"{self.trials} done" if self.trials else ""))) + "."
 
 
 @dataclass
@@ -150,7 +152,7 @@ class LiveReport:
         if not running:
             return f"The run has ended with {self._count} trials; this page stays as it is now."
         if self.activity is not None:
-            return f"The run is at work: {self.activity.text}."
+            return self.activity.text
         return f"The run is at work: {self._count} trials have finished."
 
 
