@@ -60,11 +60,14 @@ def test_the_page_says_what_the_run_does(tmp_path: Path, monkeypatch: pytest.Mon
         address = fields["live"]
         assert text == f"live report: {address}"
         assert opened == [address]
-        told.trial(made_trials(1)[0], 12, True, None)
+        told.note("4 trials are kept from before", resumed=4)
+        for trial in made_trials(9)[8:4:-2]:  # workers end out of order
+            told.trial(trial, 12, True, None)
         told.progress(3, 9, "prompts")
         with urllib.request.urlopen(address, timeout=20) as answer:
-            assert "The run is at work: search · 3 of 9 prompts · 1 of 12 trials done." in answer.read().decode()
-        assert reporter.trials == 1
+            assert "The run is at work: search · 3 of 9 prompts · 6 of 12 trials done." in answer.read().decode()
+        assert reporter.trials == 2
+        assert reporter.notes[1:] == [("4 trials are kept from before", {"resumed": 4})]
         monkeypatch.setattr("abliterate.report.live._LOOKING", 0)
     with pytest.raises(urllib.error.URLError):
         urllib.request.urlopen(address, timeout=5)

@@ -137,6 +137,8 @@ class _Told:
     def __init__(self, reporter: Reporter, activity: Activity, begin: Callable[[], None]) -> None:
         self._reporter, self._activity, self._begin = reporter, activity, begin
         self._begun = False
+        # Of all sessions of the run. A trial's number doesn't tell, because trials of several workers end out of order.
+        self._done = 0
 
     def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
         if not self._begun:
@@ -149,9 +151,13 @@ class _Told:
         self._activity.step = f"{done} of {total} {unit}"
         self._reporter.progress(done, total, unit)
 
+    def note(self, text: str, **fields: Any) -> None:
+        self._done += fields.get("resumed", 0)
+        self._reporter.note(text, **fields)
+
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
-        done = trial.number + 1
-        self._activity.trials, self._activity.step = f"{done} of {max(done, total)} trials", ""
+        self._done += 1
+        self._activity.trials, self._activity.step = f"{self._done} of {max(self._done, total)} trials", ""
         self._reporter.trial(trial, total, front, best)
 
     def __getattr__(self, name: str) -> Any:
