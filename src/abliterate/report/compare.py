@@ -95,16 +95,15 @@ def compare(directories: Sequence[RunDirectory], select: str = "") -> Comparison
             raise InputError(f"The run {directories[index].path} is named twice; name each run once.")
     runs = tuple(_read(directory, letter) for directory, letter in zip(directories, LETTERS, strict=False))
     rule, max_kl = _rule_of(runs, select)
-    parsed = parse_rule(rule, max_kl, runs[0].search.objectives)
     obstacles = tuple(_obstacles(runs))
-    if obstacles:
+    if obstacles:  # then the runs may have no common objectives, so a rule of one run need not be a rule of another
         return Comparison(runs, obstacles, rule, max_kl, (), None)
     owner = {id(trial): index for index, run in enumerate(runs) for trial in run.search.trials}
     baseline, objectives = runs[0].search.baseline, runs[0].search.objectives
     assert baseline is not None
     everything = [trial for run in runs for trial in run.search.front_trials]
     front = pareto_front(everything, baseline, objectives)
-    best = parsed.preview(front)
+    best = parse_rule(rule, max_kl, objectives).preview(front)
     found = tuple((owner[id(trial)], trial) for trial in front)
     return Comparison(runs, (), rule, max_kl, found, None if best is None else (owner[id(best)], best))
 

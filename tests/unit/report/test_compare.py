@@ -102,6 +102,19 @@ def test_what_cant_be_compared_is_said_and_no_best_is_named(
     assert fronts_plot(found).spec["data"]["values"]
 
 
+def test_runs_of_other_objectives_are_shown_whatever_their_own_rule_is(runs: list[RunDirectory]) -> None:
+    for run in runs:
+        text = run.settings.read_text(encoding="utf-8")
+        run.settings.write_text(text.replace("[search]", '[search]\nselect = "a rule of theirs"'), encoding="utf-8")
+    with pytest.raises(InputError, match="'a rule of theirs' is not a rule"):
+        compare(runs)
+    change(runs[0], objectives=[{"name": "kl", "goal": "minimize"}, {"name": "refusals", "goal": "minimize"}])
+    found = compare(runs)
+    assert "objectives differ" in " ".join(verdict(found))
+    assert found.best is None
+    assert {row[1] for row in fronts_table(found).rows} == {"A: one", "B: two"}
+
+
 def test_another_base_model_and_another_number_of_prompts(runs: list[RunDirectory]) -> None:
     record = json.loads(runs[1].result.read_text(encoding="utf-8"))
     base = record["baseline"] | {"prompts": 200}
