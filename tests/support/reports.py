@@ -19,6 +19,11 @@ from support.refined import refined_trial
 
 DRAWN = draw._drawn
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">\'&<!--\u2028'
+# Parts of a run's identity, as real runs name them (tests/support/golden/result.json).
+IDENTITY = (
+    *("model", "tokenizer", "set of template options", "response length or prefix"),
+    *("set of thinking blocks or answer tags", "set of scorers or markers"),
+)
 PLOTS = {
     *("front", "progress", "progress-in-time", "kernels", "importance", "norms", "cosines", "separation", "projection"),
     *("times", "memory"),
@@ -103,7 +108,13 @@ def made_run(folder: Path, word: str = "plain", count: int = 40, *, refined: boo
             "d_model": 8,
             "dtype": "float32",
         },
-        "prompts": {"harmful": {"source": word, "count": 3, "digest": "d"}},
+        "prompts": {
+            "harmful": {"source": word, "count": 3, "digest": "d"},
+            "harmful_eval": {"source": word, "count": 100, "digest": "digest of harmful_eval"},
+            "harmless_eval": {"source": word, "count": 100, "digest": "digest of harmless_eval"},
+        },
+        "rendering": "a rendering",
+        "identity": {name: f"identity of the {name}" for name in IDENTITY},
         "objectives": to_records(DEFAULT),
         "baseline": baseline.to_record(),
         "trials": trials,

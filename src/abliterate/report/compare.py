@@ -23,8 +23,15 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _RULE, _MAX_KL = "auto", 0.1
 # Settings that say where and when a run was made, and nothing of how.
 _PLACES = ("load.template_now",)
-# Parts of a run's identity on which its scores depend, and how they differ, in words.
-_PARTS = {
+# The prompts that trials are scored on, by their names in `result.json`.
+_PROMPTS = {"harmful evaluation prompts": "harmful_eval", "harmless evaluation prompts": "harmless_eval"}
+_RENDERING = "rendering of a prompt"
+# What scores depend on, and how runs differ in it, in words. All but the first three are parts of a run's identity. Every run
+# records all of them before its first trial, so a part that no run has is of an old or a cut file and isn't known to be equal.
+_RECORDED = {
+    "harmful evaluation prompts": "they were scored on different harmful prompts",
+    "harmless evaluation prompts": "they were scored on different harmless prompts",
+    _RENDERING: "their prompts are asked differently (system prompt, template or date)",
     "tokenizer": "their tokenizers or chat templates differ",
     "set of template options": "their chat templates have other options",
     "response length or prefix": "their responses have another length limit or prefix",
@@ -132,6 +139,13 @@ def _rule_of(runs: Sequence[ComparedRun], select: str) -> tuple[str, float]:
     return rule, float(max_kl)
 
 
+def _recorded(run: ComparedRun, part: str) -> str | None:
+    """The hash that the run records of a part of `_RECORDED`; None if it records none."""
+    if part in _PROMPTS:
+        return run.record["prompts"].get(_PROMPTS[part], {}).get("digest")
+    return run.record.get("rendering") if part == _RENDERING else (run.record.get("identity") or {}).get(part)
+
+
 def _obstacles(runs: Sequence[ComparedRun]) -> list[str]:
     """Why the scores of the runs can't be compared, as parts of a sentence."""
 
@@ -141,14 +155,17 @@ def _obstacles(runs: Sequence[ComparedRun]) -> list[str]:
     found = []
     if differ(lambda run: [run.record["model"].get(name) for name in ("fingerprint", "dtype", "quantization")]):
         found.append("their base models differ, and a KL is measured against the run's own base")
-    for name, words in (("harmful_eval", "harmful"), ("harmless_eval", "harmless")):
-        if differ(lambda run, name=name: run.record["prompts"].get(name, {}).get("digest")):
-            found.append(f"they were scored on different {words} prompts")
-    if differ(lambda run: run.record.get("rendering")):
-        found.append("their prompts are asked differently (system prompt, template or date)")
-    for name, words in _PARTS.items():
-        if differ(lambda run, name=name: (run.record.get("identity") or {}).get(name)):
+    unknown = []
+    for part, words in _RECORDED.items():
+        values = [_recorded(run, part) for run in runs]
+        if all(value is None for value in values):
+            unknown.append(part)
+        elif len(set(values)) > 1:
             found.append(words)
+    if unknown:
+        found.append(
+            f"their result.json files, which are old or were cut, don't record whether these agree: {', '.join(unknown)}"
+        )
     if differ(lambda run: [(one.name, one.goal) for one in run.search.objectives]):
         named = "; ".join(f"{run.label[0]}: {in_words(run.search.objectives)}" for run in runs)
         found.append(f"their objectives differ ({named})")

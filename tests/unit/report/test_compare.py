@@ -31,7 +31,8 @@ def _pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def change(run: RunDirectory, **fields: Any) -> RunDirectory:
     record = json.loads(run.result.read_text(encoding="utf-8"))
-    write_json(run.result, record | fields)
+    nested = {name: record[name] | value for name, value in fields.items() if name in ("prompts", "identity")}
+    write_json(run.result, record | fields | nested)
     return run
 
 
@@ -92,6 +93,7 @@ def test_what_cant_be_compared_is_said_and_no_best_is_named(
     change(runs[1], **fields)
     found = compare(runs)
     text = " ".join(verdict(found))
+    assert len(found.obstacles) == 1
     assert said in text
     assert "no best trial is named" in text
     assert (found.best, found.front) == (None, ())
@@ -173,11 +175,27 @@ def test_foreign_text_is_text_in_the_page(tmp_path: Path) -> None:
     assert "<dt>probe</dt>" not in page
 
 
-def test_the_parts_that_are_compared_are_those_that_runs_record() -> None:
+def test_the_parts_that_are_compared_are_those_that_runs_record(runs: list[RunDirectory]) -> None:
+    """A real run's record and a made-up one have each part, so that no part counts as equal because it is nowhere."""
     golden = json.loads((TESTS / "support" / "golden" / "result.json").read_text(encoding="utf-8"))
-    assert golden["identity"].keys() >= compare_module._PARTS.keys()
-    assert golden["prompts"].keys() >= {"harmful_eval", "harmless_eval"}
-    assert golden["rendering"]
+    for record in (golden, json.loads(runs[0].result.read_text(encoding="utf-8"))):
+        change(runs[1], **{name: record[name] for name in ("prompts", "rendering", "identity")})
+        (_, run) = compare(runs).runs
+        assert all(compare_module._recorded(run, part) for part in compare_module._RECORDED)
+
+
+def test_a_part_that_no_run_records_isnt_known_to_be_equal(runs: list[RunDirectory]) -> None:
+    for run in runs:
+        record = json.loads(run.result.read_text(encoding="utf-8"))
+        del record["rendering"], record["prompts"]["harmless_eval"], record["identity"]["tokenizer"]
+        write_json(run.result, record)
+    found = compare(runs)
+    assert found.obstacles == (
+        "their result.json files, which are old or were cut, don't record whether these agree: harmless evaluation prompts, "
+        "rendering of a prompt, tokenizer",
+    )
+    assert found.best is None
+    assert {row[1] for row in fronts_table(found).rows} == {"A: one", "B: two"}  # they are shown all the same
 
 
 def test_no_torch_is_imported() -> None:
