@@ -270,6 +270,7 @@ def test_plugins_are_imported_once_and_not_by_the_command_line(install: Installe
 def test_unknown_names_end_the_command_with_a_sentence(
     arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    (tmp_path / "recipe.json").write_text("{}", encoding="utf-8")
     assert said in command(arguments, monkeypatch, capsys, tmp_path)
 
 

@@ -159,7 +159,8 @@ def number_text(value: float | None) -> str:
 
 def export_text(export: Mapping[str, Any]) -> str:
     """The verdict of an export's check, from its record; a check may load the export, or compare its weights alone."""
-    loaded = "kl_from_trial" in (export.get("verification") or {})
+    checks = export.get("verification")
+    loaded = isinstance(checks, Mapping) and "kl_from_trial" in checks
     right = "verified after reloading" if loaded else "its weights verified"
     return {True: right, False: "NOT verified", None: "not checked"}[export.get("verified")]
 

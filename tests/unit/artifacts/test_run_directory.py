@@ -267,7 +267,7 @@ def test_a_disk_that_refuses_is_told_what_helps(
     def refuse(*args: object, **options: object) -> None:
         raise error
 
-    said = [str(disk_refused(error)), export_folder._disk_sentence(tmp_path, error)]
+    said = [str(disk_refused(error)), export_folder.disk_sentence(tmp_path, error)]
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(AbliterateError) as caught:
