@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, create_trial
 
 from abliterate.objectives import DEFAULT, KL, reported_values
@@ -39,6 +38,9 @@ def importances(
 
 
 def _shares(scored: Sequence[Trial], prompts: int, seed: int, objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
+    # It imports scikit-learn, which takes a second, and every command that shows a run imports this module.
+    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
     params = [_parameters(trial, seed) for trial in scored]
     distributions = _distributions(params)
     # PED-ANOVA takes low values for good ones, so maximized objectives are negated.
