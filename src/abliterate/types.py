@@ -90,19 +90,39 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Range:
+    """The range of a number that is searched: [low, high], on a logarithmic scale or in whole numbers if so."""
+
+    low: float
+    high: float
+    log: bool = False
+    whole: bool = False
+
+
+def weight_name(place: int) -> str:
+    """The name of the weight of a layer's direction number `place`, from 0, in `TrialParams.extra`."""
+    return f"weight.{place + 1}"
+
+
+@dataclass(frozen=True, slots=True)
 class TrialParams:
-    """One parameter set. `direction_index` is a layer position, used only if `scope` is "global"."""
+    """One parameter set. `direction_index` is a layer position, used only if `scope` is "global".
+
+    `extra` has the numbers that a direction or an edit method asks the search for, by name: the weight of each direction, say.
+    """
 
     scope: Scope
     direction_index: float
     kernels: Mapping[str, Kernel]
+    extra: Mapping[str, float] = field(default_factory=dict)
 
     def to_record(self) -> dict[str, Any]:
-        """The JSON form; the inverse of `from_record`."""
+        """The JSON form; the inverse of `from_record`. Without further numbers it has no entry for them."""
         return {
             "scope": self.scope,
             "direction_index": self.direction_index,
             "kernels": {name: asdict(kernel) for name, kernel in self.kernels.items()},
+            **({"extra": dict(self.extra)} if self.extra else {}),
         }
 
     @staticmethod
@@ -116,7 +136,8 @@ class TrialParams:
                 raise ValueError("a kernel has no distance")
         if record["scope"] not in SCOPES:
             raise ValueError(f"there is no scope {str(record['scope'])[:40]!r}")
-        return TrialParams(record["scope"], float(number(record["direction_index"], 0, LARGEST)), kernels)
+        extra = {name: number(value, -LARGEST, LARGEST) for name, value in record.get("extra", {}).items()}
+        return TrialParams(record["scope"], float(number(record["direction_index"], 0, LARGEST)), kernels, extra)
 
     def fault(self, n_layers: int, components: Collection[str] = (), modules: Collection[str] | None = None) -> str:
         """Why they can't be of a model with so many layers, these components and, where known, these modules; "" if they can.

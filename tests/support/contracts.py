@@ -139,7 +139,7 @@ class EditContract:
 
     def edited(self, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
         """W' (float64) by the method's factors."""
-        prepared = self.method.prepare(lambda: weight, directions.by_layer().double())
+        prepared = self.method.prepare(lambda: weight, directions.table().double())
         factors = self.method.factors(prepared, directions.blend(x), coeff)
         scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
         return scale.double()[:, None] * weight.double() + factors.b.double() @ factors.a.double()
@@ -202,14 +202,14 @@ class EditContract:
         """Preparing an interpolated direction gives the interpolation of the prepared parts."""
         weight, directions = _weight(14, 18), make_directions(3, 14, 1)
         blend, v = directions.blend(1.3), _unit(directions, 1.3)
-        table = self.method.prepare(lambda: weight, directions.by_layer().double())
+        table = self.method.prepare(lambda: weight, directions.table().double())
         alone = self.method.prepare(lambda: weight, v[None])
         pair = [self.method.factors(*given, 1.0).delta(weight) for given in ((table, blend), (alone, Blend((0,), (1.0,))))]
         assert _relative(*pair) < 1e-6
 
     def test_fused_experts_are_edited_one_by_one(self) -> None:
         stack, directions = torch.stack([_weight(12, 8, seed) for seed in range(3)]), make_directions(3, 12, 1)
-        prepared = prepare(self.method, lambda: stack, directions.by_layer().double())
+        prepared = prepare(self.method, lambda: stack, directions.table().double())
         factors = self.method.factors(prepared, directions.blend(1.3), 0.9)
         for weight, part in zip(stack, factors.parts(), strict=True):
             change = self.edited(weight, directions, 1.3, 0.9) - weight.double()
@@ -218,7 +218,7 @@ class EditContract:
     def test_a_row_scale_keeps_the_norms_of_rows(self) -> None:
         """The adapter export writes such an edit as DoRA, whose magnitudes are the base's norms."""
         weight, directions = _weight(12, 20), make_directions(3, 12, 1)
-        prepared = self.method.prepare(lambda: weight, directions.by_layer().double())
+        prepared = self.method.prepare(lambda: weight, directions.table().double())
         if self.method.factors(prepared, directions.blend(1.3), 0.9).row_scale is not None:
             found = self.edited(weight, directions, 1.3, 0.9)
             assert torch.allclose(found.norm(dim=1), weight.double().norm(dim=1), rtol=1e-5)
@@ -257,10 +257,9 @@ class ExporterContract:
     def check(self, case: Case, folder: Path) -> dict[str, bool]:
         """Check the export in `folder` against the edits' definition."""
         base = Matrices(case.job.source, case.job.load, case.job.architecture)
-        directions = case.editor.directions
         definitions = {
-            name: by_definition(case.editor._method, _unit(directions, index), coeff)
-            for name, index, coeff in case.editor.plan(case.params).values()
+            name: by_definition(case.editor._method, *case.editor.vectors(case.params, key))
+            for name, key in case.editor.plan(case.params).items()
         }
         reread = self.exporter.reread(folder, case.job, base)
         return check_weights(base, reread, definitions, lambda done, total: None).record["checks"]
@@ -348,7 +347,7 @@ def _weight(d_out: int, d_in: int, seed: int = 0) -> Tensor:
 
 
 def _unit(directions: Directions, x: float) -> Tensor:
-    return directions.blend(x).of(directions.by_layer().double())
+    return directions.blend(x).of(directions.table().double())
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

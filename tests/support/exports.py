@@ -73,13 +73,11 @@ class Case:
         if not folder.exists():
             write(kind, job or self.job, folder)
         base = Matrices(self.job.source, self.job.load, self.job.architecture)
-        directions = self.editor.directions
-        table = directions.by_layer().double()
         definitions = {
-            name: by_definition(METHODS[self.mode], directions.blend(index).of(table), coeff, chunk=chunk)
+            name: by_definition(METHODS[self.mode], *self.editor.vectors(self.params, key), chunk=chunk)
             if self.editor._settings.representation == "exact"
             else by_factors(self.job.factors[name])
-            for name, index, coeff in self.editor.plan(self.params).values()
+            for name, key in self.editor.plan(self.params).items()
         }
         reread = EXPORTERS[kind].reread(folder, self.job, base)
         verdict = check_weights(base, reread, definitions, lambda done, total: None, chunk=chunk, rounding=rounding)

@@ -235,9 +235,8 @@ def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
 def write_dense(model: nn.Module, editor: Editor, params: Params, mode: str) -> None:
     """Write the trial's W' into the weights of `model`, a copy of the editor's model."""
     for name, key in editor.plan(params).items():
-        module, coeff = model.get_submodule(name), key[2]
-        v = editor.direction(params, key)
-        weight = dense_weight(module)
+        module, weight = model.get_submodule(name), dense_weight(model.get_submodule(name))
+        (v,), (coeff,) = editor.vectors(params, key)
         edited = [dense_edit(one, v, coeff, mode) for one in (weight if weight.ndim == 3 else weight[None])]
         write_weight(module, torch.stack(edited).view(weight.shape))
 

@@ -37,16 +37,16 @@ def own_edits(editor: Editor, params: TrialParams, noise: float = 0.0, share: fl
     generator = torch.Generator().manual_seed(1)
     coeffs, directions = {}, {}
     for name, key in editor.plan(params).items():
-        v = editor.direction(params, key)
+        (v,), (coeff,) = editor.vectors(params, key)
         moved = v + noise * torch.randn(len(v), generator=generator, dtype=v.dtype) / len(v) ** 0.5
-        coeffs[name], directions[name] = share * key[2], torch.nn.functional.normalize(moved, dim=0).float()
+        coeffs[name], directions[name] = share * coeff, torch.nn.functional.normalize(moved, dim=0).float()
     return coeffs, directions
 
 
 def cosines(editor: Editor, params: TrialParams, directions: dict[str, Tensor]) -> dict[str, float]:
     """By module, the cosine of each direction to that of the trial it came from."""
     plan = editor.plan(params)
-    return {name: float(v.double() @ editor.direction(params, plan[name])) for name, v in directions.items()}
+    return {name: float(v.double() @ editor.vectors(params, plan[name])[0][0]) for name, v in directions.items()}
 
 
 def refine_by_hand(run: Path, settings: Settings) -> Trial:

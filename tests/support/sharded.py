@@ -120,7 +120,7 @@ def _gradients(sharded: Lab, whole: Lab) -> None:
 
 def _parameters(lab: Lab) -> Parameters:
     info = lab.loaded.info
-    directions = make_directions(info.n_layers, info.d_model).by_layer().float()
+    directions = make_directions(info.n_layers, info.d_model).table().float()
     modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in lab.loaded.targets]
     starts = torch.stack([directions[module.layer] for module in modules])
     return Parameters(modules, edit_method("full"), torch.full((len(modules),), 0.3), starts)

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from abliterate.directions.base import Blend, DirectionMethod, Directions, ResidualMeans, needs_means, winsorize
+from abliterate.directions.base import (
+    Blend,
+    DirectionMethod,
+    Directions,
+    ResidualMeans,
+    SeveralDirections,
+    count_of,
+    needs_means,
+    winsorize,
+)
 from abliterate.directions.mean_difference import MeanDifference
 from abliterate.directions.projected import Projected
 from abliterate.plugins import Registry
@@ -17,13 +26,22 @@ METHODS: Registry[DirectionMethod] = Registry(
     "direction method",
     {method.name: method for method in (Projected(), MeanDifference())},
     named="name",
-    needs=("name", "compute"),
+    needs=("name",),
 )
 
 
 def direction_method(name: str) -> DirectionMethod:
     """The method of that name. InputError, which lists the known methods, if there is none."""
     return METHODS.find(name)
+
+
+def compute_directions(method: DirectionMethod, harmful: Tensor, harmless: Tensor, count: int = 0) -> Directions:
+    """The directions that a method finds, as many for each residual index as `count_of` says; the arguments are `compute`'s."""
+    count = count_of(method, count)
+    if count == 1 and hasattr(method, "compute"):
+        return Directions(method.compute(harmful, harmless))
+    several: SeveralDirections = method  # type: ignore[assignment]
+    return Directions(several.compute_several(harmful, harmless, count))
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:
@@ -41,6 +59,9 @@ __all__ = [
     "DirectionMethod",
     "Directions",
     "ResidualMeans",
+    "SeveralDirections",
+    "compute_directions",
+    "count_of",
     "direction_method",
     "needs_means",
     "summarize_residuals",

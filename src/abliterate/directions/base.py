@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from abliterate.errors import InputError
+
 
 class DirectionMethod(Protocol):
     """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals.
@@ -26,8 +28,19 @@ class DirectionMethod(Protocol):
     def compute(self, harmful: Tensor, harmless: Tensor) -> Tensor:
         """Directions (n_layers+1, d_model) float32 from winsorized residuals, each (n_prompts, n_layers+1, d_model) float32.
 
-        A method that needs "means" receives the two means instead, each (n_layers+1, d_model) float64.
+        A method that needs "means" receives the two means instead, each (n_layers+1, d_model) float64. A method that finds
+        several directions has the class attribute `count`, its usual number of them, and `compute_several` instead.
         """
+
+
+class SeveralDirections(Protocol):
+    """A direction method that finds `count` directions for each residual index, the most important ones first."""
+
+    name: str
+    count: int
+
+    def compute_several(self, harmful: Tensor, harmless: Tensor, count: int) -> Tensor:
+        """Unit (or zero) directions (n_layers+1, count, d_model) float32 from residuals as in `DirectionMethod.compute`."""
 
 
 def needs_means(method: DirectionMethod) -> bool:
@@ -35,51 +48,84 @@ def needs_means(method: DirectionMethod) -> bool:
     return getattr(method, "needs", "residuals") == "means"
 
 
+def count_of(method: DirectionMethod, wanted: int) -> int:
+    """The number of directions that a method is asked for: `wanted`, or its usual number where that is 0.
+
+    Raises:
+        InputError: several are wanted of a method that finds one.
+    """
+    usual = getattr(method, "count", 1)
+    if wanted > 1 and not hasattr(method, "compute_several"):
+        raise InputError(
+            f"The direction method {method.name!r} finds one direction a layer, not {wanted}; leave out directions.count, or "
+            "choose a method that finds several."
+        )
+    return wanted or usual
+
+
 @dataclass(frozen=True)
 class Blend:
-    """A unit direction as a linear combination of prepared layers' directions: v = Σ weights[k] · d[layers[k]].
+    """A unit direction as a linear combination of rows of a table of directions: v = Σ weights[k] · table[rows[k]].
 
-    A zero direction has no layers. Any quantity that is linear in v can be blended with the same weights.
+    A zero direction has no rows. Any quantity that is linear in v can be blended with the same weights.
     """
 
-    layers: tuple[int, ...]
+    rows: tuple[int, ...]
     weights: tuple[float, ...]
 
     @property
     def is_zero(self) -> bool:
         """Whether the direction is zero, so that there is no edit."""
-        return not self.layers
+        return not self.rows
 
     def of(self, table: Tensor) -> Tensor:
-        """`table` (n_layers, …) → Σ weights[k] · table[layers[k]], (…) in the table's dtype."""
-        rows = table[list(self.layers)]
+        """`table` (n_rows, …) → Σ weights[k] · table[rows[k]], (…) in the table's dtype."""
+        rows = table[list(self.rows)]
         weights = torch.tensor(self.weights, dtype=table.dtype, device=table.device)
         return (weights @ rows.flatten(1)).view(rows.shape[1:])
 
 
 @dataclass(frozen=True)
 class Directions:
-    """`vectors` (n_layers+1, d_model) float32: a unit vector, or zero, for each residual index."""
+    """A unit vector, or zero, for each residual index: `vectors` (n_layers+1, d_model) float32.
+
+    With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
+    """
 
     vectors: Tensor
 
     def __post_init__(self) -> None:
-        if self.vectors.ndim != 2 or not torch.isfinite(self.vectors).all():
-            raise ValueError("directions must be a finite (n_layers+1, d_model) tensor")
+        if self.vectors.ndim not in (2, 3) or not self.vectors.numel() or not torch.isfinite(self.vectors).all():
+            raise ValueError("directions must be a finite (n_layers+1, d_model) or (n_layers+1, count, d_model) tensor")
 
     @property
     def n_layers(self) -> int:
-        """Number of decoder layers: one less than `vectors` has rows."""
+        """Number of decoder layers: one less than there are residual indices."""
         return self.vectors.shape[0] - 1
 
-    def by_layer(self) -> Tensor:
-        """(n_layers, d_model): row l is the direction of layer l's output."""
-        return self.vectors[1:]
+    @property
+    def d_model(self) -> int:
+        """The width of a direction."""
+        return self.vectors.shape[-1]
 
-    def blend(self, x: float) -> Blend:
-        """The direction at layer position `x` ∈ [0, n_layers−1], between two neighbours, renormalized.
+    @property
+    def count(self) -> int:
+        """The number of directions for each residual index."""
+        return 1 if self.vectors.ndim == 2 else self.vectors.shape[1]
 
-        Source: docs/design.md §4; linear interpolation as in heretic, with the norm taken in float64.
+    def first(self) -> Tensor:
+        """The first direction of each residual index, (n_layers+1, d_model)."""
+        return self.vectors.reshape(self.n_layers + 1, self.count, self.d_model)[:, 0]
+
+    def table(self) -> Tensor:
+        """(n_layers · count, d_model): the directions of layer 0's output, then those of layer 1's, and so on."""
+        return self.vectors[1:].reshape(-1, self.d_model)
+
+    def blends(self, x: float) -> tuple[Blend, ...]:
+        """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table`; zero ones are zero blends.
+
+        Each lies between those of two neighbouring layers and is renormalized. Source: docs/design.md §4; linear interpolation
+        as in heretic, with the norm taken in float64.
         """
         if not 0 <= x <= self.n_layers - 1:
             raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")
@@ -87,18 +133,27 @@ class Directions:
         high = min(low + 1, self.n_layers - 1)
         t = x - low
         pairs = [(low, 1.0 - t), (high, t)] if t > 0 else [(low, 1.0)]
-        mixed = torch.stack([weight * self.by_layer()[layer].double() for layer, weight in pairs]).sum(dim=0)
-        norm = float(mixed.norm())
-        if norm < 1e-12:
-            return Blend((), ())
-        return Blend(tuple(layer for layer, _ in pairs), tuple(weight / norm for _, weight in pairs))
+        table = self.table()
+        found = []
+        for index in range(self.count):
+            places = tuple(layer * self.count + index for layer, _ in pairs)
+            weights = tuple(weight for _, weight in pairs)
+            mixed = torch.stack([weight * table[row].double() for row, weight in zip(places, weights, strict=True)]).sum(dim=0)
+            norm = float(mixed.norm())
+            found.append(Blend((), ()) if norm < 1e-12 else Blend(places, tuple(weight / norm for weight in weights)))
+        return tuple(found)
+
+    def blend(self, x: float) -> Blend:
+        """The one direction at layer position `x`, as a blend of `table`. ValueError if there are several."""
+        (blend,) = self.blends(x)
+        return blend
 
     def at(self, x: float) -> Tensor:
         """`blend(x)` as a vector (d_model) float32, of norm 1 or zero."""
         blend = self.blend(x)
         if blend.is_zero:
             return torch.zeros_like(self.vectors[0])
-        return blend.of(self.by_layer().double()).float()
+        return blend.of(self.table().double()).float()
 
 
 def winsorize(residuals: Tensor, quantile: float) -> Tensor:

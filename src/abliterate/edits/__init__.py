@@ -5,10 +5,12 @@ A new method is a file beside these and a line in `METHODS`, or a plugin's `edit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared, prepare
+from abliterate.edits.base import EditMethod, Factors, Prepared, blended, prepare
 from abliterate.edits.full import NormPreserving
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
@@ -36,22 +38,46 @@ def scales_rows(method: EditMethod) -> bool:
     return method.factors(prepared, Blend((0,), (1.0,)), 0.5).row_scale is not None
 
 
+def exact_factors(method: EditMethod, prepared: Prepared, blends: Sequence[Blend], coeffs: Sequence[float]) -> Factors:
+    """The method's factors for one direction or several, none of them zero, each with its coeff."""
+    if len(blends) == 1:
+        return method.factors(prepared, blends[0], coeffs[0])
+    return method.product(prepared, blends, torch.tensor(coeffs, dtype=torch.float64, device=prepared.directions.device))
+
+
 def svd_factors(
-    method: EditMethod, prepared: Prepared, blend: Blend, coeff: float, module: str, rank: int, memo: SvdMemo
+    method: EditMethod,
+    prepared: Prepared,
+    blends: Sequence[Blend],
+    coeffs: Sequence[float],
+    module: str,
+    rank: int,
+    memo: SvdMemo,
 ) -> Factors:
     """Rank-`rank` factors of the method's ΔW, from the memo if these exact inputs were seen before.
 
-    An edit that already has rank 1 is returned as it is: there is nothing to approximate.
+    An edit that scales no row is returned as it is: its rank is the number of directions, and there is nothing to approximate.
     """
     if prepared.p.numel() == 0:
-        return method.factors(prepared, blend, coeff)
-    key = svd_key(module, method.name, blend.of(prepared.directions), coeff, rank)
+        return exact_factors(method, prepared, blends, coeffs)
+    key = svd_key(module, method.name, blended(blends, prepared.directions), coeffs, rank)
     factors = memo.get(key)
     if factors is None:
-        delta = method.factors(prepared, blend, coeff).delta(prepared.read_weight())
+        delta = exact_factors(method, prepared, blends, coeffs).delta(prepared.read_weight())
         factors = truncated_svd(delta, rank, seed_of(key))
         memo.put(key, factors)
     return factors
 
 
-__all__ = ["METHODS", "EditMethod", "Factors", "Prepared", "SvdMemo", "edit_method", "prepare", "scales_rows", "svd_factors"]
+__all__ = [
+    "METHODS",
+    "EditMethod",
+    "Factors",
+    "Prepared",
+    "SvdMemo",
+    "edit_method",
+    "exact_factors",
+    "prepare",
+    "scales_rows",
+    "svd_factors",
+]

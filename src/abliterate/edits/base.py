@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from abliterate.directions.base import Blend
+from abliterate.errors import InputError
 
 # Rows converted to float64 at a time: 15 MB for a matrix with 14,336 columns.
 ROW_CHUNK = 128
@@ -102,21 +103,24 @@ class Prepared:
         """A copy offloaded to main memory, for `fetched`; the directions stay on their device."""
         return replace(self, a=self.a.cpu(), p=self.p.cpu(), norms=self.norms.cpu())
 
-    def fetched(self, blend: Blend) -> tuple[Prepared, Blend]:
-        """The offloaded rows that a blend needs, on the directions' device, and the blend that selects them there.
+    def fetched(self, blends: Sequence[Blend]) -> tuple[Prepared, tuple[Blend, ...]]:
+        """The offloaded rows that blends need, on the directions' device, and the blends that select them there.
 
         The same values are multiplied on the same device, so factors have the same bits as without offloading.
         """
-        layers, device = list(blend.layers), self.directions.device
-        p = self.p[layers].to(device) if self.p.numel() else self.p.to(device)
-        selected = replace(
-            self, directions=self.directions[layers], a=self.a[layers].to(device), p=p, norms=self.norms.to(device)
-        )
-        return selected, Blend(tuple(range(len(layers))), blend.weights)
+        rows, device = [row for blend in blends for row in blend.rows], self.directions.device
+        p = self.p[rows].to(device) if self.p.numel() else self.p.to(device)
+        selected = replace(self, directions=self.directions[rows], a=self.a[rows].to(device), p=p, norms=self.norms.to(device))
+        places = iter(range(len(rows)))
+        return selected, tuple(Blend(tuple(next(places) for _ in blend.rows), blend.weights) for blend in blends)
 
 
 class EditMethod(Protocol):
-    """One way to change W, given a direction and a coeff. Methods inherit from this class for its default of `dense`."""
+    """One way to change W, given a direction and a coeff, or several of both.
+
+    Methods inherit from this class for its defaults of `dense` and `product`. They may have a class attribute `parameters`,
+    {name: `types.Range`}: numbers that the search finds for them.
+    """
 
     name: str
 
@@ -130,6 +134,20 @@ class EditMethod(Protocol):
         W's rows may have a `row_scale`: the adapter export writes it as DoRA, whose magnitudes are these norms.
         """
 
+    def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
+        """Exact factors of the edit that removes several directions one after another, Π_j (I − λ_j v_j v_jᵀ), as `factors`.
+
+        `coeffs` (k) float64 are the λ_j in the order of `blends`; the first is removed first. For one direction it equals
+        `factors`.
+
+        Raises:
+            InputError: the method removes one direction only.
+        """
+        raise InputError(
+            f"The edit mode {self.name!r} removes one direction, not {len(blends)}; choose another --set edit.mode, or a "
+            "direction method that finds one."
+        )
+
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """W' (d_out, d_in) by definition, in the dtype given: the slow reference that the factors are tested against.
 
@@ -139,10 +157,16 @@ class EditMethod(Protocol):
         return self.dense_rows(weight, v, self.along(weight, v), coeff)
 
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
-        """The share of `rows` (n, d_in) in a (d_in), the row vector that the edit removes; `v` (n) is the direction there."""
+        """The share of `rows` (n, d_in) in a (d_in), the row vector that the edit removes; `v` (n) is the direction there.
 
-    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
-        """The rows (n, d_in) of W' that `rows` of W become, given a (d_in) of the whole W."""
+        For several directions, `v` is (k, n), and a is (k, d_in).
+        """
+
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float | Tensor) -> Tensor:
+        """The rows (n, d_in) of W' that `rows` of W become, given a (d_in) of the whole W.
+
+        For several directions, `v` is (k, n), `a` (k, d_in) what each removes after those before it, and `coeff` (k).
+        """
 
 
 def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
@@ -159,6 +183,28 @@ def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: T
         torch.stack([expert.norms for expert in experts]) if norms.numel() else norms,
         read_weight,
     )
+
+
+def removed(v: Tensor, a: Tensor, coeff: float | Tensor) -> Tensor:
+    """λ v aᵀ (n, d_in) of one direction `v` (n) and `a` (d_in), or its sum over several, (k, n), (k, d_in) and (k)."""
+    if v.ndim == 1:
+        return coeff * torch.outer(v, a)
+    return (v * torch.as_tensor(coeff, dtype=v.dtype)[:, None]).T @ a
+
+
+def one_after_another(vectors: Tensor, coeffs: Tensor) -> Tensor:
+    """S (k, k), lower triangular, such that Π_j (I − λ_j v_j v_jᵀ) = I − Vᵀ diag(λ) S V for the rows v_j of `vectors` (k, d).
+
+    Row j of S V W is what direction j removes once those before it are removed: s_j = v_jᵀW − Σ_{i<j} λ_i (v_j·v_i) s_i.
+    """
+    overlaps = torch.tril(vectors @ vectors.T * coeffs, diagonal=-1)  # entry (j, i): λ_i (v_j·v_i) for i < j
+    identity = torch.eye(len(coeffs), dtype=vectors.dtype, device=vectors.device)
+    return torch.linalg.solve_triangular(identity + overlaps, identity, upper=False, unitriangular=True)
+
+
+def blended(blends: Sequence[Blend], table: Tensor) -> Tensor:
+    """Several blends of a table (n_rows, …, d), (…, k, d) in its dtype."""
+    return torch.stack([blend.of(table) for blend in blends], dim=-2)
 
 
 def row_norms(weight: Tensor) -> Tensor:

@@ -7,13 +7,24 @@ Closed form (docs/design.md §4): with p = Ŵa, q = a·a, s = √(1 − 2λ v∘
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared, project, project_back, row_norms, safe_inverse
+from abliterate.edits.base import (
+    EditMethod,
+    Factors,
+    Prepared,
+    blended,
+    one_after_another,
+    project,
+    project_back,
+    removed,
+    row_norms,
+    safe_inverse,
+)
 
 # Norm of Ŵᵢ − λ vᵢ a (1 before the edit) below which the closed form is not used: it divides the float32 rounding of its
 # factors by s, so a row's relative error is 1e-7 / s. At λ = 1 this means about vᵢ > 0.995, so one row at most in practice.
@@ -48,28 +59,51 @@ class NormPreserving(EditMethod):
             return Factors(scale.float(), a[..., None, :], b.float()[..., None])
         if a.ndim == 2:
             return Factors.stacked([self.factors(matrix, blend, coeff) for matrix in prepared.parts()])
-        return _with_dense_rows(prepared, scale, a, b, v, coeff, degenerate.nonzero().flatten())
+        one = torch.tensor([coeff], dtype=v.dtype, device=v.device)
+        return _with_dense_rows(prepared, scale, a[None], b[:, None], v[None], one, degenerate.nonzero().flatten())
+
+    def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
+        """Row i of Π_j (I − λ_j v_j v_jᵀ) Ŵ is Ŵᵢ + bᵢA, of squared norm 1 + 2 bᵢ·(ŴAᵀ)ᵢ + bᵢ(AAᵀ)bᵢ: O(k²) a row."""
+        v = blended(blends, prepared.directions)
+        successive = one_after_another(v, coeffs)
+        a, p = successive.to(prepared.a.dtype) @ blended(blends, prepared.a), successive @ blended(blends, prepared.p)
+        gram = p @ v.T @ successive.T  # AAᵀ (…, k, k)
+        b = -(coeffs[:, None] * v).T
+        s = (1 + 2 * (b * p.transpose(-1, -2)).sum(dim=-1) + ((b @ gram) * b).sum(dim=-1)).clamp_min(0).sqrt()
+        empty = prepared.norms == 0
+        degenerate = (s < DEGENERATE) & ~empty
+        if degenerate.any() and a.ndim == 3:
+            return Factors.stacked([self.product(matrix, blends, coeffs) for matrix in prepared.parts()])
+        s = torch.where(empty | degenerate, torch.ones_like(s), s)
+        scale = torch.where(degenerate, torch.zeros_like(s), 1 / s)
+        b = torch.where(degenerate[..., None], torch.zeros_like(b), prepared.norms[..., None] * b / s[..., None])
+        if not degenerate.any():
+            return Factors(scale.float(), a, b.float())
+        return _with_dense_rows(prepared, scale, a, b, v, coeffs, degenerate.nonzero().flatten())
 
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
         return v @ (rows * safe_inverse(rows.norm(dim=1))[:, None])
 
-    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float | Tensor) -> Tensor:
         norms = rows.norm(dim=1)
-        edited = rows * safe_inverse(norms)[:, None] - coeff * torch.outer(v, a)
+        edited = rows * safe_inverse(norms)[:, None] - removed(v, a, coeff)
         return norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
 
 
-def _with_dense_rows(prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeff: float, rows: Tensor) -> Factors:
-    """Factors of rank 1 + len(rows): each degenerate row i is written whole, through b[i, k] = 1 and a[k] = W'ᵢ.
+def _with_dense_rows(
+    prepared: Prepared, scale: Tensor, a: Tensor, b: Tensor, v: Tensor, coeffs: Tensor, rows: Tensor
+) -> Factors:
+    """Factors of rank k + len(rows): each degenerate row i is written whole, as W'ᵢ in a column of its own of b and a.
 
-    a is recomputed in float64: its float32 rounding would drown Ŵᵢ − λ vᵢ a, which is small here.
+    `a` (k, d_in), `b` (d_out, k), `v` (k, d_out), `coeffs` (k). a is recomputed in float64: its float32 rounding would drown
+    Ŵᵢ − λ vᵢ a, which is small here.
     """
     norms = prepared.norms[rows]
     weight = prepared.read_weight()
     unit = weight[rows].double() * safe_inverse(norms)[:, None]
-    precise = project(v[None, :], weight, safe_inverse(prepared.norms))
-    edited = unit - coeff * v[rows, None] * precise
+    precise = one_after_another(v, coeffs) @ project(v, weight, safe_inverse(prepared.norms))
+    edited = unit - (coeffs[:, None] * v[:, rows]).T @ precise
     whole = norms[:, None] * torch.nn.functional.normalize(edited, dim=1)
     selector = torch.zeros(len(b), len(rows), dtype=b.dtype, device=b.device)
     selector[rows, torch.arange(len(rows), device=b.device)] = 1
-    return Factors(scale.float(), torch.cat([a[None, :], whole.float()]), torch.cat([b[:, None], selector], dim=1).float())
+    return Factors(scale.float(), torch.cat([a, whole.float()]), torch.cat([b, selector], dim=1).float())

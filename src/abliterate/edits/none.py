@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared, project
+from abliterate.edits.base import EditMethod, Factors, Prepared, blended, one_after_another, project, removed
 
 
 class PlainAblation(EditMethod):
@@ -28,8 +28,14 @@ class PlainAblation(EditMethod):
         b = (-coeff * v).float()[:, None]
         return Factors(None, a[..., None, :], b.expand(*a.shape[:-1], *b.shape))  # the same b for every expert
 
+    def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
+        v = blended(blends, prepared.directions)
+        a = one_after_another(v, coeffs).to(prepared.a.dtype) @ blended(blends, prepared.a)
+        b = -(coeffs[:, None] * v).T.float()
+        return Factors(None, a, b.expand(*a.shape[:-2], *b.shape))
+
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
         return v @ rows
 
-    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
-        return rows - coeff * torch.outer(v, a)
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float | Tensor) -> Tensor:
+        return rows - removed(v, a, coeff)

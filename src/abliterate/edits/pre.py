@@ -5,13 +5,23 @@ heretic's row normalization "pre": github.com/p-e-w/heretic/pull/52.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared, project, row_norms, safe_inverse
+from abliterate.edits.base import (
+    EditMethod,
+    Factors,
+    Prepared,
+    blended,
+    one_after_another,
+    project,
+    removed,
+    row_norms,
+    safe_inverse,
+)
 
 
 class PreNormalized(EditMethod):
@@ -30,8 +40,13 @@ class PreNormalized(EditMethod):
         v = blend.of(prepared.directions)
         return Factors(None, blend.of(prepared.a)[..., None, :], (-coeff * prepared.norms * v).float()[..., None])
 
+    def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
+        v = blended(blends, prepared.directions)
+        a = one_after_another(v, coeffs).to(prepared.a.dtype) @ blended(blends, prepared.a)
+        return Factors(None, a, (-prepared.norms[..., None] * (coeffs[:, None] * v).T).float())
+
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
         return v @ (rows * safe_inverse(rows.norm(dim=1))[:, None])
 
-    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float) -> Tensor:
-        return rows - coeff * torch.outer(rows.norm(dim=1) * v, a)
+    def dense_rows(self, rows: Tensor, v: Tensor, a: Tensor, coeff: float | Tensor) -> Tensor:
+        return rows - removed(rows.norm(dim=1) * v, a, coeff)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -92,10 +92,10 @@ class SvdMemo:
             self._entries.popitem(last=False)
 
 
-def svd_key(module: str, mode: str, v: Tensor, coeff: float, rank: int) -> tuple[Hashable, ...]:
-    """The exact inputs of one decomposition; the direction is identified by all its bytes, not by a sample of them."""
-    raw = v.detach().cpu().contiguous().numpy().tobytes()
-    return (module, mode, hashlib.blake2b(raw, digest_size=16).hexdigest(), coeff.hex(), rank)
+def svd_key(module: str, mode: str, vectors: Tensor, coeffs: Sequence[float], rank: int) -> tuple[Hashable, ...]:
+    """The exact inputs of one decomposition; the directions (k, d_model) are identified by all their bytes."""
+    raw = vectors.detach().cpu().contiguous().numpy().tobytes()
+    return (module, mode, hashlib.blake2b(raw, digest_size=16).hexdigest(), *(coeff.hex() for coeff in coeffs), rank)
 
 
 def seed_of(key: tuple[Hashable, ...]) -> int:

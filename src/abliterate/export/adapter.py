@@ -1,4 +1,4 @@
-"""Export an edit as a PEFT adapter: DoRA of rank 1 for row-scaled edits, plain LoRA for the others.
+"""Export an edit as a PEFT adapter: DoRA for row-scaled edits, plain LoRA for the others, of the rank that the edit has.
 
 A DoRA layer computes m ∘ rownormalize(W + BA). With m = n (W's row norms), A = a and B = −λ n∘v that is the `full`
 edit itself: the same matrix, not an approximation. The files are written as PEFT saves them, without wrapping a model.
@@ -50,8 +50,8 @@ class Adapter:
             raise AbliterateError("The trial edits no module, so its adapter would be empty; export another trial.")
         dora = any(factors.row_scale is not None for factors in job.factors.values())
         rank = max(factors.a.shape[-2] for factors in job.factors.values())
-        if dora and rank > 1:
-            raise AbliterateError("This trial's edit has rows that DoRA of rank 1 can't express; export it as --export merged.")
+        if any(factors.row_scale is not None and not factors.row_scale.all() for factors in job.factors.values()):
+            raise AbliterateError("This trial's edit has rows that DoRA can't express; export it as --export merged.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors], dora=dora)

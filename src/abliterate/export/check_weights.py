@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,14 +147,21 @@ ROUNDING = 1e-6
 Definition = Callable[[Tensor], Rows]
 
 
-def by_definition(method: EditMethod, v: Tensor, coeff: float, *, chunk: int = CHUNK) -> Definition:
-    """W' by the edit method, for the unit direction `v` (d_out) in float64: rows along v are sensitive to its last bits."""
+def by_definition(method: EditMethod, vectors: Tensor, coeffs: Sequence[float], *, chunk: int = CHUNK) -> Definition:
+    """W' by the edit method, for the unit directions `vectors` (k, d_out) in float64 and their coeffs (k).
+
+    Rows along a direction are sensitive to its last bits. Several directions are removed one after another.
+    """
+    v, coeff = (vectors[0], coeffs[0]) if len(coeffs) == 1 else (vectors, torch.tensor(coeffs, dtype=torch.float64))
 
     def define(weight: Tensor) -> Rows:
-        a = torch.zeros(weight.shape[1], dtype=torch.float64)
+        a = torch.zeros(*v.shape[:-1], weight.shape[1], dtype=torch.float64)
         for rows in chunks(weight, chunk):
-            a += method.along(weight[rows].double(), v[rows])
-        return lambda rows: method.dense_rows(weight[rows].double(), v[rows], a, coeff)
+            a += method.along(weight[rows].double(), v[..., rows])
+        for place in range(1, len(coeffs)):  # what is left of a direction's share after those before it
+            for before in range(place):
+                a[place] -= coeffs[before] * float(vectors[place] @ vectors[before]) * a[before]
+        return lambda rows: method.dense_rows(weight[rows].double(), v[..., rows], a, coeff)
 
     return define
 

@@ -111,6 +111,7 @@ class ParamsPart(_Part):
     scope: Literal["global", "per layer"]
     direction_index: float = Field(ge=0, le=LARGEST)
     kernels: dict[Name, KernelPart] = Field(min_length=1)
+    extra: dict[Name, Bounded] = {}
 
 
 class RefinedPart(_Part):

@@ -14,19 +14,29 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import Blend, Directions
-from abliterate.edits import EditMethod, Factors, Prepared, SvdMemo, edit_method, prepare, scales_rows, svd_factors
+from abliterate.edits import (
+    EditMethod,
+    Factors,
+    Prepared,
+    SvdMemo,
+    edit_method,
+    exact_factors,
+    prepare,
+    scales_rows,
+    svd_factors,
+)
 from abliterate.errors import InputError
 from abliterate.model.architectures import Target
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.experts import is_fused
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.settings.schema import EditSettings
-from abliterate.types import Params, RefinedParams, TrialParams
+from abliterate.types import Params, RefinedParams, TrialParams, weight_name
 
-# (module, its direction, coeff); the direction is a layer position, or the hash of the file of refined directions. Mode, rank
-# and directions are fixed for a run, so equal keys mean equal factors.
-EditKey = tuple[str, float | str, float]
-# The directions {module: v (d_model) float32} of refined parameters.
+# (module, its directions, their coeffs); the directions are a layer position, or the hash of the file of refined directions.
+# Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
+EditKey = tuple[str, float | str, tuple[float, ...]]
+# The directions {module: v (d_model) float32} of refined parameters; of several directions, (k, d_model).
 RefinedDirections = Callable[[RefinedParams], Mapping[str, Tensor]]
 
 
@@ -111,32 +121,40 @@ class Editor:
         keys: dict[str, EditKey] = {}
         if isinstance(params, RefinedParams):  # neither grid applies to what gradients found
             named = {target.name: params.coeffs.get(target.name, 0.0) for target in self._targets}
-            return {name: (name, params.sha256, coeff) for name, coeff in named.items() if coeff != 0}
+            return {name: (name, params.sha256, (coeff,)) for name, coeff in named.items() if coeff != 0}
         for target in self._targets:
             coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
             index = float(target.layer)
             if params.scope == "global":
                 index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
-            if coeff != 0 and not self.directions.blend(index).is_zero:
-                keys[target.name] = (target.name, index, coeff)
+            weights = [params.extra.get(weight_name(place), 1.0) for place in range(self.directions.count)]
+            coeffs = tuple(coeff * weight for weight in weights)
+            if any(self._removed(index, coeffs)):
+                keys[target.name] = (target.name, index, coeffs)
         return keys
 
-    def direction(self, params: Params, key: EditKey) -> Tensor:
-        """The direction v (d_model) float64 of one edit in a trial's plan.
+    def vectors(self, params: Params, key: EditKey) -> tuple[Tensor, tuple[float, ...]]:
+        """The directions V (k, d_model) float64 that one edit in a trial's plan removes, and the coeff of each.
 
         Raises:
             InputError: refined directions are missing, or are of a model of another size.
         """
-        name, place, _ = key
+        name, place, coeffs = key
         if isinstance(params, TrialParams):
-            return self.directions.blend(float(place)).of(self.directions.by_layer().double())
-        v, d_model = self._refined(params)[name], self.directions.vectors.shape[1]
-        if len(v) != d_model:
+            table, kept = self.directions.table().double(), self._removed(float(place), coeffs)
+            return torch.stack([blend.of(table) for blend, _ in kept]), tuple(coeff for _, coeff in kept)
+        v, d_model = self._refined(params)[name], self.directions.d_model
+        if v.shape[-1] != d_model:
             raise InputError(
-                f"The refined directions ({params.file}) have {len(v)} entries, and the model's hidden states {d_model}; put "
-                "the run's own file back, or choose another trial."
+                f"The refined directions ({params.file}) have {v.shape[-1]} entries, and the model's hidden states {d_model}; "
+                "put the run's own file back, or choose another trial."
             )
-        return v.double()
+        return v[None].double(), coeffs
+
+    def _removed(self, x: float, coeffs: Sequence[float]) -> list[tuple[Blend, float]]:
+        """The directions at layer position `x` that aren't zero, each with its coeff, but for those with a coeff of 0."""
+        pairs = zip(self.directions.blends(x), coeffs, strict=True)
+        return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not blend.is_zero]
 
     def first_layers(self, trials: Sequence[Params]) -> list[int]:
         """The lowest layer that each trial edits; trials that edit nothing are left out."""
@@ -144,25 +162,29 @@ class Editor:
         return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
     def _exact(self, params: Params, key: EditKey) -> Factors:
-        return self._method.factors(*self._prepared_for(params, key), key[2])
+        return exact_factors(self._method, *self._prepared_for(params, key))
 
     def _factors(self, params: Params, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
             return self._exact(params, key)
-        name, _, coeff = key
-        prepared, blend = self._prepared_for(params, key)
-        return svd_factors(self._method, prepared, blend, coeff, name, self._settings.rank, self.memo)
+        return svd_factors(self._method, *self._prepared_for(params, key), key[0], self._settings.rank, self.memo)
 
-    def _prepared_for(self, params: Params, key: EditKey) -> tuple[Prepared, Blend]:
-        """The module's products with its direction, or with all layers' directions and the blend that gives it."""
-        name, place, _ = key
+    def _prepared_for(self, params: Params, key: EditKey) -> tuple[Prepared, Sequence[Blend], Sequence[float]]:
+        """The module's products with its directions or with all layers', the blends that give its own, and their coeffs."""
+        name, place, coeffs = key
         target = self._by_name[name]
         if isinstance(params, RefinedParams):
             device = _device_of(target)
-            alone = self.direction(params, key)[None].to(device)  # (1, d_model)
-            return prepare(self._method, lambda: self._weight_of(target).to(device), alone), Blend((0,), (1.0,))
-        prepared, blend = self._prepare(target), self.directions.blend(float(place))
-        return prepared.fetched(blend) if name in self.offloaded else (prepared, blend)
+            own, coeffs = self.vectors(params, key)
+            alone = [Blend((index,), (1.0,)) for index in range(len(own))]
+            own = own.to(device)
+            return prepare(self._method, lambda: self._weight_of(target).to(device), own), alone, coeffs
+        prepared = self._prepare(target)
+        kept = self._removed(float(place), coeffs)
+        blends: Sequence[Blend] = [blend for blend, _ in kept]
+        if name in self.offloaded:
+            prepared, blends = prepared.fetched(blends)
+        return prepared, blends, [coeff for _, coeff in kept]
 
     def _prepare(self, target: Target) -> Prepared:
         prepared = self._prepared.get(target.name)
@@ -184,9 +206,9 @@ class Editor:
             self.unprepared.add(name)
 
     def _table(self, device: torch.device) -> Tensor:
-        """All layers' directions (n_layers, d_model) float64; all modules on a device share one tensor."""
+        """All layers' directions (n_layers · count, d_model) float64; all modules on a device share one tensor."""
         if device not in self._tables:
-            self._tables[device] = self.directions.by_layer().to(device).double()
+            self._tables[device] = self.directions.table().to(device).double()
         return self._tables[device]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from abliterate import directions, edits
@@ -144,7 +145,7 @@ def study_identity(
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
         "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
-        "direction method": settings.directions.model_dump() | directions.METHODS.origin(settings.directions.method),
+        "direction method": _given(settings.directions, "count") | directions.METHODS.origin(settings.directions.method),
         "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates],
         "seed": settings.seed,
@@ -155,6 +156,12 @@ def study_identity(
     if tuple(objectives) != BY_MARKERS:  # the first versions had these objectives and didn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
+
+
+def _given(section: BaseModel, *later: str) -> dict[str, Any]:
+    """A section of the settings without those of the `later` settings that have their default: runs from before lack them."""
+    defaults = {name: section.__class__.model_fields[name].get_default() for name in later}
+    return {name: value for name, value in section.model_dump().items() if name not in defaults or value != defaults[name]}
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

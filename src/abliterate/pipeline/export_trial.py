@@ -252,7 +252,7 @@ def _definition(editor: Editor, settings: EditSettings, params: Params, key: Edi
     factors in every representation.
     """
     if settings.representation == "exact" or factors.a.ndim == 3:
-        return by_definition(edit_method(settings.mode), editor.direction(params, key), key[2])
+        return by_definition(edit_method(settings.mode), *editor.vectors(params, key))
     return by_factors(factors)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from abliterate.directions import count_of, direction_method
+from abliterate.edits import edit_method
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
 from abliterate.model.chat_template import PromptEncoder, source_of, writes_date
@@ -20,7 +22,7 @@ from abliterate.scorers import Scorer, make_objectives, make_scorers
 from abliterate.scorers.refusals import read_markers
 from abliterate.settings.schema import ResponseSettings, Settings
 from abliterate.settings.sources import config_path
-from abliterate.types import BatchSizes, Objective
+from abliterate.types import BatchSizes, Objective, Range, weight_name
 
 
 def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ...]:
@@ -34,6 +36,16 @@ def scorers_of(settings: Settings, *, heldout: bool = False) -> tuple[Scorer, ..
 def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Objective, ...]:
     """The objectives that the settings name; `scorers` come from `scorers_of`."""
     return make_objectives(settings.search.objectives, settings.scorers, scorers)
+
+
+def asked_for(settings: Settings) -> dict[str, Range]:
+    """The ranges of the numbers that the settings' direction and edit method ask the search for, by name.
+
+    Of several directions a layer, each has a weight, by which the coeff is multiplied.
+    """
+    count = count_of(direction_method(settings.directions.method), settings.directions.count)
+    weights = {weight_name(place): Range(0.0, 1.0) for place in range(count if count > 1 else 0)}
+    return {**weights, **getattr(edit_method(settings.edit.mode), "parameters", {})}
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> PromptEncoder:

@@ -262,7 +262,7 @@ class Refinement:
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:
         """θ at the start of a descent, and the directions (n, d_model) that everything began with."""
         bench = self._bench
-        table = bench.editor.directions.by_layer().float().cpu()
+        table = bench.editor.directions.first()[1:].float().cpu()
         targets = [target for target in bench.loaded.targets if table[target.layer].any()]
         modules = [Module(target.name, target.layer, partial(_weight, target.module)) for target in targets]
         starts = torch.stack([table[target.layer] for target in targets])

@@ -38,7 +38,7 @@ def geometry(context: Context, prompts: PromptSets, residuals: Residuals, direct
         means = [residual.double().mean(dim=0) if residual.ndim == 3 else residual for residual in sets]
         layers: list[dict[str, Any]] = [
             {"index": index, **{name: rounded(value) for name, value in row.items()}}
-            for index, row in enumerate(mean_geometry(means[0], means[1], directions.vectors))
+            for index, row in enumerate(mean_geometry(means[0], means[1], directions.first()))
         ]
         record: dict[str, Any] = {
             "format": FORMAT,

@@ -22,7 +22,14 @@ from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.artifacts.result import DirectionsRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.directions import Directions, ResidualMeans, direction_method, needs_means, summarize_residuals
+from abliterate.directions import (
+    Directions,
+    ResidualMeans,
+    compute_directions,
+    direction_method,
+    needs_means,
+    summarize_residuals,
+)
 from abliterate.directions.geometry import Sample
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
@@ -78,8 +85,8 @@ def directions(context: Context, residuals: Residuals) -> Directions:
     """One direction per layer, by the method that the settings name."""
     with context.stage("directions", context.settings.directions.method):
         method = direction_method(context.settings.directions.method)
-        computed = Directions(method.compute(residuals.harmful, residuals.harmless))
-        if not computed.by_layer().any():
+        computed = compute_directions(method, residuals.harmful, residuals.harmless, context.settings.directions.count)
+        if not computed.table().any():
             raise AbliterateError(
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
                 "that --harmful and --harmless are different prompts."
@@ -124,7 +131,7 @@ def read_directions(path: Path, result: Result) -> Directions:
             raise ValueError("of another version")
         stored = Directions(load(content)["directions"])
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
-        if all(shape) and (stored.n_layers, stored.vectors.shape[1]) != shape:
+        if all(shape) and (stored.n_layers, stored.d_model) != shape:
             raise ValueError("directions of another model")
         if any(trial.params.fault(stored.n_layers) for trial in result.trials):
             raise ValueError("directions of fewer layers than the trials use")

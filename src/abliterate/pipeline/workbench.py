@@ -47,7 +47,15 @@ from abliterate.pipeline import batch_size
 from abliterate.pipeline.cache_keys import rendering, study_identity
 from abliterate.pipeline.calibrate import choose_threads, known_prefix
 from abliterate.pipeline.context import Context, read_prompts
-from abliterate.pipeline.from_settings import at_a_moment, chat_of, make_engine, objectives_of, plain_engine, scorers_of
+from abliterate.pipeline.from_settings import (
+    asked_for,
+    at_a_moment,
+    chat_of,
+    make_engine,
+    objectives_of,
+    plain_engine,
+    scorers_of,
+)
 from abliterate.pipeline.lengths import check_lengths, named_sets
 from abliterate.pipeline.preflight import check_loaded, check_model, check_names
 from abliterate.pipeline.requirements import describe
@@ -128,7 +136,7 @@ class Workbench:
     def space(self) -> Space:
         """The search space over the components that the model has."""
         components = tuple(dict.fromkeys(target.component for target in self.loaded.targets))
-        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives)
+        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives, asked_for(self.settings))
 
     def fault(self, params: Params) -> str:
         """Why parameters can't be of the workbench's model, as in `TrialParams.fault`; "" if they can."""

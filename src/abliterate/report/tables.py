@@ -98,8 +98,16 @@ class SearchRecord:
     @property
     def components(self) -> list[str]:
         """Every component that some trial has a kernel for."""
-        suggested = [trial.params for trial in self.trials if isinstance(trial.params, TrialParams)]
-        return list(dict.fromkeys(name for params in suggested for name in params.kernels))
+        return list(dict.fromkeys(name for params in self._suggested for name in params.kernels))
+
+    @property
+    def extras(self) -> list[str]:
+        """Names of the further numbers that the trials have beside their kernels."""
+        return list(dict.fromkeys(name for params in self._suggested for name in params.extra))
+
+    @property
+    def _suggested(self) -> list[TrialParams]:
+        return [trial.params for trial in self.trials if isinstance(trial.params, TrialParams)]
 
     @property
     def has_refined(self) -> bool:
@@ -193,6 +201,7 @@ def trial_table(search: SearchRecord, trials: Sequence[Trial], title: str, *, ba
         Column("scope", "scope", "word", optional=3),
         Column("direction_index", "direction", digits=".2f", optional=3),
         *(Column(f"kernel {name}", name, "word", optional=4, legend=_KERNEL_LEGEND) for name in search.components),
+        *(Column(f"extra {name}", name, digits=".3g", optional=4) for name in search.extras),
     ]
     if any(trial.reason for trial in trials):
         columns.append(Column("reason", "reason", "text"))
@@ -225,6 +234,7 @@ def _parameter_cells(params: Params) -> dict[str, Cell]:
         "scope": params.scope,
         "direction_index": params.direction_index if params.scope == "global" else None,
         **{f"kernel {name}": kernel_text(kernel) for name, kernel in params.kernels.items()},
+        **{f"extra {name}": value for name, value in params.extra.items()},
     }
 
 
@@ -271,7 +281,9 @@ def full_front_table(search: SearchRecord) -> Table:
 def front_table(search: SearchRecord, marked: int | None = None) -> Table:
     """The scores of the base model and of the trials on the front; the trial `marked`, or else the selected one, stands out."""
     search = search if marked is None else replace(search, selected=marked)
-    return full_front_table(search).without((*_DETAILS, *(f"kernel {name}" for name in search.components)))
+    return full_front_table(search).without(
+        (*_DETAILS, *(f"kernel {name}" for name in search.components), *(f"extra {name}" for name in search.extras))
+    )
 
 
 def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
@@ -279,7 +291,7 @@ def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
     names = ("number", "state", "front", "selected", "refusals", "refusals_exact", *(f"kl_{name}" for name in _KL))
     kinds = ("count", *_KINDS) if search.tells_kinds else ()
     kernels = [f"{component}.{name}" for component in search.components for name in _KERNEL]
-    parameters = ("scope", "direction_index", *kernels, *(_REFINED if search.has_refined else ()))
+    parameters = ("scope", "direction_index", *kernels, *search.extras, *(_REFINED if search.has_refined else ()))
     further = ("seconds", *parameters, "reason")
     rows = []
     for trial in trials:
@@ -302,7 +314,7 @@ def _exact_parameters(params: Params) -> dict[str, Cell]:
         found = (params.facts.get("beta"), params.facts.get("steps"), params.edited)
         return {"scope": _OWN, **dict(zip(_REFINED, found, strict=True))}
     kernels = {f"{of}.{name}": getattr(kernel, name) for of, kernel in params.kernels.items() for name in _KERNEL}
-    return {"scope": params.scope, "direction_index": params.direction_index, **kernels}
+    return {"scope": params.scope, "direction_index": params.direction_index, **kernels, **params.extra}
 
 
 # -- scores
@@ -479,7 +491,8 @@ def kernel_table(trial: Trial) -> Table:
     assert isinstance(params, TrialParams)
     where = f"direction of layer {params.direction_index:.2f}" if params.scope == "global" else "each layer's direction"
     columns = (Column("component", "component", "word"), Column("kernel", "kernel", "word", legend=_KERNEL_LEGEND))
-    rows = tuple((name, kernel_text(kernel)) for name, kernel in params.kernels.items())
+    rows: tuple[tuple[Cell, ...], ...] = tuple((name, kernel_text(kernel)) for name, kernel in params.kernels.items())
+    rows += tuple((name, f"{value:.3g}") for name, value in params.extra.items())
     return Table(f"Kernels of trial {trial.number}: {where}", columns, rows)
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import optuna
 
 from abliterate.objectives import DEFAULT
 from abliterate.settings.schema import SearchSettings
-from abliterate.types import Kernel, Objective, Sense, TrialParams
+from abliterate.types import Kernel, Objective, Range, Sense, TrialParams
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -19,8 +20,11 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class Suggests(Protocol):
     """What suggests the value of a parameter: an Optuna trial."""
 
-    def suggest_float(self, name: str, low: float, high: float) -> float:
-        """A value in [low, high]."""
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        """A value in [low, high], on a logarithmic scale if so."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        """A whole number in [low, high]."""
 
     def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
         """One of the choices."""
@@ -32,8 +36,11 @@ class _Draws:
 
     random: random.Random
 
-    def suggest_float(self, name: str, low: float, high: float) -> float:
-        return self.random.uniform(low, high)
+    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
+        return math.exp(self.random.uniform(math.log(low), math.log(high))) if log else self.random.uniform(low, high)
+
+    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
+        return min(high, int(self.suggest_float(name, low, high + 1, log=log)))
 
     def suggest_categorical(self, name: str, choices: Sequence[str]) -> str:
         return self.random.choice(choices)
@@ -41,12 +48,16 @@ class _Draws:
 
 @dataclass(frozen=True)
 class Space:
-    """The search space of one model: its `n_layers` and components, the settings' ranges, and the objectives."""
+    """The search space of one model: its `n_layers` and components, the settings' ranges, and the objectives.
+
+    `extra` has the ranges of the numbers that the direction and the edit method ask for, by name.
+    """
 
     settings: SearchSettings
     n_layers: int
     components: tuple[str, ...]
     objectives: tuple[Objective, ...] = DEFAULT
+    extra: Mapping[str, Range] = field(default_factory=dict)
 
     @property
     def goals(self) -> list[Sense]:
@@ -60,7 +71,8 @@ class Space:
         low, high = ranges.direction_index
         index = trial.suggest_float("direction_index", low * last, high * last)
         kernels = {component: self._kernel(trial, component, last) for component in self.components}
-        return TrialParams(scope, index, kernels)  # type: ignore[arg-type]
+        extra = {name: _suggest(trial, name, wanted) for name, wanted in self.extra.items()}
+        return TrialParams(scope, index, kernels, extra)  # type: ignore[arg-type]
 
     def samples(self, count: int, seed: int) -> list[TrialParams]:
         """Random points of the space, distributed as the startup trials are."""
@@ -71,7 +83,8 @@ class Space:
         """An edit that certainly has an effect and leaves the lower layers alone."""
         last = self.n_layers - 1
         kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
-        return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel))
+        extra = {name: wanted.high for name, wanted in self.extra.items()}
+        return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel), extra)
 
     def _kernel(self, trial: Suggests, component: str, last: float) -> Kernel:
         ranges = self.settings
@@ -83,3 +96,9 @@ class Space:
         fraction = trial.suggest_float(f"{component}.min_fraction", *ranges.min_fraction)
         distance = trial.suggest_float(f"{component}.distance", 1.0, max(1.0, ranges.distance * last))
         return Kernel(max_coeff, position, fraction * max_coeff, distance)
+
+
+def _suggest(trial: Suggests, name: str, wanted: Range) -> float:
+    if wanted.whole:
+        return trial.suggest_int(name, int(wanted.low), int(wanted.high), log=wanted.log)
+    return trial.suggest_float(name, wanted.low, wanted.high, log=wanted.log)

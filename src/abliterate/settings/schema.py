@@ -126,6 +126,7 @@ class DirectionSettings(_Section):
     """How directions are computed from residuals."""
 
     method: str = "projected"
+    count: int = Field(0, ge=0, le=64)
     winsorize_quantile: float = Field(1.0, gt=0, le=1)
 
 

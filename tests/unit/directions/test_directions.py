@@ -125,7 +125,7 @@ def test_interpolation_is_renormalized(square: Directions) -> None:
 
 def test_blend_weights_by_hand(square: Directions) -> None:
     blend = square.blend(0.25)
-    assert blend.layers == (0, 1)
+    assert blend.rows == (0, 1)
     assert blend.weights == pytest.approx((3 / math.sqrt(10), 1 / math.sqrt(10)))
 
 

@@ -44,7 +44,7 @@ def random_directions(d_out: int, n_layers: int = 4, seed: int = 1) -> Direction
 
 def edited(method: EditMethod, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
     """W' (float64) by the method's factors."""
-    prepared = method.prepare(lambda: weight, directions.by_layer())
+    prepared = method.prepare(lambda: weight, directions.table())
     factors = method.factors(prepared, directions.blend(x), coeff)
     low_rank = factors.b.double() @ factors.a.double()
     scale = torch.ones(weight.shape[0]) if factors.row_scale is None else factors.row_scale
@@ -52,7 +52,7 @@ def edited(method: EditMethod, weight: Tensor, directions: Directions, x: float,
 
 
 def unit(directions: Directions, x: float) -> Tensor:
-    return directions.blend(x).of(directions.by_layer().double())
+    return directions.blend(x).of(directions.table().double())
 
 
 def reference(method: EditMethod, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
@@ -159,7 +159,7 @@ def test_prepared_factors_blend_linearly(mode: str) -> None:
     weight, directions = random_weight(14, 18), random_directions(14)
     blend = directions.blend(1.3)
     v = unit(directions, 1.3)
-    table = METHODS[mode].prepare(lambda: weight, directions.by_layer())
+    table = METHODS[mode].prepare(lambda: weight, directions.table())
     alone = METHODS[mode].prepare(lambda: weight, v[None])
     assert torch.allclose(blend.of(table.directions), alone.directions[0], atol=1e-14)
     assert relative(blend.of(table.a).double(), alone.a[0].double()) < 1e-6
@@ -175,7 +175,7 @@ def test_a_trial_reads_no_weight(mode: str) -> None:
         reads.append(1)
         return weight
 
-    prepared = METHODS[mode].prepare(read, directions.by_layer())
+    prepared = METHODS[mode].prepare(read, directions.table())
     assert reads == [1]
     METHODS[mode].factors(prepared, directions.blend(2.5), 1.0)
     assert reads == [1]
@@ -184,7 +184,7 @@ def test_a_trial_reads_no_weight(mode: str) -> None:
 def test_edits_are_rank_one_and_float32() -> None:
     weight, directions = random_weight(12, 8), random_directions(12)
     for method in METHODS.values():
-        factors = method.factors(method.prepare(lambda: weight, directions.by_layer()), directions.blend(1.5), 1.0)
+        factors = method.factors(method.prepare(lambda: weight, directions.table()), directions.blend(1.5), 1.0)
         assert (factors.a.shape, factors.b.shape) == ((1, 8), (12, 1))
         assert {factors.a.dtype, factors.b.dtype} == {torch.float32}
         assert (factors.row_scale is not None) == scales_rows(method) == (method.name == "full")
@@ -276,8 +276,8 @@ def test_an_edit_that_is_not_finite_fails_the_trial(bad: float) -> None:
 
 def run_svd(memo: SvdMemo, coeff: float = 1.0, x: float = 1.5, module: str = "m", mode: str = "full") -> Factors:
     weight, directions = random_weight(24, 40), random_directions(24)
-    prepared = METHODS[mode].prepare(lambda: weight, directions.by_layer())
-    return svd_factors(METHODS[mode], prepared, directions.blend(x), coeff, module, 3, memo)
+    prepared = METHODS[mode].prepare(lambda: weight, directions.table())
+    return svd_factors(METHODS[mode], prepared, directions.blends(x), [coeff], module, 3, memo)
 
 
 def test_memo_hit_equals_miss() -> None:
@@ -326,16 +326,16 @@ def test_key_holds_every_input() -> None:
     other = v.clone()
     other[37] = torch.nextafter(other[37], torch.tensor(1.0))
     keys = [
-        svd_key("m", "full", v, 1.0, 3),
-        svd_key("m", "full", other, 1.0, 3),
-        svd_key("n", "full", v, 1.0, 3),
-        svd_key("m", "pre", v, 1.0, 3),
-        svd_key("m", "full", v, math.nextafter(1.0, 2.0), 3),
-        svd_key("m", "full", v, 1.0, 4),
+        svd_key("m", "full", v, [1.0], 3),
+        svd_key("m", "full", other, [1.0], 3),
+        svd_key("n", "full", v, [1.0], 3),
+        svd_key("m", "pre", v, [1.0], 3),
+        svd_key("m", "full", v, [math.nextafter(1.0, 2.0)], 3),
+        svd_key("m", "full", v, [1.0], 4),
     ]
     assert len(set(keys)) == len(keys)
     assert len({seed_of(key) for key in keys}) == len(keys)
-    assert svd_key("m", "full", v.clone(), 1.0, 3) == keys[0]
+    assert svd_key("m", "full", v.clone(), [1.0], 3) == keys[0]
 
 
 def test_rank_one_edits_are_not_approximated() -> None:

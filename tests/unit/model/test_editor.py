@@ -125,7 +125,7 @@ def test_a_weight_is_never_copied_whole(mode: str) -> None:
     """Neither to prepare it nor for the few rows that the closed form can't express."""
     d_out, d_in = 4 * ROW_CHUNK, 48
     weight = torch.randn(d_out, d_in).bfloat16()
-    directions = make_directions(2, d_out).by_layer().double().clone()
+    directions = make_directions(2, d_out).table().double().clone()
     directions[0] = 0
     directions[0, 9] = 1  # one-hot: a degenerate row at λ = 1
     with Largest([weight, directions]) as seen:

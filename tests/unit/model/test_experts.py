@@ -145,7 +145,7 @@ def test_a_stack_is_its_matrices_one_by_one(mode: str, one_hot: bool) -> None:
     torch.manual_seed(0)
     stack = torch.randn(5, 16, 24)
     stack[2, 3] = 0
-    table = make_directions(2, 16).by_layer().double()
+    table = make_directions(2, 16).table().double()
     if one_hot:
         table[0] = torch.nn.functional.one_hot(torch.tensor(4), 16).double()
         stack[3, 4] = 0

@@ -149,7 +149,7 @@ def test_refinement_of_an_offloaded_model_has_the_same_gradients(checkpointing: 
     losses, gradients = [], []
     for loaded in (make_loaded(make_model("llama")), dispatched(tmp_path, "llama")):
         modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in loaded.targets]
-        vectors = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).by_layer()
+        vectors = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).table()
         directions = torch.stack([vectors[module.layer] for module in modules])
         parameters = Parameters(modules, METHODS["full"], torch.linspace(0.2, 1.1, len(modules)), directions)
         hooks, batches = EditHooks(loaded.targets), Batches(16, CPU)

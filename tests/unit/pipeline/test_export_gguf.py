@@ -69,9 +69,9 @@ class Made:
         for name, key in editor.plan(make_params(0)).items():
             layer, within = name.removeprefix("model.layers.").split(".", 1)
             tensor = f"blk.{layer}.{TENSORS[within]}.weight"
-            weight, v = stored[tensor].double(), editor.direction(make_params(0), key)
+            weight, ((v,), (coeff,)) = stored[tensor].double(), editor.vectors(make_params(0), key)
             matrices = weight if weight.ndim == 3 else weight[None]
-            found[tensor] = torch.stack([dense_edit(matrix, v, key[2], mode) for matrix in matrices]).view(weight.shape)
+            found[tensor] = torch.stack([dense_edit(matrix, v, coeff, mode) for matrix in matrices]).view(weight.shape)
         return found
 
 

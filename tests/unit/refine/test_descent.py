@@ -29,7 +29,7 @@ ROWS = Rows(
 
 def parameters_of(loaded: LoadedModel, mode: str, dtype: torch.dtype = torch.float64) -> Parameters:
     modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in loaded.targets]
-    directions = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).by_layer().to(dtype)
+    directions = make_directions(loaded.info.n_layers, loaded.info.d_model, seed=3).table().to(dtype)
     coeffs = torch.linspace(0.2, 1.1, len(modules), dtype=dtype)
     return Parameters(modules, METHODS[mode], coeffs, torch.stack([directions[module.layer] for module in modules]).clone())
 
