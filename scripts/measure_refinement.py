@@ -122,6 +122,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
         wanted = {trial.number: trial for trial in (least, selected) if trial is not None}
         figures = {number: on_heldout(bench, trial) for number, trial in wanted.items()}
         return {
+            "weights": bench.loaded.info.fingerprint,  # what `real_model.py` makes depends on the kind of CPU
             "trials": trials,
             "refined": refined,
             "best": found,

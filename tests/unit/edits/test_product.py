@@ -101,7 +101,7 @@ def test_fused_experts_are_edited_matrix_by_matrix(mode: str) -> None:
 
 
 def test_rows_along_a_direction_are_written_whole() -> None:
-    """Directions that are nearly rows of the identity leave next to nothing of these rows, which the closed form can't scale."""
+    """Directions nearly along rows leave next to nothing of these rows, which the closed form can't scale."""
     weight, _ = make()
     vectors = torch.eye(24, dtype=torch.float64)[[3, 7]] + 1e-4
     vectors = torch.nn.functional.normalize(vectors, dim=1)
