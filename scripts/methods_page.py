@@ -1,0 +1,103 @@
+"""Write docs/generated/methods.md from lines of `measure_refinement.py --heldout` that differ in the method.
+
+    python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 60 --starts --heldout --set edit.mode=pre --out lines.jsonl
+    python scripts/methods_page.py lines.jsonl
+
+For each model, budget and method, over its seeds: the trial of least KL at 3 % refusals or fewer, as it scores on held-out
+prompts. Lines of earlier days are in docs/generated/methods.jsonl; new ones join them there, without their trials.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from refinement_page import ROOT, Line, assigned, identity, rounded, spent
+
+DEFAULT = "the default"
+TEXT = (
+    "For each method: the trial of least KL among those that leave at most 3 % of the harmful evaluation prompts refused, and",
+    "what it scores on held-out prompts. Each figure is the median over the seeds and, in brackets, the worst of them. *Found*:",
+    "of how many seeds there is such a trial. *KL*: of the first token on evaluation prompts. On held-out prompts:",
+    "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean along",
+    "the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
+)
+Cells = Sequence[tuple[str, str, Callable[[Line], float]]]
+# (heading, form, what a line says)
+FIGURES: Cells = (
+    ("KL", ".4f", lambda line: line["best"]["0.03"]["kl"]),
+    ("unanswered", ".0%", lambda line: line["heldout"]["unanswered"]["candidate"]["count"]["share"]),
+    ("KL held out", ".4f", lambda line: line["heldout"]["kl"]["mean"]),
+    ("KL along", ".4f", lambda line: line["heldout"]["kl_answers"]["mean"]),
+)
+
+
+def budget(line: Line) -> str:
+    """What a course consists of."""
+    return f"{line['trials']} trials, then refinement" if line["refined"] else f"{line['trials']} trials"
+
+
+def method(line: Line) -> str:
+    """The settings that make the method."""
+    return ", ".join(assigned(line)) or DEFAULT
+
+
+def without_points(line: Line) -> Line:
+    """The line without its single trials and intervals, which this page doesn't show."""
+    return {name: value for name, value in line.items() if name not in ("points", "selected")}
+
+
+def row(name: str, lines: Sequence[Line]) -> str:
+    """A row of the table: one method of a model."""
+    found = [line for line in lines if line["best"]["0.03"] is not None]
+    cells = [name, f"{len(found)} of {len(lines)}"]
+    for _, form, figure in FIGURES:
+        values = [figure(line) for line in found]
+        cells.append(f"{median(values):{form}} ({max(values):{form}})" if values else "–")
+    cells.append(f"{median(spent(line, line['tokens']) + line['ready']['tokens'] for line in lines) / 1e6:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def page(lines: Sequence[Line]) -> str:
+    """The page in Markdown."""
+    groups: dict[tuple[str, str], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        groups[line["model"], budget(line)][method(line)].append(line)
+    command = "python scripts/methods_page.py LINES"
+    kept = "from the output of `scripts/measure_refinement.py`, kept in methods.jsonl"
+    parts = ["# Methods beside the default", "", f"Written by `{command}` {kept}.", "", *TEXT]
+    for (model, spent_on), methods in sorted(groups.items()):
+        heads = ["method", "found", *(heading for heading, _, _ in FIGURES), "M tokens"]
+        parts += ["", f"## {model}, {spent_on}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+        parts += [row(name, methods[name]) for name in sorted(methods, key=lambda name: (name != DEFAULT, name))]
+    return "\n".join(parts) + "\n"
+
+
+def merged(stored: Sequence[Line], new: Sequence[Line]) -> dict[str, Mapping[str, Any]]:
+    """All lines by what they are of; of two of one the later counts."""
+    return {identity(line): rounded(without_points(line)) for line in (*stored, *new)}
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("lines", type=Path, nargs="*", help="output of measure_refinement.py --heldout")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "generated" / "methods.md")
+    args = parser.parse_args()
+    kept = args.out.with_suffix(".jsonl")
+    stored, *new = (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        for path in (kept, *args.lines)
+    )
+    lines = merged(stored, [line for read in new for line in read])
+    kept.write_text("".join(json.dumps(lines[key], ensure_ascii=False) + "\n" for key in sorted(lines)), encoding="utf-8")
+    args.out.write_text(page(list(lines.values())), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
