@@ -22,10 +22,10 @@ from refinement_page import ROOT, Line, assigned, identity, rounded, spent
 DEFAULT = "the default"
 TEXT = (
     "For each method: the trial of least KL among those that leave at most 3 % of the harmful evaluation prompts refused, and",
-    "what it scores on held-out prompts. Each figure is the median over the seeds and, in brackets, the worst of them. *Found*:",
-    "of how many seeds there is such a trial. *KL*: of the first token on evaluation prompts. On held-out prompts:",
-    "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean along",
-    "the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
+    "what it scores on held-out prompts. Each figure is the median over the seeds and, in brackets, the worst of them.",
+    "*Found*: of how many seeds there is such a trial. *KL*: of the first token on evaluation prompts. On held-out prompts:",
+    "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean",
+    "along the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
 )
 Cells = Sequence[tuple[str, str, Callable[[Line], float]]]
 # (heading, form, what a line says)
