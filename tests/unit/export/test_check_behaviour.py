@@ -248,7 +248,7 @@ def test_approximation_error_is_that_of_dense_matrices(shared: Path, few: dict[s
     modules = {target.name: target.module for target in case.bench.loaded.targets}
     for name, factors in case.picked.job.factors.items():
         weight = dense_weight(modules[name])
-        _, index, coeff = plan[name]
+        _, index, (coeff,) = plan[name]
         change = dense_edit(weight, case.editor.directions.at(index), coeff, "full") - weight
         errors.append(float((change - factors.b @ factors.a).norm() / change.norm()))
     found = case.picked.approximation

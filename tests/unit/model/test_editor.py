@@ -247,7 +247,8 @@ def test_other_directions_are_written_anew_and_the_same_ones_are_not() -> None:
 def test_the_grids_of_the_search_leave_refined_coeffs_alone() -> None:
     loaded, store = make_loaded(make_model("llama")), RefinedStore()
     editor, params = make_editor(loaded, store=store, coeff_grid=0.25, direction_grid=1.0), refined_params(loaded, store)
-    assert {name: key[2] for name, key in editor.plan(params).items()} == {n: c for n, c in params.coeffs.items() if c}
+    planned = {name: key[2] for name, key in editor.plan(params).items()}
+    assert planned == {name: (coeff,) for name, coeff in params.coeffs.items() if coeff}
 
 
 def test_refined_directions_of_another_size_or_of_another_run_are_a_sentence() -> None:

@@ -68,7 +68,7 @@ def test_edited_modules_multiply_by_the_edited_matrix(quantized: LoadedModel) ->
     editor.apply(make_params(1, info.n_layers))
     assert relative(logits_of(quantized.model), before) > 0.01
     for name, (module, weight) in dense.items():
-        _, index, coeff = plan[name]
+        _, index, (coeff,) = plan[name]
         edited = dense_edit(weight, editor.directions.at(index), coeff, "full")
         assert relative(edited, weight) > 2 * product
         assert relative(module(x), x @ edited.float().T) < product
