@@ -20,7 +20,16 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from abliterate.directions import Blend, DirectionMethod, Directions, needs_means, summarize_residuals, winsorize
+from abliterate.directions import (
+    Blend,
+    DirectionMethod,
+    Directions,
+    compute_directions,
+    count_of,
+    needs_means,
+    summarize_residuals,
+    winsorize,
+)
 from abliterate.edits import EditMethod, prepare
 from abliterate.errors import AbliterateError
 from abliterate.export import Exporter, ExportJob
@@ -98,9 +107,10 @@ class DirectionContract:
     method: DirectionMethod
 
     def compute(self, harmful: Tensor, harmless: Tensor, quantile: float = 1.0) -> Tensor:
-        """The directions, computed from residuals or means as the method demands."""
+        """The directions (n_layers+1, count, d_model), computed from residuals or means as the method demands."""
         needed = (summarize_residuals(part, self.method, quantile) for part in (harmful, harmless))
-        return Directions(self.method.compute(*needed)).vectors
+        vectors = compute_directions(self.method, *needed).vectors
+        return vectors if vectors.ndim == 3 else vectors[:, None]
 
     def test_is_given_what_it_needs(self) -> None:
         residuals = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(0))
@@ -113,11 +123,15 @@ class DirectionContract:
             assert torch.equal(needed, expected)
 
     def test_gives_unit_rows_of_the_right_shape(self) -> None:
+        """Of several directions, those that a method doesn't find in so few prompts are zero, and come last."""
         generator = torch.Generator().manual_seed(0)
         found = self.compute(torch.randn(7, 4, 16, generator=generator) + 1, torch.randn(5, 4, 16, generator=generator))
-        assert found.shape == (4, 16)
+        assert found.shape == (4, count_of(self.method, 0), 16)
         assert found.dtype == torch.float32
-        assert torch.allclose(found.norm(dim=1), torch.ones(4), atol=1e-6)
+        norms = found.norm(dim=2)
+        assert torch.allclose(norms, norms.round(), atol=1e-6)
+        assert (norms.round().diff(dim=1) <= 0).all()
+        assert (norms[:, 0] > 0.5).all()
 
     def test_finds_a_planted_direction(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -125,11 +139,30 @@ class DirectionContract:
         harmful = torch.randn(40, 3, 12, generator=generator)
         harmful[..., 5] += 20
         # Well above chance (0.3); a projection reduces the component a little.
-        assert (self.compute(harmful, harmless, 0.999)[:, 5] > 0.8).all()
+        assert (self.compute(harmful, harmless, 0.999)[:, 0, 5] > 0.8).all()
 
     def test_equal_sets_have_no_direction(self) -> None:
+        """A method that finds several directions may find how the prompts differ; of equal prompts, none finds any."""
         same = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(2))
-        assert self.compute(same, same.flip(0)).count_nonzero() == 0
+        if not hasattr(self.method, "compute_several"):
+            assert self.compute(same, same.flip(0)).count_nonzero() == 0
+        rounded = same[:1] * (1 + 1e-7 * torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(3)))
+        assert self.compute(rounded, rounded.flip(0)).count_nonzero() == 0
+
+    def test_neither_the_order_of_prompts_nor_the_scale_matters(self) -> None:
+        generator = torch.Generator().manual_seed(4)
+        harmful, harmless = torch.randn(12, 3, 10, generator=generator) + 1, torch.randn(12, 3, 10, generator=generator)
+        found, order = self.compute(harmful, harmless), torch.randperm(12, generator=generator)
+        torch.testing.assert_close(self.compute(harmful[order], harmless[order]), found, rtol=0, atol=1e-5)
+        torch.testing.assert_close(self.compute(3 * harmful, 3 * harmless), found, rtol=0, atol=1e-5)
+
+    def test_is_deterministic_and_leaves_other_random_numbers_alone(self) -> None:
+        residuals = torch.randn(2, 6, 2, 8, generator=torch.Generator().manual_seed(5))
+        torch.manual_seed(6)
+        found, drawn = self.compute(*residuals), torch.rand(1)
+        torch.manual_seed(6)
+        assert torch.equal(torch.rand(1), drawn)
+        assert torch.equal(self.compute(*residuals), found)
 
 
 class EditContract:

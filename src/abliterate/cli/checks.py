@@ -27,7 +27,10 @@ from abliterate.settings.sources import load_settings, options_of
 
 # {setting: (its noun in sentences, the built-in names)}; the registries, which hold the same names, import torch.
 BUILT_IN = {
-    "directions.method": ("direction method", ("projected", "mean")),
+    "directions.method": (
+        "direction method",
+        ("projected", "mean", "median", "geometric-median", "kmeans", "svd", "som"),
+    ),
     "edit.mode": ("edit mode", ("full", "pre", "none")),
     "export.kind": ("export kind", ("merged", "adapter", "none")),
 }

@@ -17,14 +17,22 @@ from abliterate.directions.base import (
     needs_means,
     winsorize,
 )
+from abliterate.directions.kmeans import KMeans
 from abliterate.directions.mean_difference import MeanDifference
+from abliterate.directions.median import GeometricMedian, Median
 from abliterate.directions.projected import Projected
+from abliterate.directions.som import SelfOrganizingMap
+from abliterate.directions.svd import SingularVectors
 from abliterate.plugins import Registry
 
+_BUILT_IN = (
+    *(Projected(), MeanDifference(), Median(), GeometricMedian()),
+    *(KMeans(), SingularVectors(), SelfOrganizingMap()),
+)
 METHODS: Registry[DirectionMethod] = Registry(
     "directions",
     "direction method",
-    {method.name: method for method in (Projected(), MeanDifference())},
+    {method.name: method for method in _BUILT_IN},  # type: ignore[misc]
     named="name",
     needs=("name",),
 )
@@ -41,7 +49,8 @@ def compute_directions(method: DirectionMethod, harmful: Tensor, harmless: Tenso
     if count == 1 and hasattr(method, "compute"):
         return Directions(method.compute(harmful, harmless))
     several: SeveralDirections = method  # type: ignore[assignment]
-    return Directions(several.compute_several(harmful, harmless, count))
+    found = several.compute_several(harmful, harmless, count)
+    return Directions(found[:, 0] if count == 1 else found)
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:

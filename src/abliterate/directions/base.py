@@ -34,7 +34,10 @@ class DirectionMethod(Protocol):
 
 
 class SeveralDirections(Protocol):
-    """A direction method that finds `count` directions for each residual index, the most important ones first."""
+    """A direction method that finds `count` directions for each residual index, the most important ones first.
+
+    A method that can't find any number of them has the class attribute `most`.
+    """
 
     name: str
     count: int
@@ -52,13 +55,18 @@ def count_of(method: DirectionMethod, wanted: int) -> int:
     """The number of directions that a method is asked for: `wanted`, or its usual number where that is 0.
 
     Raises:
-        InputError: several are wanted of a method that finds one.
+        InputError: several are wanted of a method that finds one, or more than it can find.
     """
-    usual = getattr(method, "count", 1)
+    usual, most = getattr(method, "count", 1), getattr(method, "most", wanted)
     if wanted > 1 and not hasattr(method, "compute_several"):
         raise InputError(
             f"The direction method {method.name!r} finds one direction a layer, not {wanted}; leave out directions.count, or "
             "choose a method that finds several."
+        )
+    if wanted > most:
+        raise InputError(
+            f"The direction method {method.name!r} finds at most {most} directions a layer, not {wanted}; ask for fewer with "
+            "--set directions.count, or choose another method."
         )
     return wanted or usual
 

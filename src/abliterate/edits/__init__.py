@@ -38,6 +38,13 @@ def scales_rows(method: EditMethod) -> bool:
     return method.factors(prepared, Blend((0,), (1.0,)), 0.5).row_scale is not None
 
 
+def check_several(method: EditMethod, count: int) -> None:
+    """InputError if the method can't remove so many directions of a layer: tried on a small matrix, before a run."""
+    if count > 1:
+        prepared = method.prepare(lambda: torch.eye(3) + 1, torch.full((1, 3), 3**-0.5, dtype=torch.float64))
+        method.product(prepared, [Blend((0,), (1.0,))] * count, torch.full((count,), 0.1, dtype=torch.float64))
+
+
 def exact_factors(method: EditMethod, prepared: Prepared, blends: Sequence[Blend], coeffs: Sequence[float]) -> Factors:
     """The method's factors for one direction or several, none of them zero, each with its coeff."""
     if len(blends) == 1:
@@ -75,6 +82,7 @@ __all__ = [
     "Factors",
     "Prepared",
     "SvdMemo",
+    "check_several",
     "edit_method",
     "exact_factors",
     "prepare",

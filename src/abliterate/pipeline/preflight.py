@@ -11,8 +11,8 @@ from collections.abc import Collection
 import torch
 from transformers import PretrainedConfig
 
-from abliterate.directions import direction_method
-from abliterate.edits import edit_method, scales_rows
+from abliterate.directions import count_of, direction_method
+from abliterate.edits import check_several, edit_method, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -83,8 +83,8 @@ def check_loaded(context: Context, loaded: LoadedModel) -> None:
 
 def check_names(settings: Settings) -> SelectionRule:
     """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
-    direction_method(settings.directions.method)
-    edit_method(settings.edit.mode)
+    count = count_of(direction_method(settings.directions.method), settings.directions.count)
+    check_several(edit_method(settings.edit.mode), count)
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)
     scorers = scorers_of(settings)

@@ -73,6 +73,12 @@ def residuals(bench: Workbench) -> Residuals:
         info = bench.loaded.info
         size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
         large = size > context.settings.efficiency.max_residuals_mb * 2**20
+        method = context.settings.directions.method
+        if large and not needs_means(direction_method(method)):
+            context.reporter.note(
+                f"the direction method {method} needs all residuals at once, {size >> 20:,} MiB, more than "
+                "efficiency.max_residuals_mb; fewer prompts need less"
+            )
         samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
         feed = cache(partial(_feed, bench))
         harmful, harmless = (
