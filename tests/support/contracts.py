@@ -174,8 +174,9 @@ class EditContract:
         """W' (float64) by the method's factors."""
         prepared = self.method.prepare(lambda: weight, directions.table().double())
         factors = self.method.factors(prepared, directions.blend(x), coeff)
-        scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
-        return scale.double()[:, None] * weight.double() + factors.b.double() @ factors.a.double()
+        scale = factors.entry_scale()
+        scaled = weight.double() if scale is None else scale.double() * weight.double()
+        return scaled + factors.b.double() @ factors.a.double()
 
     def defined(self, weight: Tensor, directions: Directions, x: float, coeff: float) -> Tensor:
         """W' (float64) by the method's definition."""
@@ -194,9 +195,8 @@ class EditContract:
     def test_definition_by_rows_is_the_definition(self) -> None:
         weight, v = _weight(40, 30).double(), _unit(make_directions(3, 40, 1), 1.3)
         weight[17] = 0
-        parts = [slice(start, start + 7) for start in range(0, 40, 7)]
-        a = torch.stack([self.method.along(weight[rows], v[rows]) for rows in parts]).sum(0)
-        found = torch.cat([self.method.dense_rows(weight[rows], v[rows], a, 0.9) for rows in parts])
+        by_rows = by_definition(self.method, v[None], [0.9], chunk=7 * 30)(weight)
+        found = torch.cat([by_rows(slice(start, start + 7)) for start in range(0, 40, 7)])
         torch.testing.assert_close(found, self.method.dense(weight, v, 0.9), rtol=1e-12, atol=1e-13)
 
     @pytest.mark.parametrize("coeff", [0.3, 1.0, 1.5])
@@ -247,6 +247,13 @@ class EditContract:
         for weight, part in zip(stack, factors.parts(), strict=True):
             change = self.edited(weight, directions, 1.3, 0.9) - weight.double()
             assert _relative(part.delta(weight).double(), change) < 1e-5
+
+    def test_a_column_scale_keeps_the_norms_of_columns(self) -> None:
+        weight, directions = _weight(12, 20), make_directions(3, 12, 1)
+        prepared = self.method.prepare(lambda: weight, directions.table().double())
+        if self.method.factors(prepared, directions.blend(1.3), 0.9).column_scale is not None:
+            found = self.edited(weight, directions, 1.3, 0.9)
+            assert torch.allclose(found.norm(dim=0), weight.double().norm(dim=0), rtol=1e-5)
 
     def test_a_row_scale_keeps_the_norms_of_rows(self) -> None:
         """The adapter export writes such an edit as DoRA, whose magnitudes are the base's norms."""

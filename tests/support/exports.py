@@ -29,7 +29,7 @@ from abliterate.settings.sources import load_settings
 from abliterate.types import Baseline, Kernel, Trial, TrialParams
 from support.models import make_directions, make_editor, make_loaded, make_model, make_params, save_model
 
-MODES = ("full", "pre", "none")
+MODES = ("full", "pre", "none", "columns")
 ON = TrialParams("global", 1.0, dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(1.0, 1.0, 1.0, 9.0)))
 
 

@@ -221,8 +221,12 @@ def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
 def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
     """W' by definition, in float64; the definition is repeated here, independent of the package."""
     weight, v = weight.double(), v.double()
+    plain = weight - coeff * torch.outer(v, v @ weight)
     if mode == "none":
-        return weight - coeff * torch.outer(v, v @ weight)
+        return plain
+    if mode == "columns":
+        before, after = weight.norm(dim=0), plain.norm(dim=0)
+        return plain * torch.where(after > 0, before / after, torch.zeros_like(after))
     norms = weight.norm(dim=1, keepdim=True)
     unit = torch.where(norms > 0, weight / norms, torch.zeros_like(weight))
     edited = unit - coeff * torch.outer(v, v @ unit)

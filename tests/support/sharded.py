@@ -31,22 +31,23 @@ def _probe(tokenizer: object, device: torch.device) -> object:
     return make_chat().encode(HARMFUL[:1])
 
 
-def lab_of(loaded: LoadedModel) -> Lab:
+def lab_of(loaded: LoadedModel, mode: str) -> Lab:
     """A lab around any loaded model."""
-    return Lab(loaded, make_engine(loaded.model, 3), make_editor(loaded))
+    return Lab(loaded, make_engine(loaded.model, 3), make_editor(loaded, mode=mode))
 
 
-def compare(folder: str, families: Sequence[str]) -> None:
-    """Everything that the engine computes, on a sharded and on a whole model of each family in `folder`."""
+def compare(folder: str, families: Sequence[str], mode: str = "full") -> None:
+    """What the engine computes under edits of a mode, on a sharded and on a whole model of each family in `folder`."""
     torch.set_num_threads(1)
     with ranks.joined():
         for family in families:
             shards = load_model(str(Path(folder) / family), LoadSettings(), CPU, _probe, print)
             assert ranks.size() == 2
             assert all(is_sharded(target.module) for target in shards.targets)
-            sharded, whole = lab_of(shards), lab_of(make_loaded(make_model(family)))
-            for check in (_weights, _residuals, _trials, _gradients):
+            sharded, whole = lab_of(shards, mode), lab_of(make_loaded(make_model(family)), mode)
+            for check in (_weights, _residuals, _trials):
                 check(sharded, whole)
+            _gradients(sharded, whole, mode)
 
 
 def _close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
@@ -92,11 +93,11 @@ def _base(lab: Lab) -> Tensor:
 def _same_factors(mine: Editor, other: Editor, params: TrialParams) -> None:
     expected = other.factors(params)
     for name, factors in mine.factors(params).items():
-        assert torch.equal(factors.a, expected[name].a)
-        assert torch.equal(factors.b, expected[name].b)
+        for tensor, other_tensor in zip(factors.tensors(), expected[name].tensors(), strict=True):
+            assert torch.equal(tensor, other_tensor)
 
 
-def _gradients(sharded: Lab, whole: Lab) -> None:
+def _gradients(sharded: Lab, whole: Lab, mode: str) -> None:
     """Loss and gradients of a step of refinement."""
     tokens = [make_chat().token_ids(prompt) for prompt in (*HARMFUL, *HARMLESS)]
     rows = [TeacherForced(prompt, prompt[-4:]) for prompt in tokens]
@@ -106,7 +107,7 @@ def _gradients(sharded: Lab, whole: Lab) -> None:
             passes = Pass(
                 lab.loaded.model, lab.loaded.layers, lab.editor.hooks, CPU, Batches(4, CPU), checkpointing=checkpointing
             )
-            parameters = _parameters(lab)
+            parameters = _parameters(lab, mode)
             loss, gradients = passes.gradients(parameters.factors(), Rows(rows[:3], rows[3:6]), 1.0)
             parameters.pull_back(gradients)
             found.append((torch.tensor([loss.target, loss.first, loss.along]), parameters))
@@ -118,9 +119,9 @@ def _gradients(sharded: Lab, whole: Lab) -> None:
         _close(mine.directions.grad, other.directions.grad, 1e-4)  # type: ignore[arg-type]
 
 
-def _parameters(lab: Lab) -> Parameters:
+def _parameters(lab: Lab, mode: str) -> Parameters:
     info = lab.loaded.info
     directions = make_directions(info.n_layers, info.d_model).table().float()
     modules = [Module(target.name, target.layer, partial(dense_weight, target.module)) for target in lab.loaded.targets]
     starts = torch.stack([directions[module.layer] for module in modules])
-    return Parameters(modules, edit_method("full"), torch.full((len(modules),), 0.3), starts)
+    return Parameters(modules, edit_method(mode), torch.full((len(modules),), 0.3), starts)

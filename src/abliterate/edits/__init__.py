@@ -11,6 +11,7 @@ import torch
 
 from abliterate.directions.base import Blend
 from abliterate.edits.base import EditMethod, Factors, Prepared, blended, prepare
+from abliterate.edits.columns import ColumnPreserving
 from abliterate.edits.full import NormPreserving
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
@@ -20,7 +21,7 @@ from abliterate.plugins import Registry
 METHODS: Registry[EditMethod] = Registry(
     "edits",
     "edit mode",
-    {method.name: method for method in (NormPreserving(), PreNormalized(), PlainAblation())},
+    {method.name: method for method in (NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving())},
     named="name",
     needs=("name", "prepare", "factors", "dense", "along", "dense_rows"),
 )
@@ -33,9 +34,18 @@ def edit_method(name: str) -> EditMethod:
 
 def scales_rows(method: EditMethod) -> bool:
     """Whether the method's edits scale the rows of W, as only DoRA adapters can: tried on a small matrix."""
+    return _tried(method).row_scale is not None
+
+
+def scales_columns(method: EditMethod) -> bool:
+    """Whether the method's edits scale the columns of W, as no adapter can: tried on a small matrix."""
+    return _tried(method).column_scale is not None
+
+
+def _tried(method: EditMethod) -> Factors:
     weight, directions = torch.eye(3) + 1, torch.eye(3, dtype=torch.float64)[:1] * 0.6 + 0.2
     prepared = method.prepare(lambda: weight, directions / directions.norm())
-    return method.factors(prepared, Blend((0,), (1.0,)), 0.5).row_scale is not None
+    return method.factors(prepared, Blend((0,), (1.0,)), 0.5)
 
 
 def check_several(method: EditMethod, count: int) -> None:
@@ -63,15 +73,15 @@ def svd_factors(
 ) -> Factors:
     """Rank-`rank` factors of the method's ΔW, from the memo if these exact inputs were seen before.
 
-    An edit that scales no row is returned as it is: its rank is the number of directions, and there is nothing to approximate.
+    An edit that scales nothing is returned as it is: its rank is the number of directions, and there is nothing to approximate.
     """
-    if prepared.p.numel() == 0:
-        return exact_factors(method, prepared, blends, coeffs)
+    exact = exact_factors(method, prepared, blends, coeffs)
+    if exact.row_scale is None and exact.column_scale is None:
+        return exact
     key = svd_key(module, method.name, blended(blends, prepared.directions), coeffs, rank)
     factors = memo.get(key)
     if factors is None:
-        delta = exact_factors(method, prepared, blends, coeffs).delta(prepared.read_weight())
-        factors = truncated_svd(delta, rank, seed_of(key))
+        factors = truncated_svd(exact.delta(prepared.read_weight()), rank, seed_of(key))
         memo.put(key, factors)
     return factors
 
@@ -86,6 +96,7 @@ __all__ = [
     "edit_method",
     "exact_factors",
     "prepare",
+    "scales_columns",
     "scales_rows",
     "svd_factors",
 ]

@@ -1,4 +1,4 @@
-"""An edit is the factors of W' = diag(row_scale) W + B A; `EditMethod` is the protocol of the methods that compute them.
+"""An edit is the factors of W' = diag(row_scale) W diag(column_scale) + B A; its methods have the protocol `EditMethod`.
 
 W (d_out, d_in) writes to the residual stream, so a direction v has d_out = d_model entries. Fused experts, W (E, d_out, d_in)
 for the E experts of a layer, are edited matrix by matrix, with factors that have a leading dimension E.
@@ -20,36 +20,54 @@ from abliterate.errors import InputError
 
 # Rows converted to float64 at a time: 15 MB for a matrix with 14,336 columns.
 ROW_CHUNK = 128
+# The share of a column's norm at the rounding level of float32 weights.
+GONE = 1e-6
 
 
 @dataclass(frozen=True)
 class Factors:
-    """W' = diag(row_scale) W + b a; `row_scale` (d_out) or None (all ones), `a` (r, d_in), `b` (d_out, r), float32.
+    """W' = diag(row_scale) W diag(column_scale) + b a, with `a` (r, d_in), `b` (d_out, r), float32.
 
-    For fused experts: `row_scale` (E, d_out), `a` (E, r, d_in), `b` (E, d_out, r).
+    `row_scale` (d_out) and `column_scale` (d_in) are None if they are all ones.
+    For fused experts: `row_scale` (E, d_out), `a` (E, r, d_in), `b` (E, d_out, r), `column_scale` (E, d_in).
     """
 
     row_scale: Tensor | None
     a: Tensor
     b: Tensor
+    column_scale: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that there are, always in the same order."""
+        return [tensor for tensor in (self.row_scale, self.a, self.b, self.column_scale) if tensor is not None]
+
+    def entry_scale(self, rows: slice = slice(None)) -> Tensor | None:
+        """By how much the entries in some rows of W are multiplied, (n, 1), (d_in) or (n, d_in); None: by 1."""
+        if self.row_scale is None:
+            return self.column_scale
+        scale = self.row_scale[rows, None]
+        return scale if self.column_scale is None else scale * self.column_scale
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW (d_out, d_in), or (E, d_out, d_in), in float32, for exports and tests."""
         if self.a.ndim == 3:
             return torch.stack([part.delta(matrix) for part, matrix in zip(self.parts(), weight, strict=True)])
         delta = self.b @ self.a
-        if self.row_scale is not None:
-            for start in range(0, len(delta), ROW_CHUNK):  # in chunks: no second float32 matrix of W's size
-                rows = slice(start, start + ROW_CHUNK)
-                delta[rows] += (self.row_scale[rows] - 1)[:, None] * weight[rows].float()
+        for start in range(0, len(delta), ROW_CHUNK):  # in chunks: no second float32 matrix of W's size
+            rows = slice(start, start + ROW_CHUNK)
+            scale = self.entry_scale(rows)
+            if scale is not None:
+                delta[rows] += (scale - 1) * weight[rows].float()
         return delta
 
     def parts(self) -> list[Factors]:
         """The factors of each expert's matrix; a single matrix has one part, itself."""
         if self.a.ndim == 2:
             return [self]
-        scales = [None] * len(self.a) if self.row_scale is None else list(self.row_scale)
-        return [Factors(*matrix) for matrix in zip(scales, self.a, self.b, strict=True)]
+        rows, columns = (
+            [None] * len(self.a) if scale is None else list(scale) for scale in (self.row_scale, self.column_scale)
+        )
+        return [Factors(*matrix) for matrix in zip(rows, self.a, self.b, columns, strict=True)]
 
     @staticmethod
     def stacked(parts: Sequence[Factors]) -> Factors:
@@ -57,22 +75,25 @@ class Factors:
         rank = max(len(part.a) for part in parts)
         a = [pad(part.a, (0, 0, 0, rank - len(part.a))) for part in parts]
         b = [pad(part.b, (0, rank - len(part.a))) for part in parts]
-        scales = [part.row_scale for part in parts if part.row_scale is not None]
-        return Factors(torch.stack(scales) if scales else None, torch.stack(a), torch.stack(b))
+        rows = [part.row_scale for part in parts if part.row_scale is not None]
+        columns = [part.column_scale for part in parts if part.column_scale is not None]
+        scales = [torch.stack(scale) if scale else None for scale in (rows, columns)]
+        return Factors(scales[0], torch.stack(a), torch.stack(b), scales[1])
 
     def to(self, device: torch.device | str) -> Factors:
         """The same factors on another device."""
-        scale = None if self.row_scale is None else self.row_scale.to(device)
-        return Factors(scale, self.a.to(device), self.b.to(device))
+        rows, columns = (None if scale is None else scale.to(device) for scale in (self.row_scale, self.column_scale))
+        return Factors(rows, self.a.to(device), self.b.to(device), columns)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """One module's products with all layers' directions, computed once so that no trial reads W.
 
-    `directions` (n_layers, d_out) float64, one tensor for all modules; `a` (n_layers, d_in) float32 = DŴ or DW; `p`
-    (n_layers, d_out) float64 = DŴŴᵀ (empty for modes that don't use it); `norms` (d_out) float64 row norms. `read_weight`
-    returns W (d_out, d_in) again, for rows that the closed form can't express and for dense representations.
+    `directions` (n_layers, d_out) float64, one tensor for all modules; `a` (n_layers, d_in) = DŴ or DW, float32 or float64;
+    `p` (n_layers, d_out) float64 = DŴŴᵀ (empty for modes that don't use it); `norms` (d_out) float64 row norms, or column
+    norms (d_in). `read_weight` returns W (d_out, d_in) again, for rows and columns that the closed form can't express and for
+    dense representations.
     For fused experts: `a` (n_layers, E, d_in), `p` (n_layers, E, d_out), `norms` (E, d_out), W (E, d_out, d_in).
     """
 
@@ -119,10 +140,12 @@ class EditMethod(Protocol):
     """One way to change W, given a direction and a coeff, or several of both.
 
     Methods inherit from this class for its defaults of `dense` and `product`. They may have a class attribute `parameters`,
-    {name: `types.Range`}: numbers that the search finds for them.
+    {name: `types.Range`}: numbers that the search finds for them. With `keeps_columns`, W' is what `dense_rows` gives with
+    every column scaled to its norm in W.
     """
 
     name: str
+    keeps_columns: bool = False
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """Every product that is linear in v, once per matrix; `directions` (n_layers, d_out) float64 are stored as given."""
@@ -131,7 +154,8 @@ class EditMethod(Protocol):
         """Exact factors of W', or of every expert's W'.
 
         `blend` is not zero and `coeff` is not 0 (the caller leaves such modules alone). Only an edit that keeps the norms of
-        W's rows may have a `row_scale`: the adapter export writes it as DoRA, whose magnitudes are these norms.
+        W's rows may have a `row_scale`: the adapter export writes it as DoRA, whose magnitudes are these norms. An edit with a
+        `column_scale` can't be exported as an adapter.
         """
 
     def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
@@ -154,7 +178,10 @@ class EditMethod(Protocol):
         `along` and `dense_rows` are its two steps, for matrices that aren't in memory as a whole. They are written
         independently of `factors`.
         """
-        return self.dense_rows(weight, v, self.along(weight, v), coeff)
+        edited = self.dense_rows(weight, v, self.along(weight, v), coeff)
+        if not self.keeps_columns:
+            return edited
+        return edited * column_scale(weight.square().sum(dim=0), edited.square().sum(dim=0))
 
     def along(self, rows: Tensor, v: Tensor) -> Tensor:
         """The share of `rows` (n, d_in) in a (d_in), the row vector that the edit removes; `v` (n) is the direction there.
@@ -205,6 +232,21 @@ def one_after_another(vectors: Tensor, coeffs: Tensor) -> Tensor:
 def blended(blends: Sequence[Blend], table: Tensor) -> Tensor:
     """Several blends of a table (n_rows, …, d), (…, k, d) in its dtype."""
     return torch.stack([blend.of(table) for blend in blends], dim=-2)
+
+
+def column_scale(before: Tensor, after: Tensor) -> Tensor:
+    """What gives columns their norm of before, (d_in), given the squared norms of before and after an edit, each (d_in).
+
+    A column of which no more than `GONE` of its norm is left becomes zero: its direction would be one of rounding noise.
+    """
+    left = after > GONE**2 * before
+    return torch.where(left, before / after.where(left, 1.0), 0.0).sqrt()
+
+
+def column_norms(weight: Tensor) -> Tensor:
+    """Norms of W's columns, (d_in) float64, without a float64 copy of W."""
+    squares = [rows.double().square().sum(dim=0) for rows in weight.split(ROW_CHUNK)]
+    return torch.stack(squares).sum(dim=0).sqrt()
 
 
 def row_norms(weight: Tensor) -> Tensor:

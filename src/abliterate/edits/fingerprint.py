@@ -1,7 +1,7 @@
 """An edit's fingerprint: three numbers, computed without weights, that rounding moves a little and another edit moves a lot.
 
 They are the Frobenius norm of BA and two bilinear forms with fixed signs, which depend on its directions. They are the same
-however BA is factored. The row scale follows from the same coeff and direction, so it is left out.
+however BA is factored. The row or column scale follows from the same coeff and direction, so it is left out.
 """
 
 from __future__ import annotations

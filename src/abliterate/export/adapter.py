@@ -52,6 +52,8 @@ class Adapter:
         rank = max(factors.a.shape[-2] for factors in job.factors.values())
         if any(factors.row_scale is not None and not factors.row_scale.all() for factors in job.factors.values()):
             raise AbliterateError("This trial's edit has rows that DoRA can't express; export it as --export merged.")
+        if any(factors.column_scale is not None for factors in job.factors.values()):
+            raise AbliterateError("This trial's edit scales columns, as no adapter can; export it as --export merged.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors], dora=dora)

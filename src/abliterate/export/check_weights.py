@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from abliterate.edits import EditMethod, Factors
+from abliterate.edits.base import column_scale
 from abliterate.export.base_weights import Matrices, config_file, digests
 from abliterate.export.check_behaviour import Verification
 from abliterate.export.companions import changed_companions
@@ -161,7 +162,18 @@ def by_definition(method: EditMethod, vectors: Tensor, coeffs: Sequence[float], 
         for place in range(1, len(coeffs)):  # what is left of a direction's share after those before it
             for before in range(place):
                 a[place] -= coeffs[before] * float(vectors[place] @ vectors[before]) * a[before]
-        return lambda rows: method.dense_rows(weight[rows].double(), v[..., rows], a, coeff)
+
+        def edited(rows: slice) -> Tensor:
+            return method.dense_rows(weight[rows].double(), v[..., rows], a, coeff)
+
+        if not getattr(method, "keeps_columns", False):
+            return edited
+        before, after = torch.zeros(2, weight.shape[1], dtype=torch.float64)
+        for rows in chunks(weight, chunk):
+            before += weight[rows].double().square().sum(dim=0)
+            after += edited(rows).square().sum(dim=0)
+        scale = column_scale(before, after)
+        return lambda rows: edited(rows) * scale
 
     return define
 
@@ -170,9 +182,13 @@ def by_factors(factors: Factors) -> Definition:
     """W' by factors that approximate the edit, as those of the svd representation do."""
 
     def define(weight: Tensor) -> Rows:
-        scale = torch.ones(len(weight)) if factors.row_scale is None else factors.row_scale
         a, b = factors.a.double(), factors.b.double()
-        return lambda rows: scale[rows, None].double() * weight[rows].double() + b[rows] @ a
+
+        def edited(rows: slice) -> Tensor:
+            scale, old = factors.entry_scale(rows), weight[rows].double()
+            return (old if scale is None else scale.double() * old) + b[rows] @ a
+
+        return edited
 
     return define
 

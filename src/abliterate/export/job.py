@@ -51,7 +51,7 @@ class ExportJob:
         digest = hashlib.sha256(f"{versions} {kind} {made_of}".encode())
         for name, factors in sorted(self.factors.items()):
             digest.update(name.encode())
-            for tensor in (factors.row_scale, factors.a, factors.b):
+            for tensor in (factors.row_scale, factors.a, factors.b, factors.column_scale):
                 digest.update(b"-" if tensor is None else tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 

@@ -117,7 +117,7 @@ def edit_stored(stored: Tensor, factors: Factors, *, transposed: bool, chunk: in
 def edited_rows(old: Tensor, factors: Factors, rows: slice) -> Tensor:
     """The rows of W' (n, d_in) in float32; `old` are these rows of W, in float32."""
     scale = None if factors.row_scale is None else factors.row_scale[rows]
-    return old + Factors(scale, factors.a, factors.b[rows]).delta(old)
+    return old + Factors(scale, factors.a, factors.b[rows], factors.column_scale).delta(old)
 
 
 def edit_stack(stored: Tensor, factors: Factors, *, transposed: bool, chunk: int) -> None:

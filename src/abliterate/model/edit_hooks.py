@@ -1,4 +1,4 @@
-"""Forward hooks apply the current trial's edits to the model: a row scale plus a low-rank update per module.
+"""Forward hooks apply the current trial's edits to the model: row or column scales plus a low-rank update per module.
 
 An unedited module has no hook and costs nothing. Base weights are never written, so clearing all edits restores the base model
 bit for bit. PEFT is the exchange format (`export/adapter.py`) and not the path in trials: its LoRA layers cost 10–27 % of a
@@ -88,7 +88,8 @@ class _ModuleEdit:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+        self._low: Tensor | None = None  # Ax of the pass at work, if x was scaled
         self._columns: Columns | None = columns_of(getattr(module, "weight", None))
         self.off()
 
@@ -98,10 +99,16 @@ class _ModuleEdit:
         device, dtype = device_and_dtype(self._module)
         options: Any = {"device": device, "dtype": dtype or torch.float32}
         self._a, self._b = factors.a.to(**options), factors.b.to(**options)
-        self._part = None if self._columns is None else self._columns.of(self._a)
+        # Also s − 1, as below: 1/s − 1 is small for most columns, too.
+        self._entering = None if factors.column_scale is None else (factors.column_scale - 1).to(**options)
+        self._part = self._entering_part = None
+        if self._columns is not None:
+            self._part = self._columns.of(self._a)
+            self._entering_part = None if self._entering is None else self._columns.of(self._entering)
         # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
-        self._scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**options)
-        # y = s∘(Wx) + BAx + bias, computed from the module's own output Wx + bias: biases are never edited.
+        self._outer = None if factors.row_scale is None else (factors.row_scale - 1).to(**options)
+        # y = s∘(Wx) + BAx + bias, computed from the module's own output Wx + bias: biases are never edited. A column scale is
+        # one of x, before the module multiplies it.
         self._shift = None
         if bias is not None and factors.row_scale is not None:
             bias = whole(bias)
@@ -112,31 +119,47 @@ class _ModuleEdit:
     @property
     def is_on(self) -> bool:
         """Whether the module computes with the edit now."""
-        return self._handle is not None
+        return bool(self._handles)
 
     def resume(self) -> None:
-        if self._handle is None:
-            self._handle = self._module.register_forward_hook(self._edit)
+        if not self._handles:
+            self._handles = [self._module.register_forward_hook(self._edit)]
+            if self._entering is not None:
+                self._handles.append(self._module.register_forward_pre_hook(self._scale))
 
     def suspend(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def off(self) -> None:
         self.suspend()
         self.key = None
-        self._a = self._part = self._b = self._scale = self._shift = None  # type: ignore[assignment]
+        self._a = self._part = self._b = self._outer = self._shift = None  # type: ignore[assignment]
+        self._entering = self._entering_part = self._low = None
 
-    def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def _scale(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The scaled x; BAx is of x as it was, so Ax is kept for `_edit`."""
         x = args[0]
+        self._low = self._low_of(x)
+        scale: Tensor = self._entering if self._is_whole(x) else self._entering_part  # type: ignore[assignment]
+        return (torch.addcmul(x, x, scale), *args[1:])
+
+    def _is_whole(self, x: Tensor) -> bool:
+        """Whether x has all input features; otherwise it is this rank's part, and outputs are summed over ranks."""
+        return self._columns is None or x.shape[-1] == self._columns.total
+
+    def _low_of(self, x: Tensor) -> Tensor:
         if self._a.dtype != x.dtype:
             self._recast(x.dtype)
-        if self._columns is None or x.shape[-1] == self._columns.total:
-            low = nn.functional.linear(x, self._a)
-        else:  # x is this rank's part, and `output` is summed over ranks already
-            low = self._columns.summed(nn.functional.linear(x, self._part))  # type: ignore[arg-type]
-        edited = output if self._scale is None else torch.addcmul(output, output, self._scale)
+        if self._columns is None or self._is_whole(x):
+            return nn.functional.linear(x, self._a)
+        return self._columns.summed(nn.functional.linear(x, self._part))  # type: ignore[arg-type]
+
+    def _edit(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        low = self._low_of(args[0]) if self._low is None else self._low
+        self._low = None
+        edited = output if self._outer is None else torch.addcmul(output, output, self._outer)
         if self._shift is not None:
             edited = edited + self._shift
         if self._b.shape[1] > 1:
@@ -146,6 +169,6 @@ class _ModuleEdit:
 
     def _recast(self, dtype: torch.dtype) -> None:
         self._a, self._b = self._a.to(dtype), self._b.to(dtype)
-        self._part = None if self._part is None else self._part.to(dtype)
-        self._scale = None if self._scale is None else self._scale.to(dtype)
-        self._shift = None if self._shift is None else self._shift.to(dtype)
+        for name in ("_part", "_outer", "_shift", "_entering", "_entering_part"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(dtype))

@@ -22,6 +22,7 @@ from abliterate.edits import (
     edit_method,
     exact_factors,
     prepare,
+    scales_columns,
     scales_rows,
     svd_factors,
 )
@@ -68,12 +69,12 @@ class Editor:
         refined: RefinedDirections = _no_directions,
     ) -> None:
         self._targets = tuple(targets)
-        if settings.representation == "svd" and scales_rows(edit_method(settings.mode)):
+        self._method: EditMethod = edit_method(settings.mode)
+        if settings.representation == "svd" and (scales_rows(self._method) or scales_columns(self._method)):
             _refuse_fused_experts(self._targets)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
-        self._method: EditMethod = edit_method(settings.mode)
         self.hooks = hooks
         self.memo = memo
         self.budget_bytes = budget_bytes

@@ -1,6 +1,7 @@
 """Fused experts hold all expert matrices of a layer in one parameter; this module reads them and edits them during the pass.
 
-Each routed expert of a token writes r (W_e h + bias_e), and edited r (s_e∘(W_e h) + b_e (a_e·h) + bias_e). Our function in
+Each routed expert of a token writes r (W_e h + bias_e), and edited r (s_e∘(W_e h) + b_e (a_e·h) + bias_e), or with columns
+scaled by t_e, r (W_e (t_e∘h) + b_e (a_e·h) + bias_e). Our function in
 transformers' registry of experts functions computes this for the (token, expert) pairs of a pass, O(d_ff + d_model) each, so
 no edited matrix is ever in memory (PEFT's parameter targeting makes all of them in every pass). Unedited modules run
 transformers' own function.
@@ -29,7 +30,7 @@ _DECORATED = ("config", "has_bias", "is_transposed", "_apply_gate")
 
 
 class LowRankEdit(Protocol):
-    """W' = diag(row_scale) W + b a, with the shapes of `edits.Factors`; those of fused experts begin with the experts."""
+    """W' = diag(row_scale) W diag(column_scale) + b a, as `edits.Factors`; shapes of fused experts begin with the experts."""
 
     @property
     def row_scale(self) -> Tensor | None: ...
@@ -37,6 +38,8 @@ class LowRankEdit(Protocol):
     def a(self) -> Tensor: ...
     @property
     def b(self) -> Tensor: ...
+    @property
+    def column_scale(self) -> Tensor | None: ...
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -96,12 +99,15 @@ class ExpertsEdit:
         weight = self._module.down_proj
         place = {"device": home_of(self._module, weight), "dtype": weight.dtype}
         # s − 1, not s: bfloat16 has no numbers between 0.996 and 1, and most rows' scales lie there.
-        scale = None if factors.row_scale is None else (factors.row_scale - 1).to(**place)
+        scale, entering = (
+            None if each is None else (each - 1).to(**place) for each in (factors.row_scale, factors.column_scale)
+        )
         a, b = factors.a.to(**place), factors.b.to(**place)
         columns = columns_of(weight, 1 if is_transposed(self._module) else 2)
         if columns is not None:  # transformers sums what all ranks' experts return, so nothing is summed here
             a, b, scale = columns.of(a), columns.shared(b), None if scale is None else columns.shared(scale)
-        self._edit = _Edit(a, b, scale, self._config)
+            entering = None if entering is None else columns.of(entering)
+        self._edit = _Edit(a, b, scale, entering, self._config)
         self.key = key
         self.resume()
 
@@ -135,15 +141,29 @@ class ExpertsEdit:
 
 @dataclass
 class _Edit:
-    """`a` (E, r, d_ff), `b` (E, d_model, r), `scale` (E, d_model) = s − 1; `config`: the config that the layers share."""
+    """`a` (E, r, d_ff), `b` (E, d_model, r), `scale` (E, d_model) = s − 1, `column_scale` (E, d_ff) = t − 1.
+
+    `config`: the config that the layers share.
+    """
 
     a: Tensor
     b: Tensor
     scale: Tensor | None
+    column_scale: Tensor | None
     config: Any
 
+    def entering(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What W_e multiplies instead of x (S, d_ff): t∘x; `experts` (S)."""
+        self._recast(x.dtype)
+        return x if self.column_scale is None else torch.addcmul(x, x, self.column_scale[experts])
+
+    def entering_all(self, x: Tensor) -> Tensor:
+        """The same of `x` (E, n, d_ff)."""
+        self._recast(x.dtype)
+        return x if self.column_scale is None else torch.addcmul(x, x, self.column_scale[:, None])
+
     def __call__(self, written: Tensor, x: Tensor, experts: Tensor) -> Tensor:
-        """W'_e x (S, d_model) of each (token, expert) pair, from `written` = W_e x; `x` (S, d_ff), `experts` (S)."""
+        """W'_e x (S, d_model) of each (token, expert) pair, from `written` = W_e (t∘x); `x` (S, d_ff), `experts` (S)."""
         self._recast(x.dtype)
         low = torch.bmm(self.a[experts], x[:, :, None])  # (S, r, 1)
         edited = written if self.scale is None else torch.addcmul(written, written, self.scale[experts])
@@ -164,6 +184,7 @@ class _Edit:
         if self.a.dtype != dtype:
             self.a, self.b = self.a.to(dtype), self.b.to(dtype)
             self.scale = None if self.scale is None else self.scale.to(dtype)
+            self.column_scale = None if self.column_scale is None else self.column_scale.to(dtype)
 
 
 def _experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -201,8 +222,8 @@ def _unrouted_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """
     x = hidden_states.view(len(self.down_proj), -1, hidden_states.shape[-1])
     gate, up = torch.bmm(x, self.gate_up_proj).chunk(2, dim=-1)
-    x = up * self.act_fn(gate)
-    return vars(self)[_EDIT].of_all(torch.bmm(x, self.down_proj), x).view(hidden_states.shape)
+    x, edit = up * self.act_fn(gate), vars(self)[_EDIT]
+    return edit.of_all(torch.bmm(edit.entering_all(x), self.down_proj), x).view(hidden_states.shape)
 
 
 def _idle_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -213,8 +234,8 @@ def _idle_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_w
 
 
 def _down(module: Any, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-    out = _linear(module, "down_proj", x, experts, offsets)
     edit: _Edit | None = vars(module).get(_EDIT)
+    out = _linear(module, "down_proj", x if edit is None else edit.entering(x, experts), experts, offsets)
     if edit is not None:
         out = edit(out, x.to(out.dtype), experts)
     return out + module.down_proj_bias[experts] if getattr(module, "has_bias", False) else out

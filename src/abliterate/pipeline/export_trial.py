@@ -48,6 +48,7 @@ from abliterate.pipeline.export import (
     verify,
     write,
 )
+from abliterate.pipeline.preflight import mode_refusal
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.report.ending import summary
 from abliterate.search.study import changed_parts
@@ -120,6 +121,8 @@ def export_trial(
             changed. AbliterateError: the export differs from the trial.
     """
     check_kind(settings.export.kind)
+    if settings.export.kind == "adapter" and (reason := mode_refusal(settings)):
+        raise InputError(f"An adapter can't hold this trial's edits ({reason}); choose --kind merged.")
     check_output(final)
     check_push(settings.export)
     stored = StoredTrial.read(settings, reporter, directory, number)

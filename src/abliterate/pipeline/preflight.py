@@ -12,7 +12,7 @@ import torch
 from transformers import PretrainedConfig
 
 from abliterate.directions import count_of, direction_method
-from abliterate.edits import check_several, edit_method, scales_rows
+from abliterate.edits import check_several, edit_method, scales_columns, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -49,7 +49,14 @@ def check_export(settings: Settings, config: PretrainedConfig, targets: Collecti
 
 def adapter_refusal(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> str:
     """The reason why an adapter can't hold edits of these modules, or ""."""
-    return peft_refusal(config, settings.load, targets, dora=_is_dora(settings))
+    return mode_refusal(settings) or peft_refusal(config, settings.load, targets, dora=_is_dora(settings))
+
+
+def mode_refusal(settings: Settings) -> str:
+    """The reason why no adapter can hold the edits of this mode, whatever the modules, or ""."""
+    edit = settings.edit
+    scaled = edit.representation == "exact" and scales_columns(edit_method(edit.mode))
+    return f"the edit mode {edit.mode!r} scales columns, as neither LoRA nor DoRA does" if scaled else ""
 
 
 def adapter_method(settings: Settings) -> str:

@@ -21,7 +21,7 @@ from abliterate.engine.batching import Batches
 from abliterate.evaluation.teacher_forced import TeacherForced, answer_logits, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.refine.loss import Loss, Rows, kl_losses, target_loss
-from abliterate.refine.parameters import Parameters, tensors_of
+from abliterate.refine.parameters import Parameters
 
 # Steps between two looks at the validation rows, at which the state becomes durable.
 LOOK = 10
@@ -101,7 +101,7 @@ class Pass:
 
     def gradients(self, factors: dict[str, Factors], rows: Rows, beta: float) -> tuple[Loss, dict[str, list[Tensor | None]]]:
         """The loss of `rows`, and the gradients of its total in every tensor of `factors`."""
-        leaves = [tensor for each in factors.values() for tensor in tensors_of(each)]
+        leaves = [tensor for each in factors.values() for tensor in each.tensors()]
         totals: list[Tensor | None] = [None] * len(leaves)
 
         def work(items: Sequence[_Item], base: dict[int, Tensor]) -> list[tuple[float, float, float]]:
@@ -121,7 +121,7 @@ class Pass:
         with self._checkpointed():
             loss = _mean(rows, self._run(factors, rows, work))
         of_leaves = iter(totals)
-        return loss, {name: [next(of_leaves) for _ in tensors_of(each)] for name, each in factors.items()}
+        return loss, {name: [next(of_leaves) for _ in each.tensors()] for name, each in factors.items()}
 
     def _run(
         self,

@@ -45,12 +45,12 @@ class Parameters:
         with torch.no_grad():
             found = {module.name: self._factors(index) for index, module in enumerate(self.modules)}
         for factors in found.values():
-            for tensor in tensors_of(factors):
+            for tensor in factors.tensors():
                 tensor.requires_grad_(True)
         return found
 
     def pull_back(self, gradients: Mapping[str, Sequence[Tensor | None]]) -> None:
-        """Set the gradients of θ from those of the factors, {module: one for each tensor of `tensors_of`}.
+        """Set the gradients of θ from those of the factors, {module: one for each of their tensors}.
 
         A module's factors are computed once more, so that at most one dense copy of a quantized W is in memory at a time.
         """
@@ -58,7 +58,7 @@ class Parameters:
         for index, module in enumerate(self.modules):
             coeff = self.coeffs[index].detach().requires_grad_(True)
             direction = self.directions[index].detach().requires_grad_(True)
-            pairs = zip(tensors_of(self._factors(index, coeff, direction)), gradients[module.name], strict=True)
+            pairs = zip(self._factors(index, coeff, direction).tensors(), gradients[module.name], strict=True)
             used = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
             found = torch.autograd.grad(
                 [tensor for tensor, _ in used],
@@ -83,8 +83,3 @@ class Parameters:
         v = (direction / direction.norm())[None].to(weight.device)  # its gradient is tangent to the sphere
         prepared = prepare(self.method, lambda: weight, v.double())
         return self.method.factors(prepared, _ALONE, coeff.to(weight.device))  # type: ignore[arg-type]
-
-
-def tensors_of(factors: Factors) -> list[Tensor]:
-    """The tensors of an edit's factors."""
-    return [tensor for tensor in (factors.row_scale, factors.a, factors.b) if tensor is not None]

@@ -17,6 +17,7 @@ from abliterate.edits import (
     Factors,
     SvdMemo,
     edit_method,
+    scales_columns,
     scales_rows,
     seed_of,
     svd_factors,
@@ -46,9 +47,9 @@ def edited(method: EditMethod, weight: Tensor, directions: Directions, x: float,
     """W' (float64) by the method's factors."""
     prepared = method.prepare(lambda: weight, directions.table())
     factors = method.factors(prepared, directions.blend(x), coeff)
-    low_rank = factors.b.double() @ factors.a.double()
-    scale = torch.ones(weight.shape[0]) if factors.row_scale is None else factors.row_scale
-    return scale.double()[:, None] * weight.double() + low_rank
+    scale = factors.entry_scale()
+    scaled = weight.double() if scale is None else scale.double() * weight.double()
+    return scaled + factors.b.double() @ factors.a.double()
 
 
 def unit(directions: Directions, x: float) -> Tensor:
@@ -75,6 +76,12 @@ class TestPre(EditContract):
     method = METHODS["pre"]
 
 
+class TestColumns(EditContract):
+    """Keeps the norms of columns."""
+
+    method = METHODS["columns"]
+
+
 class TestNone(EditContract):
     """Plain ablation."""
 
@@ -86,12 +93,16 @@ def test_definitions_spelled_out(mode: str) -> None:
     """The reference itself against docs/design.md §4, entry by entry."""
     weight, v, coeff = random_weight(5, 6).double(), unit(random_directions(5), 1.0), 0.7
     n = [math.sqrt(sum(float(x) ** 2 for x in row)) for row in weight]
-    base = [[float(x) / (1 if mode == "none" else n[i]) for x in row] for i, row in enumerate(weight)]
+    plain = mode in ("none", "columns")
+    base = [[float(x) / (1 if plain else n[i]) for x in row] for i, row in enumerate(weight)]
     along = [sum(float(v[i]) * base[i][j] for i in range(5)) for j in range(6)]
     rows = [[base[i][j] - coeff * float(v[i]) * along[j] for j in range(6)] for i in range(5)]
     if mode == "full":
         rows = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
-    expected = [[x * (1 if mode == "none" else n[i]) for x in row] for i, row in enumerate(rows)]
+    if mode == "columns":
+        shares = [math.sqrt(sum(row[j] ** 2 for row in base) / sum(row[j] ** 2 for row in rows)) for j in range(6)]
+        rows = [[x * share for x, share in zip(row, shares, strict=True)] for row in rows]
+    expected = [[x * (1 if plain else n[i]) for x in row] for i, row in enumerate(rows)]
     assert torch.allclose(METHODS[mode].dense(weight, v, coeff), torch.tensor(expected, dtype=torch.float64), rtol=1e-12)
 
 
@@ -186,8 +197,9 @@ def test_edits_are_rank_one_and_float32() -> None:
     for method in METHODS.values():
         factors = method.factors(method.prepare(lambda: weight, directions.table()), directions.blend(1.5), 1.0)
         assert (factors.a.shape, factors.b.shape) == ((1, 8), (12, 1))
-        assert {factors.a.dtype, factors.b.dtype} == {torch.float32}
+        assert {tensor.dtype for tensor in factors.tensors()} == {torch.float32}
         assert (factors.row_scale is not None) == scales_rows(method) == (method.name == "full")
+        assert (factors.column_scale is not None) == scales_columns(method) == (method.name == "columns")
 
 
 def test_unknown_mode_names_those_there_are() -> None:

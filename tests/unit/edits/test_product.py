@@ -15,7 +15,7 @@ from abliterate.edits.svd import SvdMemo
 from abliterate.errors import InputError
 from abliterate.export.check_weights import by_definition
 
-MODES = ("full", "pre", "none")
+MODES = ("full", "pre", "none", "columns")
 
 
 def make(d_out: int = 24, d_in: int = 40, count: int = 3, seed: int = 0, experts: int = 0) -> tuple[Tensor, Tensor]:
@@ -36,12 +36,15 @@ def dense_product(weight: Tensor, vectors: Tensor, coeffs: Sequence[float], mode
     """W' by matrices: every direction is projected out of what those before it left."""
     weight = weight.double()
     norms = weight.norm(dim=1, keepdim=True)
-    edited = weight if mode == "none" else torch.where(norms > 0, weight / norms.clamp_min(1e-300), 0)
+    edited = weight if mode in ("none", "columns") else torch.where(norms > 0, weight / norms.clamp_min(1e-300), 0)
     for v, coeff in zip(vectors, coeffs, strict=True):
         edited = (torch.eye(len(v), dtype=torch.float64) - coeff * torch.outer(v, v)) @ edited
     if mode == "full":
         lengths = edited.norm(dim=1, keepdim=True)
         edited = torch.where(lengths > 0, edited / lengths.clamp_min(1e-300), 0)
+    if mode == "columns":
+        lengths = edited.norm(dim=0)
+        return edited * torch.where(lengths > 0, weight.norm(dim=0) / lengths.clamp_min(1e-300), 0)
     return edited if mode == "none" else norms * edited
 
 
@@ -66,7 +69,7 @@ def test_one_direction_gives_the_edit_of_before(mode: str) -> None:
     single = method.factors(prepared, blend, 0.9)
     through = exact_factors(method, prepared, [blend], [0.9])
     product = method.product(prepared, [blend], torch.tensor([0.9], dtype=torch.float64))
-    for name in ("row_scale", "a", "b"):
+    for name in ("row_scale", "a", "b", "column_scale"):
         expected = getattr(single, name)
         assert (expected is None) == (getattr(product, name) is None)
         if expected is not None:
@@ -82,7 +85,9 @@ def test_laws(mode: str) -> None:
     edited = weight + exact_factors(METHODS[mode], prepared, alone(3), [1.0, 1.0, 1.0]).delta(weight)
     if mode == "full":
         torch.testing.assert_close(edited.norm(dim=1), weight.norm(dim=1), rtol=1e-5, atol=1e-6)
-    if mode == "none":
+    if mode == "columns":
+        torch.testing.assert_close(edited.norm(dim=0), weight.norm(dim=0), rtol=1e-5, atol=1e-6)
+    if mode in ("none", "columns"):
         assert (vectors[2] @ edited.double()).abs().max() < 1e-4
         orthogonal = torch.linalg.qr(vectors.T).Q.T
         prepared = prepare(METHODS[mode], lambda: weight, orthogonal)

@@ -24,7 +24,7 @@ from support.models import (
     write_dense,
 )
 
-MODES = ("full", "pre", "none")
+MODES = ("full", "pre", "none", "columns")
 FAMILIES = ("llama", "llama_biased", "qwen2", "gpt2", "gemma2", "phi3", "falcon")
 OFF = TrialParams("global", 1.0, dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(0.0, 1.0, 0.0, 2.0)))
 

@@ -161,7 +161,7 @@ def test_a_stack_is_its_matrices_one_by_one(mode: str, one_hot: bool) -> None:
         torch.testing.assert_close(single.delta(stack[index]).double(), expected, rtol=1e-4, atol=1e-5)
     again = Factors.stacked(singles)
     torch.testing.assert_close(again.delta(stack), batched.delta(stack))
-    parked, few = prepared.parked().fetched(blend)
+    parked, (few,) = prepared.parked().fetched([blend])
     assert torch.equal(method.factors(parked, few, 1.0).delta(stack), batched.delta(stack))
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import InputError
 from abliterate.pipeline.context import Context
-from abliterate.pipeline.preflight import note_adapter
+from abliterate.pipeline.export_trial import export_trial
+from abliterate.pipeline.preflight import check_export, note_adapter
 from abliterate.settings.schema import Settings
+from support.models import make_loaded, make_model
 from support.runs import Recorder
 
 
@@ -27,3 +33,15 @@ def test_dora_is_announced(kind: str, edit: dict[str, str], said: bool) -> None:
     note_adapter(Context.of(settings, recorder))
     assert any("vLLM and llama.cpp don't" in note and "--set edit.mode=pre" in note for note in recorder.notes) is said
     assert len(recorder.notes) == int(said)
+
+
+def test_an_adapter_of_scaled_columns_is_refused_before_the_search(tmp_path: Path) -> None:
+    loaded = make_loaded(make_model("llama"))
+    base = {"model": "demo", "export": {"kind": "adapter"}}
+    settings = Settings.model_validate(base | {"edit": {"mode": "columns"}})
+    with pytest.raises(InputError, match=r"'columns' scales columns, as neither LoRA nor DoRA does.*choose --export merged"):
+        check_export(settings, loaded.model.config, loaded.targets)
+    with pytest.raises(InputError, match=r"'columns' scales columns.*choose --kind merged"):
+        export_trial(settings, Recorder(), RunDirectory(tmp_path), 0, tmp_path / "out")
+    as_svd = Settings.model_validate(base | {"edit": {"mode": "columns", "representation": "svd"}})
+    check_export(as_svd, loaded.model.config, loaded.targets)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from abliterate.edits import METHODS, EditMethod, Factors
 from abliterate.edits.base import project, project_back
-from abliterate.refine.parameters import Module, Parameters, tensors_of
+from abliterate.refine.parameters import Module, Parameters
 
 MODES = sorted(METHODS)
 D_MODEL, D_IN, EXPERTS = 12, 20, 3
@@ -55,7 +55,7 @@ def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: 
     factors = parameters.factors()
     totals = [(goal * edited(weight, each)).sum() for goal, weight, each in zip(goals, weights, factors.values(), strict=True)]
     gradients = {
-        name: list(torch.autograd.grad(total, tensors_of(each)))
+        name: list(torch.autograd.grad(total, each.tensors()))
         for total, (name, each) in zip(totals, factors.items(), strict=True)
     }
     parameters.pull_back(gradients)
@@ -71,8 +71,9 @@ def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: 
 
 
 def edited(weight: Tensor, factors: Factors) -> Tensor:
-    """diag(row_scale) W + b a, differentiable in the factors."""
+    """diag(row_scale) W diag(column_scale) + b a, differentiable in the factors."""
     scaled = weight if factors.row_scale is None else factors.row_scale.double()[..., None] * weight
+    scaled = scaled if factors.column_scale is None else factors.column_scale.double()[..., None, :] * scaled
     return scaled + factors.b.double() @ factors.a.double()
 
 
@@ -80,7 +81,7 @@ def edited(weight: Tensor, factors: Factors) -> Tensor:
 def test_a_gradient_is_tangent_to_the_sphere(mode: str) -> None:
     parameters = made(METHODS[mode], [seeded(D_MODEL, D_IN)], [0.7])
     factors = parameters.factors()
-    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in tensors_of(factors["m0"])]})
+    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in factors["m0"].tensors()]})
     assert parameters.directions.grad is not None
     assert parameters.directions.grad.abs().max() > 1e-3
     assert abs(float(parameters.directions.grad[0] @ parameters.directions[0])) < 1e-9
