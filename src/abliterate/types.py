@@ -6,11 +6,13 @@ It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+Shape = Literal["linear", "gaussian", "cosine"]
 Scope = Literal["global", "per layer"]
 SCOPES: tuple[Scope, ...] = ("global", "per layer")
 TrialState = Literal["complete", "stopped", "failed"]
@@ -69,24 +71,56 @@ class Prompt:
     system: str = ""
 
 
+def _gaussian_fall(t: float) -> float:
+    """(1 − exp(−2t²)) / (1 − exp(−2)): a bell with σ = ½, cut and scaled so that it ends at 1."""
+    return math.expm1(-2 * t * t) / math.expm1(-2)
+
+
+def _cosine_fall(t: float) -> float:
+    """(1 − cos πt) / 2: half a period, flat at both ends."""
+    return (1 - math.cos(math.pi * t)) / 2
+
+
+# How a kernel falls from its largest coeff to its edge: a rising function from 0 at t = 0 to 1 at t = 1.
+FALLS: Mapping[str, Callable[[float], float]] = {"linear": float, "gaussian": _gaussian_fall, "cosine": _cosine_fall}
+
+
 @dataclass(frozen=True, slots=True)
 class Kernel:
     """The coeff of one component as a function of the layer (docs/design.md §4).
 
-    It is `max_coeff` at `position`, falls linearly to `min_coeff` at `distance` layers from there, and is 0 beyond.
+    It is `max_coeff` at `position`, falls to `min_coeff` at `distance` layers from there, and is 0 beyond. In between it is
+    max_coeff + fall(t)·(min_coeff − max_coeff), where t is the share of the distance and `shape` names the fall in `FALLS`.
     """
 
     max_coeff: float
     position: float
     min_coeff: float
     distance: float
+    shape: Shape = "linear"
 
     def coeff(self, layer: int) -> float:
         """The coeff λ of the module in `layer`."""
         away = abs(layer - self.position)
         if away > self.distance:
             return 0.0
-        return self.max_coeff + (away / self.distance) * (self.min_coeff - self.max_coeff)
+        return self.max_coeff + FALLS[self.shape](away / self.distance) * (self.min_coeff - self.max_coeff)
+
+    def to_record(self) -> dict[str, Any]:
+        """The JSON form; the inverse of `from_record`. It names no linear shape, as records from before there were others."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("shape", "linear")}
+
+    @staticmethod
+    def from_record(record: Mapping[str, Any]) -> Kernel:
+        """The inverse of `to_record`; TypeError or ValueError if it isn't what `to_record` gives."""
+        kernel = Kernel(**record)
+        for value in (kernel.max_coeff, kernel.min_coeff, kernel.position):
+            number(value, -LARGEST, LARGEST)
+        if number(kernel.distance, 0, LARGEST) == 0:
+            raise ValueError("a kernel has no distance")
+        if kernel.shape not in FALLS:
+            raise ValueError(f"there is no kernel {str(kernel.shape)[:40]!r}")
+        return kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +155,14 @@ class TrialParams:
         return {
             "scope": self.scope,
             "direction_index": self.direction_index,
-            "kernels": {name: asdict(kernel) for name, kernel in self.kernels.items()},
+            "kernels": {name: kernel.to_record() for name, kernel in self.kernels.items()},
             **({"extra": dict(self.extra)} if self.extra else {}),
         }
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> TrialParams:
         """The inverse of `to_record`; AttributeError, KeyError, TypeError or ValueError if it isn't what `to_record` gives."""
-        kernels = {name: Kernel(**kernel) for name, kernel in record["kernels"].items()}
-        for kernel in kernels.values():
-            for value in (kernel.max_coeff, kernel.min_coeff, kernel.position):
-                number(value, -LARGEST, LARGEST)
-            if number(kernel.distance, 0, LARGEST) == 0:
-                raise ValueError("a kernel has no distance")
+        kernels = {name: Kernel.from_record(kernel) for name, kernel in record["kernels"].items()}
         if record["scope"] not in SCOPES:
             raise ValueError(f"there is no scope {str(record['scope'])[:40]!r}")
         extra = {name: number(value, -LARGEST, LARGEST) for name, value in record.get("extra", {}).items()}

@@ -29,7 +29,7 @@ from abliterate.files import write_json
 from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
 from abliterate.prompts.files import public_source
 from abliterate.settings.schema import Settings
-from abliterate.types import LARGEST, LARGEST_COUNT, LARGEST_SCORE, RefinedParams, Trial
+from abliterate.types import LARGEST, LARGEST_COUNT, LARGEST_SCORE, RefinedParams, Shape, Trial
 
 # The weights that an export's edits were computed on: the model's as trials ran it, or the stored ones (`abliterate export`).
 Origin = Literal["trial", "weight files"]
@@ -103,6 +103,7 @@ class KernelPart(_Part):
     position: Bounded
     min_coeff: Bounded
     distance: float = Field(gt=0, le=LARGEST)
+    shape: Shape = "linear"
 
 
 class ParamsPart(_Part):

@@ -37,6 +37,8 @@ from abliterate.types import Objective, Prompt
 PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
+# Settings of the search that the first versions lacked.
+_LATER = ("kernel",)
 # The names of two parts of a study's identity.
 TOKENIZER_PART = "tokenizer"
 OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"
@@ -131,6 +133,7 @@ def study_identity(
     """Hashes of everything that a trial's meaning depends on, by a name that a person looks for; a resume compares them."""
     search = settings.search
     space = [search.direction_index, search.max_coeff, search.position, search.min_fraction, search.distance]
+    later = {name: value for name, value in _given(search, *_LATER).items() if name in _LATER}
     info = loaded.info
     parts: dict[str, Any] = {
         "model": [info.fingerprint, info.dtype, info.quantization],
@@ -147,7 +150,7 @@ def study_identity(
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": _given(settings.directions, "count") | directions.METHODS.origin(settings.directions.method),
         "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
-        "search space": [space, search.ei_candidates],
+        "search space": [space, search.ei_candidates, *([later] if later else [])],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),
     }

@@ -106,6 +106,12 @@ class SearchRecord:
         return list(dict.fromkeys(name for params in self._suggested for name in params.extra))
 
     @property
+    def kernel_columns(self) -> tuple[str, ...]:
+        """What programs get of each kernel: its numbers, and its shape if some trial's kernel isn't linear."""
+        shaped = any(kernel.shape != "linear" for params in self._suggested for kernel in params.kernels.values())
+        return (*_KERNEL, *(["shape"] if shaped else []))
+
+    @property
     def _suggested(self) -> list[TrialParams]:
         return [trial.params for trial in self.trials if isinstance(trial.params, TrialParams)]
 
@@ -124,10 +130,14 @@ class SearchRecord:
 
 
 def kernel_text(kernel: Kernel) -> str:
-    """`0.90 @ 8.1 → 0.20 ± 3.0`: the largest coeff at its layer, the coeff at the edge, and how many layers away that is."""
+    """`0.90 @ 8.1 → 0.20 ± 3.0`: the largest coeff at its layer, the coeff at the edge, and how many layers away that is.
+
+    A kernel that isn't linear names its shape.
+    """
     if not kernel.max_coeff:
         return "off"
-    return f"{kernel.max_coeff:.2f} @ {kernel.position:.1f} → {kernel.min_coeff:.2f} ± {kernel.distance:.1f}"
+    shape = "" if kernel.shape == "linear" else f" {kernel.shape}"
+    return f"{kernel.max_coeff:.2f} @ {kernel.position:.1f} → {kernel.min_coeff:.2f} ± {kernel.distance:.1f}{shape}"
 
 
 def refusals_text(trial: Trial, prompts: int) -> str:
@@ -290,7 +300,7 @@ def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
     """Trials for programs: every number as it is, and columns that depend on the run alone."""
     names = ("number", "state", "front", "selected", "refusals", "refusals_exact", *(f"kl_{name}" for name in _KL))
     kinds = ("count", *_KINDS) if search.tells_kinds else ()
-    kernels = [f"{component}.{name}" for component in search.components for name in _KERNEL]
+    kernels = [f"{component}.{name}" for component in search.components for name in search.kernel_columns]
     parameters = ("scope", "direction_index", *kernels, *search.extras, *(_REFINED if search.has_refined else ()))
     further = ("seconds", *parameters, "reason")
     rows = []
@@ -313,7 +323,7 @@ def _exact_parameters(params: Params) -> dict[str, Cell]:
     if isinstance(params, RefinedParams):
         found = (params.facts.get("beta"), params.facts.get("steps"), params.edited)
         return {"scope": _OWN, **dict(zip(_REFINED, found, strict=True))}
-    kernels = {f"{of}.{name}": getattr(kernel, name) for of, kernel in params.kernels.items() for name in _KERNEL}
+    kernels = {f"{of}.{name}": getattr(kernel, name) for of, kernel in params.kernels.items() for name in (*_KERNEL, "shape")}
     return {"scope": params.scope, "direction_index": params.direction_index, **kernels, **params.extra}
 
 

@@ -95,7 +95,7 @@ class Space:
         position = trial.suggest_float(f"{component}.position", low * last, high * last)
         fraction = trial.suggest_float(f"{component}.min_fraction", *ranges.min_fraction)
         distance = trial.suggest_float(f"{component}.distance", 1.0, max(1.0, ranges.distance * last))
-        return Kernel(max_coeff, position, fraction * max_coeff, distance)
+        return Kernel(max_coeff, position, fraction * max_coeff, distance, ranges.kernel)
 
 
 def _suggest(trial: Suggests, name: str, wanted: Range) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from abliterate.objectives import split
-from abliterate.types import LARGEST, LARGEST_COUNT
+from abliterate.types import LARGEST, LARGEST_COUNT, Shape
 
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
@@ -152,6 +152,7 @@ class SearchSettings(_Section):
     position: Interval = (0.6, 1.0)
     min_fraction: Interval = (0.0, 1.0)
     distance: float = Field(0.6, gt=0, le=1000)
+    kernel: Shape = "linear"
     storage: str = ""
     select: str = "auto"
     select_max_kl: float = Field(0.1, gt=0)
