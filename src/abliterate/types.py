@@ -27,6 +27,8 @@ OPERATIONS: tuple[Operation, ...] = ("residuals", "prefill", "decode")
 LARGEST = 1e6
 # The same for scores, of which hypervolumes are products, and for counts.
 LARGEST_SCORE, LARGEST_COUNT = 1e100, 2**53
+# The most directions of a layer: an edit's cost grows with their square.
+MOST_DIRECTIONS = 64
 # The `kind` in the record of refined parameters, their file's name in a run directory, and the most characters of their facts.
 REFINED = "refined"
 _REFINED_FILE, _SHA256, _MOST_FACTS = re.compile(r"refined/[0-9]{1,9}\.safetensors"), re.compile("[0-9a-f]{64}"), 1 << 20
@@ -183,9 +185,11 @@ class RefinedParams:
     """A coeff and a unit direction of its own for each edited module, found by gradient (docs/design.md §5b).
 
     `coeffs` maps module names to λ; modules that aren't named are off. The directions are tensors in `file` of the run
-    directory, one (d_model) float32 tensor per module name; `sha256` is the file's hash. `facts` say how they were found, as
-    plain JSON: `beta`, `steps`, `learn`, `seed`, `prompts` ({set: count and digest} of the training prompts), `start` (a
-    trial's number, or "teachers"), and `cosine` ({module: cosine of its direction to the one it started from}).
+    directory, one (d_model) float32 tensor per module name; of several directions (k, d_model), of norm 1 in all, where a row's
+    norm is the weight of its direction, by which λ is multiplied. `sha256` is the file's hash. `facts` say how they were found,
+    as plain JSON: `beta`, `steps`, `learn`, `seed`, `prompts` ({set: count and digest} of the training prompts), `start` (a
+    trial's number, or "teachers"), and `cosine` ({module: cosine of its direction to the one it started from; of several, of
+    all rows as one vector}).
     """
 
     coeffs: Mapping[str, float]

@@ -89,7 +89,7 @@ class Case:
 
 
 def make_case(folder: Path, family: str = "llama", stored: str = "bfloat16", seed: int = 0, **settings: Any) -> Case:
-    """A case on a tiny model; one row of an edited matrix is zero."""
+    """A case on a tiny model; one row of an edited matrix is zero. `settings` are those of `make_editor`."""
     model = make_model(family)
     model = zero_row(model) if family == "llama" else model
     path = save_model(model.to(getattr(torch, stored)), folder / "base")

@@ -186,18 +186,26 @@ def save_model(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def make_directions(n_layers: int, d_model: int, seed: int = 0) -> Directions:
-    """Random unit directions."""
+def make_directions(n_layers: int, d_model: int, seed: int = 0, count: int = 1) -> Directions:
+    """Random unit directions; several of a layer aren't orthogonal."""
     generator = torch.Generator().manual_seed(seed)
-    vectors = torch.randn(n_layers + 1, d_model, generator=generator)
-    return Directions(torch.nn.functional.normalize(vectors, dim=1))
+    if count == 1:
+        return Directions(torch.nn.functional.normalize(torch.randn(n_layers + 1, d_model, generator=generator), dim=1))
+    vectors = torch.randn(n_layers + 1, count, d_model, generator=generator) + 0.5
+    return Directions(torch.nn.functional.normalize(vectors, dim=2))
 
 
 def make_editor(
-    loaded: LoadedModel, *, incremental: bool = True, memo_size: int = 100, store: RefinedStore | None = None, **settings: Any
+    loaded: LoadedModel,
+    *,
+    incremental: bool = True,
+    memo_size: int = 100,
+    store: RefinedStore | None = None,
+    count: int = 1,
+    **settings: Any,
 ) -> Editor:
-    """An editor with random directions on all targets, and with the refined directions in `store`."""
-    directions = make_directions(loaded.info.n_layers, loaded.info.d_model)
+    """An editor with random directions on all targets, `count` a layer, and with the refined directions in `store`."""
+    directions = make_directions(loaded.info.n_layers, loaded.info.d_model, count=count)
     adapters = EditHooks(loaded.targets, incremental=incremental)
     refined = (store or RefinedStore()).directions
     return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size), refined=refined)
@@ -218,18 +226,23 @@ def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:
     return TrialParams(scope or draw.choice(["global", "per layer"]), draw.uniform(0, n_layers - 1), kernels)  # type: ignore[arg-type]
 
 
-def dense_edit(weight: Tensor, v: Tensor, coeff: float, mode: str) -> Tensor:
-    """W' by definition, in float64; the definition is repeated here, independent of the package."""
+def dense_edit(weight: Tensor, v: Tensor, coeff: float | Sequence[float], mode: str) -> Tensor:
+    """W' by definition, in float64; the definition is repeated here, independent of the package.
+
+    Several directions, v (k, d_model), are removed one after another, each with its coeff.
+    """
     weight, v = weight.double(), v.double()
-    plain = weight - coeff * torch.outer(v, v @ weight)
-    if mode == "none":
-        return plain
     if mode == "columns":
+        plain = weight - coeff * torch.outer(v, v @ weight)
         before, after = weight.norm(dim=0), plain.norm(dim=0)
         return plain * torch.where(after > 0, before / after, torch.zeros_like(after))
     norms = weight.norm(dim=1, keepdim=True)
     unit = torch.where(norms > 0, weight / norms, torch.zeros_like(weight))
-    edited = unit - coeff * torch.outer(v, v @ unit)
+    edited = weight if mode == "none" else unit
+    for one, strength in zip(v[None], [coeff], strict=True) if v.ndim == 1 else zip(v, coeff, strict=True):  # type: ignore[arg-type]
+        edited = edited - strength * torch.outer(one, one @ edited)
+    if mode == "none":
+        return edited
     if mode == "pre":
         return norms * edited
     length = edited.norm(dim=1, keepdim=True)
@@ -240,8 +253,8 @@ def write_dense(model: nn.Module, editor: Editor, params: Params, mode: str) -> 
     """Write the trial's W' into the weights of `model`, a copy of the editor's model."""
     for name, key in editor.plan(params).items():
         module, weight = model.get_submodule(name), dense_weight(model.get_submodule(name))
-        (v,), (coeff,) = editor.vectors(params, key)
-        edited = [dense_edit(one, v, coeff, mode) for one in (weight if weight.ndim == 3 else weight[None])]
+        vectors, coeffs = editor.vectors(params, key)
+        edited = [dense_edit(one, vectors, coeffs, mode) for one in (weight if weight.ndim == 3 else weight[None])]
         write_weight(module, torch.stack(edited).view(weight.shape))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ def own_edits(editor: Editor, params: TrialParams, noise: float = 0.0, share: fl
     generator = torch.Generator().manual_seed(1)
     coeffs, directions = {}, {}
     for name, key in editor.plan(params).items():
-        (v,), (coeff,) = editor.vectors(params, key)
-        moved = v + noise * torch.randn(len(v), generator=generator, dtype=v.dtype) / len(v) ** 0.5
-        coeffs[name], directions[name] = share * coeff, torch.nn.functional.normalize(moved, dim=0).float()
+        rows, own = editor.vectors(params, key)
+        coeff = math.copysign(math.hypot(*own), own[0])
+        rows = rows * torch.tensor(own)[:, None] / coeff
+        moved = rows + noise * torch.randn(rows.shape, generator=generator, dtype=rows.dtype) / rows.shape[1] ** 0.5
+        coeffs[name], directions[name] = share * coeff, (moved / moved.norm()).float().squeeze(0)
     return coeffs, directions
 
 

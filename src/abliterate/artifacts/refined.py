@@ -19,12 +19,12 @@ from torch import Tensor
 from abliterate import ranks
 from abliterate.errors import AbliterateError, InputError, disk_remedy
 from abliterate.files import write_atomically
-from abliterate.types import REFINED, Params, RefinedParams
+from abliterate.types import MOST_DIRECTIONS, REFINED, Params, RefinedParams
 
 FORMAT = "1"
 # Bytes of a file, so that a recipe can carry it: 2,000 modules of a model with a d_model of 4,096 need as many.
 LARGEST = 32 << 20
-# How far the norm of a unit direction may be from 1 in float32.
+# How far the norm of a module's directions may be from 1 in float32.
 _NORM = 1e-3
 
 
@@ -39,12 +39,13 @@ class RefinedStore:
     def put(
         self, number: int, coeffs: Mapping[str, float], directions: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> RefinedParams:
-        """Store the unit directions {module: v (d_model)} of trial `number`; returns its parameters.
+        """Store the directions {module: v (d_model) or (k, d_model)} of trial `number`; returns its parameters.
 
-        The file is written atomically, and equal directions give an equal file.
+        A module's directions have norm 1 in all; the norms of several are their weights. The file is written atomically, and
+        equal directions give an equal file.
 
         Raises:
-            ValueError: a module has only a coeff or only a direction, a direction isn't a unit vector, or the facts aren't
+            ValueError: a module has only a coeff or only a direction, its directions aren't of norm 1, or the facts aren't
                 JSON. AbliterateError: the disk refuses, or the directions are larger than a run may hold.
         """
         # Clones, because safetensors refuses tensors that share a storage, as the rows of one table do.
@@ -79,7 +80,7 @@ class RefinedStore:
         return content
 
     def directions(self, params: RefinedParams) -> dict[str, Tensor]:
-        """{module: v (d_model) float32} of the parameters. InputError: as in `content`."""
+        """{module: v (d_model) or (k, d_model) float32} of the parameters. InputError: as in `content`."""
         if self._last[0] != params.sha256 or self._last[1].keys() != params.coeffs.keys():
             self._last = (params.sha256, self._checked(params, self.content(params)))
         return self._last[1]
@@ -116,7 +117,10 @@ class RefinedStore:
 
 
 def tensors_of(content: bytes, params: RefinedParams) -> dict[str, Tensor]:
-    """{module: v (d_model) float32} in the content of the parameters' file; ValueError, with the reason, if it is none."""
+    """{module: v (d_model) or (k, d_model) float32} in the content of the parameters' file.
+
+    ValueError, with the reason, if it is none.
+    """
     if len(content) > LARGEST:
         raise ValueError("it is too large")
     if hashlib.sha256(content).hexdigest() != params.sha256:
@@ -127,13 +131,16 @@ def tensors_of(content: bytes, params: RefinedParams) -> dict[str, Tensor]:
         raise ValueError("it is no safetensors file") from error
     if tensors.keys() != params.coeffs.keys():
         raise ValueError("it has directions of other modules than the trial edits")
-    if {(tensor.dtype, tensor.ndim) for tensor in tensors.values()} != {(torch.float32, 1)}:
+    if not all(tensor.dtype == torch.float32 and tensor.ndim in (1, 2) for tensor in tensors.values()):
         raise ValueError("a direction in it isn't a vector in float32")
-    if len({len(tensor) for tensor in tensors.values()}) > 1:
-        raise ValueError("its directions have different lengths")
+    shapes = {tensor.shape for tensor in tensors.values()}
+    if len(shapes) > 1:
+        raise ValueError("its directions have different lengths, or modules different numbers of them")
+    if any(len(shape) == 2 and shape[0] > MOST_DIRECTIONS for shape in shapes):
+        raise ValueError(f"a module in it has more than {MOST_DIRECTIONS} directions")
     # False for NaN.
     if not all(abs(float(tensor.double().norm()) - 1) < _NORM for tensor in tensors.values()):
-        raise ValueError("a direction in it isn't a unit vector")
+        raise ValueError("a module's directions in it don't have norm 1")
     return tensors
 
 

@@ -15,6 +15,7 @@ from abliterate.directions.base import (
     SeveralDirections,
     count_of,
     needs_means,
+    unit_rows,
     winsorize,
 )
 from abliterate.directions.kmeans import KMeans
@@ -74,5 +75,6 @@ __all__ = [
     "direction_method",
     "needs_means",
     "summarize_residuals",
+    "unit_rows",
     "winsorize",
 ]

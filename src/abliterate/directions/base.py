@@ -184,6 +184,13 @@ def normalize_rows(rows: Tensor) -> Tensor:
     return torch.where(norms > 1e-12, rows / norms.clamp_min(1e-12), torch.zeros_like(rows))
 
 
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of (k, d) float64 that aren't zero, scaled to norm 1, and their norms: (k', d) and (k'), differentiable."""
+    kept = rows[rows.any(dim=1)]
+    norms = kept.norm(dim=1)
+    return kept / norms[:, None], norms
+
+
 class ResidualMeans:
     """A running float64 sum of residuals, each prompt's and layer's vector winsorized at `quantile`.
 

@@ -1,7 +1,8 @@
 """Export an edit as a PEFT adapter: DoRA for row-scaled edits, plain LoRA for the others, of the rank that the edit has.
 
 A DoRA layer computes m ∘ rownormalize(W + BA). With m = n (W's row norms), A = a and B = −λ n∘v that is the `full`
-edit itself: the same matrix, not an approximation. The files are written as PEFT saves them, without wrapping a model.
+edit itself: the same matrix, not an approximation; several directions are rows of A and columns of B. The files are written
+as PEFT saves them, without wrapping a model.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -73,7 +75,7 @@ class Adapter:
         )
         config.save_pretrained(str(folder))
         _sort_modules(folder / "adapter_config.json")
-        save_file(_tensors(job, matrices, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(_tensors(job, matrices, rank, dora=dora), folder / "adapter_model.safetensors", metadata={"format": "pt"})
         save_companions(job, folder)
         return {"method": "dora" if dora else "lora", "rank": rank, "edited_modules": len(job.factors)}
 
@@ -132,7 +134,7 @@ def peft_refusal(config: PretrainedConfig, load: LoadSettings, targets: Collecti
     return f"PEFT takes {wrong[0]} for something else" if wrong else ""
 
 
-def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Tensor]:
+def _tensors(job: ExportJob, matrices: Matrices, rank: int, *, dora: bool) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names; the base's matrices are read one at a time, for their row norms."""
     tensors: dict[str, Tensor] = {}
     for name, factors in job.factors.items():
@@ -140,7 +142,9 @@ def _tensors(job: ExportJob, matrices: Matrices, *, dora: bool) -> dict[str, Ten
         a, b = factors.a, factors.b
         if dora:
             a, b, tensors[f"{key}.lora_magnitude_vector"] = dora_factors(factors, matrices.of(matrices.targets[name]))
-        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = a, b
+        # PEFT wants the same rank everywhere; a module may lose fewer directions than others.
+        tensors[f"{key}.lora_A.weight"] = pad(a, (0, 0, 0, rank - len(a)))
+        tensors[f"{key}.lora_B.weight"] = pad(b, (0, rank - len(a)))
     return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
 
 

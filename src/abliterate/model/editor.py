@@ -13,7 +13,7 @@ from math import inf
 import torch
 from torch import Tensor
 
-from abliterate.directions import Blend, Directions
+from abliterate.directions import Blend, Directions, unit_rows
 from abliterate.edits import (
     EditMethod,
     Factors,
@@ -37,7 +37,7 @@ from abliterate.types import Params, RefinedParams, TrialParams, weight_name
 # (module, its directions, their coeffs); the directions are a layer position, or the hash of the file of refined directions.
 # Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
 EditKey = tuple[str, float | str, tuple[float, ...]]
-# The directions {module: v (d_model) float32} of refined parameters; of several directions, (k, d_model).
+# The directions {module: v (d_model) float32} of refined parameters; several are (k, d_model), and their norms their weights.
 RefinedDirections = Callable[[RefinedParams], Mapping[str, Tensor]]
 
 
@@ -150,7 +150,10 @@ class Editor:
                 f"The refined directions ({params.file}) have {v.shape[-1]} entries, and the model's hidden states {d_model}; "
                 "put the run's own file back, or choose another trial."
             )
-        return v[None].double(), coeffs
+        if v.ndim == 1:
+            return v[None].double(), coeffs
+        unit, weights = unit_rows(v.double())
+        return unit, tuple((coeffs[0] * weights).tolist())
 
     def _removed(self, x: float, coeffs: Sequence[float]) -> list[tuple[Blend, float]]:
         """The directions at layer position `x` that aren't zero, each with its coeff, but for those with a coeff of 0."""

@@ -37,7 +37,7 @@ from abliterate.settings.schema import RefineSettings
 from abliterate.types import RefinedParams, Trial
 
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
-# to be divided by √d_model.
+# to be divided by √d_model, or for k directions a module by √(k · d_model).
 _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
 
 
@@ -175,8 +175,8 @@ class Refinement:
         """
         bench, settings, beta = self._bench, self._settings, plan.beta
         parameters, starts = self._parameters(plan.before)
-        n, d_model = parameters.directions.shape
-        rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(d_model) if settings.learn == "directions" else 0.0)
+        n, entries = parameters.directions.flatten(1).shape
+        rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(entries) if settings.learn == "directions" else 0.0)
         passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
@@ -238,7 +238,7 @@ class Refinement:
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
-        cosines = (best.directions * starts).sum(dim=1).clamp(-1, 1).tolist()
+        cosines = (best.directions * starts).flatten(1).sum(dim=1).clamp(-1, 1).tolist()
         facts = {
             "beta": plan.beta,
             "steps": descent.steps + (before.params.facts["steps"] if before else 0),
@@ -260,12 +260,17 @@ class Refinement:
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:
-        """θ at the start of a descent, and the directions (n, d_model) that everything began with."""
+        """θ at the start of a descent, and the directions that everything began with, (n, d_model) or (n, k, d_model).
+
+        Several directions of a module begin with equal weights.
+        """
         bench = self._bench
-        table = bench.editor.directions.first()[1:].float().cpu()
+        table = bench.editor.directions.vectors[1:].float().cpu()
         targets = [target for target in bench.loaded.targets if table[target.layer].any()]
         modules = [Module(target.name, target.layer, partial(_weight, target.module)) for target in targets]
         starts = torch.stack([table[target.layer] for target in targets])
+        found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
+        starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
         coeffs, directions = torch.full((len(targets),), _START / len(targets)), starts.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)

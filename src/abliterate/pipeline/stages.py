@@ -44,7 +44,7 @@ from abliterate.pipeline.workbench import Workbench
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.base import asks_base
 from abliterate.search.pruner import DominancePruner
-from abliterate.types import Baseline, Objective, Params, Prompt, Trial
+from abliterate.types import MOST_DIRECTIONS, Baseline, Objective, Params, Prompt, Trial
 
 FORMAT = "1"  # of directions.safetensors
 # Objectives that leave nothing to search for if the model refuses nothing.
@@ -139,6 +139,8 @@ def read_directions(path: Path, result: Result) -> Directions:
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
         if all(shape) and (stored.n_layers, stored.d_model) != shape:
             raise ValueError("directions of another model")
+        if stored.count > MOST_DIRECTIONS:
+            raise ValueError("too many directions")
         if any(trial.params.fault(stored.n_layers) for trial in result.trials):
             raise ValueError("directions of fewer layers than the trials use")
         return stored

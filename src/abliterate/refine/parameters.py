@@ -1,7 +1,10 @@
 """The parameters that refinement learns: a coeff and a unit direction of its own for every module, θ = {λ_m, v_m}.
 
-They become an edit's factors by the edit method itself, which is differentiable in both; no gradient of a weight exists
-(docs/design.md §5b).
+With several directions, v_m is a matrix of norm 1 in all: row j is a unit direction times its weight w_j, and its strength is
+λ_m w_j. So one direction is the case of one row, of weight 1.
+
+They become an edit's factors by the edit method itself, which is differentiable in both; no gradient of a weight of the model
+exists (docs/design.md §5b).
 """
 
 from __future__ import annotations
@@ -12,10 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abliterate.directions import Blend
+from abliterate.directions import Blend, unit_rows
 from abliterate.edits import EditMethod, Factors, prepare
-
-_ALONE = Blend((0,), (1.0,))  # the only prepared direction
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Module:
 
 @dataclass
 class Parameters:
-    """θ: `coeffs` (n) and `directions` (n, d_model), float32 leaves of the graph; the rows of `directions` have norm 1."""
+    """θ: `coeffs` (n) and `directions` (n, d_model), or of several a module (n, k, d_model), float32 leaves of the graph.
+
+    Each module's directions have norm 1 in all.
+    """
 
     modules: Sequence[Module]
     method: EditMethod
@@ -72,14 +76,20 @@ class Parameters:
 
     @torch.no_grad()
     def normalize(self) -> None:
-        """Scale every direction to norm 1 again, after a step."""
-        self.directions /= self.directions.norm(dim=1, keepdim=True)
+        """Scale every module's directions to norm 1 in all again, after a step."""
+        flat = self.directions.view(len(self.modules), -1)
+        flat /= flat.norm(dim=1, keepdim=True)
 
     def _factors(self, index: int, coeff: Tensor | None = None, direction: Tensor | None = None) -> Factors:
         module = self.modules[index]
         coeff = self.coeffs[index] if coeff is None else coeff
         direction = self.directions[index] if direction is None else direction
         weight = module.read_weight()
-        v = (direction / direction.norm())[None].to(weight.device)  # its gradient is tangent to the sphere
-        prepared = prepare(self.method, lambda: weight, v.double())
-        return self.method.factors(prepared, _ALONE, coeff.to(weight.device))  # type: ignore[arg-type]
+        whole = (direction / direction.norm()).to(weight.device)  # its gradient is tangent to the sphere
+        if whole.ndim == 1:
+            prepared = prepare(self.method, lambda: weight, whole[None].double())
+            return self.method.factors(prepared, Blend((0,), (1.0,)), coeff.to(weight.device))  # type: ignore[arg-type]
+        vectors, weights = unit_rows(whole.double())
+        prepared = prepare(self.method, lambda: weight, vectors)
+        alone = [Blend((row,), (1.0,)) for row in range(len(vectors))]
+        return self.method.product(prepared, alone, coeff.to(weight.device) * weights)

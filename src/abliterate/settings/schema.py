@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from abliterate.objectives import split
-from abliterate.types import LARGEST, LARGEST_COUNT, Shape
+from abliterate.types import LARGEST, LARGEST_COUNT, MOST_DIRECTIONS, Shape
 
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
@@ -126,7 +126,7 @@ class DirectionSettings(_Section):
     """How directions are computed from residuals."""
 
     method: str = "projected"
-    count: int = Field(0, ge=0, le=64)
+    count: int = Field(0, ge=0, le=MOST_DIRECTIONS)
     winsorize_quantile: float = Field(1.0, gt=0, le=1)
 
 

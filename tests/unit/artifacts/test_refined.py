@@ -98,6 +98,16 @@ def test_directions_come_back(in_memory: bool, tmp_path: Path) -> None:
         assert sorted(path.name for path in folder.iterdir()) == ["7.safetensors", "8.safetensors"]
 
 
+def test_several_directions_come_back_with_their_weights(tmp_path: Path) -> None:
+    rows = torch.randn(len(COEFFS), 3, 8, generator=torch.Generator().manual_seed(0))
+    given = {name: own / own.norm() for name, own in zip(COEFFS, rows, strict=True)}
+    store = RefinedStore(tmp_path / "refined")
+    params = store.put(7, COEFFS, given, FACTS)
+    assert all(torch.equal(RefinedStore(tmp_path / "refined").directions(params)[name], v) for name, v in given.items())
+    with pytest.raises(ValueError, match="norm"):
+        store.put(7, COEFFS, {name: torch.nn.functional.normalize(v, dim=1) for name, v in given.items()}, FACTS)
+
+
 def test_what_is_given_must_fit_together() -> None:
     store, given = RefinedStore(), directions()
     for coeffs, vectors, facts in (
@@ -180,13 +190,15 @@ CONTENTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "a module too many": (lambda given: given | {"more": given["layers.0.o"].clone()}, "other modules"),
     "half precision": (lambda given: {name: v.half() for name, v in given.items()}, "float32"),
     "double precision": (lambda given: {name: v.double() for name, v in given.items()}, "float32"),
-    "matrices": (lambda given: {name: v[None] for name, v in given.items()}, "float32"),
+    "three dimensions": (lambda given: {name: v[None, None] for name, v in given.items()}, "float32"),
+    "another number": (lambda given: given | {"layers.0.o": given["layers.0.o"][None]}, "different numbers"),
+    "too many": (lambda given: {name: v.expand(65, -1) / 65**0.5 for name, v in given.items()}, "more than 64 directions"),
     "numbers": (lambda given: {name: v[0].clone() for name, v in given.items()}, "float32"),
     "another length": (lambda given: given | {"layers.0.o": torch.tensor([1.0])}, "lengths"),
-    "no unit vectors": (lambda given: {name: 3 * v for name, v in given.items()}, "unit vector"),
-    "NaN": (lambda given: {name: v * float("nan") for name, v in given.items()}, "unit vector"),
-    "infinity": (lambda given: {name: v * float("inf") for name, v in given.items()}, "unit vector"),
-    "zeros": (lambda given: {name: 0 * v for name, v in given.items()}, "unit vector"),
+    "no unit vectors": (lambda given: {name: 3 * v for name, v in given.items()}, "norm 1"),
+    "NaN": (lambda given: {name: v * float("nan") for name, v in given.items()}, "norm 1"),
+    "infinity": (lambda given: {name: v * float("inf") for name, v in given.items()}, "norm 1"),
+    "zeros": (lambda given: {name: 0 * v for name, v in given.items()}, "norm 1"),
 }
 
 

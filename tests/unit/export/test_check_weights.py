@@ -34,6 +34,17 @@ def test_correct_exports_pass(family: str, stored: str, mode: str, kind: str, tm
 
 
 @pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("mode", ["full", "pre", "none"])
+def test_exports_of_several_directions_pass(mode: str, kind: str, tmp_path: Path) -> None:
+    case = make_case(tmp_path, stored="float32", mode=mode, count=3)
+    assert {factors.a.shape[0] for factors in case.job.factors.values()} == {3}
+    ok, record = case.check(kind, tmp_path / "out", chunk=300)
+    assert ok, record
+    without = case.with_factors(lambda factors: {name: replace(each, b=0.9 * each.b) for name, each in factors.items()})
+    assert not case.check(kind, tmp_path / "other", without)[0]
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
 def test_exports_of_the_svd_representation_pass(kind: str, tmp_path: Path) -> None:
     ok, record = make_case(tmp_path, representation="svd", rank=2).check(kind, tmp_path / "out")
     assert ok, record

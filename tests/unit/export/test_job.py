@@ -22,7 +22,7 @@ from abliterate.model.loader import LoadedModel
 from abliterate.settings.schema import ExportSettings
 from abliterate.types import Objective
 from support.contracts import ExporterContract
-from support.exports import CARD_FACTS, FLOAT32, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
+from support.exports import CARD_FACTS, FLOAT32, ON, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
 from support.models import logits_of, make_editor, make_loaded, make_model, make_params, save_model
 
 
@@ -147,6 +147,24 @@ def test_zero_row_survives(kind: str, mode: str, tmp_path: Path) -> None:
         found = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert torch.isfinite(found).all()
     torch.testing.assert_close(found, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("mode", ["full", "pre", "none"])
+@pytest.mark.parametrize("family", ["llama_biased", "gpt2"])
+def test_adapter_of_several_directions_reloads_with_plain_peft(family: str, mode: str, tmp_path: Path) -> None:
+    """Its rank is the largest number of directions that a module loses; a layer loses two of three here."""
+    model = zero_row(make_model(family)) if family != "gpt2" else make_model(family)
+    loaded = make_loaded(model, str(save_model(model, tmp_path / "base")))
+    editor = make_editor(loaded, mode=mode, count=3)
+    editor.directions.vectors[2, 0] = 0
+    params = replace(ON, scope="per layer")
+    editor.apply(params)
+    expected, job = logits_of(loaded.model), make_job(loaded, editor.factors(params))
+    assert {factors.a.shape[0] for factors in job.factors.values()} == {2, 3}
+    facts = write("adapter", job, tmp_path / "out")
+    assert (facts["method"], facts["rank"]) == ("dora" if mode == "full" else "lora", 3)
+    found = peft_logits(job, tmp_path / "out")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_svd_adapter_is_plain_lora_of_that_rank(tmp_path: Path) -> None:

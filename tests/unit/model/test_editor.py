@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,8 +21,17 @@ from abliterate.errors import InputError
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
-from abliterate.types import RefinedParams
-from support.models import dense_edit, logits_of, make_directions, make_editor, make_loaded, make_model, make_params
+from abliterate.types import Kernel, RefinedParams, TrialParams, weight_name
+from support.models import (
+    dense_edit,
+    logits_of,
+    make_directions,
+    make_editor,
+    make_loaded,
+    make_model,
+    make_params,
+    write_dense,
+)
 from support.refined import own_edits
 
 MODES = sorted(METHODS)
@@ -193,14 +204,15 @@ def test_refined_edits_are_those_of_the_definition(mode: str, family: str) -> No
             assert float((edited - matrix).norm() / expected.norm()) > 1e-3
 
 
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("mode", MODES)
-def test_a_trials_own_edits_as_refined_ones_are_the_trial(mode: str, family: str) -> None:
+def test_a_trials_own_edits_as_refined_ones_are_the_trial(mode: str, family: str, count: int) -> None:
     loaded, store = make_loaded(make_model(family)), RefinedStore()
-    editor = make_editor(loaded, mode=mode, store=store)
+    editor = make_editor(loaded, mode=mode, store=store, count=count)
     base = logits_of(loaded.model)
     for scope in ("global", "per layer"):
-        params = make_params(0, loaded.info.n_layers, scope)
+        params = replace(make_params(0, loaded.info.n_layers, scope), extra={weight_name(0): 0.6})
         editor.apply(params)
         expected = logits_of(loaded.model)
         editor.apply(store.put(0, *own_edits(editor, params), {}))
@@ -208,6 +220,22 @@ def test_a_trials_own_edits_as_refined_ones_are_the_trial(mode: str, family: str
         assert float((expected - base).abs().max()) > 1e-2
     editor.suspend()
     assert torch.equal(logits_of(loaded.model), base)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("mode", MODES)
+def test_several_directions_are_removed_one_after_another(mode: str, family: str) -> None:
+    """With a weight each; a direction that is zero, or has a weight of 0, is left out."""
+    loaded = make_loaded(make_model(family))
+    editor, dense = make_editor(loaded, mode=mode, count=3), copy.deepcopy(loaded.model)
+    editor.directions.vectors[2, 0] = 0
+    kernels = dict.fromkeys(("attn.o_proj", "mlp.down_proj"), Kernel(1.2, 1.0, 0.5, 9.0))
+    params = TrialParams("per layer", 0.0, kernels, {weight_name(0): 0.6, weight_name(1): 0.0})
+    ranks = {target.layer: editor.factors(params)[target.name].a.shape[-2] for target in loaded.targets}
+    assert ranks == {0: 2, 1: 1, 2: 2}
+    editor.apply(params)
+    write_dense(dense, editor, params, mode)
+    torch.testing.assert_close(logits_of(loaded.model), logits_of(dense), rtol=1e-4, atol=1e-5)
 
 
 def test_refined_edits_as_low_rank_are_as_near_as_a_trials() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,6 +69,75 @@ def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: 
         # Factors are float32, so gradients agree to about 1e-6 of their size.
         torch.testing.assert_close(parameters.directions.grad[index], of_v, rtol=1e-4, atol=1e-4 * float(of_v.abs().max()))
         torch.testing.assert_close(parameters.coeffs.grad[index], of_coeff, rtol=1e-4, atol=1e-4 * abs(float(of_coeff)))
+
+
+def dense_product(method: EditMethod, weight: Tensor, rows: Tensor, coeff: Tensor) -> Tensor:
+    """W' of one matrix by definition: row after row is removed, and the rows' norms are weights."""
+    rows, norms = rows / rows.norm(), weight.norm(dim=1, keepdim=True)
+    found = weight if method.name == "none" else weight / norms
+    for row in rows:
+        weighted = row.norm()
+        found = found - coeff * weighted * torch.outer(row / weighted, row / weighted @ found)
+    if method.name == "full":
+        found = torch.nn.functional.normalize(found, dim=1)
+    return found if method.name == "none" else norms * found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_two_directions_and_their_weights(mode: str, fused: bool) -> None:
+    method, shape = METHODS[mode], (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
+    weight, goal = seeded(*shape, seed=1), seeded(*shape, seed=3)
+    parameters = several(method, weight, 2)
+    rows, coeff = parameters.directions[0].clone(), parameters.coeffs[0].clone()
+
+    def total(rows: Tensor, coeff: Tensor) -> float:
+        parts = zip(weight.view(-1, D_MODEL, D_IN), goal.view(-1, D_MODEL, D_IN), strict=True)
+        return sum(float((own * dense_product(method, part, rows, coeff)).sum()) for part, own in parts)
+
+    factors = parameters.factors()["m0"]
+    found = (goal * edited(weight, factors)).sum()
+    assert float(found.detach()) == pytest.approx(total(rows, coeff), rel=1e-5)
+    parameters.pull_back({"m0": list(torch.autograd.grad(found, tensors_of(factors)))})
+    assert parameters.directions.grad is not None
+    assert parameters.coeffs.grad is not None
+    of_rows = finite_difference(lambda at: total(at, coeff), rows)
+    of_coeff = finite_difference(lambda at: total(rows, at), coeff)
+    torch.testing.assert_close(parameters.directions.grad[0], of_rows, rtol=1e-4, atol=1e-4 * float(of_rows.abs().max()))
+    torch.testing.assert_close(parameters.coeffs.grad[0], of_coeff, rtol=1e-4, atol=1e-4 * abs(float(of_coeff)))
+    assert abs(float((parameters.directions.grad[0] * rows).sum())) < 1e-9  # tangent to the sphere
+
+
+def several(method: EditMethod, weight: Tensor, count: int) -> Parameters:
+    """One module with several directions of different weights."""
+    rows = seeded(1, count, D_MODEL, seed=7)
+    parameters = Parameters([Module("m0", 0, lambda: weight)], method, torch.tensor([0.7], dtype=torch.float64), rows)
+    parameters.normalize()
+    return parameters
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_row_that_is_zero_changes_nothing_and_stays_zero(mode: str) -> None:
+    weight = seeded(D_MODEL, D_IN, seed=1)
+    parameters = several(METHODS[mode], weight, 3)
+    parameters.directions[0, 1] = 0
+    parameters.normalize()
+    without = replace(parameters, directions=parameters.directions[:, [0, 2]].clone())
+    for found, expected in zip(*(tensors_of(each.factors()["m0"]) for each in (parameters, without)), strict=True):
+        assert torch.equal(found, expected)
+    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in tensors_of(parameters.factors()["m0"])]})
+    assert parameters.directions.grad is not None
+    assert parameters.directions.grad[0, 1].count_nonzero() == 0
+    assert torch.isfinite(parameters.directions.grad).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_row_is_one_direction(mode: str) -> None:
+    weight = seeded(D_MODEL, D_IN, seed=1)
+    row = several(METHODS[mode], weight, 1)
+    alone = replace(row, directions=row.directions[:, 0].clone())
+    for found, expected in zip(*(tensors_of(each.factors()["m0"]) for each in (row, alone)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def edited(weight: Tensor, factors: Factors) -> Tensor:
