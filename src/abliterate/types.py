@@ -170,6 +170,11 @@ class TrialParams:
         extra = {name: number(value, -LARGEST, LARGEST) for name, value in record.get("extra", {}).items()}
         return TrialParams(record["scope"], float(number(record["direction_index"], 0, LARGEST)), kernels, extra)
 
+    @property
+    def directions(self) -> int:
+        """The number of directions of a layer, each of which has a weight if there are several."""
+        return max(1, sum(weight_name(place) in self.extra for place in range(MOST_DIRECTIONS)))
+
     def fault(self, n_layers: int, components: Collection[str] = (), modules: Collection[str] | None = None) -> str:
         """Why they can't be of a model with so many layers, these components and, where known, these modules; "" if they can.
 
@@ -188,8 +193,8 @@ class RefinedParams:
     directory, one (d_model) float32 tensor per module name; of several directions (k, d_model), of norm 1 in all, where a row's
     norm is the weight of its direction, by which λ is multiplied. `sha256` is the file's hash. `facts` say how they were found,
     as plain JSON: `beta`, `steps`, `learn`, `seed`, `prompts` ({set: count and digest} of the training prompts), `start` (a
-    trial's number, or "teachers"), and `cosine` ({module: cosine of its direction to the one it started from; of several, of
-    all rows as one vector}).
+    trial's number, or "teachers"), `cosine` ({module: cosine of its direction to the one it started from; of several, of
+    all rows as one vector}), and `directions` (their number a module; left out if it is 1).
     """
 
     coeffs: Mapping[str, float]
@@ -217,9 +222,15 @@ class RefinedParams:
             raise ValueError("its facts are too long")
         number(facts.get("beta", 0))
         count(facts.get("steps", 0))
+        count(facts.get("directions", 1), MOST_DIRECTIONS)
         for cosine in facts.get("cosine", {}).values():
             number(cosine, -1.01, 1.01)
         return RefinedParams(coeffs, record["file"], record["sha256"], facts)
+
+    @property
+    def directions(self) -> int:
+        """The number of directions of a module."""
+        return max(1, int(self.facts.get("directions", 1)))
 
     @property
     def edited(self) -> int:

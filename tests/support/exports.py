@@ -152,8 +152,8 @@ def odd_checkpoint(folder: Path) -> None:
     save_file(odd, folder / "model.safetensors", {"format": "pt"})
 
 
-def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDirectory]:
-    """A run of one trial on a local model, as a run leaves it; nothing was measured."""
+def make_run(folder: Path, base: Path, count: int = 1, **options: Any) -> tuple[Settings, RunDirectory]:
+    """A run of one trial on a local model, with `count` directions a layer, as a run leaves it; nothing was measured."""
     settings = load_settings("", {"model": str(base), "cache_dir": str(folder / "cache"), **options})
     directory = RunDirectory(folder / "run")
     directory.path.mkdir(parents=True)
@@ -166,7 +166,7 @@ def make_run(folder: Path, base: Path, **options: Any) -> tuple[Settings, RunDir
         dtype="float32",
         quantization=settings.load.quantization,
     )
-    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size)
+    directions = make_directions(sizes.num_hidden_layers, sizes.hidden_size, count=count)
     result = Result(
         model=model,
         directions=stages.directions_record(directions),

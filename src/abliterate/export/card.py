@@ -202,8 +202,8 @@ _CARD = """\
 
 # {base}, {title}
 
-This is {base}{revision} after directional ablation: the direction along which the model separates {separated} \
-was removed from matrices that write to the residual stream. {trained}{dequantized}{adapter}
+This is {base}{revision} after directional ablation: {direction} along which the model separates {separated} \
+{was} removed from matrices that write to the residual stream. {trained}{dequantized}{adapter}
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
 
@@ -242,7 +242,7 @@ This is an adapter for PEFT, not a whole model: `PeftModel.from_pretrained(base,
 _UNTRAINED = "No training took place."
 
 _REFINED = """**Its strengths and directions were learned by
-gradient** ({found}): each of the {count} edited matrices loses a direction of its own, with a strength of its own{start}. No
+gradient** ({found}): each of the {count} edited matrices loses {direction} of its own, with a strength of its own{start}. No
 other number of the model was trained. Trained on: {prompts}. β weighs how far the answers to harmless prompts may move."""
 
 _DORA = """ Its kind is
@@ -309,7 +309,10 @@ def model_card(facts: Mapping[str, Any]) -> str:
     base_model = [f"base_model: {name}"] if facts["on_hub"] else []
     named = ", ".join(f"{code(objective.name)} ({objective.goal}d)" for objective in facts["objectives"])
     tags = ("abliterated", "abliterate") if facts["after"] < facts["before"] else ("abliterate",)
+    count = facts["params"].directions
     texts = _wording(facts["before"], facts["after"], named) | {
+        "direction": "the direction" if count == 1 else f"the {count} directions of each layer",
+        "was": "was" if count == 1 else "were",
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
         "scores": _scores(facts),
         "trained": _trained(facts["params"]),
@@ -335,7 +338,9 @@ def _trained(params: Params) -> str:
         type(begun), ""
     )
     prompts = "; ".join(f"{plain(name)} prompts ({plain(text)})" for name, text in sets.items()) or "not recorded"
-    return _REFINED.format(found=plain(refined_text(params)), count=params.edited, start=start, prompts=prompts)
+    direction = "a direction" if params.directions == 1 else f"{params.directions} directions"
+    found = {"found": plain(refined_text(params)), "count": params.edited, "direction": direction}
+    return _REFINED.format(**found, start=start, prompts=prompts)
 
 
 def _shown_params(params: Params) -> dict[str, Any]:

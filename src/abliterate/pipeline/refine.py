@@ -251,6 +251,8 @@ class Refinement:
             "cosine": dict(zip(names, cosines, strict=True)),
             "tokens": descent.passes.tokens + (before.params.facts["tokens"] if before else 0),
         }
+        if best.directions.ndim == 3:
+            facts["directions"] = best.directions.shape[1]
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
         weaker = replace(params, coeffs={name: (1 - settings.margin) * coeff for name, coeff in params.coeffs.items()})

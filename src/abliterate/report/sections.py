@@ -303,6 +303,8 @@ def _kernels(material: Material, figure: Figure) -> str:
         f"Trial {trial.number}. {where} A module's coeff λ says how much of the direction it loses: 0 is none and 1 all of "
         "it, and more goes beyond; its kernel is the range of layers where λ isn't 0."
     )
+    if params.directions > 1:
+        text += f" There are {params.directions} directions, and for each of them λ is multiplied by its weight."
     by_layer = details("Coeffs by layer", table(coeff_table(trial, material.n_layers)))
     return paragraph(text) + beside(figure("kernels"), table(kernel_table(trial)) + by_layer)
 
@@ -313,6 +315,11 @@ def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Fi
         "scores above don't use: each module has a coeff and a direction of its own. The cosine says how far a direction has "
         "turned from the one it started with; 1 is not at all."
     )
+    if params.directions > 1:
+        text += (
+            f" There are {params.directions} directions a module, for each of which λ is multiplied by its own learned weight; "
+            "the cosine is that of all of them together, each counting by its weight."
+        )
     rows = layer_rows(params, material.coverage)
     by_layer = details("By layer", table(layer_table(rows)))
     found = pairs(dict(fact_pairs(params)), "How it was found")

@@ -65,6 +65,8 @@ WRONG: list[tuple[str, Any]] = [
     ("facts", {"beta": "high"}),
     ("facts", {"steps": 1.5}),
     ("facts", {"cosine": {"m": 2.0}}),
+    ("facts", {"directions": 65}),
+    ("facts", {"directions": "many"}),
     ("facts", {"cosine": [1]}),
 ]
 

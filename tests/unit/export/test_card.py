@@ -16,8 +16,10 @@ from abliterate.model.loader import demo_path
 from abliterate.objectives import BY_MARKERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path, load_settings, parse_assignments
+from abliterate.types import TrialParams, weight_name
 from support.cli import Invoke
 from support.exports import CARD_FACTS, raw
+from support.refined import refined_trial
 from support.runs import copy_run, quick_settings
 
 RECORD = {
@@ -160,6 +162,19 @@ def test_the_recipe_rebuilds_the_export(
     assert raw(there / "again") == raw(here / "first" / "model")
     again = (there / "again" / "README.md").read_text(encoding="utf-8")
     assert again.split("## Checked")[0] == card.split("## Checked")[0]
+
+
+def test_a_card_says_how_many_directions_were_removed() -> None:
+    params = TrialParams("global", 1.0, CARD_FACTS["params"].kernels, {weight_name(0): 0.4, weight_name(1): 0.9})
+    card = " ".join(export_card.model_card(CARD_FACTS | {"params": params}).split())
+    assert "the 2 directions of each layer along which the model separates" in card
+    assert "answers were removed from matrices" in card
+    assert '"weight.2": 0.9' in card
+    refined = refined_trial(3, directions=4).params
+    assert "loses 4 directions of its own" in " ".join(export_card.model_card(CARD_FACTS | {"params": refined}).split())
+    plain = " ".join(export_card.model_card(CARD_FACTS).split())
+    assert "the direction along which the model separates" in plain
+    assert "answers was removed from matrices" in plain
 
 
 def test_a_card_says_which_prompts_are_unanswered() -> None:

@@ -51,9 +51,10 @@ STEP = {"F32": 1e-6, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.6 / 127}
 class Made:
     """A run of one trial on a tiny model, and a GGUF file of that model."""
 
-    def __init__(self, folder: Path, family: str, kind: str, mode: str = "full", **options: Any) -> None:
+    def __init__(self, folder: Path, family: str, kind: str, mode: str = "full", count: int = 1, **options: Any) -> None:
         self.model: PreTrainedModel = make_model(family, **options)
-        self.settings, self.directory = make_run(folder, save_model(self.model, folder / "base"), edit={"mode": mode})
+        self.count = count
+        self.settings, self.directory = make_run(folder, save_model(self.model, folder / "base"), count, edit={"mode": mode})
         self.base = write_gguf(self.model, folder / "base.gguf", kind)
         self.out = folder / "out.gguf"
         self.recorder = Recorder()
@@ -64,14 +65,14 @@ class Made:
 
     def definitions(self, base: Path, mode: str) -> dict[str, Tensor]:
         """{tensor: W' by definition, of the file's own W}, by no code of the export."""
-        stored, editor = tensors_of(base), make_editor(make_loaded(self.model), mode=mode)
+        stored, editor = tensors_of(base), make_editor(make_loaded(self.model), mode=mode, count=self.count)
         found = {}
         for name, key in editor.plan(make_params(0)).items():
             layer, within = name.removeprefix("model.layers.").split(".", 1)
             tensor = f"blk.{layer}.{TENSORS[within]}.weight"
-            weight, ((v,), (coeff,)) = stored[tensor].double(), editor.vectors(make_params(0), key)
+            weight, (vectors, coeffs) = stored[tensor].double(), editor.vectors(make_params(0), key)
             matrices = weight if weight.ndim == 3 else weight[None]
-            found[tensor] = torch.stack([dense_edit(matrix, v, coeff, mode) for matrix in matrices]).view(weight.shape)
+            found[tensor] = torch.stack([dense_edit(each, vectors, coeffs, mode) for each in matrices]).view(weight.shape)
         return found
 
 
@@ -125,6 +126,14 @@ def test_edited_matrices_are_as_defined_and_all_else_stays(case: str, tmp_path: 
     assert any(next(iter(types.values())) in note for note in made.recorder.notes)
     assert made.recorder.warnings == []
     assert {path.name for path in tmp_path.iterdir()} == {"base", "base.gguf", "out.gguf", "run"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_several_directions_are_removed(family: str, mode: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, family, "F32", mode, count=2)
+    assert made.export().export.verified
+    assert_edited(made, mode, dict.fromkeys(("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp"), "F32"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

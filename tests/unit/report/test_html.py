@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from abliterate.report.plots import all_plots
 from abliterate.report.refined import LayerRow, layer_rows, refined_text
 from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
-from abliterate.types import Baseline, Column, RefinedParams, Table
+from abliterate.types import Baseline, Column, RefinedParams, Table, Trial, TrialParams, weight_name
 from support.cli import Finished, Invoke, assert_sentence
 from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
@@ -200,6 +201,17 @@ def test_a_refined_trial_is_shown_layer_by_layer(tmp_path: Path, capsys: pytest.
     assert "Trial 41, refined by gradient: β 10, 40 steps, 6 modules" in out
     assert "│·▃▅█······│" in out  # λ of 0, 0.1, 0.2 and 0.3 in the first four of ten layers
     assert material.importance == gather(made_run(tmp_path / "other")).importance
+
+
+def test_the_page_says_that_there_are_several_directions(tmp_path: Path) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    assert isinstance(material.selected, Trial)
+    assert isinstance(material.selected.params, TrialParams)
+    assert "for each of them λ is multiplied by its weight" not in Page(render(material)).text
+    params = replace(material.selected.params, extra={weight_name(0): 0.25, weight_name(1): 0.75})
+    trials = [replace(trial, params=params) if trial == material.selected else trial for trial in material.search.trials]
+    text = Page(render(replace(material, search=replace(material.search, trials=trials)))).text
+    assert "There are 2 directions, and for each of them λ is multiplied by its weight" in text
 
 
 def test_components_of_refined_trials_are_those_of_the_coverage() -> None:
