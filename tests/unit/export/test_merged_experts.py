@@ -140,8 +140,8 @@ def test_definition_holds_in_half_precision(family: str, stored: str, tmp_path: 
 def spoil(factors: dict[str, Factors]) -> dict[str, Factors]:
     """One expert of one layer is left as it was."""
     parts = factors[STACK].parts()
-    scale = None if parts[2].row_scale is None else torch.ones_like(parts[2].row_scale)
-    parts[2] = Factors(scale, parts[2].a, torch.zeros_like(parts[2].b))
+    scales = [None if scale is None else torch.ones_like(scale) for scale in (parts[2].row_scale, parts[2].column_scale)]
+    parts[2] = Factors(scales[0], parts[2].a, torch.zeros_like(parts[2].b), scales[1])
     return factors | {STACK: Factors.stacked(parts)}
 
 

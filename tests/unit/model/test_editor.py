@@ -60,10 +60,7 @@ def assert_equal_factors(found: dict[str, Factors], expected: dict[str, Factors]
     assert found.keys() == expected.keys()
     for name, one in found.items():
         other = expected[name]
-        assert torch.equal(one.a, other.a)
-        assert torch.equal(one.b, other.b)
-        assert (one.row_scale is None) == (other.row_scale is None)
-        assert one.row_scale is None or torch.equal(one.row_scale, other.row_scale)  # type: ignore[arg-type]
+        assert all(torch.equal(*pair) for pair in zip(one.tensors(), other.tensors(), strict=True))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -197,8 +194,9 @@ def test_refined_edits_are_those_of_the_definition(mode: str, family: str) -> No
         weight = dense_weight(target.module)
         matrices = weight if weight.ndim == 3 else weight[None]
         for matrix, factors in zip(matrices, found[target.name].parts(), strict=True):
-            scale = torch.ones(len(matrix)) if factors.row_scale is None else factors.row_scale
-            edited = scale.double()[:, None] * matrix.double() + factors.b.double() @ factors.a.double()
+            scale = factors.entry_scale()
+            scaled = matrix.double() if scale is None else scale.double() * matrix.double()
+            edited = scaled + factors.b.double() @ factors.a.double()
             expected = dense_edit(matrix, given[target.name], params.coeffs[target.name], mode)
             assert float((edited - expected).norm() / expected.norm()) < 1e-6
             assert float((edited - matrix).norm() / expected.norm()) > 1e-3
