@@ -29,7 +29,7 @@ from abliterate.settings.sources import load_settings, options_of
 BUILT_IN = {
     "directions.method": (
         "direction method",
-        ("projected", "mean", "median", "geometric-median", "kmeans", "svd", "som"),
+        ("projected", "biprojected", "mean", "median", "geometric-median", "kmeans", "svd", "som"),
     ),
     "edit.mode": ("edit mode", ("full", "pre", "none", "columns")),
     "export.kind": ("export kind", ("merged", "adapter", "none")),

@@ -15,9 +15,11 @@ from abliterate.directions.base import (
     SeveralDirections,
     count_of,
     needs_means,
+    normalize_rows,
     unit_rows,
     winsorize,
 )
+from abliterate.directions.biprojected import Biprojected
 from abliterate.directions.kmeans import KMeans
 from abliterate.directions.mean_difference import MeanDifference
 from abliterate.directions.median import GeometricMedian, Median
@@ -27,7 +29,7 @@ from abliterate.directions.svd import SingularVectors
 from abliterate.plugins import Registry
 
 _BUILT_IN = (
-    *(Projected(), MeanDifference(), Median(), GeometricMedian()),
+    *(Projected(), Biprojected(), MeanDifference(), Median(), GeometricMedian()),
     *(KMeans(), SingularVectors(), SelfOrganizingMap()),
 )
 METHODS: Registry[DirectionMethod] = Registry(
@@ -47,11 +49,14 @@ def direction_method(name: str) -> DirectionMethod:
 def compute_directions(method: DirectionMethod, harmful: Tensor, harmless: Tensor, count: int = 0) -> Directions:
     """The directions that a method finds, as many for each residual index as `count_of` says; the arguments are `compute`'s."""
     count = count_of(method, count)
+    means = None
+    if getattr(method, "biprojects", False):
+        means = normalize_rows(harmless if harmless.ndim == 2 else harmless.double().mean(dim=0)).float()
     if count == 1 and hasattr(method, "compute"):
-        return Directions(method.compute(harmful, harmless))
+        return Directions(method.compute(harmful, harmless), means)
     several: SeveralDirections = method  # type: ignore[assignment]
     found = several.compute_several(harmful, harmless, count)
-    return Directions(found[:, 0] if count == 1 else found)
+    return Directions(found[:, 0] if count == 1 else found, means)
 
 
 def summarize_residuals(residuals: Tensor, method: DirectionMethod, quantile: float = 1.0) -> Tensor:

@@ -20,7 +20,8 @@ class DirectionMethod(Protocol):
     """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals.
 
     A method receives all residuals. If it declares the class attribute `needs = "means"`, it receives only their means, and
-    large prompt sets are never held in memory.
+    large prompt sets are never held in memory. With the class attribute `biprojects = True`, a direction also loses its
+    component along the harmless mean of the layer whose module it is removed from.
     """
 
     name: str
@@ -98,13 +99,19 @@ class Directions:
     """A unit vector, or zero, for each residual index: `vectors` (n_layers+1, d_model) float32.
 
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
+    `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
+    module of some layer is orthogonal to that layer's.
     """
 
     vectors: Tensor
+    harmless: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.vectors.ndim not in (2, 3) or not self.vectors.numel() or not torch.isfinite(self.vectors).all():
             raise ValueError("directions must be a finite (n_layers+1, d_model) or (n_layers+1, count, d_model) tensor")
+        means, shape = self.harmless, (self.n_layers + 1, self.d_model)
+        if means is not None and (means.shape != shape or not torch.isfinite(means).all()):
+            raise ValueError("harmless means must be a finite (n_layers+1, d_model) tensor")
 
     @property
     def n_layers(self) -> int:
@@ -125,15 +132,22 @@ class Directions:
         """The first direction of each residual index, (n_layers+1, d_model)."""
         return self.vectors.reshape(self.n_layers + 1, self.count, self.d_model)[:, 0]
 
-    def table(self) -> Tensor:
-        """(n_layers · count, d_model): the directions of layer 0's output, then those of layer 1's, and so on."""
-        return self.vectors[1:].reshape(-1, self.d_model)
+    def table(self, layer: int | None = None) -> Tensor:
+        """(n_layers · count, d_model): the directions of layer 0's output, then those of layer 1's, and so on.
 
-    def blends(self, x: float) -> tuple[Blend, ...]:
-        """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table`; zero ones are zero blends.
+        If there are harmless means, that of the `layer` of the edited module comes last.
+        """
+        table = self.vectors[1:].reshape(-1, self.d_model)
+        if self.harmless is None or layer is None:
+            return table
+        return torch.cat([table, self.harmless[layer + 1, None]])
 
-        Each lies between those of two neighbouring layers and is renormalized. Source: docs/design.md §4; linear interpolation
-        as in heretic, with the norm taken in float64.
+    def blends(self, x: float, layer: int | None = None) -> tuple[Blend, ...]:
+        """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table(layer)`; zero ones are zero blends.
+
+        Each lies between those of two neighbouring layers and is renormalized, after it has lost its component along the
+        harmless mean of `layer`, if there is one. Source: docs/design.md §4; linear interpolation as in heretic, with the norm
+        taken in float64.
         """
         if not 0 <= x <= self.n_layers - 1:
             raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")
@@ -141,14 +155,18 @@ class Directions:
         high = min(low + 1, self.n_layers - 1)
         t = x - low
         pairs = [(low, 1.0 - t), (high, t)] if t > 0 else [(low, 1.0)]
-        table = self.table()
+        table, mean = self.table(), None if self.harmless is None or layer is None else self.harmless[layer + 1].double()
         found = []
         for index in range(self.count):
             places = tuple(layer * self.count + index for layer, _ in pairs)
             weights = tuple(weight for _, weight in pairs)
             mixed = torch.stack([weight * table[row].double() for row, weight in zip(places, weights, strict=True)]).sum(dim=0)
+            least = 1e-12
+            if mean is not None and mean.any():
+                share, least = float(mixed @ mean / (mean @ mean)), max(least, 1e-6 * float(mixed.norm()))
+                mixed, places, weights = mixed - share * mean, (*places, len(table)), (*weights, -share)
             norm = float(mixed.norm())
-            found.append(Blend((), ()) if norm < 1e-12 else Blend(places, tuple(weight / norm for weight in weights)))
+            found.append(Blend((), ()) if norm < least else Blend(places, tuple(weight / norm for weight in weights)))
         return tuple(found)
 
     def blend(self, x: float) -> Blend:

@@ -81,7 +81,7 @@ class Editor:
         self._weight_of = weight_of
         self._refined = refined
         self._prepared: dict[str, Prepared] = {}
-        self._tables: dict[torch.device, Tensor] = {}  # directions (n_layers, d_model) float64
+        self._tables: dict[tuple[torch.device, int | None], Tensor] = {}  # directions (n_layers, d_model) float64
         self.offloaded: set[str] = set()
         self.unprepared: set[str] = set()
 
@@ -130,7 +130,7 @@ class Editor:
                 index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
             weights = [params.extra.get(weight_name(place), 1.0) for place in range(self.directions.count)]
             coeffs = tuple(coeff * weight for weight in weights)
-            if any(self._removed(index, coeffs)):
+            if any(self._removed(index, coeffs, target.layer)):
                 keys[target.name] = (target.name, index, coeffs)
         return keys
 
@@ -142,7 +142,8 @@ class Editor:
         """
         name, place, coeffs = key
         if isinstance(params, TrialParams):
-            table, kept = self.directions.table().double(), self._removed(float(place), coeffs)
+            layer = self._by_name[name].layer
+            table, kept = self.directions.table(layer).double(), self._removed(float(place), coeffs, layer)
             return torch.stack([blend.of(table) for blend, _ in kept]), tuple(coeff for _, coeff in kept)
         v, d_model = self._refined(params)[name], self.directions.d_model
         if v.shape[-1] != d_model:
@@ -155,9 +156,9 @@ class Editor:
         unit, weights = unit_rows(v.double())
         return unit, tuple((coeffs[0] * weights).tolist())
 
-    def _removed(self, x: float, coeffs: Sequence[float]) -> list[tuple[Blend, float]]:
-        """The directions at layer position `x` that aren't zero, each with its coeff, but for those with a coeff of 0."""
-        pairs = zip(self.directions.blends(x), coeffs, strict=True)
+    def _removed(self, x: float, coeffs: Sequence[float], layer: int) -> list[tuple[Blend, float]]:
+        """The directions at position `x` for a module of `layer`, each with its coeff, but for zero ones and coeffs of 0."""
+        pairs = zip(self.directions.blends(x, layer), coeffs, strict=True)
         return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not blend.is_zero]
 
     def first_layers(self, trials: Sequence[Params]) -> list[int]:
@@ -184,7 +185,7 @@ class Editor:
             own = own.to(device)
             return prepare(self._method, lambda: self._weight_of(target).to(device), own), alone, coeffs
         prepared = self._prepare(target)
-        kept = self._removed(float(place), coeffs)
+        kept = self._removed(float(place), coeffs, target.layer)
         blends: Sequence[Blend] = [blend for blend, _ in kept]
         if name in self.offloaded:
             prepared, blends = prepared.fetched(blends)
@@ -194,7 +195,7 @@ class Editor:
         prepared = self._prepared.get(target.name)
         if prepared is None:
             device = _device_of(target)
-            prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device))
+            prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device, target.layer))
             self._keep(target.name, prepared, device)
             prepared = self._prepared.get(target.name, prepared)
         return prepared
@@ -209,11 +210,15 @@ class Editor:
         else:
             self.unprepared.add(name)
 
-    def _table(self, device: torch.device) -> Tensor:
-        """All layers' directions (n_layers · count, d_model) float64; all modules on a device share one tensor."""
-        if device not in self._tables:
-            self._tables[device] = self.directions.table().to(device).double()
-        return self._tables[device]
+    def _table(self, device: torch.device, layer: int) -> Tensor:
+        """All layers' directions (n_layers · count, d_model) float64, and what is specific to `layer`, as `Directions.table`.
+
+        All modules on a device, or those of one layer, share one tensor.
+        """
+        key = (device, None if self.directions.harmless is None else layer)
+        if key not in self._tables:
+            self._tables[key] = self.directions.table(layer).to(device).double()
+        return self._tables[key]
 
 
 def _refuse_fused_experts(targets: Sequence[Target]) -> None:

@@ -114,13 +114,28 @@ def find_directions(bench: Workbench) -> Directions:
 def directions_file(directions: Directions) -> bytes:
     """The content of `directions.safetensors`."""
     # One entry only: two entries would change their order between saves, and a continued run must write the same bytes.
-    return save({"directions": directions.vectors}, metadata={"format": FORMAT})
+    return save(_tensors(directions), metadata={"format": FORMAT})
+
+
+def directions_of(content: bytes) -> Directions:
+    """The inverse of `directions_file`; SafetensorError, KeyError or ValueError if the content isn't what it gives."""
+    tensors = load(content)
+    return Directions(tensors["directions"], tensors.get("harmless"))
+
+
+def _tensors(directions: Directions) -> dict[str, Tensor]:
+    """The tensors that directions consist of, by their names in the file."""
+    means = {} if directions.harmless is None else {"harmless": directions.harmless}
+    return {"directions": directions.vectors, **means}
 
 
 def directions_record(directions: Directions) -> DirectionsRecord:
     """The record of the directions in `result.json`: their hashes."""
-    vectors = hashlib.sha256(directions.vectors.cpu().contiguous().numpy().tobytes()).hexdigest()
-    return DirectionsRecord(sha256=hashlib.sha256(directions_file(directions)).hexdigest(), vectors_sha256=vectors)
+    vectors = hashlib.sha256()
+    for tensor in _tensors(directions).values():
+        vectors.update(tensor.cpu().contiguous().numpy().tobytes())
+    sha256 = hashlib.sha256(directions_file(directions)).hexdigest()
+    return DirectionsRecord(sha256=sha256, vectors_sha256=vectors.hexdigest())
 
 
 def read_directions(path: Path, result: Result) -> Directions:
@@ -135,7 +150,7 @@ def read_directions(path: Path, result: Result) -> Directions:
             raise ValueError("another file than the run's")
         if f'"format":"{FORMAT}"'.encode() not in content[:200]:
             raise ValueError("of another version")
-        stored = Directions(load(content)["directions"])
+        stored = directions_of(content)
         shape = (result.model.n_layers, result.model.d_model) if result.model else (0, 0)
         if all(shape) and (stored.n_layers, stored.d_model) != shape:
             raise ValueError("directions of another model")

@@ -19,7 +19,6 @@ from typing import Any
 
 import optuna
 from safetensors import SafetensorError
-from safetensors.torch import load
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.artifacts.runs import no_run
@@ -198,7 +197,7 @@ def wait_for_setup(
         directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
         if directions is not None and setup is not None:
             try:
-                return SharedSetup.of_bytes(setup), Directions(load(directions)["directions"])
+                return SharedSetup.of_bytes(setup), stages.directions_of(directions)
             except (SafetensorError, KeyError, ValueError) as error:
                 raise _strange(error) from error
         if not noted:

@@ -65,6 +65,12 @@ class TestProjected(DirectionContract):
     method = METHODS["projected"]
 
 
+class TestBiprojected(DirectionContract):
+    """Of means, projected once more for each edited layer."""
+
+    method = METHODS["biprojected"]
+
+
 class TestMeanDifference(DirectionContract):
     """Of means."""
 
@@ -78,7 +84,7 @@ class TestMedian(DirectionContract):
 
 
 def test_only_methods_of_means_can_do_without_the_residuals() -> None:
-    assert {name for name, method in METHODS.items() if needs_means(method)} == {"projected", "mean"}
+    assert {name for name, method in METHODS.items() if needs_means(method)} == {"projected", "biprojected", "mean"}
     assert not needs_means(Median())
 
 
