@@ -232,6 +232,15 @@ def run(
         bool | None, for_search("--refine/--no-refine", help="Refine the front by gradient after the search. Default: yes.")
     ] = None,
     startup_trials: Annotated[int | None, for_search(help="Random trials at the start. Default: 30 % of all.")] = None,
+    seed_from: Annotated[
+        Text,
+        for_search(
+            "--seed-from",
+            metavar="RUN",
+            help="Run whose front is measured again first; of the same model or family. Default: none.",
+            autocompletion=run_directories,
+        ),
+    ] = None,
     seed: Annotated[int | None, for_search(help="Seed of the search. Default: 0.")] = None,
     objectives: Annotated[
         list[str] | None,
@@ -307,6 +316,7 @@ def run(
             "objectives": objectives or None,
             "trials": trials,
             "startup_trials": startup_trials,
+            "seed_from": seed_from,
             "storage": storage,
             "select": select,
         },

@@ -64,6 +64,14 @@ def check_run(settings: Settings, directory: RunDirectory, *, resume: bool, rest
         from abliterate.model.hub import check_push
 
         check_push(settings.export)
+    if settings.search.seed_from and not (resume and directory.holds_run):
+        from abliterate.pipeline.seeds import seed_trials
+
+        seed_trials(settings.search)
+    if settings.search.sampler != "tpe" or settings.search.startup != "random":
+        from abliterate.search.samplers import check_packages
+
+        check_packages(settings.search)
     if settings.search.storage:
         from abliterate.search.storage import check_driver
 

@@ -29,7 +29,8 @@ from abliterate.types import Baseline, Column, Params, RefinedParams, Table, Tri
 _ELSEWHERE = {
     *("model", "seed", "device", "out", "cache_dir", "load.revision", "load.dtypes", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
-    *("search.trials", "search.startup_trials", "search.storage", "search.select", "search.select_max_kl"),
+    *("search.trials", "search.startup_trials", "search.seed_from", "search.storage"),
+    *("search.select", "search.select_max_kl"),
     *("export.kind", "export.verify", "export.push", "export.push_private"),
 }
 

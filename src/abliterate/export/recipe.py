@@ -260,7 +260,7 @@ _UNHASHED = {"README.md", MARKER, LOCK, RECIPE}
 LEFT_OUT = {
     *("load.revision", "load.dtypes", "load.device_map", "load.max_memory", "load.offload_folder"),
     *("efficiency.residual_cache_dir", "search.grace_seconds"),
-    *("search.storage", "search.select", "search.select_max_kl"),
+    *("search.storage", "search.seed_from", "search.select", "search.select_max_kl"),
     *("export.kind", "export.push", "export.push_private", *FILES.values()),
 }
 

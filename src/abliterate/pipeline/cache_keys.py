@@ -38,7 +38,7 @@ PromptLists = Sequence[Sequence[Prompt]]
 
 FORMAT = 1
 # Settings of the search that the first versions lacked.
-_LATER = ("kernel",)
+_LATER = ("kernel", "sampler", "startup", "prior")
 # The names of two parts of a study's identity.
 TOKENIZER_PART = "tokenizer"
 OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"

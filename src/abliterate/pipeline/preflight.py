@@ -24,6 +24,7 @@ from abliterate.model.hub import check_push
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import objectives_of, scorers_of
+from abliterate.search.samplers import check_packages
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.settings.schema import Settings
 
@@ -101,6 +102,7 @@ def check_names(settings: Settings) -> SelectionRule:
         raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
     if settings.search.trials == 0 and not settings.refine.enabled:
         raise InputError("A run without trials and without refinement finds nothing; give more trials with -n, or --refine.")
+    check_packages(settings.search)
     choose_device(settings.device)
     check_push(settings.export)
     check_components(settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from abliterate.pipeline.local_workers import devices_of, local_workers
 from abliterate.pipeline.preflight import check_model, check_names, note_adapter
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
+from abliterate.pipeline.seeds import seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
 from abliterate.prompts.sets import Heldout
@@ -94,12 +96,15 @@ def run(
             check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:
                 check_output(directory.export)
+            seeds = cache(lambda: ranks.agree(lambda: seed_trials(settings.search)))
+            if settings.search.seed_from and not ranks.agree(lambda: resume and directory.holds_run):
+                seeds()  # before a model is loaded, and before the run that it names may be moved aside
             if resume:
                 result, settings = ranks.agree(lambda: (Result.continued(directory), at_its_moment(settings, directory)))
             else:
                 result = Result()
             context = Context(settings, reporter, make_store(settings, reporter), check, StageClock(result))
-            return _Run(context, directory, result, rule).go(devices, choose, resume=resume, restart=restart)
+            return _Run(context, directory, result, rule, seeds).go(devices, choose, resume=resume, restart=restart)
     finally:
         directory.remove_if_empty()
 
@@ -123,12 +128,13 @@ def at_its_moment(settings: Settings, directory: RunDirectory) -> Settings:
 
 @dataclass
 class _Run:
-    """A run at work in its directory; `result` grows with every stage."""
+    """A run at work in its directory; `result` grows with every stage. `seeds` reads the trials of `search.seed_from`."""
 
     context: Context
     directory: RunDirectory
     result: Result
     rule: SelectionRule
+    seeds: Callable[[], tuple[Result, tuple[Trial, ...]]]
 
     def go(self, devices: Sequence[str], choose: Choose | None, *, resume: bool, restart: bool) -> Result:
         """Carry out the stages in their order."""
@@ -147,6 +153,8 @@ class _Run:
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench)  # 3 and 4
+            if bench.prior:
+                study.begin(prior=bench.prior)
             bench.prepare(directions)
             baseline = stages.baseline(bench)  # 5
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
@@ -191,6 +199,10 @@ class _Run:
         identity = bench.identity()
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
+        if settings.search.seed_from and not study.has("seeds"):
+            study.begin(seeds=seed_values(bench.space, *self.seeds()))
+            numbers = ", ".join(str(trial.number) for trial in self.seeds()[1])
+            self.context.reporter.note(f"the first trials repeat trials {numbers} of {settings.search.seed_from}")
         lost = listed - len(study.trials())
         if lost > 0:
             self.context.reporter.warn(
@@ -209,6 +221,7 @@ class _Run:
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
+        bench.prior = stages.layer_prior(context, residuals)
         return directions
 
     def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:

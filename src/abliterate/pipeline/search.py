@@ -10,9 +10,10 @@ from functools import partial
 from optuna.storages import InMemoryStorage
 
 from abliterate.directions import Directions
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.pipeline import stages
 from abliterate.pipeline.refine import Refinement
+from abliterate.pipeline.seeds import seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench
 from abliterate.report import draw, plots
 from abliterate.report.data import Material
@@ -192,12 +193,19 @@ def search(bench: Workbench, directions: Directions, trials: int | None = None) 
 
     Raises:
         AbliterateError: the model refuses none of the prompts, so there is nothing to search for.
+        InputError: the run of `search.seed_from` can't be used, or `search.prior` has no residuals to go by.
     """
     bench.prepare(directions)
     space = bench.space
     if trials is not None:
         space = replace(space, settings=space.settings.model_copy(update={"trials": trials}))
     study = Study(InMemoryStorage(), STUDY_NAME, space, bench.settings.seed)
+    if space.settings.seed_from:
+        study.begin(seeds=seed_values(space, *seed_trials(space.settings)))
+    if space.settings.prior == "silhouette":
+        if not space.prior:
+            raise InputError("The setting search.prior needs residuals; call find_directions before search, or leave it out.")
+        study.begin(prior=space.prior)
     baseline = bench.baseline or stages.baseline(bench)
     bench.baseline = baseline
     return Search(bench, study, baseline, space.settings.trials)

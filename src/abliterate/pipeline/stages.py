@@ -29,8 +29,9 @@ from abliterate.directions import (
     direction_method,
     needs_means,
     summarize_residuals,
+    winsorize,
 )
-from abliterate.directions.geometry import Sample
+from abliterate.directions.geometry import Sample, all_layers
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
@@ -79,6 +80,11 @@ def residuals(bench: Workbench) -> Residuals:
                 f"the direction method {method} needs all residuals at once, {size >> 20:,} MiB, more than "
                 "efficiency.max_residuals_mb; fewer prompts need less"
             )
+        elif large and _needs_silhouettes(context):
+            raise InputError(
+                f"The setting search.prior needs all residuals at once, which take {size >> 20:,} MiB; raise "
+                "efficiency.max_residuals_mb, or leave search.prior out."
+            )
         samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
         feed = cache(partial(_feed, bench))
         harmful, harmless = (
@@ -100,13 +106,30 @@ def directions(context: Context, residuals: Residuals) -> Directions:
     return computed
 
 
+def layer_prior(context: Context, residuals: Residuals) -> tuple[float, ...]:
+    """The silhouette of the two sets' residuals behind each layer, by which a search may begin; empty if it doesn't."""
+    if not _needs_silhouettes(context):
+        return ()
+    quantile = context.settings.directions.winsorize_quantile
+    points = [residuals.samples[name].residuals() for name in ("harmful", "harmless")]
+    assert points[0] is not None
+    assert points[1] is not None
+    layers = all_layers(winsorize(points[0], quantile), winsorize(points[1], quantile), context.check)
+    return tuple(separation.silhouette or 0.0 for separation, _ in layers[1:])  # index 0 is the embedding
+
+
+def _needs_silhouettes(context: Context) -> bool:
+    return context.settings.search.prior == "silhouette"
+
+
 def find_directions(bench: Workbench) -> Directions:
     """Compute the directions of the workbench's harmful and harmless prompts, and prepare the workbench for edits along them.
 
     Raises:
         AbliterateError: the two sets give the same residuals.
     """
-    computed = directions(bench.context, residuals(bench))
+    found = residuals(bench)
+    computed, bench.prior = directions(bench.context, found), layer_prior(bench.context, found)
     bench.prepare(computed)
     return computed
 
@@ -292,7 +315,8 @@ def _residuals(
     keys = {"means": means_key(*keyed), "residuals": residuals_key(*keyed)}
     kind = "means" if stream else "residuals"
     # Either entry serves a method that needs means; the small one is looked up first.
-    cached = [entry for entry, key in keys.items() if (entry == kind or needs_means(method)) and store.has("residuals", key)]
+    serves = [entry for entry in keys if entry == kind or (needs_means(method) and not _needs_silhouettes(context))]
+    cached = [entry for entry in serves if store.has("residuals", keys[entry])]
     stored = store.get("residuals", keys[(cached or [kind])[0]], remember=not stream)
     if stored is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)

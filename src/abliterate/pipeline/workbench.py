@@ -79,8 +79,8 @@ class Workbench:
     `plain` generates whole responses by `generate`. `engine` measures trials: it is the fast engine once `prepare` has
     checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured, and
     `yardstick` its measures of its own answers once a scorer has asked for them. `refined` keeps the directions of refined
-    trials: in memory, or in the directory of the run whose trials are measured. `time_told` is whether a person knows how long
-    a run takes.
+    trials: in memory, or in the directory of the run whose trials are measured. `prior` are weights of the layers for the
+    search's start-up trials, where it has them. `time_told` is whether a person knows how long a run takes.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Workbench:
         self._measured: tuple[str, int] | None = None  # what the model is measured as, and by which thread
         self.baseline: Baseline | None = None
         self.yardstick: Yardstick | None = None
+        self.prior: tuple[float, ...] = ()
 
     def use(self, sizes: BatchSizes, prefix: str) -> None:
         """Make the plain engine for these batch sizes and for responses that begin with `prefix`."""
@@ -136,7 +137,8 @@ class Workbench:
     def space(self) -> Space:
         """The search space over the components that the model has."""
         components = tuple(dict.fromkeys(target.component for target in self.loaded.targets))
-        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives, asked_for(self.settings))
+        extra = asked_for(self.settings)
+        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives, extra, self.prior)
 
     def fault(self, params: Params) -> str:
         """Why parameters can't be of the workbench's model, as in `TrialParams.fault`; "" if they can."""

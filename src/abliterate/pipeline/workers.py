@@ -112,7 +112,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
             "cache_dir": "",
             "device": "auto",
             "load": settings.load.model_copy(update={"device_map": "", "max_memory": {}, "offload_folder": ""}),
-            "search": settings.search.model_copy(update={"storage": ""}),
+            "search": settings.search.model_copy(update={"storage": "", "seed_from": ""}),
             "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
             "prompts": type(settings.prompts)(),
             "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),

@@ -259,9 +259,12 @@ def share(study: optuna.Study, name: str, content: bytes, patience: float = PATI
     patiently(partial(study.set_user_attr, name, whole), patience=patience, pause=pause)
 
 
-def shared(study: optuna.Study, name: str) -> bytes | None:
-    """The content that was shared under a name; None if it isn't there yet or is just being replaced."""
-    attributes = patiently(lambda: study.user_attrs)
+def shared(study: optuna.Study, name: str, patience: float = PATIENCE, pause: float = FIRST_PAUSE) -> bytes | None:
+    """The content that was shared under a name; None if it isn't there yet or is just being replaced.
+
+    `patience` and `pause` are as in `patiently`.
+    """
+    attributes = patiently(lambda: study.user_attrs, patience=patience, pause=pause)
     if name not in attributes:
         return None
     try:

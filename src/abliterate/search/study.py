@@ -7,26 +7,24 @@ anew for each trial from the run's seed and the trial's number; a resumed study 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
-import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import TPESampler
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from abliterate.errors import AbliterateError, InputError, first_line
 from abliterate.objectives import reported_values
-from abliterate.search.space import Space
+from abliterate.search.samplers import make_sampler, startup_values
+from abliterate.search.space import Space, Value
 from abliterate.search.storage import (
     BEAT,
     FIRST_PAUSE,
@@ -40,9 +38,9 @@ from abliterate.search.storage import (
     open_storage,
     patiently,
     share,
+    shared,
 )
-from abliterate.settings.schema import SearchSettings
-from abliterate.types import Trial, TrialParams
+from abliterate.types import Trial, TrialParams, number
 
 STUDY_NAME = "abliterate"
 FORMAT = 1
@@ -50,6 +48,10 @@ FORMAT = 1
 RUN = "run"
 _RECORD, _IDENTITY, _INTERRUPTED, _STARTUP = "record", "identity", "interrupted", "startup_trials"
 _SLOT, _WORKER, _FORMAT = "slot", "worker", "format"
+# What a study is given at its beginning, for all sessions and workers, and the setting that each of it comes from.
+_SEEDS, _PRIOR = "seeds", "prior"
+_COMES_FROM = {_SEEDS: "search.seed_from", _PRIOR: "search.prior"}
+_FIXED = "fixed_params"  # where Optuna looks for the values that it must suggest
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,8 @@ class Study:
                 trial_id, passed = self._patiently(partial(self._take, slot, itertools.count()))
                 if trial_id is not None:
                     try:
-                        return self._patiently(partial(self._suggested, slot, trial_id, bool(running)))
+                        known = sum(frozen.state == TrialState.COMPLETE for frozen in everything)
+                        return self._patiently(partial(self._suggested, slot, trial_id, bool(running), known))
                     except UpdateFinishedTrialError:  # on a slow machine others took this worker for dead: ask again later
                         return None
                 # Workers that look at the same moment see the same free slots. A worker that lost a slot skips as many free
@@ -171,9 +174,58 @@ class Study:
             if skipped == 0:
                 return None
 
-    def _suggested(self, slot: int, trial_id: int, liar: bool) -> Asked:
+    def begin(self, **given: Sequence[Any]) -> None:
+        """Give a new study what its first trials depend on; what it has been given before holds, whatever is given now.
+
+        `seeds`: the values of parameters by name, of each trial that isn't left to the sampler. `prior`: weights of the layers.
+
+        Raises:
+            InputError: the study has trials already and began without.
+        """
+        for name, content in given.items():
+            if self._given(name) is not None:
+                continue
+            if self._all():
+                raise InputError(
+                    f"The run has begun without {_COMES_FROM[name]}, on which its first trials depend; leave it out, or start "
+                    "over with --restart."
+                )
+            self.share(name, json.dumps(content, allow_nan=False).encode())
+
+    def has(self, name: str) -> bool:
+        """Whether the study has been given what `begin` calls so."""
+        return self._given(name) is not None
+
+    def _given(self, name: str) -> Any:
+        """What `begin` was given; None if nothing. InputError if another program wrote it."""
+        content = shared(self._study, name, self._patience, self._pause)
+        try:
+            return None if content is None else json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise _strange(name, error) from error
+
+    def _fixed(self, slot: int, known: int) -> dict[str, Value]:
+        """The values that a trial must have, by name: those of a seed, or of a start-up trial; the sampler chooses the others.
+
+        `known` is the number of trials that the sampler learns from.
+        """
+        seeds, name = self._given(_SEEDS) or (), _SEEDS
+        try:
+            if slot < len(seeds):
+                return self._space.fitted(seeds[slot])
+            if known >= self.n_startup:
+                return {}
+            name = _PRIOR
+            prior = tuple(float(number(weight)) for weight in self._given(_PRIOR) or ())
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _strange(name, error) from error
+        return startup_values(replace(self._space, prior=prior), self._seed, slot)
+
+    def _suggested(self, slot: int, trial_id: int, liar: bool, known: int) -> Asked:
         """Idempotent: a retry after a lost connection returns the same suggestion."""
-        self._study.sampler = _sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
+        self._study.sampler = make_sampler(self._space.settings, self.n_startup, self._seed, slot, liar=liar)
+        if fixed := self._fixed(slot, known):
+            self._storage.set_trial_system_attr(trial_id, _FIXED, fixed)
         self._study._thread_local.cached_all_trials = None  # as in `optuna.Study.ask`: the sampler must see all reported trials
         handle = optuna.Trial(self._study, trial_id)
         return Asked(slot, self._space.suggest(handle), handle)
@@ -305,6 +357,13 @@ def _trial(frozen: FrozenTrial, space: Space) -> Trial:
         ) from error
 
 
+def _strange(name: str, error: Exception) -> InputError:
+    return InputError(
+        f"The study's {name} can't be read ({type(error).__name__}: {first_line(error)}); put the study back, or start over "
+        "with --restart."
+    )
+
+
 def _slot(frozen: FrozenTrial) -> int:
     """The slot of a begun trial."""
     return int(frozen.user_attrs[_SLOT])
@@ -382,16 +441,3 @@ def _unusable(error: Exception, url: str, journal: Path) -> AbliterateError:
     location = "at the storage URL given" if url else f"in {journal}"
     remedy = "check --storage and that the database runs" if url else "start over with --restart"
     return InputError(f"The study {location} can't be opened: {first_line(error)}; {remedy}.")
-
-
-def _sampler(settings: SearchSettings, n_startup: int, seed: int, number: int, *, liar: bool) -> TPESampler:
-    digest = hashlib.sha256(f"{seed}:{number}".encode()).digest()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return TPESampler(
-            n_startup_trials=n_startup,
-            n_ei_candidates=settings.ei_candidates,
-            multivariate=True,
-            constant_liar=liar,
-            seed=int.from_bytes(digest[:4], "big"),
-        )

@@ -145,7 +145,11 @@ class SearchSettings(_Section):
 
     objectives: tuple[str, ...] = Field(("unanswered", "kl"), min_length=1)
     trials: int = Field(10, ge=0)
+    seed_from: str = ""
+    sampler: Literal["tpe", "gp", "nsga2"] = "tpe"
+    startup: Literal["random", "sobol"] = "random"
     startup_trials: int = Field(0, ge=0)
+    prior: Literal["uniform", "silhouette"] = "uniform"
     ei_candidates: int = Field(128, ge=1)
     direction_index: Interval = (0.4, 0.9)
     max_coeff: dict[str, Interval] = {"default": (0.8, 1.5), "mlp.down_proj": (-0.25, 1.5)}
@@ -176,7 +180,7 @@ class SearchSettings(_Section):
 
     @property
     def n_startup_trials(self) -> int:
-        """The number of random trials before TPE begins: the given number, or 30 % of the trials."""
+        """The number of start-up trials, which the sampler doesn't suggest: the given number, or 30 % of the trials."""
         return self.startup_trials or round(0.3 * self.trials)
 
 

@@ -214,6 +214,7 @@ def _with_absolute_paths(settings: Settings) -> Settings:
         "efficiency": {"residual_cache_dir": _absolute(settings.efficiency.residual_cache_dir)},
         "search": {
             "storage": absolute_database(settings.search.storage),
+            "seed_from": _if_there(settings.search.seed_from),
             "objectives": tuple(map(_own_objective, settings.search.objectives)),
         },
     }
@@ -233,6 +234,7 @@ def _check_paths(settings: Settings) -> None:
     paths |= {f"load.{name}": getattr(settings.load, name) for name in ("chat_template", "offload_folder")}
     paths |= {f"evaluation.{name}": getattr(settings.evaluation, name) for name in ("markers", "judge_model")}
     paths |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}
+    paths |= {"search.seed_from": settings.search.seed_from}
     for name, text in paths.items():
         try:
             if "\0" in text:

@@ -22,7 +22,7 @@ from abliterate.pipeline.cache_keys import (
     yardstick_key,
 )
 from abliterate.scorers.endpoint import MODEL
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import SearchSettings, Settings
 from abliterate.types import Prompt
 from support.models import CPU, PROMPTS, make_loaded, make_model, make_tokenizer
 
@@ -75,6 +75,19 @@ def test_a_search_by_markers_has_the_identity_it_always_had(loaded: LoadedModel)
     new = study_identity(Settings(), loaded, chat(), (PROMPTS,), DEFAULT)
     assert OBJECTIVES_PART not in old
     assert {name for name in new if new[name] != old.get(name)} == {OBJECTIVES_PART, SCORERS_PART}
+
+
+@pytest.mark.parametrize(
+    "search", [{"kernel": "cosine"}, {"sampler": "gp"}, {"startup": "sobol"}, {"prior": "silhouette"}, {"seed_from": "runs/x"}]
+)
+def test_a_study_knows_how_it_looks_and_not_which_run_it_was_seeded_from(search: dict[str, str], loaded: LoadedModel) -> None:
+    """Settings that the first versions lacked leave the identity as it was where they have their defaults."""
+    old = study_identity(Settings(), loaded, chat(), (PROMPTS,))
+    space = SearchSettings()
+    ranges = [space.direction_index, space.max_coeff, space.position, space.min_fraction, space.distance]
+    assert old["search space"] == cache_keys._digest([ranges, space.ei_candidates])
+    new = study_identity(Settings(search=search), loaded, chat(), (PROMPTS,))  # type: ignore[arg-type]
+    assert {name for name in new if new[name] != old[name]} == (set() if "seed_from" in search else {"search space"})
 
 
 def test_the_prefixs_key_knows_how_responses_are_read(loaded: LoadedModel) -> None:

@@ -1,0 +1,71 @@
+"""Take the first trials' parameters from another run: its front, or a spread of its complete trials (`search.seed_from`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from abliterate.artifacts.result import Result
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.errors import InputError
+from abliterate.objectives import vector
+from abliterate.search.front import pareto_front
+from abliterate.search.space import Space, Value, values_of
+from abliterate.settings.schema import SearchSettings
+from abliterate.types import Trial, TrialParams
+
+
+def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
+    """The run that `search.seed_from` names, and its trials that are measured again, in the order of their costs.
+
+    They are the trials on its front, half of the budget at most. Where these are fewer than the start-up trials, others of its
+    complete trials are taken to that number, evenly spread over their costs. Refined trials are left out.
+
+    Raises:
+        InputError: the run can't be read or has no complete trial that was suggested by a sampler.
+    """
+    path = Path(settings.seed_from)
+    result = Result.read(RunDirectory(path))
+    objectives, baseline = result.objectives_or_default(), result.baseline
+    complete = [trial for trial in result.trials if trial.state == "complete" and isinstance(trial.params, TrialParams)]
+    if not complete or baseline is None or result.model is None or not result.model.n_layers:
+        raise InputError(
+            f"The run in {path} has no complete trial of its search whose parameters could be measured again; name another one "
+            "with --seed-from."
+        )
+    front = pareto_front(complete, baseline, objectives)
+    taken = _spread(front, max(1, settings.trials // 2))
+    others = [trial for trial in complete if trial not in front]
+    others.sort(key=lambda trial: (vector(trial, objectives), trial.number))
+    taken = [*taken, *_spread(others, settings.n_startup_trials - len(taken))]
+    return result, tuple(sorted(taken, key=lambda trial: (vector(trial, objectives), trial.number)))
+
+
+def seed_values(space: Space, result: Result, trials: Sequence[Trial]) -> list[dict[str, Value]]:
+    """The values of the trials' parameters in a search of its own `space`: scaled to its model's depth, and clamped.
+
+    Components are matched by name; what the other run doesn't have is left to the sampler.
+
+    Raises:
+        InputError: the run's model has none of the space's components.
+    """
+    assert result.model is not None
+    scale = (space.n_layers - 1) / max(1, result.model.n_layers - 1)
+    values = []
+    for trial in trials:
+        assert isinstance(trial.params, TrialParams)
+        if not set(trial.params.kernels) & set(space.components):
+            raise InputError(
+                f"The run of search.seed_from edits {', '.join(trial.params.kernels)}, and this model has only "
+                f"{', '.join(space.components)}; name a run of a model with the same components."
+            )
+        values.append(space.fitted(values_of(trial.params, scale)))
+    return values
+
+
+def _spread(trials: Sequence[Trial], most: int) -> list[Trial]:
+    """At most so many of the trials, evenly spread from the first to the last."""
+    count = min(len(trials), max(0, most))
+    if count < 2:
+        return list(trials[:count])
+    return [trials[round(index * (len(trials) - 1) / (count - 1))] for index in range(count)]
