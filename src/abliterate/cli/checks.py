@@ -148,11 +148,13 @@ def check_evaluate(candidate: str, given: Mapping[str, Any], config: str, assign
 
 def _check_files(settings: Settings, sets: Sequence[str]) -> None:
     """InputError for a file that the settings name and that isn't there."""
+    from abliterate.prompts.capabilities import capability_sources
     from abliterate.prompts.files import parse_source
 
     for name in sets:
         if source := getattr(settings.prompts, name):
             parse_source(source)
+    capability_sources(settings)
     files = {"marker file": settings.evaluation.markers, "chat template": settings.load.chat_template}
     for what, file in files.items():
         if file and not os.path.isfile(expanded(file)):

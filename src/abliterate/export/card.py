@@ -52,6 +52,9 @@ FILES = {
     "chat template": "load.chat_template",
 }
 
+# A list of capabilities, of which each may be a source of prompts.
+PROTECTED = "directions.protect"
+
 _SECTION = """
 ## How to reproduce
 
@@ -115,6 +118,7 @@ def commands(settings: Settings, record: Mapping[str, Any], kind: str, trial: in
     for name, value in (*changed_settings(settings), *_judge(settings)):
         shown = public_source(value) if name in FILES.values() else value
         shown = [public(scorer) for scorer in value] if name in SETTINGS_NAMING_SCORERS else shown
+        shown = [public_source(entry) for entry in value] if name == PROTECTED else shown
         run += ["--set", f"{name}={_toml(shown)}"]
     export = ["abliterate", "export", "run", "--trial", str(trial), "--kind", kind]
     return [" ".join(map(_quoted, line)) for line in ([*run, "--export", "none", "-o", "run"], export)]

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal, NoReturn
@@ -23,7 +23,7 @@ from abliterate.artifacts.refined import tensors_of
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import sketch
 from abliterate.errors import InputError, first_line
-from abliterate.export.card import FILES, UNTRIED, file_digest
+from abliterate.export.card import FILES, PROTECTED, UNTRIED, file_digest
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.files import write_json
 from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
@@ -266,6 +266,12 @@ LEFT_OUT = {
 
 NO_EXPORT: Mapping[str, Any] = {"kind": "none", "origin": "trial", "versions": {}, "verified": None, "files": {}, "edits": {}}
 
+# Settings whose entries may name files, and what makes an entry public.
+_LISTED: Mapping[str, Callable[[str], str]] = {
+    **dict.fromkeys(SETTINGS_NAMING_SCORERS, public),
+    PROTECTED: public_source,
+}
+
 _WRITERS = ("torch", "transformers", "safetensors", "peft")
 
 _LARGEST = 64 << 20
@@ -378,7 +384,7 @@ def _settings(settings: Settings) -> dict[str, dict[str, Any]]:
     dumped = settings.model_dump(mode="json")
     return {
         section: {
-            name: list(map(public, value)) if f"{section}.{name}" in SETTINGS_NAMING_SCORERS else value
+            name: [shareable(entry) for entry in value] if (shareable := _LISTED.get(f"{section}.{name}")) else value
             for name, value in options.items()
             if f"{section}.{name}" not in LEFT_OUT | UNTRIED
         }

@@ -30,7 +30,7 @@ from abliterate.scorers import SCORERS
 from abliterate.scorers.endpoint import MODEL
 from abliterate.scorers.refusals import read_markers
 from abliterate.scorers.yardstick import VERSION
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import DirectionSettings, Settings
 from abliterate.settings.sources import config_path
 from abliterate.types import Objective, Prompt
 
@@ -129,6 +129,7 @@ def study_identity(
     chat: PromptEncoder,
     sets: PromptLists,
     objectives: Sequence[Objective] = DEFAULT,
+    protected: PromptLists = (),
 ) -> dict[str, str]:
     """Hashes of everything that a trial's meaning depends on, by a name that a person looks for; a resume compares them."""
     search = settings.search
@@ -148,17 +149,25 @@ def study_identity(
         "precision of residuals (use_amp_for_residuals)": settings.efficiency.use_amp_for_residuals,
         "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
-        "direction method": _given(settings.directions, "count") | directions.METHODS.origin(settings.directions.method),
+        "direction method": _method(settings.directions) | directions.METHODS.origin(settings.directions.method),
         "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates, *([later] if later else [])],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),
     }
+    if protected:
+        ridge = settings.directions.protect_ridge
+        parts["set of protected capabilities"] = [ridge, [digest(prompts) for prompts in protected]]
     if settings.load.template_now:  # otherwise the parts above decide how prompts are rendered
         parts["moment at which prompts are rendered (load.template_now)"] = [chat.digest(prompts) for prompts in sets]
     if tuple(objectives) != BY_MARKERS:  # the first versions had these objectives and didn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
+
+
+def _method(section: DirectionSettings) -> dict[str, Any]:
+    """How directions are computed, but for what is protected: its prompts count, and not where they come from."""
+    return {name: value for name, value in _given(section, "count").items() if name not in ("protect", "protect_ridge")}
 
 
 def _given(section: BaseModel, *later: str) -> dict[str, Any]:

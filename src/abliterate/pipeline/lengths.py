@@ -38,7 +38,7 @@ class _Long:
 
 def named_sets(prompts: PromptSets | None, held: HeldoutSets | None = None) -> dict[str, Sequence[Prompt]]:
     """The prompts of all sets by the names of their settings."""
-    sets: dict[str, Sequence[Prompt]] = dict(vars(prompts)) if prompts else {}
+    sets: dict[str, Sequence[Prompt]] = dict(prompts.by_name()) if prompts else {}
     if held is not None:
         sets |= {"harmful_heldout": held.harmful, "harmless_heldout": held.harmless, "over_refusal": held.over_refusal}
     return sets

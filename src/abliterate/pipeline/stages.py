@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.artifacts.result import DirectionsRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import (
+    METHODS,
+    DirectionMethod,
     Directions,
     ResidualMeans,
     compute_directions,
@@ -32,6 +34,7 @@ from abliterate.directions import (
     winsorize,
 )
 from abliterate.directions.geometry import Sample, all_layers
+from abliterate.directions.protected import capability_directions, protect
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
@@ -42,6 +45,8 @@ from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.workbench import Workbench
+from abliterate.prompts.capabilities import PLAIN
+from abliterate.prompts.files import public_source
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.base import asks_base
 from abliterate.search.pruner import DominancePruner
@@ -55,15 +60,17 @@ POINTS = 200  # the residuals kept of each set, which become the points of the r
 
 @dataclass(frozen=True)
 class Residuals:
-    """The input of the direction method from both direction sets, and a sample of each set for the report.
+    """The input of the direction method from both direction sets, a sample of each set for the report, and what is protected.
 
     `harmful` and `harmless` are residuals (n_prompts, n_layers+1, d_model) in float32, or, for a method that needs only means,
-    the means (n_layers+1, d_model) in float64.
+    the means (n_layers+1, d_model) in float64. `capabilities` are the directions (n_layers+1, count, d_model) in float64 of the
+    capabilities that are protected; None if there are none.
     """
 
     harmful: Tensor
     harmless: Tensor
     samples: Mapping[str, Sample]
+    capabilities: Tensor | None = None
 
 
 def residuals(bench: Workbench) -> Residuals:
@@ -74,10 +81,10 @@ def residuals(bench: Workbench) -> Residuals:
         info = bench.loaded.info
         size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
         large = size > context.settings.efficiency.max_residuals_mb * 2**20
-        method = context.settings.directions.method
-        if large and not needs_means(direction_method(method)):
+        method = direction_method(context.settings.directions.method)
+        if large and not needs_means(method):
             context.reporter.note(
-                f"the direction method {method} needs all residuals at once, {size >> 20:,} MiB, more than "
+                f"the direction method {method.name} needs all residuals at once, {size >> 20:,} MiB, more than "
                 "efficiency.max_residuals_mb; fewer prompts need less"
             )
         elif large and _needs_silhouettes(context):
@@ -86,15 +93,16 @@ def residuals(bench: Workbench) -> Residuals:
                 "efficiency.max_residuals_mb, or leave search.prior out."
             )
         samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
-        feed = cache(partial(_feed, bench))
+        feed = cache(partial(_feed, bench, (*prompts.harmful, *prompts.harmless)))
         harmful, harmless = (
-            _residuals(bench, name, prompt_set, large, samples[name], feed) for name, prompt_set in sets.items()
+            _residuals(bench, name, prompt_set, large, samples[name], feed, method) for name, prompt_set in sets.items()
         )
-    return Residuals(harmful, harmless, samples)
+        capabilities = _capabilities(bench, prompts.protected) if prompts.protected else None
+    return Residuals(harmful, harmless, samples, capabilities)
 
 
 def directions(context: Context, residuals: Residuals) -> Directions:
-    """One direction per layer, by the method that the settings name."""
+    """The directions that the method of the settings finds, without their parts along protected capabilities."""
     with context.stage("directions", context.settings.directions.method):
         method = direction_method(context.settings.directions.method)
         computed = compute_directions(method, residuals.harmful, residuals.harmless, context.settings.directions.count)
@@ -103,6 +111,8 @@ def directions(context: Context, residuals: Residuals) -> Directions:
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
                 "that --harmful and --harmless are different prompts."
             )
+        if residuals.capabilities is not None:
+            computed = _protected(context, computed, residuals.capabilities)
     return computed
 
 
@@ -290,13 +300,41 @@ def _progress(context: Context, unit: str) -> Progress:
     return lambda done, total: context.reporter.progress(done, total, unit)
 
 
-def _feed(bench: Workbench) -> Feed | None:
-    """The way in which prompts of both direction sets are fed, if it isn't the plain one."""
+def _feed(bench: Workbench, prompts: Sequence[Prompt]) -> Feed | None:
+    """The way in which these prompts are fed, if it isn't the plain one."""
     efficiency, loaded = bench.settings.efficiency, bench.loaded
     if not efficiency.use_shared_prefix:
         return None
-    prompts = (*bench.prompts.harmful, *bench.prompts.harmless)
     return shared_feed(loaded.model, loaded.layers, bench.chat, prompts, amp=efficiency.use_amp_for_residuals)
+
+
+def _capabilities(bench: Workbench, sets: Mapping[str, tuple[Prompt, ...]]) -> Tensor:
+    """The directions (n_layers+1, count, d_model) float64 of the capabilities, of which only means are kept."""
+    feed = cache(partial(_feed, bench, [prompt for prompts in sets.values() for prompt in prompts]))
+    means = {
+        name: _residuals(bench, name, prompts, True, Sample(len(prompts), 0), feed, METHODS["mean"])
+        for name, prompts in sets.items()
+    }
+    plain = means.pop(PLAIN)
+    return capability_directions(torch.stack(list(means.values())), plain)
+
+
+def _protected(context: Context, computed: Directions, capabilities: Tensor) -> Directions:
+    settings = context.settings.directions
+    kept = protect(computed, capabilities, settings.protect_ridge)
+    gone = int((kept.vectors.norm(dim=-1) < computed.vectors.norm(dim=-1) - 0.5).sum())
+    cosines = (kept.vectors * computed.vectors).sum(dim=-1)[kept.vectors.any(dim=-1)]
+    if not kept.table().any():
+        raise AbliterateError(
+            "The directions lie within those of the protected capabilities, so nothing is left to remove; protect fewer "
+            "capabilities with directions.protect."
+        )
+    lost = f"; {gone} directions lie within these capabilities and are zero" if gone else ""
+    context.reporter.note(
+        f"{', '.join(map(public_source, settings.protect))} protected: the directions keep {float(cosines.min()):.3f} to "
+        f"{float(cosines.max()):.3f} of themselves (cosine){lost}"
+    )
+    return kept
 
 
 def _residuals(
@@ -306,10 +344,11 @@ def _residuals(
     large: bool,
     sample: Sample,
     feed: Callable[[], Feed | None],
+    method: DirectionMethod,
 ) -> Tensor:
-    """The direction method's input from one set; `large`: the residuals exceed `max_residuals_mb`."""
+    """The direction method's input from one set; `large`: residuals are added up as they come if only means are needed."""
     context, settings, store = bench.context, bench.settings, bench.context.store
-    method, quantile = direction_method(settings.directions.method), settings.directions.winsorize_quantile
+    quantile = settings.directions.winsorize_quantile
     stream = large and needs_means(method)
     keyed = (settings, bench.loaded, bench.chat, prompts)
     keys = {"means": means_key(*keyed), "residuals": residuals_key(*keyed)}
@@ -321,7 +360,7 @@ def _residuals(
     if stored is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
         return stored["means"] if "means" in stored else summarize_residuals(sample.add(stored["residuals"]), method, quantile)
-    if stream:
+    if stream and name not in bench.prompts.protected:  # those are always added up
         context.reporter.note(f"{name} residuals are added up as they come (efficiency.max_residuals_mb)", streamed=True)
 
     def progress(done: int, total: int) -> None:

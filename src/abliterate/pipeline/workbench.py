@@ -311,7 +311,8 @@ class Workbench:
     def identity(self, settings: Settings | None = None, objectives: Sequence[Objective] | None = None) -> dict[str, str]:
         """Hashes, by part, of everything that a trial's meaning depends on; by default under the workbench's settings."""
         sets = self.prompts.all_sets()
-        return study_identity(settings or self.settings, self.loaded, self.chat, sets, objectives or self.objectives)
+        protected = tuple(self.prompts.protected.values())
+        return study_identity(settings or self.settings, self.loaded, self.chat, sets, objectives or self.objectives, protected)
 
     def record(self) -> dict[str, Any]:
         """The fields of `Result` that describe the model and its calibration."""

@@ -65,7 +65,7 @@ class SharedSetup:
 
     def to_bytes(self) -> bytes:
         """The JSON form; the inverse of `of_bytes`."""
-        sets = {name: [(prompt.text, prompt.system) for prompt in prompts] for name, prompts in vars(self.prompts).items()}
+        sets = {name: [(prompt.text, prompt.system) for prompt in prompts] for name, prompts in self.prompts.by_name().items()}
         record = vars(self) | {"format": FORMAT, "prompts": sets, "baseline": self.baseline.to_record()}
         return json.dumps({**record, "files": dict(self.files), "identity": dict(self.identity)}).encode()
 
@@ -84,7 +84,9 @@ class SharedSetup:
             )
         try:
             sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
-            setup = SharedSetup(prompts=PromptSets(**sets), baseline=Baseline.from_record(record.pop("baseline")), **record)
+            setup = SharedSetup(
+                prompts=PromptSets.of_names(sets), baseline=Baseline.from_record(record.pop("baseline")), **record
+            )
             if setup.yardstick is not None:
                 Yardstick.from_record(setup.yardstick)
             texts = [setup.settings, setup.dtype, setup.prefix, *setup.files.values(), *setup.identity.values()]
@@ -115,6 +117,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
             "search": settings.search.model_copy(update={"storage": "", "seed_from": ""}),
             "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
             "prompts": type(settings.prompts)(),
+            "directions": settings.directions.model_copy(update={"protect": ()}),
             "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),
             "export": type(settings.export)(),
         }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.model import loader
 from abliterate.model.loader import DEMO
+from abliterate.prompts.capabilities import capability_sources
 from abliterate.prompts.datasets import load_prompts
 from abliterate.settings.schema import Settings
 from abliterate.types import Prompt
@@ -19,6 +20,8 @@ HUB_PROMPTS = {
     "harmless_eval": "mlabonne/harmless_alpaca:test[:100]:text",
 }
 
+_PROTECT = "protect "  # begins the names of protected sets among the others
+
 DEMO_PROMPTS = {
     "harmful": "harmful_train.jsonl",
     "harmless": "harmless_train.jsonl",
@@ -29,16 +32,32 @@ DEMO_PROMPTS = {
 
 @dataclass(frozen=True)
 class PromptSets:
-    """The two sets for directions and the two for scores."""
+    """The two sets for directions and the two for scores.
+
+    `protected` has the sets of the capabilities that directions spare, and the plain set that they are compared with.
+    """
 
     harmful: tuple[Prompt, ...]
     harmless: tuple[Prompt, ...]
     harmful_eval: tuple[Prompt, ...]
     harmless_eval: tuple[Prompt, ...]
+    protected: dict[str, tuple[Prompt, ...]] = field(default_factory=dict)
 
     def all_sets(self) -> tuple[tuple[Prompt, ...], ...]:
         """The four sets in a fixed order."""
         return self.harmful, self.harmless, self.harmful_eval, self.harmless_eval
+
+    def by_name(self) -> dict[str, tuple[Prompt, ...]]:
+        """{name: prompts} of all sets, with those that are protected; the inverse of `of_names`."""
+        four = {name: prompts for name, prompts in vars(self).items() if name != "protected"}
+        return four | {_PROTECT + name: prompts for name, prompts in self.protected.items()}
+
+    @staticmethod
+    def of_names(sets: Mapping[str, tuple[Prompt, ...]]) -> PromptSets:
+        """The inverse of `by_name`. TypeError if a set is missing, or one has another name."""
+        protected = {name.removeprefix(_PROTECT): prompts for name, prompts in sets.items() if name.startswith(_PROTECT)}
+        four = {name: prompts for name, prompts in sets.items() if not name.startswith(_PROTECT)}
+        return PromptSets(**four, protected=protected)
 
 
 def prompt_sources(settings: Settings) -> dict[str, str]:
@@ -54,7 +73,9 @@ def read_prompt_sets(
 ) -> PromptSets:
     """All four prompt sets; a prompt in both a direction set and a score set is worth a warning."""
     sources = prompt_sources(settings)
-    sets = PromptSets(**{name: load_prompts(source, settings.prompts, note) for name, source in sources.items()})
+    four = {name: load_prompts(source, settings.prompts, note) for name, source in sources.items()}
+    protected = {name: load_prompts(source, settings.prompts, note) for name, source in capability_sources(settings).items()}
+    sets = PromptSets(**four, protected=protected)
     for name in sources:
         prompts = getattr(sets, name)
         repeated = len(prompts) - len(set(prompts))

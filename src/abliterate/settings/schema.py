@@ -18,6 +18,9 @@ from abliterate.types import LARGEST, LARGEST_COUNT, MOST_DIRECTIONS, Shape
 Interval = tuple[float, float]
 Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 
+# The capabilities with built-in prompt sets, which lie in prompts/capabilities/.
+CAPABILITIES = ("arithmetic", "code", "lists", "style")
+
 # Tokens of a response that show whether it is a refusal or a loop. Refinement looks at so many, or at twice as many as it
 # learns from if that is more.
 _SHOWN = 48
@@ -128,6 +131,8 @@ class DirectionSettings(_Section):
     method: str = "projected"
     count: int = Field(0, ge=0, le=MOST_DIRECTIONS)
     winsorize_quantile: float = Field(1.0, gt=0, le=1)
+    protect: tuple[str, ...] = ()
+    protect_ridge: float = Field(0.01, ge=0, le=LARGEST)
 
 
 class EditSettings(_Section):

@@ -201,9 +201,11 @@ def _with_absolute_paths(settings: Settings) -> Settings:
     """The settings with absolute paths. Hub ids, data sets and missing files stay as given; their reader reports the error."""
     _check_paths(settings)
     prompts = {name: _own_prompts(getattr(settings.prompts, name)) for name in _PROMPT_SETS}
+    protected = tuple(name if name in schema.CAPABILITIES else _own_prompts(name) for name in settings.directions.protect)
     load = settings.load
     sections = {
         "prompts": prompts,
+        "directions": {"protect": protected},
         "load": {"chat_template": _if_there(load.chat_template), "offload_folder": _absolute(load.offload_folder)},
         "evaluation": {
             "markers": _if_there(settings.evaluation.markers),
@@ -231,6 +233,7 @@ def _check_paths(settings: Settings) -> None:
     """Raise InputError for a text that can't be a path; otherwise every reader would fail on it in its own words."""
     paths = {name: getattr(settings, name) for name in ("model", "out", "cache_dir")}
     paths |= {f"prompts.{name}": getattr(settings.prompts, name) for name in _PROMPT_SETS}
+    paths |= {f"directions.protect[{number}]": entry for number, entry in enumerate(settings.directions.protect)}
     paths |= {f"load.{name}": getattr(settings.load, name) for name in ("chat_template", "offload_folder")}
     paths |= {f"evaluation.{name}": getattr(settings.evaluation, name) for name in ("markers", "judge_model")}
     paths |= {"efficiency.residual_cache_dir": settings.efficiency.residual_cache_dir}

@@ -90,6 +90,21 @@ def test_a_study_knows_how_it_looks_and_not_which_run_it_was_seeded_from(search:
     assert {name for name in new if new[name] != old[name]} == (set() if "seed_from" in search else {"search space"})
 
 
+def test_a_study_knows_what_is_protected_and_one_without_it_has_the_identity_it_always_had(loaded: LoadedModel) -> None:
+    plain = study_identity(Settings(), loaded, chat(), (PROMPTS,))
+
+    def identity(protected: tuple[tuple[Prompt, ...], ...], ridge: float = 0.01) -> dict[str, str]:
+        # Its prompts count, and not the paths from which they came.
+        directions = {"protect": ("/some/where.txt",) if protected else (), "protect_ridge": ridge}
+        return study_identity(Settings(directions=directions), loaded, chat(), (PROMPTS,), protected=protected)  # type: ignore[arg-type]
+
+    assert identity(()) == identity((), ridge=0.5) == plain
+    one, other, ridged = identity((OTHERS,)), identity((PROMPTS,)), identity((OTHERS,), ridge=0.5)
+    part = "set of protected capabilities"
+    assert {name: value for name, value in one.items() if name != part} == plain
+    assert len({one[part], other[part], ridged[part]}) == 3
+
+
 def test_the_prefixs_key_knows_how_responses_are_read(loaded: LoadedModel) -> None:
     sets = (PROMPTS, OTHERS)
     keep = Settings(response={"thinking": "keep"})  # type: ignore[arg-type]

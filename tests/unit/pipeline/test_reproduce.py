@@ -19,7 +19,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import largest_difference, sketch
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export.recipe import hashes, read_recipe
+from abliterate.export.recipe import Recipe, hashes, read_recipe
 from abliterate.files import digest_of, write_json
 from abliterate.model.loader import demo_path
 from abliterate.objectives import JUDGES
@@ -531,6 +531,28 @@ def test_the_environment_changes_no_recipe(
     monkeypatch.setenv("ABLITERATE_LOAD__TEMPLATE_OPTIONS", '{"x": true}')
     monkeypatch.setenv("ABLITERATE_SEARCH__MAX_COEFF", '{"default": [0, 1], "mlp.down_proj": [0, 1]}')
     assert settings_of(recipe, {"model": "", "prompts": prompt_files}, "") == plain
+
+
+def test_protected_capabilities_of_a_recipe_are_built_in_or_given_here(
+    finished: Finished, prompt_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"model": "", "prompts": prompt_files}
+
+    def recipe(*entries: str) -> Recipe:
+        def change(record: dict[str, Any]) -> None:
+            record["settings"]["directions"]["protect"] = list(entries)
+
+        return read_recipe(changed(finished[0] / "recipe.json", tmp_path / "recipe.json", change))
+
+    monkeypatch.setenv("ABLITERATE_DIRECTIONS__PROTECT", "[]")
+    assert settings_of(recipe("code", "owner/set:train:text"), own, "").directions.protect == ("code", "owner/set:train:text")
+    with pytest.raises(InputError, match=r"poems\.txt.*all 2 sets.*ABLITERATE_DIRECTIONS__PROTECT"):
+        settings_of(recipe("code", "poems.txt"), own, "")
+    here = tmp_path / "mine.txt"
+    here.write_text("Write a poem.\n", encoding="utf-8")
+    monkeypatch.setenv("ABLITERATE_DIRECTIONS__PROTECT", f'["code", "{here}"]')
+    assert settings_of(recipe("code", "poems.txt"), own, "").directions.protect == ("code", str(here))
+    assert settings_of(recipe("style"), own, "").directions.protect == ("style",)
 
 
 @pytest.mark.parametrize("mode", ["full", "none"])

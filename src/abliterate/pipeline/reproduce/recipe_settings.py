@@ -23,7 +23,7 @@ from abliterate.prompts.files import dataset_name
 from abliterate.prompts.sets import DEMO_PROMPTS
 from abliterate.scorers import SCORERS
 from abliterate.settings import untrusted
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import CAPABILITIES, Settings
 from abliterate.settings.sources import load_settings
 
 _OPTIONS = {"evaluation.markers": "--markers", "load.chat_template": "--chat-template"}
@@ -54,6 +54,7 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
             "trust_remote_code": machine.trust_remote_code and bool(load.get("trust_remote_code")),
         },
         "prompts": _sources(recipe, base, model),
+        "directions": {"protect": _protected(recipe, base)},
         "efficiency": {"residual_cache_dir": base.efficiency.residual_cache_dir},
         "export": {"kind": kind or recipe.export.kind},
     }
@@ -153,6 +154,20 @@ def _sources(recipe: Recipe, base: Settings, model: str) -> dict[str, str]:
     if missing:
         raise InputError(f"The recipe was made with prompt files of its author; give them with {', '.join(missing)}.")
     return sources
+
+
+def _protected(recipe: Recipe, base: Settings) -> list[str]:
+    """The protected capabilities: the recipe's, or those given here if some of them are neither built in nor of the Hub."""
+    stated = recipe.settings.get("directions", {}).get("protect", [])
+    given = list(base.directions.protect)
+    named = [str(entry) for entry in stated] if isinstance(stated, list) else []
+    own = [entry for entry in named if entry not in CAPABILITIES and not _is_dataset(entry)]
+    if own and not given:
+        raise InputError(
+            f"The recipe protects capabilities by prompt files of its author ({', '.join(own)}); give all {len(named)} sets in "
+            "the environment variable ABLITERATE_DIRECTIONS__PROTECT, as a JSON list."
+        )
+    return given if own else named
 
 
 def _is_dataset(source: str) -> bool:
