@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from abliterate.errors import InputError
 from abliterate.files import HALF_CHARACTER, expanded, read_toml, split_existing
-from abliterate.objectives import split
+from abliterate.objectives import SETTINGS_NAMING_SCORERS, split
 from abliterate.settings import schema
 from abliterate.settings.presets import config_path, presets
 
@@ -40,12 +40,19 @@ _PROMPT_SETS = (
     *("harmful_heldout", "harmless_heldout", "over_refusal"),
 )
 
+# Settings of a configuration file that may name files beside it.
+_NAMING_FILES = (
+    *(f"prompts.{name}" for name in _PROMPT_SETS),
+    *("directions.protect", "evaluation.markers", "load.chat_template"),
+    *(*SETTINGS_NAMING_SCORERS, "evaluation.heldout_scorers"),
+)
+
 
 class _Loading(type(schema.Settings)):  # type: ignore[misc]
     """Gives the class `Settings` its `load`. An instance's `load` is the section of that name, as in `--set load.dtypes`."""
 
     def load(cls, config: str = "", **options: Any) -> Settings:
-        """Settings from a preset (`quick`, `thorough`) or TOML file, the environment, and keywords, which win.
+        """Settings from a preset (such as `quick`) or TOML file, the environment, and keywords, which win.
 
             Settings.load("quick", model="Qwen/Qwen3-0.6B", search={"trials": 50})
 
@@ -76,7 +83,8 @@ def load_settings(
     """
     file_values = read_toml(stored) if stored else {}
     if config:
-        file_values = by_section(file_values, read_toml(_find_config(config)))
+        found = _find_config(config)
+        file_values = by_section(file_values, _beside(read_toml(found), found.absolute().parent))
     file_values = by_section(file_values, entry or {})
     _check_environment()
     overrides = dict(overrides or {})
@@ -195,6 +203,30 @@ def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
     """Sections merged like `merge`, except that an option which is itself a table is replaced as a whole, like a default."""
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
     return {**base, **over, **{name: {**base[name], **over[name]} for name in both}}
+
+
+def _beside(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The values of a configuration file, with the paths of the files that lie beside it, in `folder`.
+
+    They win over files of the working directory, so a file with its prompts can be used from anywhere.
+    """
+    found = dict(values)
+    for section, name in (setting.split(".") for setting in _NAMING_FILES):
+        options = found.get(section)
+        if isinstance(options, Mapping) and name in options:
+            given = options[name]
+            own = [_in_folder(entry, folder) for entry in given] if isinstance(given, list) else _in_folder(given, folder)
+            found[section] = {**options, name: own}
+    return found
+
+
+def _in_folder(text: Any, folder: Path) -> Any:
+    """The absolute path of a file in `folder`, also where a column or a class follows; anything else as it is given."""
+    if not isinstance(text, str) or not text or text in schema.CAPABILITIES:
+        return text
+    place = str(folder / text)
+    there = place if os.path.isfile(place) else split_existing(place)[0]
+    return place if there and os.path.isfile(there) else text
 
 
 def _with_absolute_paths(settings: Settings) -> Settings:

@@ -248,9 +248,38 @@ def test_default_toml_explains_every_option() -> None:
 def test_every_preset_loads(path: Path) -> None:
     by_name, by_path = load_settings(path.stem), load_settings(str(path))
     assert by_name == by_path
-    assert {
-        name: value for name, value in flat(by_name.model_dump(mode="json")).items() if name in flat(read_toml(path))
-    } == flat(read_toml(path))
+    own, folder = flat(read_toml(path)), f"{path.parent}/"
+    loaded = {name: value for name, value in flat(by_name.model_dump(mode="json")).items() if name in own}
+    assert {name: value.removeprefix(folder) if isinstance(value, str) else value for name, value in loaded.items()} == own
+
+
+def test_a_configuration_files_paths_are_those_beside_it_from_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, here = tmp_path / "own", tmp_path / "here"
+    (own / "sets").mkdir(parents=True)
+    here.mkdir()
+    for place in (own / "sets" / "show.txt", own / "table.csv", own / "length.py", own / "arithmetic", here / "plain.txt"):
+        place.write_text("goal\nDo it.\n", encoding="utf-8")
+    (here / "table.csv").write_text("another file of that name\n", encoding="utf-8")
+    config = write(
+        own,
+        '[prompts]\nharmful = "sets/show.txt"\nharmless = "plain.txt"\nharmful_eval = "table.csv:goal"\n'
+        'harmless_eval = "mlabonne/harmless_alpaca:test[:100]:text"\n[evaluation]\nmarkers = "sets/show.txt"\n'
+        '[search]\nobjectives = ["kl", "length.py:Length:maximize"]\n'
+        '[directions]\nprotect = ["arithmetic", "sets/show.txt"]\n',
+    )
+    monkeypatch.chdir(here)
+    loaded = load_settings(config)
+    show = str(own / "sets" / "show.txt")
+    assert (loaded.prompts.harmful, loaded.evaluation.markers) == (show, show)
+    assert loaded.prompts.harmless == str(here / "plain.txt")  # not beside it, so it is looked for as on the command line
+    assert loaded.prompts.harmful_eval == f"{own}/table.csv:goal"
+    assert loaded.prompts.harmless_eval == "mlabonne/harmless_alpaca:test[:100]:text"
+    assert loaded.search.objectives == ("kl", f"{own}/length.py:Length:maximize")
+    assert loaded.directions.protect == ("arithmetic", show)  # a built-in name isn't a file
+    over = load_settings(config, {"prompts": {"harmful": "table.csv"}})
+    assert over.prompts.harmful == str(here / "table.csv")  # the command line's paths are the working directory's
 
 
 def test_presets_other_than_default_change_something() -> None:
