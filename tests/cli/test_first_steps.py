@@ -82,7 +82,10 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["tune-batch", "demo", "--harmless-eval", "no/such.txt"], ("no/such.txt",)),
     (["run", "demo", "--harmful-heldout", "no/such.txt"], ("no/such.txt",)),
     (["run", "demo", "--markers", "no/such.txt"], ("no marker file",)),
-    (["run", "demo", "-c", "no-such-preset"], ("presets: biprojected, default, quick, thorough",)),
+    (
+        ["run", "demo", "-c", "no-such-preset"],
+        ("presets: biprojected, cliches, default, quick, sycophancy, thorough",),
+    ),
     (["run", "demo", "-o", "runs/good"], ("already holds a run", "--resume")),
     # tokens and drivers
     (["run", "demo", "--push", "me/model"], ("no Hub token", "hf auth login")),
@@ -276,7 +279,8 @@ def test_shells_complete_presets_runs_and_trials(tmp_path: Path, invoke: Invoke,
         return outcome.out.split("\n")
 
     assert complete("bash", ["export", "runs/good", "--trial", ""], tmp_path).split() == ["0", "1", "3"]
-    assert offered("bash", "run", "demo", "-c", "")[:4] == ["biprojected", "default", "quick", "thorough"]
+    known = ["biprojected", "cliches", "default", "quick", "sycophancy", "thorough"]
+    assert offered("bash", "run", "demo", "-c", "")[:6] == known
     assert offered("bash", "run", "demo", "-c", "th")[0] == "thorough"
     assert set(offered("bash", "trials", "")) == {"runs/good", "runs/new", ""}  # nothing that a shell would evaluate
     assert offered("bash", "trials", "./runs/g")[0] == "./runs/good"

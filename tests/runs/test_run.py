@@ -381,7 +381,7 @@ def test_model_that_refuses_nothing_ends_with_advice(finished: Finished, tmp_pat
     _, _, settings = finished
     (tmp_path / "markers.txt").write_text("zzzz never said zzzz\n", encoding="utf-8")
     over = {"evaluation": {"markers": str(tmp_path / "markers.txt")}}
-    with pytest.raises(AbliterateError, match="refuses none of the 12"):
+    with pytest.raises(AbliterateError, match=r"None of the model's 12 answers .* has a marker of markers\.txt"):
         run_in(tmp_path / "run", quick_settings(prompt_files, Path(settings.cache_dir), **over))
 
 

@@ -55,7 +55,7 @@ Config = Annotated[
         "-c",
         "--config",
         metavar="FILE",
-        help="TOML file, or a preset: quick, thorough, biprojected. Default: none.",
+        help="TOML file, or a preset: quick, thorough, biprojected, sycophancy, cliches. Default: none.",
         autocompletion=preset_names,
     ),
 ]

@@ -224,17 +224,30 @@ def baseline(bench: Workbench) -> Baseline:
                 "response.prefix that closes it)."
             )
         refuses = f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts"
+        if context.settings.evaluation.markers:  # which may tell another behaviour
+            refuses = f"{measured.refusals} of {measured.prompts} answers to harmful prompts have a marker"
         if kinds is None:
             context.reporter.note(refuses, refusals=measured.refusals)
         else:
-            text, unanswered = f"{refuses} and leaves {kinds['count']} unanswered", kinds["count"]
+            text, unanswered = f"{refuses}, {kinds['count']} are left unanswered", kinds["count"]
             context.reporter.note(text, refusals=measured.refusals, unanswered=unanswered)
     if measured.refusals == 0 and FEWER & set(bench.objectives):
-        raise AbliterateError(
-            f"The model refuses none of the {measured.prompts} harmful prompts, so there is nothing to remove; give prompts it "
-            "refuses with --harmful-eval, or other refusal markers with --markers."
-        )
+        raise AbliterateError(_nothing_to_remove(context.settings.evaluation.markers, measured.prompts))
     return measured
+
+
+def _nothing_to_remove(markers: str, prompts: int) -> str:
+    """Why there is nothing to search for; markers that a person gives may tell another behaviour than refusal."""
+    if not markers:
+        return (
+            f"The model refuses none of the {prompts} harmful prompts, so there is nothing to remove; give prompts it refuses "
+            "with --harmful-eval, or other refusal markers with --markers."
+        )
+    return (
+        f"None of the model's {prompts} answers to harmful prompts has a marker of {public_source(markers)}, so by these "
+        "markers it doesn't show the behaviour and there is nothing to remove; give prompts that bring it out with "
+        "--harmful-eval, or other markers with --markers."
+    )
 
 
 def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePruner) -> Trial:
