@@ -98,7 +98,7 @@ def test_gradients_of_two_directions_and_their_weights(mode: str, fused: bool) -
     factors = parameters.factors()["m0"]
     found = (goal * edited(weight, factors)).sum()
     assert float(found.detach()) == pytest.approx(total(rows, coeff), rel=1e-5)
-    parameters.pull_back({"m0": list(torch.autograd.grad(found, tensors_of(factors)))})
+    parameters.pull_back({"m0": list(torch.autograd.grad(found, factors.tensors()))})
     assert parameters.directions.grad is not None
     assert parameters.coeffs.grad is not None
     of_rows = finite_difference(lambda at: total(at, coeff), rows)
@@ -123,9 +123,9 @@ def test_a_row_that_is_zero_changes_nothing_and_stays_zero(mode: str) -> None:
     parameters.directions[0, 1] = 0
     parameters.normalize()
     without = replace(parameters, directions=parameters.directions[:, [0, 2]].clone())
-    for found, expected in zip(*(tensors_of(each.factors()["m0"]) for each in (parameters, without)), strict=True):
+    for found, expected in zip(*(each.factors()["m0"].tensors() for each in (parameters, without)), strict=True):
         assert torch.equal(found, expected)
-    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in tensors_of(parameters.factors()["m0"])]})
+    parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in parameters.factors()["m0"].tensors()]})
     assert parameters.directions.grad is not None
     assert parameters.directions.grad[0, 1].count_nonzero() == 0
     assert torch.isfinite(parameters.directions.grad).all()
@@ -136,7 +136,7 @@ def test_one_row_is_one_direction(mode: str) -> None:
     weight = seeded(D_MODEL, D_IN, seed=1)
     row = several(METHODS[mode], weight, 1)
     alone = replace(row, directions=row.directions[:, 0].clone())
-    for found, expected in zip(*(tensors_of(each.factors()["m0"]) for each in (row, alone)), strict=True):
+    for found, expected in zip(*(each.factors()["m0"].tensors() for each in (row, alone)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
