@@ -9,7 +9,7 @@ search space.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import nn
@@ -27,7 +27,8 @@ class Architecture:
     """The path of the decoder layers, and per component the module paths within a layer, as far as a layer has them.
 
     A * in a module path stands for all members of a module list. Of alternatives separated by |, the first that exists is used,
-    also in `layers`. `found_by`: table, structure, or settings.
+    also in `layers`. `found_by`: table, structure, or settings. `kinds`: {path: its kind} of modules of which a component has
+    several kinds, such as routed and shared experts; `separated` makes components of them.
     """
 
     family: str
@@ -35,6 +36,7 @@ class Architecture:
     layers: str
     components: Mapping[str, tuple[str, ...]]
     found_by: Literal["table", "structure", "settings"] = "table"
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ _MOE = ("mlp.down_proj", "mlp.experts")
 _GRANITE = ("block_sparse_moe.experts", "shared_mlp.output_linear")
 _CONV = ("self_attn.out_proj", "self_attn.o_proj", "conv.out_proj")
 _MAMBA = ("self_attn.o_proj", "mamba.out_proj")
+# The paths whose modules are of another kind than attention or a dense MLP.
+_KINDS = {
+    **dict.fromkeys(("linear_attn.out_proj", "linear_attn.o_proj"), "linear"),
+    **dict.fromkeys(("mamba.out_proj", "mamba_decoder.mamba.out_proj"), "mamba"),
+    "conv.out_proj": "conv",
+    "temporal_block.linear_out": "recurrent",
+    **dict.fromkeys(("experts", "mlp.experts", "feed_forward.experts", "block_sparse_moe.experts"), "experts"),
+    **dict.fromkeys(("mlp.text_moe.experts", "mixer.fc2_latent_proj|mixer.experts"), "experts"),
+    **dict.fromkeys(("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "mlp.shared_mlp.down_proj"), "shared"),
+    **dict.fromkeys(("feed_forward.shared_expert.down_proj", "mixer.shared_experts.down_proj"), "shared"),
+    "shared_mlp.output_linear": "shared",
+}
 
 
 def _row(
@@ -64,11 +78,11 @@ def _row(
     mlp: tuple[str, ...] = ("mlp.down_proj",),
     *,
     layers: str = _TEXT,
+    kinds: Mapping[str, str] = _KINDS,
 ) -> Architecture:
-    components = {ATTENTION: attention, MLP: mlp}
-    return Architecture(
-        family, tuple(model_types.split()), layers, {name: paths for name, paths in components.items() if paths}
-    )
+    components = {name: paths for name, paths in {ATTENTION: attention, MLP: mlp}.items() if paths}
+    own = {path: kinds[path] for paths in components.values() for path in paths if path in kinds}
+    return Architecture(family, tuple(model_types.split()), layers, components, kinds=own)
 
 
 # An edit removes v from a module's output y. The effect on the stream, if the layer doesn't just add y:
@@ -131,6 +145,7 @@ _TABLE: tuple[Architecture, ...] = (
         "nemotron_h",
         ("mixer.o_proj", "mixer.out_proj"),
         ("mixer.down_proj", "mixer.fc2_latent_proj|mixer.experts", "mixer.shared_experts.down_proj"),
+        kinds=_KINDS | {"mixer.out_proj": "mamba"},
     ),
     # Mixtures of experts: all routed experts of a layer are one module; some layers are dense, and some also have shared
     # experts, which every token visits.
@@ -139,7 +154,13 @@ _TABLE: tuple[Architecture, ...] = (
         "mixtral phimoe minimax_m2 olmoe flex_olmo gpt_oss qwen3_moe qwen3_vl_moe_text qwen3_omni_moe_text mellum",
         mlp=_MOE,
     ),
-    _row("minimax", "minimax", ("self_attn.o_proj", "self_attn.out_proj"), _MOE),
+    _row(
+        "minimax",
+        "minimax",
+        ("self_attn.o_proj", "self_attn.out_proj"),
+        _MOE,
+        kinds=_KINDS | {"self_attn.out_proj": "linear"},
+    ),
     _row("qwen2_moe", "qwen2_moe flint", mlp=(*_MOE, "mlp.shared_expert.down_proj")),
     _row("qwen3_next", "qwen3_next qwen3_5_moe_text", _LINEAR, (*_MOE, "mlp.shared_expert.down_proj")),
     _row(
@@ -190,6 +211,37 @@ def known_architecture(model_type: str, layers: str = "", components: Mapping[st
         named = {component: tuple(path.split("|")) for component, path in components.items()}
         return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
     return _row_of(model_type)
+
+
+def separated(model: nn.Module, architecture: Architecture) -> Architecture:
+    """The row with a component for each kind of module, such as `mlp.down_proj.experts`, where the model has several of one.
+
+    Components of which the model has one kind only stay as they are.
+    """
+    layers = decoder_layers(model, architecture)
+    components: dict[str, tuple[str, ...]] = {}
+    for component, paths in architecture.components.items():
+        kinds = {path: architecture.kinds.get(path, "") for path in paths if any(_any_at(layer, path) for layer in layers)}
+        several = len(set(kinds.values())) > 1
+        for path in kinds if several else paths:
+            name = kind_name(component, kinds[path]) if several else component
+            components[name] = (*components.get(name, ()), path)
+    return replace(architecture, components=components)
+
+
+def kind_name(component: str, kind: str) -> str:
+    """The component for one kind of a component's modules; the plain kind has no name."""
+    return f"{component}.{kind}" if kind else component
+
+
+def kind_names(architecture: Architecture) -> set[str]:
+    """The components that `separated` can make of a row."""
+    pairs = ((component, path) for component, paths in architecture.components.items() for path in paths)
+    return {kind_name(component, architecture.kinds.get(path, "")) for component, path in pairs}
+
+
+def _any_at(layer: nn.Module, path: str) -> bool:
+    return any(True for _ in _all_expanded(layer, (path,)))
 
 
 def unknown_family(model_type: str, reason: str = "") -> InputError:

@@ -150,6 +150,7 @@ def skeleton(
     if architecture is None and not measure:
         return None
     architecture = architecture or discover(random_model(config, load), model_type)
+    architecture = architectures.separated(model, architecture) if load.separate_kinds else architecture
     info = ModelInfo(
         id=public_name(name),
         source=source,
@@ -173,7 +174,9 @@ def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
         InputError: the structure is unclear.
     """
     model_type = model.config.get_text_config().model_type
-    return architectures.known_architecture(model_type, load.decoder_layers, load.components) or discover(model, model_type)
+    known = architectures.known_architecture(model_type, load.decoder_layers, load.components)
+    architecture = known or discover(model, model_type)
+    return architectures.separated(model, architecture) if load.separate_kinds else architecture
 
 
 def _first_that_generates(

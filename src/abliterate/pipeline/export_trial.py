@@ -27,7 +27,7 @@ from abliterate.export.check_weights import Definition, by_definition, by_factor
 from abliterate.export.gguf import GgufMatrices
 from abliterate.model import loader
 from abliterate.model.architectures import Architecture, Target, known_architecture
-from abliterate.model.checkpoint import dense_load, load_weights
+from abliterate.model.checkpoint import dense_load, empty_model, load_weights
 from abliterate.model.editor import EditKey, Editor
 from abliterate.model.hub import check_push
 from abliterate.model.memory import unless_full
@@ -214,6 +214,8 @@ def open_model(settings: Settings, result: Result, number: int) -> tuple[str, Lo
     architecture = known_architecture(model_type, load.decoder_layers, load.components)
     if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
         architecture = loader.architecture_of(load_weights(source, dense_load(load), config, stored_dtype(config), None), load)
+    elif load.separate_kinds:
+        architecture = loader.architecture_of(empty_model(config, load), load)
     return source, load, architecture
 
 

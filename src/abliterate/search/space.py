@@ -158,7 +158,8 @@ class Space:
 
     def _kernel(self, trial: Suggests, component: str, last: float) -> Kernel:
         ranges = self.settings
-        coeff_range = ranges.max_coeff.get(component, ranges.max_coeff["default"])
+        whole = component.rpartition(".")[0]  # of a component for one kind of module, as `mlp.down_proj.experts`
+        coeff_range = ranges.max_coeff.get(component) or ranges.max_coeff.get(whole) or ranges.max_coeff["default"]
         # Values below 0 are clamped, which gives "off" a real probability.
         max_coeff = max(0.0, trial.suggest_float(f"{component}{_MAX_COEFF}", *coeff_range))
         low, high = ranges.position

@@ -47,6 +47,7 @@ class LoadSettings(_Section):
     template_now: str = ""
     decoder_layers: str = ""
     components: dict[str, str] = {}
+    separate_kinds: bool = False
     allow_partial: bool = False
 
     @field_validator("template_now")
