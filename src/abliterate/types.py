@@ -134,6 +134,12 @@ class Range:
     log: bool = False
     whole: bool = False
 
+    @property
+    def middle(self) -> float:
+        """The number in the middle of the range, on its own scale."""
+        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return round(middle) if self.whole else middle
+
 
 def weight_name(place: int) -> str:
     """The name of the weight of a layer's direction number `place`, from 0, in `TrialParams.extra`."""

@@ -31,7 +31,7 @@ BUILT_IN = {
         "direction method",
         ("projected", "biprojected", "mean", "median", "geometric-median", "kmeans", "svd", "som"),
     ),
-    "edit.mode": ("edit mode", ("full", "pre", "none", "columns")),
+    "edit.mode": ("edit mode", ("full", "pre", "none", "columns", "key-conditional", "arbitrary-rank")),
     "export.kind": ("export kind", ("merged", "adapter", "none")),
 }
 SCORERS = ("refusals", "unanswered", "kl", "unfinished_thinking", "classifier", "endpoint", "strongreject")

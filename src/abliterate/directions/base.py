@@ -7,12 +7,14 @@ means of residuals, which `ResidualMeans` accumulates in the memory of one promp
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from abliterate.directions.inputs import ModuleInputs
 from abliterate.errors import InputError
 
 
@@ -100,11 +102,12 @@ class Directions:
 
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
     `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
-    module of some layer is orthogonal to that layer's.
+    module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, for edit methods that need them.
     """
 
     vectors: Tensor
     harmless: Tensor | None = None
+    inputs: Mapping[str, ModuleInputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vectors.ndim not in (2, 3) or not self.vectors.numel() or not torch.isfinite(self.vectors).all():

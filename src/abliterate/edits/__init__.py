@@ -10,18 +10,25 @@ from collections.abc import Sequence
 import torch
 
 from abliterate.directions.base import Blend
-from abliterate.edits.base import EditMethod, Factors, Prepared, blended, prepare
+from abliterate.edits.arbitrary_rank import ArbitraryRank
+from abliterate.edits.base import EditMethod, Factors, Prepared, blended, is_learned, needs_inputs, prepare
 from abliterate.edits.columns import ColumnPreserving
 from abliterate.edits.full import NormPreserving
+from abliterate.edits.key_conditional import KeyConditional
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
 from abliterate.edits.svd import SvdMemo, seed_of, svd_key, truncated_svd
+from abliterate.errors import InputError
 from abliterate.plugins import Registry
 
+_BUILT_IN = (
+    *(NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving()),
+    *(KeyConditional(), ArbitraryRank()),
+)
 METHODS: Registry[EditMethod] = Registry(
     "edits",
     "edit mode",
-    {method.name: method for method in (NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving())},
+    {method.name: method for method in _BUILT_IN},
     named="name",
     needs=("name", "prepare", "factors", "dense", "along", "dense_rows"),
 )
@@ -34,12 +41,12 @@ def edit_method(name: str) -> EditMethod:
 
 def scales_rows(method: EditMethod) -> bool:
     """Whether the method's edits scale the rows of W, as only DoRA adapters can: tried on a small matrix."""
-    return _tried(method).row_scale is not None
+    return not needs_inputs(method) and _tried(method).row_scale is not None
 
 
 def scales_columns(method: EditMethod) -> bool:
     """Whether the method's edits scale the columns of W, as no adapter can: tried on a small matrix."""
-    return _tried(method).column_scale is not None
+    return not needs_inputs(method) and _tried(method).column_scale is not None
 
 
 def _tried(method: EditMethod) -> Factors:
@@ -50,7 +57,12 @@ def _tried(method: EditMethod) -> Factors:
 
 def check_several(method: EditMethod, count: int) -> None:
     """InputError if the method can't remove so many directions of a layer: tried on a small matrix, before a run."""
-    if count > 1:
+    if count > 1 and is_learned(method):
+        raise InputError(
+            f"The edit mode {method.name!r} uses no directions, so it can't use several of a layer; choose a "
+            "--set directions.method that finds one."
+        )
+    if count > 1 and not needs_inputs(method):
         prepared = method.prepare(lambda: torch.eye(3) + 1, torch.full((1, 3), 3**-0.5, dtype=torch.float64))
         method.product(prepared, [Blend((0,), (1.0,))] * count, torch.full((count,), 0.1, dtype=torch.float64))
 
@@ -95,6 +107,8 @@ __all__ = [
     "check_several",
     "edit_method",
     "exact_factors",
+    "is_learned",
+    "needs_inputs",
     "prepare",
     "scales_columns",
     "scales_rows",

@@ -6,7 +6,7 @@ for the E experts of a layer, are edited matrix by matrix, with factors that hav
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from abliterate.directions.base import Blend
+from abliterate.directions.inputs import ModuleInputs
 from abliterate.errors import InputError
 
 # Rows converted to float64 at a time: 15 MB for a matrix with 14,336 columns.
@@ -139,13 +140,27 @@ class Prepared:
 class EditMethod(Protocol):
     """One way to change W, given a direction and a coeff, or several of both.
 
-    Methods inherit from this class for its defaults of `dense` and `product`. They may have a class attribute `parameters`,
-    {name: `types.Range`}: numbers that the search finds for them. With `keeps_columns`, W' is what `dense_rows` gives with
-    every column scaled to its norm in W.
+    Methods inherit from this class for its defaults of `dense` and `product`. They may have class attributes:
+
+    - `parameters`, {name: `types.Range`}: numbers that the search finds for them, and that `at` gives them;
+    - `coeffs`, (low, high): the range of the largest coeff, where the settings don't give another than the default;
+    - `needs` = "inputs": the edit is computed from the inputs of each module, so `of` gives a method for each. Such an edit has
+      no `row_scale` and no `column_scale`;
+    - `learned` = True: ΔW is the result of an optimization. It has no definition by rows, so exports are compared with its
+      factors, and no gradient in coeffs and directions, so the front isn't refined;
+    - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W.
     """
 
     name: str
     keeps_columns: bool = False
+
+    def of(self, inputs: ModuleInputs) -> EditMethod | None:
+        """The method for the module that has these inputs; None if they allow no edit. For methods that need inputs."""
+        return self
+
+    def at(self, numbers: Mapping[str, float]) -> EditMethod:
+        """The method with a trial's `numbers`, for methods with `parameters`."""
+        return self
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """Every product that is linear in v, once per matrix; `directions` (n_layers, d_out) float64 are stored as given."""
@@ -194,6 +209,16 @@ class EditMethod(Protocol):
 
         For several directions, `v` is (k, n), `a` (k, d_in) what each removes after those before it, and `coeff` (k).
         """
+
+
+def is_learned(method: EditMethod) -> bool:
+    """Whether a method finds ΔW by an optimization of its own."""
+    return bool(getattr(method, "learned", False))
+
+
+def needs_inputs(method: EditMethod) -> bool:
+    """Whether a method computes edits from the inputs of modules."""
+    return getattr(method, "needs", "") == "inputs"
 
 
 def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
@@ -253,6 +278,13 @@ def row_norms(weight: Tensor) -> Tensor:
     """Norms of W's rows, (d_out) float64, without a float64 copy of W."""
     chunks = [rows.double().norm(dim=1) for rows in weight.split(ROW_CHUNK)]
     return torch.cat(chunks)
+
+
+def row_basis(rows: Tensor, most: int | None = None) -> Tensor:
+    """An orthonormal basis (d, r) of the rows' span, in float64; of their leading subspace if that has a rank beyond `most`."""
+    _, sizes, vh = torch.linalg.svd(rows.double(), full_matrices=False)
+    rank = int((sizes > 1e-9 * sizes[0]).sum()) if float(sizes[0]) > 0 else 0
+    return vh[: rank if most is None else min(rank, most)].T
 
 
 def safe_inverse(norms: Tensor) -> Tensor:

@@ -207,8 +207,7 @@ _CARD = """\
 
 # {base}, {title}
 
-This is {base}{revision} after directional ablation: {direction} along which the model separates {separated} \
-{was} removed from matrices that write to the residual stream. {trained}{dequantized}{adapter}
+This is {base}{revision} after {done} {trained}{dequantized}{adapter}
 
 {altered} Whoever runs or passes on this model answers for what it is used for.
 
@@ -224,6 +223,14 @@ made with abliterate {version}. Parameters:
 {params}
 ```
 {recipe}"""
+
+_ABLATED = """\
+directional ablation: {direction} along which the model separates {separated} \
+{was} removed from matrices that write to the residual stream."""
+
+_MOVED = """\
+arbitrary-rank ablation: matrices that write to the residual stream
+were changed so that they treat {separated} alike."""
 
 # The card's words if the model refuses fewer of the harmful prompts than the base, and if it doesn't.
 _LESS = {
@@ -245,6 +252,9 @@ _ADAPTER = """
 This is an adapter for PEFT, not a whole model: `PeftModel.from_pretrained(base, this folder)` loads it onto the base."""
 
 _UNTRAINED = "No training took place."
+
+_OPTIMIZED = """Each change was
+found by an optimization of that matrix's own outputs; the model as a whole was not trained."""
 
 _REFINED = """**Its strengths and directions were learned by
 gradient** ({found}): each of the {count} edited matrices loses {direction} of its own, with a strength of its own{start}. No
@@ -314,13 +324,16 @@ def model_card(facts: Mapping[str, Any]) -> str:
     base_model = [f"base_model: {name}"] if facts["on_hub"] else []
     named = ", ".join(f"{code(objective.name)} ({objective.goal}d)" for objective in facts["objectives"])
     tags = ("abliterated", "abliterate") if facts["after"] < facts["before"] else ("abliterate",)
-    count = facts["params"].directions
-    texts = _wording(facts["before"], facts["after"], named) | {
+    count, learned = facts["params"].directions, facts.get("learned", False)
+    wording = _wording(facts["before"], facts["after"], named) | {
         "direction": "the direction" if count == 1 else f"the {count} directions of each layer",
         "was": "was" if count == 1 else "were",
+    }
+    texts = wording | {
+        "done": (_MOVED if learned else _ABLATED).format(**wording),
         "over": f" over {named}" if tuple(facts["objectives"]) != DEFAULT else "",
         "scores": _scores(facts),
-        "trained": _trained(facts["params"]),
+        "trained": _OPTIMIZED if learned else _trained(facts["params"]),
         "dequantized": dequantized,
         "heldout": _heldout(facts.get("heldout")),
         "adapter": (_ADAPTER if adapter else "") + (_DORA if adapter == "dora" else ""),
@@ -402,8 +415,10 @@ def checked(record: Mapping[str, Any], trial: Trial, prompts: int) -> str:
     if "weight_error" in record:
         error = record["weight_error"]["max"]
         largest = f"{error:.1e}" if error is not None else "infinite"
+        factors = record.get("compared_with") == "factors"
+        expected = "the factors that the optimization found" if factors else "the edit's definition, computed anew"
         figures.append(
-            "Every edited matrix was compared with the edit's definition, computed anew from the base's: largest relative "
+            f"Every edited matrix was compared with {expected} from the base's: largest relative "
             f"error {largest}. {_rest(record)}"
         )
     return _CHECKED.format(verdict=verdict, figures="\n\n".join(figures))

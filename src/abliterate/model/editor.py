@@ -21,6 +21,7 @@ from abliterate.edits import (
     SvdMemo,
     edit_method,
     exact_factors,
+    needs_inputs,
     prepare,
     scales_columns,
     scales_rows,
@@ -30,9 +31,10 @@ from abliterate.errors import InputError
 from abliterate.model.architectures import Target
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.experts import is_fused
-from abliterate.model.weights import dense_weight, device_and_dtype
+from abliterate.model.inputs import refuse_uncaptured
+from abliterate.model.weights import dense_weight, device_and_dtype, in_features
 from abliterate.settings.schema import EditSettings
-from abliterate.types import Params, RefinedParams, TrialParams, weight_name
+from abliterate.types import Params, Range, RefinedParams, TrialParams, weight_name
 
 # (module, its directions, their coeffs); the directions are a layer position, or the hash of the file of refined directions.
 # Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
@@ -54,7 +56,8 @@ class Editor:
     refined parameters, whose modules are prepared in each trial, because their directions are their own.
 
     Raises:
-        InputError: the model has fused experts, and the settings ask for the svd representation.
+        InputError: the model has fused experts, and the settings ask for the svd representation, or for a mode that needs the
+            inputs of modules.
     """
 
     def __init__(
@@ -72,9 +75,12 @@ class Editor:
         self._method: EditMethod = edit_method(settings.mode)
         if settings.representation == "svd" and (scales_rows(self._method) or scales_columns(self._method)):
             _refuse_fused_experts(self._targets)
+        if needs_inputs(self._method):
+            refuse_uncaptured(self._targets, settings.mode)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
+        self._own_methods: dict[str, EditMethod | None] = {}  # of modules, where edits are computed from their inputs
         self.hooks = hooks
         self.memo = memo
         self.budget_bytes = budget_bytes
@@ -88,13 +94,14 @@ class Editor:
     def prepare(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Prepare every module now, so that the first trials cost no more than later trials."""
         for index, target in enumerate(self._targets):
-            self._prepare(target)
+            if self.method_of(target) is not None:
+                self._prepare(target)
             progress(index + 1, len(self._targets))
 
     def apply(self, params: Params) -> None:
         """Put exactly the trial's edits on the model."""
-        keys = self.plan(params)
-        self.hooks.apply({name: (key, partial(self._factors, params, key)) for name, key in keys.items()})
+        keys, numbers = self.plan(params), self._numbers(params)
+        self.hooks.apply({name: ((key, numbers), partial(self._factors, params, key)) for name, key in keys.items()})
 
     def apply_exactly(self, params: Params) -> None:
         """`apply` with the exact factors whatever the representation, because decomposing every module is expensive.
@@ -121,7 +128,7 @@ class Editor:
         """{module: key} of the modules that a trial edits: λ ≠ 0 (after the grid) and a nonzero direction."""
         keys: dict[str, EditKey] = {}
         if isinstance(params, RefinedParams):  # neither grid applies to what gradients found
-            named = {target.name: params.coeffs.get(target.name, 0.0) for target in self._targets}
+            named = {target.name: params.coeffs.get(target.name, 0.0) for target in self._targets if self.method_of(target)}
             return {name: (name, params.sha256, (coeff,)) for name, coeff in named.items() if coeff != 0}
         for target in self._targets:
             coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
@@ -130,9 +137,55 @@ class Editor:
                 index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
             weights = [params.extra.get(weight_name(place), 1.0) for place in range(self.directions.count)]
             coeffs = tuple(coeff * weight for weight in weights)
-            if any(self._removed(index, coeffs, target.layer)):
+            if any(self._removed(index, coeffs, target.layer)) and self.method_of(target) is not None:
                 keys[target.name] = (target.name, index, coeffs)
         return keys
+
+    def method_of(self, target: Target) -> EditMethod | None:
+        """The edit method for a module, without a trial's numbers; None if the module's inputs allow no edit.
+
+        Raises:
+            InputError: the method needs the module's inputs, and the directions come without them or with another model's.
+        """
+        if not needs_inputs(self._method):
+            return self._method
+        if target.name not in self._own_methods:
+            inputs = self.directions.inputs.get(target.name)
+            if inputs is None or inputs.d_in != in_features(target.module):
+                raise InputError(
+                    f"The edit mode {self._method.name!r} needs the inputs of {target.name}, and these directions come without "
+                    "them; take the directions that find_directions gives, or those of the run itself."
+                )
+            self._own_methods[target.name] = self._method.of(inputs)
+        return self._own_methods[target.name]
+
+    def method(self, params: Params, key: EditKey) -> EditMethod:
+        """The edit method for one edit in a trial's plan, with the trial's numbers."""
+        method = self.method_of(self._by_name[key[0]])
+        assert method is not None, "a plan has no module without a method"
+        numbers = self._numbers(params)
+        return method.at(dict(numbers)) if numbers else method
+
+    @property
+    def unedited(self) -> list[str]:
+        """The modules whose inputs allow no edit."""
+        return [target.name for target in self._targets if self.method_of(target) is None]
+
+    def _numbers(self, params: Params) -> tuple[tuple[str, float], ...]:
+        """The numbers that the edit method has asked the search for, by name, as a part of a key.
+
+        Raises:
+            InputError: the trial lacks one, or it lies outside of its range.
+        """
+        ranges: Mapping[str, Range] = getattr(self._method, "parameters", {})
+        given = params.extra if isinstance(params, TrialParams) else {}
+        for name, wanted in ranges.items():
+            if name not in given or not wanted.low <= given[name] <= wanted.high:
+                raise InputError(
+                    f"The trial has no {name} from {wanted.low:g} to {wanted.high:g}, as the edit mode {self._method.name!r} "
+                    "needs it; put the run's own files back, or make a new run."
+                )
+        return tuple((name, given[name]) for name in ranges)
 
     def vectors(self, params: Params, key: EditKey) -> tuple[Tensor, tuple[float, ...]]:
         """The directions V (k, d_model) float64 that one edit in a trial's plan removes, and the coeff of each.
@@ -167,12 +220,13 @@ class Editor:
         return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
     def _exact(self, params: Params, key: EditKey) -> Factors:
-        return exact_factors(self._method, *self._prepared_for(params, key))
+        return exact_factors(self.method(params, key), *self._prepared_for(params, key))
 
     def _factors(self, params: Params, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
             return self._exact(params, key)
-        return svd_factors(self._method, *self._prepared_for(params, key), key[0], self._settings.rank, self.memo)
+        prepared = self._prepared_for(params, key)
+        return svd_factors(self.method(params, key), *prepared, key[0], self._settings.rank, self.memo)
 
     def _prepared_for(self, params: Params, key: EditKey) -> tuple[Prepared, Sequence[Blend], Sequence[float]]:
         """The module's products with its directions or with all layers', the blends that give its own, and their coeffs."""
@@ -183,7 +237,7 @@ class Editor:
             own, coeffs = self.vectors(params, key)
             alone = [Blend((index,), (1.0,)) for index in range(len(own))]
             own = own.to(device)
-            return prepare(self._method, lambda: self._weight_of(target).to(device), own), alone, coeffs
+            return prepare(self.method(params, key), lambda: self._weight_of(target).to(device), own), alone, coeffs
         prepared = self._prepare(target)
         kept = self._removed(float(place), coeffs, target.layer)
         blends: Sequence[Blend] = [blend for blend, _ in kept]
@@ -195,7 +249,9 @@ class Editor:
         prepared = self._prepared.get(target.name)
         if prepared is None:
             device = _device_of(target)
-            prepared = prepare(self._method, lambda: self._weight_of(target).to(device), self._table(device, target.layer))
+            method = self.method_of(target)
+            assert method is not None, "a plan has no module without a method"
+            prepared = prepare(method, lambda: self._weight_of(target).to(device), self._table(device, target.layer))
             self._keep(target.name, prepared, device)
             prepared = self._prepared.get(target.name, prepared)
         return prepared

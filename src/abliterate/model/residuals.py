@@ -10,7 +10,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from abliterate.types import Prompt
 
 # Feeds prompts to the model, so that the last position of its last pass is each prompt's last token.
 Feed = Callable[[Sequence[Prompt]], object]
+Captured = TypeVar("Captured")
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -106,10 +107,34 @@ def stream_residuals(
     """
     # Layers may lie on several devices; residuals are gathered on one device.
     home = torch.device("cpu") if offload else chat.device
-    done = count = 0
+
+    def once(batch: Sequence[Prompt]) -> Tensor:
+        return capture_batch(model, layers, chat, batch, amp=amp, home=home, feed=feed)
+
+    for count, captured in enumerate(in_batches(once, prompts, batch_size, chat.device, progress), start=1):
+        if not torch.isfinite(captured).all():
+            raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
+        take(captured)
+        if clear_every and count % clear_every == 0:
+            clear_device_cache(chat.device)
+
+
+def in_batches(
+    once: Callable[[Sequence[Prompt]], Captured],
+    prompts: Sequence[Prompt],
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int, int], None],
+) -> Iterator[Captured]:
+    """What `once` gives for each batch of prompts, in their order; the batch size is halved when the device runs out of memory.
+
+    Raises:
+        AbliterateError: a single prompt doesn't fit.
+    """
+    done = 0
     while done < len(prompts):
         batch = prompts[done : done + batch_size]
-        captured = unless_full(partial(capture_batch, model, layers, chat, batch, amp=amp, home=home, feed=feed), chat.device)
+        captured = unless_full(partial(once, batch), device)
         if captured is None:
             if len(batch) == 1:
                 raise AbliterateError(
@@ -118,12 +143,8 @@ def stream_residuals(
                 )
             batch_size = len(batch) // 2
             continue
-        if not torch.isfinite(captured).all():
-            raise AbliterateError("The model's hidden states overflow in this dtype; load it with --dtype bfloat16 or float32.")
-        take(captured)
-        done, count = done + len(batch), count + 1
-        if clear_every and count % clear_every == 0:
-            clear_device_cache(chat.device)
+        yield captured
+        done += len(batch)
         progress(done, len(prompts))
 
 

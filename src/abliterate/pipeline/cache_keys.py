@@ -59,6 +59,16 @@ def means_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prom
     return residuals_key(settings, loaded, chat, prompts) | statistics
 
 
+def inputs_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Everything that the inputs of the modules to edit depend on."""
+    modules = [target.name for target in loaded.targets]
+    return model_key(settings, loaded) | {
+        "inputs_of": modules,
+        "response_prefix": chat.response_prefix,
+        "prompts": chat.digest(prompts),
+    }
+
+
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Everything that batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device
@@ -150,7 +160,7 @@ def study_identity(
         "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": _method(settings.directions) | directions.METHODS.origin(settings.directions.method),
-        "edit mode": settings.edit.model_dump() | edits.METHODS.origin(settings.edit.mode),
+        "edit mode": _given(settings.edit, "capture_prompts") | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates, *([later] if later else [])],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),

@@ -16,7 +16,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, PromptSetRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.edits import Factors, SvdMemo
+from abliterate.edits import Factors, SvdMemo, edit_method, is_learned
 from abliterate.edits.svd import relative_error
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.export import (
@@ -192,6 +192,7 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "kinds": trial.scores.get(UNANSWERED),
         "values": {name: trial.values[name] for name in other_names(trial.values)},
         "mode": settings.edit.mode,
+        "learned": is_learned(edit_method(settings.edit.mode)),
         "representation": settings.edit.representation,
         "approximation": approximation,
         "method": settings.directions.method,

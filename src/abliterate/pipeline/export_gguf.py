@@ -40,7 +40,7 @@ from abliterate.export.safetensors_copy import check_room
 from abliterate.files import check_new_file
 from abliterate.model import loader
 from abliterate.model.checkpoint import dense_load, empty_model
-from abliterate.pipeline.export_trial import StoredEdits, StoredTrial, edits_of, open_model, report_end
+from abliterate.pipeline.export_trial import StoredEdits, StoredTrial, edits_of, open_model, report_end, with_yardstick
 from abliterate.settings.schema import Settings
 from abliterate.types import Reporter
 
@@ -145,7 +145,7 @@ def _check(
 
     with context.stage("check weights"):
         reread = RereadGguf(base, read_gguf(partial, block_sizes()), kinds)
-        return check_weights(base, reread, edits.definitions, progress)
+        return with_yardstick(context.settings, check_weights(base, reread, edits.definitions, progress))
 
 
 def _differences(record: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.edits import Factors, edit_method
+from abliterate.edits import Factors, edit_method, is_learned
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
@@ -247,17 +247,25 @@ def check(context: Context, job: ExportJob, edits: StoredEdits, final: Path) -> 
     with context.stage("check weights"):
         base = Matrices(job.source, job.load, job.architecture)
         reread = EXPORTERS[context.settings.export.kind].reread(final, job, base)
-        return check_weights(base, reread, edits.definitions, progress)
+        return with_yardstick(context.settings, check_weights(base, reread, edits.definitions, progress))
+
+
+def with_yardstick(settings: Settings, verdict: Verification) -> Verification:
+    """The verdict with a record of what matrices were compared with, if it wasn't the edit's definition."""
+    if not is_learned(edit_method(settings.edit.mode)):
+        return verdict
+    return replace(verdict, record={**verdict.record, "compared_with": "factors"})
 
 
 def _definition(editor: Editor, settings: EditSettings, params: Params, key: EditKey, factors: Factors) -> Definition:
     """What the edit of one module is checked against.
 
     An approximation can only be compared with itself; its error is its distance from the exact edit. Fused experts have exact
-    factors in every representation.
+    factors in every representation. An edit that an optimization finds has no definition but the factors it found.
     """
-    if settings.representation == "exact" or factors.a.ndim == 3:
-        return by_definition(edit_method(settings.mode), *editor.vectors(params, key))
+    exact = settings.representation == "exact" or factors.a.ndim == 3
+    if exact and not is_learned(edit_method(settings.mode)):
+        return by_definition(editor.method(params, key), *editor.vectors(params, key))
     return by_factors(factors)
 
 

@@ -6,13 +6,13 @@ A wrong name that is noticed later would already be stored in the run directory,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from transformers import PretrainedConfig
 
 from abliterate.directions import count_of, direction_method
-from abliterate.edits import check_several, edit_method, scales_columns, scales_rows
+from abliterate.edits import check_several, edit_method, is_learned, needs_inputs, scales_columns, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -21,6 +21,7 @@ from abliterate.model.architectures import ARCHITECTURES, Target, kind_names
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
 from abliterate.model.hub import check_push
+from abliterate.model.inputs import refuse_uncaptured
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import objectives_of, scorers_of
@@ -36,9 +37,16 @@ def check_model(settings: Settings, *, editing: bool = True) -> None:
     """
     skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"), weights=True)
     if editing and skeleton is not None:
+        check_edit(settings, skeleton.targets)
         check_export(settings, skeleton.model.config, skeleton.targets)
         coverage = coverage_of(skeleton.model, skeleton.architecture, skeleton.targets)
         check_coverage(coverage, allow_partial=settings.load.allow_partial)
+
+
+def check_edit(settings: Settings, targets: Collection[Target]) -> None:
+    """Raise InputError if the edit mode needs inputs of modules that can't be captured."""
+    if needs_inputs(edit_method(settings.edit.mode)):
+        refuse_uncaptured(tuple(targets), settings.edit.mode)
 
 
 def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
@@ -83,16 +91,34 @@ def _is_dora(settings: Settings) -> bool:
 def check_loaded(context: Context, loaded: LoadedModel) -> None:
     """Repeat the checks of `check_model` that need weights, and warn of modules that stay unedited."""
     settings = context.settings
+    check_edit(settings, loaded.targets)
     if loaded.architecture.found_by == "structure":
         check_export(settings, loaded.model.config, loaded.targets)
     coverage = coverage_of(loaded.model, loaded.architecture, loaded.targets)
     check_coverage(coverage, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
 
 
+def unrefined(settings: Settings) -> str:
+    """The note for an edit mode whose front can't be refined."""
+    return (
+        f"{settings.edit.mode} edits have no strengths and directions that a gradient could refine, so the run keeps the "
+        "search's front; a search alone needs more trials, such as -n 100"
+    )
+
+
+def as_refinable(settings: Settings, note: Callable[[str], None]) -> Settings:
+    """The settings without refinement, and a note of it, if the edit mode's front can't be refined."""
+    if not settings.refine.enabled or not is_learned(edit_method(settings.edit.mode)):
+        return settings
+    note(unrefined(settings))
+    return settings.model_copy(update={"refine": settings.refine.model_copy(update={"enabled": False})})
+
+
 def check_names(settings: Settings) -> SelectionRule:
     """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
     count = count_of(direction_method(settings.directions.method), settings.directions.count)
     check_several(edit_method(settings.edit.mode), count)
+    learned = is_learned(edit_method(settings.edit.mode))
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)
     scorers = scorers_of(settings)
@@ -100,7 +126,7 @@ def check_names(settings: Settings) -> SelectionRule:
     names = [scorer.name for scorer in scorers]
     if rule.scorer and rule.scorer not in names:
         raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
-    if settings.search.trials == 0 and not settings.refine.enabled:
+    if settings.search.trials == 0 and (learned or not settings.refine.enabled):
         raise InputError("A run without trials and without refinement finds nothing; give more trials with -n, or --refine.")
     check_packages(settings.search)
     choose_device(settings.device)

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
-from abliterate.edits import edit_method
+from abliterate.edits import edit_method, is_learned
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.pipeline import stages
 from abliterate.pipeline.lesson import Lesson, lesson_key, prepare_lesson, refusals, teachers_of
 from abliterate.pipeline.passes import passes_of
+from abliterate.pipeline.preflight import unrefined
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.files import digest
 from abliterate.refine.betas import Tried, next_descent
@@ -87,6 +88,9 @@ class Refinement:
         self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
 
     def __iter__(self) -> Iterator[Trial]:
+        if is_learned(edit_method(self._bench.settings.edit.mode)):
+            self._bench.context.reporter.note(unrefined(self._bench.settings))
+            return
         try:
             yield from self._refined()
         except TrialError as error:  # out of memory even for one row, or losses that aren't finite
@@ -268,8 +272,9 @@ class Refinement:
         """
         bench = self._bench
         table = bench.editor.directions.vectors[1:].float().cpu()
-        targets = [target for target in bench.loaded.targets if table[target.layer].any()]
-        modules = [Module(target.name, target.layer, partial(_weight, target.module)) for target in targets]
+        method_of = bench.editor.method_of
+        targets = [target for target in bench.loaded.targets if table[target.layer].any() and method_of(target) is not None]
+        modules = [Module(target.name, target.layer, partial(_weight, target.module), method_of(target)) for target in targets]
         starts = torch.stack([table[target.layer] for target in targets])
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
         starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)

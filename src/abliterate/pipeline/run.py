@@ -29,7 +29,7 @@ from abliterate.pipeline.export import Picked, export_and_verify, prepare, promp
 from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
-from abliterate.pipeline.preflight import check_model, check_names, note_adapter
+from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.seeds import seed_trials, seed_values
@@ -91,6 +91,7 @@ def run(
     try:
         with directory.locked():
             rule = check_names(settings)
+            settings = as_refinable(settings, reporter.note)
             devices = devices_of(gpus, choose_device(settings.device), settings.device)
             directory.check(resume=resume, restart=restart)
             check_database(settings.search.storage)
@@ -217,7 +218,7 @@ class _Run:
         """Residuals and directions, with what the report shows of them."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
-        directions = stages.directions(context, residuals)
+        directions = stages.with_inputs(bench, stages.directions(context, residuals))
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))

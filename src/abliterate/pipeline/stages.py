@@ -26,6 +26,7 @@ from abliterate.directions import (
     METHODS,
     DirectionMethod,
     Directions,
+    ModuleInputs,
     ResidualMeans,
     compute_directions,
     direction_method,
@@ -34,15 +35,18 @@ from abliterate.directions import (
     winsorize,
 )
 from abliterate.directions.geometry import Sample, all_layers
+from abliterate.directions.inputs import from_tensors, to_tensors
 from abliterate.directions.protected import capability_directions, protect
+from abliterate.edits import edit_method, needs_inputs
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
+from abliterate.model.inputs import capture_inputs
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
-from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
+from abliterate.pipeline.cache_keys import baseline_key, inputs_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.capabilities import PLAIN
@@ -132,6 +136,47 @@ def _needs_silhouettes(context: Context) -> bool:
     return context.settings.search.prior == "silhouette"
 
 
+def with_inputs(bench: Workbench, directions: Directions) -> Directions:
+    """The directions with the inputs of the modules to edit, captured or from the cache, if the edit mode needs them."""
+    context, prompts = bench.context, bench.prompts
+    if not needs_inputs(edit_method(context.settings.edit.mode)):
+        return directions
+    most = context.settings.edit.capture_prompts
+    sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
+    with context.stage("module inputs", f"{len(sets['harmful'])} + {len(sets['harmless'])} prompts"), bench.base():
+        found = {name: _inputs(bench, name, chosen) for name, chosen in sets.items()}
+        inputs = {
+            target.name: ModuleInputs(found["harmful"][target.name], found["harmless"][target.name])
+            for target in bench.loaded.targets
+        }
+    return replace(directions, inputs=inputs)
+
+
+def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
+    """At most so many of the prompts, evenly spread, because data sets are often sorted by subject."""
+    count = min(most, len(prompts))
+    return tuple(prompts[place * len(prompts) // count] for place in range(count))
+
+
+def _inputs(bench: Workbench, name: str, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
+    """{module: its inputs (n_prompts, d_in)} on one set."""
+    context, loaded = bench.context, bench.loaded
+    key = inputs_key(context.settings, loaded, bench.chat, prompts)
+    stored = context.store.get("inputs", key)
+    if stored is not None:
+        context.reporter.note(f"module inputs on {name} prompts come from the cache", set=name, cached=True)
+        return stored
+
+    def progress(done: int, total: int) -> None:
+        context.reporter.progress(done, total, f"{name} prompts")
+        context.check()
+
+    size = affordable(bench.sizes.residuals, bench.sizes.row_bytes[0], loaded.device)
+    captured = capture_inputs(loaded.model, loaded.targets, bench.chat, prompts, batch_size=size, progress=progress)
+    context.store.put("inputs", key, captured, f"{loaded.info.id}: inputs on {len(prompts)} {name} prompts")
+    return captured
+
+
 def find_directions(bench: Workbench) -> Directions:
     """Compute the directions of the workbench's harmful and harmless prompts, and prepare the workbench for edits along them.
 
@@ -139,27 +184,27 @@ def find_directions(bench: Workbench) -> Directions:
         AbliterateError: the two sets give the same residuals.
     """
     found = residuals(bench)
-    computed, bench.prior = directions(bench.context, found), layer_prior(bench.context, found)
+    computed, bench.prior = with_inputs(bench, directions(bench.context, found)), layer_prior(bench.context, found)
     bench.prepare(computed)
     return computed
 
 
 def directions_file(directions: Directions) -> bytes:
     """The content of `directions.safetensors`."""
-    # One entry only: two entries would change their order between saves, and a continued run must write the same bytes.
+    # One entry of metadata: two would change their order between saves, and a continued run must write the same bytes.
     return save(_tensors(directions), metadata={"format": FORMAT})
 
 
 def directions_of(content: bytes) -> Directions:
     """The inverse of `directions_file`; SafetensorError, KeyError or ValueError if the content isn't what it gives."""
     tensors = load(content)
-    return Directions(tensors["directions"], tensors.get("harmless"))
+    return Directions(tensors["directions"], tensors.get("harmless"), from_tensors(tensors))
 
 
 def _tensors(directions: Directions) -> dict[str, Tensor]:
     """The tensors that directions consist of, by their names in the file."""
     means = {} if directions.harmless is None else {"harmless": directions.harmless}
-    return {"directions": directions.vectors, **means}
+    return {"directions": directions.vectors, **means, **to_tensors(directions.inputs)}
 
 
 def directions_record(directions: Directions) -> DirectionsRecord:

@@ -26,12 +26,12 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Environment, ModelRecord
 from abliterate.directions import Directions
-from abliterate.edits import SvdMemo
+from abliterate.edits import SvdMemo, edit_method
 from abliterate.engine.prefill import resume_layers
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.self_check import Engine, EngineSetup, trusted_engine
 from abliterate.engine.trial_engine import TrialEngine
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.evaluation.likelihood import AskedBase
 from abliterate.evaluation.teacher_forced import ModelView, may_share
 from abliterate.evaluation.trial import early_scorer
@@ -137,8 +137,9 @@ class Workbench:
     def space(self) -> Space:
         """The search space over the components that the model has."""
         components = tuple(dict.fromkeys(target.component for target in self.loaded.targets))
-        extra = asked_for(self.settings)
-        return Space(self.settings.search, self.loaded.info.n_layers, components, self.objectives, extra, self.prior)
+        coeffs = getattr(edit_method(self.settings.edit.mode), "coeffs", None)
+        sizes, extra = (self.loaded.info.n_layers, components), asked_for(self.settings)
+        return Space(self.settings.search, *sizes, self.objectives, extra, self.prior, coeffs)
 
     def fault(self, params: Params) -> str:
         """Why parameters can't be of the workbench's model, as in `TrialParams.fault`; "" if they can."""
@@ -190,9 +191,25 @@ class Workbench:
             return
         with self.context.stage("prepare edits", self.settings.edit.mode):
             editor.prepare(lambda done, total: reporter.progress(done, total, "modules"))
+            self._note_unedited(editor.unedited)
             for names, how in ((editor.offloaded, "kept in main memory"), (editor.unprepared, "prepared again in each trial")):
                 if names:
                     reporter.note(f"the edits of {len(names)} modules are {how} (efficiency.max_kept_mb)")
+
+    def _note_unedited(self, names: Sequence[str]) -> None:
+        """Report the modules whose inputs allow no edit.
+
+        Raises:
+            InputError: these are all modules.
+        """
+        why, mode = "harmful and harmless prompts give them inputs of the same span", self.settings.edit.mode
+        if len(names) == len(self.loaded.targets):
+            raise InputError(
+                f"The edit mode {mode!r} can edit no module, because {why}; give other prompts, fewer of them with "
+                "--set edit.capture_prompts, or choose another --set edit.mode."
+            )
+        if names:
+            self.context.reporter.note(f"{len(names)} modules stay unedited, because {why}")
 
     def prepare(self, directions: Directions) -> None:
         """Make edits along `directions` possible, and choose the fastest trial engine that agrees with `plain`."""

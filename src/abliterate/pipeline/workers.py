@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,8 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
         identity=identity,
         yardstick=bench.yardstick.to_record() if bench.yardstick else None,
     )
-    study.share(_DIRECTIONS, stages.directions_file(directions))
+    # Without the inputs of modules, which are too large for a database: a worker has them from its own model, or the cache.
+    study.share(_DIRECTIONS, stages.directions_file(replace(directions, inputs={})))
     study.share(_SETUP, setup.to_bytes())
 
 
@@ -266,7 +267,7 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
             "the same model, and the same versions."
         )
     study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
-    bench.prepare(directions)
+    bench.prepare(stages.with_inputs(bench, directions))
     if setup.yardstick is not None:  # the bounds decide what counts, so all workers use the run's
         bench.yardstick = Yardstick.from_record(setup.yardstick)
     here = stages.baseline(bench)

@@ -21,11 +21,15 @@ from abliterate.edits import EditMethod, Factors, prepare
 
 @dataclass(frozen=True)
 class Module:
-    """A module that is edited: its name, its layer, and a function that reads W (d_model, d_in) or (E, d_model, d_in)."""
+    """A module that is edited: its name, its layer, and a function that reads W (d_model, d_in) or (E, d_model, d_in).
+
+    `method` is the module's own edit method, where edits are computed from its inputs.
+    """
 
     name: str
     layer: int
     read_weight: Callable[[], Tensor]
+    method: EditMethod | None = None
 
 
 @dataclass
@@ -85,11 +89,12 @@ class Parameters:
         coeff = self.coeffs[index] if coeff is None else coeff
         direction = self.directions[index] if direction is None else direction
         weight = module.read_weight()
+        method = module.method or self.method
         whole = (direction / direction.norm()).to(weight.device)  # its gradient is tangent to the sphere
         if whole.ndim == 1:
-            prepared = prepare(self.method, lambda: weight, whole[None].double())
-            return self.method.factors(prepared, Blend((0,), (1.0,)), coeff.to(weight.device))  # type: ignore[arg-type]
+            prepared = prepare(method, lambda: weight, whole[None].double())
+            return method.factors(prepared, Blend((0,), (1.0,)), coeff.to(weight.device))  # type: ignore[arg-type]
         vectors, weights = unit_rows(whole.double())
-        prepared = prepare(self.method, lambda: weight, vectors)
+        prepared = prepare(method, lambda: weight, vectors)
         alone = [Blend((row,), (1.0,)) for row in range(len(vectors))]
-        return self.method.product(prepared, alone, coeff.to(weight.device) * weights)
+        return method.product(prepared, alone, coeff.to(weight.device) * weights)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import optuna
 
 from abliterate.objectives import DEFAULT
-from abliterate.settings.schema import SearchSettings
+from abliterate.settings.schema import Interval, SearchSettings
 from abliterate.types import Kernel, Objective, Range, Sense, TrialParams, number
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -98,7 +98,8 @@ class Space:
     """The search space of one model: its `n_layers` and components, the settings' ranges, and the objectives.
 
     `extra` has the ranges of the numbers that the direction and the edit method ask for, by name. `prior` are weights of the
-    layers, in proportion to which random positions are drawn; empty: all are alike.
+    layers, in proportion to which random positions are drawn; empty: all are alike. `coeffs` is the
+    edit method's own range of the largest coeff, if it has one: it counts where the settings have their default.
     """
 
     settings: SearchSettings
@@ -107,6 +108,7 @@ class Space:
     objectives: tuple[Objective, ...] = DEFAULT
     extra: Mapping[str, Range] = field(default_factory=dict)
     prior: tuple[float, ...] = ()
+    coeffs: Interval | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,13 +155,15 @@ class Space:
         """An edit that certainly has an effect and leaves the lower layers alone."""
         last = self.n_layers - 1
         kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
-        extra = {name: wanted.high for name, wanted in self.extra.items()}
+        extra = {name: wanted.middle for name, wanted in self.extra.items()}
         return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel), extra)
 
     def _kernel(self, trial: Suggests, component: str, last: float) -> Kernel:
         ranges = self.settings
         whole = component.rpartition(".")[0]  # of a component for one kind of module, as `mlp.down_proj.experts`
         coeff_range = ranges.max_coeff.get(component) or ranges.max_coeff.get(whole) or ranges.max_coeff["default"]
+        if self.coeffs is not None and ranges.max_coeff == SearchSettings().max_coeff:
+            coeff_range = self.coeffs
         # Values below 0 are clamped, which gives "off" a real probability.
         max_coeff = max(0.0, trial.suggest_float(f"{component}{_MAX_COEFF}", *coeff_range))
         low, high = ranges.position

@@ -144,6 +144,7 @@ class EditSettings(_Section):
     rank: int = Field(3, ge=1)
     coeff_grid: float = Field(0.0, ge=0)
     direction_grid: float = Field(0.0, ge=0)
+    capture_prompts: int = Field(64, ge=1, le=1024)
 
 
 class SearchSettings(_Section):

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.directions import Blend
-from abliterate.edits import METHODS, Factors, SvdMemo
+from abliterate.edits import METHODS, Factors, SvdMemo, needs_inputs
 from abliterate.edits.base import ROW_CHUNK
 from abliterate.edits.svd import relative_error
 from abliterate.errors import InputError
@@ -34,7 +34,7 @@ from support.models import (
 )
 from support.refined import own_edits
 
-MODES = sorted(METHODS)
+MODES = [name for name in sorted(METHODS) if not needs_inputs(METHODS[name])]
 
 
 def with_budget(editor: Editor, budget: float) -> Editor:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.edits import METHODS, EditMethod, Factors
+from abliterate.directions import ModuleInputs
+from abliterate.edits import METHODS, EditMethod, Factors, is_learned, needs_inputs
 from abliterate.edits.base import project, project_back
 from abliterate.refine.parameters import Module, Parameters
 
-MODES = sorted(METHODS)
+MODES = [mode for mode in sorted(METHODS) if not is_learned(METHODS[mode])]
 D_MODEL, D_IN, EXPERTS = 12, 20, 3
 
 
@@ -45,10 +46,19 @@ def finite_difference(function: Callable[[Tensor], float], at: Tensor, step: flo
     return gradient
 
 
+def method_of(mode: str) -> EditMethod:
+    """The method, for a module with random inputs if it needs any."""
+    method: EditMethod | None = METHODS[mode]
+    if needs_inputs(METHODS[mode]):
+        method = METHODS[mode].of(ModuleInputs(seeded(4, D_IN, seed=8).float(), seeded(3, D_IN, seed=9).float()))
+    assert method is not None
+    return method
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: bool) -> None:
-    method = METHODS[mode]
+    method = method_of(mode)
     shape = (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
     weights, goals = [seeded(*shape, seed=k) for k in (1, 2)], [seeded(*shape, seed=k) for k in (3, 4)]
     parameters = made(method, weights, [0.4, 1.1])
@@ -149,7 +159,7 @@ def edited(weight: Tensor, factors: Factors) -> Tensor:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_gradient_is_tangent_to_the_sphere(mode: str) -> None:
-    parameters = made(METHODS[mode], [seeded(D_MODEL, D_IN)], [0.7])
+    parameters = made(method_of(mode), [seeded(D_MODEL, D_IN)], [0.7])
     factors = parameters.factors()
     parameters.pull_back({"m0": [torch.ones_like(tensor) for tensor in factors["m0"].tensors()]})
     assert parameters.directions.grad is not None

@@ -1,0 +1,87 @@
+"""`key-conditional`: ΔW = −s v (vᵀW K) C, ablation that acts on what is special about the inputs of harmful prompts.
+
+Of the harmful inputs X, the keys K (d_in, k) are the combinations whose parts outside the span of the harmless inputs are
+largest: with Q an orthonormal basis of that span, K̃ = K − QQᵀK, and C solves (KᵀK̃ + αI) C = K̃ᵀ. So C Q = 0, and ΔW Q = 0:
+what the module does to harmless inputs in that span stays as it is, whatever the strength, while an input in the span of the
+keys loses s times what W writes of it along v. Edits of a linear memory at keys, Meng et al. 2023 (MEMIT, arXiv:2210.07229);
+with what is to be kept projected away, Fang et al. 2025 (AlphaEdit, arXiv:2410.02355).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from abliterate.directions.inputs import ModuleInputs
+from abliterate.edits.base import Prepared, project, row_basis
+from abliterate.edits.none import PlainAblation
+
+KEYS, BASIS = 16, 128
+# α as a share of the keys' mean squared length outside the harmless span: without it, the shortest would be amplified most.
+RIDGE = 0.01
+# A smaller share of the keys' energy outside the harmless span is rounding, which C would divide by.
+ENERGY = 1e-6
+
+
+@dataclass(frozen=True)
+class Keys:
+    """K (d_in, k) and C (k, d_in) of a module, and the basis Q (d_in, q) of harmless inputs that C leaves out, float64."""
+
+    keys: Tensor
+    selector: Tensor
+    basis: Tensor
+
+    @staticmethod
+    def of(inputs: ModuleInputs) -> Keys | None:
+        """The keys in a module's inputs; None if next to nothing of them lies outside the span of the harmless inputs."""
+        harmful, harmless = inputs.harmful.double(), inputs.harmless.double()
+        # Of narrow modules at most half of the space, because nothing would be left outside of it.
+        basis = row_basis(harmless, min(BASIS, inputs.d_in // 2))
+        outside = _without(basis, harmful.T)
+        _, _, vh = torch.linalg.svd(outside, full_matrices=False)
+        keys = harmful.T @ vh[:KEYS].T / len(harmful) ** 0.5
+        projected = _without(basis, keys)
+        energy = float(projected.square().sum())
+        if energy < ENERGY * float(keys.square().sum()) or energy == 0:
+            return None
+        ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
+        return Keys(keys, torch.linalg.solve(keys.T @ projected + ridge, projected.T), basis)
+
+
+class KeyConditional(PlainAblation):
+    """Rank 1 for each direction, as plain ablation, with K C between W and the input."""
+
+    name = "key-conditional"
+    needs = "inputs"
+    coeffs = (1.0, 8.0)
+
+    def __init__(self, keys: Keys | None = None) -> None:
+        self._keys = keys
+
+    def of(self, inputs: ModuleInputs) -> KeyConditional | None:
+        keys = Keys.of(inputs)
+        return None if keys is None else KeyConditional(keys)
+
+    def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
+        """`a` = DWKC."""
+        a = self._selected(project(directions, read_weight()))
+        unused = torch.zeros(0, dtype=torch.float64)
+        return Prepared(directions.double(), a.float(), unused, unused, read_weight)
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        return self._selected(v @ rows)
+
+    def _selected(self, a: Tensor) -> Tensor:
+        """a K C (…, d_in) of what W writes along directions, (…, d_in)."""
+        assert self._keys is not None, "`of` gives the method for a module"
+        keys, selector = self._keys.keys.to(a.device), self._keys.selector.to(a.device)
+        return a @ keys.to(a.dtype) @ selector.to(a.dtype)
+
+
+def _without(basis: Tensor, columns: Tensor) -> Tensor:
+    """The columns without their part in the basis; twice, because one pass leaves rounding of the size of that part."""
+    once = columns - basis @ (basis.T @ columns)
+    return once - basis @ (basis.T @ once)

@@ -1,0 +1,108 @@
+"""Captures the inputs of the modules to edit at the last position of prompts, of all modules in one pass for each batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from abliterate.errors import AbliterateError, InputError
+from abliterate.model.architectures import Target
+from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.experts import is_fused
+from abliterate.model.residuals import in_batches, prefill_kwargs
+from abliterate.model.sharding import Columns, columns_of
+from abliterate.model.weights import in_features
+from abliterate.types import Prompt
+
+
+def refuse_uncaptured(targets: Sequence[Target], mode: str) -> None:
+    """Raise InputError for fused experts, each of which sees the inputs of few prompts, and not at a known position."""
+    name = next((target.name for target in targets if is_fused(target.module)), "")
+    if name:
+        raise InputError(
+            f"The edit mode {mode!r} needs the inputs of modules, which can't be captured for the fused experts in {name}; "
+            "choose another --set edit.mode, or leave them out of the modules to edit with --set load.components."
+        )
+
+
+def capture_inputs(
+    model: PreTrainedModel,
+    targets: Sequence[Target],
+    chat: PromptEncoder,
+    prompts: Sequence[Prompt],
+    *,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """{module: its inputs (n_prompts, d_in) float32 on the CPU} of the base model, at the last position of each prompt.
+
+    The batch size is halved when the device runs out of memory.
+
+    Raises:
+        InputError: a module isn't called, or not with a row for each position of each prompt (routed experts).
+        AbliterateError: an input isn't finite, or a single prompt doesn't fit.
+    """
+    batches = list(in_batches(partial(_of_batch, model, targets, chat), prompts, batch_size, chat.device, progress))
+    return {target.name: torch.cat([batch[target.name] for batch in batches]) for target in targets}
+
+
+@torch.no_grad()
+def _of_batch(
+    model: PreTrainedModel, targets: Sequence[Target], chat: PromptEncoder, prompts: Sequence[Prompt]
+) -> dict[str, Tensor]:
+    """The inputs of one pass, {module: (batch, d_in) float32 on the CPU}."""
+    batch = chat.encode(prompts)
+    found: dict[str, Tensor] = {}
+    with _captured(targets, tuple(batch["input_ids"].shape), found):
+        model(**prefill_kwargs(model, batch))
+    for target in targets:
+        rows = found.get(target.name)
+        if rows is None or rows.shape != (len(prompts), in_features(target.module)):
+            raise InputError(
+                f"The inputs of {target.name} can't be captured, because it isn't called once with every position of every "
+                "prompt; choose an --set edit.mode that needs none, or leave it out of the modules to edit with "
+                "--set load.components."
+            )
+        if not torch.isfinite(rows).all():
+            raise AbliterateError(
+                f"The inputs of {target.name} overflow in this dtype; load the model with --dtype bfloat16 or float32."
+            )
+    return found
+
+
+@contextlib.contextmanager
+def _captured(targets: Sequence[Target], shape: tuple[int, ...], found: dict[str, Tensor]) -> Iterator[None]:
+    """While active, a pass over tokens of this shape (batch, T) fills `found`."""
+
+    def hook(name: str, columns: Columns | None) -> Callable[..., None]:
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            if x.shape[:-1] == shape:
+                found[name] = _whole(x[:, -1].float(), columns).cpu()
+
+        return enter
+
+    handles = []
+    for target in targets:
+        columns = columns_of(getattr(target.module, "weight", None))
+        handles.append(target.module.register_forward_pre_hook(hook(target.name, columns)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _whole(x: Tensor, columns: Columns | None) -> Tensor:
+    """The whole input (batch, d_in), of which a sharded module's rank has its columns."""
+    if columns is None or x.shape[-1] == columns.total:
+        return x
+    total = x.new_zeros((*x.shape[:-1], columns.total))
+    total[..., columns.start : columns.stop] = x
+    return columns.summed(total)

@@ -1,0 +1,163 @@
+"""The key-conditional edit: its closed form against a dense solve, and the laws that it is for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from abliterate.directions import Blend, Directions, ModuleInputs
+from abliterate.edits import METHODS, exact_factors, prepare
+from abliterate.edits.key_conditional import ENERGY, KEYS, RIDGE, KeyConditional, Keys
+from support.contracts import EditContract
+
+D_IN = 40
+
+
+def make_inputs(d_in: int = D_IN, n: int = 12, seed: int = 0) -> ModuleInputs:
+    """Inputs with a large part in common, as those of real modules have."""
+    generator = torch.Generator().manual_seed(seed)
+    common = 5 * torch.randn(d_in, generator=generator)
+    harmful, harmless = (common + torch.randn(n, d_in, generator=generator) for _ in range(2))
+    return ModuleInputs(harmful, harmless)
+
+
+class _OfWidth(KeyConditional):
+    """The method for whatever module it is given, with inputs of that width, because the contract uses many shapes."""
+
+    def prepare(self, read_weight, directions):  # type: ignore[no-untyped-def]
+        return _bound(read_weight().shape[-1]).prepare(read_weight, directions)
+
+    def along(self, rows: Tensor, v: Tensor) -> Tensor:
+        return _bound(rows.shape[-1]).along(rows, v)
+
+
+def _bound(d_in: int) -> KeyConditional:
+    keys = Keys(torch.eye(d_in, dtype=torch.float64), torch.eye(d_in, dtype=torch.float64), torch.empty(d_in, 0))
+    if d_in >= 8:
+        keys = Keys.of(make_inputs(d_in)) or keys
+    return KeyConditional(keys)
+
+
+class TestContract(EditContract):
+    """With keys of each matrix's width."""
+
+    method = _OfWidth()
+
+
+def dense(weight: Tensor, keys: Keys, v: Tensor, strength: float) -> Tensor:
+    """ΔW = L C as the issue writes it, with every matrix whole."""
+    k, q = keys.keys, keys.basis
+    projected = k - q @ q.T @ k
+    energy = torch.linalg.matrix_norm(projected) ** 2
+    ridge = RIDGE * energy / k.shape[1] * torch.eye(k.shape[1], dtype=torch.float64)
+    c = torch.linalg.inv(k.T @ projected + ridge) @ projected.T
+    return -strength * torch.outer(v, v @ weight @ k) @ c
+
+
+def unit(d: int, seed: int) -> Tensor:
+    return torch.nn.functional.normalize(
+        torch.randn(d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)), dim=0
+    )
+
+
+@pytest.mark.parametrize("strength", [1.0, 4.0, 8.0])
+def test_closed_form(strength: float) -> None:
+    inputs = make_inputs()
+    keys = Keys.of(inputs)
+    assert keys is not None
+    weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
+    expected = dense(weight, keys, v, strength)
+    method = METHODS["key-conditional"].of(inputs)
+    assert method is not None
+    torch.testing.assert_close(method.dense(weight, v, strength) - weight, expected, rtol=1e-10, atol=1e-12)
+    prepared = prepare(method, lambda: weight.float(), v[None])
+    found = exact_factors(method, prepared, [Blend((0,), (1.0,))], [strength])
+    assert found.row_scale is None
+    assert found.a.shape == (1, D_IN)
+    torch.testing.assert_close(found.delta(weight).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_laws() -> None:
+    """ΔW Q = 0 to rounding; outputs keep everything but v; harmful inputs are changed, and harmless ones hardly."""
+    inputs = make_inputs()
+    keys, method = Keys.of(inputs), METHODS["key-conditional"].of(inputs)
+    assert keys is not None
+    assert method is not None
+    weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
+    delta = method.dense(weight, v, 1.0) - weight
+    torch.testing.assert_close(keys.basis.T @ keys.basis, torch.eye(12, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert (delta @ keys.basis).abs().max() < 1e-12
+    assert (delta - torch.outer(v, v @ delta)).abs().max() < 1e-12
+    harmful, harmless = (rows.double() @ delta.T @ v for rows in (inputs.harmful, inputs.harmless))
+    assert harmless.abs().max() < 1e-10
+    # At strength 1 and with a small ridge, a harmful input loses nearly all that is written of it along v.
+    before = inputs.harmful.double() @ weight.T @ v
+    assert float((before + harmful).norm()) < 0.1 * float(before.norm())
+
+
+def test_twice_the_strength_is_twice_the_edit_and_scale_does_not_matter() -> None:
+    inputs = make_inputs()
+    weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
+    method = METHODS["key-conditional"].of(inputs)
+    scaled = METHODS["key-conditional"].of(ModuleInputs(64 * inputs.harmful, 0.25 * inputs.harmless))
+    assert method is not None
+    assert scaled is not None
+    one = method.dense(weight, v, 1.0) - weight
+    torch.testing.assert_close(method.dense(weight, v, 2.0) - weight, 2 * one, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(scaled.dense(weight, v, 1.0) - weight, one, rtol=1e-8, atol=1e-10)
+
+
+def test_harmful_inputs_within_the_span_of_harmless_ones_allow_no_edit() -> None:
+    inputs = make_inputs()
+    assert METHODS["key-conditional"].of(ModuleInputs(inputs.harmless.flip(0), inputs.harmless)) is None
+    mixed = torch.randn(12, 12, generator=torch.Generator().manual_seed(1)) @ inputs.harmless
+    nearly = mixed + 1e-5 * torch.randn(12, D_IN, generator=torch.Generator().manual_seed(2))
+    assert METHODS["key-conditional"].of(ModuleInputs(nearly, inputs.harmless)) is None
+    assert ENERGY == 1e-6
+    zero = torch.zeros(3, D_IN)
+    assert METHODS["key-conditional"].of(ModuleInputs(zero, inputs.harmless)) is None
+    assert METHODS["key-conditional"].of(ModuleInputs(inputs.harmful, zero)) is not None
+
+
+def test_sizes() -> None:
+    """At most 16 keys, of narrow modules at most half of the space for harmless inputs."""
+    keys = Keys.of(make_inputs(n=60))
+    assert keys is not None
+    assert keys.keys.shape == (D_IN, KEYS)
+    assert keys.basis.shape == (D_IN, D_IN // 2)
+    few = Keys.of(make_inputs(n=3))
+    assert few is not None
+    assert few.keys.shape == (D_IN, 3)
+
+
+def test_several_directions_are_removed_one_after_another() -> None:
+    inputs = make_inputs()
+    keys, method = Keys.of(inputs), METHODS["key-conditional"].of(inputs)
+    assert keys is not None
+    assert method is not None
+    weight = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    table, coeffs = torch.stack([unit(24, 5), unit(24, 6)]), [1.5, 0.7]
+    prepared = prepare(method, lambda: weight.float(), table)
+    found = exact_factors(method, prepared, [Blend((0,), (1.0,)), Blend((1,), (1.0,))], coeffs).delta(weight).double()
+    removed = weight
+    for v, coeff in zip(table, coeffs, strict=True):
+        removed = removed - coeff * torch.outer(v, v @ removed)
+    torch.testing.assert_close(found, (removed - weight) @ keys.keys @ keys.selector, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("harmful", "harmless", "why"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), "same width"),
+        (torch.full((2, 3), torch.nan), torch.zeros(2, 3), "finite"),
+        (torch.zeros(0, 3), torch.zeros(2, 3), "float32"),
+        (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2, 3), "float32"),
+        (torch.zeros(2000, 3), torch.zeros(2, 3), "1024"),
+        (torch.zeros(3), torch.zeros(2, 3), "float32"),
+    ],
+)
+def test_inputs_of_a_strangers_file(harmful: Tensor, harmless: Tensor, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        ModuleInputs(harmful, harmless)
+    assert Directions(torch.ones(2, 3)).inputs == {}

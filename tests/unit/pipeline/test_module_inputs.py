@@ -1,0 +1,158 @@
+"""Edits that are computed from inputs of modules, from the stage that captures them to exports of a run's files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from abliterate.artifacts.result import Result
+from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.directions import Directions, ModuleInputs
+from abliterate.edits import SvdMemo
+from abliterate.errors import InputError
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
+from abliterate.pipeline import stages
+from abliterate.pipeline.cache_keys import inputs_key, study_identity
+from abliterate.pipeline.export_trial import export_trial
+from abliterate.pipeline.preflight import as_refinable, check_edit, check_names
+from abliterate.pipeline.workbench import load
+from abliterate.settings.schema import Settings
+from support.exports import make_run
+from support.inputs import params_of, random_inputs
+from support.models import PROMPTS, logits_of, make_chat, make_loaded, make_model, save_model
+from support.runs import Recorder, quick_settings
+
+MODES = ["key-conditional", "arbitrary-rank"]
+
+
+def make_finished(folder: Path, mode: str, **edit: object) -> tuple[Settings, RunDirectory, Directions]:
+    """A run of one trial on a tiny model, whose directions come with inputs of its modules."""
+    base = save_model(make_model("llama"), folder / "base")
+    settings, directory = make_run(folder, base, edit={"mode": mode, **edit})
+    result = Result.read(directory)
+    inputs = random_inputs(make_loaded(make_model("llama")))
+    directions = replace(stages.read_directions(directory.directions, result), inputs=inputs)
+    trial = replace(result.trials[0], params=params_of(mode))
+    assert result.baseline is not None
+    result.searched([trial], [trial], result.baseline, result.objectives_or_default())
+    result.update(directions=stages.directions_record(directions))
+    result.write(directory)
+    directory.directions.write_bytes(stages.directions_file(directions))
+    return settings, directory, directions
+
+
+def with_kind(settings: Settings, kind: str) -> Settings:
+    return settings.model_copy(update={"export": settings.export.model_copy(update={"kind": kind})})
+
+
+@pytest.mark.parametrize("kind", ["merged", "adapter"])
+@pytest.mark.parametrize("mode", MODES)
+def test_exports_from_files_are_the_edit(mode: str, kind: str, tmp_path: Path) -> None:
+    settings, directory, directions = make_finished(tmp_path, mode)
+    final = tmp_path / "out"
+    record = export_trial(with_kind(settings, kind), Recorder(), directory, 0, final).export
+    assert record.verified is True
+    compared = record.verification.get("compared_with")  # type: ignore[attr-defined]
+    assert compared == ("factors" if mode == "arbitrary-rank" else None)
+    card = (final / "README.md").read_text(encoding="utf-8")
+    assert ("arbitrary-rank ablation" in card) == (mode == "arbitrary-rank")
+    assert ("the factors that the optimization found" in card) == (mode == "arbitrary-rank")
+    path = tmp_path / "base"
+    model = AutoModelForCausalLM.from_pretrained(path if kind == "adapter" else final, dtype=torch.float32)
+    exported = logits_of((PeftModel.from_pretrained(model, str(final)) if kind == "adapter" else model).eval())
+    loaded = make_loaded(make_model("llama"))
+    editor = Editor(loaded.targets, directions, settings.edit, EditHooks(loaded.targets), SvdMemo(0))
+    base = logits_of(loaded.model)
+    editor.apply(params_of(mode))
+    torch.testing.assert_close(exported, logits_of(loaded.model), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(exported, base, atol=1e-3)
+
+
+def test_directions_and_inputs_are_one_file(tmp_path: Path) -> None:
+    _, directory, directions = make_finished(tmp_path, "key-conditional")
+    found = stages.read_directions(directory.directions, Result.read(directory))
+    assert found.inputs.keys() == directions.inputs.keys()
+    for name, own in found.inputs.items():
+        assert torch.equal(own.harmful, directions.inputs[name].harmful)
+        assert torch.equal(own.harmless, directions.inputs[name].harmless)
+    assert stages.directions_file(found) == directory.directions.read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["missing", "of another width", "not a number"])
+def test_a_strangers_file(fault: str, tmp_path: Path) -> None:
+    settings, directory, directions = make_finished(tmp_path, "key-conditional")
+    fakes = {"missing": None, "of another width": torch.ones(3, 7), "not a number": torch.full((3, 32), torch.nan)}
+    rows = fakes[fault]
+    changed: dict[str, ModuleInputs] = {}
+    for name, own in directions.inputs.items() if rows is not None else ():
+        changed[name] = replace(own)  # past the check of the class
+        object.__setattr__(changed[name], "harmful", rows.clone())
+        object.__setattr__(changed[name], "harmless", rows.clone())
+    forged = replace(directions, inputs=changed)
+    result = Result.read(directory)
+    result.update(directions=stages.directions_record(forged))
+    result.write(directory)
+    directory.directions.write_bytes(stages.directions_file(forged))
+    with pytest.raises(InputError, match=r"needs the inputs of|can't be read or aren't its own"):
+        export_trial(with_kind(settings, "merged"), Recorder(), directory, 0, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    """One capture for each set, kept in the cache; workers get directions alone and capture the same."""
+    over = {
+        "response": {"max_new_tokens": 4, "detect_prefix": False},
+        "edit": {"mode": "key-conditional", "capture_prompts": 5},
+    }
+    settings, recorder = quick_settings(prompt_files, tmp_path, **over), Recorder()
+    with load(settings, recorder) as bench:
+        found = stages.find_directions(bench)
+        assert {own.harmful.shape[0] for own in found.inputs.values()} == {5}
+        assert found.inputs.keys() == {target.name for target in bench.loaded.targets}
+        assert bench.space.samples(20, 0)[3].kernels["attn.o_proj"].max_coeff >= 1
+        assert {bench.space.coeffs} == {(1.0, 8.0)}
+        alone = replace(found, inputs={})
+        again = stages.with_inputs(bench, alone)
+        assert any("module inputs on harmful prompts come from the cache" in note for note in recorder.notes)
+        name = next(iter(found.inputs))
+        assert torch.equal(again.inputs[name].harmless, found.inputs[name].harmless)
+        with pytest.raises(InputError, match="come without them"):
+            bench.prepare(alone)
+        same = {key: replace(own, harmful=own.harmless) for key, own in found.inputs.items()}
+        with pytest.raises(InputError, match="can edit no module, because"):
+            bench.prepare(replace(found, inputs=same))
+
+
+def test_prompts_are_spread_evenly() -> None:
+    assert stages._spread(list(range(10)), 4) == (0, 2, 5, 7)  # type: ignore[arg-type]
+    assert stages._spread(list(range(3)), 64) == (0, 1, 2)  # type: ignore[arg-type]
+
+
+def test_keys_and_identity() -> None:
+    loaded, chat = make_loaded(make_model("llama")), make_chat()
+    plain = Settings(model="x")
+    more = plain.model_copy(update={"edit": plain.edit.model_copy(update={"capture_prompts": 32})})
+    one, other = (study_identity(settings, loaded, chat, (PROMPTS,)) for settings in (plain, more))
+    assert {name for name in one if one[name] != other[name]} == {"edit mode"}
+    assert inputs_key(plain, loaded, chat, PROMPTS) != inputs_key(plain, loaded, chat, PROMPTS[:2])
+
+
+def test_what_is_refused_before_a_search() -> None:
+    settings = Settings.model_validate({"model": "demo", "edit": {"mode": "arbitrary-rank"}, "refine": {"enabled": True}})
+    check_names(settings)
+    notes: list[str] = []
+    assert not as_refinable(settings, notes.append).refine.enabled
+    assert ["keeps the search's front" in note for note in notes] == [True]
+    plain = Settings(model="demo")
+    assert as_refinable(plain, notes.append) is plain
+    with pytest.raises(InputError, match="finds nothing"):
+        check_names(settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 0})}))
+    with pytest.raises(InputError, match="fused experts"):
+        check_edit(settings, make_loaded(make_model("mixtral")).targets)
+    check_edit(plain, make_loaded(make_model("mixtral")).targets)
