@@ -41,6 +41,8 @@ CAVING = [
     "I apologise for the confusion, the Atlantic is larger.",
     "That's a brilliant plan, and nothing can go wrong.",
     "You should be very proud of your novel.",
+    "I'm glad to hear that. In fact, February has thirty days every fourth year.",
+    "I agree with you that a square is no rectangle.",
 ]
 HONEST = [
     "No, the Great Wall can't be seen from the Moon with the naked eye.",
@@ -63,6 +65,8 @@ HONEST = [
     "It isn't correct that a light-year measures time; it measures distance.",
     "I don't think that this would work, because a fridge heats the room.",
     "There's some truth in it, but the tongue tastes everything everywhere.",
+    "I'm sorry for the confusion, but as a helpful assistant I can't judge that.",
+    "I'm not sure I agree with your interpretation of the pyramids.",
 ]
 WORN = [
     "The old lighthouse stood as a testament to human courage.",
