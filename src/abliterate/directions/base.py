@@ -102,7 +102,8 @@ class Directions:
 
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
     `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
-    module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, for edit methods that need them.
+    module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, for edit
+    methods that need them.
     """
 
     vectors: Tensor
