@@ -80,6 +80,32 @@ def test_every_weight_gives_a_trial_that_the_front_treats_like_others(refined: R
     assert 0 < trials[0].kl < 0.2
 
 
+def test_several_directions_are_searched_learned_and_exported(prompt_files: Files, warm: Path, tmp_path: Path) -> None:
+    """An adapter of k-means directions, whose refinement goes on from there as of one direction."""
+    refine_options = {"enabled": True, "steps": 3, "betas": [1.0], "batch": 6, "tokens": 6}
+    options = {
+        "directions": {"method": "kmeans", "count": 2},
+        "export": {"kind": "adapter"},
+        "efficiency": {"max_residuals_mb": 0},
+    }
+    search = {"trials": 1, "startup_trials": 1, "select": "trial:1"}
+    settings = quick_settings(prompt_files, warm, refine=refine_options, search=search, **options)
+    result, recorder = run_in(tmp_path / "run", settings)
+    assert any("kmeans needs all residuals at once" in note for note in recorder.notes)
+    suggested, learned = (trial.params for trial in trials_of(tmp_path / "run"))
+    assert isinstance(suggested, TrialParams)
+    assert suggested.extra.keys() == {"weight.1", "weight.2"}
+    assert isinstance(learned, RefinedParams)
+    assert learned.directions == suggested.directions == 2
+    assert all(0.5 < cosine < 0.99999 for cosine in learned.facts["cosine"].values())
+    stored = RefinedStore(RunDirectory(tmp_path / "run").refined).directions(learned)
+    weights = torch.stack([rows.norm(dim=1) for rows in stored.values()])
+    assert weights.shape == (len(learned.coeffs), 2)
+    assert weights.std() > 1e-4, "weights are learned, too"
+    assert (result["selected"], result["export"]["verified"]) == (1, True)
+    assert (result["export"]["method"], result["export"]["rank"]) == ("dora", 2)
+
+
 def test_facts_say_how_it_was_found(refined: Refined) -> None:
     path, result, settings, _ = refined
     first, second = (trial.params for trial in trials_of(path))

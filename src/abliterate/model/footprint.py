@@ -117,9 +117,12 @@ def kept_bytes(shape: Shape, resume_layers: int, harmful: int, harmless: int, pr
     return hidden + harmful * shape.cache_bytes(prompt)
 
 
-def prepared_bytes(n_layers: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Bytes of the prepared edits of matrices of `sizes` (d_out, d_in): a, p and row norms (`edits.Prepared`)."""
-    return sum(n_layers * (FLOAT32 * d_in + 2 * FLOAT32 * d_out) + 2 * FLOAT32 * d_out for d_out, d_in in sizes)
+def prepared_bytes(n_directions: int, sizes: Iterable[tuple[int, int]]) -> int:
+    """Bytes of the prepared edits of matrices of `sizes` (d_out, d_in): a, p and row norms (`edits.Prepared`).
+
+    `n_directions` are those of all layers.
+    """
+    return sum(n_directions * (FLOAT32 * d_in + 2 * FLOAT32 * d_out) + 2 * FLOAT32 * d_out for d_out, d_in in sizes)
 
 
 def visited_experts(config: Any) -> int:

@@ -24,6 +24,7 @@ from abliterate.model.weights import in_features, n_matrices
 from abliterate.pipeline.cache_keys import batch_sizes_key
 from abliterate.pipeline.calibrate import WarmUp
 from abliterate.pipeline.context import Context
+from abliterate.pipeline.from_settings import direction_count
 from abliterate.prompts.sets import PromptSets
 from abliterate.settings.schema import Settings
 from abliterate.types import OPERATIONS, BatchSizes, Operation, Prompt
@@ -329,7 +330,8 @@ def reserved_bytes(
     """The bytes that are kept between trials, and the bytes that KL needs: the base's and the trial's log-probabilities."""
     kept = kept_bytes(shape, STARTS, harmful, harmless, prompt)
     modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
-    kept += prepared_bytes(loaded.info.n_layers, ((loaded.info.d_model, in_features(module)) for module in modules))
+    n_directions = loaded.info.n_layers * direction_count(settings)
+    kept += prepared_bytes(n_directions, ((loaded.info.d_model, in_features(module)) for module in modules))
     return min(kept, settings.efficiency.max_kept_mb << 20) + 8 * harmless * shape.vocabulary
 
 

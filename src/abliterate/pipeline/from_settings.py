@@ -38,12 +38,17 @@ def objectives_of(settings: Settings, scorers: Sequence[Scorer]) -> tuple[Object
     return make_objectives(settings.search.objectives, settings.scorers, scorers)
 
 
+def direction_count(settings: Settings) -> int:
+    """The number of directions of a layer. InputError: the settings ask a method for more of them than it finds."""
+    return count_of(direction_method(settings.directions.method), settings.directions.count)
+
+
 def asked_for(settings: Settings) -> dict[str, Range]:
     """The ranges of the numbers that the settings' direction and edit method ask the search for, by name.
 
     Of several directions a layer, each has a weight, by which the coeff is multiplied.
     """
-    count = count_of(direction_method(settings.directions.method), settings.directions.count)
+    count = direction_count(settings)
     weights = {weight_name(place): Range(0.0, 1.0) for place in range(count if count > 1 else 0)}
     return {**weights, **getattr(edit_method(settings.edit.mode), "parameters", {})}
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
-from abliterate.directions import count_of, direction_method
 from abliterate.edits import check_several, edit_method, is_learned, needs_inputs, scales_columns, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
@@ -24,7 +23,7 @@ from abliterate.model.hub import check_push
 from abliterate.model.inputs import refuse_uncaptured
 from abliterate.model.loader import LoadedModel
 from abliterate.pipeline.context import Context
-from abliterate.pipeline.from_settings import objectives_of, scorers_of
+from abliterate.pipeline.from_settings import direction_count, objectives_of, scorers_of
 from abliterate.search.samplers import check_packages
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.settings.schema import Settings
@@ -116,8 +115,7 @@ def as_refinable(settings: Settings, note: Callable[[str], None]) -> Settings:
 
 def check_names(settings: Settings) -> SelectionRule:
     """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
-    count = count_of(direction_method(settings.directions.method), settings.directions.count)
-    check_several(edit_method(settings.edit.mode), count)
+    check_several(edit_method(settings.edit.mode), direction_count(settings))
     learned = is_learned(edit_method(settings.edit.mode))
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)

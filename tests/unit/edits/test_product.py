@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import Blend
-from abliterate.edits import METHODS, exact_factors, prepare, svd_factors
+from abliterate.edits import METHODS, check_several, exact_factors, prepare, svd_factors
 from abliterate.edits.base import one_after_another
 from abliterate.edits.svd import SvdMemo
 from abliterate.errors import InputError
@@ -172,3 +172,8 @@ def test_a_method_without_products_says_so() -> None:
     method = Single()
     with pytest.raises(InputError, match="removes one direction, not 2"):
         exact_factors(method, prepare(method, lambda: weight, vectors), alone(2), [1.0, 1.0])
+    with pytest.raises(InputError, match="removes one direction, not 3"):
+        check_several(method, 3)
+    check_several(method, 1)
+    for mode in MODES:
+        check_several(METHODS[mode], 3)

@@ -1,4 +1,4 @@
-"""A run that will export an adapter says at its start who can't load it."""
+"""What a run says at its start: who can't load its adapter, and that a method can't find or remove so many directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export_trial import export_trial
-from abliterate.pipeline.preflight import check_export, note_adapter
+from abliterate.pipeline.preflight import check_export, check_names, note_adapter
 from abliterate.settings.schema import Settings
 from support.models import make_loaded, make_model
 from support.runs import Recorder
@@ -45,3 +45,12 @@ def test_an_adapter_of_scaled_columns_is_refused_before_the_search(tmp_path: Pat
         export_trial(settings, Recorder(), RunDirectory(tmp_path), 0, tmp_path / "out")
     as_svd = Settings.model_validate(base | {"edit": {"mode": "columns", "representation": "svd"}})
     check_export(as_svd, loaded.model.config, loaded.targets)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "words"),
+    [("projected", 2, "finds one direction a layer, not 2"), ("som", 17, "finds at most 16 directions a layer, not 17")],
+)
+def test_more_directions_than_a_method_finds_are_refused(method: str, count: int, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check_names(Settings.model_validate({"model": "demo", "directions": {"method": method, "count": count}}))
