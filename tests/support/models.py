@@ -232,17 +232,16 @@ def dense_edit(weight: Tensor, v: Tensor, coeff: float | Sequence[float], mode: 
     Several directions, v (k, d_model), are removed one after another, each with its coeff.
     """
     weight, v = weight.double(), v.double()
-    if mode == "columns":
-        plain = weight - coeff * torch.outer(v, v @ weight)
-        before, after = weight.norm(dim=0), plain.norm(dim=0)
-        return plain * torch.where(after > 0, before / after, torch.zeros_like(after))
     norms = weight.norm(dim=1, keepdim=True)
     unit = torch.where(norms > 0, weight / norms, torch.zeros_like(weight))
-    edited = weight if mode == "none" else unit
+    edited = weight if mode in ("none", "columns") else unit
     for one, strength in zip(v[None], [coeff], strict=True) if v.ndim == 1 else zip(v, coeff, strict=True):  # type: ignore[arg-type]
         edited = edited - strength * torch.outer(one, one @ edited)
     if mode == "none":
         return edited
+    if mode == "columns":
+        before, after = weight.norm(dim=0), edited.norm(dim=0)
+        return edited * torch.where(after > 0, before / after, torch.zeros_like(after))
     if mode == "pre":
         return norms * edited
     length = edited.norm(dim=1, keepdim=True)

@@ -83,20 +83,23 @@ def test_gradients_equal_finite_differences_of_the_definition(mode: str, fused: 
 
 def dense_product(method: EditMethod, weight: Tensor, rows: Tensor, coeff: Tensor) -> Tensor:
     """W' of one matrix by definition: row after row is removed, and the rows' norms are weights."""
-    rows, norms = rows / rows.norm(), weight.norm(dim=1, keepdim=True)
-    found = weight if method.name == "none" else weight / norms
+    rows, norms, normalize = rows / rows.norm(), weight.norm(dim=1, keepdim=True), torch.nn.functional.normalize
+    by_rows = method.name in ("full", "pre")
+    found = weight / norms if by_rows else weight
     for row in rows:
         weighted = row.norm()
         found = found - coeff * weighted * torch.outer(row / weighted, row / weighted @ found)
-    if method.name == "full":
-        found = torch.nn.functional.normalize(found, dim=1)
-    return found if method.name == "none" else norms * found
+    if by_rows:
+        return norms * (normalize(found, dim=1) if method.name == "full" else found)
+    if method.name == "columns":
+        return weight.norm(dim=0) * normalize(found, dim=0)
+    return weight + method._selected(found - weight) if needs_inputs(method) else found  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_two_directions_and_their_weights(mode: str, fused: bool) -> None:
-    method, shape = METHODS[mode], (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
+    method, shape = method_of(mode), (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
     weight, goal = seeded(*shape, seed=1), seeded(*shape, seed=3)
     parameters = several(method, weight, 2)
     rows, coeff = parameters.directions[0].clone(), parameters.coeffs[0].clone()
@@ -129,7 +132,7 @@ def several(method: EditMethod, weight: Tensor, count: int) -> Parameters:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_row_that_is_zero_changes_nothing_and_stays_zero(mode: str) -> None:
     weight = seeded(D_MODEL, D_IN, seed=1)
-    parameters = several(METHODS[mode], weight, 3)
+    parameters = several(method_of(mode), weight, 3)
     parameters.directions[0, 1] = 0
     parameters.normalize()
     without = replace(parameters, directions=parameters.directions[:, [0, 2]].clone())
@@ -144,7 +147,7 @@ def test_a_row_that_is_zero_changes_nothing_and_stays_zero(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_one_row_is_one_direction(mode: str) -> None:
     weight = seeded(D_MODEL, D_IN, seed=1)
-    row = several(METHODS[mode], weight, 1)
+    row = several(method_of(mode), weight, 1)
     alone = replace(row, directions=row.directions[:, 0].clone())
     for found, expected in zip(*(each.factors()["m0"].tensors() for each in (row, alone)), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
