@@ -6,6 +6,8 @@ r' = r − Cᵀ(CCᵀ + αI)⁻¹ C r, unit again: what is left when C's rows ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,4 +43,4 @@ def protect(directions: Directions, capabilities: Tensor, ridge: float) -> Direc
     outside = r - (within * spans[:, None]) @ q
     left = r - (within * shares[:, None]) @ q
     left = left.where(outside.norm(dim=-1, keepdim=True) > _ROUNDING, left.new_zeros(()))
-    return Directions(normalize_rows(left).to(given.dtype).reshape(given.shape))
+    return replace(directions, vectors=normalize_rows(left).to(given.dtype).reshape(given.shape))

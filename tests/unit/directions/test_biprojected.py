@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions import Directions, compute_directions, direction_method
+from abliterate.directions.protected import protect
 from abliterate.edits import SvdMemo
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
@@ -83,6 +84,15 @@ def test_every_module_loses_the_direction_of_its_layer(mode: str) -> None:
         torch.testing.assert_close(weight + editor.factors(params)[name].delta(weight), expected.float(), rtol=1e-4, atol=1e-5)
         (stated,), _ = editor.vectors(params, key)
         torch.testing.assert_close(stated, v / v.norm(), rtol=1e-6, atol=1e-6)
+
+
+def test_protected_directions_keep_the_means() -> None:
+    directions = found()
+    capabilities = torch.nn.functional.normalize(torch.randn(5, 2, 12, dtype=torch.float64), dim=-1)
+    kept = protect(directions, capabilities, 0.0)
+    assert kept.harmless is directions.harmless
+    (blend,) = kept.blends(1.37, 3)
+    assert abs(float(blend.of(kept.table(3).double()) @ directions.harmless[4].double())) < 1e-12  # type: ignore[index]
 
 
 def test_the_file_of_a_run_carries_the_means() -> None:
