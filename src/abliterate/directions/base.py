@@ -103,12 +103,14 @@ class Directions:
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
     `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
     module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, for edit
-    methods that need them.
+    methods that need them. `gains` has the weights γ (d_model) of norms by name: a module that reads the residual stream
+    through one sees γ∘v of a direction v.
     """
 
     vectors: Tensor
     harmless: Tensor | None = None
     inputs: Mapping[str, ModuleInputs] = field(default_factory=dict)
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.vectors.ndim not in (2, 3) or not self.vectors.numel() or not torch.isfinite(self.vectors).all():
@@ -136,18 +138,23 @@ class Directions:
         """The first direction of each residual index, (n_layers+1, d_model)."""
         return self.vectors.reshape(self.n_layers + 1, self.count, self.d_model)[:, 0]
 
-    def table(self, layer: int | None = None) -> Tensor:
+    def seen(self, vectors: Tensor, norm: str) -> Tensor:
+        """What a module that reads through a norm sees of unit vectors (…, d_model): γ∘v, scaled to norm 1; without one, v."""
+        return normalize_rows(vectors * self.gains[norm].to(vectors)) if norm else vectors
+
+    def table(self, layer: int | None = None, norm: str = "") -> Tensor:
         """(n_layers · count, d_model): the directions of layer 0's output, then those of layer 1's, and so on.
 
-        If there are harmless means, that of the `layer` of the edited module comes last.
+        If there are harmless means, that of the `layer` of the edited module comes last. With the `norm` that a module reads
+        through, every row is what the module sees of it.
         """
         table = self.vectors[1:].reshape(-1, self.d_model)
-        if self.harmless is None or layer is None:
-            return table
-        return torch.cat([table, self.harmless[layer + 1, None]])
+        if self.harmless is not None and layer is not None:
+            table = torch.cat([table, self.harmless[layer + 1, None]])
+        return table * self.gains[norm].to(table) if norm else table
 
-    def blends(self, x: float, layer: int | None = None) -> tuple[Blend, ...]:
-        """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table(layer)`; zero ones are zero blends.
+    def blends(self, x: float, layer: int | None = None, norm: str = "") -> tuple[Blend, ...]:
+        """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table(layer, norm)`; zero ones are zero blends.
 
         Each lies between those of two neighbouring layers and is renormalized, after it has lost its component along the
         harmless mean of `layer`, if there is one. Source: docs/design.md §4; linear interpolation as in heretic, with the norm
@@ -169,8 +176,11 @@ class Directions:
             if mean is not None and mean.any():
                 share, least = float(mixed @ mean / (mean @ mean)), max(least, 1e-6 * float(mixed.norm()))
                 mixed, places, weights = mixed - share * mean, (*places, len(table)), (*weights, -share)
-            norm = float(mixed.norm())
-            found.append(Blend((), ()) if norm < least else Blend(places, tuple(weight / norm for weight in weights)))
+            is_zero = float(mixed.norm()) < least
+            length = float((mixed * self.gains[norm].to(mixed) if norm else mixed).norm())
+            found.append(
+                Blend((), ()) if is_zero or length == 0 else Blend(places, tuple(weight / length for weight in weights))
+            )
         return tuple(found)
 
     def blend(self, x: float) -> Blend:

@@ -39,6 +39,23 @@ def edit_method(name: str) -> EditMethod:
     return METHODS.find(name)
 
 
+def reading_method(method: EditMethod) -> EditMethod:
+    """The method that edits Wᵀ in this mode where W reads the residual stream.
+
+    `full` and `columns` keep the norms of W's rows: w'_i = n_i (ŵ_i − λ (ŵ_i·v) v)/‖…‖. Without norms, ΔW = −λ (Wv) vᵀ.
+
+    Raises:
+        InputError: the method edits no module that reads.
+    """
+    name = getattr(method, "reads_as", "")
+    if not name:
+        raise InputError(
+            f"The edit mode {method.name!r} edits no modules that read the residual stream; leave load.readers out, or choose "
+            "another --set edit.mode."
+        )
+    return METHODS.find(name)
+
+
 def scales_rows(method: EditMethod) -> bool:
     """Whether the method's edits scale the rows of W, as only DoRA adapters can: tried on a small matrix."""
     return not needs_inputs(method) and _tried(method).row_scale is not None
@@ -110,6 +127,7 @@ __all__ = [
     "is_learned",
     "needs_inputs",
     "prepare",
+    "reading_method",
     "scales_columns",
     "scales_rows",
     "svd_factors",

@@ -61,6 +61,10 @@ class Factors:
                 delta[rows] += (scale - 1) * weight[rows].float()
         return delta
 
+    def transposed(self) -> Factors:
+        """The factors of W'ᵀ, given those of W', of a single matrix."""
+        return Factors(self.column_scale, self.b.T.contiguous(), self.a.T.contiguous(), self.row_scale)
+
     def parts(self) -> list[Factors]:
         """The factors of each expert's matrix; a single matrix has one part, itself."""
         if self.a.ndim == 2:
@@ -148,11 +152,13 @@ class EditMethod(Protocol):
       no `row_scale` and no `column_scale`;
     - `learned` = True: ΔW is the result of an optimization. It has no definition by rows, so exports are compared with its
       factors, and no gradient in coeffs and directions, so the front isn't refined;
-    - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W.
+    - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W;
+    - `reads_as`: the name of the method that edits Wᵀ where W (d_out, d_model) reads the residual stream; "": there is none.
     """
 
     name: str
     keeps_columns: bool = False
+    reads_as: str = ""
 
     def of(self, inputs: ModuleInputs) -> EditMethod | None:
         """The method for the module that has these inputs; None if they allow no edit. For methods that need inputs."""

@@ -35,6 +35,7 @@ class ColumnPreserving(EditMethod):
     """Every column keeps its norm, but for those that lie along v and vanish at λ = 1."""
 
     name = "columns"
+    reads_as = "columns"
     keeps_columns = True
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:

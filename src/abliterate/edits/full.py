@@ -35,6 +35,7 @@ class NormPreserving(EditMethod):
     """Every row keeps its norm; rows of norm 0 stay 0."""
 
     name = "full"
+    reads_as = "columns"
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """`a` = DŴ, `p` = DŴŴᵀ. p stays float64: s is a difference of nearly equal terms."""

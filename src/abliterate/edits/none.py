@@ -15,6 +15,7 @@ class PlainAblation(EditMethod):
     """Rank 1: at λ = 1 the module no longer writes along v, vᵀW' = 0."""
 
     name = "none"
+    reads_as = "none"
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """`a` = DW."""

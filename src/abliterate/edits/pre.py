@@ -28,6 +28,7 @@ class PreNormalized(EditMethod):
     """Rank 1: every row counts by its direction alone, so large rows don't dominate vᵀŴ."""
 
     name = "pre"
+    reads_as = "none"
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """`a` = DŴ."""

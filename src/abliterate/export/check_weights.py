@@ -178,6 +178,26 @@ def by_definition(method: EditMethod, vectors: Tensor, coeffs: Sequence[float], 
     return define
 
 
+def by_definition_of_reading(vectors: Tensor, coeffs: Sequence[float], *, keeps_rows: bool) -> Definition:
+    """W' (d_out, d_model) of a module that reads: each row loses its parts along `vectors` (k, d_model), one after another.
+
+    `keeps_rows`: every row is then scaled to its norm in W.
+    """
+
+    def define(weight: Tensor) -> Rows:
+        def edited(rows: slice) -> Tensor:
+            old = weight[rows].double()
+            new = old
+            for v, coeff in zip(vectors, coeffs, strict=True):
+                new = new - coeff * torch.outer(new @ v, v)
+            scale = column_scale(old.square().sum(dim=1), new.square().sum(dim=1))
+            return new * scale[:, None] if keeps_rows else new
+
+        return edited
+
+    return define
+
+
 def by_factors(factors: Factors) -> Definition:
     """W' by factors that approximate the edit, as those of the svd representation do."""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from abliterate.errors import InputError
 from abliterate.model.formats import storage_remedy
-from abliterate.model.weights import out_features
+from abliterate.model.weights import in_features, out_features
 from abliterate.plugins import Registry
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
@@ -28,7 +28,8 @@ class Architecture:
 
     A * in a module path stands for all members of a module list. Of alternatives separated by |, the first that exists is used,
     also in `layers`. `found_by`: table, structure, or settings. `kinds`: {path: its kind} of modules of which a component has
-    several kinds, such as routed and shared experts; `separated` makes components of them.
+    several kinds, such as routed and shared experts; `separated` makes components of them. `readers`: the components whose
+    modules read the stream instead, {component: path of the norm in between}.
     """
 
     family: str
@@ -37,16 +38,22 @@ class Architecture:
     components: Mapping[str, tuple[str, ...]]
     found_by: Literal["table", "structure", "settings"] = "table"
     kinds: Mapping[str, str] = field(default_factory=dict)
+    readers: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Target:
-    """One module to edit, with W (d_model, d_in), its transpose in a Conv1D, or the E matrices of fused experts."""
+    """One module to edit, with W (d_model, d_in), its transpose in a Conv1D, or the E matrices of fused experts.
+
+    If it `reads` the residual stream, W is (d_out, d_model), and `norm` is the norm in between.
+    """
 
     name: str
     layer: int
     component: str
     module: nn.Module
+    reads: bool = False
+    norm: str = ""
 
 
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
@@ -68,6 +75,21 @@ _KINDS = {
     **dict.fromkeys(("mlp.shared_expert.down_proj", "mlp.shared_experts.down_proj", "mlp.shared_mlp.down_proj"), "shared"),
     **dict.fromkeys(("feed_forward.shared_expert.down_proj", "mixer.shared_experts.down_proj"), "shared"),
     "shared_mlp.output_linear": "shared",
+}
+
+
+# The modules that read the residual stream, and the norm in between, in these families; each of them has one norm before
+# attention and one before the MLP, which scales its input entry by entry and shifts nothing.
+_READING = ("llama", "mistral", "ministral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
+READERS = {
+    "attn.qkv": (
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+        "input_layernorm",
+    ),
+    "mlp.gate_up": (
+        ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+        "pre_feedforward_layernorm|post_attention_layernorm",
+    ),
 }
 
 
@@ -229,6 +251,22 @@ def separated(model: nn.Module, architecture: Architecture) -> Architecture:
     return replace(architecture, components=components)
 
 
+def with_readers(architecture: Architecture, model_type: str) -> Architecture:
+    """The row with the modules that read the residual stream as further components.
+
+    Raises:
+        InputError: they aren't known for this family.
+    """
+    if architecture.found_by != "table" or model_type not in _READING:
+        raise InputError(
+            f"The modules that read the residual stream aren't known for {model_type!r}, only for {', '.join(_READING)}; leave "
+            "load.readers out."
+        )
+    components = {component: paths for component, (paths, _) in READERS.items()}
+    readers = {component: norm for component, (_, norm) in READERS.items()}
+    return replace(architecture, components={**architecture.components, **components}, readers=readers)
+
+
 def kind_name(component: str, kind: str) -> str:
     """The component for one kind of a component's modules; the plain kind has no name."""
     return f"{component}.{kind}" if kind else component
@@ -295,6 +333,8 @@ def find_targets(model: nn.Module, architecture: Architecture, d_model: int) -> 
             "write to the residual stream with --set load.components."
         )
     for target in targets:
+        if target.reads and in_features(target.module) == d_model:
+            continue
         if out_features(target.module) != d_model:
             raise InputError(
                 f"The module {target.name} writes {out_features(target.module)} features, but the residual stream has "
@@ -330,9 +370,12 @@ def members(model: nn.Module, architecture: Architecture) -> Iterator[tuple[Targ
     """Every module that the row names in any layer, editable or not, with its path in the row, in layer order."""
     layers_path = decoder_path(model, architecture)
     for index, layer in enumerate(decoder_layers(model, architecture)):
+        prefix = f"{layers_path}.{index}"
         for component, paths in architecture.components.items():
+            reads, norms = component in architecture.readers, architecture.readers.get(component, "")
+            norm = next((f"{prefix}.{path}" for path, _ in _all_expanded(layer, (norms,))), "") if reads else ""
             for path, pattern in _all_expanded(layer, paths):
-                yield Target(f"{layers_path}.{index}.{path}", index, component, layer.get_submodule(path)), pattern
+                yield Target(f"{prefix}.{path}", index, component, layer.get_submodule(path), reads, norm), pattern
 
 
 def _all_expanded(layer: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, str]]:

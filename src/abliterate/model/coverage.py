@@ -136,7 +136,7 @@ def check_coverage(coverage: Coverage, *, allow_partial: bool, warn: Callable[[s
 
 
 def _named(model: nn.Module, architecture: Architecture) -> Mapping[str, tuple[Target, str]]:
-    return {target.name: (target, path) for target, path in members(model, architecture)}
+    return {target.name: (target, path) for target, path in members(model, architecture) if not target.reads}
 
 
 def _whole(model: Any) -> tuple[Architecture | None, str]:

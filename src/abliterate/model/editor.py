@@ -23,6 +23,7 @@ from abliterate.edits import (
     exact_factors,
     needs_inputs,
     prepare,
+    reading_method,
     scales_columns,
     scales_rows,
     svd_factors,
@@ -73,6 +74,7 @@ class Editor:
     ) -> None:
         self._targets = tuple(targets)
         self._method: EditMethod = edit_method(settings.mode)
+        self._reading = reading_method(self._method) if any(target.reads for target in self._targets) else self._method
         if settings.representation == "svd" and (scales_rows(self._method) or scales_columns(self._method)):
             _refuse_fused_experts(self._targets)
         if needs_inputs(self._method):
@@ -87,7 +89,7 @@ class Editor:
         self._weight_of = weight_of
         self._refined = refined
         self._prepared: dict[str, Prepared] = {}
-        self._tables: dict[tuple[torch.device, int | None], Tensor] = {}  # directions (n_layers, d_model) float64
+        self._tables: dict[tuple[torch.device, int | None, str], Tensor] = {}  # directions (n_layers, d_model) float64
         self.offloaded: set[str] = set()
         self.unprepared: set[str] = set()
 
@@ -137,7 +139,7 @@ class Editor:
                 index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
             weights = [params.extra.get(weight_name(place), 1.0) for place in range(self.directions.count)]
             coeffs = tuple(coeff * weight for weight in weights)
-            if any(self._removed(index, coeffs, target.layer)) and self.method_of(target) is not None:
+            if any(self._removed(index, coeffs, target)) and self.method_of(target) is not None:
                 keys[target.name] = (target.name, index, coeffs)
         return keys
 
@@ -148,7 +150,7 @@ class Editor:
             InputError: the method needs the module's inputs, and the directions come without them or with another model's.
         """
         if not needs_inputs(self._method):
-            return self._method
+            return self._reading if target.reads else self._method
         if target.name not in self._own_methods:
             inputs = self.directions.inputs.get(target.name)
             if inputs is None or inputs.d_in != in_features(target.module):
@@ -195,8 +197,8 @@ class Editor:
         """
         name, place, coeffs = key
         if isinstance(params, TrialParams):
-            layer = self._by_name[name].layer
-            table, kept = self.directions.table(layer).double(), self._removed(float(place), coeffs, layer)
+            target = self._by_name[name]
+            table, kept = self.directions.table(target.layer, target.norm).double(), self._removed(float(place), coeffs, target)
             return torch.stack([blend.of(table) for blend, _ in kept]), tuple(coeff for _, coeff in kept)
         v, d_model = self._refined(params)[name], self.directions.d_model
         if v.shape[-1] != d_model:
@@ -209,9 +211,9 @@ class Editor:
         unit, weights = unit_rows(v.double())
         return unit, tuple((coeffs[0] * weights).tolist())
 
-    def _removed(self, x: float, coeffs: Sequence[float], layer: int) -> list[tuple[Blend, float]]:
-        """The directions at position `x` for a module of `layer`, each with its coeff, but for zero ones and coeffs of 0."""
-        pairs = zip(self.directions.blends(x, layer), coeffs, strict=True)
+    def _removed(self, x: float, coeffs: Sequence[float], target: Target) -> list[tuple[Blend, float]]:
+        """The directions at position `x` for a module, each with its coeff, but for zero ones and coeffs of 0."""
+        pairs = zip(self.directions.blends(x, target.layer, target.norm), coeffs, strict=True)
         return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not blend.is_zero]
 
     def first_layers(self, trials: Sequence[Params]) -> list[int]:
@@ -220,13 +222,24 @@ class Editor:
         return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
 
     def _exact(self, params: Params, key: EditKey) -> Factors:
-        return exact_factors(self.method(params, key), *self._prepared_for(params, key))
+        found = exact_factors(self.method(params, key), *self._prepared_for(params, key))
+        return found.transposed() if self.reads(key) else found
 
     def _factors(self, params: Params, key: EditKey) -> Factors:
         if self._settings.representation == "exact":
             return self._exact(params, key)
-        prepared = self._prepared_for(params, key)
-        return svd_factors(self.method(params, key), *prepared, key[0], self._settings.rank, self.memo)
+        prepared, rank = self._prepared_for(params, key), self._settings.rank
+        found = svd_factors(self.method(params, key), *prepared, key[0], rank, self.memo)
+        return found.transposed() if self.reads(key) else found
+
+    def reads(self, key: EditKey) -> bool:
+        """Whether an edit in a plan is of a module that reads the residual stream."""
+        return self._by_name[key[0]].reads
+
+    def _read(self, target: Target, device: torch.device) -> Tensor:
+        """W of a module that writes, and Wᵀ of one that reads: a matrix with a row for each entry of the residual stream."""
+        weight = self._weight_of(target).to(device)
+        return weight.T if target.reads else weight
 
     def _prepared_for(self, params: Params, key: EditKey) -> tuple[Prepared, Sequence[Blend], Sequence[float]]:
         """The module's products with its directions or with all layers', the blends that give its own, and their coeffs."""
@@ -237,9 +250,9 @@ class Editor:
             own, coeffs = self.vectors(params, key)
             alone = [Blend((index,), (1.0,)) for index in range(len(own))]
             own = own.to(device)
-            return prepare(self.method(params, key), lambda: self._weight_of(target).to(device), own), alone, coeffs
+            return prepare(self.method(params, key), lambda: self._read(target, device), own), alone, coeffs
         prepared = self._prepare(target)
-        kept = self._removed(float(place), coeffs, target.layer)
+        kept = self._removed(float(place), coeffs, target)
         blends: Sequence[Blend] = [blend for blend, _ in kept]
         if name in self.offloaded:
             prepared, blends = prepared.fetched(blends)
@@ -251,7 +264,7 @@ class Editor:
             device = _device_of(target)
             method = self.method_of(target)
             assert method is not None, "a plan has no module without a method"
-            prepared = prepare(method, lambda: self._weight_of(target).to(device), self._table(device, target.layer))
+            prepared = prepare(method, lambda: self._read(target, device), self._table(device, target))
             self._keep(target.name, prepared, device)
             prepared = self._prepared.get(target.name, prepared)
         return prepared
@@ -266,14 +279,14 @@ class Editor:
         else:
             self.unprepared.add(name)
 
-    def _table(self, device: torch.device, layer: int) -> Tensor:
-        """All layers' directions (n_layers · count, d_model) float64, and what is specific to `layer`, as `Directions.table`.
+    def _table(self, device: torch.device, target: Target) -> Tensor:
+        """All layers' directions (n_layers · count, d_model) float64 as the module needs them (`Directions.table`).
 
-        All modules on a device, or those of one layer, share one tensor.
+        All modules on a device that need the same share one tensor.
         """
-        key = (device, None if self.directions.harmless is None else layer)
+        key = (device, None if self.directions.harmless is None else target.layer, target.norm)
         if key not in self._tables:
-            self._tables[key] = self.directions.table(layer).to(device).double()
+            self._tables[key] = self.directions.table(target.layer, target.norm).to(device).double()
         return self._tables[key]
 
 

@@ -150,7 +150,7 @@ def skeleton(
     if architecture is None and not measure:
         return None
     architecture = architecture or discover(random_model(config, load), model_type)
-    architecture = architectures.separated(model, architecture) if load.separate_kinds else architecture
+    architecture = _as_asked(model, architecture, load)
     info = ModelInfo(
         id=public_name(name),
         source=source,
@@ -175,8 +175,16 @@ def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
     """
     model_type = model.config.get_text_config().model_type
     known = architectures.known_architecture(model_type, load.decoder_layers, load.components)
-    architecture = known or discover(model, model_type)
-    return architectures.separated(model, architecture) if load.separate_kinds else architecture
+    return _as_asked(model, known or discover(model, model_type), load)
+
+
+def _as_asked(model: PreTrainedModel, architecture: Architecture, load: LoadSettings) -> Architecture:
+    """The architecture with the further components that the settings ask for."""
+    if load.separate_kinds:
+        architecture = architectures.separated(model, architecture)
+    if load.readers:
+        architecture = architectures.with_readers(architecture, model.config.get_text_config().model_type)
+    return architecture
 
 
 def _first_that_generates(

@@ -23,7 +23,7 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
 from abliterate.export.check_behaviour import Verification
-from abliterate.export.check_weights import Definition, by_definition, by_factors, check_weights
+from abliterate.export.check_weights import Definition, by_definition, by_definition_of_reading, by_factors, check_weights
 from abliterate.export.gguf import GgufMatrices
 from abliterate.model import loader
 from abliterate.model.architectures import Architecture, Target, known_architecture
@@ -214,7 +214,7 @@ def open_model(settings: Settings, result: Result, number: int) -> tuple[str, Lo
     architecture = known_architecture(model_type, load.decoder_layers, load.components)
     if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
         architecture = loader.architecture_of(load_weights(source, dense_load(load), config, stored_dtype(config), None), load)
-    elif load.separate_kinds:
+    elif load.separate_kinds or load.readers:
         architecture = loader.architecture_of(empty_model(config, load), load)
     return source, load, architecture
 
@@ -265,7 +265,10 @@ def _definition(editor: Editor, settings: EditSettings, params: Params, key: Edi
     """
     exact = settings.representation == "exact" or factors.a.ndim == 3
     if exact and not is_learned(edit_method(settings.mode)):
-        return by_definition(editor.method(params, key), *editor.vectors(params, key))
+        method, (vectors, coeffs) = editor.method(params, key), editor.vectors(params, key)
+        if editor.reads(key):
+            return by_definition_of_reading(vectors, coeffs, keeps_rows=method.keeps_columns)
+        return by_definition(method, vectors, coeffs)
     return by_factors(factors)
 
 

@@ -16,7 +16,7 @@ from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
 from abliterate.model import loader
-from abliterate.model.architectures import ARCHITECTURES, Target, kind_names
+from abliterate.model.architectures import ARCHITECTURES, READERS, Target, kind_names
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
 from abliterate.model.hub import check_push
@@ -136,6 +136,8 @@ def check_names(settings: Settings) -> SelectionRule:
 def check_components(settings: Settings) -> None:
     """Raise InputError if `search.max_coeff` has a range for a component that no model has, which would stay unused."""
     built_in = {name for row in ARCHITECTURES.values() for name in row.components}
+    if settings.load.readers:
+        built_in |= set(READERS)
     if settings.load.separate_kinds:
         built_in |= {name for row in ARCHITECTURES.values() for name in kind_names(row)}
     components = sorted({"default", *built_in, *settings.load.components})

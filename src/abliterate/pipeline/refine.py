@@ -271,11 +271,14 @@ class Refinement:
         Several directions of a module begin with equal weights.
         """
         bench = self._bench
-        table = bench.editor.directions.vectors[1:].float().cpu()
-        method_of = bench.editor.method_of
+        given, method_of = bench.editor.directions, bench.editor.method_of
+        table = given.vectors[1:].float().cpu()
         targets = [target for target in bench.loaded.targets if table[target.layer].any() and method_of(target) is not None]
-        modules = [Module(target.name, target.layer, partial(_weight, target.module), method_of(target)) for target in targets]
-        starts = torch.stack([table[target.layer] for target in targets])
+        modules = [
+            Module(target.name, target.layer, partial(_weight, target.module), method_of(target), target.reads)
+            for target in targets
+        ]
+        starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
         starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
         coeffs, directions = torch.full((len(targets),), _START / len(targets)), starts.clone()

@@ -44,6 +44,7 @@ from abliterate.errors import AbliterateError, InputError, TrialError, first_lin
 from abliterate.evaluation import trial as trial_evaluation
 from abliterate.model.inputs import capture_inputs
 from abliterate.model.memory import affordable, memory_errors, unless_full
+from abliterate.model.readers import with_gains
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, inputs_key, means_key, residuals_key
@@ -57,6 +58,7 @@ from abliterate.search.pruner import DominancePruner
 from abliterate.types import MOST_DIRECTIONS, Baseline, Objective, Params, Prompt, Trial
 
 FORMAT = "1"  # of directions.safetensors
+_GAIN = "gain of "  # begins the names of its tensors of norms' weights
 # Objectives that leave nothing to search for if the model refuses nothing.
 FEWER = {Objective(name, "minimize") for name in COUNTS}
 POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
@@ -137,8 +139,12 @@ def _needs_silhouettes(context: Context) -> bool:
 
 
 def with_inputs(bench: Workbench, directions: Directions) -> Directions:
-    """The directions with the inputs of the modules to edit, captured or from the cache, if the edit mode needs them."""
+    """The directions with what the modules to edit need beside them: weights of the norms that they read through, and inputs.
+
+    Inputs are captured or come from the cache, if the edit mode needs them.
+    """
     context, prompts = bench.context, bench.prompts
+    directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
     if not needs_inputs(edit_method(context.settings.edit.mode)):
         return directions
     most = context.settings.edit.capture_prompts
@@ -198,13 +204,15 @@ def directions_file(directions: Directions) -> bytes:
 def directions_of(content: bytes) -> Directions:
     """The inverse of `directions_file`; SafetensorError, KeyError or ValueError if the content isn't what it gives."""
     tensors = load(content)
-    return Directions(tensors["directions"], tensors.get("harmless"), from_tensors(tensors))
+    gains = {name.removeprefix(_GAIN): tensor for name, tensor in tensors.items() if name.startswith(_GAIN)}
+    return Directions(tensors["directions"], tensors.get("harmless"), from_tensors(tensors), gains)
 
 
 def _tensors(directions: Directions) -> dict[str, Tensor]:
     """The tensors that directions consist of, by their names in the file."""
     means = {} if directions.harmless is None else {"harmless": directions.harmless}
-    return {"directions": directions.vectors, **means, **to_tensors(directions.inputs)}
+    gains = {_GAIN + name: gain for name, gain in directions.gains.items()}
+    return {"directions": directions.vectors, **means, **to_tensors(directions.inputs), **gains}
 
 
 def directions_record(directions: Directions) -> DirectionsRecord:

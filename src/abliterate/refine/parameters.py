@@ -23,13 +23,15 @@ from abliterate.edits import EditMethod, Factors, prepare
 class Module:
     """A module that is edited: its name, its layer, and a function that reads W (d_model, d_in) or (E, d_model, d_in).
 
-    `method` is the module's own edit method, where edits are computed from its inputs.
+    `method` is the module's own edit method, where edits are computed from its inputs. If the module `reads` the stream,
+    W is (d_out, d_model), and the method edits Wᵀ.
     """
 
     name: str
     layer: int
     read_weight: Callable[[], Tensor]
     method: EditMethod | None = None
+    reads: bool = False
 
 
 @dataclass
@@ -88,8 +90,12 @@ class Parameters:
         module = self.modules[index]
         coeff = self.coeffs[index] if coeff is None else coeff
         direction = self.directions[index] if direction is None else direction
-        weight = module.read_weight()
-        method = module.method or self.method
+        method, weight = module.method or self.method, module.read_weight()
+        found = self._of(method, weight.T if module.reads else weight, coeff, direction)
+        return found.transposed() if module.reads else found
+
+    @staticmethod
+    def _of(method: EditMethod, weight: Tensor, coeff: Tensor, direction: Tensor) -> Factors:
         whole = (direction / direction.norm()).to(weight.device)  # its gradient is tangent to the sphere
         if whole.ndim == 1:
             prepared = prepare(method, lambda: weight, whole[None].double())

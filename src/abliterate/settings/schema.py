@@ -48,6 +48,7 @@ class LoadSettings(_Section):
     decoder_layers: str = ""
     components: dict[str, str] = {}
     separate_kinds: bool = False
+    readers: bool = False
     allow_partial: bool = False
 
     @field_validator("template_now")
