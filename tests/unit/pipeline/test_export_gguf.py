@@ -129,7 +129,7 @@ def test_edited_matrices_are_as_defined_and_all_else_stays(case: str, tmp_path: 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
-@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("mode", ["full", "columns"])
 def test_several_directions_are_removed(family: str, mode: str, tmp_path: Path) -> None:
     made = Made(tmp_path, family, "F32", mode, count=2)
     assert made.export().export.verified
