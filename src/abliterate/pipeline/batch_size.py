@@ -20,7 +20,7 @@ from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_by
 from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
-from abliterate.model.weights import in_features, n_matrices
+from abliterate.model.weights import in_features, n_matrices, out_features
 from abliterate.pipeline.cache_keys import batch_sizes_key
 from abliterate.pipeline.calibrate import WarmUp
 from abliterate.pipeline.context import Context
@@ -329,9 +329,13 @@ def reserved_bytes(
 ) -> int:
     """The bytes that are kept between trials, and the bytes that KL needs: the base's and the trial's log-probabilities."""
     kept = kept_bytes(shape, STARTS, harmful, harmless, prompt)
-    modules = [target.module for target in loaded.targets for _ in range(n_matrices(target.module))]
+    widths = [
+        (out_features(target.module) or 0) if target.reads else in_features(target.module)
+        for target in loaded.targets
+        for _ in range(n_matrices(target.module))
+    ]
     n_directions = loaded.info.n_layers * direction_count(settings)
-    kept += prepared_bytes(n_directions, ((loaded.info.d_model, in_features(module)) for module in modules))
+    kept += prepared_bytes(n_directions, ((loaded.info.d_model, width) for width in widths))
     return min(kept, settings.efficiency.max_kept_mb << 20) + 8 * harmless * shape.vocabulary
 
 
