@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
+from abliterate.files import expanded
 from abliterate.objectives import vector
 from abliterate.search.front import pareto_front
 from abliterate.search.space import Space, Value, values_of
@@ -24,7 +24,7 @@ def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
     Raises:
         InputError: the run can't be read or has no complete trial that was suggested by a sampler.
     """
-    path = Path(settings.seed_from)
+    path = expanded(settings.seed_from)
     result = Result.read(RunDirectory(path))
     objectives, baseline = result.objectives_or_default(), result.baseline
     complete = [trial for trial in result.trials if trial.state == "complete" and isinstance(trial.params, TrialParams)]
