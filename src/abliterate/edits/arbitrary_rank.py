@@ -31,8 +31,6 @@ from abliterate.errors import TrialError
 from abliterate.types import Range
 
 STEPS, ITERATIONS = 5, 20
-# Steps that L-BFGS remembers: with 100, torch's default, they cost more than the objective, and lead no further.
-HISTORY = 10
 # Singular values of ΔW below this share of the largest are as small as the rounding of float32 factors.
 NEGLIGIBLE = 1e-6
 # Solutions that are kept for each module: those of the trials that are evaluated, selected and exported one after another.
@@ -105,12 +103,7 @@ class Problem(Prepared):
             return core.detach()
         # Tolerances far below any step, because the size of the objective depends on the model and on the trial's numbers.
         optimizer = torch.optim.LBFGS(
-            [core],
-            max_iter=ITERATIONS,
-            history_size=HISTORY,
-            tolerance_grad=1e-14,
-            tolerance_change=1e-14,
-            line_search_fn="strong_wolfe",
+            [core], max_iter=ITERATIONS, tolerance_grad=1e-14, tolerance_change=1e-14, line_search_fn="strong_wolfe"
         )
 
         def closure() -> Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
-from abliterate.edits import check_several, edit_method, is_learned, needs_inputs, scales_columns, scales_rows
+from abliterate.edits import check_several, edit_method, is_learned, needs_inputs, reading_method, scales_columns, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -43,7 +43,9 @@ def check_model(settings: Settings, *, editing: bool = True) -> None:
 
 
 def check_edit(settings: Settings, targets: Collection[Target]) -> None:
-    """Raise InputError if the edit mode needs inputs of modules that can't be captured."""
+    """Raise InputError if the edit mode needs inputs that can't be captured, or edits no modules that read."""
+    if any(target.reads for target in targets):
+        reading_method(edit_method(settings.edit.mode))
     if needs_inputs(edit_method(settings.edit.mode)):
         refuse_uncaptured(tuple(targets), settings.edit.mode)
 

@@ -156,3 +156,9 @@ def test_what_is_refused_before_a_search() -> None:
     with pytest.raises(InputError, match="fused experts"):
         check_edit(settings, make_loaded(make_model("mixtral")).targets)
     check_edit(plain, make_loaded(make_model("mixtral")).targets)
+    reader = replace(make_loaded(make_model("llama")).targets[0], reads=True)
+    check_edit(plain, [reader])
+    for mode in MODES:
+        own = Settings.model_validate({"model": "demo", "edit": {"mode": mode}})
+        with pytest.raises(InputError, match=f"{mode!r} edits no modules that read"):
+            check_edit(own, [reader])
