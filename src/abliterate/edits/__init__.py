@@ -5,13 +5,22 @@ A new method is a file beside these and a line in `METHODS`, or a plugin's `edit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from abliterate.directions.base import Blend
 from abliterate.edits.arbitrary_rank import ArbitraryRank
-from abliterate.edits.base import EditMethod, Factors, Prepared, blended, is_learned, needs_inputs, prepare
+from abliterate.edits.base import (
+    EditMethod,
+    Factors,
+    Prepared,
+    blended,
+    is_learned,
+    needs_inputs,
+    one_direction_only,
+    prepare,
+)
 from abliterate.edits.columns import ColumnPreserving
 from abliterate.edits.full import NormPreserving
 from abliterate.edits.key_conditional import KeyConditional
@@ -20,6 +29,7 @@ from abliterate.edits.pre import PreNormalized
 from abliterate.edits.svd import SvdMemo, seed_of, svd_key, truncated_svd
 from abliterate.errors import InputError
 from abliterate.plugins import Registry
+from abliterate.types import Range
 
 _BUILT_IN = (
     *(NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving()),
@@ -47,7 +57,7 @@ def reading_method(method: EditMethod) -> EditMethod:
     Raises:
         InputError: the method edits no module that reads.
     """
-    name = getattr(method, "reads_as", "")
+    name = vars(type(method)).get("reads_as", "")
     if not name:
         raise InputError(
             f"The edit mode {method.name!r} edits no modules that read the residual stream; leave load.readers out, or choose "
@@ -66,20 +76,44 @@ def scales_columns(method: EditMethod) -> bool:
     return not needs_inputs(method) and _tried(method).column_scale is not None
 
 
+def parameters_of(method: EditMethod) -> Mapping[str, Range]:
+    """The ranges of the numbers that the method asks the search for, by name."""
+    return getattr(method, "parameters", {})
+
+
+def is_refinable(method: EditMethod) -> bool:
+    """Whether an edit is strengths and directions alone, which a gradient refines, and no numbers that the search finds."""
+    return not is_learned(method) and not parameters_of(method)
+
+
+def _at_middle(method: EditMethod) -> EditMethod:
+    numbers = {name: wanted.middle for name, wanted in parameters_of(method).items()}
+    return method.at(numbers) if numbers else method
+
+
 def _tried(method: EditMethod) -> Factors:
     weight, directions = torch.eye(3) + 1, torch.eye(3, dtype=torch.float64)[:1] * 0.6 + 0.2
+    method = _at_middle(method)
     prepared = method.prepare(lambda: weight, directions / directions.norm())
     return method.factors(prepared, Blend((0,), (1.0,)), 0.5)
 
 
 def check_several(method: EditMethod, count: int) -> None:
-    """InputError if the method can't remove so many directions of a layer: tried on a small matrix, before a run."""
-    if count > 1 and is_learned(method):
+    """InputError if the method can't remove so many directions of a layer: before a run, so tried on a small matrix.
+
+    Of a method that needs inputs, which there are none of yet, only whether it has a `product` is known.
+    """
+    if count < 2:
+        return
+    if is_learned(method):
         raise InputError(
             f"The edit mode {method.name!r} uses no directions, so it can't use several of a layer; choose a "
             "--set directions.method that finds one."
         )
-    if count > 1 and not needs_inputs(method):
+    if getattr(type(method), "product", EditMethod.product) is EditMethod.product:
+        raise one_direction_only(method, count)
+    if not needs_inputs(method):
+        method = _at_middle(method)
         prepared = method.prepare(lambda: torch.eye(3) + 1, torch.full((1, 3), 3**-0.5, dtype=torch.float64))
         method.product(prepared, [Blend((0,), (1.0,))] * count, torch.full((count,), 0.1, dtype=torch.float64))
 
@@ -99,15 +133,17 @@ def svd_factors(
     module: str,
     rank: int,
     memo: SvdMemo,
+    numbers: Sequence[tuple[str, float]] = (),
 ) -> Factors:
     """Rank-`rank` factors of the method's ΔW, from the memo if these exact inputs were seen before.
 
+    `numbers` are those of the trial that the method has been given by `at`.
     An edit that scales nothing is returned as it is: its rank is the number of directions, and there is nothing to approximate.
     """
     exact = exact_factors(method, prepared, blends, coeffs)
     if exact.row_scale is None and exact.column_scale is None:
         return exact
-    key = svd_key(module, method.name, blended(blends, prepared.directions), coeffs, rank)
+    key = svd_key(module, method.name, blended(blends, prepared.directions), coeffs, rank, numbers)
     factors = memo.get(key)
     if factors is None:
         factors = truncated_svd(exact.delta(prepared.read_weight()), rank, seed_of(key))
@@ -125,7 +161,9 @@ __all__ = [
     "edit_method",
     "exact_factors",
     "is_learned",
+    "is_refinable",
     "needs_inputs",
+    "parameters_of",
     "prepare",
     "reading_method",
     "scales_columns",

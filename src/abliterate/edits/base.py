@@ -146,7 +146,8 @@ class EditMethod(Protocol):
 
     Methods inherit from this class for its defaults of `dense` and `product`. They may have class attributes:
 
-    - `parameters`, {name: `types.Range`}: numbers that the search finds for them, and that `at` gives them;
+    - `parameters`, {name: `types.Range`}: numbers that the search finds for them, and that `at` gives them. A front of such
+      edits isn't refined, because a gradient learns strengths and directions alone;
     - `coeffs`, (low, high): the range of the largest coeff, where the settings don't give another than the default;
     - `needs` = "inputs": the edit is computed from the inputs of each module, so `of` gives a method for each. Such an edit has
       no `row_scale` and no `column_scale`;
@@ -154,6 +155,7 @@ class EditMethod(Protocol):
       factors, and no gradient in coeffs and directions, so the front isn't refined;
     - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W;
     - `reads_as`: the name of the method that edits Wᵀ where W (d_out, d_model) reads the residual stream; "": there is none.
+      A subclass that edits W in another way would read in another way, too, so it states its own.
     """
 
     name: str
@@ -188,10 +190,7 @@ class EditMethod(Protocol):
         Raises:
             InputError: the method removes one direction only.
         """
-        raise InputError(
-            f"The edit mode {self.name!r} removes one direction, not {len(blends)}; choose another --set edit.mode, or a "
-            "direction method that finds one."
-        )
+        raise one_direction_only(self, len(blends))
 
     def dense(self, weight: Tensor, v: Tensor, coeff: float) -> Tensor:
         """W' (d_out, d_in) by definition, in the dtype given: the slow reference that the factors are tested against.
@@ -215,6 +214,14 @@ class EditMethod(Protocol):
 
         For several directions, `v` is (k, n), `a` (k, d_in) what each removes after those before it, and `coeff` (k).
         """
+
+
+def one_direction_only(method: EditMethod, count: int) -> InputError:
+    """The error of a method without `product` that several directions are given to."""
+    return InputError(
+        f"The edit mode {method.name!r} removes one direction, not {count}; choose another --set edit.mode, or a direction "
+        "method that finds one."
+    )
 
 
 def is_learned(method: EditMethod) -> bool:

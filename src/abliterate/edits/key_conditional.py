@@ -56,7 +56,6 @@ class KeyConditional(PlainAblation):
 
     name = "key-conditional"
     needs = "inputs"
-    reads_as = ""
     coeffs = (1.0, 8.0)
 
     def __init__(self, keys: Keys | None = None) -> None:

@@ -92,10 +92,16 @@ class SvdMemo:
             self._entries.popitem(last=False)
 
 
-def svd_key(module: str, mode: str, vectors: Tensor, coeffs: Sequence[float], rank: int) -> tuple[Hashable, ...]:
-    """The exact inputs of one decomposition; the directions (k, d_model) are identified by all their bytes."""
+def svd_key(
+    module: str, mode: str, vectors: Tensor, coeffs: Sequence[float], rank: int, numbers: Sequence[tuple[str, float]] = ()
+) -> tuple[Hashable, ...]:
+    """The exact inputs of one decomposition; the directions (k, d_model) are identified by all their bytes.
+
+    `numbers` are the trial's own for the mode, by name.
+    """
     raw = vectors.detach().cpu().contiguous().numpy().tobytes()
-    return (module, mode, hashlib.blake2b(raw, digest_size=16).hexdigest(), *(coeff.hex() for coeff in coeffs), rank)
+    found = (module, mode, hashlib.blake2b(raw, digest_size=16).hexdigest(), *(coeff.hex() for coeff in coeffs), rank)
+    return (*found, *((name, float(value).hex()) for name, value in numbers))
 
 
 def seed_of(key: tuple[Hashable, ...]) -> int:

@@ -22,6 +22,7 @@ from abliterate.edits import (
     edit_method,
     exact_factors,
     needs_inputs,
+    parameters_of,
     prepare,
     reading_method,
     scales_columns,
@@ -35,7 +36,7 @@ from abliterate.model.experts import is_fused
 from abliterate.model.inputs import refuse_uncaptured
 from abliterate.model.weights import dense_weight, device_and_dtype, in_features
 from abliterate.settings.schema import EditSettings
-from abliterate.types import Params, Range, RefinedParams, TrialParams, weight_name
+from abliterate.types import Params, RefinedParams, TrialParams, weight_name
 
 # (module, its directions, their coeffs); the directions are a layer position, or the hash of the file of refined directions.
 # Mode, rank and directions are fixed for a run, so equal keys mean equal factors.
@@ -179,7 +180,7 @@ class Editor:
         Raises:
             InputError: the trial lacks one, or it lies outside of its range.
         """
-        ranges: Mapping[str, Range] = getattr(self._method, "parameters", {})
+        ranges = parameters_of(self._method)
         given = params.extra if isinstance(params, TrialParams) else {}
         for name, wanted in ranges.items():
             if name not in given or not wanted.low <= given[name] <= wanted.high:
@@ -229,7 +230,7 @@ class Editor:
         if self._settings.representation == "exact":
             return self._exact(params, key)
         prepared, rank = self._prepared_for(params, key), self._settings.rank
-        found = svd_factors(self.method(params, key), *prepared, key[0], rank, self.memo)
+        found = svd_factors(self.method(params, key), *prepared, key[0], rank, self.memo, self._numbers(params))
         return found.transposed() if self.reads(key) else found
 
     def reads(self, key: EditKey) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from abliterate.directions import count_of, direction_method
-from abliterate.edits import edit_method
+from abliterate.edits import edit_method, parameters_of
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
 from abliterate.model.chat_template import PromptEncoder, source_of, writes_date
@@ -50,7 +50,7 @@ def asked_for(settings: Settings) -> dict[str, Range]:
     """
     count = direction_count(settings)
     weights = {weight_name(place): Range(0.0, 1.0) for place in range(count if count > 1 else 0)}
-    return {**weights, **getattr(edit_method(settings.edit.mode), "parameters", {})}
+    return {**weights, **parameters_of(edit_method(settings.edit.mode))}
 
 
 def chat_of(settings: Settings, tokenizer: PreTrainedTokenizerBase, device: torch.device, prefix: str = "") -> PromptEncoder:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
-from abliterate.edits import check_several, edit_method, is_learned, needs_inputs, reading_method, scales_columns, scales_rows
+from abliterate.edits import check_several, edit_method, is_refinable, needs_inputs, reading_method, scales_columns, scales_rows
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -102,14 +102,14 @@ def check_loaded(context: Context, loaded: LoadedModel) -> None:
 def unrefined(settings: Settings) -> str:
     """The note for an edit mode whose front can't be refined."""
     return (
-        f"{settings.edit.mode} edits have no strengths and directions that a gradient could refine, so the run keeps the "
-        "search's front; a search alone needs more trials, such as -n 100"
+        f"{settings.edit.mode} edits aren't strengths and directions alone, which a gradient could refine, so the run keeps "
+        "the search's front; a search alone needs more trials, such as -n 100"
     )
 
 
 def as_refinable(settings: Settings, note: Callable[[str], None]) -> Settings:
     """The settings without refinement, and a note of it, if the edit mode's front can't be refined."""
-    if not settings.refine.enabled or not is_learned(edit_method(settings.edit.mode)):
+    if not settings.refine.enabled or is_refinable(edit_method(settings.edit.mode)):
         return settings
     note(unrefined(settings))
     return settings.model_copy(update={"refine": settings.refine.model_copy(update={"enabled": False})})
@@ -118,7 +118,7 @@ def as_refinable(settings: Settings, note: Callable[[str], None]) -> Settings:
 def check_names(settings: Settings) -> SelectionRule:
     """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
     check_several(edit_method(settings.edit.mode), direction_count(settings))
-    learned = is_learned(edit_method(settings.edit.mode))
+    refinable = is_refinable(edit_method(settings.edit.mode))
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)
     scorers = scorers_of(settings)
@@ -126,7 +126,7 @@ def check_names(settings: Settings) -> SelectionRule:
     names = [scorer.name for scorer in scorers]
     if rule.scorer and rule.scorer not in names:
         raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
-    if settings.search.trials == 0 and (learned or not settings.refine.enabled):
+    if settings.search.trials == 0 and not (refinable and settings.refine.enabled):
         raise InputError("A run without trials and without refinement finds nothing; give more trials with -n, or --refine.")
     check_packages(settings.search)
     choose_device(settings.device)

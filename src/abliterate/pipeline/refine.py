@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
-from abliterate.edits import edit_method, is_learned
+from abliterate.edits import edit_method, is_refinable
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
@@ -88,7 +88,7 @@ class Refinement:
         self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
 
     def __iter__(self) -> Iterator[Trial]:
-        if is_learned(edit_method(self._bench.settings.edit.mode)):
+        if not is_refinable(edit_method(self._bench.settings.edit.mode)):
             self._bench.context.reporter.note(unrefined(self._bench.settings))
             return
         try:

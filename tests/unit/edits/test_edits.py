@@ -345,6 +345,8 @@ def test_key_holds_every_input() -> None:
         svd_key("m", "pre", v, [1.0], 3),
         svd_key("m", "full", v, [math.nextafter(1.0, 2.0)], 3),
         svd_key("m", "full", v, [1.0], 4),
+        svd_key("m", "full", v, [1.0], 3, [("p", 0.5)]),
+        svd_key("m", "full", v, [1.0], 3, [("p", 0.6)]),
     ]
     assert len(set(keys)) == len(keys)
     assert len({seed_of(key) for key in keys}) == len(keys)

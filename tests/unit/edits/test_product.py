@@ -175,5 +175,8 @@ def test_a_method_without_products_says_so() -> None:
     with pytest.raises(InputError, match="removes one direction, not 3"):
         check_several(method, 3)
     check_several(method, 1)
-    for mode in MODES:
+    method.needs = "inputs"  # of which there are none before a run
+    with pytest.raises(InputError, match="removes one direction, not 3"):
+        check_several(method, 3)
+    for mode in (*MODES, "key-conditional"):
         check_several(METHODS[mode], 3)

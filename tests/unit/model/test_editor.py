@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,14 +14,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.directions import Blend
-from abliterate.edits import METHODS, Factors, SvdMemo, needs_inputs
+from abliterate.edits import (
+    METHODS,
+    Factors,
+    Prepared,
+    SvdMemo,
+    check_several,
+    is_refinable,
+    needs_inputs,
+    scales_columns,
+    scales_rows,
+)
 from abliterate.edits.base import ROW_CHUNK
+from abliterate.edits.full import NormPreserving
 from abliterate.edits.svd import relative_error
 from abliterate.errors import InputError
 from abliterate.model.editor import Editor
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
-from abliterate.types import Kernel, RefinedParams, TrialParams, weight_name
+from abliterate.types import Kernel, Range, RefinedParams, TrialParams, weight_name
 from support.models import (
     dense_edit,
     logits_of,
@@ -161,6 +172,41 @@ def test_a_dense_change_needs_one_matrix() -> None:
         found = factors.delta(weight)
     assert torch.equal(found, expected)
     assert max(sizes) <= ROW_CHUNK * 24
+
+
+class Weaker(NormPreserving):
+    """An edit with a number of its own, without which nothing is computed."""
+
+    name = "weaker"
+    parameters: ClassVar[dict[str, Range]] = {"share": Range(0.1, 1.0)}
+
+    def __init__(self, share: float | None = None) -> None:
+        self._share = share
+
+    def at(self, numbers: Mapping[str, float]) -> Weaker:
+        return Weaker(**numbers)
+
+    def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
+        assert self._share is not None
+        return super().factors(prepared, blend, self._share * coeff)
+
+    def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:
+        assert self._share is not None
+        return super().product(prepared, blends, self._share * coeffs)
+
+
+def test_numbers_of_a_mode_count_in_the_memo_and_in_every_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "weaker", Weaker())
+    assert scales_rows(METHODS["weaker"])
+    assert not scales_columns(METHODS["weaker"])
+    check_several(METHODS["weaker"], 3)
+    assert not is_refinable(METHODS["weaker"])
+    assert is_refinable(METHODS["full"])
+    editor = make_editor(make_loaded(make_model("llama")), mode="weaker", representation="svd")
+    strong, weak = (editor.factors(replace(make_params(2), extra={"share": share})) for share in (1.0, 0.2))
+    assert editor.memo.hits == 0
+    for name, factors in strong.items():
+        assert float((weak[name].b @ weak[name].a).norm()) < 0.5 * float((factors.b @ factors.a).norm())
 
 
 # Refined parameters: a coeff and a direction for each module.

@@ -166,7 +166,7 @@ def test_what_cannot_be_read_through_is_one_sentence() -> None:
         gain_of(nn.LayerNorm(8), 8, "norm")
 
     class Own(type(METHODS["none"])):  # type: ignore[misc]
-        name, reads_as = "own", ""
+        name = "own"  # `reads_as` isn't inherited, because this one may edit in another way than its base
 
     with pytest.raises(InputError, match="'own' edits no modules that read"):
         reading_method(Own())
