@@ -199,6 +199,16 @@ class EditContract:
         found = torch.cat([by_rows(slice(start, start + 7)) for start in range(0, 40, 7)])
         torch.testing.assert_close(found, self.method.dense(weight, v, 0.9), rtol=1e-12, atol=1e-13)
 
+    def test_several_directions_are_removed_as_by_definition(self) -> None:
+        if type(self.method).product is EditMethod.product:
+            pytest.skip("it removes one direction")
+        weight, vectors = _weight(40, 30), make_directions(3, 40, 1).table().double()
+        coeffs, alone = torch.tensor([0.9, -0.3, 1.2], dtype=torch.float64), [Blend((row,), (1.0,)) for row in range(3)]
+        product = self.method.product(self.method.prepare(lambda: weight, vectors), alone, coeffs)
+        expected = by_definition(self.method, vectors, coeffs.tolist(), chunk=7 * 30)(weight)
+        rows = torch.cat([expected(slice(start, start + 8)) for start in range(0, 40, 8)])
+        assert _relative(product.delta(weight).double(), rows - weight.double()) < 1e-5
+
     @pytest.mark.parametrize("coeff", [0.3, 1.0, 1.5])
     def test_zero_rows_spread_nothing(self, coeff: float) -> None:
         weight, directions = _weight(12, 20), make_directions(3, 12, 1)
