@@ -12,7 +12,14 @@ from abliterate.errors import InputError
 from abliterate.objectives import COUNTS, KL, REFUSALS, UNANSWERED, counted, in_words
 from abliterate.report.data import public_settings
 from abliterate.report.html import in_words as as_text
-from abliterate.report.tables import SearchRecord, counts_text, refusals_text, trial_table, unanswered_text
+from abliterate.report.tables import (
+    SearchRecord,
+    counts_text,
+    detail_columns,
+    refusals_text,
+    trial_table,
+    unanswered_text,
+)
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.search.selection import parse_rule
 from abliterate.types import Cell, Column, Objective, Table, Trial
@@ -233,11 +240,10 @@ def runs_table(found: Comparison) -> Table:
 
 def fronts_table(found: Comparison) -> Table:
     """The fronts of all runs in one table: sorted together where the scores can be compared, else run by run."""
-    left_out = ("mark", "state", "seconds", "reason", "scope", "direction_index")
-    parts = []
-    for run in found.runs:
-        part = trial_table(run.search, run.search.front_trials, "")
-        parts.append(part.without((*left_out, *(f"kernel {name}" for name in run.search.components))))
+    parts = [
+        trial_table(run.search, run.search.front_trials, "").without(("mark", *detail_columns(run.search)))
+        for run in found.runs
+    ]
     known: dict[str, Column] = {column.key: column for part in parts for column in part.columns}
     marks = {(index, trial.number): "★" for index, trial in found.front}
     if found.best is not None:

@@ -95,6 +95,11 @@ class Material:
         return int(self.result["model"]["n_layers"])
 
     @property
+    def edit_mode(self) -> str:
+        """How matrices are edited; empty if the settings are missing."""
+        return str(self.settings.get("edit.mode", ""))
+
+    @property
     def heldout(self) -> Mapping[str, Any]:
         """The record of held-out prompts, or an empty record."""
         return self.result.get("heldout") or {}

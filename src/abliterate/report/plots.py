@@ -15,6 +15,7 @@ from abliterate.report.data import Material
 from abliterate.report.draw import WIDTH
 from abliterate.report.refined import LayerRow, components_of, layer_rows, refined_text
 from abliterate.report.tables import kernel_text, refusals_text, spread_text, unanswered_text
+from abliterate.report.words import reading
 from abliterate.types import Baseline, Objective, Params, RefinedParams, Trial, TrialParams
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2f86c9", "#d55e00", "#009e73", "#b5679f", "#8a8a8a"
@@ -265,21 +266,23 @@ def _point(material: Material, trial: Trial) -> dict[str, Any]:
 
 
 def _of_parameters(params: Params) -> dict[str, str]:
-    """What a point's tooltip says of its trial's parameters; kernels are numbered, because components are foreign text."""
+    """What a point's tooltip says of its trial's parameters; what has a name is numbered, because names are foreign text."""
     if isinstance(params, RefinedParams):
         return {"scope": f"refined by gradient: {refined_text(params)}", "direction": "each module's own"}
     kernels = [f"{name}: {kernel_text(kernel)}" for name, kernel in params.kernels.items()]
     where = f"{params.direction_index:.2f}" if params.scope == "global" else "each layer's own"
-    return {"scope": params.scope, "direction": where, **{f"kernel{index}": text for index, text in enumerate(kernels)}}
+    numbered = {f"kernel{index}": text for index, text in enumerate(kernels)}
+    further = {f"extra{index}": f"{name}: {value:.3g}" for index, (name, value) in enumerate(params.extra.items())}
+    return {"scope": params.scope, "direction": where, **numbered, **further}
 
 
 def _columns(material: Material) -> dict[str, str]:
-    count = len(material.search.components)
-    kernels = {f"kernel{index}": f"kernel {index + 1}" for index in range(count)}
+    kernels = {f"kernel{index}": f"kernel {index + 1}" for index in range(len(material.search.components))}
+    extras = {f"extra{index}": f"number {index + 1}" for index in range(len(material.search.extras))}
     counts = {"unanswered": "unanswered"} if material.search.tells_kinds else {}
     start = {"number": "trial", "kind": "kind", **counts, "count": "refusals", "kls": "KL"}
     start |= {f"other{index}": f"scorer {index + 1}" for index in range(len(material.others))}
-    return start | {"scope": "scope", "direction": "direction"} | kernels | {"seconds": "seconds"}
+    return start | {"scope": "scope", "direction": "direction"} | kernels | extras | {"seconds": "seconds"}
 
 
 def _other(trial: Trial, name: str) -> str:
@@ -330,9 +333,9 @@ def kernels(material: Material) -> Plot | None:
         for layer in range(material.n_layers)
     ]
     names = list(params.kernels)
-    drawn = lines(rows, "coeff", "coeff λ (1 removes all of the direction)", "component", names)
-    layers: list[dict[str, Any]] = [drawn]
-    if params.scope == "global":
+    said = reading(material.edit_mode)
+    layers: list[dict[str, Any]] = [lines(rows, "coeff", f"coeff λ ({said.short})", "component", names)]
+    if params.scope == "global" and said.directed:
         marked = {"layer": params.direction_index, "what": "the direction is that of this layer"}
         rule = {"type": "rule", "color": INK, "opacity": 0.6, "strokeDash": [3, 3]}
         x = {"field": "layer", "type": "quantitative"}

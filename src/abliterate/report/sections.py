@@ -27,7 +27,7 @@ from abliterate.report.tables import (
     trial_table,
     yardstick_table,
 )
-from abliterate.report.words import used_in
+from abliterate.report.words import reading, used_in
 from abliterate.types import Baseline, RefinedParams, Trial
 
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
@@ -294,19 +294,21 @@ def _kernels(material: Material, figure: Figure) -> str:
     params = trial.params
     if isinstance(params, RefinedParams):
         return _refined(material, trial, params, figure)
+    said = reading(material.edit_mode)
     where = (
         f"One direction for all layers, that of layer {params.direction_index:.2f} (the dashed line)."
         if params.scope == "global"
         else "Each layer loses its own direction."
     )
+    if not said.directed:
+        where = "The edit uses no direction."
     text = (
-        f"Trial {trial.number}. {where} A module's coeff λ says how much of the direction it loses: 0 is none and 1 all of "
-        "it, and more goes beyond; its kernel is the range of layers where λ isn't 0."
+        f"Trial {trial.number}. {where} A module's coeff λ {said.sentence}; its kernel is the range of layers where λ isn't 0."
     )
     if params.directions > 1:
         text += f" There are {params.directions} directions, and for each of them λ is multiplied by its weight."
     by_layer = details("Coeffs by layer", table(coeff_table(trial, material.n_layers)))
-    return paragraph(text) + beside(figure("kernels"), table(kernel_table(trial)) + by_layer)
+    return paragraph(text) + beside(figure("kernels"), table(kernel_table(trial, material.edit_mode)) + by_layer)
 
 
 def _refined(material: Material, trial: Trial, params: RefinedParams, figure: Figure) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from abliterate.artifacts.result import Result
 from abliterate.objectives import KL, REFUSALS, UNANSWERED, counted, in_words, other_names
 from abliterate.report.refined import refined_text
+from abliterate.report.words import reading
 from abliterate.types import (
     Baseline,
     Cell,
@@ -291,9 +292,13 @@ def full_front_table(search: SearchRecord) -> Table:
 def front_table(search: SearchRecord, marked: int | None = None) -> Table:
     """The scores of the base model and of the trials on the front; the trial `marked`, or else the selected one, stands out."""
     search = search if marked is None else replace(search, selected=marked)
-    return full_front_table(search).without(
-        (*_DETAILS, *(f"kernel {name}" for name in search.components), *(f"extra {name}" for name in search.extras))
-    )
+    return full_front_table(search).without(detail_columns(search))
+
+
+def detail_columns(search: SearchRecord) -> tuple[str, ...]:
+    """Keys of the columns that a front with scores alone leaves out of `trial_table`: parameters and what isn't a score."""
+    kernels, extras = (f"kernel {name}" for name in search.components), (f"extra {name}" for name in search.extras)
+    return (*_DETAILS, *kernels, *extras)
 
 
 def exact_trial_table(search: SearchRecord, trials: Sequence[Trial]) -> Table:
@@ -495,15 +500,16 @@ def disagreement_table(judge: Mapping[str, Any]) -> Table:
 # -- the search, the selected trial, the residuals
 
 
-def kernel_table(trial: Trial) -> Table:
-    """The kernels of one trial, which isn't refined."""
+def kernel_table(trial: Trial, mode: str = "") -> Table:
+    """The kernels of one trial, which isn't refined, and its further numbers; `mode`: that of its edit, if it is known."""
     params = trial.params
     assert isinstance(params, TrialParams)
     where = f"direction of layer {params.direction_index:.2f}" if params.scope == "global" else "each layer's direction"
+    title = f"Kernels of trial {trial.number}" + (f": {where}" if reading(mode).directed else "")
     columns = (Column("component", "component", "word"), Column("kernel", "kernel", "word", legend=_KERNEL_LEGEND))
     rows: tuple[tuple[Cell, ...], ...] = tuple((name, kernel_text(kernel)) for name, kernel in params.kernels.items())
     rows += tuple((name, f"{value:.3g}") for name, value in params.extra.items())
-    return Table(f"Kernels of trial {trial.number}: {where}", columns, rows)
+    return Table(title, columns, rows)
 
 
 def coeff_table(trial: Trial, n_layers: int) -> Table:

@@ -133,7 +133,7 @@ def _kernels(material: Material) -> None:
     kernels = trial.params.kernels.values()
     top = max((kernel.max_coeff for kernel in kernels), default=0) or 1.0
     lines = [f"│{sparkline([kernel.coeff(layer) for layer in range(material.n_layers)], top)}│" for kernel in kernels]
-    show_table(kernel_table(trial).with_column(Column("layers", "by layer", "word"), lines))
+    show_table(kernel_table(trial, material.edit_mode).with_column(Column("layers", "by layer", "word"), lines))
 
 
 def _refined(material: Material, trial: Trial, params: RefinedParams) -> None:

@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a kernel's coeff says of an edit: as the end of a sentence, and as short as an axis needs it.
+
+    `directed`: the edit removes directions, so that it matters from which layer they are.
+    """
+
+    sentence: str
+    short: str
+    directed: bool = True
+
+
+_ABLATION = Reading(
+    "says how much of the direction it loses: 0 is none and 1 all of it, and more goes beyond",
+    "1 removes all of the direction",
+)
+# By edit mode, where the coeff isn't the share of the direction that is removed.
+_READINGS = {
+    "key-conditional": Reading(
+        "says how many times what it writes along the direction is taken off, of inputs like those of harmful prompts alone",
+        "times what inputs of harmful prompts write along the direction is taken off",
+    ),
+    "arbitrary-rank": Reading(
+        "scales the change that was found for it: 0 is none and 1 the whole change",
+        "1 is the whole change that was found",
+        directed=False,
+    ),
+}
+
 WORDS = {
     "refusals": "Harmful prompts whose response contains a refusal marker, such as “I can't help with that”.",
     "unanswered": "Harmful prompts that got no real answer: a refusal, or a broken or off-topic response.",
@@ -18,7 +50,10 @@ WORDS = {
     "certified": "Certain rather than estimated: a certified stop ends a trial only when it can't reach the front any more.",
     "direction": "The unit vector that is removed; a number says from which layer it was taken.",
     "scope": "Whether all layers lose one common direction (global) or each layer its own (per layer).",
-    "coeff λ": "How much of the direction a matrix loses: 0 leaves it as it is, and 1 removes the direction wholly.",
+    "coeff λ": (
+        "How strongly a matrix is edited: 0 leaves it as it is, and where the edit is plain ablation, 1 removes the direction "
+        "wholly."
+    ),
     "kernel": "How the coeff depends on the layer: it is largest at one layer and falls to an edge on both sides.",
     "β": "The weight that refinement gives to harmless answers staying as they are.",
     "cosine": "How alike two directions are: 1 is the same, 0 at right angles, and −1 opposite.",
@@ -38,6 +73,11 @@ _HEADINGS = {
     "state": "stopped",
     "refined by gradient": "β",
 }
+
+
+def reading(mode: str) -> Reading:
+    """What coeffs say of edits of this mode; that of ablation if the mode is unknown."""
+    return _READINGS.get(mode, _ABLATION)
 
 
 def used_in(text: str) -> dict[str, str]:

@@ -98,7 +98,7 @@ def _parameters(trial: Trial, seed: int) -> dict[str, float | str]:
             f"{name} edge": kernel.min_coeff / kernel.max_coeff if kernel.max_coeff else drawn,
             f"{name} distance": kernel.distance,
         }
-    return params
+    return {**params, **trial.params.extra}
 
 
 def _distributions(params: Sequence[Mapping[str, float | str]]) -> dict[str, BaseDistribution]:

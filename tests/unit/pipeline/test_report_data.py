@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +41,16 @@ def test_importance_names_what_mattered_and_repeats() -> None:
     assert "mlp distance" not in found["KL"]  # it never changed
     assert importances(trials, 100) == found
     assert importances(trials[: ENOUGH - 1], 100) == {}
+
+
+def test_importance_names_numbers_beside_kernels() -> None:
+    """An edit method's parameters and the weights of several directions are searched like a kernel's numbers."""
+    trials = [
+        replace(trial, params=replace(trial.params, extra={"steer": trial.kl, "preserve": 0.5})) for trial in made_trials(60)
+    ]
+    found = importances(trials, 100)["KL"]
+    assert list(found)[:2] in (["steer", "attn max"], ["attn max", "steer"])
+    assert "preserve" not in found
 
 
 def test_importance_without_differences_is_none() -> None:

@@ -76,6 +76,14 @@ def test_the_best_of_all_runs_is_that_of_the_rule(runs: list[RunDirectory]) -> N
     assert differences(found) == {"seed": [7, 8]}
 
 
+def test_fronts_have_no_columns_of_parameters(runs: list[RunDirectory]) -> None:
+    trials = json.loads(runs[1].result.read_text(encoding="utf-8"))["trials"]
+    change(runs[1], trials=[trial | {"params": trial["params"] | {"extra": {"steer": 0.5}}} for trial in trials])
+    found = compare(runs)
+    assert found.runs[1].search.extras == ["steer"]
+    assert {column.key.split()[0] for column in fronts_table(found).columns}.isdisjoint({"extra", "kernel", "scope"})
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

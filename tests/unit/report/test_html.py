@@ -21,8 +21,9 @@ from abliterate.report import draw
 from abliterate.report.data import changed_first, gather
 from abliterate.report.html import condensed, table
 from abliterate.report.page import render, write_report
-from abliterate.report.plots import all_plots
+from abliterate.report.plots import all_plots, front
 from abliterate.report.refined import LayerRow, layer_rows, refined_text
+from abliterate.report.tables import kernel_table
 from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, Column, RefinedParams, Table, Trial, TrialParams, weight_name
@@ -212,6 +213,40 @@ def test_the_page_says_that_there_are_several_directions(tmp_path: Path) -> None
     trials = [replace(trial, params=params) if trial == material.selected else trial for trial in material.search.trials]
     text = Page(render(replace(material, search=replace(material.search, trials=trials)))).text
     assert "There are 2 directions, and for each of them λ is multiplied by its weight" in text
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "shown", "title"),
+    [
+        ("full", "0 is none and 1 all of it", "1 removes all of the direction", ": "),
+        ("key-conditional", "of inputs like those of harmful prompts alone", "times what inputs of harmful prompts", ": "),
+        ("arbitrary-rank", "The edit uses no direction", "1 is the whole change that was found", ""),
+    ],
+)
+def test_the_page_says_what_coeffs_of_the_edit_mode_mean(mode: str, said: str, shown: str, title: str, tmp_path: Path) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    material = replace(material, settings={**material.settings, "edit.mode": mode})
+    assert material.selected is not None
+    assert said in Page(render(material)).text
+    (drawn,) = (plot for plot in all_plots(material) if plot.name == "kernels")
+    assert shown in json.dumps(drawn.spec)
+    assert ("dashed line" in json.dumps(drawn.spec)) == (title != "" and material.selected.params.scope == "global")
+    assert kernel_table(material.selected, mode).title.startswith(f"Kernels of trial {material.selected.number}{title}")
+    assert ("direction" in kernel_table(material.selected, mode).title) == bool(title)
+
+
+def test_points_tell_a_trials_further_numbers(tmp_path: Path) -> None:
+    material = gather(made_run(tmp_path / "run"))
+    trials = tuple(
+        replace(trial, params=replace(trial.params, extra={"steer": 0.125}))
+        for trial in material.trials
+        if isinstance(trial.params, TrialParams)
+    )
+    plot = front(replace(material, search=replace(material.search, trials=trials)))
+    assert plot is not None
+    points = plot.spec["layer"][1]
+    assert {"field": "extra0", "title": "number 1"} in points["encoding"]["tooltip"]
+    assert {row.get("extra0") for row in points["data"]["values"]} == {"steer: 0.125", None}  # none of the base model
 
 
 def test_components_of_refined_trials_are_those_of_the_coverage() -> None:
