@@ -22,8 +22,9 @@ from refinement_page import ROOT, Line, assigned, identity, rounded, spent
 DEFAULT = "the default"
 TEXT = (
     "For each method: the trial of least KL among those that leave at most 3 % of the harmful evaluation prompts refused, and",
-    "what it scores on held-out prompts. Each figure is the median over the seeds and, in brackets, the worst of them.",
-    "*Found*: of how many seeds there is such a trial. *KL*: of the first token on evaluation prompts. On held-out prompts:",
+    "what it scores on held-out prompts. *Found*: of how many seeds there is such a trial. Each figure is the median over the",
+    "seeds that have one and, in brackets, the worst of all seeds: – where some seed has none, so medians with a – are of the",
+    "seeds that went well alone. *KL*: of the first token on evaluation prompts. On held-out prompts:",
     "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean",
     "along the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
 )
@@ -58,7 +59,9 @@ def row(name: str, lines: Sequence[Line]) -> str:
     cells = [name, f"{len(found)} of {len(lines)}"]
     for _, form, figure in FIGURES:
         values = [figure(line) for line in found]
-        cells.append(f"{median(values):{form}} ({max(values):{form}})" if values else "–")
+        # A seed that found no such trial did worse than any that has a figure.
+        worst = format(max(values), form) if len(found) == len(lines) else "–"
+        cells.append(f"{median(values):{form}} ({worst})" if values else "–")
     cells.append(f"{median(spent(line, line['tokens']) + line['ready']['tokens'] for line in lines) / 1e6:.2f}")
     return "| " + " | ".join(cells) + " |"
 

@@ -38,7 +38,7 @@ def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default comes first; a seed without such a trial counts as not found; new lines join the old ones."""
+    """The default comes first; a seed without such a trial is the worst and has no figure; new lines join the old ones."""
     out = tmp_path / "methods.md"
     batches = [[line(seed, kl) for seed, kl in enumerate((0.01, 0.02, 0.04))], [line(0, 0.5, "a.b=c"), line(1, None, "a.b=c")]]
     for index, lines in enumerate(batches):
@@ -49,7 +49,7 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in out.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
     assert rows == [
         "| the default | 3 of 3 | 0.0200 (0.0400) | 5% (5%) | 0.0200 (0.0200) | 0.0030 (0.0030) | 3.00 |",
-        "| a.b=c | 1 of 2 | 0.5000 (0.5000) | 5% (5%) | 0.0200 (0.0200) | 0.0030 (0.0030) | 3.00 |",
+        "| a.b=c | 1 of 2 | 0.5000 (–) | 5% (–) | 0.0200 (–) | 0.0030 (–) | 3.00 |",
     ]
     stored = [json.loads(one) for one in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(stored) == 5
