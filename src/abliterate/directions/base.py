@@ -17,6 +17,9 @@ from torch import Tensor
 from abliterate.directions.inputs import ModuleInputs
 from abliterate.errors import InputError
 
+# Positions for which blends are remembered: those of some trials, at which every module asks for them.
+KEPT = 4096
+
 
 class DirectionMethod(Protocol):
     """Computes one unit vector (or zero) per residual index from the two prompt sets' residuals.
@@ -111,6 +114,9 @@ class Directions:
     harmless: Tensor | None = None
     inputs: Mapping[str, ModuleInputs] = field(default_factory=dict)
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    _found: dict[tuple[float, int | None, str], tuple[Blend, ...]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         if self.vectors.ndim not in (2, 3) or not self.vectors.numel() or not torch.isfinite(self.vectors).all():
@@ -158,10 +164,19 @@ class Directions:
 
         Each lies between those of two neighbouring layers and is renormalized, after it has lost its component along the
         harmless mean of `layer`, if there is one. Source: docs/design.md §4; linear interpolation as in heretic, with the norm
-        taken in float64.
+        taken in float64. Blends are remembered, because all modules of a layer, or of the model, ask for the same ones.
         """
         if not 0 <= x <= self.n_layers - 1:
             raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")
+        key = (x, None if self.harmless is None else layer, norm)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= KEPT:
+                self._found.clear()
+            found = self._found[key] = self._blends(*key)
+        return found
+
+    def _blends(self, x: float, layer: int | None, norm: str) -> tuple[Blend, ...]:
         low = min(math.floor(x), self.n_layers - 1)
         high = min(low + 1, self.n_layers - 1)
         t = x - low

@@ -76,6 +76,11 @@ def scales_columns(method: EditMethod) -> bool:
     return not needs_inputs(method) and _tried(method).column_scale is not None
 
 
+def is_low_rank(method: EditMethod) -> bool:
+    """Whether the method's edits scale nothing: as exact factors, their rank is the number of directions."""
+    return not (scales_rows(method) or scales_columns(method))
+
+
 def parameters_of(method: EditMethod) -> Mapping[str, Range]:
     """The ranges of the numbers that the method asks the search for, by name."""
     return getattr(method, "parameters", {})
@@ -161,6 +166,7 @@ __all__ = [
     "edit_method",
     "exact_factors",
     "is_learned",
+    "is_low_rank",
     "is_refinable",
     "needs_inputs",
     "parameters_of",

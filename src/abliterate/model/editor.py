@@ -6,7 +6,7 @@ modules beyond the budget are offloaded to main memory, or on a CPU prepared aga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import inf
 
@@ -21,12 +21,12 @@ from abliterate.edits import (
     SvdMemo,
     edit_method,
     exact_factors,
+    is_learned,
+    is_low_rank,
     needs_inputs,
     parameters_of,
     prepare,
     reading_method,
-    scales_columns,
-    scales_rows,
     svd_factors,
 )
 from abliterate.errors import InputError
@@ -76,7 +76,7 @@ class Editor:
         self._targets = tuple(targets)
         self._method: EditMethod = edit_method(settings.mode)
         self._reading = reading_method(self._method) if any(target.reads for target in self._targets) else self._method
-        if settings.representation == "svd" and (scales_rows(self._method) or scales_columns(self._method)):
+        if settings.representation == "svd" and not is_low_rank(self._method):
             _refuse_fused_experts(self._targets)
         if needs_inputs(self._method):
             refuse_uncaptured(self._targets, settings.mode)
@@ -128,21 +128,24 @@ class Editor:
         return {name: self._factors(params, key) for name, key in self.plan(params).items()}
 
     def plan(self, params: Params) -> dict[str, EditKey]:
-        """{module: key} of the modules that a trial edits: λ ≠ 0 (after the grid) and a nonzero direction."""
-        keys: dict[str, EditKey] = {}
+        """{module: key} of the modules that a trial edits: λ ≠ 0 (after the grid) and a nonzero direction, if it uses any."""
+        return dict(self._edits(params, self._targets))
+
+    def _edits(self, params: Params, targets: Sequence[Target]) -> Iterator[tuple[str, EditKey]]:
+        """(module, key) of those of the targets that a trial edits, in their order."""
         if isinstance(params, RefinedParams):  # neither grid applies to what gradients found
-            named = {target.name: params.coeffs.get(target.name, 0.0) for target in self._targets if self.method_of(target)}
-            return {name: (name, params.sha256, (coeff,)) for name, coeff in named.items() if coeff != 0}
-        for target in self._targets:
-            coeff = _snap(params.kernels[target.component].coeff(target.layer), self._settings.coeff_grid)
+            named = {target.name: params.coeffs.get(target.name, 0.0) for target in targets if self.method_of(target)}
+            yield from ((name, (name, params.sha256, (coeff,))) for name, coeff in named.items() if coeff != 0)
+            return
+        for target in targets:
+            coeff = params.kernels[target.component].coeff(target.layer)
             index = float(target.layer)
             if params.scope == "global":
                 index = min(_snap(params.direction_index, self._settings.direction_grid), self.directions.n_layers - 1.0)
             weights = [params.extra.get(weight_name(place), 1.0) for place in range(self.directions.count)]
-            coeffs = tuple(coeff * weight for weight in weights)
-            if any(self._removed(index, coeffs, target)) and self.method_of(target) is not None:
-                keys[target.name] = (target.name, index, coeffs)
-        return keys
+            coeffs = tuple(_snap(coeff * weight, self._settings.coeff_grid) for weight in weights)
+            if any(coeffs) and self._removed(index, coeffs, target) and self.method_of(target) is not None:
+                yield target.name, (target.name, index, coeffs)
 
     def method_of(self, target: Target) -> EditMethod | None:
         """The edit method for a module, without a trial's numbers; None if the module's inputs allow no edit.
@@ -213,14 +216,19 @@ class Editor:
         return unit, tuple((coeffs[0] * weights).tolist())
 
     def _removed(self, x: float, coeffs: Sequence[float], target: Target) -> list[tuple[Blend, float]]:
-        """The directions at position `x` for a module, each with its coeff, but for zero ones and coeffs of 0."""
+        """The directions at position `x` for a module, each with its coeff, but for zero ones and coeffs of 0.
+
+        A method that finds edits without directions is given zero ones, too.
+        """
         pairs = zip(self.directions.blends(x, target.layer, target.norm), coeffs, strict=True)
-        return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not blend.is_zero]
+        uses_any = not is_learned(self._method)
+        return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not (uses_any and blend.is_zero)]
 
     def first_layers(self, trials: Sequence[Params]) -> list[int]:
         """The lowest layer that each trial edits; trials that edit nothing are left out."""
-        plans = [self.plan(params) for params in trials]
-        return [min(self._by_name[name].layer for name in plan) for plan in plans if plan]
+        upwards = sorted(self._targets, key=lambda target: target.layer)
+        first = [next(self._edits(params, upwards), None) for params in trials]
+        return [self._by_name[found[0]].layer for found in first if found is not None]
 
     def _exact(self, params: Params, key: EditKey) -> Factors:
         found = exact_factors(self.method(params, key), *self._prepared_for(params, key))

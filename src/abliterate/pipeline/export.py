@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, PromptSetRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.edits import Factors, SvdMemo, edit_method, is_learned
+from abliterate.edits import Factors, SvdMemo, edit_method, is_learned, is_low_rank, reading_method
 from abliterate.edits.svd import relative_error
 from abliterate.errors import AbliterateError, InputError, TrialError
 from abliterate.export import (
@@ -136,13 +136,18 @@ def approximation_of(
     settings: EditSettings,
     directions: Directions,
     refined: RefinedDirections,
-    targets: Iterable[Target],
+    targets: Collection[Target],
     weight_of: Callable[[Target], Tensor],
     params: Params,
     factors: Mapping[str, Factors],
 ) -> dict[str, float]:
-    """The mean and the largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules; empty unless the representation is svd."""
-    if settings.representation == "exact" or not factors:
+    """The mean and the largest ‖ΔW − BA‖ / ‖ΔW‖ over the edited modules; empty if their edits are exact.
+
+    They are in the svd representation, too, where a mode scales neither rows nor columns, so they aren't computed again.
+    """
+    method = edit_method(settings.mode)
+    used = [reading_method(method) if target.reads else method for target in targets if target.name in factors]
+    if settings.representation == "exact" or all(map(is_low_rank, used)):
         return {}
     exact_settings = settings.model_copy(update={"representation": "exact"})
     errors = []

@@ -11,7 +11,16 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
-from abliterate.edits import check_several, edit_method, is_refinable, needs_inputs, reading_method, scales_columns, scales_rows
+from abliterate.edits import (
+    check_several,
+    edit_method,
+    is_learned,
+    is_refinable,
+    needs_inputs,
+    reading_method,
+    scales_columns,
+    scales_rows,
+)
 from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
@@ -118,6 +127,11 @@ def as_refinable(settings: Settings, note: Callable[[str], None]) -> Settings:
 def check_names(settings: Settings) -> SelectionRule:
     """Raise InputError for the first unknown name in the settings; returns the rule that `search.select` names."""
     check_several(edit_method(settings.edit.mode), direction_count(settings))
+    if settings.directions.protect and is_learned(edit_method(settings.edit.mode)):
+        raise InputError(
+            f"The edit mode {settings.edit.mode!r} uses no directions, so none can spare capabilities; leave "
+            "directions.protect out, or choose another --set edit.mode."
+        )
     refinable = is_refinable(edit_method(settings.edit.mode))
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)

@@ -37,7 +37,7 @@ from abliterate.directions import (
 from abliterate.directions.geometry import Sample, all_layers
 from abliterate.directions.inputs import from_tensors, to_tensors
 from abliterate.directions.protected import capability_directions, protect
-from abliterate.edits import edit_method, needs_inputs
+from abliterate.edits import edit_method, is_learned, needs_inputs
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
@@ -112,7 +112,7 @@ def directions(context: Context, residuals: Residuals) -> Directions:
     with context.stage("directions", context.settings.directions.method):
         method = direction_method(context.settings.directions.method)
         computed = compute_directions(method, residuals.harmful, residuals.harmless, context.settings.directions.count)
-        if not computed.table().any():
+        if not (computed.table().any() or is_learned(edit_method(context.settings.edit.mode))):
             raise AbliterateError(
                 "The two prompt sets give the same residuals in every layer, so there is no direction to remove; check "
                 "that --harmful and --harmless are different prompts."

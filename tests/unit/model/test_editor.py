@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abliterate.artifacts.refined import RefinedStore
-from abliterate.directions import Blend
+from abliterate.directions import Blend, Directions
 from abliterate.edits import (
     METHODS,
     Factors,
@@ -321,6 +321,35 @@ def test_the_grids_of_the_search_leave_refined_coeffs_alone() -> None:
     editor, params = make_editor(loaded, store=store, coeff_grid=0.25, direction_grid=1.0), refined_params(loaded, store)
     planned = {name: key[2] for name, key in editor.plan(params).items()}
     assert planned == {name: (coeff,) for name, coeff in params.coeffs.items() if coeff}
+
+
+def test_the_grid_of_coeffs_holds_for_each_of_several_directions() -> None:
+    loaded = make_loaded(make_model("llama"))
+    editor = make_editor(loaded, count=3, coeff_grid=0.02)
+    weights = {weight_name(place): weight for place, weight in enumerate((0.9, 0.333, 0.001))}
+    coeffs = [coeff for key in editor.plan(replace(make_params(1), extra=weights)).values() for coeff in key[2]]
+    assert len(coeffs) >= 9
+    assert all(coeff / 0.02 == pytest.approx(round(coeff / 0.02)) for coeff in coeffs)
+    assert min(coeffs) == 0  # a weak direction is off, as a weak module is
+
+
+def test_plans_ask_for_each_blend_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Computed for every module and trial, blends would take longer than the model's passes."""
+    asked: list[float] = []
+    plain = Directions._blends
+    monkeypatch.setattr(Directions, "_blends", lambda self, x, *rest: asked.append(x) or plain(self, x, *rest))
+    editor = make_editor(make_loaded(make_model("llama")), count=3)
+    trials = [make_params(seed, scope=scope) for scope in ("global", "per layer") for seed in range(8)]
+    plans = [editor.plan(params) for params in trials]
+    assert len(asked) <= 8 + 3  # one position for each global trial, and the layers
+    for plan, params in zip(plans, trials, strict=True):
+        editor.factors(params)
+        assert min(editor._by_name[name].layer for name in plan) == editor.first_layers([params])[0]
+    assert len(asked) <= 8 + 3
+    monkeypatch.setattr("abliterate.directions.base.KEPT", 2)
+    for x in (0.1, 0.2, 0.3, 0.1):
+        assert editor.directions.blends(x) == plain(editor.directions, x, None, "")
+    assert len(editor.directions._found) <= 2
 
 
 def test_refined_directions_of_another_size_or_of_another_run_are_a_sentence() -> None:

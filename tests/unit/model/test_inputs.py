@@ -117,6 +117,21 @@ def test_other_numbers_are_another_edit() -> None:
     assert not torch.equal(logits_of(loaded.model), one)
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_edits_without_directions_need_none(offloaded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Directions that are zero change nothing of an edit that doesn't use them, and leave no module out."""
+    monkeypatch.setattr("abliterate.model.editor._has_own_memory", lambda device: True)
+    loaded, params = make_loaded(make_model("llama")), params_of("arbitrary-rank")
+    plain = make_editor(loaded, "arbitrary-rank")
+    parts = (loaded.targets, replace(plain.directions, vectors=torch.zeros_like(plain.directions.vectors)), plain._settings)
+    without = Editor(*parts, EditHooks(loaded.targets), SvdMemo(0), 0 if offloaded else 1e9)
+    found, expected = without.factors(params), plain.factors(params)
+    assert len(found) > 1
+    assert found.keys() == expected.keys()
+    for name, factors in found.items():
+        torch.testing.assert_close(factors.delta(factors.b), expected[name].delta(factors.b))
+
+
 @pytest.mark.parametrize("extra", [{}, {**MIDDLE, "neighbours": 99}, {**MIDDLE, "steer": 0.0}])
 def test_numbers_of_a_damaged_run(extra: dict[str, float]) -> None:
     editor = make_editor(make_loaded(make_model("llama")), "arbitrary-rank")

@@ -14,15 +14,17 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions, ModuleInputs
 from abliterate.edits import SvdMemo
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.pipeline import stages
 from abliterate.pipeline.cache_keys import inputs_key, study_identity
+from abliterate.pipeline.context import Context
+from abliterate.pipeline.export import approximation_of
 from abliterate.pipeline.export_trial import export_trial
 from abliterate.pipeline.preflight import as_refinable, check_edit, check_names
 from abliterate.pipeline.workbench import load
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import EditSettings, Settings
 from support.exports import make_run
 from support.inputs import params_of, random_inputs
 from support.models import PROMPTS, logits_of, make_chat, make_loaded, make_model, save_model
@@ -134,6 +136,31 @@ def test_prompts_are_spread_evenly() -> None:
     assert stages._spread(list(range(3)), 64) == (0, 1, 2)  # type: ignore[arg-type]
 
 
+def test_only_a_mode_that_uses_directions_needs_any() -> None:
+    same = stages.Residuals(torch.ones(4, 8, dtype=torch.float64), torch.ones(4, 8, dtype=torch.float64), {})
+    for mode, means in (("arbitrary-rank", True), ("full", False)):
+        settings = Settings.model_validate({"model": "demo", "edit": {"mode": mode}})
+        context = Context.of(settings, Recorder())
+        if means:
+            assert not stages.directions(context, same).vectors.any()
+            continue
+        with pytest.raises(AbliterateError, match="no direction to remove"):
+            stages.directions(context, same)
+
+
+@pytest.mark.parametrize("mode", ["none", "pre", "arbitrary-rank"])
+def test_what_a_low_rank_holds_exactly_is_not_computed_again(mode: str) -> None:
+    loaded, settings = make_loaded(make_model("llama")), EditSettings(mode=mode, representation="svd")
+    directions = Directions(torch.eye(4, 32), inputs=random_inputs(loaded))
+    editor = Editor(loaded.targets, directions, settings, EditHooks(loaded.targets), SvdMemo(0))
+    params = params_of("arbitrary-rank")
+
+    def read(target: object) -> torch.Tensor:
+        raise AssertionError("no weight need be read")
+
+    assert approximation_of(settings, directions, {}.get, loaded.targets, read, params, editor.factors(params)) == {}  # type: ignore[arg-type]
+
+
 def test_keys_and_identity() -> None:
     loaded, chat = make_loaded(make_model("llama")), make_chat()
     plain = Settings(model="x")
@@ -156,6 +183,10 @@ def test_what_is_refused_before_a_search() -> None:
     with pytest.raises(InputError, match="fused experts"):
         check_edit(settings, make_loaded(make_model("mixtral")).targets)
     check_edit(plain, make_loaded(make_model("mixtral")).targets)
+    spared = Settings.model_validate({"model": "demo", "directions": {"protect": ["code"]}})
+    check_names(spared)
+    with pytest.raises(InputError, match=r"'arbitrary-rank' uses no directions.*leave directions\.protect"):
+        check_names(spared.model_copy(update={"edit": settings.edit}))
     reader = replace(make_loaded(make_model("llama")).targets[0], reads=True)
     check_edit(plain, [reader])
     for mode in MODES:
