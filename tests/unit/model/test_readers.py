@@ -143,6 +143,31 @@ def test_refinement_starts_from_what_a_module_sees_and_pulls_gradients_back() ->
     assert parameters.coeffs.grad.abs().item() > 1e-6
 
 
+@pytest.mark.parametrize("mode", ["columns", "none"])  # as which all modes read
+def test_gradients_of_a_reader_equal_finite_differences_of_the_definition(mode: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, goal = (torch.randn(6, 8, dtype=torch.float64, generator=generator) for _ in range(2))
+    v = torch.nn.functional.normalize(torch.randn(1, 8, dtype=torch.float64, generator=generator), dim=1)
+    coeff = torch.tensor([0.7], dtype=torch.float64)
+    parameters = Parameters([Module("m", 0, lambda: weight, METHODS[mode], True)], METHODS[mode], coeff, v)
+
+    def total(v: Tensor, coeff: Tensor) -> float:
+        return float((goal * by_hand(weight, v[0] / v.norm(), float(coeff), mode)).sum())
+
+    factors = parameters.factors()["m"]
+    scaled = weight if factors.row_scale is None else factors.row_scale.double()[:, None] * weight
+    found = (goal * (scaled + factors.b.double() @ factors.a.double())).sum()
+    assert float(found.detach()) == pytest.approx(total(v, coeff), rel=1e-5)
+    parameters.pull_back({"m": list(torch.autograd.grad(found, factors.tensors()))})
+    steps = 1e-5 * torch.eye(8, dtype=torch.float64)
+    of_v = torch.tensor([[total(v + step, coeff) - total(v - step, coeff) for step in steps]], dtype=torch.float64) / 2e-5
+    of_coeff = (total(v, coeff + 1e-5) - total(v, coeff - 1e-5)) / 2e-5
+    assert parameters.directions.grad is not None
+    assert parameters.coeffs.grad is not None
+    torch.testing.assert_close(parameters.directions.grad, of_v, rtol=1e-4, atol=1e-4 * float(of_v.abs().max()))
+    assert float(parameters.coeffs.grad) == pytest.approx(of_coeff, rel=1e-4)
+
+
 def test_the_file_of_a_run_carries_the_gains() -> None:
     loaded = loaded_with_readers("llama")
     directions = editor_of(loaded).directions

@@ -96,7 +96,7 @@ def dense_product(method: EditMethod, weight: Tensor, rows: Tensor, coeff: Tenso
     return weight + method._selected(found - weight) if needs_inputs(method) else found  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("mode", ["full", "none", "pre"])  # those that `dense_product` defines
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_gradients_of_two_directions_and_their_weights(mode: str, fused: bool) -> None:
     method, shape = method_of(mode), (EXPERTS, D_MODEL, D_IN) if fused else (D_MODEL, D_IN)
