@@ -26,13 +26,16 @@ from torch import Tensor
 
 from abliterate.directions.base import Blend
 from abliterate.directions.inputs import ModuleInputs
-from abliterate.edits.base import EditMethod, Factors, Prepared, project_back, row_basis
+from abliterate.edits.base import EditMethod, Factors, Prepared, project_back, row_basis, row_norms
 from abliterate.errors import TrialError
 from abliterate.types import Range
 
 STEPS, ITERATIONS = 5, 20
 # Singular values of ΔW below this share of the largest are as small as the rounding of float32 factors.
 NEGLIGIBLE = 1e-6
+# A model whose matrices change by more times their norm doesn't answer. With an overshoot beyond 1, the objective has no
+# minimum: far from all outputs, pull and push are the same distance.
+LARGEST_CHANGE = 10
 # Solutions that are kept for each module: those of the trials that are evaluated, selected and exported one after another.
 KEPT = 8
 
@@ -52,7 +55,7 @@ class Problem(Prepared):
     """A module's inputs and outputs in their bases, all float64; what `Prepared` has beside `directions` is empty.
 
     `inputs` (n, r) = XQ and `outputs` (n, m) = YU, of which the first `n_good` rows are of harmless prompts; `q` (d_in, r); `u`
-    (d_out, m). `solved` has the latest solutions T (m, r).
+    (d_out, m). `size` is ‖W‖. `solved` has the latest solutions T (m, r).
     """
 
     inputs: Tensor
@@ -60,6 +63,7 @@ class Problem(Prepared):
     q: Tensor
     u: Tensor
     n_good: int
+    size: float
     solved: OrderedDict[Numbers, Tensor] = field(default_factory=OrderedDict)
 
     @property
@@ -180,16 +184,22 @@ class ArbitraryRank(EditMethod):
         y = project_back(x, weight)
         q, u = row_basis(x), row_basis(y)
         unused = torch.zeros(0, dtype=torch.float64)
-        own = (x @ q, y @ u, q, u, len(self._inputs.harmless))
+        own = (x @ q, y @ u, q, u, len(self._inputs.harmless), float(row_norms(weight).norm()))
         return Problem(directions.double(), unused, unused, unused, read_weight, *own)
 
     def factors(self, prepared: Prepared, blend: Blend, coeff: float) -> Factors:
-        """The factors of λ U T Qᵀ, of T's rank."""
+        """The factors of λ U T Qᵀ, of T's rank.
+
+        Raises:
+            TrialError: the optimization diverged, or it led so far that no prompt need be asked.
+        """
         assert isinstance(prepared, Problem)
         assert self._numbers is not None, "`at` gives the method of a trial"
         core = prepared.solution(self._numbers)
         if not core.any():
             return Factors(None, torch.zeros(1, len(prepared.q)), torch.zeros(len(prepared.u), 1)).to(core.device)
+        if abs(coeff) * float(core.norm()) > LARGEST_CHANGE * prepared.size:  # U and Q are orthonormal
+            raise TrialError("the optimization of an edit moves a matrix by more than ten times its own size")
         left, sizes, right = torch.linalg.svd(core, full_matrices=False)
         rank = int((sizes > NEGLIGIBLE * sizes[0]).sum())
         root = sizes[:rank].sqrt()

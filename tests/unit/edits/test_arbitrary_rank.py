@@ -163,6 +163,20 @@ def test_divergence_is_a_failed_trial() -> None:
         ArbitraryRank(None, NUMBERS).factors(broken, BLEND, 1.0)
 
 
+def test_a_change_of_many_times_the_matrix_is_a_failed_trial() -> None:
+    """With an overshoot beyond 1 and nothing to preserve, the objective falls without end."""
+    inputs = make_inputs()
+    far, factors = Numbers(0.0, 1.0, 1.3, 1), lowered(NUMBERS)[2]
+    with pytest.raises(TrialError, match="more than ten times its own size"):
+        ArbitraryRank(inputs, far).factors(make_problem(), BLEND, 1.0)
+    size = float(factors.delta(make_weight().float()).norm() / make_weight().norm())
+    method, problem = ArbitraryRank(inputs, NUMBERS), make_problem()
+    method.factors(problem, BLEND, 9.99 / size)
+    for coeff in (10.01 / size, -10.01 / size):
+        with pytest.raises(TrialError, match="more than ten times"):
+            method.factors(problem, BLEND, coeff)
+
+
 def test_numbers_of_a_trial() -> None:
     method = METHODS["arbitrary-rank"]
     middle = {name: wanted.middle for name, wanted in method.parameters.items()}  # type: ignore[attr-defined]
