@@ -226,7 +226,14 @@ made with abliterate {version}. Parameters:
 
 _ABLATED = """\
 directional ablation: {direction} along which the model separates {separated} \
-{was} removed from matrices that write to the residual stream."""
+{was} removed from matrices that write to the residual stream{readers}.{kept}"""
+
+_READERS = """,
+and from the inputs of matrices that read it"""
+
+_KEYS = """ The removal
+acts on what is special about the inputs of these matrices on harmful prompts; what they do to inputs in the span of those on
+harmless prompts is left as it was."""
 
 _MOVED = """\
 arbitrary-rank ablation: matrices that write to the residual stream
@@ -328,6 +335,8 @@ def model_card(facts: Mapping[str, Any]) -> str:
     wording = _wording(facts["before"], facts["after"], named) | {
         "direction": "the direction" if count == 1 else f"the {count} directions of each layer",
         "was": "was" if count == 1 else "were",
+        "readers": _READERS if facts.get("readers") else "",
+        "kept": _KEYS if facts["mode"] == "key-conditional" else "",
     }
     texts = wording | {
         "done": (_MOVED if learned else _ABLATED).format(**wording),

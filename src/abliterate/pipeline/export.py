@@ -198,6 +198,7 @@ def card(settings: Settings, result: Result, source: str, trial: Trial, approxim
         "values": {name: trial.values[name] for name in other_names(trial.values)},
         "mode": settings.edit.mode,
         "learned": is_learned(edit_method(settings.edit.mode)),
+        "readers": settings.load.readers,
         "representation": settings.edit.representation,
         "approximation": approximation,
         "method": settings.directions.method,

@@ -177,6 +177,17 @@ def test_a_card_says_how_many_directions_were_removed() -> None:
     assert "answers was removed from matrices" in plain
 
 
+def test_a_card_says_what_readers_lose_and_what_keys_leave() -> None:
+    plain, readers, keys = (
+        " ".join(export_card.model_card(CARD_FACTS | more).split())
+        for more in ({}, {"readers": True}, {"mode": "key-conditional"})
+    )
+    assert "that write to the residual stream, and from the inputs of matrices that read it. No training" in readers
+    assert "in the span of those on harmless prompts is left as it was. No training" in keys
+    assert "that write to the residual stream. No training" in plain
+    assert "special about" not in plain + readers
+
+
 def test_a_card_says_which_prompts_are_unanswered() -> None:
     base = {"count": 98, "refused": 97, "broken": 1, "off_topic": 0, "answered": 2}
     kinds = {"count": 20, "refused": 12, "broken": 5, "off_topic": 3, "answered": 80}
