@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from abliterate.directions.base import Blend
-from abliterate.edits.arbitrary_rank import ArbitraryRank
+from abliterate.edits.arbitrary_rank import ArbitraryRank, problem_bytes
 from abliterate.edits.base import (
     EditMethod,
     Factors,
@@ -103,6 +103,20 @@ def _tried(method: EditMethod) -> Factors:
     return method.factors(prepared, Blend((0,), (1.0,)), 0.5)
 
 
+def prepared_bytes(method: EditMethod, n_directions: int, d_out: int, d_in: int, prompts: int = 0) -> int:
+    """Bytes of the prepared edits of a matrix (d_out, d_in) with the directions of all layers: tried on a small matrix.
+
+    `prompts`: of how many the inputs of modules are captured. For methods that are learned from them, this is an upper bound.
+    """
+    if is_learned(method):
+        return problem_bytes(prompts, d_out, d_in)
+    plain = METHODS["none"] if needs_inputs(method) else method
+    tried = plain.prepare(lambda: torch.ones(2, 3), torch.ones(1, 2, dtype=torch.float64))
+    norms = {2: d_out, 3: d_in}.get(tried.norms.numel(), 0)
+    rows = tried.a.element_size() * d_in + (tried.p.element_size() * d_out if tried.p.numel() else 0)
+    return n_directions * rows + tried.norms.element_size() * norms
+
+
 def check_several(method: EditMethod, count: int) -> None:
     """InputError if the method can't remove so many directions of a layer: before a run, so tried on a small matrix.
 
@@ -171,6 +185,7 @@ __all__ = [
     "needs_inputs",
     "parameters_of",
     "prepare",
+    "prepared_bytes",
     "reading_method",
     "scales_columns",
     "scales_rows",

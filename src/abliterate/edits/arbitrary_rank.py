@@ -152,6 +152,12 @@ def _nearest(distances: Tensor, k: int) -> Tensor:
     return distances.topk(min(k, distances.shape[1]), dim=1, largest=False).values.mean()
 
 
+def problem_bytes(prompts: int, d_out: int, d_in: int) -> int:
+    """The most bytes that the problem of a module with the inputs of so many prompts takes (`Problem.nbytes`)."""
+    m, r = min(prompts, d_out), min(prompts, d_in)
+    return torch.float64.itemsize * (prompts * (m + r) + m * d_out + r * d_in + KEPT * m * r)
+
+
 class ArbitraryRank(EditMethod):
     """The coeff scales ΔW: at 1 it is the minimum, and a kernel lets it fade out towards its ends. Directions aren't used."""
 

@@ -28,11 +28,10 @@ ENERGY = 1e-6
 
 @dataclass(frozen=True)
 class Keys:
-    """K (d_in, k) and C (k, d_in) of a module, and the basis Q (d_in, q) of harmless inputs that C leaves out, float64."""
+    """K (d_in, k) and C (k, d_in) of a module, float64."""
 
     keys: Tensor
     selector: Tensor
-    basis: Tensor
 
     @staticmethod
     def of(inputs: ModuleInputs) -> Keys | None:
@@ -48,7 +47,7 @@ class Keys:
         if energy < ENERGY * float(keys.square().sum()) or energy == 0:
             return None
         ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
-        return Keys(keys, torch.linalg.solve(keys.T @ projected + ridge, projected.T), basis)
+        return Keys(keys, torch.linalg.solve(keys.T @ projected + ridge, projected.T))
 
 
 class KeyConditional(PlainAblation):

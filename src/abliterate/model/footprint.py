@@ -5,7 +5,7 @@ The estimate adds the largest layer's activations, the cache and the logits. For
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,14 +115,6 @@ def kept_bytes(shape: Shape, resume_layers: int, harmful: int, harmless: int, pr
     """The most bytes that the trial engine keeps: hidden states at `resume_layers` layers, and the harmful prompts' cache."""
     hidden = resume_layers * (harmful + harmless) * prompt * shape.d_model * shape.itemsize
     return hidden + harmful * shape.cache_bytes(prompt)
-
-
-def prepared_bytes(n_directions: int, sizes: Iterable[tuple[int, int]]) -> int:
-    """Bytes of the prepared edits of matrices of `sizes` (d_out, d_in): a, p and row norms (`edits.Prepared`).
-
-    `n_directions` are those of all layers.
-    """
-    return sum(n_directions * (FLOAT32 * d_in + 2 * FLOAT32 * d_out) + 2 * FLOAT32 * d_out for d_out, d_in in sizes)
 
 
 def visited_experts(config: Any) -> int:

@@ -15,8 +15,9 @@ from typing import Any
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
+from abliterate.edits import edit_method, prepared_bytes, reading_method
 from abliterate.engine.reference import ReferenceEngine
-from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
+from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.loader import LoadedModel, Skeleton
 from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
 from abliterate.model.residuals import capture_batch
@@ -329,13 +330,12 @@ def reserved_bytes(
 ) -> int:
     """The bytes that are kept between trials, and the bytes that KL needs: the base's and the trial's log-probabilities."""
     kept = kept_bytes(shape, STARTS, harmful, harmless, prompt)
-    widths = [
-        (out_features(target.module) or 0) if target.reads else in_features(target.module)
-        for target in loaded.targets
-        for _ in range(n_matrices(target.module))
-    ]
+    method, prompts = edit_method(settings.edit.mode), 2 * settings.edit.capture_prompts
     n_directions = loaded.info.n_layers * direction_count(settings)
-    kept += prepared_bytes(n_directions, ((loaded.info.d_model, width) for width in widths))
+    for target in loaded.targets:
+        width = (out_features(target.module) or 0) if target.reads else in_features(target.module)
+        own = reading_method(method) if target.reads else method
+        kept += n_matrices(target.module) * prepared_bytes(own, n_directions, loaded.info.d_model, width, prompts)
     return min(kept, settings.efficiency.max_kept_mb << 20) + 8 * harmless * shape.vocabulary
 
 

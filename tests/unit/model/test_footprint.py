@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
-from abliterate.model.footprint import Shape, kept_bytes, prepared_bytes, row_bytes
+from abliterate.directions import ModuleInputs
+from abliterate.edits import METHODS, prepared_bytes
+from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.residuals import prefill_kwargs
 from abliterate.model.weights import in_features
 from support.memory import LiveBytes
@@ -102,12 +104,22 @@ def test_sliding_windows_keep_no_more_than_a_window() -> None:
     assert Shape.of(config, torch.float32).cache_bytes(100) == 2 * 100 * per_token + 2 * 10 * per_token
 
 
-def test_prepared_edits_take_what_is_reserved_for_them() -> None:
+@pytest.mark.parametrize("mode", ["full", "columns", "pre", "none"])
+def test_prepared_edits_take_what_is_reserved_for_them(mode: str) -> None:
     loaded = make_loaded(make_model("llama"))
-    editor = make_editor(loaded)
+    editor = make_editor(loaded, mode=mode)
     editor.prepare()
-    sizes = [(32, in_features(target.module)) for target in loaded.targets]
-    assert prepared_bytes(3, sizes) == sum(prepared.nbytes for prepared in editor._prepared.values())
+    reserved = [prepared_bytes(METHODS[mode], 3, 32, in_features(target.module)) for target in loaded.targets]
+    assert reserved == [editor._prepared[target.name].nbytes for target in loaded.targets]
+
+
+@pytest.mark.parametrize("mode", ["key-conditional", "arbitrary-rank"])
+def test_prepared_edits_from_inputs_take_what_is_reserved_for_them(mode: str) -> None:
+    torch.manual_seed(0)
+    method = METHODS[mode].of(ModuleInputs(torch.randn(4, 20), torch.randn(4, 20)))
+    assert method is not None
+    prepared = method.prepare(lambda: torch.randn(12, 20), torch.randn(3, 12).double())
+    assert prepared_bytes(METHODS[mode], 3, 12, 20, prompts=8) == prepared.nbytes
 
 
 def test_what_the_engine_keeps_by_hand() -> None:
