@@ -24,6 +24,8 @@ from abliterate.types import MOST_DIRECTIONS, REFINED, Params, RefinedParams
 FORMAT = "1"
 # Bytes of a file, so that a recipe can carry it: 2,000 modules of a model with a d_model of 4,096 need as many.
 LARGEST = 32 << 20
+# Bytes of a module in a file beside its numbers: its name, shape and place.
+_HEADER = 256
 # How far the norm of a module's directions may be from 1 in float32.
 _NORM = 1e-3
 
@@ -114,6 +116,11 @@ class RefinedStore:
             raise _unusable(
                 params.file if self._folder is None else str(self._folder.parent / params.file), str(error)
             ) from error
+
+
+def file_bytes(modules: int, count: int, d_model: int) -> int:
+    """Bytes, or a few more, of the file of a trial in which each of the modules has `count` directions."""
+    return modules * (4 * count * d_model + _HEADER)
 
 
 def tensors_of(content: bytes, params: RefinedParams) -> dict[str, Tensor]:

@@ -22,11 +22,19 @@ def with_gains(directions: Directions, model: nn.Module, targets: Iterable[Targe
     """The directions with γ of each norm that modules to edit read through.
 
     Raises:
-        InputError: a norm doesn't only scale its input.
+        InputError: as in `gains_of`.
+    """
+    return replace(directions, gains=gains_of(model, targets, directions.d_model))
+
+
+def gains_of(model: nn.Module, targets: Iterable[Target], d_model: int) -> Mapping[str, Tensor]:
+    """{norm: γ (d_model) float32} of the norms that modules to edit read through.
+
+    Raises:
+        InputError: a norm is offloaded, or doesn't only scale its input.
     """
     norms = dict.fromkeys(target.norm for target in targets if target.norm)
-    gains: Mapping[str, Tensor] = {name: gain_of(model.get_submodule(name), directions.d_model, name) for name in norms}
-    return replace(directions, gains=gains)
+    return {name: gain_of(model.get_submodule(name), d_model, name) for name in norms}
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection
 import torch
 from transformers import PretrainedConfig
 
+from abliterate.artifacts.refined import LARGEST, file_bytes
 from abliterate.edits import (
     check_several,
     edit_method,
@@ -31,6 +32,7 @@ from abliterate.model.devices import choose_device
 from abliterate.model.hub import check_push
 from abliterate.model.inputs import refuse_uncaptured
 from abliterate.model.loader import LoadedModel
+from abliterate.model.readers import gains_of
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import direction_count, objectives_of, scorers_of
 from abliterate.search.samplers import check_packages
@@ -102,10 +104,24 @@ def check_loaded(context: Context, loaded: LoadedModel) -> None:
     """Repeat the checks of `check_model` that need weights, and warn of modules that stay unedited."""
     settings = context.settings
     check_edit(settings, loaded.targets)
+    gains_of(loaded.model, loaded.targets, loaded.info.d_model)  # a norm that can't be read through is an error
+    check_refined_size(settings, len(loaded.targets), loaded.info.d_model)
     if loaded.architecture.found_by == "structure":
         check_export(settings, loaded.model.config, loaded.targets)
     coverage = coverage_of(loaded.model, loaded.architecture, loaded.targets)
     check_coverage(coverage, allow_partial=settings.load.allow_partial, warn=context.reporter.warn)
+
+
+def check_refined_size(settings: Settings, modules: int, d_model: int) -> None:
+    """Raise InputError if refined directions of all modules would be larger than a run may hold."""
+    count = direction_count(settings)
+    size = file_bytes(modules, count, d_model)
+    if settings.refine.enabled and size > LARGEST:
+        what = "Refined directions" if count == 1 else f"{count} refined directions for each"
+        fewer = "give" if count == 1 else "ask for fewer with --set directions.count, or give"
+        raise InputError(
+            f"{what} of {modules} modules take {size >> 20} MiB, and a run holds at most {LARGEST >> 20}; {fewer} --no-refine."
+        )
 
 
 def unrefined(settings: Settings) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export_trial import export_trial
-from abliterate.pipeline.preflight import check_export, check_names, note_adapter
+from abliterate.pipeline.preflight import check_export, check_names, check_refined_size, note_adapter
 from abliterate.settings.schema import Settings
 from support.models import make_loaded, make_model
 from support.runs import Recorder
@@ -45,6 +46,22 @@ def test_an_adapter_of_scaled_columns_is_refused_before_the_search(tmp_path: Pat
         export_trial(settings, Recorder(), RunDirectory(tmp_path), 0, tmp_path / "out")
     as_svd = Settings.model_validate(base | {"edit": {"mode": "columns", "representation": "svd"}})
     check_export(as_svd, loaded.model.config, loaded.targets)
+
+
+@pytest.mark.parametrize(
+    ("modules", "count", "words"),
+    [
+        (520, 8, r"8 refined directions for each of 520 modules take 65 MiB.*--set directions\.count, or give --no-refine"),
+        (4000, 1, r"Refined directions of 4000 modules take 63 MiB.*; give --no-refine"),
+        (520, 1, ""),
+    ],
+)
+def test_directions_that_refinement_could_not_store_are_refused(modules: int, count: int, words: str) -> None:
+    options = {"model": "demo", "directions": {"method": "kmeans", "count": count}}
+    refined, plain = (Settings.model_validate(options | {"refine": {"enabled": on}}) for on in (True, False))
+    check_refined_size(plain, modules, 4096)
+    with pytest.raises(InputError, match=words) if words else nullcontext():
+        check_refined_size(refined, modules, 4096)
 
 
 @pytest.mark.parametrize(
