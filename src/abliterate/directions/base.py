@@ -124,6 +124,9 @@ class Directions:
         means, shape = self.harmless, (self.n_layers + 1, self.d_model)
         if means is not None and (means.shape != shape or not torch.isfinite(means).all()):
             raise ValueError("harmless means must be a finite (n_layers+1, d_model) tensor")
+        for name, gain in self.gains.items():
+            if gain.shape != (self.d_model,) or not torch.isfinite(gain).all():
+                raise ValueError(f"the weights of the norm {name} must be a finite (d_model) tensor")
 
     @property
     def n_layers(self) -> int:
@@ -151,8 +154,8 @@ class Directions:
     def table(self, layer: int | None = None, norm: str = "") -> Tensor:
         """(n_layers · count, d_model): the directions of layer 0's output, then those of layer 1's, and so on.
 
-        If there are harmless means, that of the `layer` of the edited module comes last. With the `norm` that a module reads
-        through, every row is what the module sees of it.
+        If there are harmless means, that of the output of `layer`, where the edited module meets the stream, comes last (−1:
+        that of the embedding). With the `norm` that a module reads through, every row is what the module sees of it.
         """
         table = self.vectors[1:].reshape(-1, self.d_model)
         if self.harmless is not None and layer is not None:
@@ -163,8 +166,9 @@ class Directions:
         """The directions at layer position `x` ∈ [0, n_layers−1], as blends of `table(layer, norm)`; zero ones are zero blends.
 
         Each lies between those of two neighbouring layers and is renormalized, after it has lost its component along the
-        harmless mean of `layer`, if there is one. Source: docs/design.md §4; linear interpolation as in heretic, with the norm
-        taken in float64. Blends are remembered, because all modules of a layer, or of the model, ask for the same ones.
+        harmless mean of the output of `layer`, if there is one. Source: docs/design.md §4; linear interpolation as in heretic,
+        with the norm taken in float64. Blends are remembered, because all modules of a layer, or of the model, ask for the
+        same ones.
         """
         if not 0 <= x <= self.n_layers - 1:
             raise ValueError(f"direction index {x} is outside [0, {self.n_layers - 1}]")

@@ -3,7 +3,7 @@
 A direction that is measured in one layer and removed from modules of other layers disturbs what harmless prompts have in common
 there: their mean changes from layer to layer (norm-preserving biprojected abliteration, grimjim 2025:
 huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration). `Directions.blends` takes the second step. A
-direction of a module's own layer needs none.
+direction of its own layer needs none in a module that writes.
 """
 
 from __future__ import annotations

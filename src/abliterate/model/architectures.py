@@ -20,6 +20,7 @@ from abliterate.model.weights import in_features, out_features
 from abliterate.plugins import Registry
 
 ATTENTION, MLP = "attn.o_proj", "mlp.down_proj"
+QKV = "attn.qkv"
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,15 @@ class Target:
     reads: bool = False
     norm: str = ""
 
+    @property
+    def stream_layer(self) -> int:
+        """The layer whose output is nearest to the stream where the module meets it, −1 for the embedding.
+
+        Attention reads what the layer before has written. What an MLP reads in the middle of a layer has no residual index of
+        its own, so it counts as the layer's output.
+        """
+        return self.layer - 1 if self.reads and self.component == QKV else self.layer
+
 
 _STANDARD = {ATTENTION: ("self_attn.o_proj",), MLP: ("mlp.down_proj",)}
 _LINEAR = ("self_attn.o_proj", "linear_attn.out_proj")
@@ -82,7 +92,7 @@ _KINDS = {
 # attention and one before the MLP, which scales its input entry by entry and shifts nothing.
 _READING = ("llama", "mistral", "ministral", "smollm3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
 READERS = {
-    "attn.qkv": (
+    QKV: (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
         "input_layernorm",
     ),
@@ -251,17 +261,29 @@ def separated(model: nn.Module, architecture: Architecture) -> Architecture:
     return replace(architecture, components=components)
 
 
-def with_readers(architecture: Architecture, model_type: str) -> Architecture:
-    """The row with the modules that read the residual stream as further components.
+def check_asked(model_type: str, found_by: str, *, separate_kinds: bool, readers: bool) -> None:
+    """Raise InputError if the settings ask for components that aren't known of this family, or of modules found otherwise.
 
-    Raises:
-        InputError: they aren't known for this family.
+    The table alone knows them, so this needs no model.
     """
-    if architecture.found_by != "table" or model_type not in _READING:
+    asked = {"load.separate_kinds": separate_kinds, "load.readers": readers}
+    name = next((name for name, is_asked in asked.items() if is_asked), "")
+    if name and found_by == "settings":
+        raise InputError(f"The setting {name} adds nothing to modules that load.components names; leave one of the two out.")
+    if separate_kinds and found_by != "table":
+        raise InputError(
+            f"The kinds of modules aren't known for {model_type!r}, which isn't in the table of families; leave "
+            "load.separate_kinds out, or name components with load.decoder_layers and load.components."
+        )
+    if readers and (found_by != "table" or model_type not in _READING):
         raise InputError(
             f"The modules that read the residual stream aren't known for {model_type!r}, only for {', '.join(_READING)}; leave "
             "load.readers out."
         )
+
+
+def with_readers(architecture: Architecture) -> Architecture:
+    """The row with the modules that read the residual stream as further components."""
     components = {component: paths for component, (paths, _) in READERS.items()}
     readers = {component: norm for component, (_, norm) in READERS.items()}
     return replace(architecture, components={**architecture.components, **components}, readers=readers)

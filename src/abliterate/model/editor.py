@@ -59,7 +59,7 @@ class Editor:
 
     Raises:
         InputError: the model has fused experts, and the settings ask for the svd representation, or for a mode that needs the
-            inputs of modules.
+            inputs of modules; or the directions lack the weights of a norm that a module reads through.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Editor:
             _refuse_fused_experts(self._targets)
         if needs_inputs(self._method):
             refuse_uncaptured(self._targets, settings.mode)
+        _refuse_without_gains(self._targets, directions)
         self._by_name = {target.name: target for target in targets}
         self.directions = directions
         self._settings = settings
@@ -202,7 +203,8 @@ class Editor:
         name, place, coeffs = key
         if isinstance(params, TrialParams):
             target = self._by_name[name]
-            table, kept = self.directions.table(target.layer, target.norm).double(), self._removed(float(place), coeffs, target)
+            table = self.directions.table(target.stream_layer, target.norm).double()
+            kept = self._removed(float(place), coeffs, target)
             return torch.stack([blend.of(table) for blend, _ in kept]), tuple(coeff for _, coeff in kept)
         v, d_model = self._refined(params)[name], self.directions.d_model
         if v.shape[-1] != d_model:
@@ -220,7 +222,7 @@ class Editor:
 
         A method that finds edits without directions is given zero ones, too.
         """
-        pairs = zip(self.directions.blends(x, target.layer, target.norm), coeffs, strict=True)
+        pairs = zip(self.directions.blends(x, target.stream_layer, target.norm), coeffs, strict=True)
         uses_any = not is_learned(self._method)
         return [(blend, coeff) for blend, coeff in pairs if coeff != 0 and not (uses_any and blend.is_zero)]
 
@@ -293,9 +295,9 @@ class Editor:
 
         All modules on a device that need the same share one tensor.
         """
-        key = (device, None if self.directions.harmless is None else target.layer, target.norm)
+        key = (device, None if self.directions.harmless is None else target.stream_layer, target.norm)
         if key not in self._tables:
-            self._tables[key] = self.directions.table(target.layer, target.norm).to(device).double()
+            self._tables[key] = self.directions.table(target.stream_layer, target.norm).to(device).double()
         return self._tables[key]
 
 
@@ -306,6 +308,16 @@ def _refuse_fused_experts(targets: Sequence[Target]) -> None:
         raise InputError(
             f"The svd representation can't express edits of the fused experts in {name}; use --set edit.representation=exact, "
             "or leave them out of the modules to edit with --set load.components."
+        )
+
+
+def _refuse_without_gains(targets: Sequence[Target], directions: Directions) -> None:
+    """Raise InputError if the directions come without the weights of a norm that a module reads through."""
+    name = next((target.norm for target in targets if target.norm and target.norm not in directions.gains), "")
+    if name:
+        raise InputError(
+            f"These directions come without the weights of {name}, through which modules read the residual stream; take the "
+            "directions that find_directions gives, or those of the run itself."
         )
 
 

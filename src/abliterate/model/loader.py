@@ -147,8 +147,10 @@ def skeleton(
     model_type, d_model = config.get_text_config().model_type, d_model_of(source, config)
     model = empty_model(config, load)
     architecture = architectures.known_architecture(model_type, load.decoder_layers, load.components)
-    if architecture is None and not measure:
-        return None
+    if architecture is None:
+        _check_asked(model_type, "structure", load)  # what weights would show can't change it
+        if not measure:
+            return None
     architecture = architecture or discover(random_model(config, load), model_type)
     architecture = _as_asked(model, architecture, load)
     info = ModelInfo(
@@ -179,12 +181,15 @@ def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
 
 
 def _as_asked(model: PreTrainedModel, architecture: Architecture, load: LoadSettings) -> Architecture:
-    """The architecture with the further components that the settings ask for."""
+    """The architecture with the further components that the settings ask for. InputError: they aren't known of it."""
+    _check_asked(model.config.get_text_config().model_type, architecture.found_by, load)
     if load.separate_kinds:
         architecture = architectures.separated(model, architecture)
-    if load.readers:
-        architecture = architectures.with_readers(architecture, model.config.get_text_config().model_type)
-    return architecture
+    return architectures.with_readers(architecture) if load.readers else architecture
+
+
+def _check_asked(model_type: str, found_by: str, load: LoadSettings) -> None:
+    architectures.check_asked(model_type, found_by, separate_kinds=load.separate_kinds, readers=load.readers)
 
 
 def _first_that_generates(

@@ -36,6 +36,10 @@ def check(config: PretrainedConfig, load: LoadSettings, model: Any, *, quantized
         raise InputError("A model is spread either by torchrun or by load.device_map; leave one of the two out.")
     if load.max_memory:
         raise InputError("Under torchrun a model isn't spread by memory; leave load.max_memory out.")
+    if load.readers:
+        raise InputError(
+            f"Modules that read the residual stream can't be edited if they are sharded; leave load.readers out, or {_ALONE}."
+        )
     if quantized:
         raise InputError(
             f"A quantized model can't be sharded over the processes of torchrun; {_ALONE}, or without load.quantization."

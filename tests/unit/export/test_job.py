@@ -16,14 +16,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
-from abliterate.model.loader import LoadedModel
-from abliterate.settings.schema import ExportSettings
-from abliterate.types import Objective
+from abliterate.model.architectures import find_targets
+from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
+from abliterate.model.loader import LoadedModel, architecture_of
+from abliterate.model.readers import with_gains
+from abliterate.settings.schema import EditSettings, ExportSettings, LoadSettings
+from abliterate.types import Kernel, Objective, TrialParams
 from support.contracts import ExporterContract
 from support.exports import CARD_FACTS, FLOAT32, ON, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
-from support.models import logits_of, make_editor, make_loaded, make_model, make_params, save_model
+from support.models import logits_of, make_directions, make_editor, make_loaded, make_model, make_params, save_model
 
 
 def trial_of(model: PreTrainedModel, folder: Path, seed: int = 0, **settings: Any) -> tuple[ExportJob, Tensor, LoadedModel]:
@@ -202,6 +207,36 @@ def test_exporter_loads_its_own_without_warnings(kind: str, tmp_path: Path, recw
     reloaded = EXPORTERS[kind].load(tmp_path / "out", job, torch.device("cpu"), torch.float32)
     assert [str(warning.message) for warning in recwarn if "checkpointing" in str(warning.message)] == []
     torch.testing.assert_close(logits_of(reloaded), expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("mode", ["full", "none"])
+def test_exports_of_modules_that_read_are_the_trial(mode: str, count: int, tmp_path: Path) -> None:
+    """Read back by plain PEFT and transformers, with norms whose weights aren't ones."""
+    model, load = make_model("llama"), LoadSettings(readers=True)
+    for layer in model.model.layers:
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            norm.weight.data.uniform_(0.5, 1.5)
+    path = save_model(model, tmp_path / "base")
+    loaded = make_loaded(AutoModelForCausalLM.from_pretrained(path), str(path))
+    row = architecture_of(loaded.model, load)
+    targets = find_targets(loaded.model, row, loaded.info.d_model)
+    directions = with_gains(make_directions(loaded.info.n_layers, loaded.info.d_model, count=count), loaded.model, targets)
+    editor = Editor(targets, directions, EditSettings(mode=mode), EditHooks(targets), SvdMemo(0))
+    params = TrialParams("global", 1.3, dict.fromkeys(row.components, Kernel(0.8, 1.0, 0.8, 9.0)))
+    job = replace(make_job(replace(loaded, architecture=row, targets=targets), editor.factors(params)), load=load)
+    assert len(job.factors) == 7 * loaded.info.n_layers
+    editor.apply(params)
+    expected = logits_of(loaded.model)
+    for kind in ("merged", "adapter"):
+        write(kind, job, tmp_path / kind)
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, **FLOAT32)
+    base = AutoModelForCausalLM.from_pretrained(path)
+    assert (logits_of(base) - expected).abs().max() > 1e-2
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(logits_of(adapted), expected, **FLOAT32)
+    assert adapted.peft_config["default"].use_dora is (mode == "full")
+    assert adapted.peft_config["default"].r == count
 
 
 FULL_DISK = [

@@ -178,6 +178,36 @@ def test_the_file_of_a_run_carries_the_gains() -> None:
     assert directions_file(Directions(directions.vectors)) == directions_file(with_gains(directions, loaded.model, ()))
 
 
+def test_gains_that_are_missing_or_wrong_are_said() -> None:
+    loaded = loaded_with_readers("llama")
+    directions = editor_of(loaded).directions
+    gains = dict(directions.gains)
+    name = next(iter(gains))
+    for wrong in (gains[name][1:], gains[name] * torch.nan):
+        with pytest.raises(ValueError, match="weights of the norm"):
+            replace(directions, gains=gains | {name: wrong})
+    del gains[name]
+    with pytest.raises(InputError, match=f"without the weights of {name}"):
+        Editor(loaded.targets, replace(directions, gains=gains), EditSettings(), EditHooks(loaded.targets), SvdMemo(9))
+
+
+def test_biprojected_readers_keep_the_harmless_mean_of_what_they_read() -> None:
+    """Attention reads the residual at its layer's index; the MLP's counts as that behind the layer."""
+    loaded = loaded_with_readers("llama")
+    harmless = make_directions(loaded.info.n_layers, loaded.info.d_model, 7).vectors
+    directions = replace(editor_of(loaded).directions, harmless=harmless)
+    editor = Editor(loaded.targets, directions, EditSettings(mode="none"), EditHooks(loaded.targets), SvdMemo(9))
+    params = only_readers(loaded)
+    for name, key in editor.plan(params).items():
+        target = editor._by_name[name]
+        (v,), _ = editor.vectors(params, key)
+        mean = harmless[target.layer + (target.component != "attn.qkv")].double()
+        assert abs(float((v / directions.gains[target.norm].double()) @ mean)) < 1e-7
+        delta = editor.factors(params)[name].delta(target.module.weight)  # type: ignore[arg-type]
+        expected = by_hand(target.module.weight, v, 1.0, "none") - target.module.weight  # type: ignore[arg-type]
+        torch.testing.assert_close(delta.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_coverage_counts_what_writes() -> None:
     loaded, plain = loaded_with_readers("llama"), make_loaded(make_model("llama"))
     records = [coverage_of(each.model, each.architecture, each.targets).to_record() for each in (loaded, plain)]
@@ -189,6 +219,9 @@ def test_what_cannot_be_read_through_is_one_sentence() -> None:
         architecture_of(make_model("gpt2"), LoadSettings(readers=True))
     with pytest.raises(InputError, match="doesn't only scale"):
         gain_of(nn.LayerNorm(8), 8, "norm")
+
+    with pytest.raises(InputError, match="norm is offloaded"):
+        gain_of(nn.LayerNorm(8, device="meta"), 8, "norm")
 
     class Own(type(METHODS["none"])):  # type: ignore[misc]
         name = "own"  # `reads_as` isn't inherited, because this one may edit in another way than its base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.model.architectures import ARCHITECTURES, Architecture, find_targets, kind_names, separated
+from abliterate.model.architectures import ARCHITECTURES, check_asked, find_targets, kind_names
 from abliterate.model.loader import architecture_of
 from abliterate.pipeline.preflight import check_components
 from abliterate.search.space import Space
@@ -46,9 +46,14 @@ def test_a_model_of_one_kind_stays_as_it_is(family: str) -> None:
     assert architecture_of(model, SEPARATE) == architecture_of(model, LoadSettings())
 
 
-def test_settings_that_name_components_are_left_alone() -> None:
-    named = Architecture("x", ("x",), "model.layers", {"own": ("self_attn.o_proj", "mlp.down_proj")}, "settings")
-    assert separated(make_model("llama"), named) == named
+@pytest.mark.parametrize("asked", ["separate_kinds", "readers"])
+def test_modules_that_settings_name_or_structure_finds_have_no_further_components(asked: str) -> None:
+    named = {"decoder_layers": "model.layers", "components": {"own": "self_attn.o_proj"}}
+    with pytest.raises(InputError, match=f"load.{asked} adds nothing to modules that load.components names"):
+        architecture_of(make_model("llama"), LoadSettings.model_validate({asked: True, **named}))
+    with pytest.raises(InputError, match=r"aren't known for 'other'.*leave load\." + asked):
+        check_asked("other", "structure", **{"separate_kinds": False, "readers": False, asked: True})
+    check_asked("other", "structure", separate_kinds=False, readers=False)
 
 
 def test_every_row_names_the_kinds_of_its_experts() -> None:

@@ -13,7 +13,7 @@ from abliterate.settings.schema import LoadSettings
 from support.models import make_model
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, family: str, count: int, *, quantized: bool = False, **load: str) -> str:
+def refuse(monkeypatch: pytest.MonkeyPatch, family: str, count: int, *, quantized: bool = False, **load: object) -> str:
     monkeypatch.setattr(ranks, "_size", count)
     settings = LoadSettings(**load)  # type: ignore[arg-type]
     config: PretrainedConfig = make_model(family).config
@@ -27,6 +27,7 @@ def test_refusals_name_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "4 heads (num_attention_heads), which 3 processes can't share equally" in refuse(monkeypatch, "llama", 3)
     assert "2 heads (num_key_value_heads)" in refuse(monkeypatch, "llama", 4)
     assert "without torchrun" in refuse(monkeypatch, "llama", 2, quantized=True)
+    assert "leave load.readers out" in refuse(monkeypatch, "llama", 2, readers=True)
     assert "load.device_map" in refuse(monkeypatch, "llama", 2, device_map="auto")
 
 
