@@ -32,7 +32,7 @@ from abliterate.pipeline.local_workers import devices_of, local_workers
 from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
-from abliterate.pipeline.seeds import seed_trials, seed_values
+from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import publish
 from abliterate.prompts.sets import Heldout
@@ -101,6 +101,7 @@ def run(
             if settings.search.seed_from and not ranks.agree(lambda: resume and directory.holds_run):
                 seeds()  # before a model is loaded, and before the run that it names may be moved aside
             if resume:
+                ranks.agree(lambda: check_continued(settings.search, directory))
                 result, settings = ranks.agree(lambda: (Result.continued(directory), at_its_moment(settings, directory)))
             else:
                 result = Result()
@@ -151,6 +152,7 @@ class _Run:
             if not bench.time_told:
                 note_time(context, bench.loaded, bench.chat, bench.prompts)
             bench.refined = RefinedStore(directory.refined)
+            stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench)  # 3 and 4

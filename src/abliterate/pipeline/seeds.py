@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
-from abliterate.files import expanded
+from abliterate.files import expanded, read_toml
 from abliterate.objectives import vector
 from abliterate.search.front import pareto_front
 from abliterate.search.space import Space, Value, values_of
@@ -39,6 +41,29 @@ def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
     others.sort(key=lambda trial: (vector(trial, objectives), trial.number))
     taken = [*taken, *_spread(others, settings.n_startup_trials - len(taken))]
     return result, tuple(sorted(taken, key=lambda trial: (vector(trial, objectives), trial.number)))
+
+
+def check_continued(settings: SearchSettings, directory: RunDirectory) -> None:
+    """Raise InputError if the run in `directory` began with another `search.seed_from`, or without.
+
+    The trials are in its study by then, so another run would be recorded without having any effect.
+    """
+    stored: Any = None
+    with contextlib.suppress(InputError):  # without its settings nobody knows
+        stored = read_toml(directory.settings).get("search")
+    began = stored.get("seed_from", "") if isinstance(stored, dict) else settings.seed_from
+    if not directory.holds_run or began == settings.seed_from:
+        return
+    if not began or not isinstance(began, str):
+        raise InputError(
+            "The run has begun without search.seed_from, on which its first trials depend; leave --seed-from out, or start "
+            "over with --restart."
+        )
+    if not settings.seed_from or expanded(began).absolute() != expanded(settings.seed_from).absolute():
+        raise InputError(
+            f"The run has begun with trials of {began} and can't be continued with another search.seed_from; give this one, or "
+            "start over with --restart."
+        )
 
 
 def seed_values(space: Space, result: Result, trials: Sequence[Trial]) -> list[dict[str, Value]]:

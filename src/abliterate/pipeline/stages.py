@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,19 +85,13 @@ def residuals(bench: Workbench) -> Residuals:
     context, prompts = bench.context, bench.prompts
     sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
     with context.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"), bench.base():
-        info = bench.loaded.info
-        size = sum(map(len, sets.values())) * (info.n_layers + 1) * info.d_model * 4
-        large = size > context.settings.efficiency.max_residuals_mb * 2**20
+        check_prior(bench)
+        size, large = _size(bench)
         method = direction_method(context.settings.directions.method)
         if large and not needs_means(method):
             context.reporter.note(
-                f"the direction method {method.name} needs all residuals at once, {size >> 20:,} MiB, more than "
+                f"the direction method {method.name} needs all residuals at once, {size:,} MiB, more than "
                 "efficiency.max_residuals_mb; fewer prompts need less"
-            )
-        elif large and _needs_silhouettes(context):
-            raise InputError(
-                f"The setting search.prior needs all residuals at once, which take {size >> 20:,} MiB; raise "
-                "efficiency.max_residuals_mb, or leave search.prior out."
             )
         samples = {name: Sample(len(prompt_set), POINTS) for name, prompt_set in sets.items()}
         feed = cache(partial(_feed, bench, (*prompts.harmful, *prompts.harmless)))
@@ -105,6 +100,24 @@ def residuals(bench: Workbench) -> Residuals:
         )
         capabilities = _capabilities(bench, prompts.protected) if prompts.protected else None
     return Residuals(harmful, harmless, samples, capabilities)
+
+
+def check_prior(bench: Workbench) -> None:
+    """Raise InputError if `search.prior` needs residuals that are too large to be held at once."""
+    size, large = _size(bench)
+    means = needs_means(direction_method(bench.settings.directions.method))  # other methods hold all of them anyway
+    if large and means and _needs_silhouettes(bench.context):
+        raise InputError(
+            f"The setting search.prior needs all residuals at once, which take {size:,} MiB; raise "
+            "efficiency.max_residuals_mb, or leave search.prior out."
+        )
+
+
+def _size(bench: Workbench) -> tuple[int, bool]:
+    """The MiB of the residuals of both direction sets, rounded up, and whether they are more than the settings allow."""
+    info, prompts = bench.loaded.info, bench.prompts
+    size = (len(prompts.harmful) + len(prompts.harmless)) * (info.n_layers + 1) * info.d_model * 4
+    return math.ceil(size / 2**20), size > bench.settings.efficiency.max_residuals_mb * 2**20
 
 
 def directions(context: Context, residuals: Residuals) -> Directions:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
 from abliterate.files import write_json
 from abliterate.objectives import DEFAULT, vector
-from abliterate.pipeline.seeds import seed_trials, seed_values
+from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
 from abliterate.search.space import Space
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
@@ -117,3 +118,26 @@ def test_a_run_that_gives_nothing_is_told_in_a_sentence(other: Path, how: str, t
     text = str(caught.value)
     assert str(run) in text
     assert text.count(". ") == 0
+
+
+@pytest.mark.parametrize(
+    ("began", "asked", "said"),
+    [
+        ('seed_from = "/runs/a"', "/runs/a", ""),
+        ('seed_from = "/runs/a"', "/runs/b", "has begun with trials of /runs/a and can't"),
+        ('seed_from = "/runs/a"', "", "give this one"),
+        ('seed_from = ""', "/runs/b", "has begun without search.seed_from"),
+        ("trials = 3", "/runs/b", "leave --seed-from out"),  # of an earlier version
+        ("trials = 3", "", ""),
+    ],
+)
+def test_a_run_is_continued_with_the_trials_that_it_began_with(began: str, asked: str, said: str, tmp_path: Path) -> None:
+    directory, settings = RunDirectory(tmp_path), SearchSettings(seed_from=asked)
+    directory.settings.write_text(f"[search]\n{began}\n", encoding="utf-8")
+    check_continued(settings, directory)  # no run is there yet
+    directory.journal.touch()
+    if not said:
+        check_continued(settings, directory)
+        return
+    with pytest.raises(InputError, match=said):
+        check_continued(settings, directory)
