@@ -16,10 +16,12 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli import batch
 from abliterate.errors import InputError
+from abliterate.files import read_toml
 from abliterate.model import hub, memory
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
+from abliterate.settings.sources import dump_settings
 from support.cli import Invoke, Outcome, assert_json_lines, assert_sentence
 from support.models import make_model as tiny_model
 from support.models import save_model
@@ -180,6 +182,17 @@ def test_one_failing_does_not_stop_the_rest(
     assert all("already holds a run" in line for line in table[2:])
 
 
+REFINED = {"refine": {"enabled": True}, "edit": {"mode": "arbitrary-rank"}}
+
+
+def as_an_older_version(directory: RunDirectory, *later: str) -> None:
+    """Take settings of the search out of the file that the run stored."""
+    stored = read_toml(directory.settings)
+    for name in later:
+        del stored["search"][name]
+    directory.settings.write_text(tomli_w.dumps(stored), encoding="utf-8")
+
+
 def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, Any], Any], tmp_path: Path) -> None:
     path, result, settings = finished
     directory = RunDirectory(shutil.copytree(path, tmp_path / "run"))
@@ -193,6 +206,14 @@ def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, 
         {"export": settings.export.model_copy(update={"kind": "adapter"})},
     ):
         assert batch._finished(settings.model_copy(update=change), directory) is None
+    refine, edit = (getattr(settings, name).model_copy(update=change) for name, change in REFINED.items())
+    assert batch._finished(settings.model_copy(update={"refine": refine}), directory) is None
+    as_an_older_version(directory, "kernel", "seed_from")
+    assert batch._finished(settings, directory)
+    directory.settings.write_text(dump_settings(settings.model_copy(update={"edit": edit})), encoding="utf-8")
+    assert batch._finished(settings.model_copy(update={"edit": edit, "refine": refine}), directory)  # which it can't be
+    assert batch._finished(settings, directory) is None
+    directory.settings.write_text(dump_settings(settings), encoding="utf-8")
     shutil.rmtree(directory.export)
     assert batch._finished(settings, directory) is None
     directory.result.unlink()

@@ -234,18 +234,31 @@ def _run_one(planned: Planned, position: tuple[int, int], config: str, flags: Ru
 def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
     """The result of a run that has nothing left to do under these settings; None if work is left."""
     with contextlib.suppress(InputError, KeyError, TypeError):
-        result, stored = Result.read(directory), read_toml(directory.settings)
-        requested = settings.model_dump(mode="json")
-        for name in _WITHOUT_EFFECT:
-            requested.pop(name), stored.pop(name, None)
+        result = Result.read(directory)
         export, kind = result.export, settings.export.kind
         is_exported = export.kind == kind and export.path and (directory.path / export.path).is_dir()
         is_complete = kind == "none" or is_exported
         is_complete = is_complete and bool(export.pushed or not settings.export.push) and directory.report.exists()
         has_trials = len(result.trials) >= settings.search.trials and result.selected is not None
-        if requested == stored and has_trials and is_complete:
+        if has_trials and is_complete and _is_of(settings, read_toml(directory.settings)):
             return result
     return None
+
+
+def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:
+    """Whether a run that stored these settings is the run that `settings` ask for."""
+    # An earlier version's file lacks settings that came later, which are at their defaults then.
+    before = by_section(Settings.model_construct().model_dump(mode="json"), stored)
+
+    def differs(requested: Settings) -> bool:
+        given = requested.model_dump(mode="json")
+        return any(given[name] != before[name] for name in given if name not in _WITHOUT_EFFECT) or bool(before.keys() - given)
+
+    if not differs(settings):
+        return True
+    from abliterate.pipeline.preflight import as_refinable  # imports torch, so only where it may matter
+
+    return not differs(as_refinable(settings, lambda text: None))
 
 
 def _free_memory(planned: Planned, config: str) -> None:
