@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import shutil
@@ -9,6 +10,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -170,6 +172,16 @@ def test_a_worker_waits_for_the_run_and_can_be_interrupted(tmp_path: Path) -> No
     with pytest.raises(Interrupted):
         workers.work(tmp_path, "", "", {}, recorder, check=check, poll=0.01)
     assert recorder.notes == ["waiting for the run to compute its directions and baseline"]
+
+
+def test_a_worker_without_the_samplers_package_is_told_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"model": "demo", "search": {"sampler": "gp"}})
+    instead = {"study_location": ("", Path(), "s"), "wait_for_setup": (None, None), "settings_of": nullcontext(settings)}
+    for name, value in instead.items():
+        monkeypatch.setattr(workers, name, lambda *_, value=value: value)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package scipy"):
+        workers.work(None, "", "s", {}, Recorder())
 
 
 def test_a_setup_of_another_version_is_refused() -> None:

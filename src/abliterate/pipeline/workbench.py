@@ -159,7 +159,7 @@ class Workbench:
             if prefix is None:
                 prefix = known_prefix(self.context, self.loaded, tuned, prompts)
         self._forget_edits()  # the trial engine and the scorers know the prompts of before
-        self._prompts, self.baseline, self.yardstick = prompts, None, None
+        self._prompts, self.baseline, self.yardstick, self.prior = prompts, None, None, ()
         self.use(tuned, prefix)
 
     def note_forms(self) -> None:

@@ -31,6 +31,7 @@ from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
 from abliterate.scorers.yardstick import Yardstick
+from abliterate.search.samplers import check_packages
 from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, name_in_journal, open_study
 from abliterate.settings import untrusted
@@ -246,6 +247,7 @@ def work(
     setup, directions = wait_for_setup(*location, reporter, check, poll)
     with settings_of(setup, own) as settings:
         context = Context.of(settings, reporter, check)
+        check_packages(settings.search)  # this machine may lack what the run's has
         with load_calibrated(context, setup.prompts, setup.prefix) as bench:
             study = join(bench, location, setup, directions)
             search = Search(bench, study, setup.baseline, settings.search.trials)
