@@ -18,6 +18,7 @@ from abliterate.cli import app, checks
 from abliterate.cli import doctor as cli_doctor
 from abliterate.directions import METHODS as DIRECTION_METHODS
 from abliterate.edits import METHODS as EDIT_METHODS
+from abliterate.edits import is_refinable
 from abliterate.export import EXPORTERS, NOTHING
 from abliterate.files import DIGEST, read_toml, write_json
 from abliterate.scorers import SCORERS
@@ -69,6 +70,7 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["evaluate", "demo", "runs/good:999"], ("no finished trial 999",)),
     (["run", "demo", "-n", "4", "--no-refine", "--select", "trial:77"], ("numbers 0 to 3", "-n")),
     (["run", "demo", "-n", "4", "--refine", "--select", "trial:12"], ("numbers 0 to 11",)),
+    (["run", "demo", "-n", "4", "--refine", "--set", "edit.mode=arbitrary-rank", "--select", "trial:5"], ("numbers 0 to 3",)),
     (["run", "--resume", "-o", "runs/good", "--select", "trial:99"], ("'trial:99'", "can't have")),
     # settings and files
     (["run", "demo", "--set", "search.trails=5"], ("did you mean search.trials?",)),
@@ -144,6 +146,7 @@ def test_bad_input_is_told_before_torch_is_imported(number: int, told: list[dict
 
 
 def test_the_names_that_are_checked_early_are_those_of_the_registries() -> None:
+    assert set(checks.UNREFINED) == {name for name, method in EDIT_METHODS.items() if not is_refinable(method)}
     names = {setting: set(known) for setting, (_, known) in checks.BUILT_IN.items()}
     assert names == {
         "directions.method": set(DIRECTION_METHODS),

@@ -34,6 +34,7 @@ BUILT_IN = {
     "edit.mode": ("edit mode", ("full", "pre", "none", "columns", "key-conditional", "arbitrary-rank")),
     "export.kind": ("export kind", ("merged", "adapter", "none")),
 }
+UNREFINED = ("arbitrary-rank",)  # edit modes whose front can't be refined
 SCORERS = ("refusals", "unanswered", "kl", "unfinished_thinking", "classifier", "endpoint", "strongreject")
 _SETS = ("harmful", "harmless", "harmful_eval", "harmless_eval")
 _HELDOUT = ("harmful_heldout", "harmless_heldout", "over_refusal")
@@ -191,12 +192,13 @@ def _check_selection(settings: Settings, continued: RunDirectory | None) -> None
     match = re.fullmatch(r"trial:(\d+)", search.select.replace(" ", "").lower())
     if match is None:
         return
-    made = search.trials + (refine.n_descents if refine.enabled else 0)
+    refines = refine.enabled and settings.edit.mode not in UNREFINED
+    made = search.trials + (refine.n_descents if refines else 0)
     if continued is not None and continued.result.is_file():
         made += 1 + max((trial.number for trial in Result.continued(continued).trials), default=-1)
     if int(match[1]) >= made:
         last = f"0 to {made - 1}" if made else "none"
-        refined = f" and {refine.n_descents} descents" if refine.enabled else ""
+        refined = f" and {refine.n_descents} descents" if refines else ""
         raise InputError(
             f"The selection {search.select!r} names a trial that this run can't have, because {search.trials} trials{refined} "
             f"have the numbers {last}; name one of these, or give more trials with -n."

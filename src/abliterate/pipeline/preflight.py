@@ -157,7 +157,8 @@ def check_names(settings: Settings) -> SelectionRule:
     if rule.scorer and rule.scorer not in names:
         raise InputError(f"The selection {rule.text!r} names no scorer of this run; it has {', '.join(names)}.")
     if settings.search.trials == 0 and not (refinable and settings.refine.enabled):
-        raise InputError("A run without trials and without refinement finds nothing; give more trials with -n, or --refine.")
+        remedy = "give more trials with -n, or --refine" if refinable else "give more trials with -n"
+        raise InputError(f"A run without trials and without refinement finds nothing; {remedy}.")
     check_packages(settings.search)
     choose_device(settings.device)
     check_push(settings.export)

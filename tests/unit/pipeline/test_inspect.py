@@ -354,6 +354,10 @@ def test_command_from_a_lone_config(
     assert found["coverage"]["share"] == 1
     assert found["cost"]["assumed"]
     assert str(tmp_path) not in json.dumps(found["model"])
+    refined = ("--no-weights", "--json", "--set", "refine.enabled=true", "--set")
+    for mode, refines in (("full", True), ("arbitrary-rank", False)):
+        _, out, _ = invoke(capsys, monkeypatch, "inspect", tmp_path / "m", *refined, f"edit.mode={mode}")
+        assert (json.loads(out.splitlines()[-1])["cost"]["tokens"]["refinement_at_most"] > 0) is refines
     code, out, _ = invoke(capsys, monkeypatch, "inspect", tmp_path / "m", "--no-weights")
     assert code == 0
     assert "mlp.experts in 3 layers, 12 matrices" in out

@@ -178,7 +178,7 @@ def test_what_is_refused_before_a_search() -> None:
     assert ["keeps the search's front" in note for note in notes] == [True]
     plain = Settings(model="demo")
     assert as_refinable(plain, notes.append) is plain
-    with pytest.raises(InputError, match="finds nothing"):
+    with pytest.raises(InputError, match=r"finds nothing; give more trials with -n\.$"):
         check_names(settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 0})}))
     with pytest.raises(InputError, match="fused experts"):
         check_edit(settings, make_loaded(make_model("mixtral")).targets)
