@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from abliterate.errors import InputError
 from abliterate.files import HALF_CHARACTER, expanded, read_toml, split_existing
-from abliterate.objectives import SETTINGS_NAMING_SCORERS, split
+from abliterate.objectives import SETTINGS_NAMING_SCORERS, is_custom, split
 from abliterate.settings import schema
 from abliterate.settings.presets import config_path, presets
 
@@ -40,11 +40,12 @@ _PROMPT_SETS = (
     *("harmful_heldout", "harmless_heldout", "over_refusal"),
 )
 
-# Settings of a configuration file that may name files beside it.
+# Settings of a configuration file that may name files beside it; lists of scorers do so by a class in a file.
+_NAMING_CLASSES = (*SETTINGS_NAMING_SCORERS, "evaluation.heldout_scorers")
 _NAMING_FILES = (
     *(f"prompts.{name}" for name in _PROMPT_SETS),
     *("directions.protect", "evaluation.markers", "load.chat_template"),
-    *(*SETTINGS_NAMING_SCORERS, "evaluation.heldout_scorers"),
+    *_NAMING_CLASSES,
 )
 
 
@@ -211,18 +212,23 @@ def _beside(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     They win over files of the working directory, so a file with its prompts can be used from anywhere.
     """
     found = dict(values)
-    for section, name in (setting.split(".") for setting in _NAMING_FILES):
+    for setting in _NAMING_FILES:
+        section, name = setting.split(".")
         options = found.get(section)
         if isinstance(options, Mapping) and name in options:
-            given = options[name]
-            own = [_in_folder(entry, folder) for entry in given] if isinstance(given, list) else _in_folder(given, folder)
-            found[section] = {**options, name: own}
+            given, classes = options[name], setting in _NAMING_CLASSES
+            several = given if isinstance(given, list) else [given]
+            own = [_in_folder(entry, folder, classes=classes) for entry in several]
+            found[section] = {**options, name: own if isinstance(given, list) else own[0]}
     return found
 
 
-def _in_folder(text: Any, folder: Path) -> Any:
-    """The absolute path of a file in `folder`, also where a column or a class follows; anything else as it is given."""
-    if not isinstance(text, str) or not text or text in schema.CAPABILITIES:
+def _in_folder(text: Any, folder: Path, *, classes: bool) -> Any:
+    """The absolute path of a file in `folder`, also where a column or a class follows; anything else as it is given.
+
+    With `classes`, a name without a class is a built-in's, and never that of a file.
+    """
+    if not isinstance(text, str) or not text or text in schema.CAPABILITIES or (classes and not is_custom(text)):
         return text
     place = str(folder / text)
     there = place if os.path.isfile(place) else split_existing(place)[0]

@@ -259,7 +259,14 @@ def test_a_configuration_files_paths_are_those_beside_it_from_any_directory(
     own, here = tmp_path / "own", tmp_path / "here"
     (own / "sets").mkdir(parents=True)
     here.mkdir()
-    for place in (own / "sets" / "show.txt", own / "table.csv", own / "length.py", own / "arithmetic", here / "plain.txt"):
+    for place in (
+        own / "sets" / "show.txt",
+        own / "table.csv",
+        own / "length.py",
+        own / "arithmetic",
+        own / "kl",
+        here / "plain.txt",
+    ):
         place.write_text("goal\nDo it.\n", encoding="utf-8")
     (here / "table.csv").write_text("another file of that name\n", encoding="utf-8")
     config = write(
@@ -277,7 +284,7 @@ def test_a_configuration_files_paths_are_those_beside_it_from_any_directory(
     assert loaded.prompts.harmful_eval == f"{own}/table.csv:goal"
     assert loaded.prompts.harmless_eval == "mlabonne/harmless_alpaca:test[:100]:text"
     assert loaded.search.objectives == ("kl", f"{own}/length.py:Length:maximize")
-    assert loaded.directions.protect == ("arithmetic", show)  # a built-in name isn't a file
+    assert loaded.directions.protect == ("arithmetic", show)  # a built-in name isn't a file, as "kl" above
     over = load_settings(config, {"prompts": {"harmful": "table.csv"}})
     assert over.prompts.harmful == str(here / "table.csv")  # the command line's paths are the working directory's
 
