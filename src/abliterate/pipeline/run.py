@@ -155,9 +155,7 @@ class _Run:
             stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
             write_atomically(directory.settings, dump_settings(context.settings))
-            directions = self._find_directions(bench)  # 3 and 4
-            if bench.prior:
-                study.begin(prior=bench.prior)
+            directions = self._find_directions(bench, study)  # 3 and 4
             bench.prepare(directions)
             baseline = stages.baseline(bench)  # 5
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
@@ -216,15 +214,16 @@ class _Run:
         study.fail_interrupted()
         return study
 
-    def _find_directions(self, bench: Workbench) -> Directions:
-        """Residuals and directions, with what the report shows of them."""
+    def _find_directions(self, bench: Workbench, study: Study) -> Directions:
+        """Residuals and directions, with what the report shows of them, and the layer prior if a new study needs it."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
         directions = stages.with_inputs(bench, stages.directions(context, residuals))
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
-        bench.prior = stages.layer_prior(context, residuals)
+        if not study.has("prior") and (prior := stages.layer_prior(context, residuals)):
+            study.begin(prior=prior)
         return directions
 
     def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:

@@ -35,7 +35,7 @@ from abliterate.directions import (
     summarize_residuals,
     winsorize,
 )
-from abliterate.directions.geometry import Sample, all_layers
+from abliterate.directions.geometry import Sample, silhouettes
 from abliterate.directions.inputs import from_tensors, to_tensors
 from abliterate.directions.protected import capability_directions, protect
 from abliterate.edits import edit_method, is_learned, needs_inputs
@@ -55,7 +55,10 @@ from abliterate.prompts.capabilities import PLAIN
 from abliterate.prompts.files import public_source
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.base import asks_base
+from abliterate.scorers.refusals import read_markers
 from abliterate.search.pruner import DominancePruner
+from abliterate.settings.schema import Settings
+from abliterate.settings.sources import config_path
 from abliterate.types import MOST_DIRECTIONS, Baseline, Objective, Params, Prompt, Trial
 
 FORMAT = "1"  # of directions.safetensors
@@ -143,8 +146,8 @@ def layer_prior(context: Context, residuals: Residuals) -> tuple[float, ...]:
     points = [residuals.samples[name].residuals() for name in ("harmful", "harmless")]
     assert points[0] is not None
     assert points[1] is not None
-    layers = all_layers(winsorize(points[0], quantile), winsorize(points[1], quantile), context.check)
-    return tuple(separation.silhouette or 0.0 for separation, _ in layers[1:])  # index 0 is the embedding
+    found = silhouettes(winsorize(points[0], quantile), winsorize(points[1], quantile), context.check)
+    return tuple(value or 0.0 for value in found[1:])  # index 0 is the embedding
 
 
 def _needs_silhouettes(context: Context) -> bool:
@@ -290,7 +293,7 @@ def baseline(bench: Workbench) -> Baseline:
                 "response.prefix that closes it)."
             )
         refuses = f"the model refuses {measured.refusals} of {measured.prompts} harmful prompts"
-        if context.settings.evaluation.markers:  # which may tell another behaviour
+        if own_markers(context.settings):
             refuses = f"{measured.refusals} of {measured.prompts} answers to harmful prompts have a marker"
         if kinds is None:
             context.reporter.note(refuses, refusals=measured.refusals)
@@ -298,8 +301,17 @@ def baseline(bench: Workbench) -> Baseline:
             text, unanswered = f"{refuses}, {kinds['count']} are left unanswered", kinds["count"]
             context.reporter.note(text, refusals=measured.refusals, unanswered=unanswered)
     if measured.refusals == 0 and FEWER & set(bench.objectives):
-        raise AbliterateError(_nothing_to_remove(context.settings.evaluation.markers, measured.prompts))
+        raise AbliterateError(_nothing_to_remove(own_markers(context.settings), measured.prompts))
     return measured
+
+
+def own_markers(settings: Settings) -> str:
+    """The file of markers that a person gave, which may tell another behaviour than refusal; empty if there is none.
+
+    A worker has a copy of the run's markers in any case, so a file that says what the default says is none.
+    """
+    given, default = settings.evaluation.markers, config_path("markers.txt")
+    return given if given and read_markers(Path(given)) != read_markers(default) else ""
 
 
 def _nothing_to_remove(markers: str, prompts: int) -> str:

@@ -18,6 +18,7 @@ from abliterate.directions.geometry import (
     probe_accuracy,
     rounded,
     silhouette,
+    silhouettes,
 )
 
 
@@ -134,6 +135,13 @@ def test_a_sample_is_the_same_however_residuals_come(total: int, most: int, cut:
         return
     assert torch.equal(one, other)
     assert len(one) == min(total, most)
+
+
+def test_silhouettes_are_those_of_all_layers() -> None:
+    first, second = (torch.stack([one, torch.ones_like(one), 2 * one.flip(1)], dim=1) for one in clouds())
+    found = silhouettes(first, second)
+    assert found == [separation.silhouette for separation, _ in all_layers(first, second)]
+    assert found[1] is None
 
 
 def test_all_layers_asks_between_layers() -> None:

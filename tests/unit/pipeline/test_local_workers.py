@@ -1,12 +1,17 @@
-"""The devices of `--gpus`: as many as there are, and the number that there is in the sentence where there are fewer."""
+"""The devices of `--gpus`: as many as there are, and their number where there are fewer; what workers say of the markers."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 
 from abliterate.errors import InputError
 from abliterate.pipeline.local_workers import devices_of
+from abliterate.pipeline.stages import own_markers
+from abliterate.settings.presets import config_path
+from abliterate.settings.schema import Settings
 
 
 @pytest.mark.parametrize(("there", "said"), [(1, "1 device of type cuda, not 3; give --gpus 1"), (2, "2 devices of type cuda")])
@@ -26,3 +31,11 @@ def test_a_cpu_is_shared_only_if_it_is_named() -> None:
     assert devices_of(3, torch.device("cpu"), "cpu") == ["cpu", "cpu"]
     with pytest.raises(InputError, match=r"no GPU that torch can use, so --gpus 3 finds none; .* --device cpu"):
         devices_of(3, torch.device("cpu"), "auto")
+
+
+def test_a_workers_copy_of_the_default_markers_tells_refusals(tmp_path: Path) -> None:
+    copy, other = tmp_path / "copy.txt", tmp_path / "other.txt"
+    copy.write_bytes(config_path("markers.txt").read_bytes())
+    other.write_text("great question\n", encoding="utf-8")
+    found = [own_markers(Settings(evaluation={"markers": name})) for name in ("", str(copy), str(other))]  # type: ignore[arg-type]
+    assert found == ["", "", str(other)]
