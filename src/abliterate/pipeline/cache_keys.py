@@ -24,7 +24,7 @@ from abliterate.model.devices import device_name
 from abliterate.model.loader import LoadedModel
 from abliterate.model.memory import total_memory
 from abliterate.objectives import ASKING, BY_MARKERS, DEFAULT, is_custom
-from abliterate.pipeline.from_settings import chat_of
+from abliterate.pipeline.from_settings import chat_of, direction_count
 from abliterate.prompts.files import digest
 from abliterate.scorers import SCORERS
 from abliterate.scorers.endpoint import MODEL
@@ -39,6 +39,8 @@ PromptLists = Sequence[Sequence[Prompt]]
 FORMAT = 1
 # Settings of the search that the first versions lacked.
 _LATER = ("kernel", "sampler", "startup", "prior")
+# Settings that choose the matrices to edit.
+_CHOOSING = ("components", "readers")
 # The names of two parts of a study's identity.
 TOKENIZER_PART = "tokenizer"
 OBJECTIVES_PART, SCORERS_PART = "set or order of objectives", "set of scorers or markers"
@@ -72,12 +74,17 @@ def inputs_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, pro
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
     """Everything that batch sizes depend on; `lengths`: numbers and tokens of prompts and responses."""
     efficiency, device = settings.efficiency, loaded.device
-    return model_key(settings, loaded) | {
+    key = model_key(settings, loaded) | {
         "lengths": {name: list(numbers) for name, numbers in lengths.items()},
         "limits": [settings.evaluation.max_batch_size, efficiency.max_kept_mb],
         "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
         "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
     }
+    # What is kept between trials takes memory for each edited matrix and direction.
+    kept = {name: value for name, value in _given(settings.load, *_CHOOSING).items() if name in _CHOOSING}
+    if (count := direction_count(settings)) > 1:
+        kept["directions"] = count
+    return key | {"kept": kept} if kept else key
 
 
 def prefix_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from abliterate.pipeline.cache_keys import (
     OBJECTIVES_PART,
     SCORERS_PART,
     baseline_key,
+    batch_sizes_key,
     means_key,
     prefix_key,
     residuals_key,
@@ -60,6 +61,19 @@ def test_keys_know_how_the_model_generates(name: str, loaded: LoadedModel, monke
     first = KEYS[name](Settings(), loaded, chat(), OTHERS)
     monkeypatch.setattr(loaded.model.generation_config, "repetition_penalty", 1.3)
     assert KEYS[name](Settings(), loaded, chat(), OTHERS) != first
+
+
+def test_batch_sizes_know_what_is_kept_between_trials(loaded: LoadedModel) -> None:
+    def key(**sections: Any) -> dict[str, Any]:
+        return batch_sizes_key(Settings(**sections), loaded, {"decode": (3, 9, 20)})
+
+    several = {"method": "kmeans", "count": 2}
+    found = [
+        *(key(), key(directions=several), key(directions={**several, "count": 3})),
+        *(key(load={"readers": True}), key(load={"components": {"attn": "o_proj"}})),
+    ]
+    assert all(one not in found[:place] for place, one in enumerate(found))
+    assert "kept" not in found[0], "so sizes that were found before are found again"
 
 
 def test_a_yardstick_of_another_definition_is_no_use(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
