@@ -550,6 +550,9 @@ def test_protected_capabilities_of_a_recipe_are_built_in_or_given_here(
         settings_of(recipe("code", "poems.txt"), own, "")
     here = tmp_path / "mine.txt"
     here.write_text("Write a poem.\n", encoding="utf-8")
+    monkeypatch.setenv("ABLITERATE_DIRECTIONS__PROTECT", f'["{here}"]')
+    with pytest.raises(InputError, match=r"all 2 sets.*, not 1\."):
+        settings_of(recipe("code", "poems.txt"), own, "")
     monkeypatch.setenv("ABLITERATE_DIRECTIONS__PROTECT", f'["code", "{here}"]')
     assert settings_of(recipe("code", "poems.txt"), own, "").directions.protect == ("code", str(here))
     assert settings_of(recipe("style"), own, "").directions.protect == ("style",)

@@ -162,10 +162,10 @@ def _protected(recipe: Recipe, base: Settings) -> list[str]:
     given = list(base.directions.protect)
     named = [str(entry) for entry in stated] if isinstance(stated, list) else []
     own = [entry for entry in named if entry not in CAPABILITIES and not _is_dataset(entry)]
-    if own and not given:
+    if own and len(given) != len(named):
         raise InputError(
             f"The recipe protects capabilities by prompt files of its author ({', '.join(own)}); give all {len(named)} sets in "
-            "the environment variable ABLITERATE_DIRECTIONS__PROTECT, as a JSON list."
+            f"the environment variable ABLITERATE_DIRECTIONS__PROTECT, as a JSON list{f', not {len(given)}' if given else ''}."
         )
     return given if own else named
 
