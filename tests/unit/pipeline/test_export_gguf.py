@@ -173,7 +173,7 @@ def test_k_quants_are_read_and_written_as_q8_0(tmp_path: Path) -> None:
         writer.add_tensor("blk.1.ffn_down.weight", packed, raw_dtype=kind)
 
     made = Made.__new__(Made)
-    made.model, made.recorder, made.out = model, Recorder(), tmp_path / "out.gguf"
+    made.model, made.count, made.recorder, made.out = model, 1, Recorder(), tmp_path / "out.gguf"
     made.settings, made.directory = make_run(tmp_path, save_model(model, tmp_path / "base"))
     made.base = write_gguf(model, tmp_path / "base.gguf", "F16", change)
     made.export()
