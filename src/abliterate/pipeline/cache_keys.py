@@ -80,8 +80,10 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
         "tuning": [efficiency.use_binary_search_batch_tuning, efficiency.use_global_warmup, efficiency.use_amp_for_residuals],
         "machine": [device_name(device), total_memory(device), torch.get_num_threads()],
     }
-    # What is kept between trials takes memory for each edited matrix and direction.
+    # What is kept between trials takes memory for each edited matrix and direction, as much as the edit mode needs.
     kept = {name: value for name, value in _given(settings.load, *_CHOOSING).items() if name in _CHOOSING}
+    needed = ("mode", "capture_prompts")
+    kept |= {name: value for name, value in _given(settings.edit, *needed).items() if name in needed}
     if (count := direction_count(settings)) > 1:
         kept["directions"] = count
     return key | {"kept": kept} if kept else key

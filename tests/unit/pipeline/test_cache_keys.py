@@ -71,6 +71,7 @@ def test_batch_sizes_know_what_is_kept_between_trials(loaded: LoadedModel) -> No
     found = [
         *(key(), key(directions=several), key(directions={**several, "count": 3})),
         *(key(load={"readers": True}), key(load={"components": {"attn": "o_proj"}})),
+        *(key(edit={"mode": "columns"}), key(edit={"mode": "arbitrary-rank"}), key(edit={"capture_prompts": 9})),
     ]
     assert all(one not in found[:place] for place, one in enumerate(found))
     assert "kept" not in found[0], "so sizes that were found before are found again"
