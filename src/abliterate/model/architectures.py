@@ -238,11 +238,16 @@ def _row_of(model_type: str) -> Architecture | None:
 
 
 def known_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture | None:
-    """The row of `model_type`, or one made from the settings `load.decoder_layers` and `load.components`; None without both."""
+    """The row of `model_type`, or one made from `load.components` and the layers of `load.decoder_layers` or of that row.
+
+    None if the family has no row and the settings don't name both.
+    """
+    row = _row_of(model_type)
+    layers = layers or (row.layers if row else "")
     if layers and components:
         named = {component: tuple(path.split("|")) for component, path in components.items()}
         return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
-    return _row_of(model_type)
+    return row
 
 
 def separated(model: nn.Module, architecture: Architecture) -> Architecture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from abliterate.errors import InputError
-from abliterate.model.architectures import ARCHITECTURES, check_asked, find_targets, kind_names
+from abliterate.model.architectures import ARCHITECTURES, check_asked, find_targets, kind_names, known_architecture
 from abliterate.model.loader import architecture_of
 from abliterate.pipeline.preflight import check_components
 from abliterate.search.space import Space
@@ -80,3 +80,11 @@ def test_ranges_of_kinds_are_known_where_kinds_are_separate() -> None:
     with pytest.raises(InputError, match=r"'mlp\.down_proj\.shared', which is no component"):
         check_components(Settings.model_validate({"model": "demo", "search": ranges}))
     assert f"{MLP}.experts" in kind_names(ARCHITECTURES["deepseek"])
+
+
+def test_named_components_alone_take_the_familys_layers() -> None:
+    """Many sentences advise to leave modules out with load.components; the layers of a known family needn't be named."""
+    found = known_architecture("llama", "", {"attn.o_proj": "self_attn.o_proj"})
+    assert found is not None
+    assert (found.layers, dict(found.components)) == ("model.layers", {"attn.o_proj": ("self_attn.o_proj",)})
+    assert known_architecture("no-such-family", "", {"attn.o_proj": "self_attn.o_proj"}) is None
