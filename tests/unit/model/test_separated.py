@@ -84,7 +84,8 @@ def test_ranges_of_kinds_are_known_where_kinds_are_separate() -> None:
 
 def test_named_components_alone_take_the_familys_layers() -> None:
     """Many sentences advise to leave modules out with load.components; the layers of a known family needn't be named."""
-    found = known_architecture("llama", "", {"attn.o_proj": "self_attn.o_proj"})
+    row, found = known_architecture("llama"), known_architecture("llama", "", {"attn.o_proj": "self_attn.o_proj"})
+    assert row is not None
     assert found is not None
-    assert (found.layers, dict(found.components)) == ("model.layers", {"attn.o_proj": ("self_attn.o_proj",)})
+    assert (found.layers, dict(found.components)) == (row.layers, {"attn.o_proj": ("self_attn.o_proj",)})
     assert known_architecture("no-such-family", "", {"attn.o_proj": "self_attn.o_proj"}) is None
