@@ -197,8 +197,8 @@ def point(trial: Trial) -> dict[str, Any]:
     record = {
         "number": trial.number,
         "state": trial.state,
-        "kl": trial.kl,
-        "refusals": trial.refusals,
+        "kl": trial.kl if "kl" in trial.scores else None,  # a trial that failed has no scores
+        "refusals": trial.scores.get("refusals"),
         "unanswered": unanswered,
     }
     facts = getattr(trial.params, "facts", {})

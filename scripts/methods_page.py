@@ -49,8 +49,8 @@ def method(line: Line) -> str:
 
 
 def without_points(line: Line) -> Line:
-    """The line without its single trials and intervals, which this page doesn't show."""
-    return {name: value for name, value in line.items() if name not in ("points", "selected")}
+    """The line without its single trials, which this page doesn't show, and without the cache's place."""
+    return {name: value for name, value in line.items() if name not in ("points", "selected")} | {"set": assigned(line)}
 
 
 def row(name: str, lines: Sequence[Line]) -> str:
