@@ -1,6 +1,7 @@
 """The frozen values that stages pass to each other, and the `Reporter` protocol through which they report.
 
-It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1.
+It must not import torch. Decoder layers are numbered from 0 to `n_layers` − 1. It is longer than other modules because each
+value also reads and checks its JSON form, and because units of any rank may import these values.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The report's plots as Vega-Lite specifications.
 
 Foreign text (prompts, reasons, names of scorers and components) is data here, never an expression or a field's name. Colours
-keep their contrast on white and on black and are told apart without colour vision; texts take the page's colour.
+keep their contrast on white and on black and are told apart without colour vision; texts take the page's colour. The module is
+long because most of it is specifications, one for each plot.
 """
 
 from __future__ import annotations
