@@ -17,15 +17,16 @@ from support.models import make_params
 MIDDLE = {name: wanted.middle for name, wanted in METHODS["arbitrary-rank"].parameters.items()}  # type: ignore[attr-defined]
 
 
-def random_inputs(loaded: LoadedModel, n: int = 5) -> dict[str, ModuleInputs]:
-    """Inputs of every module to edit."""
+def random_inputs(loaded: LoadedModel, n: int = 5, along: int = 0) -> dict[str, ModuleInputs]:
+    """Inputs of every module to edit, of so many prompts of each set, and at so many tokens of answers."""
     generator = torch.Generator().manual_seed(0)
 
-    def rows(width: int) -> Tensor:
-        return torch.randn(n, width, generator=generator)
+    def rows(count: int, width: int) -> Tensor:
+        return torch.randn(count, width, generator=generator)
 
     widths = {target.name: in_features(target.module) for target in loaded.targets}
-    return {name: ModuleInputs(rows(width), rows(width)) for name, width in widths.items()}
+    sets = (n, n, along) if along else (n, n)
+    return {name: ModuleInputs(*(rows(count, width) for count in sets)) for name, width in widths.items()}
 
 
 def params_of(mode: str) -> TrialParams:

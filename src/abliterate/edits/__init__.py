@@ -17,6 +17,7 @@ from abliterate.edits.base import (
     Prepared,
     blended,
     is_learned,
+    needs_answers,
     needs_inputs,
     one_direction_only,
     prepare,
@@ -24,6 +25,7 @@ from abliterate.edits.base import (
 from abliterate.edits.columns import ColumnPreserving
 from abliterate.edits.full import NormPreserving
 from abliterate.edits.key_conditional import KeyConditional
+from abliterate.edits.least_squares import LeastSquares
 from abliterate.edits.none import PlainAblation
 from abliterate.edits.pre import PreNormalized
 from abliterate.edits.svd import SvdMemo, seed_of, svd_key, truncated_svd
@@ -33,7 +35,7 @@ from abliterate.types import Range
 
 _BUILT_IN = (
     *(NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving()),
-    *(KeyConditional(), ArbitraryRank()),
+    *(KeyConditional(), LeastSquares(), ArbitraryRank()),
 )
 METHODS: Registry[EditMethod] = Registry(
     "edits",
@@ -182,6 +184,7 @@ __all__ = [
     "is_learned",
     "is_low_rank",
     "is_refinable",
+    "needs_answers",
     "needs_inputs",
     "parameters_of",
     "prepare",

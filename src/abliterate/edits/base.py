@@ -150,7 +150,7 @@ class EditMethod(Protocol):
       edits isn't refined, because a gradient learns strengths and directions alone;
     - `coeffs`, (low, high): the range of the largest coeff, where the settings don't give another than the default;
     - `needs` = "inputs": the edit is computed from the inputs of each module, so `of` gives a method for each. Such an edit has
-      no `row_scale` and no `column_scale`;
+      no `row_scale` and no `column_scale`. With "answers", from inputs along answers, too;
     - `learned` = True: ΔW is the result of an optimization. It has no definition by rows, so exports are compared with its
       factors, and no gradient in coeffs and directions, so the front isn't refined;
     - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W;
@@ -231,7 +231,12 @@ def is_learned(method: EditMethod) -> bool:
 
 def needs_inputs(method: EditMethod) -> bool:
     """Whether a method computes edits from the inputs of modules."""
-    return getattr(method, "needs", "") == "inputs"
+    return getattr(method, "needs", "") in ("inputs", "answers")
+
+
+def needs_answers(method: EditMethod) -> bool:
+    """Whether these are inputs along answers, too."""
+    return getattr(method, "needs", "") == "answers"
 
 
 def prepare(method: EditMethod, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:

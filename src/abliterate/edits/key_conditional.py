@@ -36,7 +36,7 @@ class Keys:
     @staticmethod
     def of(inputs: ModuleInputs) -> Keys | None:
         """The keys in a module's inputs; None if next to nothing of them lies outside the span of the harmless inputs."""
-        harmful, harmless = inputs.harmful.double(), inputs.harmless.double()
+        harmful, harmless = inputs.harmful.double(), inputs.kept.double()
         # Of narrow modules at most half of the space, because nothing would be left outside of it.
         basis = row_basis(harmless, min(BASIS, inputs.d_in // 2))
         outside = _without(basis, harmful.T)
@@ -54,15 +54,19 @@ class KeyConditional(PlainAblation):
     """Rank 1 for each direction, as plain ablation, with K C between W and the input."""
 
     name = "key-conditional"
-    needs = "inputs"
+    needs = "answers"
     coeffs = (1.0, 8.0)
 
     def __init__(self, keys: Keys | None = None) -> None:
         self._keys = keys
 
     def of(self, inputs: ModuleInputs) -> KeyConditional | None:
-        keys = Keys.of(inputs)
-        return None if keys is None else KeyConditional(keys)
+        keys = self.keys_in(inputs)
+        return None if keys is None else type(self)(keys)
+
+    def keys_in(self, inputs: ModuleInputs) -> Keys | None:
+        """What the edit of a module that has these inputs is computed with; None if they allow no edit."""
+        return Keys.of(inputs)
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """`a` = DWKC."""

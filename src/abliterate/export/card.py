@@ -235,6 +235,10 @@ _KEYS = """ The removal
 acts on what is special about the inputs of these matrices on harmful prompts; what they do to inputs in the span of those on
 harmless prompts is left as it was."""
 
+_WEIGHED = """ The removal
+acts on what is special about the inputs of these matrices on harmful prompts: in least squares, it leaves what they do to
+inputs on harmless prompts and along the answers to them as it was."""
+
 _MOVED = """\
 arbitrary-rank ablation: matrices that write to the residual stream
 were changed so that they treat {separated} alike."""
@@ -336,7 +340,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         "direction": "the direction" if count == 1 else f"the {count} directions of each layer",
         "was": "was" if count == 1 else "were",
         "readers": _READERS if facts.get("readers") else "",
-        "kept": _KEYS if facts["mode"] == "key-conditional" else "",
+        "kept": {"key-conditional": _KEYS, "least-squares": _WEIGHED}.get(facts["mode"], ""),
     }
     texts = wording | {
         "done": (_MOVED if learned else _ABLATED).format(**wording),

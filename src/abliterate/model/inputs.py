@@ -1,24 +1,23 @@
-"""Captures the inputs of the modules to edit at the last position of prompts, of all modules in one pass for each batch."""
+"""Captures the inputs of the modules to edit at the end of prompts or along answers, of all modules in one pass a batch."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model.architectures import Target
-from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.experts import is_fused
 from abliterate.model.residuals import in_batches, prefill_kwargs
 from abliterate.model.sharding import Columns, columns_of
 from abliterate.model.weights import in_features
-from abliterate.types import Prompt
 
 
 def refuse_uncaptured(targets: Sequence[Target], mode: str) -> None:
@@ -31,39 +30,61 @@ def refuse_uncaptured(targets: Sequence[Target], mode: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Text:
+    """The ids of a prompt, and of the beginning of an answer to it."""
+
+    prompt: Sequence[int]
+    answer: Sequence[int] = ()
+
+
 def capture_inputs(
     model: PreTrainedModel,
     targets: Sequence[Target],
-    chat: PromptEncoder,
-    prompts: Sequence[Prompt],
+    texts: Sequence[Text],
     *,
     batch_size: int,
+    device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
-    """{module: its inputs (n_prompts, d_in) float32 on the CPU} of the base model, at the last position of each prompt.
+    """{module: its inputs (n, d_in) float32 on the CPU} of the base model.
 
-    The batch size is halved when the device runs out of memory.
+    They are those at the tokens of the answers, n of all together, or at the last position of prompts without an answer. The
+    batch size is halved when the device runs out of memory.
 
     Raises:
         InputError: a module isn't called, or not with a row for each position of each prompt (routed experts).
         AbliterateError: an input isn't finite, or a single prompt doesn't fit.
     """
-    batches = list(in_batches(partial(_of_batch, model, targets, chat), prompts, batch_size, chat.device, progress))
+    batches = list(in_batches(partial(_of_batch, model, targets, device), texts, batch_size, device, progress))
     return {target.name: torch.cat([batch[target.name] for batch in batches]) for target in targets}
 
 
-@torch.no_grad()
 def _of_batch(
-    model: PreTrainedModel, targets: Sequence[Target], chat: PromptEncoder, prompts: Sequence[Prompt]
+    model: PreTrainedModel, targets: Sequence[Target], device: torch.device, texts: Sequence[Text]
 ) -> dict[str, Tensor]:
-    """The inputs of one pass, {module: (batch, d_in) float32 on the CPU}."""
-    batch = chat.encode(prompts)
+    """The inputs of one pass, {module: (n, d_in) float32 on the CPU}."""
+    wholes, lengths = [[*text.prompt, *text.answer] for text in texts], [len(text.answer) or 1 for text in texts]
+    width = max(map(len, wholes))
+    # Pads are on the left, and carry the text's own first token, as in `PromptEncoder.encode`.
+    ids = [[whole[0]] * (width - len(whole)) + whole for whole in wholes]
+    mask = [[0] * (width - len(whole)) + [1] * len(whole) for whole in wholes]
+    batch = BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}).to(device)
+    found = _of_pass(model, targets, batch, max(lengths))
+    rows = {name: zip(inputs, lengths, strict=True) for name, inputs in found.items()}
+    return {name: torch.cat([row[len(row) - length :] for row, length in own]) for name, own in rows.items()}
+
+
+@torch.no_grad()
+def _of_pass(model: PreTrainedModel, targets: Sequence[Target], batch: BatchEncoding, last: int) -> dict[str, Tensor]:
+    """The inputs of one pass at its `last` positions, {module: (batch, last, d_in) float32 on the CPU}."""
     found: dict[str, Tensor] = {}
-    with _captured(targets, tuple(batch["input_ids"].shape), found):
+    shape = tuple(batch["input_ids"].shape)
+    with _captured(targets, shape, found, last):
         model(**prefill_kwargs(model, batch))
     for target in targets:
         rows = found.get(target.name)
-        if rows is None or rows.shape != (len(prompts), in_features(target.module)):
+        if rows is None or rows.shape != (shape[0], last, in_features(target.module)):
             raise InputError(
                 f"The inputs of {target.name} can't be captured, because it isn't called once with every position of every "
                 "prompt; choose an --set edit.mode that needs none, or leave it out of the modules to edit with "
@@ -77,14 +98,14 @@ def _of_batch(
 
 
 @contextlib.contextmanager
-def _captured(targets: Sequence[Target], shape: tuple[int, ...], found: dict[str, Tensor]) -> Iterator[None]:
-    """While active, a pass over tokens of this shape (batch, T) fills `found`."""
+def _captured(targets: Sequence[Target], shape: tuple[int, ...], found: dict[str, Tensor], last: int) -> Iterator[None]:
+    """While active, a pass over tokens of this shape (batch, T) fills `found` with its `last` positions."""
 
     def hook(name: str, columns: Columns | None) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
             if x.shape[:-1] == shape:
-                found[name] = _whole(x[:, -1].float(), columns).cpu()
+                found[name] = _whole(x[:, -last:].float(), columns).cpu()
 
         return enter
 
@@ -100,7 +121,7 @@ def _captured(targets: Sequence[Target], shape: tuple[int, ...], found: dict[str
 
 
 def _whole(x: Tensor, columns: Columns | None) -> Tensor:
-    """The whole input (batch, d_in), of which a sharded module's rank has its columns."""
+    """The whole input (batch, last, d_in), of which a sharded module's rank has its columns."""
     if columns is None or x.shape[-1] == columns.total:
         return x
     total = x.new_zeros((*x.shape[:-1], columns.total))

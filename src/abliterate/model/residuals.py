@@ -23,6 +23,7 @@ from abliterate.types import Prompt
 
 # Feeds prompts to the model, so that the last position of its last pass is each prompt's last token.
 Feed = Callable[[Sequence[Prompt]], object]
+Item = TypeVar("Item")
 Captured = TypeVar("Captured")
 
 
@@ -120,8 +121,8 @@ def stream_residuals(
 
 
 def in_batches(
-    once: Callable[[Sequence[Prompt]], Captured],
-    prompts: Sequence[Prompt],
+    once: Callable[[Sequence[Item]], Captured],
+    prompts: Sequence[Item],
     batch_size: int,
     device: torch.device,
     progress: Callable[[int, int], None],

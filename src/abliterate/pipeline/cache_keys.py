@@ -61,14 +61,21 @@ def means_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prom
     return residuals_key(settings, loaded, chat, prompts) | statistics
 
 
-def inputs_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Everything that the inputs of the modules to edit depend on."""
+def inputs_key(
+    settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt], tokens: int = 0
+) -> dict[str, Any]:
+    """Everything that the inputs of the modules to edit depend on, those along `tokens` tokens of answers, if not 0."""
     modules = [target.name for target in loaded.targets]
-    return model_key(settings, loaded) | {
-        "inputs_of": modules,
-        "response_prefix": chat.response_prefix,
-        "prompts": chat.digest(prompts),
-    }
+    answers = yardstick_key(settings, loaded, chat, prompts) | {"tokens": tokens} if tokens else {}
+    return (
+        model_key(settings, loaded)
+        | answers
+        | {
+            "inputs_of": modules,
+            "response_prefix": chat.response_prefix,
+            "prompts": chat.digest(prompts),
+        }
+    )
 
 
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -82,7 +89,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     }
     # What is kept between trials takes memory for each edited matrix and direction, as much as the edit mode needs.
     kept = {name: value for name, value in _given(settings.load, *_CHOOSING).items() if name in _CHOOSING}
-    needed = ("mode", "capture_prompts")
+    needed = ("mode", "capture_prompts", "capture_tokens")
     kept |= {name: value for name, value in _given(settings.edit, *needed).items() if name in needed}
     if (count := direction_count(settings)) > 1:
         kept["directions"] = count
@@ -169,7 +176,7 @@ def study_identity(
         "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": _method(settings.directions) | directions.METHODS.origin(settings.directions.method),
-        "edit mode": _given(settings.edit, "capture_prompts") | edits.METHODS.origin(settings.edit.mode),
+        "edit mode": _given(settings.edit, "capture_prompts", "capture_tokens") | edits.METHODS.origin(settings.edit.mode),
         "search space": [space, search.ei_candidates, *([later] if later else [])],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),

@@ -36,14 +36,14 @@ from abliterate.directions import (
     winsorize,
 )
 from abliterate.directions.geometry import Sample, silhouettes
-from abliterate.directions.inputs import from_tensors, to_tensors
+from abliterate.directions.inputs import MOST_ROWS, from_tensors, to_tensors
 from abliterate.directions.protected import capability_directions, protect
-from abliterate.edits import edit_method, is_learned, needs_inputs
+from abliterate.edits import edit_method, is_learned, needs_answers, needs_inputs
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
-from abliterate.model.inputs import capture_inputs
+from abliterate.model.inputs import Text, capture_inputs
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.readers import with_gains
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
@@ -163,15 +163,15 @@ def with_inputs(bench: Workbench, directions: Directions) -> Directions:
     directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
     if not needs_inputs(edit_method(context.settings.edit.mode)):
         return directions
-    most = context.settings.edit.capture_prompts
-    sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
-    with context.stage("module inputs", f"{len(sets['harmful'])} + {len(sets['harmless'])} prompts"), bench.base():
-        found = {name: _inputs(bench, name, chosen) for name, chosen in sets.items()}
-        inputs = {
-            target.name: ModuleInputs(found["harmful"][target.name], found["harmless"][target.name])
-            for target in bench.loaded.targets
-        }
-    return replace(directions, inputs=inputs)
+    method, edit = edit_method(context.settings.edit.mode), context.settings.edit
+    harmful, harmless = (_spread(own, edit.capture_prompts) for own in (prompts.harmful, prompts.harmless))
+    tokens = edit.capture_tokens if needs_answers(method) else 0
+    with context.stage("module inputs", f"{len(harmful)} + {len(harmless)} prompts"), bench.base():
+        sets = [_inputs(bench, "harmful", harmful), _inputs(bench, "harmless", harmless)]
+        if tokens:
+            sets.append(_inputs(bench, "harmless", _spread(harmless, MOST_ROWS // tokens), tokens))
+    names = [target.name for target in bench.loaded.targets]
+    return replace(directions, inputs={name: ModuleInputs(*(found[name] for found in sets)) for name in names})
 
 
 def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
@@ -180,22 +180,30 @@ def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
     return tuple(prompts[place * len(prompts) // count] for place in range(count))
 
 
-def _inputs(bench: Workbench, name: str, prompts: Sequence[Prompt]) -> Mapping[str, Tensor]:
-    """{module: its inputs (n_prompts, d_in)} on one set."""
+def _inputs(bench: Workbench, name: str, prompts: Sequence[Prompt], tokens: int = 0) -> Mapping[str, Tensor]:
+    """{module: its inputs (n, d_in)} at the end of the prompts of a set, or along so many tokens of the answers to them."""
     context, loaded = bench.context, bench.loaded
-    key = inputs_key(context.settings, loaded, bench.chat, prompts)
+    key, where = inputs_key(context.settings, loaded, bench.chat, prompts, tokens), f"{name} prompts"
+    if tokens:
+        where = f"answers to {where}"
     stored = context.store.get("inputs", key)
     if stored is not None:
-        context.reporter.note(f"module inputs on {name} prompts come from the cache", set=name, cached=True)
+        context.reporter.note(f"module inputs on {where} come from the cache", set=name, cached=True)
         return stored
 
     def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, f"{name} prompts")
+        context.reporter.progress(done, total, where)
         context.check()
 
+    texts = [Text(bench.chat.token_ids(prompt)) for prompt in prompts]
+    if tokens:
+        responses = bench.plain.respond(prompts, length=tokens)
+        assert responses is not None  # only a limit can stop it
+        # An answer that ends at once still has the token that ended it.
+        texts = [replace(text, answer=response.ids) for text, response in zip(texts, responses, strict=True) if response.ids]
     size = affordable(bench.sizes.residuals, bench.sizes.row_bytes[0], loaded.device)
-    captured = capture_inputs(loaded.model, loaded.targets, bench.chat, prompts, batch_size=size, progress=progress)
-    context.store.put("inputs", key, captured, f"{loaded.info.id}: inputs on {len(prompts)} {name} prompts")
+    captured = capture_inputs(loaded.model, loaded.targets, texts, batch_size=size, device=loaded.device, progress=progress)
+    context.store.put("inputs", key, captured, f"{loaded.info.id}: inputs on {len(prompts)} {where}")
     return captured
 
 

@@ -27,6 +27,10 @@ _READINGS = {
         "says how many times what it writes along the direction is taken off, of inputs like those of harmful prompts alone",
         "times what inputs of harmful prompts write along the direction is taken off",
     ),
+    "least-squares": Reading(
+        "says how many times what was found for it is taken off, which weighs inputs of harmful prompts against others",
+        "times what inputs of harmful prompts write along the direction is taken off, as far as others allow it",
+    ),
     "arbitrary-rank": Reading(
         "scales the change that was found for it: 0 is none and 1 the whole change",
         "1 is the whole change that was found",

@@ -178,5 +178,5 @@ def test_a_method_without_products_says_so() -> None:
     method.needs = "inputs"  # of which there are none before a run
     with pytest.raises(InputError, match="removes one direction, not 3"):
         check_several(method, 3)
-    for mode in (*MODES, "key-conditional"):
+    for mode in (*MODES, "key-conditional", "least-squares"):
         check_several(METHODS[mode], 3)

@@ -178,12 +178,13 @@ def test_a_card_says_how_many_directions_were_removed() -> None:
 
 
 def test_a_card_says_what_readers_lose_and_what_keys_leave() -> None:
-    plain, readers, keys = (
+    plain, readers, keys, weighed = (
         " ".join(export_card.model_card(CARD_FACTS | more).split())
-        for more in ({}, {"readers": True}, {"mode": "key-conditional"})
+        for more in ({}, {"readers": True}, {"mode": "key-conditional"}, {"mode": "least-squares"})
     )
     assert "that write to the residual stream, and from the inputs of matrices that read it. No training" in readers
     assert "in the span of those on harmless prompts is left as it was. No training" in keys
+    assert "in least squares, it leaves what they do to inputs on harmless prompts and along" in weighed
     assert "that write to the residual stream. No training" in plain
     assert "special about" not in plain + readers
 

@@ -113,7 +113,7 @@ def test_prepared_edits_take_what_is_reserved_for_them(mode: str) -> None:
     assert reserved == [editor._prepared[target.name].nbytes for target in loaded.targets]
 
 
-@pytest.mark.parametrize("mode", ["key-conditional", "arbitrary-rank"])
+@pytest.mark.parametrize("mode", ["key-conditional", "least-squares", "arbitrary-rank"])
 def test_prepared_edits_from_inputs_take_what_is_reserved_for_them(mode: str) -> None:
     torch.manual_seed(0)
     method = METHODS[mode].of(ModuleInputs(torch.randn(4, 20), torch.randn(4, 20)))

@@ -14,7 +14,7 @@ from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
-from abliterate.model.inputs import capture_inputs, refuse_uncaptured
+from abliterate.model.inputs import Text, capture_inputs, refuse_uncaptured
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
 from abliterate.settings.schema import EditSettings
@@ -34,7 +34,8 @@ from support.models import (
 
 
 def capture(loaded: LoadedModel, batch_size: int = 2) -> dict[str, Tensor]:
-    return capture_inputs(loaded.model, loaded.targets, make_chat(), PROMPTS, batch_size=batch_size)
+    texts = [Text(make_chat().token_ids(prompt)) for prompt in PROMPTS]
+    return capture_inputs(loaded.model, loaded.targets, texts, batch_size=batch_size, device=torch.device("cpu"))
 
 
 def make_editor(loaded: LoadedModel, mode: str, inputs: dict[str, ModuleInputs] | None = None) -> Editor:
@@ -67,6 +68,22 @@ def test_inputs_are_those_of_each_prompt_alone(family: str) -> None:
     assert not any(module._forward_pre_hooks for module in loaded.model.modules())
 
 
+@pytest.mark.parametrize("family", ["llama_biased", "qwen3_5"])
+def test_inputs_along_answers_are_those_of_each_text_alone(family: str) -> None:
+    loaded = make_loaded(make_model(family), components=NAMED[family][2] if family in NAMED else None)
+    texts = [Text([5, 9, 3], [7, 2, 11]), Text([4, 8], [6]), Text([1, 2, 3, 4, 5], [10, 12])]
+    found = capture_inputs(loaded.model, loaded.targets, texts, batch_size=2, device=torch.device("cpu"))
+    expected: dict[str, list[Tensor]] = {target.name: [] for target in loaded.targets}
+    for text in texts:
+        for length in range(1, len(text.answer) + 1):  # the input at a token is that at the end of what ends with it
+            one = [Text([*text.prompt, *text.answer[:length]])]
+            alone = capture_inputs(loaded.model, loaded.targets, one, batch_size=1, device=torch.device("cpu"))
+            for name, rows in alone.items():
+                expected[name].append(rows)
+    for name, rows in expected.items():
+        torch.testing.assert_close(found[name], torch.cat(rows), rtol=1e-4, atol=1e-5)
+
+
 def test_inputs_that_are_not_numbers_raise() -> None:
     loaded = make_loaded(make_model("llama"))
     with torch.no_grad():
@@ -85,7 +102,7 @@ def test_experts_have_no_inputs_at_a_known_position() -> None:
         capture(loaded)
 
 
-@pytest.mark.parametrize("mode", ["key-conditional", "arbitrary-rank"])
+@pytest.mark.parametrize("mode", ["key-conditional", "least-squares", "arbitrary-rank"])
 def test_edits_are_those_of_matrices_written_to_the_model(mode: str) -> None:
     loaded = make_loaded(make_model("llama_biased"))
     editor, params = make_editor(loaded, mode), params_of(mode)

@@ -30,7 +30,7 @@ from support.inputs import params_of, random_inputs
 from support.models import PROMPTS, logits_of, make_chat, make_loaded, make_model, save_model
 from support.runs import Recorder, quick_settings
 
-MODES = ["key-conditional", "arbitrary-rank"]
+MODES = ["key-conditional", "least-squares", "arbitrary-rank"]
 
 
 def make_finished(folder: Path, mode: str, **edit: object) -> tuple[Settings, RunDirectory, Directions]:
@@ -38,7 +38,7 @@ def make_finished(folder: Path, mode: str, **edit: object) -> tuple[Settings, Ru
     base = save_model(make_model("llama"), folder / "base")
     settings, directory = make_run(folder, base, edit={"mode": mode, **edit})
     result = Result.read(directory)
-    inputs = random_inputs(make_loaded(make_model("llama")))
+    inputs = random_inputs(make_loaded(make_model("llama")), along=7)
     directions = replace(stages.read_directions(directory.directions, result), inputs=inputs)
     trial = replace(result.trials[0], params=params_of(mode))
     assert result.baseline is not None
@@ -83,6 +83,7 @@ def test_directions_and_inputs_are_one_file(tmp_path: Path) -> None:
     for name, own in found.inputs.items():
         assert torch.equal(own.harmful, directions.inputs[name].harmful)
         assert torch.equal(own.harmless, directions.inputs[name].harmless)
+        assert torch.equal(own.kept, directions.inputs[name].kept)
     assert stages.directions_file(found) == directory.directions.read_bytes()
 
 
@@ -110,12 +111,13 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
     """One capture for each set, kept in the cache; workers get directions alone and capture the same."""
     over = {
         "response": {"max_new_tokens": 4, "detect_prefix": False},
-        "edit": {"mode": "key-conditional", "capture_prompts": 5},
+        "edit": {"mode": "least-squares", "capture_prompts": 5, "capture_tokens": 3},
     }
     settings, recorder = quick_settings(prompt_files, tmp_path, **over), Recorder()
     with load(settings, recorder) as bench:
         found = stages.find_directions(bench)
         assert {own.harmful.shape[0] for own in found.inputs.values()} == {5}
+        assert {own.kept.shape[0] for own in found.inputs.values()} == {5 + 5 * 3}
         assert found.inputs.keys() == {target.name for target in bench.loaded.targets}
         assert bench.space.samples(20, 0)[3].kernels["attn.o_proj"].max_coeff >= 1
         assert {bench.space.coeffs} == {(1.0, 8.0)}
@@ -124,9 +126,11 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
         assert any("module inputs on harmful prompts come from the cache" in note for note in recorder.notes)
         name = next(iter(found.inputs))
         assert torch.equal(again.inputs[name].harmless, found.inputs[name].harmless)
+        assert torch.equal(again.inputs[name].kept, found.inputs[name].kept)
+        assert any("module inputs on answers to harmless prompts come from the cache" in note for note in recorder.notes)
         with pytest.raises(InputError, match="come without them"):
             bench.prepare(alone)
-        same = {key: replace(own, harmful=own.harmless) for key, own in found.inputs.items()}
+        same = {key: replace(own, harmful=torch.zeros_like(own.harmful)) for key, own in found.inputs.items()}
         with pytest.raises(InputError, match="can edit no module, because"):
             bench.prepare(replace(found, inputs=same))
 
@@ -168,6 +172,8 @@ def test_keys_and_identity() -> None:
     one, other = (study_identity(settings, loaded, chat, (PROMPTS,)) for settings in (plain, more))
     assert {name for name in one if one[name] != other[name]} == {"edit mode"}
     assert inputs_key(plain, loaded, chat, PROMPTS) != inputs_key(plain, loaded, chat, PROMPTS[:2])
+    assert inputs_key(plain, loaded, chat, PROMPTS) != inputs_key(plain, loaded, chat, PROMPTS, 8)
+    assert inputs_key(plain, loaded, chat, PROMPTS, 8) != inputs_key(plain, loaded, chat, PROMPTS, 4)
 
 
 def test_what_is_refused_before_a_search() -> None:

@@ -1,0 +1,44 @@
+"""`least-squares`: ΔW = −s v aᵀ, with a the best compromise between removing v for harmful prompts and leaving harmless ones.
+
+a minimizes mean (aᵀx − vᵀWx)² over the inputs x of harmful prompts, plus μ times mean (aᵀx)² over those of harmless prompts
+and, again, over those along the unedited model's answers to them, plus α‖a‖². With X and B the matrices of these inputs as
+columns, each scaled by the root of its share, a = vᵀW X C with C = Xᵀ(XXᵀ + BBᵀ + αI)⁻¹. With S = [X, B] these are the first
+rows of (SᵀS + αI)⁻¹Sᵀ: a solution of as many equations as there are inputs, whatever the width of the module. It is the update
+of a linear memory that MEMIT makes (Meng et al. 2023, arXiv:2210.07229), with harmless inputs as what is to be kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from abliterate.directions.inputs import ModuleInputs
+from abliterate.edits.key_conditional import KeyConditional, Keys
+
+# What harmless inputs count beside harmful ones.
+KEPT = 30.0
+# α as a share of the mean squared length of the inputs, so that dependent ones don't divide by rounding.
+RIDGE = 1e-6
+
+
+class LeastSquares(KeyConditional):
+    """As `key-conditional`, with inputs of harmless prompts weighed instead of excluded."""
+
+    name = "least-squares"
+
+    def keys_in(self, inputs: ModuleInputs) -> Keys | None:
+        """X and C; None if all harmful inputs are zero."""
+        harmful = _shared(inputs.harmful)
+        kept = [KEPT**0.5 * _shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
+        if not bool(harmful.any()):
+            return None
+        rows = torch.cat([harmful, *kept])
+        gram = rows @ rows.T
+        ridge = RIDGE * gram.diagonal().sum() * torch.eye(len(gram), dtype=torch.float64)
+        chosen = torch.eye(len(gram), len(harmful), dtype=torch.float64)
+        return Keys(harmful.T, torch.linalg.solve(gram + ridge, chosen).T @ rows)
+
+
+def _shared(rows: Tensor) -> Tensor:
+    """The inputs (n, d_in) float64, scaled so that their squares sum up to a mean."""
+    return rows.double() / len(rows) ** 0.5
