@@ -21,6 +21,7 @@ from abliterate.edits import METHODS as EDIT_METHODS
 from abliterate.edits import is_refinable
 from abliterate.export import EXPORTERS, NOTHING
 from abliterate.files import DIGEST, read_toml, write_json
+from abliterate.pipeline.preflight import AUTO
 from abliterate.scorers import SCORERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path, load_settings, options_of
@@ -150,7 +151,7 @@ def test_the_names_that_are_checked_early_are_those_of_the_registries() -> None:
     names = {setting: set(known) for setting, (_, known) in checks.BUILT_IN.items()}
     assert names == {
         "directions.method": set(DIRECTION_METHODS),
-        "edit.mode": set(EDIT_METHODS),
+        "edit.mode": {*EDIT_METHODS, AUTO},
         "export.kind": {*EXPORTERS, NOTHING},
     }
     assert set(checks.SCORERS) == set(SCORERS)

@@ -256,9 +256,9 @@ def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:
 
     if not differs(settings):
         return True
-    from abliterate.pipeline.preflight import as_refinable  # imports torch, so only where it may matter
+    from abliterate.pipeline.preflight import as_refinable, with_edit_mode  # imports torch, so only where it may matter
 
-    return not differs(as_refinable(settings, lambda text: None))
+    return not differs(as_refinable(with_edit_mode(settings), lambda text: None))
 
 
 def _free_memory(planned: Planned, config: str) -> None:

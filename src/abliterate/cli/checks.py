@@ -31,7 +31,10 @@ BUILT_IN = {
         "direction method",
         ("projected", "biprojected", "mean", "median", "geometric-median", "kmeans", "svd", "som"),
     ),
-    "edit.mode": ("edit mode", ("full", "pre", "none", "columns", "key-conditional", "least-squares", "arbitrary-rank")),
+    "edit.mode": (
+        "edit mode",
+        ("auto", "full", "columns", "pre", "none", "least-squares", "key-conditional", "arbitrary-rank"),
+    ),
     "export.kind": ("export kind", ("merged", "adapter", "none")),
 }
 UNREFINED = ("arbitrary-rank",)  # edit modes whose front can't be refined

@@ -14,7 +14,7 @@ from abliterate.model.model_files import check_vocabulary, is_lone_config
 from abliterate.pipeline.batch_size import speeds_of
 from abliterate.pipeline.context import Context, read_prompts
 from abliterate.pipeline.from_settings import chat_of, plain_engine
-from abliterate.pipeline.preflight import as_refinable
+from abliterate.pipeline.preflight import as_refinable, with_edit_mode
 from abliterate.pipeline.requirements import Workload, requirements_of
 from abliterate.pipeline.workbench import open_workbench
 from abliterate.settings.schema import Settings
@@ -23,7 +23,7 @@ from abliterate.types import Reporter
 
 def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[str, Any]:
     """The record of the model that the settings name (`requirements_of`); without `weights`, from its config alone."""
-    settings = as_refinable(settings, reporter.note)
+    settings = as_refinable(with_edit_mode(settings), reporter.note)
     context, device = Context.of(settings, reporter), choose_device(settings.device)
     speeds = None
     loaded: LoadedModel | loader.Skeleton | None

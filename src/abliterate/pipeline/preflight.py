@@ -29,6 +29,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import ARCHITECTURES, READERS, Target, kind_names
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
+from abliterate.model.experts import is_fused
 from abliterate.model.hub import check_push
 from abliterate.model.inputs import refuse_uncaptured
 from abliterate.model.loader import LoadedModel
@@ -38,6 +39,8 @@ from abliterate.pipeline.from_settings import direction_count, objectives_of, sc
 from abliterate.search.samplers import check_packages
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.settings.schema import Settings
+
+AUTO = "auto"  # an edit mode by the model
 
 
 def check_model(settings: Settings, *, editing: bool = True) -> None:
@@ -122,6 +125,25 @@ def check_refined_size(settings: Settings, modules: int, d_model: int) -> None:
         raise InputError(
             f"{what} of {modules} modules take {size >> 20} MiB, and a run holds at most {LARGEST >> 20}; {fewer} --no-refine."
         )
+
+
+def with_edit_mode(settings: Settings, targets: Collection[Target] | None = None) -> Settings:
+    """The settings with an edit mode in place of "auto", given the modules to edit, or those that the model's config tells of.
+
+    It is least-squares where the inputs of all these modules can be captured, and full where they can't, where modules that
+    read are edited, and where only weights show which modules there are.
+
+    Raises:
+        InputError: there is no such model, or it can't be edited.
+    """
+    if settings.edit.mode != AUTO:
+        return settings
+    if targets is None:
+        skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
+        targets = () if skeleton is None else skeleton.targets
+    suits = bool(targets) and not any(target.reads or is_fused(target.module) for target in targets)
+    mode = "least-squares" if suits else "full"
+    return settings.model_copy(update={"edit": settings.edit.model_copy(update={"mode": mode})})
 
 
 def unrefined(settings: Settings) -> str:

@@ -29,7 +29,7 @@ from abliterate.pipeline.export import Picked, export_and_verify, prepare, promp
 from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
-from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter
+from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter, with_edit_mode
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
@@ -90,6 +90,7 @@ def run(
     reporter = reporter or default_reporter()
     try:
         with directory.locked():
+            settings = ranks.agree(lambda: with_edit_mode(settings))
             rule = check_names(settings)
             settings = as_refinable(settings, reporter.note)
             devices = devices_of(gpus, choose_device(settings.device), settings.device)

@@ -16,6 +16,6 @@ def tune(settings: Settings, reporter: Reporter) -> tuple[batch_size.Tuned, ...]
     context = Context.of(settings, reporter)
     check_model(settings, editing=False)
     prompts = read_prompts(context)
-    loaded = open_workbench(context, prompts).loaded
+    bench = open_workbench(context, prompts)
     with context.stage("measure batch sizes"):
-        return batch_size.tune(context, loaded, plain_engine(context, loaded), prompts)
+        return batch_size.tune(bench.context, bench.loaded, plain_engine(bench.context, bench.loaded), prompts)

@@ -57,7 +57,7 @@ from abliterate.pipeline.from_settings import (
     scorers_of,
 )
 from abliterate.pipeline.lengths import check_lengths, named_sets
-from abliterate.pipeline.preflight import check_loaded, check_model, check_names
+from abliterate.pipeline.preflight import check_loaded, check_model, check_names, with_edit_mode
 from abliterate.pipeline.requirements import describe
 from abliterate.pipeline.yardstick import find_yardstick, yardstick_prompts
 from abliterate.prompts.sets import HeldoutSets, PromptSets
@@ -383,6 +383,7 @@ def load(settings: Settings, reporter: Reporter | None = None, *, check: Callabl
         InputError: a name in the settings is unknown, the model or a prompt set can't be loaded, or too little of the
             model can be edited. AbliterateError: the model can't be used.
     """
+    settings = with_edit_mode(settings)
     check_names(settings)
     context = Context.of(settings, reporter or default_reporter(), check)
     check_model(settings)
@@ -423,7 +424,8 @@ def open_workbench(
     """A workbench with a loaded model that isn't calibrated yet; given `prompts`, the needs of a run on them are shown.
 
     The lengths of the prompts in `sets`, by default those of `prompts`, are checked before weights are read.
-    If the chat template writes the date, the workbench's settings have the moment at which it renders.
+    If the chat template writes the date, the workbench's settings have the moment at which it renders; they have an edit mode
+    in place of "auto".
     """
     settings = context.settings
     device = choose_device(settings.device)
@@ -440,7 +442,7 @@ def open_workbench(
 
     with context.stage("load", loader.public_name(settings.model), at_once=True):
         loaded = loader.load_model(settings.model, settings.load, device, inputs, context.reporter.warn)
-        context = context.with_settings(at_a_moment(settings, loaded.tokenizer))
+        context = context.with_settings(with_edit_mode(at_a_moment(settings, loaded.tokenizer), loaded.targets))
         if prompts is not None:
             coverage, time_told = describe(context, loaded, device, prompts)
     return Workbench(context, loaded, coverage, time_told=time_told)

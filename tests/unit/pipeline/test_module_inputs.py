@@ -12,9 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.cli.batch import _is_of
 from abliterate.directions import Directions, ModuleInputs
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError
+from abliterate.files import read_toml
+from abliterate.model import loader
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.pipeline import stages
@@ -22,13 +25,13 @@ from abliterate.pipeline.cache_keys import inputs_key, study_identity
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import approximation_of
 from abliterate.pipeline.export_trial import export_trial
-from abliterate.pipeline.preflight import as_refinable, check_edit, check_names
+from abliterate.pipeline.preflight import as_refinable, check_edit, check_names, with_edit_mode
 from abliterate.pipeline.workbench import load
 from abliterate.settings.schema import EditSettings, Settings
 from support.exports import make_run
 from support.inputs import params_of, random_inputs
 from support.models import PROMPTS, logits_of, make_chat, make_loaded, make_model, save_model
-from support.runs import Recorder, quick_settings
+from support.runs import Recorder, outcomes, quick_settings, run_in
 
 MODES = ["key-conditional", "least-squares", "arbitrary-rank"]
 
@@ -163,6 +166,41 @@ def test_what_a_low_rank_holds_exactly_is_not_computed_again(mode: str) -> None:
         raise AssertionError("no weight need be read")
 
     assert approximation_of(settings, directions, {}.get, loaded.targets, read, params, editor.factors(params)) == {}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("family", "load", "mode"),
+    [
+        ("llama", {}, "least-squares"),
+        ("llama", {"readers": True}, "full"),
+        ("mixtral", {}, "full"),  # fused experts
+    ],
+)
+def test_auto_is_a_mode_that_the_model_allows(
+    family: str, load: dict[str, object], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_model(make_model(family), tmp_path / "model")
+    settings = Settings.model_validate({"model": str(path), "load": load, "edit": {"mode": "auto", "rank": 5}})
+    found = with_edit_mode(settings)
+    assert (found.edit.mode, found.edit.rank) == (mode, 5)
+    assert with_edit_mode(found) is found
+    if family == "llama" and not load:
+        assert with_edit_mode(settings, make_loaded(make_model("mixtral")).targets).edit.mode == "full"
+        monkeypatch.setattr(loader, "skeleton", lambda *_: None)  # only weights show what can be edited
+        assert with_edit_mode(settings).edit.mode == "full"
+
+
+@pytest.mark.usefixtures("lean")
+def test_a_run_keeps_the_mode_that_was_found(prompt_files: dict[str, str], tmp_path: Path) -> None:
+    over = {"search": {"trials": 1, "startup_trials": 1}, "response": {"max_new_tokens": 4}, "export": {"kind": "none"}}
+    edit = {"mode": "auto", "capture_prompts": 5, "capture_tokens": 2}
+    settings = quick_settings(prompt_files, tmp_path / "cache", **over, edit=edit)
+    first, recorder = run_in(tmp_path / "run", settings)
+    assert "module inputs" in recorder.stages
+    assert read_toml(tmp_path / "run" / "settings.toml")["edit"]["mode"] == "least-squares"
+    again, _ = run_in(tmp_path / "run", settings, resume=True)
+    assert outcomes(again) == outcomes(first)
+    assert _is_of(settings, read_toml(tmp_path / "run" / "settings.toml"))
 
 
 def test_keys_and_identity() -> None:
