@@ -20,7 +20,7 @@ from abliterate.directions.base import (
     winsorize,
 )
 from abliterate.directions.biprojected import Biprojected
-from abliterate.directions.inputs import ModuleInputs
+from abliterate.directions.inputs import Keys, ModuleInputs
 from abliterate.directions.kmeans import KMeans
 from abliterate.directions.mean_difference import MeanDifference
 from abliterate.directions.median import GeometricMedian, Median
@@ -74,6 +74,7 @@ __all__ = [
     "Blend",
     "DirectionMethod",
     "Directions",
+    "Keys",
     "ModuleInputs",
     "ResidualMeans",
     "SeveralDirections",

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from abliterate.directions.inputs import ModuleInputs
+from abliterate.directions.inputs import Keys, ModuleInputs
 from abliterate.errors import InputError
 
 # Positions for which blends are remembered: those of some trials, at which every module asks for them.
@@ -105,14 +105,14 @@ class Directions:
 
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
     `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
-    module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, for edit
-    methods that need them. `gains` has the weights γ (d_model) of norms by name: a module that reads the residual stream
-    through one sees γ∘v of a direction v.
+    module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, or what is
+    needed of them, for edit methods that need them. `gains` has the weights γ (d_model) of norms by name: a module that reads
+    the residual stream through one sees γ∘v of a direction v.
     """
 
     vectors: Tensor
     harmless: Tensor | None = None
-    inputs: Mapping[str, ModuleInputs] = field(default_factory=dict)
+    inputs: Mapping[str, ModuleInputs | Keys] = field(default_factory=dict)
     gains: Mapping[str, Tensor] = field(default_factory=dict)
     _found: dict[tuple[float, int | None, str], tuple[Blend, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False

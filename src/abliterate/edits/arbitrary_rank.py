@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions.base import Blend
-from abliterate.directions.inputs import ModuleInputs
+from abliterate.directions.inputs import Keys, ModuleInputs
 from abliterate.edits.base import EditMethod, Factors, Prepared, project_back, row_basis, row_norms
 from abliterate.errors import TrialError
 from abliterate.types import Range
@@ -175,8 +175,8 @@ class ArbitraryRank(EditMethod):
     def __init__(self, inputs: ModuleInputs | None = None, numbers: Numbers | None = None) -> None:
         self._inputs, self._numbers = inputs, numbers
 
-    def of(self, inputs: ModuleInputs) -> ArbitraryRank | None:
-        return ArbitraryRank(inputs)
+    def of(self, inputs: ModuleInputs | Keys) -> ArbitraryRank | None:
+        return ArbitraryRank(inputs) if isinstance(inputs, ModuleInputs) else None
 
     def at(self, numbers: Mapping[str, float]) -> ArbitraryRank:
         given = {**numbers, "neighbours": round(numbers["neighbours"])}

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from abliterate.directions.base import Blend
-from abliterate.directions.inputs import ModuleInputs
+from abliterate.directions.inputs import Keys, ModuleInputs
 from abliterate.errors import InputError
 
 # Rows converted to float64 at a time: 15 MB for a matrix with 14,336 columns.
@@ -162,7 +162,11 @@ class EditMethod(Protocol):
     keeps_columns: bool = False
     reads_as: str = ""
 
-    def of(self, inputs: ModuleInputs) -> EditMethod | None:
+    def reduced(self, inputs: ModuleInputs) -> ModuleInputs | Keys:
+        """What `of` needs of a module's inputs, in as few rows as it can be: runs keep it. For methods that need inputs."""
+        return inputs
+
+    def of(self, inputs: ModuleInputs | Keys) -> EditMethod | None:
         """The method for the module that has these inputs; None if they allow no edit. For methods that need inputs."""
         return self
 

@@ -1,21 +1,20 @@
 """`key-conditional`: ΔW = −s v (vᵀW K) C, ablation that acts on what is special about the inputs of harmful prompts.
 
-Of the harmful inputs X, the keys K (d_in, k) are the combinations whose parts outside the span of the harmless inputs are
-largest: with Q an orthonormal basis of that span, K̃ = K − QQᵀK, and C solves (KᵀK̃ + αI) C = K̃ᵀ. So C Q = 0, and ΔW Q = 0:
-what the module does to harmless inputs in that span stays as it is, whatever the strength, while an input in the span of the
-keys loses s times what W writes of it along v. Edits of a linear memory at keys, Meng et al. 2023 (MEMIT, arXiv:2210.07229);
-with what is to be kept projected away, Fang et al. 2025 (AlphaEdit, arXiv:2410.02355).
+Of the harmful inputs X, the keys K (d_in, k) are the combinations whose parts outside the span of the harmless inputs, those
+along answers among them, are largest: with Q an orthonormal basis of that span, K̃ = K − QQᵀK, and C solves (KᵀK̃ + αI) C = K̃ᵀ.
+So C Q = 0, and ΔW Q = 0: what the module does to harmless inputs in that span stays as it is, whatever the strength, while an
+input in the span of the keys loses s times what W writes of it along v. Edits of a linear memory at keys, Meng et al. 2023
+(MEMIT, arXiv:2210.07229); with what is to be kept projected away, Fang et al. 2025 (AlphaEdit, arXiv:2410.02355).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from abliterate.directions.inputs import ModuleInputs
+from abliterate.directions.inputs import Keys, ModuleInputs
 from abliterate.edits.base import Prepared, project, row_basis
 from abliterate.edits.none import PlainAblation
 
@@ -24,30 +23,6 @@ KEYS, BASIS = 16, 128
 RIDGE = 0.01
 # A smaller share of the keys' energy outside the harmless span is rounding, which C would divide by.
 ENERGY = 1e-6
-
-
-@dataclass(frozen=True)
-class Keys:
-    """K (d_in, k) and C (k, d_in) of a module, float64."""
-
-    keys: Tensor
-    selector: Tensor
-
-    @staticmethod
-    def of(inputs: ModuleInputs) -> Keys | None:
-        """The keys in a module's inputs; None if next to nothing of them lies outside the span of the harmless inputs."""
-        harmful, harmless = inputs.harmful.double(), inputs.kept.double()
-        # Of narrow modules at most half of the space, because nothing would be left outside of it.
-        basis = row_basis(harmless, min(BASIS, inputs.d_in // 2))
-        outside = _without(basis, harmful.T)
-        _, _, vh = torch.linalg.svd(outside, full_matrices=False)
-        keys = harmful.T @ vh[:KEYS].T / len(harmful) ** 0.5
-        projected = _without(basis, keys)
-        energy = float(projected.square().sum())
-        if energy < ENERGY * float(keys.square().sum()) or energy == 0:
-            return None
-        ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
-        return Keys(keys, torch.linalg.solve(keys.T @ projected + ridge, projected.T))
 
 
 class KeyConditional(PlainAblation):
@@ -60,13 +35,30 @@ class KeyConditional(PlainAblation):
     def __init__(self, keys: Keys | None = None) -> None:
         self._keys = keys
 
-    def of(self, inputs: ModuleInputs) -> KeyConditional | None:
-        keys = self.keys_in(inputs)
-        return None if keys is None else type(self)(keys)
+    def reduced(self, inputs: ModuleInputs) -> Keys:
+        return Keys(*(rows.float().contiguous() for rows in self.solved(inputs)))
 
-    def keys_in(self, inputs: ModuleInputs) -> Keys | None:
-        """What the edit of a module that has these inputs is computed with; None if they allow no edit."""
-        return Keys.of(inputs)
+    def solved(self, inputs: ModuleInputs) -> tuple[Tensor, Tensor]:
+        """Kᵀ and C, each (k, d_in) float64, of a module that has these inputs.
+
+        C is zero if next to nothing of the keys lies outside the span of the harmless inputs.
+        """
+        harmful, harmless = inputs.harmful.double(), inputs.kept.double()
+        # Of narrow modules at most half of the space, because nothing would be left outside of it.
+        basis = row_basis(harmless, min(BASIS, inputs.d_in // 2))
+        outside = _without(basis, harmful.T)
+        _, _, vh = torch.linalg.svd(outside, full_matrices=False)
+        keys = harmful.T @ vh[:KEYS].T / len(harmful) ** 0.5
+        projected = _without(basis, keys)
+        energy = float(projected.square().sum())
+        if energy < ENERGY * float(keys.square().sum()) or energy == 0:
+            return keys.T, torch.zeros_like(keys.T)
+        ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
+        return keys.T, torch.linalg.solve(keys.T @ projected + ridge, projected.T)
+
+    def of(self, inputs: ModuleInputs | Keys) -> KeyConditional | None:
+        keys = inputs if isinstance(inputs, Keys) else self.reduced(inputs)
+        return type(self)(keys) if bool(keys.selector.any()) else None
 
     def prepare(self, read_weight: Callable[[], Tensor], directions: Tensor) -> Prepared:
         """`a` = DWKC."""
@@ -80,8 +72,8 @@ class KeyConditional(PlainAblation):
     def _selected(self, a: Tensor) -> Tensor:
         """a K C (…, d_in) of what W writes along directions, (…, d_in)."""
         assert self._keys is not None, "`of` gives the method for a module"
-        keys, selector = self._keys.keys.to(a.device), self._keys.selector.to(a.device)
-        return a @ keys.to(a.dtype) @ selector.to(a.dtype)
+        keys, selector = (rows.to(a.device, a.dtype) for rows in (self._keys.keys, self._keys.selector))
+        return a @ keys.T @ selector
 
 
 def _without(basis: Tensor, columns: Tensor) -> Tensor:

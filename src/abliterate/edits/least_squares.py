@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from abliterate.directions.inputs import ModuleInputs
-from abliterate.edits.key_conditional import KeyConditional, Keys
+from abliterate.edits.key_conditional import KeyConditional
 
 # What harmless inputs count beside harmful ones.
 KEPT = 30.0
@@ -26,17 +26,17 @@ class LeastSquares(KeyConditional):
 
     name = "least-squares"
 
-    def keys_in(self, inputs: ModuleInputs) -> Keys | None:
-        """X and C; None if all harmful inputs are zero."""
+    def solved(self, inputs: ModuleInputs) -> tuple[Tensor, Tensor]:
+        """Xᵀ and C; C is zero if all harmful inputs are."""
         harmful = _shared(inputs.harmful)
         kept = [KEPT**0.5 * _shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
-        if not bool(harmful.any()):
-            return None
         rows = torch.cat([harmful, *kept])
         gram = rows @ rows.T
-        ridge = RIDGE * gram.diagonal().sum() * torch.eye(len(gram), dtype=torch.float64)
+        # Inputs that are all zero give a C of zeros, by any ridge.
+        ridge = max(RIDGE * float(gram.diagonal().sum()), torch.finfo(torch.float64).tiny)
         chosen = torch.eye(len(gram), len(harmful), dtype=torch.float64)
-        return Keys(harmful.T, torch.linalg.solve(gram + ridge, chosen).T @ rows)
+        solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), chosen)
+        return harmful, solved.T @ rows
 
 
 def _shared(rows: Tensor) -> Tensor:

@@ -61,19 +61,17 @@ def means_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prom
     return residuals_key(settings, loaded, chat, prompts) | statistics
 
 
-def inputs_key(
-    settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt], tokens: int = 0
-) -> dict[str, Any]:
-    """Everything that the inputs of the modules to edit depend on, those along `tokens` tokens of answers, if not 0."""
-    modules = [target.name for target in loaded.targets]
-    answers = yardstick_key(settings, loaded, chat, prompts) | {"tokens": tokens} if tokens else {}
+def inputs_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists, tokens: int) -> dict[str, Any]:
+    """Everything that what an edit mode needs of modules' inputs depends on; `tokens`: of answers, if it needs those, too."""
+    answers = yardstick_key(settings, loaded, chat, sets[-1]) | {"tokens": tokens} if tokens else {}
     return (
         model_key(settings, loaded)
         | answers
         | {
-            "inputs_of": modules,
+            "mode": [settings.edit.mode, edits.METHODS.origin(settings.edit.mode)],
+            "inputs_of": [target.name for target in loaded.targets],
             "response_prefix": chat.response_prefix,
-            "prompts": chat.digest(prompts),
+            "prompts": [chat.digest(prompts) for prompts in sets],
         }
     )
 

@@ -27,6 +27,7 @@ from abliterate.directions import (
     METHODS,
     DirectionMethod,
     Directions,
+    Keys,
     ModuleInputs,
     ResidualMeans,
     compute_directions,
@@ -163,15 +164,10 @@ def with_inputs(bench: Workbench, directions: Directions) -> Directions:
     directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
     if not needs_inputs(edit_method(context.settings.edit.mode)):
         return directions
-    method, edit = edit_method(context.settings.edit.mode), context.settings.edit
-    harmful, harmless = (_spread(own, edit.capture_prompts) for own in (prompts.harmful, prompts.harmless))
-    tokens = edit.capture_tokens if needs_answers(method) else 0
-    with context.stage("module inputs", f"{len(harmful)} + {len(harmless)} prompts"), bench.base():
-        sets = [_inputs(bench, "harmful", harmful), _inputs(bench, "harmless", harmless)]
-        if tokens:
-            sets.append(_inputs(bench, "harmless", _spread(harmless, MOST_ROWS // tokens), tokens))
-    names = [target.name for target in bench.loaded.targets]
-    return replace(directions, inputs={name: ModuleInputs(*(found[name] for found in sets)) for name in names})
+    most = context.settings.edit.capture_prompts
+    sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
+    with context.stage("module inputs", " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"), bench.base():
+        return replace(directions, inputs=_inputs(bench, sets))
 
 
 def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
@@ -180,31 +176,42 @@ def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
     return tuple(prompts[place * len(prompts) // count] for place in range(count))
 
 
-def _inputs(bench: Workbench, name: str, prompts: Sequence[Prompt], tokens: int = 0) -> Mapping[str, Tensor]:
-    """{module: its inputs (n, d_in)} at the end of the prompts of a set, or along so many tokens of the answers to them."""
-    context, loaded = bench.context, bench.loaded
-    key, where = inputs_key(context.settings, loaded, bench.chat, prompts, tokens), f"{name} prompts"
-    if tokens:
-        where = f"answers to {where}"
+def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]]) -> dict[str, ModuleInputs | Keys]:
+    """What the edit mode needs of each module's inputs, by the module's name."""
+    context, loaded, edit = bench.context, bench.loaded, bench.settings.edit
+    method = edit_method(edit.mode)
+    tokens = edit.capture_tokens if needs_answers(method) else 0
+    key = inputs_key(context.settings, loaded, bench.chat, list(sets.values()), tokens)
     stored = context.store.get("inputs", key)
     if stored is not None:
-        context.reporter.note(f"module inputs on {where} come from the cache", set=name, cached=True)
-        return stored
+        context.reporter.note("module inputs come from the cache", cached=True)
+        return from_tensors(stored)
+    captured = [_captured(bench, name, [Text(bench.chat.token_ids(p)) for p in chosen]) for name, chosen in sets.items()]
+    if tokens:
+        asked = _spread(sets["harmless"], MOST_ROWS // tokens)
+        responses = bench.plain.respond(asked, length=tokens)
+        assert responses is not None  # only a limit can stop it
+        texts = [Text(bench.chat.token_ids(prompt), one.ids) for prompt, one in zip(asked, responses, strict=True) if one.ids]
+        captured += [_captured(bench, "answers to harmless", texts)] if texts else []
+    inputs: dict[str, ModuleInputs | Keys] = {}
+    for done, target in enumerate(loaded.targets, start=1):
+        inputs[target.name] = method.reduced(ModuleInputs(*(rows.pop(target.name) for rows in captured)))
+        context.reporter.progress(done, len(loaded.targets), "modules")
+        context.check()
+    label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
+    context.store.put("inputs", key, to_tensors(inputs), label)
+    return inputs
+
+
+def _captured(bench: Workbench, name: str, texts: Sequence[Text]) -> dict[str, Tensor]:
+    context, loaded = bench.context, bench.loaded
 
     def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, where)
+        context.reporter.progress(done, total, f"{name} prompts")
         context.check()
 
-    texts = [Text(bench.chat.token_ids(prompt)) for prompt in prompts]
-    if tokens:
-        responses = bench.plain.respond(prompts, length=tokens)
-        assert responses is not None  # only a limit can stop it
-        # An answer that ends at once still has the token that ended it.
-        texts = [replace(text, answer=response.ids) for text, response in zip(texts, responses, strict=True) if response.ids]
     size = affordable(bench.sizes.residuals, bench.sizes.row_bytes[0], loaded.device)
-    captured = capture_inputs(loaded.model, loaded.targets, texts, batch_size=size, device=loaded.device, progress=progress)
-    context.store.put("inputs", key, captured, f"{loaded.info.id}: inputs on {len(prompts)} {where}")
-    return captured
+    return capture_inputs(loaded.model, loaded.targets, texts, batch_size=size, device=loaded.device, progress=progress)
 
 
 def find_directions(bench: Workbench) -> Directions:

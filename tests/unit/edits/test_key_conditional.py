@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.directions import Blend, Directions, ModuleInputs
+from abliterate.directions import Blend, Directions, Keys, ModuleInputs
 from abliterate.edits import METHODS, exact_factors, prepare
-from abliterate.edits.key_conditional import ENERGY, KEYS, RIDGE, KeyConditional, Keys
+from abliterate.edits.key_conditional import ENERGY, KEYS, RIDGE, KeyConditional
 from support.contracts import EditContract
 
 D_IN = 40
@@ -33,10 +33,8 @@ class _OfWidth(KeyConditional):
 
 
 def _bound(d_in: int) -> KeyConditional:
-    keys = Keys(torch.eye(d_in, dtype=torch.float64), torch.eye(d_in, dtype=torch.float64))
-    if d_in >= 8:
-        keys = Keys.of(make_inputs(d_in)) or keys
-    return KeyConditional(keys)
+    keys = Keys(torch.eye(d_in), torch.eye(d_in))
+    return KeyConditional(KeyConditional().reduced(make_inputs(d_in)) if d_in >= 8 else keys)
 
 
 class TestContract(EditContract):
@@ -51,9 +49,8 @@ def harmless_basis(inputs: ModuleInputs) -> Tensor:
     return u[:, : D_IN // 2]
 
 
-def dense(weight: Tensor, keys: Keys, q: Tensor, v: Tensor, strength: float) -> Tensor:
+def dense(weight: Tensor, k: Tensor, q: Tensor, v: Tensor, strength: float) -> Tensor:
     """ΔW = L C as the issue writes it, with every matrix whole."""
-    k = keys.keys
     projected = k - q @ q.T @ k
     energy = torch.linalg.matrix_norm(projected) ** 2
     ridge = RIDGE * energy / k.shape[1] * torch.eye(k.shape[1], dtype=torch.float64)
@@ -70,13 +67,13 @@ def unit(d: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("strength", [1.0, 4.0, 8.0])
 def test_closed_form(strength: float) -> None:
     inputs = make_inputs()
-    keys = Keys.of(inputs)
-    assert keys is not None
+    keys, selector = KeyConditional().solved(inputs)
     weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
-    expected = dense(weight, keys, harmless_basis(inputs), v, strength)
+    expected = dense(weight, keys.T, harmless_basis(inputs), v, strength)
+    torch.testing.assert_close(-strength * torch.outer(v, v @ weight @ keys.T @ selector), expected, rtol=1e-10, atol=1e-12)
     method = METHODS["key-conditional"].of(inputs)
     assert method is not None
-    torch.testing.assert_close(method.dense(weight, v, strength) - weight, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(method.dense(weight, v, strength) - weight, expected, rtol=1e-5, atol=1e-5)
     prepared = prepare(method, lambda: weight.float(), v[None])
     found = exact_factors(method, prepared, [Blend((0,), (1.0,))], [strength])
     assert found.row_scale is None
@@ -85,17 +82,19 @@ def test_closed_form(strength: float) -> None:
 
 
 def test_laws() -> None:
-    """ΔW Q = 0 to rounding; outputs keep everything but v; harmful inputs are changed, and harmless ones hardly."""
+    """ΔW Q = 0; outputs keep everything but v; harmful inputs are changed, and harmless ones aren't, to rounding of float32."""
     inputs = make_inputs()
     basis, method = harmless_basis(inputs), METHODS["key-conditional"].of(inputs)
     assert method is not None
     weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
-    delta = method.dense(weight, v, 1.0) - weight
+    _, selector = KeyConditional().solved(inputs)
     assert basis.shape == (D_IN, 12)
-    assert (delta @ basis).abs().max() < 1e-12
+    assert (selector @ basis).abs().max() < 1e-12
+    delta = method.dense(weight, v, 1.0) - weight
+    assert (delta @ basis).abs().max() < 1e-5
     assert (delta - torch.outer(v, v @ delta)).abs().max() < 1e-12
     harmful, harmless = (rows.double() @ delta.T @ v for rows in (inputs.harmful, inputs.harmless))
-    assert harmless.abs().max() < 1e-10
+    assert harmless.abs().max() < 1e-4
     # At strength 1 and with a small ridge, a harmful input loses nearly all that is written of it along v.
     before = inputs.harmful.double() @ weight.T @ v
     assert float((before + harmful).norm()) < 0.1 * float(before.norm())
@@ -110,7 +109,7 @@ def test_twice_the_strength_is_twice_the_edit_and_scale_does_not_matter() -> Non
     assert scaled is not None
     one = method.dense(weight, v, 1.0) - weight
     torch.testing.assert_close(method.dense(weight, v, 2.0) - weight, 2 * one, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(scaled.dense(weight, v, 1.0) - weight, one, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(scaled.dense(weight, v, 1.0) - weight, one, rtol=1e-5, atol=1e-5)
 
 
 def test_harmful_inputs_within_the_span_of_harmless_ones_allow_no_edit() -> None:
@@ -127,22 +126,18 @@ def test_harmful_inputs_within_the_span_of_harmless_ones_allow_no_edit() -> None
 
 def test_sizes() -> None:
     """At most 16 keys, of narrow modules at most half of the space for harmless inputs."""
-    keys = Keys.of(make_inputs(n=60))
-    assert keys is not None
-    assert keys.keys.shape == (D_IN, KEYS)
+    keys = KeyConditional().reduced(make_inputs(n=60))
+    assert keys.keys.shape == keys.selector.shape == (KEYS, D_IN)
     u, _, _ = torch.linalg.svd(make_inputs(n=60).harmless.double().T, full_matrices=False)
-    seen = (keys.selector @ u).norm(dim=0)
-    assert seen[: D_IN // 2].max() < 1e-10
+    seen = (keys.selector.double() @ u).norm(dim=0)
+    assert seen[: D_IN // 2].max() < 1e-6
     assert seen[D_IN // 2 :].min() > 1e-4
-    few = Keys.of(make_inputs(n=3))
-    assert few is not None
-    assert few.keys.shape == (D_IN, 3)
+    assert KeyConditional().reduced(make_inputs(n=3)).keys.shape == (3, D_IN)
 
 
 def test_several_directions_are_removed_one_after_another() -> None:
     inputs = make_inputs()
-    keys, method = Keys.of(inputs), METHODS["key-conditional"].of(inputs)
-    assert keys is not None
+    (keys, selector), method = KeyConditional().solved(inputs), METHODS["key-conditional"].of(inputs)
     assert method is not None
     weight = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     table, coeffs = torch.stack([unit(24, 5), unit(24, 6)]), [1.5, 0.7]
@@ -151,7 +146,7 @@ def test_several_directions_are_removed_one_after_another() -> None:
     removed = weight
     for v, coeff in zip(table, coeffs, strict=True):
         removed = removed - coeff * torch.outer(v, v @ removed)
-    torch.testing.assert_close(found, (removed - weight) @ keys.keys @ keys.selector, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, (removed - weight) @ keys.T @ selector, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

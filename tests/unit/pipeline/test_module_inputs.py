@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.batch import _is_of
-from abliterate.directions import Directions, ModuleInputs
-from abliterate.edits import SvdMemo
+from abliterate.directions import Directions, Keys, ModuleInputs
+from abliterate.edits import METHODS, SvdMemo, needs_answers
 from abliterate.errors import AbliterateError, InputError
 from abliterate.files import read_toml
 from abliterate.model import loader
@@ -37,11 +37,13 @@ MODES = ["key-conditional", "least-squares", "arbitrary-rank"]
 
 
 def make_finished(folder: Path, mode: str, **edit: object) -> tuple[Settings, RunDirectory, Directions]:
-    """A run of one trial on a tiny model, whose directions come with inputs of its modules."""
+    """A run of one trial on a tiny model, whose directions come with what the mode needs of inputs of its modules."""
     base = save_model(make_model("llama"), folder / "base")
     settings, directory = make_run(folder, base, edit={"mode": mode, **edit})
     result = Result.read(directory)
-    inputs = random_inputs(make_loaded(make_model("llama")), along=7)
+    method = METHODS[mode]
+    raw = random_inputs(make_loaded(make_model("llama")), along=7 if needs_answers(method) else 0)
+    inputs = {name: method.reduced(own) for name, own in raw.items()}
     directions = replace(stages.read_directions(directory.directions, result), inputs=inputs)
     trial = replace(result.trials[0], params=params_of(mode))
     assert result.baseline is not None
@@ -79,14 +81,15 @@ def test_exports_from_files_are_the_edit(mode: str, kind: str, tmp_path: Path) -
     assert not torch.allclose(exported, base, atol=1e-3)
 
 
-def test_directions_and_inputs_are_one_file(tmp_path: Path) -> None:
-    _, directory, directions = make_finished(tmp_path, "key-conditional")
+@pytest.mark.parametrize("mode", MODES)
+def test_directions_and_inputs_are_one_file(mode: str, tmp_path: Path) -> None:
+    _, directory, directions = make_finished(tmp_path, mode)
     found = stages.read_directions(directory.directions, Result.read(directory))
     assert found.inputs.keys() == directions.inputs.keys()
     for name, own in found.inputs.items():
-        assert torch.equal(own.harmful, directions.inputs[name].harmful)
-        assert torch.equal(own.harmless, directions.inputs[name].harmless)
-        assert torch.equal(own.kept, directions.inputs[name].kept)
+        assert type(own) is type(directions.inputs[name])
+        for part in ("harmful", "harmless") if isinstance(own, ModuleInputs) else ("keys", "selector"):
+            assert torch.equal(getattr(own, part), getattr(directions.inputs[name], part))
     assert stages.directions_file(found) == directory.directions.read_bytes()
 
 
@@ -95,11 +98,12 @@ def test_a_strangers_file(fault: str, tmp_path: Path) -> None:
     settings, directory, directions = make_finished(tmp_path, "key-conditional")
     fakes = {"missing": None, "of another width": torch.ones(3, 7), "not a number": torch.full((3, 32), torch.nan)}
     rows = fakes[fault]
-    changed: dict[str, ModuleInputs] = {}
+    changed: dict[str, Keys] = {}
     for name, own in directions.inputs.items() if rows is not None else ():
+        assert isinstance(own, Keys)
         changed[name] = replace(own)  # past the check of the class
-        object.__setattr__(changed[name], "harmful", rows.clone())
-        object.__setattr__(changed[name], "harmless", rows.clone())
+        object.__setattr__(changed[name], "keys", rows.clone())
+        object.__setattr__(changed[name], "selector", rows.clone())
     forged = replace(directions, inputs=changed)
     result = Result.read(directory)
     result.update(directions=stages.directions_record(forged))
@@ -119,21 +123,20 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
     settings, recorder = quick_settings(prompt_files, tmp_path, **over), Recorder()
     with load(settings, recorder) as bench:
         found = stages.find_directions(bench)
-        assert {own.harmful.shape[0] for own in found.inputs.values()} == {5}
-        assert {own.kept.shape[0] for own in found.inputs.values()} == {5 + 5 * 3}
+        assert {(len(own.keys), len(own.selector)) for own in found.inputs.values() if isinstance(own, Keys)} == {(5, 5)}
         assert found.inputs.keys() == {target.name for target in bench.loaded.targets}
         assert bench.space.samples(20, 0)[3].kernels["attn.o_proj"].max_coeff >= 1
         assert {bench.space.coeffs} == {(1.0, 8.0)}
         alone = replace(found, inputs={})
         again = stages.with_inputs(bench, alone)
-        assert any("module inputs on harmful prompts come from the cache" in note for note in recorder.notes)
+        assert "module inputs come from the cache" in recorder.notes
         name = next(iter(found.inputs))
-        assert torch.equal(again.inputs[name].harmless, found.inputs[name].harmless)
-        assert torch.equal(again.inputs[name].kept, found.inputs[name].kept)
-        assert any("module inputs on answers to harmless prompts come from the cache" in note for note in recorder.notes)
+        for part in ("keys", "selector"):
+            assert torch.equal(getattr(again.inputs[name], part), getattr(found.inputs[name], part))
+        assert {"harmful prompts", "harmless prompts", "answers to harmless prompts"} <= {unit for _, unit in recorder.units}
         with pytest.raises(InputError, match="come without them"):
             bench.prepare(alone)
-        same = {key: replace(own, harmful=torch.zeros_like(own.harmful)) for key, own in found.inputs.items()}
+        same = {key: replace(own, selector=torch.zeros_like(own.selector)) for key, own in found.inputs.items()}  # type: ignore[call-arg,union-attr]
         with pytest.raises(InputError, match="can edit no module, because"):
             bench.prepare(replace(found, inputs=same))
 
@@ -209,9 +212,18 @@ def test_keys_and_identity() -> None:
     more = plain.model_copy(update={"edit": plain.edit.model_copy(update={"capture_prompts": 32})})
     one, other = (study_identity(settings, loaded, chat, (PROMPTS,)) for settings in (plain, more))
     assert {name for name in one if one[name] != other[name]} == {"edit mode"}
-    assert inputs_key(plain, loaded, chat, PROMPTS) != inputs_key(plain, loaded, chat, PROMPTS[:2])
-    assert inputs_key(plain, loaded, chat, PROMPTS) != inputs_key(plain, loaded, chat, PROMPTS, 8)
-    assert inputs_key(plain, loaded, chat, PROMPTS, 8) != inputs_key(plain, loaded, chat, PROMPTS, 4)
+    keys = [
+        inputs_key(settings, loaded, chat, (PROMPTS, harmless), tokens)
+        for settings, harmless, tokens in (
+            (plain, PROMPTS, 0),
+            (plain, PROMPTS[:2], 0),
+            (plain, PROMPTS, 8),
+            (plain, PROMPTS, 4),
+        )
+    ]
+    other_mode = plain.model_copy(update={"edit": plain.edit.model_copy(update={"mode": "least-squares"})})
+    keys.append(inputs_key(other_mode, loaded, chat, (PROMPTS, PROMPTS), 0))
+    assert all(one != other for place, one in enumerate(keys) for other in keys[:place])
 
 
 def test_what_is_refused_before_a_search() -> None:
