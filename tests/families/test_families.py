@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 import shutil
@@ -12,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from abliterate.errors import AbliterateError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.model import loader
 from abliterate.model.architectures import ATTENTION, MLP, find_targets
 from abliterate.model.coverage import coverage_of
+from abliterate.model.experts import is_fused
+from abliterate.model.inputs import UNCAPTURED, Text, capture_inputs
 from abliterate.model.structure import discover, find_stack, starred, writers_of
 from abliterate.scorers.kl import kl_divergence
 from abliterate.settings.schema import LoadSettings
@@ -234,3 +237,16 @@ def test_edit_before_a_norm_takes_the_direction_out_of_what_is_normalized(name: 
 def along(v: Tensor, weight: Tensor, output: Tensor) -> float:
     """The largest part along v of what was normalized, given the norm's weights and output."""
     return float((torch.nn.functional.normalize(output / weight, dim=-1) @ v).abs().max())
+
+
+def test_inputs_are_captured_where_auto_counts_on_it(lab: Lab) -> None:
+    loaded = lab.loaded
+    if loaded.architecture.found_by == "structure" or any(is_fused(target.module) for target in loaded.targets):
+        return  # where the mode is full
+    text = [Text([5, 9, 3], [7, 2])]
+    if loaded.architecture.family in UNCAPTURED:
+        with contextlib.suppress(InputError):
+            capture_inputs(loaded.model, loaded.targets, text, batch_size=1, device=CPU)
+        return
+    found = capture_inputs(loaded.model, loaded.targets, text, batch_size=1, device=CPU)
+    assert {len(rows) for rows in found.values()} == {2}

@@ -35,11 +35,6 @@ class ModuleInputs:
         _check(self.harmful, self.harmless, *([] if self.along is None else [self.along]))
 
     @property
-    def kept(self) -> Tensor:
-        """All inputs that an edit is to leave alone, (n, d_in)."""
-        return self.harmless if self.along is None else torch.cat([self.harmless, self.along])
-
-    @property
     def d_in(self) -> int:
         """The width of an input."""
         return self.harmful.shape[1]
@@ -60,6 +55,8 @@ class Keys:
 
     def __post_init__(self) -> None:
         _check(self.keys, self.selector)
+        if self.keys.shape != self.selector.shape:
+            raise ValueError("a module's keys must be as many as the rows of C")
 
     @property
     def d_in(self) -> int:
@@ -80,7 +77,8 @@ def _check(*sets: Tensor) -> None:
 def to_tensors(inputs: Mapping[str, ModuleInputs | Keys]) -> dict[str, Tensor]:
     """{module: inputs} as named tensors of a file; the inverse of `from_tensors`."""
     parts = {(each.name, name): getattr(own, each.name) for name, own in inputs.items() for each in fields(own)}
-    return {f"{_PREFIX}.{part}.{name}": rows for (part, name), rows in parts.items() if rows is not None}
+    # In one order, because a hash of the tensors must not depend on where they come from.
+    return {f"{_PREFIX}.{part}.{name}": rows for (part, name), rows in sorted(parts.items()) if rows is not None}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, ModuleInputs | Keys]:

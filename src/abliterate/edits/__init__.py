@@ -115,8 +115,9 @@ def prepared_bytes(method: EditMethod, n_directions: int, d_out: int, d_in: int,
     plain = METHODS["none"] if needs_inputs(method) else method
     tried = plain.prepare(lambda: torch.ones(2, 3), torch.ones(1, 2, dtype=torch.float64))
     norms = {2: d_out, 3: d_in}.get(tried.norms.numel(), 0)
+    keys = torch.float32.itemsize * prompts * d_in if needs_answers(method) else 0  # K and C
     rows = tried.a.element_size() * d_in + (tried.p.element_size() * d_out if tried.p.numel() else 0)
-    return n_directions * rows + tried.norms.element_size() * norms
+    return n_directions * rows + tried.norms.element_size() * norms + keys
 
 
 def check_several(method: EditMethod, count: int) -> None:

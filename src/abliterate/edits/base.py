@@ -151,6 +151,7 @@ class EditMethod(Protocol):
     - `coeffs`, (low, high): the range of the largest coeff, where the settings don't give another than the default;
     - `needs` = "inputs": the edit is computed from the inputs of each module, so `of` gives a method for each. Such an edit has
       no `row_scale` and no `column_scale`. With "answers", from inputs along answers, too;
+    - `constants`: the numbers that `reduced` computes with, because the cache keeps what it gives while they are the same;
     - `learned` = True: ΔW is the result of an optimization. It has no definition by rows, so exports are compared with its
       factors, and no gradient in coeffs and directions, so the front isn't refined;
     - `keeps_columns`: W' is what `dense_rows` gives with every column scaled to its norm in W;

@@ -1,8 +1,8 @@
 """`key-conditional`: ΔW = −s v (vᵀW K) C, ablation that acts on what is special about the inputs of harmful prompts.
 
-Of the harmful inputs X, the keys K (d_in, k) are the combinations whose parts outside the span of the harmless inputs, those
-along answers among them, are largest: with Q an orthonormal basis of that span, K̃ = K − QQᵀK, and C solves (KᵀK̃ + αI) C = K̃ᵀ.
-So C Q = 0, and ΔW Q = 0: what the module does to harmless inputs in that span stays as it is, whatever the strength, while an
+Q (d_in, q) is an orthonormal basis of the leading directions of harmless inputs, those along answers among them. Of the harmful
+inputs X, the keys K (d_in, k) are the combinations whose parts outside Q are largest: K̃ = K − QQᵀK, and C solves (KᵀK̃ + αI) C
+= K̃ᵀ. So C Q = 0, and ΔW Q = 0: what the module does to inputs in that span stays as it is, whatever the strength, while an
 input in the span of the keys loses s times what W writes of it along v. Edits of a linear memory at keys, Meng et al. 2023
 (MEMIT, arXiv:2210.07229); with what is to be kept projected away, Fang et al. 2025 (AlphaEdit, arXiv:2410.02355).
 """
@@ -31,9 +31,11 @@ class KeyConditional(PlainAblation):
     name = "key-conditional"
     needs = "answers"
     coeffs = (1.0, 8.0)
+    constants: tuple[float, ...] = (KEYS, BASIS, RIDGE, ENERGY)
 
     def __init__(self, keys: Keys | None = None) -> None:
         self._keys = keys
+        self._near: tuple[Tensor, Tensor] | None = None  # on the device of W, because refinement needs them in each step
 
     def reduced(self, inputs: ModuleInputs) -> Keys:
         return Keys(*(rows.float().contiguous() for rows in self.solved(inputs)))
@@ -43,12 +45,13 @@ class KeyConditional(PlainAblation):
 
         C is zero if next to nothing of the keys lies outside the span of the harmless inputs.
         """
-        harmful, harmless = inputs.harmful.double(), inputs.kept.double()
+        harmful = shared(inputs.harmful)
+        kept = [shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
         # Of narrow modules at most half of the space, because nothing would be left outside of it.
-        basis = row_basis(harmless, min(BASIS, inputs.d_in // 2))
+        basis = row_basis(torch.cat(kept), min(BASIS, inputs.d_in // 2))
         outside = _without(basis, harmful.T)
         _, _, vh = torch.linalg.svd(outside, full_matrices=False)
-        keys = harmful.T @ vh[:KEYS].T / len(harmful) ** 0.5
+        keys = harmful.T @ vh[:KEYS].T
         projected = _without(basis, keys)
         energy = float(projected.square().sum())
         if energy < ENERGY * float(keys.square().sum()) or energy == 0:
@@ -72,8 +75,15 @@ class KeyConditional(PlainAblation):
     def _selected(self, a: Tensor) -> Tensor:
         """a K C (…, d_in) of what W writes along directions, (…, d_in)."""
         assert self._keys is not None, "`of` gives the method for a module"
-        keys, selector = (rows.to(a.device, a.dtype) for rows in (self._keys.keys, self._keys.selector))
+        if self._near is None or self._near[0].device != a.device:
+            self._near = self._keys.keys.to(a.device), self._keys.selector.to(a.device)
+        keys, selector = (rows.to(a.dtype) for rows in self._near)
         return a @ keys.T @ selector
+
+
+def shared(rows: Tensor) -> Tensor:
+    """Inputs (n, d_in) float64, whose squares sum up to a mean: sets count alike, however many inputs they have."""
+    return rows.double() / len(rows) ** 0.5
 
 
 def _without(basis: Tensor, columns: Tensor) -> Tensor:

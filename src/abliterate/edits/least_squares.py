@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from abliterate.directions.inputs import ModuleInputs
-from abliterate.edits.key_conditional import KeyConditional
+from abliterate.edits.key_conditional import KeyConditional, shared
 
 # What harmless inputs count beside harmful ones.
 KEPT = 30.0
-# α as a share of the mean squared length of the inputs, so that dependent ones don't divide by rounding.
+# α as a share of all that is weighed, the mean squared lengths times their weights, so that dependent inputs don't divide by
+# rounding.
 RIDGE = 1e-6
 
 
@@ -25,11 +26,12 @@ class LeastSquares(KeyConditional):
     """As `key-conditional`, with inputs of harmless prompts weighed instead of excluded."""
 
     name = "least-squares"
+    constants = (KEPT, RIDGE)
 
     def solved(self, inputs: ModuleInputs) -> tuple[Tensor, Tensor]:
         """Xᵀ and C; C is zero if all harmful inputs are."""
-        harmful = _shared(inputs.harmful)
-        kept = [KEPT**0.5 * _shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
+        harmful = shared(inputs.harmful)
+        kept = [KEPT**0.5 * shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
         rows = torch.cat([harmful, *kept])
         gram = rows @ rows.T
         # Inputs that are all zero give a C of zeros, by any ridge.
@@ -37,8 +39,3 @@ class LeastSquares(KeyConditional):
         chosen = torch.eye(len(gram), len(harmful), dtype=torch.float64)
         solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), chosen)
         return harmful, solved.T @ rows
-
-
-def _shared(rows: Tensor) -> Tensor:
-    """The inputs (n, d_in) float64, scaled so that their squares sum up to a mean."""
-    return rows.double() / len(rows) ** 0.5

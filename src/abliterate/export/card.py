@@ -232,12 +232,12 @@ _READERS = """,
 and from the inputs of matrices that read it"""
 
 _KEYS = """ The removal
-acts on what is special about the inputs of these matrices on harmful prompts; what they do to inputs in the span of those on
-harmless prompts is left as it was."""
+acts on what is special about the inputs of these matrices on harmful prompts; what they do to inputs in the leading directions
+of those on harmless prompts is left as it was."""
 
 _WEIGHED = """ The removal
-acts on what is special about the inputs of these matrices on harmful prompts: in least squares, it leaves what they do to
-inputs on harmless prompts and along the answers to them as it was."""
+acts on what is special about the inputs of these matrices on harmful prompts: in least squares, it moves what they do to inputs
+on harmless prompts as little as that allows."""
 
 _MOVED = """\
 arbitrary-rank ablation: matrices that write to the residual stream

@@ -19,6 +19,9 @@ from abliterate.model.residuals import in_batches, prefill_kwargs
 from abliterate.model.sharding import Columns, columns_of
 from abliterate.model.weights import in_features
 
+# Families with modules that are given flattened inputs, or aren't called for every text.
+UNCAPTURED = frozenset({"opt", "mllama", "nemotron_h"})
+
 
 def refuse_uncaptured(targets: Sequence[Target], mode: str) -> None:
     """Raise InputError for fused experts, each of which sees the inputs of few prompts, and not at a known position."""
@@ -57,7 +60,8 @@ def capture_inputs(
         AbliterateError: an input isn't finite, or a single prompt doesn't fit.
     """
     batches = list(in_batches(partial(_of_batch, model, targets, device), texts, batch_size, device, progress))
-    return {target.name: torch.cat([batch[target.name] for batch in batches]) for target in targets}
+    # Each batch gives up its rows at once, because all of them together are large.
+    return {target.name: torch.cat([batch.pop(target.name) for batch in batches]) for target in targets}
 
 
 def _of_batch(
@@ -81,7 +85,7 @@ def _of_pass(model: PreTrainedModel, targets: Sequence[Target], batch: BatchEnco
     found: dict[str, Tensor] = {}
     shape = tuple(batch["input_ids"].shape)
     with _captured(targets, shape, found, last):
-        model(**prefill_kwargs(model, batch))
+        model(**prefill_kwargs(model, batch, last=last))
     for target in targets:
         rows = found.get(target.name)
         if rows is None or rows.shape != (shape[0], last, in_features(target.module)):
@@ -98,13 +102,19 @@ def _of_pass(model: PreTrainedModel, targets: Sequence[Target], batch: BatchEnco
 
 
 @contextlib.contextmanager
-def _captured(targets: Sequence[Target], shape: tuple[int, ...], found: dict[str, Tensor], last: int) -> Iterator[None]:
+def _captured(
+    targets: Sequence[Target],
+    shape: tuple[int, ...],
+    found: dict[str, Tensor],
+    last: int,
+) -> Iterator[None]:
     """While active, a pass over tokens of this shape (batch, T) fills `found` with its `last` positions."""
 
     def hook(name: str, columns: Columns | None) -> Callable[..., None]:
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            if x.shape[:-1] == shape:
+            # Layers that share another's keys and values, as in Gemma 4, compute only the positions that logits are asked for.
+            if x.shape[:-1] in (shape, (shape[0], last)):
                 found[name] = _whole(x[:, -last:].float(), columns).cpu()
 
         return enter

@@ -61,15 +61,15 @@ def capture_last(layers: nn.ModuleList, out: list[Tensor | None]) -> Iterator[No
             handle.remove()
 
 
-def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding) -> dict[str, Any]:
-    """Arguments of one forward pass over left-padded prompts, with positions from the mask and logits of the last position."""
+def prefill_kwargs(model: PreTrainedModel, batch: BatchEncoding, last: int = 1) -> dict[str, Any]:
+    """Arguments of one forward pass over left-padded texts, with positions from the mask and logits of the `last` positions."""
     accepted = inspect.signature(model.forward).parameters
     mask = batch["attention_mask"]
     kwargs: dict[str, Any] = {"input_ids": batch["input_ids"], "attention_mask": mask, "use_cache": False}
     if "position_ids" in accepted:
         kwargs["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp_min(0)
     if "logits_to_keep" in accepted:
-        kwargs["logits_to_keep"] = 1
+        kwargs["logits_to_keep"] = last
     return kwargs
 
 

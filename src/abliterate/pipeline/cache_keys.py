@@ -30,7 +30,7 @@ from abliterate.scorers import SCORERS
 from abliterate.scorers.endpoint import MODEL
 from abliterate.scorers.refusals import read_markers
 from abliterate.scorers.yardstick import VERSION
-from abliterate.settings.schema import DirectionSettings, Settings
+from abliterate.settings.schema import DirectionSettings, EditSettings, Settings
 from abliterate.settings.sources import config_path
 from abliterate.types import Objective, Prompt
 
@@ -61,19 +61,25 @@ def means_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prom
     return residuals_key(settings, loaded, chat, prompts) | statistics
 
 
-def inputs_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists, tokens: int) -> dict[str, Any]:
-    """Everything that what an edit mode needs of modules' inputs depends on; `tokens`: of answers, if it needs those, too."""
-    answers = yardstick_key(settings, loaded, chat, sets[-1]) | {"tokens": tokens} if tokens else {}
-    return (
-        model_key(settings, loaded)
-        | answers
-        | {
-            "mode": [settings.edit.mode, edits.METHODS.origin(settings.edit.mode)],
-            "inputs_of": [target.name for target in loaded.targets],
-            "response_prefix": chat.response_prefix,
-            "prompts": [chat.digest(prompts) for prompts in sets],
-        }
-    )
+def inputs_key(
+    settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists, answers: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Everything that what an edit mode needs of modules' inputs depends on; `answers`: ids, if it needs them along answers."""
+    mode = settings.edit.mode
+    return model_key(settings, loaded) | {
+        "mode": [mode, edits.METHODS.origin(mode), getattr(edits.edit_method(mode), "constants", ())],
+        "inputs_of": [target.name for target in loaded.targets],
+        "response_prefix": chat.response_prefix,
+        "prompts": [chat.digest(prompts) for prompts in sets],
+        "answers": [list(ids) for ids in answers],
+    }
+
+
+def answers_key(
+    settings: Settings, loaded: LoadedModel, chat: PromptEncoder, prompts: Sequence[Prompt], tokens: int
+) -> dict[str, Any]:
+    """Everything that the first tokens of the base's own answers depend on."""
+    return yardstick_key(settings, loaded, chat, prompts) | {"tokens": tokens}
 
 
 def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
@@ -87,7 +93,7 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     }
     # What is kept between trials takes memory for each edited matrix and direction, as much as the edit mode needs.
     kept = {name: value for name, value in _given(settings.load, *_CHOOSING).items() if name in _CHOOSING}
-    needed = ("mode", "capture_prompts", "capture_tokens")
+    needed = ("mode", "capture_prompts")
     kept |= {name: value for name, value in _given(settings.edit, *needed).items() if name in needed}
     if (count := direction_count(settings)) > 1:
         kept["directions"] = count
@@ -174,7 +180,7 @@ def study_identity(
         "response length or prefix": [settings.response.max_new_tokens, chat.response_prefix],
         "set of thinking blocks or answer tags": [settings.response.thinking_blocks, settings.response.answer_tags],
         "direction method": _method(settings.directions) | directions.METHODS.origin(settings.directions.method),
-        "edit mode": _given(settings.edit, "capture_prompts", "capture_tokens") | edits.METHODS.origin(settings.edit.mode),
+        "edit mode": _edit(settings.edit),
         "search space": [space, search.ei_candidates, *([later] if later else [])],
         "seed": settings.seed,
         SCORERS_PART: _scorers(settings),
@@ -187,6 +193,15 @@ def study_identity(
     if tuple(objectives) != BY_MARKERS:  # the first versions had these objectives and didn't name them
         parts[OBJECTIVES_PART] = [[objective.name, objective.goal] for objective in objectives]
     return {name: _digest(part) for name, part in parts.items()}
+
+
+def _edit(section: EditSettings) -> dict[str, Any]:
+    """What an edit depends on; the tokens of answers only where the mode needs them."""
+    needed = edits.needs_answers(edits.edit_method(section.mode))
+    given = _given(section, "capture_prompts", "capture_tokens") | edits.METHODS.origin(section.mode)
+    return {name: value for name, value in given.items() if name != "capture_tokens"} | (
+        {"capture_tokens": section.capture_tokens} if needed else {}
+    )
 
 
 def _method(section: DirectionSettings) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from abliterate.types import Reporter
 
 def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[str, Any]:
     """The record of the model that the settings name (`requirements_of`); without `weights`, from its config alone."""
-    settings = as_refinable(with_edit_mode(settings), reporter.note)
+    settings = as_refinable(with_edit_mode(settings, reporter.note), reporter.note)
     context, device = Context.of(settings, reporter), choose_device(settings.device)
     speeds = None
     loaded: LoadedModel | loader.Skeleton | None

@@ -31,7 +31,7 @@ from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
 from abliterate.model.experts import is_fused
 from abliterate.model.hub import check_push
-from abliterate.model.inputs import refuse_uncaptured
+from abliterate.model.inputs import UNCAPTURED, refuse_uncaptured
 from abliterate.model.loader import LoadedModel
 from abliterate.model.readers import gains_of
 from abliterate.pipeline.context import Context
@@ -127,22 +127,27 @@ def check_refined_size(settings: Settings, modules: int, d_model: int) -> None:
         )
 
 
-def with_edit_mode(settings: Settings, targets: Collection[Target] | None = None) -> Settings:
-    """The settings with an edit mode in place of "auto", given the modules to edit, or those that the model's config tells of.
+def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text: None) -> Settings:
+    """The settings with an edit mode in place of "auto", by what the model's config tells; a note if it isn't least-squares.
 
-    It is least-squares where the inputs of all these modules can be captured, and full where they can't, where modules that
-    read are edited, and where only weights show which modules there are.
+    It is full where modules that read are edited, where the inputs of some module can't be captured, as of fused experts, and
+    where only weights show which modules there are.
 
     Raises:
         InputError: there is no such model, or it can't be edited.
     """
     if settings.edit.mode != AUTO:
         return settings
-    if targets is None:
-        skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"))
-        targets = () if skeleton is None else skeleton.targets
-    suits = bool(targets) and not any(target.reads or is_fused(target.module) for target in targets)
-    mode = "least-squares" if suits else "full"
+    skeleton, why = loader.skeleton(settings.model, settings.load, torch.device("cpu")), ""
+    if skeleton is None:
+        why = "only its weights show what can be edited in this model"
+    elif any(target.reads for target in skeleton.targets):
+        why = "modules that read are edited"
+    elif skeleton.architecture.family in UNCAPTURED or any(is_fused(target.module) for target in skeleton.targets):
+        why = "the inputs of some modules can't be captured"
+    if why:
+        note(f"the edit mode is full, because {why}")
+    mode = "full" if why else "least-squares"
     return settings.model_copy(update={"edit": settings.edit.model_copy(update={"mode": mode})})
 
 

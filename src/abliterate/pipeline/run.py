@@ -90,7 +90,7 @@ def run(
     reporter = reporter or default_reporter()
     try:
         with directory.locked():
-            settings = ranks.agree(lambda: with_edit_mode(settings))
+            settings = with_edit_mode(settings, reporter.note)
             rule = check_names(settings)
             settings = as_refinable(settings, reporter.note)
             devices = devices_of(gpus, choose_device(settings.device), settings.device)

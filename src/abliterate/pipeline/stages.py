@@ -49,7 +49,7 @@ from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.readers import with_gains
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
-from abliterate.pipeline.cache_keys import baseline_key, inputs_key, means_key, residuals_key
+from abliterate.pipeline.cache_keys import answers_key, baseline_key, inputs_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.capabilities import PLAIN
@@ -66,6 +66,7 @@ FORMAT = "1"  # of directions.safetensors
 _GAIN = "gain of "  # begins the names of its tensors of norms' weights
 # Objectives that leave nothing to search for if the model refuses nothing.
 FEWER = {Objective(name, "minimize") for name in COUNTS}
+Answers = Sequence[Sequence[int]]  # their ids
 POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
 
 
@@ -155,10 +156,11 @@ def _needs_silhouettes(context: Context) -> bool:
     return context.settings.search.prior == "silhouette"
 
 
-def with_inputs(bench: Workbench, directions: Directions) -> Directions:
+def with_inputs(bench: Workbench, directions: Directions, answers: Answers | None = None) -> Directions:
     """The directions with what the modules to edit need beside them: weights of the norms that they read through, and inputs.
 
-    Inputs are captured or come from the cache, if the edit mode needs them.
+    Inputs are captured or come from the cache, if the edit mode needs them. `answers` are the run's, for its workers: another
+    device may choose other words.
     """
     context, prompts = bench.context, bench.prompts
     directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
@@ -167,7 +169,7 @@ def with_inputs(bench: Workbench, directions: Directions) -> Directions:
     most = context.settings.edit.capture_prompts
     sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
     with context.stage("module inputs", " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"), bench.base():
-        return replace(directions, inputs=_inputs(bench, sets))
+        return replace(directions, inputs=_inputs(bench, sets, answers))
 
 
 def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
@@ -176,23 +178,28 @@ def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
     return tuple(prompts[place * len(prompts) // count] for place in range(count))
 
 
-def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]]) -> dict[str, ModuleInputs | Keys]:
+def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Answers | None) -> dict[str, ModuleInputs | Keys]:
     """What the edit mode needs of each module's inputs, by the module's name."""
     context, loaded, edit = bench.context, bench.loaded, bench.settings.edit
     method = edit_method(edit.mode)
+    # Fewer prompts where more tokens are asked for: all rows of a module are decomposed together.
     tokens = edit.capture_tokens if needs_answers(method) else 0
-    key = inputs_key(context.settings, loaded, bench.chat, list(sets.values()), tokens)
+    asked = _spread(sets["harmless"], MOST_ROWS // tokens) if tokens else ()
+    if answers is None or not asked:
+        answers = _own_answers(bench, asked, tokens) if asked else ()
+    if len(answers) != len(asked):
+        raise InputError(
+            f"The run has {len(answers)} answers to {len(asked)} prompts; continue it with --resume, and join it then."
+        )
+    bench.own_answers = answers
+    key = inputs_key(context.settings, loaded, bench.chat, list(sets.values()), answers)
     stored = context.store.get("inputs", key)
     if stored is not None:
         context.reporter.note("module inputs come from the cache", cached=True)
         return from_tensors(stored)
     captured = [_captured(bench, name, [Text(bench.chat.token_ids(p)) for p in chosen]) for name, chosen in sets.items()]
-    if tokens:
-        asked = _spread(sets["harmless"], MOST_ROWS // tokens)
-        responses = bench.plain.respond(asked, length=tokens)
-        assert responses is not None  # only a limit can stop it
-        texts = [Text(bench.chat.token_ids(prompt), one.ids) for prompt, one in zip(asked, responses, strict=True) if one.ids]
-        captured += [_captured(bench, "answers to harmless", texts)] if texts else []
+    texts = [Text(bench.chat.token_ids(prompt), ids) for prompt, ids in zip(asked, answers, strict=True) if ids]
+    captured += [_captured(bench, "answers to harmless", texts)] if texts else []
     inputs: dict[str, ModuleInputs | Keys] = {}
     for done, target in enumerate(loaded.targets, start=1):
         inputs[target.name] = method.reduced(ModuleInputs(*(rows.pop(target.name) for rows in captured)))
@@ -201,6 +208,22 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]]) -> dict[str,
     label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
     context.store.put("inputs", key, to_tensors(inputs), label)
     return inputs
+
+
+def _own_answers(bench: Workbench, prompts: Sequence[Prompt], tokens: int) -> Answers:
+    """The ids of the base's own answers, each without its end; an answer that ends at once has none."""
+    context, key = bench.context, answers_key(bench.settings, bench.loaded, bench.chat, prompts, tokens)
+    stored = context.store.get("answers", key)
+    if stored is None:
+        report = context.reporter.progress
+        responses = bench.plain.respond(
+            prompts, lambda done, total: report(done, total, "harmless prompts answered"), length=tokens
+        )
+        assert responses is not None  # only a limit can stop it
+        ids = [list(bench.plain.ends.without_end(response.ids)) for response in responses]
+        stored = {"record": to_bytes(json.dumps(ids))}
+        context.store.put("answers", key, stored, f"{bench.loaded.info.id}: {tokens} tokens of {len(ids)} answers")
+    return [list(ids) for ids in json.loads(from_bytes(stored["record"]))]
 
 
 def _captured(bench: Workbench, name: str, texts: Sequence[Text]) -> dict[str, Tensor]:

@@ -80,7 +80,8 @@ class Workbench:
     checked it against `plain`, and `plain` until then. `baseline` holds the base model's scores once they were measured, and
     `yardstick` its measures of its own answers once a scorer has asked for them. `refined` keeps the directions of refined
     trials: in memory, or in the directory of the run whose trials are measured. `prior` are weights of the layers for the
-    search's start-up trials, where it has them. `time_told` is whether a person knows how long a run takes.
+    search's start-up trials, where it has them. `own_answers` are ids of the base's answers along which inputs of modules were
+    captured. `time_told` is whether a person knows how long a run takes.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Workbench:
         self.baseline: Baseline | None = None
         self.yardstick: Yardstick | None = None
         self.prior: tuple[float, ...] = ()
+        self.own_answers: Sequence[Sequence[int]] = ()
 
     def use(self, sizes: BatchSizes, prefix: str) -> None:
         """Make the plain engine for these batch sizes and for responses that begin with `prefix`."""
@@ -202,7 +204,7 @@ class Workbench:
         Raises:
             InputError: these are all modules.
         """
-        why, mode = "harmful and harmless prompts give them inputs of the same span", self.settings.edit.mode
+        why, mode = "their inputs on harmful prompts hold nothing that other inputs lack", self.settings.edit.mode
         if len(names) == len(self.loaded.targets):
             raise InputError(
                 f"The edit mode {mode!r} can edit no module, because {why}; give other prompts, fewer of them with "
@@ -383,9 +385,10 @@ def load(settings: Settings, reporter: Reporter | None = None, *, check: Callabl
         InputError: a name in the settings is unknown, the model or a prompt set can't be loaded, or too little of the
             model can be edited. AbliterateError: the model can't be used.
     """
-    settings = with_edit_mode(settings)
+    reporter = reporter or default_reporter()
+    settings = with_edit_mode(settings, reporter.note)
     check_names(settings)
-    context = Context.of(settings, reporter or default_reporter(), check)
+    context = Context.of(settings, reporter, check)
     check_model(settings)
     return load_calibrated(context, read_prompts(context))
 
@@ -442,7 +445,7 @@ def open_workbench(
 
     with context.stage("load", loader.public_name(settings.model), at_once=True):
         loaded = loader.load_model(settings.model, settings.load, device, inputs, context.reporter.warn)
-        context = context.with_settings(with_edit_mode(at_a_moment(settings, loaded.tokenizer), loaded.targets))
+        context = context.with_settings(with_edit_mode(at_a_moment(settings, loaded.tokenizer)))
         if prompts is not None:
             coverage, time_told = describe(context, loaded, device, prompts)
     return Workbench(context, loaded, coverage, time_told=time_told)

@@ -12,7 +12,7 @@ import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class SharedSetup:
     baseline: Baseline
     identity: Mapping[str, str]
     yardstick: Mapping[str, Any] | None = None
+    answers: Sequence[Sequence[int]] = ()
 
     def to_bytes(self) -> bytes:
         """The JSON form; the inverse of `of_bytes`."""
@@ -91,6 +92,8 @@ class SharedSetup:
             if setup.yardstick is not None:
                 Yardstick.from_record(setup.yardstick)
             texts = [setup.settings, setup.dtype, setup.prefix, *setup.files.values(), *setup.identity.values()]
+            if not all(type(token) is int and token >= 0 for ids in setup.answers for token in ids):
+                raise ValueError("an answer has no ids")
             texts += [text for prompts in sets.values() for prompt in prompts for text in (prompt.text, prompt.system)]
             if not all(isinstance(text, str) for text in texts) or set(setup.files) - set(_FILES):
                 raise ValueError("a text is no text, or a file is none that a run shares")  # whose name might lead anywhere
@@ -133,6 +136,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
         baseline=baseline,
         identity=identity,
         yardstick=bench.yardstick.to_record() if bench.yardstick else None,
+        answers=bench.own_answers,
     )
     # Without the inputs of modules, which are too large for a database: a worker has them from its own model, or the cache.
     study.share(_DIRECTIONS, stages.directions_file(replace(directions, inputs={})))
@@ -269,7 +273,10 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
             "the same model, and the same versions."
         )
     study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
-    bench.prepare(stages.with_inputs(bench, directions))
+    vocabulary = bench.loaded.model.config.get_text_config().vocab_size
+    if any(token >= vocabulary for ids in setup.answers for token in ids):
+        raise _strange(ValueError("an answer has ids that the model hasn't"))
+    bench.prepare(stages.with_inputs(bench, directions, setup.answers))
     if setup.yardstick is not None:  # the bounds decide what counts, so all workers use the run's
         bench.yardstick = Yardstick.from_record(setup.yardstick)
     here = stages.baseline(bench)

@@ -28,7 +28,7 @@ _READINGS = {
         "times what inputs of harmful prompts write along the direction is taken off",
     ),
     "least-squares": Reading(
-        "says how many times what was found for it is taken off, which weighs inputs of harmful prompts against others",
+        "says how many times the change that weighs its inputs of harmful prompts against others is made",
         "times what inputs of harmful prompts write along the direction is taken off, as far as others allow it",
     ),
     "arbitrary-rank": Reading(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from abliterate.directions import Blend, Directions, Keys, ModuleInputs
+from abliterate.directions.inputs import from_tensors, to_tensors
 from abliterate.edits import METHODS, exact_factors, prepare
 from abliterate.edits.key_conditional import ENERGY, KEYS, RIDGE, KeyConditional
 from support.contracts import EditContract
@@ -45,7 +48,8 @@ class TestContract(EditContract):
 
 def harmless_basis(inputs: ModuleInputs) -> Tensor:
     """Q (d_in, q) float64, the leading left singular vectors of the harmless inputs as columns, at most half of the space."""
-    u, _, _ = torch.linalg.svd(inputs.harmless.double().T, full_matrices=False)
+    sets = [rows.double().T / len(rows) ** 0.5 for rows in (inputs.harmless, inputs.along) if rows is not None]
+    u, _, _ = torch.linalg.svd(torch.cat(sets, dim=1), full_matrices=False)
     return u[:, : D_IN // 2]
 
 
@@ -64,9 +68,11 @@ def unit(d: int, seed: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("strength", [1.0, 4.0, 8.0])
-def test_closed_form(strength: float) -> None:
+@pytest.mark.parametrize(("strength", "along"), [(1.0, 0), (4.0, 0), (8.0, 30)])
+def test_closed_form(strength: float, along: int) -> None:
     inputs = make_inputs()
+    if along:
+        inputs = replace(inputs, along=make_inputs(n=along, seed=1).harmless)
     keys, selector = KeyConditional().solved(inputs)
     weight, v = torch.randn(24, D_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), unit(24, 4)
     expected = dense(weight, keys.T, harmless_basis(inputs), v, strength)
@@ -164,3 +170,25 @@ def test_inputs_of_a_strangers_file(harmful: Tensor, harmless: Tensor, why: str)
     with pytest.raises(ValueError, match=why):
         ModuleInputs(harmful, harmless)
     assert Directions(torch.ones(2, 3)).inputs == {}
+
+
+def test_keys_of_a_strangers_file() -> None:
+    with pytest.raises(ValueError, match="as many as the rows of C"):
+        Keys(torch.zeros(2, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="finite"):
+        Keys(torch.zeros(2, 3), torch.full((2, 3), torch.nan))
+
+
+def test_inputs_as_tensors_are_in_one_order_and_the_same_again() -> None:
+    rows = [torch.randn(count, 3, generator=torch.Generator().manual_seed(count)) for count in (2, 4, 5)]
+    inputs = {"b": ModuleInputs(*rows), "a": ModuleInputs(*rows[:2]), "c": Keys(rows[0], rows[0])}
+    tensors = to_tensors(inputs)
+    assert list(tensors) == sorted(tensors)
+    again = from_tensors(dict(reversed(tensors.items())))
+    assert list(to_tensors(again)) == list(tensors)
+    assert again.keys() == inputs.keys()
+    for name, own in inputs.items():
+        assert type(again[name]) is type(own)
+        for part, tensor in vars(own).items():
+            found = getattr(again[name], part)
+            assert found is tensor or torch.equal(found, tensor)

@@ -183,8 +183,10 @@ def test_a_card_says_what_readers_lose_and_what_keys_leave() -> None:
         for more in ({}, {"readers": True}, {"mode": "key-conditional"}, {"mode": "least-squares"})
     )
     assert "that write to the residual stream, and from the inputs of matrices that read it. No training" in readers
-    assert "in the span of those on harmless prompts is left as it was. No training" in keys
-    assert "in least squares, it leaves what they do to inputs on harmless prompts and along" in weighed
+    assert "in the leading directions of those on harmless prompts is left as it was. No training" in keys
+    assert (
+        "in least squares, it moves what they do to inputs on harmless prompts as little as that allows. No training" in weighed
+    )
     assert "that write to the residual stream. No training" in plain
     assert "special about" not in plain + readers
 

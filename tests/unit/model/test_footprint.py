@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
 
-from abliterate.directions import ModuleInputs
+from abliterate.directions import Keys, ModuleInputs
 from abliterate.edits import METHODS, prepared_bytes
 from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.residuals import prefill_kwargs
@@ -116,10 +116,13 @@ def test_prepared_edits_take_what_is_reserved_for_them(mode: str) -> None:
 @pytest.mark.parametrize("mode", ["key-conditional", "least-squares", "arbitrary-rank"])
 def test_prepared_edits_from_inputs_take_what_is_reserved_for_them(mode: str) -> None:
     torch.manual_seed(0)
-    method = METHODS[mode].of(ModuleInputs(torch.randn(4, 20), torch.randn(4, 20)))
+    inputs = ModuleInputs(torch.randn(4, 20), torch.randn(4, 20))
+    method = METHODS[mode].of(inputs)
     assert method is not None
     prepared = method.prepare(lambda: torch.randn(12, 20), torch.randn(3, 12).double())
-    assert prepared_bytes(METHODS[mode], 3, 12, 20, prompts=8) == prepared.nbytes
+    kept = METHODS[mode].reduced(inputs)
+    keys = kept.keys.nbytes + kept.selector.nbytes if isinstance(kept, Keys) else 0
+    assert prepared_bytes(METHODS[mode], 3, 12, 20, prompts=8) == prepared.nbytes + keys
 
 
 def test_what_the_engine_keeps_by_hand() -> None:

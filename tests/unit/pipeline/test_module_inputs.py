@@ -134,6 +134,13 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
         for part in ("keys", "selector"):
             assert torch.equal(getattr(again.inputs[name], part), getattr(found.inputs[name], part))
         assert {"harmful prompts", "harmless prompts", "answers to harmless prompts"} <= {unit for _, unit in recorder.units}
+        assert stages.directions_record(again) == stages.directions_record(found)
+        assert len(bench.own_answers) == 5
+        assert max(map(len, bench.own_answers)) == 3
+        others = stages.with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
+        assert not torch.equal(others.inputs[name].selector, found.inputs[name].selector)  # type: ignore[union-attr]
+        with pytest.raises(InputError, match="The run has 2 answers to 5 prompts"):
+            stages.with_inputs(bench, alone, [[5], [7]])
         with pytest.raises(InputError, match="come without them"):
             bench.prepare(alone)
         same = {key: replace(own, selector=torch.zeros_like(own.selector)) for key, own in found.inputs.items()}  # type: ignore[call-arg,union-attr]
@@ -188,7 +195,6 @@ def test_auto_is_a_mode_that_the_model_allows(
     assert (found.edit.mode, found.edit.rank) == (mode, 5)
     assert with_edit_mode(found) is found
     if family == "llama" and not load:
-        assert with_edit_mode(settings, make_loaded(make_model("mixtral")).targets).edit.mode == "full"
         monkeypatch.setattr(loader, "skeleton", lambda *_: None)  # only weights show what can be edited
         assert with_edit_mode(settings).edit.mode == "full"
 
@@ -212,17 +218,20 @@ def test_keys_and_identity() -> None:
     more = plain.model_copy(update={"edit": plain.edit.model_copy(update={"capture_prompts": 32})})
     one, other = (study_identity(settings, loaded, chat, (PROMPTS,)) for settings in (plain, more))
     assert {name for name in one if one[name] != other[name]} == {"edit mode"}
+
+    def identity(**edit: object) -> str:
+        settings = Settings.model_validate({"model": "x", "edit": edit})
+        return study_identity(settings, loaded, chat, (PROMPTS,))["edit mode"]
+
+    assert identity(capture_tokens=4) == one["edit mode"]  # full uses none
+    assert identity(mode="least-squares") != identity(mode="least-squares", capture_tokens=4)
+    answers = ((), (), [[1, 2]], [[1], [2]])
     keys = [
-        inputs_key(settings, loaded, chat, (PROMPTS, harmless), tokens)
-        for settings, harmless, tokens in (
-            (plain, PROMPTS, 0),
-            (plain, PROMPTS[:2], 0),
-            (plain, PROMPTS, 8),
-            (plain, PROMPTS, 4),
-        )
+        inputs_key(plain, loaded, chat, (PROMPTS, harmless), ids)
+        for harmless, ids in zip((PROMPTS, PROMPTS[:2], PROMPTS, PROMPTS), answers, strict=True)
     ]
     other_mode = plain.model_copy(update={"edit": plain.edit.model_copy(update={"mode": "least-squares"})})
-    keys.append(inputs_key(other_mode, loaded, chat, (PROMPTS, PROMPTS), 0))
+    keys.append(inputs_key(other_mode, loaded, chat, (PROMPTS, PROMPTS), ()))
     assert all(one != other for place, one in enumerate(keys) for other in keys[:place])
 
 

@@ -220,7 +220,7 @@ def test_the_page_says_that_there_are_several_directions(tmp_path: Path) -> None
     [
         ("full", "0 is none and 1 all of it", "1 removes all of the direction", ": "),
         ("key-conditional", "of inputs like those of harmful prompts alone", "times what inputs of harmful prompts", ": "),
-        ("least-squares", "weighs inputs of harmful prompts against others", "as far as others allow it", ": "),
+        ("least-squares", "that weighs its inputs of harmful prompts against others", "as far as others allow it", ": "),
         ("arbitrary-rank", "The edit uses no direction", "1 is the whole change that was found", ""),
     ],
 )
