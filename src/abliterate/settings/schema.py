@@ -146,7 +146,7 @@ class EditSettings(_Section):
     coeff_grid: float = Field(0.0, ge=0)
     direction_grid: float = Field(0.0, ge=0)
     capture_prompts: int = Field(64, ge=1, le=1024)
-    capture_tokens: int = Field(8, ge=0, le=64)
+    capture_tokens: int = Field(24, ge=0, le=64)
 
 
 class SearchSettings(_Section):
