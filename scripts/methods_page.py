@@ -3,8 +3,9 @@
     python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 60 --starts --heldout --set edit.mode=pre --out lines.jsonl
     python scripts/methods_page.py lines.jsonl
 
-For each model, budget and method, over its seeds: the trial of least KL at 3 % refusals or fewer, as it scores on held-out
-prompts. Lines of earlier days are in docs/generated/methods.jsonl; new ones join them there, without their trials.
+For each model, budget and method, over its seeds: the trial of least KL at 3 % refusals or fewer, and the one that a run selects,
+as they score on held-out prompts. Lines of earlier days are in docs/generated/methods.jsonl; new ones join them there, without
+their trials.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ TEXT = (
     "seeds that went well alone. *KL*: of the first token on evaluation prompts. On held-out prompts:",
     "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean",
     "along the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
+    "*Selected* is the same of the trial that a run selects by itself, with the share of held-out harmless answers that stay word",
+    "for word the same, of which the worst is the least.",
 )
 Cells = Sequence[tuple[str, str, Callable[[Line], float]]]
 # (heading, form, what a line says)
@@ -34,7 +37,16 @@ FIGURES: Cells = (
     ("KL", ".4f", lambda line: line["best"]["0.03"]["kl"]),
     ("unanswered", ".0%", lambda line: line["heldout"]["unanswered"]["candidate"]["count"]["share"]),
     ("KL held out", ".4f", lambda line: line["heldout"]["kl"]["mean"]),
-    ("KL along", ".4f", lambda line: line["heldout"]["kl_answers"]["mean"]),
+    ("KL along", ".5f", lambda line: line["heldout"]["kl_answers"]["mean"]),
+)
+
+
+# The same of the selected trial.
+SELECTED: Cells = (
+    ("KL", ".4f", lambda line: line["selected"]["kl"]),
+    ("unanswered", ".0%", lambda line: line["selected"]["heldout"]["unanswered"]["candidate"]["count"]["share"]),
+    ("KL held out", ".4f", lambda line: line["selected"]["heldout"]["kl"]["mean"]),
+    ("KL along", ".5f", lambda line: line["selected"]["heldout"]["kl_answers"]["mean"]),
 )
 
 
@@ -50,7 +62,17 @@ def method(line: Line) -> str:
 
 def without_points(line: Line) -> Line:
     """The line without its single trials, which this page doesn't show, and without the cache's place."""
-    return {name: value for name, value in line.items() if name not in ("points", "selected")} | {"set": assigned(line)}
+    return {name: value for name, value in line.items() if name != "points"} | {"set": assigned(line)}
+
+
+def selected_row(name: str, lines: Sequence[Line]) -> str:
+    """A row of the second table: the selected trials of one method of a model."""
+    cells = [name, str(len(lines))]
+    for _, form, figure in SELECTED:
+        values = [figure(line) for line in lines]
+        cells.append(f"{median(values):{form}} ({max(values):{form}})")
+    same = [line["selected"]["heldout"]["unchanged"]["share"] for line in lines]
+    return "| " + " | ".join([*cells, f"{median(same):.0%} ({min(same):.0%})"]) + " |"
 
 
 def row(name: str, lines: Sequence[Line]) -> str:
@@ -77,7 +99,13 @@ def page(lines: Sequence[Line]) -> str:
     for (model, spent_on), methods in sorted(groups.items()):
         heads = ["method", "found", *(heading for heading, _, _ in FIGURES), "M tokens"]
         parts += ["", f"## {model}, {spent_on}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        parts += [row(name, methods[name]) for name in sorted(methods, key=lambda name: (name != DEFAULT, name))]
+        ordered = sorted(methods, key=lambda name: (name != DEFAULT, name))
+        parts += [row(name, methods[name]) for name in ordered]
+        selected = {name: [line for line in methods[name] if line.get("selected")] for name in ordered}
+        if any(selected.values()):
+            heads = ["selected", "seeds", *(heading for heading, _, _ in SELECTED), "unchanged"]
+            parts += ["", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+            parts += [selected_row(name, lines) for name, lines in selected.items() if lines]
     return "\n".join(parts) + "\n"
 
 

@@ -18,6 +18,7 @@ import methods_page
 
 def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
     heldout = {
+        "unchanged": {"share": 0.5 + seed / 10},
         "kl": {"mean": 0.02},
         "kl_answers": {"mean": 0.003},
         "unanswered": {"candidate": {"count": {"share": 0.05}}},
@@ -31,6 +32,7 @@ def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
         "refined": False,
         "best": {"0.03": best},
         "heldout": heldout if best else None,
+        "selected": {"kl": 0.2, "heldout": heldout} if best and not assigned else None,
         "ready": {"tokens": 1_000_000},
         "tokens": 3_000_000,
         "points": [1, 2, 3],
@@ -47,9 +49,12 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "argv", ["methods_page.py", str(given), "--out", str(out)])
         methods_page.main()
     rows = [row for row in out.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
+    *rows, heads, selected = rows
+    assert heads.startswith("| selected | seeds | KL | unanswered |")
+    assert selected == "| the default | 3 | 0.2000 (0.2000) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 60% (50%) |"
     assert rows == [
-        "| the default | 3 of 3 | 0.0200 (0.0400) | 5% (5%) | 0.0200 (0.0200) | 0.0030 (0.0030) | 3.00 |",
-        "| a.b=c | 1 of 2 | 0.5000 (–) | 5% (–) | 0.0200 (–) | 0.0030 (–) | 3.00 |",
+        "| the default | 3 of 3 | 0.0200 (0.0400) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 3.00 |",
+        "| a.b=c | 1 of 2 | 0.5000 (–) | 5% (–) | 0.0200 (–) | 0.00300 (–) | 3.00 |",
     ]
     stored = [json.loads(one) for one in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(stored) == 5
