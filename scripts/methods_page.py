@@ -3,9 +3,9 @@
     python scripts/measure_refinement.py demo --seeds 0 1 2 --trials 60 --starts --heldout --set edit.mode=pre --out lines.jsonl
     python scripts/methods_page.py lines.jsonl
 
-For each model, budget and method, over its seeds: the trial of least KL at 3 % refusals or fewer, and the one that a run selects,
-as they score on held-out prompts. Lines of earlier days are in docs/generated/methods.jsonl; new ones join them there, without
-their trials.
+For each model, budget and method, over its seeds: the trial of least KL at 3 % refusals or fewer, and the one that a run
+selects, as they score on held-out prompts. Lines of earlier days are in docs/generated/methods.jsonl; new ones join them there,
+without their trials.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ TEXT = (
     "seeds that went well alone. *KL*: of the first token on evaluation prompts. On held-out prompts:",
     "*unanswered*, the share of harmful ones without a real answer; *KL held out*, the first token's; *KL along*, the mean",
     "along the unedited model's answers. *M tokens*: all that the model was fed, a token forward once and backward twice.",
-    "*Selected* is the same of the trial that a run selects by itself, with the share of held-out harmless answers that stay word",
-    "for word the same, of which the worst is the least.",
+    "*Selected* is the same of the trial that a run selects by itself, with the share of held-out harmless answers that stay",
+    "word for word the same, of which the worst is the least.",
 )
 Cells = Sequence[tuple[str, str, Callable[[Line], float]]]
 # (heading, form, what a line says)
