@@ -56,7 +56,7 @@ class KeyConditional(PlainAblation):
         energy = float(projected.square().sum())
         if energy < ENERGY * float(keys.square().sum()) or energy == 0:
             return keys.T, torch.zeros_like(keys.T)
-        ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
+        ridge = RIDGE * energy / keys.shape[1] * torch.eye(keys.shape[1]).to(keys)
         return keys.T, torch.linalg.solve(keys.T @ projected + ridge, projected.T)
 
     def of(self, inputs: ModuleInputs | Keys) -> KeyConditional | None:

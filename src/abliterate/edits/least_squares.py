@@ -33,9 +33,8 @@ class LeastSquares(KeyConditional):
         harmful = shared(inputs.harmful)
         kept = [KEPT**0.5 * shared(rows) for rows in (inputs.harmless, inputs.along) if rows is not None]
         rows = torch.cat([harmful, *kept])
-        gram = rows @ rows.T
+        gram, identity = rows @ rows.T, torch.eye(len(rows)).to(rows)
         # Inputs that are all zero give a C of zeros, by any ridge.
         ridge = max(RIDGE * float(gram.diagonal().sum()), torch.finfo(torch.float64).tiny)
-        chosen = torch.eye(len(gram), len(harmful), dtype=torch.float64)
-        solved = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=torch.float64), chosen)
+        solved = torch.linalg.solve(gram + ridge * identity, identity[:, : len(harmful)])
         return harmful, solved.T @ rows

@@ -201,8 +201,11 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     texts = [Text(bench.chat.token_ids(prompt), ids) for prompt, ids in zip(asked, answers, strict=True) if ids]
     captured += [_captured(bench, "answers to harmless", texts)] if texts else []
     inputs: dict[str, ModuleInputs | Keys] = {}
+    home = loaded.device if loaded.device.type == "cuda" else torch.device("cpu")  # decompositions in float64
     for done, target in enumerate(loaded.targets, start=1):
-        inputs[target.name] = method.reduced(ModuleInputs(*(rows.pop(target.name) for rows in captured)))
+        own = [rows.pop(target.name).to(home) for rows in captured]
+        kept = method.reduced(ModuleInputs(*own))
+        inputs[target.name] = replace(kept, **{part: rows.cpu() for part, rows in vars(kept).items() if rows is not None})
         context.reporter.progress(done, len(loaded.targets), "modules")
         context.check()
     label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
