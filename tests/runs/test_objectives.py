@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,11 @@ def test_a_setup_carries_the_baselines_values() -> None:
     for values in ({"words": 2.5}, {}):
         setup = workers.SharedSetup("", {}, "float32", "", prompts, Baseline(3, 5, values), {"set or order of objectives": "x"})
         assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
+    setup = replace(setup, answers=((5, 7), ()))
+    assert workers.SharedSetup.of_bytes(setup.to_bytes()) == setup
+    for strange in (((-1,),), (("a",),), 5):
+        with pytest.raises(InputError, match="setup can't be read"):
+            workers.SharedSetup.of_bytes(replace(setup, answers=strange).to_bytes())
 
 
 def test_a_worker_takes_over(prompt_files: Files, cache: Path, tmp_path: Path) -> None:

@@ -86,9 +86,9 @@ class SharedSetup:
             )
         try:
             sets = {name: tuple(Prompt(*fields) for fields in prompts) for name, prompts in record.pop("prompts").items()}
-            setup = SharedSetup(
-                prompts=PromptSets.of_names(sets), baseline=Baseline.from_record(record.pop("baseline")), **record
-            )
+            answers = tuple(map(tuple, record.pop("answers", ())))
+            baseline = Baseline.from_record(record.pop("baseline"))
+            setup = SharedSetup(prompts=PromptSets.of_names(sets), baseline=baseline, answers=answers, **record)
             if setup.yardstick is not None:
                 Yardstick.from_record(setup.yardstick)
             texts = [setup.settings, setup.dtype, setup.prefix, *setup.files.values(), *setup.identity.values()]
