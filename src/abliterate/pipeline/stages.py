@@ -1,6 +1,7 @@
 """The stages between a calibrated workbench and the search: residuals, directions, baseline, and one trial.
 
-Each stage takes and returns values; `pipeline/run.py` calls the stages in their order.
+Each stage takes and returns values; `pipeline/run.py` calls the stages in their order. The module is long because all stages
+are here, one after another, so that the pipeline can be read in one place.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ FORMAT = "1"  # of directions.safetensors
 _GAIN = "gain of "  # begins the names of its tensors of norms' weights
 # Objectives that leave nothing to search for if the model refuses nothing.
 FEWER = {Objective(name, "minimize") for name in COUNTS}
-Answers = Sequence[Sequence[int]]  # their ids
+Answers = Sequence[Sequence[int]]  # the ids of each answer
 POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
 
 
