@@ -29,6 +29,7 @@ from abliterate.pipeline.export import Picked, export_and_verify, prepare, promp
 from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers
+from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter, with_edit_mode
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
@@ -219,7 +220,7 @@ class _Run:
         """Residuals and directions, with what the report shows of them, and the layer prior if a new study needs it."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
-        directions = stages.with_inputs(bench, stages.directions(context, residuals))
+        directions = with_inputs(bench, stages.directions(context, residuals))
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))

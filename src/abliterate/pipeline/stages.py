@@ -1,7 +1,7 @@
 """The stages between a calibrated workbench and the search: residuals, directions, baseline, and one trial.
 
-Each stage takes and returns values; `pipeline/run.py` calls the stages in their order. The module is long because all stages
-are here, one after another, so that the pipeline can be read in one place.
+Each stage takes and returns values; `pipeline/run.py` calls the stages in their order. The stage that captures the inputs of
+modules, which few edits need, is in `module_inputs.py`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from abliterate.directions import (
     METHODS,
     DirectionMethod,
     Directions,
-    Keys,
-    ModuleInputs,
     ResidualMeans,
     compute_directions,
     direction_method,
@@ -38,20 +36,19 @@ from abliterate.directions import (
     winsorize,
 )
 from abliterate.directions.geometry import Sample, silhouettes
-from abliterate.directions.inputs import MOST_ROWS, from_tensors, to_tensors
+from abliterate.directions.inputs import from_tensors, to_tensors
 from abliterate.directions.protected import capability_directions, protect
-from abliterate.edits import edit_method, is_learned, needs_answers, needs_inputs
+from abliterate.edits import edit_method, is_learned
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
 from abliterate.errors import AbliterateError, InputError, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
-from abliterate.model.inputs import Text, capture_inputs
 from abliterate.model.memory import affordable, memory_errors, unless_full
-from abliterate.model.readers import with_gains
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
-from abliterate.pipeline.cache_keys import answers_key, baseline_key, inputs_key, means_key, residuals_key
+from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
 from abliterate.pipeline.context import Context
+from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.capabilities import PLAIN
 from abliterate.prompts.files import public_source
@@ -67,7 +64,6 @@ FORMAT = "1"  # of directions.safetensors
 _GAIN = "gain of "  # begins the names of its tensors of norms' weights
 # Objectives that leave nothing to search for if the model refuses nothing.
 FEWER = {Objective(name, "minimize") for name in COUNTS}
-Answers = Sequence[Sequence[int]]  # the ids of each answer
 POINTS = 200  # the residuals kept of each set, which become the points of the report's projection
 
 
@@ -155,90 +151,6 @@ def layer_prior(context: Context, residuals: Residuals) -> tuple[float, ...]:
 
 def _needs_silhouettes(context: Context) -> bool:
     return context.settings.search.prior == "silhouette"
-
-
-def with_inputs(bench: Workbench, directions: Directions, answers: Answers | None = None) -> Directions:
-    """The directions with what the modules to edit need beside them: weights of the norms that they read through, and inputs.
-
-    Inputs are captured or come from the cache, if the edit mode needs them. `answers` are the run's, for its workers: another
-    device may choose other words.
-    """
-    context, prompts = bench.context, bench.prompts
-    directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
-    if not needs_inputs(edit_method(context.settings.edit.mode)):
-        return directions
-    most = context.settings.edit.capture_prompts
-    sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
-    with context.stage("module inputs", " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"), bench.base():
-        return replace(directions, inputs=_inputs(bench, sets, answers))
-
-
-def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
-    """At most so many of the prompts, evenly spread, because data sets are often sorted by subject."""
-    count = min(most, len(prompts))
-    return tuple(prompts[place * len(prompts) // count] for place in range(count))
-
-
-def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Answers | None) -> dict[str, ModuleInputs | Keys]:
-    """What the edit mode needs of each module's inputs, by the module's name."""
-    context, loaded, edit = bench.context, bench.loaded, bench.settings.edit
-    method = edit_method(edit.mode)
-    # Fewer prompts where more tokens are asked for: all rows of a module are decomposed together.
-    tokens = edit.capture_tokens if needs_answers(method) else 0
-    asked = _spread(sets["harmless"], MOST_ROWS // tokens) if tokens else ()
-    if answers is None or not asked:
-        answers = _own_answers(bench, asked, tokens) if asked else ()
-    if len(answers) != len(asked):
-        raise InputError(
-            f"The run has {len(answers)} answers to {len(asked)} prompts; continue it with --resume, and join it then."
-        )
-    bench.own_answers = answers
-    key = inputs_key(context.settings, loaded, bench.chat, list(sets.values()), answers)
-    stored = context.store.get("inputs", key)
-    if stored is not None:
-        context.reporter.note("module inputs come from the cache", cached=True)
-        return from_tensors(stored)
-    captured = [_captured(bench, name, [Text(bench.chat.token_ids(p)) for p in chosen]) for name, chosen in sets.items()]
-    texts = [Text(bench.chat.token_ids(prompt), ids) for prompt, ids in zip(asked, answers, strict=True) if ids]
-    captured += [_captured(bench, "answers to harmless", texts)] if texts else []
-    inputs: dict[str, ModuleInputs | Keys] = {}
-    home = loaded.device if loaded.device.type == "cuda" else torch.device("cpu")  # decompositions in float64
-    for done, target in enumerate(loaded.targets, start=1):
-        own = [rows.pop(target.name).to(home) for rows in captured]
-        kept = method.reduced(ModuleInputs(*own))
-        inputs[target.name] = replace(kept, **{part: rows.cpu() for part, rows in vars(kept).items() if rows is not None})
-        context.reporter.progress(done, len(loaded.targets), "modules")
-        context.check()
-    label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
-    context.store.put("inputs", key, to_tensors(inputs), label)
-    return inputs
-
-
-def _own_answers(bench: Workbench, prompts: Sequence[Prompt], tokens: int) -> Answers:
-    """The ids of the base's own answers, each without its end; an answer that ends at once has none."""
-    context, key = bench.context, answers_key(bench.settings, bench.loaded, bench.chat, prompts, tokens)
-    stored = context.store.get("answers", key)
-    if stored is None:
-        report = context.reporter.progress
-        responses = bench.plain.respond(
-            prompts, lambda done, total: report(done, total, "harmless prompts answered"), length=tokens
-        )
-        assert responses is not None  # only a limit can stop it
-        ids = [list(bench.plain.ends.without_end(response.ids)) for response in responses]
-        stored = {"record": to_bytes(json.dumps(ids))}
-        context.store.put("answers", key, stored, f"{bench.loaded.info.id}: {tokens} tokens of {len(ids)} answers")
-    return [list(ids) for ids in json.loads(from_bytes(stored["record"]))]
-
-
-def _captured(bench: Workbench, name: str, texts: Sequence[Text]) -> dict[str, Tensor]:
-    context, loaded = bench.context, bench.loaded
-
-    def progress(done: int, total: int) -> None:
-        context.reporter.progress(done, total, f"{name} prompts")
-        context.check()
-
-    size = affordable(bench.sizes.residuals, bench.sizes.row_bytes[0], loaded.device)
-    return capture_inputs(loaded.model, loaded.targets, texts, batch_size=size, device=loaded.device, progress=progress)
 
 
 def find_directions(bench: Workbench) -> Directions:

@@ -27,6 +27,7 @@ from abliterate.errors import InputError, first_line
 from abliterate.files import expanded
 from abliterate.pipeline import stages
 from abliterate.pipeline.context import Context
+from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.prompts.sets import PromptSets
@@ -276,7 +277,7 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
     vocabulary = bench.loaded.model.config.get_text_config().vocab_size
     if any(token >= vocabulary for ids in setup.answers for token in ids):
         raise _strange(ValueError("an answer has ids that the model hasn't"))
-    bench.prepare(stages.with_inputs(bench, directions, setup.answers))
+    bench.prepare(with_inputs(bench, directions, setup.answers))
     if setup.yardstick is not None:  # the bounds decide what counts, so all workers use the run's
         bench.yardstick = Yardstick.from_record(setup.yardstick)
     here = stages.baseline(bench)

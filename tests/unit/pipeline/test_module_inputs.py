@@ -25,6 +25,7 @@ from abliterate.pipeline.cache_keys import inputs_key, study_identity
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import approximation_of
 from abliterate.pipeline.export_trial import export_trial
+from abliterate.pipeline.module_inputs import _spread, with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_edit, check_names, with_edit_mode
 from abliterate.pipeline.workbench import load
 from abliterate.settings.schema import EditSettings, Settings
@@ -128,7 +129,7 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
         assert bench.space.samples(20, 0)[3].kernels["attn.o_proj"].max_coeff >= 1
         assert {bench.space.coeffs} == {(1.0, 8.0)}
         alone = replace(found, inputs={})
-        again = stages.with_inputs(bench, alone)
+        again = with_inputs(bench, alone)
         assert "module inputs come from the cache" in recorder.notes
         name = next(iter(found.inputs))
         for part in ("keys", "selector"):
@@ -137,10 +138,10 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
         assert stages.directions_record(again) == stages.directions_record(found)
         assert len(bench.own_answers) == 5
         assert max(map(len, bench.own_answers)) == 3
-        others = stages.with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
+        others = with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
         assert not torch.equal(others.inputs[name].selector, found.inputs[name].selector)  # type: ignore[union-attr]
         with pytest.raises(InputError, match="The run has 2 answers to 5 prompts"):
-            stages.with_inputs(bench, alone, [[5], [7]])
+            with_inputs(bench, alone, [[5], [7]])
         with pytest.raises(InputError, match="come without them"):
             bench.prepare(alone)
         same = {key: replace(own, selector=torch.zeros_like(own.selector)) for key, own in found.inputs.items()}  # type: ignore[call-arg,union-attr]
@@ -149,8 +150,8 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_prompts_are_spread_evenly() -> None:
-    assert stages._spread(list(range(10)), 4) == (0, 2, 5, 7)  # type: ignore[arg-type]
-    assert stages._spread(list(range(3)), 64) == (0, 1, 2)  # type: ignore[arg-type]
+    assert _spread(list(range(10)), 4) == (0, 2, 5, 7)  # type: ignore[arg-type]
+    assert _spread(list(range(3)), 64) == (0, 1, 2)  # type: ignore[arg-type]
 
 
 def test_only_a_mode_that_uses_directions_needs_any() -> None:
