@@ -25,7 +25,7 @@ from abliterate.pipeline.workbench import load
 from abliterate.refine.betas import Tried, next_descent
 from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
-from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams
+from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams, weight_name
 from support.cli import Invoke
 from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
@@ -104,6 +104,36 @@ def test_several_directions_are_searched_learned_and_exported(prompt_files: File
     assert weights.std() > 1e-4, "weights are learned, too"
     assert (result["selected"], result["export"]["verified"]) == (1, True)
     assert (result["export"]["method"], result["export"]["rank"]) == ("dora", 2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"edit": {"mode": "least-squares", "capture_prompts": 5, "capture_tokens": 2}},
+        {"directions": {"method": "kmeans", "count": 2}},
+        {"directions": {"method": "kmeans", "count": 2}, "edit": {"mode": "none"}},
+    ],
+)
+def test_a_course_begins_at_the_trial_that_teaches(prompt_files: Files, warm: Path, options: dict[str, Any]) -> None:
+    """Every module's edit is that of the trial, and modules that it leaves alone are as they were, ready to learn."""
+    with load(quick_settings(prompt_files, warm, refine={"enabled": True}, **options), Recorder()) as bench:
+        stages.find_directions(bench)
+        kernels = {
+            name: Kernel(-0.4 if name.startswith("mlp") else 0.9, 8.0, -0.1 if name.startswith("mlp") else 0.3, 3.5)
+            for name in bench.space.components
+        }
+        weights = {weight_name(place): weight for place, weight in enumerate((0.5, 0.8)) if "directions" in options}
+        taught = Trial(4, TrialParams("global", 6.4, kernels, weights), "complete", {}, 0.0)
+        begun, _ = refine.Refinement(bench, None, [taught], 5)._parameters(4)  # type: ignore[arg-type]
+        expected, found = bench.editor.factors(taught.params), begun.factors()
+        assert 0 < len(expected) < len(found) == len(begun.modules)
+        for module in begun.modules:
+            weight = module.read_weight()
+            delta, own = found[module.name].delta(weight).detach(), torch.zeros_like(weight)
+            torch.testing.assert_close(delta, expected[module.name].delta(weight) if module.name in expected else own)
+        torch.testing.assert_close(begun.directions.flatten(1).norm(dim=1), torch.ones(len(begun.modules)))
+        weak, _ = refine.Refinement(bench, None, [taught], 5)._parameters("teachers")  # type: ignore[arg-type]
+        assert len(set(weak.coeffs.tolist())) == 1
 
 
 def test_facts_say_how_it_was_found(refined: Refined) -> None:
