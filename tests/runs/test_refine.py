@@ -106,34 +106,29 @@ def test_several_directions_are_searched_learned_and_exported(prompt_files: File
     assert (result["export"]["method"], result["export"]["rank"]) == ("dora", 2)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"edit": {"mode": "least-squares", "capture_prompts": 5, "capture_tokens": 2}},
-        {"directions": {"method": "kmeans", "count": 2}},
-        {"directions": {"method": "kmeans", "count": 2}, "edit": {"mode": "none"}},
-    ],
-)
-def test_a_course_begins_at_the_trial_that_teaches(prompt_files: Files, warm: Path, options: dict[str, Any]) -> None:
-    """Every module's edit is that of the trial, and modules that it leaves alone are as they were, ready to learn."""
-    with load(quick_settings(prompt_files, warm, refine={"enabled": True}, **options), Recorder()) as bench:
+@pytest.mark.parametrize("directions", [{}, {"method": "kmeans", "count": 2}])
+def test_an_edit_computed_from_inputs_begins_at_its_teacher(
+    prompt_files: Files, warm: Path, directions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every module's edit is that of the teacher, and modules that it leaves alone are as they were, ready to learn."""
+    edit = {"mode": "least-squares", "capture_prompts": 5, "capture_tokens": 2}
+    settings = quick_settings(prompt_files, warm, refine={"enabled": True}, edit=edit, directions=directions)
+    with load(settings, Recorder()) as bench:
         stages.find_directions(bench)
-        kernels = {
-            name: Kernel(-0.4 if name.startswith("mlp") else 0.9, 8.0, -0.1 if name.startswith("mlp") else 0.3, 3.5)
-            for name in bench.space.components
-        }
-        weights = {weight_name(place): weight for place, weight in enumerate((0.5, 0.8)) if "directions" in options}
-        taught = Trial(4, TrialParams("global", 6.4, kernels, weights), "complete", {}, 0.0)
-        begun, _ = refine.Refinement(bench, None, [taught], 5)._parameters(4)  # type: ignore[arg-type]
-        expected, found = bench.editor.factors(taught.params), begun.factors()
+        kernels = {name: Kernel(2.0, 8.0, -0.3 if name.startswith("mlp") else 0.3, 3.5) for name in bench.space.components}
+        weights = {weight_name(place): weight for place, weight in enumerate((0.5, 0.8)) if directions}
+        teacher = TrialParams("global", 6.4, kernels, weights)
+        refinement = refine.Refinement(bench, None, [], 0)  # type: ignore[arg-type]
+        begun, _ = refinement._parameters(teacher)
+        expected, found = bench.editor.factors(teacher), begun.factors()
         assert 0 < len(expected) < len(found) == len(begun.modules)
         for module in begun.modules:
             weight = module.read_weight()
             delta, own = found[module.name].delta(weight).detach(), torch.zeros_like(weight)
             torch.testing.assert_close(delta, expected[module.name].delta(weight) if module.name in expected else own)
         torch.testing.assert_close(begun.directions.flatten(1).norm(dim=1), torch.ones(len(begun.modules)))
-        weak, _ = refine.Refinement(bench, None, [taught], 5)._parameters("teachers")  # type: ignore[arg-type]
-        assert len(set(weak.coeffs.tolist())) == 1
+        monkeypatch.setattr(refine, "needs_inputs", lambda method: False)  # of other edits it begins weakly everywhere
+        assert len(set(refinement._parameters(teacher)[0].coeffs.tolist())) == 1
 
 
 def test_facts_say_how_it_was_found(refined: Refined) -> None:

@@ -24,12 +24,12 @@ from abliterate.scorers.refusals import Refusals
 from abliterate.scorers.unanswered import Unanswered, measure_fluency
 from abliterate.scorers.yardstick import VERSION as YARDSTICK_VERSION
 from abliterate.scorers.yardstick import Kind
-from abliterate.types import Params, Prompt, Trial
+from abliterate.types import Params, Prompt, Trial, params_from_record
 
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
 # The version of how a lesson is made: those in the cache that another version made are no use.
-_VERSION = 4
+_VERSION = 5
 # The fewest answers of a kind that are worth learning from.
 _FEWEST = 8
 
@@ -38,18 +38,20 @@ _FEWEST = 8
 class Lesson:
     """Training and validation rows; the first `n_asked` harmful training prompts are those of validation.
 
-    `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `first_beta` is the weight to begin with.
+    `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `teacher` is its edit, and `first_beta` the
+    weight to begin with.
     """
 
     training: Rows
     validation: Rows
     n_asked: int
     start: int | str
+    teacher: Params
     first_beta: float
 
     def to_record(self) -> dict[str, Any]:
         """The JSON form; the inverse of `from_record`."""
-        return asdict(self)
+        return {**asdict(self), "teacher": self.teacher.to_record()}
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> Lesson:
@@ -58,7 +60,7 @@ class Lesson:
             name: Rows(*([TeacherForced(**row) for row in record[name][kind]] for kind in ("harmful", "harmless")))
             for name in ("training", "validation")
         }
-        return Lesson(**{**record, **rows})
+        return Lesson(**{**record, **rows, "teacher": params_from_record(record["teacher"])})
 
 
 def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | None:
@@ -164,18 +166,19 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson:
     n_asked = max(1, round(settings.validation * len(harmful)))
     answered = [row for row in targets[n_asked:] if row is not None]
     if len(answered) < _FEWEST:  # nothing more is needed of a lesson that is no use
-        return Lesson(Rows(answered, []), Rows([], []), n_asked, start, 0.0)
+        return Lesson(Rows(answered, []), Rows([], []), n_asked, start, teacher, 0.0)
     own = _own_answers(bench, harmless)
     n_held = max(1, round(settings.validation * len(own)))
     if len(own) - n_held < _FEWEST:
-        return Lesson(Rows(answered, own[n_held:]), Rows([], []), n_asked, start, 0.0)
+        return Lesson(Rows(answered, own[n_held:]), Rows([], []), n_asked, start, teacher, 0.0)
     whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"
     refused = f"; {len(harmless) - len(own)} harmless prompts are left out, because the model refuses them"
     bench.context.reporter.note(
         f"{len(answered)} answers of {whose} to learn from{refused if len(own) < len(harmless) else ''}"
     )
     validation = Rows([row for row in targets[:n_asked] if row is not None], own[:n_held])
-    return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, _first_beta(bench, teacher, validation))
+    first = _first_beta(bench, teacher, validation)
+    return Lesson(Rows(answered, own[n_held:]), validation, n_asked, start, teacher, first)
 
 
 def _first_beta(bench: Workbench, teacher: Params, validation: Rows) -> float:

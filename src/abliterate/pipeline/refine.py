@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
-from abliterate.edits import edit_method, is_refinable
+from abliterate.edits import edit_method, is_refinable, needs_inputs
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
@@ -37,7 +37,7 @@ from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
 from abliterate.types import Params, RefinedParams, Trial
 
-# The strength at the start, where no trial is a start, and Adam's peak step of it, to be divided by the number of modules; and
+# The strength at the start, where the teacher isn't it, and Adam's peak step of it, to be divided by the number of modules; and
 # the peak step of directions, to be divided by √d_model, or for k directions a module by √(k · d_model).
 _START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
 
@@ -178,7 +178,7 @@ class Refinement:
         take many steps to become right.
         """
         bench, settings, beta = self._bench, self._settings, plan.beta
-        parameters, starts = self._parameters(lesson.start, plan.before)
+        parameters, starts = self._parameters(lesson.teacher, plan.before)
         n, entries = parameters.directions.flatten(1).shape
         rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(entries) if settings.learn == "directions" else 0.0)
         passes = self._new_passes(lesson)
@@ -265,11 +265,11 @@ class Refinement:
         validation = {**best.record, **shares, "margin": settings.margin, "prompts": len(asked)}
         return replace(params, facts={**params.facts, "validation": validation})
 
-    def _parameters(self, start: int | str = "teachers", before: _Point | None = None) -> tuple[Parameters, Tensor]:
+    def _parameters(self, teacher: Params | None = None, before: _Point | None = None) -> tuple[Parameters, Tensor]:
         """θ at the start of a descent, and the directions that everything began with, (n, d_model) or (n, k, d_model).
 
-        The first descent begins at the trial of the number `start`, and else at weak equal strengths along each layer's own
-        directions, with equal weights: a plain ablation is a good teacher and a worse start (docs/decisions.md).
+        An edit that is computed from inputs hardly touches harmless ones, so the first descent begins at the teacher's. Others
+        begin at weak equal strengths along each layer's own directions, with equal weights (docs/decisions.md).
         """
         bench = self._bench
         given, method_of = bench.editor.directions, bench.editor.method_of
@@ -283,9 +283,8 @@ class Refinement:
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
         starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
         coeffs = torch.full((len(targets),), _START / len(targets))
-        trial = next((trial.params for trial in self._trials if trial.number == start), None)
-        if trial is not None:
-            coeffs, starts = self._of_trial(trial, [module.name for module in modules], starts)
+        if teacher is not None and needs_inputs(edit_method(bench.settings.edit.mode)):
+            coeffs, starts = self._of_teacher(teacher, [module.name for module in modules], starts)
         directions = starts.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)
@@ -293,17 +292,17 @@ class Refinement:
             directions = torch.stack([stored[module.name] for module in modules]).clone()
         return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), starts
 
-    def _of_trial(self, trial: Params, names: Sequence[str], own: Tensor) -> tuple[Tensor, Tensor]:
-        """The strengths and directions of a trial's modules; one that it leaves alone has a strength of 0 and its `own`."""
+    def _of_teacher(self, teacher: Params, names: Sequence[str], own: Tensor) -> tuple[Tensor, Tensor]:
+        """The strengths and directions of a teacher's modules; one that it leaves alone has a strength of 0 and its `own`."""
         editor = self._bench.editor
-        plan, coeffs, directions = editor.plan(trial), torch.zeros(len(names)), own.clone()
+        plan, coeffs, directions = editor.plan(teacher), torch.zeros(len(names)), own.clone()
         matrices = directions.view(len(names), -1, own.shape[-1])  # the same tensor, with a row for each direction of a module
         for index, name in enumerate(names):
             if name in plan:
-                vectors, strengths = editor.vectors(trial, plan[name])
+                vectors, strengths = editor.vectors(teacher, plan[name])
                 given = torch.tensor(strengths, dtype=torch.float64)
                 coeffs[index] = coeff = given.norm().copysign(given.sum())
-                matrices[index] = 0.0  # a direction that the trial doesn't use isn't learned
+                matrices[index] = 0.0  # a direction that the teacher doesn't use isn't learned
                 matrices[index, : len(given)] = (vectors.cpu() * (given / coeff)[:, None]).float()
         return coeffs, directions
 
