@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from abliterate.directions.inputs import MOST_ROWS
+from abliterate.edits import edit_method, needs_answers, needs_inputs
 from abliterate.export.base_weights import whole_because
 from abliterate.model.architectures import decoder_layers, missing_components
 from abliterate.model.chat_template import PromptEncoder
@@ -181,7 +183,7 @@ def _cost(
     response, trials = settings.response.max_new_tokens, settings.search.trials
     harmful, _, harmful_tokens = work.sets["harmful_eval"]
     harmless, _, harmless_tokens = work.sets["harmless_eval"]
-    directions = sum(work.sets[name][2] for name in ("harmful", "harmless"))
+    directions = sum(work.sets[name][2] for name in ("harmful", "harmless")) + _module_inputs(settings, work)
     prompts, decoded = harmful_tokens + harmless_tokens, harmful * response
     layers, head = _multiplied(loaded)
     trial = 2 * (layers * (prompts + decoded) + head * (harmless + decoded))
@@ -216,6 +218,20 @@ def _cost(
         "flop": flop,
         "seconds": seconds,
     }
+
+
+def _module_inputs(settings: Settings, work: Workload) -> int:
+    """The tokens that are fed to capture the inputs of modules, where the edit is computed from them."""
+    method, edit = edit_method(settings.edit.mode), settings.edit
+    if not needs_inputs(method):
+        return 0
+    mean = {name: work.sets[name][2] / max(1, work.sets[name][0]) for name in ("harmful", "harmless")}
+    captured = {name: min(work.sets[name][0], edit.capture_prompts) for name in mean}
+    tokens = edit.capture_tokens if needs_answers(method) else 0
+    answered = min(captured["harmless"], MOST_ROWS // tokens) if tokens else 0
+    # Answers are generated, and then fed once more behind their prompts.
+    along = 2 * answered * (mean["harmless"] + tokens)
+    return math.ceil(sum(captured[name] * mean[name] for name in mean) + along)
 
 
 def _asked(settings: Settings, work: Workload) -> tuple[int, int]:

@@ -204,6 +204,21 @@ def test_seconds_are_tokens_by_speed() -> None:
     assert cost["seconds"] == whole
 
 
+def test_inputs_cost_what_is_fed_to_capture_them() -> None:
+    """Prompts of 64 tokens, and beside them, for some edits, answers that are made and fed again behind their prompts."""
+    found = {}
+    for mode, prompts in (("full", 5), ("arbitrary-rank", 5), ("least-squares", 5), ("least-squares", 1000)):
+        settings = Settings(edit={"mode": mode, "capture_prompts": prompts, "capture_tokens": 3})  # type: ignore[arg-type]
+        cost = requirements_of(settings, load_specimen("llama"), CPU, Workload.usual(""))["cost"]
+        found[mode, prompts] = cost["tokens"]["residuals"] - 800 * 64
+    assert found == {
+        ("full", 5): 0,
+        ("arbitrary-rank", 5): 10 * 64,
+        ("least-squares", 5): 10 * 64 + 5 * 2 * (64 + 3),
+        ("least-squares", 1000): 800 * 64 + (1024 // 3) * 2 * (64 + 3),
+    }
+
+
 def test_the_scorer_costs_what_it_shows_the_base() -> None:
     """The tokens of all rows that the base is asked about: a trial's answers, and the yardstick's."""
     response, fed = 40, 0
