@@ -34,6 +34,11 @@ def as_command(*words: object) -> str:
     return shlex.join(["abliterate", *map(str, words)])
 
 
+def install_extra(name: str) -> str:
+    """How an extra is installed. The package is on no index yet, and somebody else may take its name there."""
+    return f"pip install '.[{name}]' in your clone of abliterate"
+
+
 class AbliterateError(Exception):
     """The work could not be finished (exit code 1). `str(error)` is one sentence with the remedy."""
 

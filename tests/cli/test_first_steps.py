@@ -94,7 +94,10 @@ BAD: list[tuple[list[str], tuple[str, ...]]] = [
     (["run", "demo", "--push", "me/model"], ("no Hub token", "hf auth login")),
     (["export", "runs/good", "--trial", "0", "--push", "me/model"], ("no Hub token",)),
     (["run", "demo", "--push", "model"], ("owner/name",)),
-    (["run", "demo", "--storage", "postgresql+psycopg://me:hunter2@db/x"], ("pip install 'abliterate[postgres]'", "psycopg")),
+    (
+        ["run", "demo", "--storage", "postgresql+psycopg://me:hunter2@db/x"],
+        ("pip install '.[postgres]' in", "psycopg"),
+    ),
     # config
     (["config", "--set", "search.trails=5"], ("did you mean search.trials?",)),
     (["config", "init", "a-file", "demo"], ("exists", "--force")),
@@ -382,7 +385,7 @@ def test_doctor_says_what_to_do(invoke: Invoke, tmp_path: Path, monkeypatch: pyt
     assert found["optuna"]["remedy"] == "pip install 'optuna>=5.0'"
     assert "ABLITERATE_SEARCH__TRIALS" in found["settings"]["remedy"]
     assert "free space" in found["runs"]["remedy"]
-    assert found["extra bnb"]["remedy"].endswith("pip install 'abliterate[bnb]'")
+    assert found["extra bnb"]["remedy"].endswith("pip install '.[bnb]' in your clone of abliterate")
     assert all(check["remedy"] for check in found.values() if check["state"] != "ok")
 
 

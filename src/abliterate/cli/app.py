@@ -237,7 +237,7 @@ def run(
         for_search(
             "--seed-from",
             metavar="RUN",
-            help="Run whose front is measured again first; of the same model or family. Default: none.",
+            help="Run whose search's best trials are measured again first; of the same model or family. Default: none.",
             autocompletion=run_directories,
         ),
     ] = None,
@@ -470,7 +470,12 @@ def export(
         str, for_output("--gguf-type", metavar="TYPE", help="Type of edited tensors. Default: theirs; below 8 bits, Q8_0.")
     ] = "",
     out: Annotated[
-        Path | None, for_output("-o", "--out", help="Folder of the export, or GGUF file. Default: RUN/model-trial-N.")
+        Path | None,
+        for_output(
+            "-o",
+            "--out",
+            help="Folder or GGUF file of the export. Default: RUN/model-trial-N[.gguf].",
+        ),
     ] = None,
     verify: Annotated[bool, for_output("--verify", help="Also score the export on the run's prompts.")] = False,
     push: Annotated[str, for_output(metavar="REPO", help="Upload the export to this Hub repository, owner/name.")] = "",

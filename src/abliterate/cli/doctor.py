@@ -18,7 +18,7 @@ from typing import Literal
 
 from abliterate.artifacts.runs import RUNS
 from abliterate.cli.cache import cache_root
-from abliterate.errors import AbliterateError, InputError, disk_remedy, first_line
+from abliterate.errors import AbliterateError, InputError, disk_remedy, first_line, install_extra
 from abliterate.plugins import installed
 from abliterate.settings.sources import load_settings
 from abliterate.terminal import json_lines
@@ -113,7 +113,7 @@ def _packages() -> Iterator[Check]:
         found = [_package(one.name, str(one.specifier)) for one in names]
         value = ", ".join(f"{check.name} {check.value}" for check in found)
         missing = any(check.state == "bad" for check in found)
-        remedy = f"only if you need it: pip install 'abliterate[{extra}]'" if missing else ""
+        remedy = f"only if you need it: {install_extra(extra)}" if missing else ""
         yield Check(f"extra {extra}", "note" if missing else "ok", value, remedy)
 
 

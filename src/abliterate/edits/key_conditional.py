@@ -75,9 +75,12 @@ class KeyConditional(PlainAblation):
     def _selected(self, a: Tensor) -> Tensor:
         """a K C (…, d_in) of what W writes along directions, (…, d_in)."""
         assert self._keys is not None, "`of` gives the method for a module"
-        if self._near is None or self._near[0].device != a.device:
-            self._near = self._keys.keys.to(a.device), self._keys.selector.to(a.device)
-        keys, selector = (rows.to(a.dtype) for rows in self._near)
+        near = self._near
+        if near is None or near[0].device != a.device:
+            near = self._keys.keys.to(a.device), self._keys.selector.to(a.device)
+        if a.requires_grad:  # trials need them once, and those of all modules together take memory that nobody counts
+            self._near = near
+        keys, selector = (rows.to(a.dtype) for rows in near)
         return a @ keys.T @ selector
 
 

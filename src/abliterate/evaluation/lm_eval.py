@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from abliterate.errors import InputError, Interrupted, first_line
+from abliterate.errors import InputError, Interrupted, first_line, install_extra
 from abliterate.evaluation.teacher_forced import ModelView
 
 
@@ -44,7 +44,7 @@ def check_tasks(tasks: Tasks) -> Ready | None:
     if not tasks.names:
         return None
     if importlib.util.find_spec("lm_eval") is None:
-        raise InputError("Benchmarks need the package lm-eval; install it with pip install 'abliterate[eval]'.")
+        raise InputError(f"Benchmarks need the package lm-eval; run {install_extra('eval')}.")
     task_names: dict[str, None] = {}
     try:
         manager = _manager(tasks)  # it reads every task's file, so it is made once for both models
@@ -112,7 +112,7 @@ def _manager(tasks: Tasks) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise InputError(f"lm-eval can't be imported ({error}); install it with pip install 'abliterate[eval]'.") from error
+        raise InputError(f"lm-eval can't be imported ({error}); run {install_extra('eval')}.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager(include_path=str(tasks.folder) if tasks.folder else None)
 

@@ -22,7 +22,7 @@ from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import TrialError
 from abliterate.model.memory import memory_errors
-from abliterate.scorers.kl import kl_divergence
+from abliterate.scorers.kl import kl_divergence, with_float64
 
 BUDGET = 2**29  # bytes
 
@@ -153,8 +153,7 @@ def _drift(before: Tensor, after: Tensor, row: TeacherForced) -> Drift:
     with memory_errors():
         base = before.float().log_softmax(dim=-1)
         edited = after.to(base.device).float().log_softmax(dim=-1)
-        if base.device.type == "mps":  # mps has no float64
-            base, edited = base.cpu(), edited.cpu()
+        base, edited = with_float64(base), with_float64(edited)
         if torch.isnan(edited).any():
             raise TrialError("the model's logits are not numbers")
         kl = kl_divergence(base, edited)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, install_extra
 from abliterate.export.job import half_step
 
 # Types that lose little of an edit. With fewer bits an edit of entries that lie on the type's own grid is mostly smaller than
@@ -36,7 +36,7 @@ def library() -> Any:
         import gguf
     except ImportError as error:
         raise InputError(
-            f"Exports to GGUF need the package gguf, which can't be imported ({error}); pip install 'abliterate[gguf]'."
+            f"Exports to GGUF need the package gguf, which can't be imported ({error}); run {install_extra('gguf')}."
         ) from error
     return gguf
 

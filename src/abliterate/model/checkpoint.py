@@ -21,7 +21,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from abliterate import ranks
-from abliterate.errors import InputError
+from abliterate.errors import InputError, install_extra
 from abliterate.model import offload, quantized, tensor_parallel
 from abliterate.model.formats import FILES
 from abliterate.model.generation import reduce_generation_config, stored_generation_config
@@ -326,7 +326,7 @@ def _quantization(load: LoadSettings, dtype: torch.dtype) -> dict[str, Any]:
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise InputError("Quantized loading needs bitsandbytes; install it with pip install 'abliterate[bnb]'.") from error
+        raise InputError(f"Quantized loading needs bitsandbytes; run {install_extra('bnb')}.") from error
     if load.quantization == "bnb_8bit":
         return {"quantization_config": transformers.BitsAndBytesConfig(load_in_8bit=True)}
     four_bit = transformers.BitsAndBytesConfig(

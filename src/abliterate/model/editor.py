@@ -110,7 +110,7 @@ class Editor:
     def apply_exactly(self, params: Params) -> None:
         """`apply` with the exact factors whatever the representation, because decomposing every module is expensive.
 
-        It holds until the next `clear`, since an edit's key doesn't contain its representation.
+        It holds until the next `apply` or `clear`.
         """
         keys = self.plan(params)
         self.clear()

@@ -1,4 +1,4 @@
-"""Export a trial to disk, reload the export, and compare it with the trial (stage 8 of a run, and `abliterate.export`)."""
+"""Export a trial to disk, reload the export, and compare it with the trial (step 9 of a run, and `abliterate.export`)."""
 
 from __future__ import annotations
 

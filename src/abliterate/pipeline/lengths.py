@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from abliterate.edits import edit_method, needs_answers
 from abliterate.errors import InputError
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.checkpoint import empty_model
@@ -94,6 +95,8 @@ def _response_tokens(settings: Settings) -> dict[str, int]:
         found["harmless"] = whole
     if settings.refine.enabled:
         found["harmful"] = settings.refinement_response_tokens
+    if needs_answers(edit_method(settings.edit.mode)):  # inputs of modules are captured along answers
+        found["harmless"] = max(found.get("harmless", 0), settings.edit.capture_tokens)
     return found
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -69,6 +69,8 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
     stored = bench.context.store.get("lesson", key, remember=False)
     if stored is not None:
         lesson = Lesson.from_record(json.loads(from_bytes(stored["record"])))
+        # An equal edit may have another number in this run.
+        lesson = replace(lesson, start=next(name for name, params in teachers if params == lesson.teacher))
     else:
         lesson = _made(bench, *_best(bench, teachers))
         label = f"{bench.loaded.info.id}: {len(lesson.training.harmful)} answers"
@@ -79,6 +81,8 @@ def prepare_lesson(bench: Workbench, teachers: Sequence[Teacher]) -> Lesson | No
         why = f"no edited model answers more than {answered} of {asked} harmful training prompts; try more trials with -n"
     elif own < _FEWEST:
         why = f"the unedited model answers only {own} harmless training prompts; give it more with --harmless"
+    elif not lesson.validation.harmful:
+        why = f"no edited model answers any of the {lesson.n_asked} harmful prompts of validation; raise refine.validation"
     else:
         return lesson
     bench.context.reporter.warn(f"The front isn't refined, because {why}.")

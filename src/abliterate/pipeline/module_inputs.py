@@ -16,10 +16,10 @@ from torch import Tensor
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, Keys, ModuleInputs
 from abliterate.directions.inputs import MOST_ROWS, from_tensors, to_tensors
-from abliterate.edits import edit_method, needs_answers, needs_inputs
+from abliterate.edits import EditMethod, edit_method, needs_answers, needs_inputs
 from abliterate.errors import InputError
 from abliterate.model.inputs import Text, capture_inputs
-from abliterate.model.memory import affordable
+from abliterate.model.memory import affordable, unless_full
 from abliterate.model.readers import with_gains
 from abliterate.pipeline.cache_keys import answers_key, inputs_key
 from abliterate.pipeline.workbench import Workbench
@@ -75,14 +75,19 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     inputs: dict[str, ModuleInputs | Keys] = {}
     home = loaded.device if loaded.device.type == "cuda" else torch.device("cpu")  # decompositions in float64
     for done, target in enumerate(loaded.targets, start=1):
-        own = [rows.pop(target.name).to(home) for rows in captured]
-        kept = method.reduced(ModuleInputs(*own))
+        kept = _reduced(method, [rows.pop(target.name) for rows in captured], home)
         inputs[target.name] = replace(kept, **{part: rows.cpu() for part, rows in vars(kept).items() if rows is not None})
         context.reporter.progress(done, len(loaded.targets), "modules")
         context.check()
     label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
     context.store.put("inputs", key, to_tensors(inputs), label)
     return inputs
+
+
+def _reduced(method: EditMethod, captured: Sequence[Tensor], home: torch.device) -> ModuleInputs | Keys:
+    """What the method needs of a module's inputs, computed at `home`, or on the CPU where memory runs out there."""
+    found = unless_full(lambda: method.reduced(ModuleInputs(*(rows.to(home) for rows in captured))), home)
+    return found or method.reduced(ModuleInputs(*captured))
 
 
 def _own_answers(bench: Workbench, prompts: Sequence[Prompt], tokens: int) -> Answers:

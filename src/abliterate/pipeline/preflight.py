@@ -26,7 +26,7 @@ from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
 from abliterate.model import loader
-from abliterate.model.architectures import ARCHITECTURES, READERS, Target, kind_names
+from abliterate.model.architectures import ARCHITECTURES, READERS, Architecture, Target, kind_names, known_architecture
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
 from abliterate.model.experts import is_fused
@@ -50,18 +50,29 @@ def check_model(settings: Settings, *, editing: bool = True) -> None:
     """
     skeleton = loader.skeleton(settings.model, settings.load, torch.device("cpu"), weights=True)
     if editing and skeleton is not None:
-        check_edit(settings, skeleton.targets)
+        check_edit(settings, skeleton.architecture, skeleton.targets)
         check_export(settings, skeleton.model.config, skeleton.targets)
         coverage = coverage_of(skeleton.model, skeleton.architecture, skeleton.targets)
         check_coverage(coverage, allow_partial=settings.load.allow_partial)
 
 
-def check_edit(settings: Settings, targets: Collection[Target]) -> None:
+def check_edit(settings: Settings, architecture: Architecture, targets: Collection[Target]) -> None:
     """Raise InputError if the edit mode needs inputs that can't be captured, or edits no modules that read."""
     if any(target.reads for target in targets):
         reading_method(edit_method(settings.edit.mode))
     if needs_inputs(edit_method(settings.edit.mode)):
         refuse_uncaptured(tuple(targets), settings.edit.mode)
+        if _family(architecture) in UNCAPTURED:
+            raise InputError(
+                f"The edit mode {settings.edit.mode!r} needs the inputs of modules, which can't be captured in the family "
+                f"{_family(architecture)}; choose another --set edit.mode."
+            )
+
+
+def _family(architecture: Architecture) -> str:
+    """The name of the family in the table, also where settings name the modules; otherwise the architecture's own."""
+    row = known_architecture(architecture.model_types[0]) if architecture.model_types else None
+    return (row or architecture).family
 
 
 def check_export(settings: Settings, config: PretrainedConfig, targets: Collection[Target]) -> None:
@@ -106,7 +117,7 @@ def _is_dora(settings: Settings) -> bool:
 def check_loaded(context: Context, loaded: LoadedModel) -> None:
     """Repeat the checks of `check_model` that need weights, and warn of modules that stay unedited."""
     settings = context.settings
-    check_edit(settings, loaded.targets)
+    check_edit(settings, loaded.architecture, loaded.targets)
     gains_of(loaded.model, loaded.targets, loaded.info.d_model)  # a norm that can't be read through is an error
     check_refined_size(settings, len(loaded.targets), loaded.info.d_model)
     if loaded.architecture.found_by == "structure":
@@ -143,7 +154,7 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
         why = "only its weights show what can be edited in this model"
     elif any(target.reads for target in skeleton.targets):
         why = "modules that read are edited"
-    elif skeleton.architecture.family in UNCAPTURED or any(is_fused(target.module) for target in skeleton.targets):
+    elif _family(skeleton.architecture) in UNCAPTURED or any(is_fused(target.module) for target in skeleton.targets):
         why = "the inputs of some modules can't be captured"
     if why:
         note(f"the edit mode is full, because {why}")

@@ -21,7 +21,7 @@ from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
 from abliterate.edits import edit_method, is_refinable, needs_inputs
 from abliterate.errors import AbliterateError, TrialError, first_line
-from abliterate.model.memory import usable_memory
+from abliterate.model.memory import memory_errors, usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.pipeline import stages
 from abliterate.pipeline.lesson import Lesson, lesson_key, prepare_lesson, refusals, teachers_of
@@ -134,8 +134,10 @@ class Refinement:
         """Whether every layer passes gradients on; some quantized layers don't, which is a warning."""
         passes, prompts = passes_of(self._bench), self._bench.prompts
         try:
-            with self._bench.learning():
+            with self._bench.learning(), memory_errors():
                 passes.probe(self._bench.chat.token_ids(prompts.harmless[0]), self._parameters()[0].factors())
+        except torch.OutOfMemoryError as error:
+            raise TrialError(first_line(error)) from error
         except (RuntimeError, NotImplementedError) as error:
             self._bench.context.reporter.warn(
                 f"The front isn't refined, because this model's layers have no backward pass ({first_line(error)}); load it in "
@@ -274,16 +276,20 @@ class Refinement:
         bench = self._bench
         given, method_of = bench.editor.directions, bench.editor.method_of
         table = given.vectors[1:].float().cpu()
-        targets = [target for target in bench.loaded.targets if table[target.layer].any() and method_of(target) is not None]
+        if not needs_inputs(edit_method(bench.settings.edit.mode)):
+            teacher = None
+        edited = bench.editor.plan(teacher) if teacher else {}
+        targets = [target for target in bench.loaded.targets if table[target.layer].any() or target.name in edited]
+        targets = [target for target in targets if method_of(target) is not None]
         modules = [
             Module(target.name, target.layer, partial(_weight, target.module), method_of(target), target.reads)
             for target in targets
         ]
         starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
-        starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
+        starts = (starts.flatten(1) / found.clamp_min(1).sqrt()[:, None]).view_as(starts)
         coeffs = torch.full((len(targets),), _START / len(targets))
-        if teacher is not None and needs_inputs(edit_method(bench.settings.edit.mode)):
+        if teacher is not None:
             coeffs, starts = self._of_teacher(teacher, [module.name for module in modules], starts)
         directions = starts.clone()
         if before is not None:

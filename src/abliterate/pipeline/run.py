@@ -220,13 +220,24 @@ class _Run:
         """Residuals and directions, with what the report shows of them, and the layer prior if a new study needs it."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
-        directions = with_inputs(bench, stages.directions(context, residuals))
+        directions = self._kept_directions() or with_inputs(bench, stages.directions(context, residuals))
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
         if not study.has("prior") and (prior := stages.layer_prior(context, residuals)):
             study.begin(prior=prior)
         return directions
+
+    def _kept_directions(self) -> Directions | None:
+        """The directions that a continued run has left: made on another device, others would change what its trials mean.
+
+        Several ranks make them anew, because some of their machines don't have the run directory.
+        """
+        if ranks.size() > 1 or self.result.directions is None:
+            return None
+        with contextlib.suppress(InputError):  # a file that isn't the run's is replaced
+            return stages.read_directions(self.directory.directions, self.result)
+        return None
 
     def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:
         """The finished search; `result.json` is written after every trial, so that none is lost."""

@@ -23,7 +23,7 @@ from abliterate.search.pruner import DominancePruner
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.search.storage import POLL
 from abliterate.search.study import STUDY_NAME, Study
-from abliterate.types import Baseline, Params, Trial
+from abliterate.types import Baseline, Params, RefinedParams, Trial
 
 
 class Search:
@@ -126,7 +126,7 @@ class Search:
 
     def refine(self) -> Iterator[Sequence[Trial]]:
         """Refine the front by gradient after the search; gives the newly finished trials after each refined one."""
-        for _ in Refinement(self.bench, self.study, self.trials, self.budget):
+        for _ in Refinement(self.bench, self.study, self.trials, self._slots):
             before = {trial.number for trial in self.trials}
             self.trials = self.study.trials()
             yield self._report(before)
@@ -155,8 +155,22 @@ class Search:
 
     @property
     def _is_over(self) -> bool:
-        """Whether the budget is used; a trial beyond it, as refined trials are, doesn't count."""
-        return sum(trial.number < self.budget for trial in self.trials) >= self.budget
+        """Whether the budget is used; refined trials don't count."""
+        return len(self._searched) >= self.budget
+
+    @property
+    def _searched(self) -> list[Trial]:
+        """The trials that the search has made, without refined ones."""
+        return [trial for trial in self.trials if not isinstance(trial.params, RefinedParams)]
+
+    @property
+    def _slots(self) -> int:
+        """The number below which the budget's trials lie; that of a continued run passes over those of refined trials."""
+        refined = sorted(trial.number for trial in self.trials if isinstance(trial.params, RefinedParams))
+        slots = self.budget
+        for number in refined:
+            slots += number < slots
+        return slots
 
     def _report(self, known: set[int]) -> Sequence[Trial]:
         """Show the finished trials that are not `known`, and return them."""
@@ -168,13 +182,14 @@ class Search:
 
     def _one_trial(self) -> None:
         """Ask for parameters, evaluate, report; or wait a moment while other workers finish the last trials."""
-        asked = self.study.ask(self.budget)
+        asked = self.study.ask(self._slots)
         if asked is None:
             time.sleep(POLL)
             return
         try:
             self.bench.prepare(self._directions)
-            pruner = DominancePruner.of(self.trials, self.baseline, self.bench.objectives)
+            # Where a trial is stopped decides what the sampler is told, which knows nothing of refined trials.
+            pruner = DominancePruner.of(self._searched, self.baseline, self.bench.objectives)
             with self.study.at_work(asked):
                 trial = stages.evaluate(self.bench, asked.number, asked.params, pruner)
         except BaseException:

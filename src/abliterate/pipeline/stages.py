@@ -398,13 +398,16 @@ def _residuals(
     keyed = (settings, bench.loaded, bench.chat, prompts)
     keys = {"means": means_key(*keyed), "residuals": residuals_key(*keyed)}
     kind = "means" if stream else "residuals"
-    # Either entry serves a method that needs means; the small one is looked up first.
-    serves = [entry for entry in keys if entry == kind or (needs_means(method) and not _needs_silhouettes(context))]
-    cached = [entry for entry in serves if store.has("residuals", keys[entry])]
+    # Either entry serves where means suffice, and the small one is looked up first; else the report wants residuals, too.
+    cached = [entry for entry in keys if (stream or entry == kind) and store.has("residuals", keys[entry])]
     stored = store.get("residuals", keys[(cached or [kind])[0]], remember=not stream)
+    # One device for what comes from the cache, which is in main memory, and what is computed; mps has no float64.
+    on_cpu = settings.efficiency.offload_residuals_to_cpu or bench.loaded.device.type == "mps"
+    home = torch.device("cpu") if on_cpu else bench.loaded.device
     if stored is not None:
         context.reporter.note(f"{name} residuals come from the cache", set=name, cached=True)
-        return stored["means"] if "means" in stored else summarize_residuals(sample.add(stored["residuals"]), method, quantile)
+        found = next(iter(stored.values())).to(home)
+        return found if "means" in stored else summarize_residuals(sample.add(found), method, quantile)
     if stream and name not in bench.prompts.protected:  # those are always added up
         context.reporter.note(f"{name} residuals are added up as they come (efficiency.max_residuals_mb)", streamed=True)
 
@@ -426,6 +429,6 @@ def _residuals(
         progress=progress,
         feed=feed(),
     )
-    computed = means.mean() if captured is None else captured
+    computed = (means.mean() if captured is None else captured).to(home)
     store.put("residuals", keys[kind], {kind: computed}, f"{bench.loaded.info.id}: {len(prompts)} {name} prompts")
     return computed if stream else summarize_residuals(sample.add(computed), method, quantile)

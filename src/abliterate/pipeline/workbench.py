@@ -273,10 +273,13 @@ class Workbench:
     def learning(self) -> Iterator[None]:
         """Guard passes that put edits of their own on the model by `editor.hooks`; afterwards it is the base model again."""
         with self._measuring("learning"):
+            hooks = self.editor.hooks
+            counts = hooks.hits, hooks.misses
             try:
                 yield
             finally:
                 self.editor.clear()
+                hooks.hits, hooks.misses = counts  # they are those of trials
 
     @contextlib.contextmanager
     def base(self) -> Iterator[None]:

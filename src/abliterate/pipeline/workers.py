@@ -36,8 +36,8 @@ from abliterate.search.samplers import check_packages
 from abliterate.search.storage import open_storage, shared
 from abliterate.search.study import STUDY_NAME, Study, changed_parts, name_in_journal, open_study
 from abliterate.settings import untrusted
-from abliterate.settings.schema import Settings
-from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge
+from abliterate.settings.schema import PromptSettings, Settings
+from abliterate.settings.sources import check_storage, config_path, dump_settings, load_settings, merge, read_toml
 from abliterate.types import Baseline, Prompt, Reporter
 
 FORMAT = 3
@@ -45,6 +45,16 @@ FORMAT = 3
 # The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"
 
+# Settings of which every machine has its own, or that only the run itself needs, by section.
+_OWN = {
+    "": ("out", "cache_dir", "device", "export"),
+    "load": ("device_map", "max_memory", "offload_folder"),
+    "search": ("storage", "seed_from"),
+    "efficiency": ("residual_cache_dir",),
+    "prompts": tuple(name for name in PromptSettings.model_fields if name not in ("system", "prefix", "suffix")),
+    "directions": ("protect",),
+    "evaluation": ("heldout_scorers",),
+}
 # Settings that name files of the run's machine; the content of these files is shared.
 _FILES = ("evaluation.markers", "load.chat_template")
 
@@ -121,7 +131,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
             "load": settings.load.model_copy(update={"device_map": "", "max_memory": {}, "offload_folder": ""}),
             "search": settings.search.model_copy(update={"storage": "", "seed_from": ""}),
             "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
-            "prompts": type(settings.prompts)(),
+            "prompts": PromptSettings(**settings.prompts.model_dump(include={"system", "prefix", "suffix"})),
             "directions": settings.directions.model_copy(update={"protect": ()}),
             "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),
             "export": type(settings.export)(),
@@ -137,7 +147,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
         baseline=baseline,
         identity=identity,
         yardstick=bench.yardstick.to_record() if bench.yardstick else None,
-        answers=bench.own_answers,
+        answers=bench.own_answers or _published_answers(study),
     )
     # Without the inputs of modules, which are too large for a database: a worker has them from its own model, or the cache.
     study.share(_DIRECTIONS, stages.directions_file(replace(directions, inputs={})))
@@ -217,19 +227,39 @@ def wait_for_setup(
         time.sleep(poll)
 
 
+def _published_answers(study: Study) -> Sequence[Sequence[int]]:
+    """The answers that a continued run has published before: its directions are kept with what was made of these."""
+    with contextlib.suppress(InputError):  # of another version, or of another program
+        before = study.shared(_SETUP)
+        return SharedSetup.of_bytes(before).answers if before else ()
+    return ()
+
+
+def _without_own(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's settings without those of which every machine has its own, or none: `publish` has left them empty."""
+    return {
+        name: {leaf: given for leaf, given in value.items() if leaf not in _OWN.get(name, ())}
+        if isinstance(value, dict)
+        else value
+        for name, value in stored.items()
+        if name not in _OWN[""]
+    }
+
+
 @contextlib.contextmanager
 def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings]:
     """The run's settings, overridden by `own` options (device, model, …); shared files exist during the `with` block."""
     with tempfile.TemporaryDirectory(prefix="abliterate-worker-") as name:
         folder = Path(name)
         (folder / "settings.toml").write_text(setup.settings, encoding="utf-8")
-        overrides: dict[str, Any] = {"load": {"dtypes": [setup.dtype]}}
+        # Over the environment of the worker, which a run's own options overrode, too.
+        overrides = merge(_without_own(read_toml(folder / "settings.toml")), {"load": {"dtypes": [setup.dtype]}})
         for option, content in setup.files.items():
             section, leaf = option.split(".")
             path = folder / leaf
             path.write_text(content, encoding="utf-8")
             overrides = merge(overrides, {section: {leaf: str(path)}})
-        settings = load_settings(str(folder / "settings.toml"), merge(overrides, own))
+        settings = load_settings("", merge(overrides, own))
         untrusted.check(settings, load_settings("", own))
         yield settings
 

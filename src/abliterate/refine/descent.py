@@ -1,7 +1,7 @@
 """Gradient descent on θ by Adam: one step on a batch of training rows, with the state that continues it exactly.
 
-The edited pass is the one of trials: the same hooks apply the same factors, which here are leaves of the graph. Activations are
-kept one layer at a time (checkpointing), and batches shrink when memory runs out.
+The edited pass is the one of trials: the same hooks apply the same factors, which here are leaves of the graph. Where memory is
+short, activations are kept one layer at a time (checkpointing), and batches shrink when it runs out.
 """
 
 from __future__ import annotations

@@ -46,5 +46,5 @@ def target_loss(logits: Tensor, row: TeacherForced) -> Tensor:
 
 def kl_losses(base: Tensor, edited: Tensor) -> tuple[Tensor, Tensor]:
     """KL(base‖edited) of the first token, and its mean over all tokens, from raw logits (T, vocabulary) each."""
-    kl = kl_divergence(base.float().log_softmax(dim=-1), edited.float().log_softmax(dim=-1)).float()
+    kl = kl_divergence(base.float().log_softmax(dim=-1), edited.float().log_softmax(dim=-1)).float().to(edited.device)
     return kl[0], kl.mean()

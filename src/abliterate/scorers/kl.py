@@ -30,11 +30,18 @@ CHUNK = 2**20
 _NEVER = -(2**15)  # the code of probability 0
 
 
-def kl_divergence(base: Tensor, edited: Tensor) -> Tensor:
-    """KL(base‖edited) in nats per row, (n) float64 ≥ 0, from log-probabilities (n, vocabulary) float32.
+def with_float64(tensor: Tensor) -> Tensor:
+    """The tensor on a device that has float64: itself, or on mps a copy in main memory; a gradient passes through it."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
 
-    Tokens of base probability 0 (−inf in the model's raw logits) contribute 0, not NaN.
+
+def kl_divergence(base: Tensor, edited: Tensor) -> Tensor:
+    """KL(base‖edited) in nats per row, (n) float64 ≥ 0, from log-probabilities (n, vocabulary) float32 on one device.
+
+    Tokens of base probability 0 (−inf in the model's raw logits) contribute 0, not NaN. The sums are on the CPU if the device
+    has no float64.
     """
+    base, edited = with_float64(base), with_float64(edited)
     difference = torch.where(base == -torch.inf, torch.zeros_like(base), base - edited)
     # Rounding gives about −1e-9 for equal distributions; KL is never negative.
     return (base.exp() * difference).sum(dim=-1, dtype=torch.float64).clamp_min(0)
@@ -222,12 +229,12 @@ class KL:
 
     def setup(self, base: Observation) -> None:
         """Keep the base model's log-probabilities (n_harmless, vocabulary) in the form that takes the fewest bytes."""
-        self._base = smallest_form(_with_float64(base.first_logprobs))
+        self._base = smallest_form(with_float64(base.first_logprobs))
 
     def score(self, observation: Observation) -> Score:
         """The mean KL. TrialError: the edited model's logits are not finite."""
         assert self._base is not None, "setup comes first"
-        edited = _with_float64(observation.first_logprobs)
+        edited = with_float64(observation.first_logprobs)
         if torch.isnan(edited).any():
             raise TrialError("the edited model's logits are not numbers")
         values = kl_divergence(self._base, edited) if isinstance(self._base, Tensor) else self._base.kl(edited)
@@ -237,8 +244,4 @@ class KL:
         return Score(self.name, record["mean"], self.goal, record)
 
 
-def _with_float64(logprobs: Tensor) -> Tensor:
-    return logprobs.cpu() if logprobs.device.type == "mps" else logprobs  # mps has no float64
-
-
-__all__ = ["KL", "kl_divergence"]
+__all__ = ["KL", "kl_divergence", "with_float64"]

@@ -16,7 +16,7 @@ import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, TPESampler
 from optuna.trial import FrozenTrial
 
-from abliterate.errors import InputError
+from abliterate.errors import InputError, install_extra
 from abliterate.search.space import Space, Value
 from abliterate.settings.schema import SearchSettings
 
@@ -80,6 +80,5 @@ def check_packages(settings: SearchSettings) -> None:
     asks = "sampler=gp" if settings.sampler == "gp" else "startup=sobol" if settings.startup == "sobol" else ""
     if asks and importlib.util.find_spec("scipy") is None:
         raise InputError(
-            f"The setting search.{asks} needs the package scipy, which isn't installed; install the extra with "
-            "pip install 'abliterate[samplers]'."
+            f"The setting search.{asks} needs the package scipy, which isn't installed; run {install_extra('samplers')}."
         )

@@ -24,7 +24,7 @@ import optuna
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 
-from abliterate.errors import AbliterateError, InputError, disk_remedy, first_line
+from abliterate.errors import AbliterateError, InputError, disk_remedy, first_line, install_extra
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ _CHECKSUM = "sha256"  # the key of the checksum (its first 16 digits) in each re
 # What databases say where another process has just created a table or a row, or is about to.
 _RACES = ("already exists", "is locked", "deadlock", "duplicate", "unique constraint", "concurrently updated")
 _SCHEMA_PATIENCE = 30.0  # seconds in which a new database's tables must be there, whoever creates them
-_POSTGRES = "pip install 'abliterate[postgres]'"
+_POSTGRES = install_extra("postgres")
 _DEAD_LOCK = 5  # seconds after which a journal's lock counts as abandoned if nothing is written
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -72,7 +72,7 @@ def check_driver(url: str) -> None:
         kind = url.partition(":")[0]
         remedy = f"install it, or the extra for PostgreSQL: {_POSTGRES}"
         if kind.startswith("postgresql"):
-            remedy = f"install the extra with {_POSTGRES}"
+            remedy = f"run {_POSTGRES}"
             if kind not in ("postgresql", "postgresql+psycopg"):
                 remedy += ", and begin the URL with postgresql+psycopg://"
         missing = error.name or first_line(error)

@@ -273,6 +273,10 @@ class Study:
         """Leave `content` in the storage for other workers."""
         share(self._study, name, content, self._patience, self._pause)
 
+    def shared(self, name: str) -> bytes | None:
+        """What was left under this name, also by an earlier session; None if nothing was."""
+        return shared(self._study, name, self._patience, self._pause)
+
     def _take(self, slot: int, tries: Iterator[int]) -> tuple[int | None, int]:
         """Begin a trial for a slot; a retry finds the trial that the first try began.
 

@@ -26,7 +26,8 @@ from abliterate.settings.presets import config_path, presets
 ENV_PREFIX = "ABLITERATE_"
 
 # Environment variables that other code reads: the switch for tracebacks, and the judge's endpoint.
-_OTHER_ENV = {"ABLITERATE_DEBUG", *(f"ABLITERATE_JUDGE_{part}" for part in ("URL", "MODEL", "KEY"))}
+# What isn't a setting: ABLITERATE_MODELS is where `scripts/` keep the models that they make.
+_OTHER_ENV = {"ABLITERATE_DEBUG", "ABLITERATE_MODELS", *(f"ABLITERATE_JUDGE_{part}" for part in ("URL", "MODEL", "KEY"))}
 
 HIDDEN = "***"
 

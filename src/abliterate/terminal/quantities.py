@@ -43,10 +43,8 @@ def _purposes(cost: Mapping[str, Any]) -> str:
     """What the cost is for."""
     refinement = cost["tokens"]["refinement_at_most"]
     if not refinement:
-        return f"{cost['trials']} trials, which usually need a fifth to half of it"
-    rest = (
-        f", the rest mostly for {cost['trials']} trials, which usually need a fifth to half of that" if cost["trials"] else ""
-    )
+        return f"{cost['trials']} trials, which usually take a fifth to half of that time"
+    rest = f", the rest mostly for {cost['trials']} trials, usually a fifth to half of its time" if cost["trials"] else ""
     return f"{_count(refinement)} tokens for refinement{rest}"
 
 

@@ -305,4 +305,4 @@ def test_a_wrong_file_never_gets_its_name(fault: str, made: Made, monkeypatch: p
 
 def test_a_missing_library_is_told_with_the_extra(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert_refused(made, r"pip install 'abliterate\[gguf\]'")
+    assert_refused(made, r"pip install '.\[gguf\]'")

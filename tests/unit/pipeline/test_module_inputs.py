@@ -18,6 +18,7 @@ from abliterate.edits import METHODS, SvdMemo, needs_answers
 from abliterate.errors import AbliterateError, InputError
 from abliterate.files import read_toml
 from abliterate.model import loader
+from abliterate.model.architectures import known_architecture
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
 from abliterate.pipeline import stages
@@ -246,16 +247,25 @@ def test_what_is_refused_before_a_search() -> None:
     assert as_refinable(plain, notes.append) is plain
     with pytest.raises(InputError, match=r"finds nothing; give more trials with -n\.$"):
         check_names(settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 0})}))
+    fused = make_loaded(make_model("mixtral"))
     with pytest.raises(InputError, match="fused experts"):
-        check_edit(settings, make_loaded(make_model("mixtral")).targets)
-    check_edit(plain, make_loaded(make_model("mixtral")).targets)
+        check_edit(settings, fused.architecture, fused.targets)
+    check_edit(plain, fused.architecture, fused.targets)
+    row = known_architecture("opt")
+    named = known_architecture("opt", components={"mlp.down_proj": "fc2"})
+    for family in (row, named):  # whose names differ
+        assert family is not None
+        with pytest.raises(InputError, match="can't be captured in the family opt; choose"):
+            check_edit(settings, family, [])
+        check_edit(plain, family, [])
     spared = Settings.model_validate({"model": "demo", "directions": {"protect": ["code"]}})
     check_names(spared)
     with pytest.raises(InputError, match=r"'arbitrary-rank' uses no directions.*leave directions\.protect"):
         check_names(spared.model_copy(update={"edit": settings.edit}))
-    reader = replace(make_loaded(make_model("llama")).targets[0], reads=True)
-    check_edit(plain, [reader])
+    llama = make_loaded(make_model("llama"))
+    reader = replace(llama.targets[0], reads=True)
+    check_edit(plain, llama.architecture, [reader])
     for mode in MODES:
         own = Settings.model_validate({"model": "demo", "edit": {"mode": mode}})
         with pytest.raises(InputError, match=f"{mode!r} edits no modules that read"):
-            check_edit(own, [reader])
+            check_edit(own, llama.architecture, [reader])

@@ -91,7 +91,7 @@ def test_workers_are_given_the_prompts_and_no_path(bench: Workbench, settings: S
     shared: dict[str, bytes] = {}
 
     class Storage:
-        share = staticmethod(shared.__setitem__)
+        share, shared = staticmethod(shared.__setitem__), staticmethod(shared.get)
 
     directions = Directions(torch.eye(2, 3))
     workers.publish(bench, Storage(), Baseline(1, 2), directions, bench.identity())  # type: ignore[arg-type]
