@@ -281,6 +281,17 @@ def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt
     assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
 
 
+def test_a_refined_run_goes_on_searching_if_more_is_asked(refined: Refined, tmp_path: Path) -> None:
+    """All new trials are made, and what refinement has found neither stops them nor counts among them."""
+    path, _, settings, _ = refined
+    copy_run(path, tmp_path / "run")
+    more = settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 2})})
+    run_in(tmp_path / "run", more, resume=True)
+    trials = {trial.number: trial for trial in trials_of(tmp_path / "run")}
+    assert [isinstance(trials[number].params, RefinedParams) for number in sorted(trials)] == [True, True, False, False]
+    assert trials[2].state == "complete"
+
+
 def tried_of(facts: dict[str, Any]) -> Tried:
     """What the course knows of a finished descent."""
     return Tried(facts["beta"], facts["validation"]["refused"], facts["validation"]["weaker"])
@@ -466,6 +477,15 @@ def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
         for some, expected in ((teachers, counts), (teachers[::-1], counts[::-1])):
             assert lesson._best(bench, some) is some[expected.index(max(expected))]
         assert None in found, "a rival was stopped"
+        made = lesson.prepare_lesson(bench, teachers)
+        assert made is not None
+        assert made.start == "teachers"
+        again = lesson.prepare_lesson(bench, [(number, params) for number, (_, params) in enumerate(teachers)])
+        assert again is not None
+        assert (again.start, again.teacher) == (counts.index(max(counts)), made.teacher), "its number may differ in another run"
+        unseen = replace(made, validation=replace(made.validation, harmful=[]))
+        monkeypatch.setattr(lesson, "_made", lambda *given: unseen)
+        assert lesson.prepare_lesson(bench, teachers[:2]) is None
 
 
 def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:

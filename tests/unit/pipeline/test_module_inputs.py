@@ -21,7 +21,7 @@ from abliterate.model import loader
 from abliterate.model.architectures import known_architecture
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
-from abliterate.pipeline import stages
+from abliterate.pipeline import module_inputs, stages
 from abliterate.pipeline.cache_keys import inputs_key, study_identity
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import approximation_of
@@ -202,15 +202,23 @@ def test_auto_is_a_mode_that_the_model_allows(
 
 
 @pytest.mark.usefixtures("lean")
-def test_a_run_keeps_the_mode_that_was_found(prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_a_run_keeps_the_mode_that_was_found_and_its_directions(
+    prompt_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another device a continued run would find other words, and so other edits for its trials."""
     over = {"search": {"trials": 1, "startup_trials": 1}, "response": {"max_new_tokens": 4}, "export": {"kind": "none"}}
     edit = {"mode": "auto", "capture_prompts": 5, "capture_tokens": 2}
     settings = quick_settings(prompt_files, tmp_path / "cache", **over, edit=edit)
     first, recorder = run_in(tmp_path / "run", settings)
     assert "module inputs" in recorder.stages
     assert read_toml(tmp_path / "run" / "settings.toml")["edit"]["mode"] == "least-squares"
-    again, _ = run_in(tmp_path / "run", settings, resume=True)
+    monkeypatch.setattr(module_inputs, "_own_answers", lambda *_: [[5, 7]] * 5)
+    again, _ = run_in(tmp_path / "run", settings.model_copy(update={"cache_dir": str(tmp_path / "other")}), resume=True)
     assert outcomes(again) == outcomes(first)
+    assert again["directions"] == first["directions"]
+    (tmp_path / "run" / "directions.safetensors").write_bytes(b"another file")
+    made, _ = run_in(tmp_path / "run", settings.model_copy(update={"cache_dir": str(tmp_path / "other")}), resume=True)
+    assert made["directions"] != first["directions"], "what isn't the run's is replaced"
     assert _is_of(settings, read_toml(tmp_path / "run" / "settings.toml"))
 
 

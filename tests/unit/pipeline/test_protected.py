@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -87,19 +88,27 @@ def test_they_come_from_the_cache_with_the_same_bits(bench: Workbench, residuals
     assert bench.context.store.counts("residuals")["misses"] == misses
 
 
-def test_workers_are_given_the_prompts_and_no_path(bench: Workbench, settings: Settings) -> None:
-    shared: dict[str, bytes] = {}
+def test_workers_are_given_the_prompts_and_no_path(
+    bench: Workbench, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the run's own settings, whatever the worker's environment says, but for what every machine has of its own."""
+    left: dict[str, bytes] = {}
 
     class Storage:
-        share, shared = staticmethod(shared.__setitem__), staticmethod(shared.get)
+        share, shared = staticmethod(left.__setitem__), staticmethod(left.get)
 
     directions = Directions(torch.eye(2, 3))
     workers.publish(bench, Storage(), Baseline(1, 2), directions, bench.identity())  # type: ignore[arg-type]
-    setup = workers.SharedSetup.of_bytes(shared["setup"])
+    setup = workers.SharedSetup.of_bytes(left["setup"])
     assert setup.prompts == bench.prompts
-    assert str(Path(settings.directions.protect[1]).parent) not in shared["setup"].decode()
+    assert str(Path(settings.directions.protect[1]).parent) not in left["setup"].decode()
+    monkeypatch.setenv("ABLITERATE_SEED", str(settings.seed + 1))
+    monkeypatch.setenv("ABLITERATE_SEARCH__TRIALS", str(settings.search.trials + 1))
     with workers.settings_of(setup, {"device": "cpu"}) as own:
         assert own.directions.protect == ()
+        assert (own.seed, own.search.trials) == (settings.seed, settings.search.trials)
+        assert own.cache_dir == os.environ["ABLITERATE_CACHE_DIR"]
+        assert own.prompts.system == settings.prompts.system
         assert bench.identity(own) == bench.identity()
 
 
