@@ -186,14 +186,15 @@ def test_the_pages_example_runs(prompt_files: Files, cache: Path, tmp_path: Path
     """With the demo model, few prompts and few trials; nothing else of it is changed."""
     monkeypatch.chdir(tmp_path)
     example = BLOCK.findall(PAGE.read_text(encoding="utf-8"))[0]
-    quick = options_of(prompt_files, cache)
-    for old, new in (('model="Qwen/Qwen3-0.6B"', "**QUICK"), ("trials=100", "trials=2"), ("kl<=0.05", "kl<=9")):
+    quick = options_of(prompt_files, cache, refine={"steps": 2, "betas": [1.0], "batch": 4, "tokens": 4})
+    for old, new in (('model="Qwen/Qwen3-0.6B"', "**QUICK"), ("trials=10)", "trials=2)"), ("kl<=0.05", "kl<=9")):
         assert old in example
         example = example.replace(old, new)
     names: dict[str, Any] = {"QUICK": quick}
     exec(compile(example, str(PAGE), "exec"), names)
     assert (tmp_path / "out" / "model.safetensors").is_file()
     assert names["trial"] in names["study"].trials
+    assert [isinstance(trial.params, RefinedParams) for trial in names["study"].trials] == [False, False, True]
     with pytest.raises(AbliterateError, match="closed"):  # the model is gone
         _ = names["bench"].loaded
 

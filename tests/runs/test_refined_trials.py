@@ -119,9 +119,9 @@ def test_a_larger_budget_leaves_it_where_it_is(refined: Refined, tmp_path: Path)
     search = settings.search.model_copy(update={"trials": trial.number + 3})
     settings = with_kind(settings, "none").model_copy(update={"search": search})
     result, recorder = run_in(run, settings, resume=True)
-    assert [one["number"] for one in result["trials"]] == list(range(trial.number + 3))
+    assert [one["number"] for one in result["trials"]] == list(range(trial.number + 4)), "three new ones"
     assert result["trials"][trial.number] == trial.to_record()
-    assert [one.number for one in recorder.trials] == [trial.number + 1, trial.number + 2]
+    assert [one.number for one in recorder.trials] == [trial.number + 1, trial.number + 2, trial.number + 3]
 
 
 def test_a_worker_doesnt_need_its_directions(refined: Refined, tmp_path: Path) -> None:

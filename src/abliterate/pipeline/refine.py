@@ -37,9 +37,17 @@ from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
 from abliterate.types import Params, RefinedParams, Trial
 
-# The strength at the start, where the teacher isn't it, and Adam's peak step of it, to be divided by the number of modules; and
-# the peak step of directions, to be divided by √d_model, or for k directions a module by √(k · d_model).
-_START, _COEFF_RATE, _DIRECTION_RATE = 6.0, 1.2, 0.2
+# The sum of all strengths at the start, where the teacher isn't it; and Adam's peak steps: of strengths as a share of their
+# mean at the start, and of directions, to be divided by √d_model, or for k directions a module by √(k · d_model).
+_START, _COEFF_STEP, _DIRECTION_STEP = 6.0, 0.2, 0.2
+
+
+@dataclass(frozen=True)
+class _Start:
+    """Where everything began: `coeffs` (n) and `directions` (n, d_model) or (n, k, d_model)."""
+
+    coeffs: Tensor
+    directions: Tensor
 
 
 @dataclass(frozen=True)
@@ -180,9 +188,10 @@ class Refinement:
         take many steps to become right.
         """
         bench, settings, beta = self._bench, self._settings, plan.beta
-        parameters, starts = self._parameters(lesson.teacher, plan.before)
-        n, entries = parameters.directions.flatten(1).shape
-        rates = Rates(_COEFF_RATE / n, _DIRECTION_RATE / math.sqrt(entries) if settings.learn == "directions" else 0.0)
+        parameters, start = self._parameters(lesson.teacher, plan.before)
+        entries = parameters.directions[0].numel()
+        turn = _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0
+        rates = Rates(_COEFF_STEP * float(start.coeffs.abs().mean()), turn)
         passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
@@ -207,7 +216,7 @@ class Refinement:
             kept.keep(descent, best)
         best = ranks.agree(lambda: best)  # the last bits of gradients may differ between ranks, and the file's hash must not
         assert best is not None
-        params = self._stored(lesson, plan, stage, number, best, descent, starts)
+        params = self._stored(lesson, plan, stage, number, best, descent, start)
         self._keep_moments(_identity(params), descent.moments())
         return params
 
@@ -238,13 +247,13 @@ class Refinement:
         return {"lesson": key_digest(self._lesson_key), "after": point}
 
     def _stored(
-        self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
+        self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, start: _Start
     ) -> RefinedParams:
         """The point as parameters of a trial, with the shares of validation prompts that it refuses, as it is and weaker."""
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
-        cosines = (best.directions * starts).flatten(1).sum(dim=1).clamp(-1, 1).tolist()
+        cosines = (best.directions * start.directions).flatten(1).sum(dim=1).clamp(-1, 1).tolist()
         facts = {
             "beta": plan.beta,
             "steps": descent.steps + (before.params.facts["steps"] if before else 0),
@@ -267,8 +276,8 @@ class Refinement:
         validation = {**best.record, **shares, "margin": settings.margin, "prompts": len(asked)}
         return replace(params, facts={**params.facts, "validation": validation})
 
-    def _parameters(self, teacher: Params | None = None, before: _Point | None = None) -> tuple[Parameters, Tensor]:
-        """θ at the start of a descent, and the directions that everything began with, (n, d_model) or (n, k, d_model).
+    def _parameters(self, teacher: Params | None = None, before: _Point | None = None) -> tuple[Parameters, _Start]:
+        """θ at the start of a descent, and where everything began.
 
         An edit that is computed from inputs hardly touches harmless ones, so the first descent begins at the teacher's. Others
         begin at weak equal strengths along each layer's own directions, with equal weights (docs/decisions.md).
@@ -285,20 +294,20 @@ class Refinement:
             Module(target.name, target.layer, partial(_weight, target.module), method_of(target), target.reads)
             for target in targets
         ]
-        starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
-        found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
-        starts = (starts.flatten(1) / found.clamp_min(1).sqrt()[:, None]).view_as(starts)
-        coeffs = torch.full((len(targets),), _START / len(targets))
+        own = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
+        found = own.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
+        own = (own.flatten(1) / found.clamp_min(1).sqrt()[:, None]).view_as(own)
+        start = _Start(torch.full((len(targets),), _START / len(targets)), own)
         if teacher is not None:
-            coeffs, starts = self._of_teacher(teacher, [module.name for module in modules], starts)
-        directions = starts.clone()
+            start = self._of_teacher(teacher, [module.name for module in modules], own)
+        coeffs, directions = start.coeffs.clone(), start.directions.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)
             coeffs = torch.tensor([before.params.coeffs[module.name] for module in modules])
             directions = torch.stack([stored[module.name] for module in modules]).clone()
-        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), starts
+        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), start
 
-    def _of_teacher(self, teacher: Params, names: Sequence[str], own: Tensor) -> tuple[Tensor, Tensor]:
+    def _of_teacher(self, teacher: Params, names: Sequence[str], own: Tensor) -> _Start:
         """The strengths and directions of a teacher's modules; one that it leaves alone has a strength of 0 and its `own`."""
         editor = self._bench.editor
         plan, coeffs, directions = editor.plan(teacher), torch.zeros(len(names)), own.clone()
@@ -310,7 +319,7 @@ class Refinement:
                 coeffs[index] = coeff = given.norm().copysign(given.sum())
                 matrices[index] = 0.0  # a direction that the teacher doesn't use isn't learned
                 matrices[index, : len(given)] = (vectors.cpu() * (given / coeff)[:, None]).float()
-        return coeffs, directions
+        return _Start(coeffs, directions)
 
 
 @dataclass(frozen=True)
