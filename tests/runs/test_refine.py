@@ -255,6 +255,7 @@ def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
     prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So do a run that ended after its first descent and is continued, and a run without a cache."""
+    other = shutil.copytree(warm, tmp_path / "other")  # before there are moments in it
     ended = settings_of(prompt_files, warm, betas=[1.0], steps=3)
     longer = ended.model_copy(update={"refine": ended.refine.model_copy(update={"betas": (1.0, 2.0)})})
     without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
@@ -264,7 +265,7 @@ def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
     assert outcomes(continued) == outcomes(through)
     assert not any("Adam begins anew" in text for text in recorder.notes)
     monkeypatch.setattr(Descent, "load_moments", lambda *given: None)
-    anew, _ = run_in(tmp_path / "anew", longer.model_copy(update={"cache_dir": str(tmp_path / "other")}))
+    anew, _ = run_in(tmp_path / "anew", longer.model_copy(update={"cache_dir": str(other)}))
     assert outcomes(anew)[0] == outcomes(through)[0]
     assert outcomes(anew)[1] != outcomes(through)[1]
 
