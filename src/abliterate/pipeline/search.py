@@ -188,7 +188,7 @@ class Search:
             return
         try:
             self.bench.prepare(self._directions)
-            # Where a trial is stopped decides what the sampler is told, which knows nothing of refined trials.
+            # The sampler learns where a trial was stopped, so refined trials, of which it knows nothing, must stop none.
             pruner = DominancePruner.of(self._searched, self.baseline, self.bench.objectives)
             with self.study.at_work(asked):
                 trial = stages.evaluate(self.bench, asked.number, asked.params, pruner)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from abliterate.artifacts.run_directory import RunDirectory
@@ -45,7 +46,7 @@ FORMAT = 3
 # The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"
 
-# Settings of which every machine has its own, or that only the run itself needs, by section.
+# Settings that each machine has for itself, or that only the run needs, by section; "" names those outside of sections.
 _OWN = {
     "": ("out", "cache_dir", "device", "export"),
     "load": ("device_map", "max_memory", "offload_folder"),
@@ -123,23 +124,9 @@ def _strange(error: Exception) -> InputError:
 def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Directions, identity: Mapping[str, str]) -> None:
     """Write everything that workers need to the study's storage, without paths of this machine or the storage's URL."""
     settings = bench.settings
-    plain = settings.model_copy(
-        update={
-            "out": "",
-            "cache_dir": "",
-            "device": "auto",
-            "load": settings.load.model_copy(update={"device_map": "", "max_memory": {}, "offload_folder": ""}),
-            "search": settings.search.model_copy(update={"storage": "", "seed_from": ""}),
-            "efficiency": settings.efficiency.model_copy(update={"residual_cache_dir": ""}),
-            "prompts": PromptSettings(**settings.prompts.model_dump(include={"system", "prefix", "suffix"})),
-            "directions": settings.directions.model_copy(update={"protect": ()}),
-            "evaluation": settings.evaluation.model_copy(update={"heldout_scorers": ()}),
-            "export": type(settings.export)(),
-        }
-    )
     files = {name: path.read_text(encoding="utf-8") for name in _FILES if (path := _file(settings, name)) is not None}
     setup = SharedSetup(
-        settings=dump_settings(plain),
+        settings=dump_settings(_shared(settings)),
         files=files,
         dtype=bench.loaded.info.dtype,
         prefix=bench.response_prefix,
@@ -227,6 +214,17 @@ def wait_for_setup(
         time.sleep(poll)
 
 
+def _shared(settings: Settings) -> Settings:
+    """The settings with the defaults of those in `_OWN`."""
+
+    def plain(section: BaseModel, names: Sequence[str]) -> dict[str, Any]:
+        return {name: type(section).model_fields[name].get_default(call_default_factory=True) for name in names}
+
+    sections = {name: getattr(settings, name) for name in _OWN if name}
+    copies = {name: section.model_copy(update=plain(section, _OWN[name])) for name, section in sections.items()}
+    return settings.model_copy(update=plain(settings, _OWN[""]) | copies)
+
+
 def _published_answers(study: Study) -> Sequence[Sequence[int]]:
     """The answers that a continued run has published before: its directions are kept with what was made of these."""
     with contextlib.suppress(InputError):  # of another version, or of another program
@@ -236,7 +234,7 @@ def _published_answers(study: Study) -> Sequence[Sequence[int]]:
 
 
 def _without_own(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's settings without those of which every machine has its own, or none: `publish` has left them empty."""
+    """The settings that hold for all workers: a run's own without those in `_OWN`, which `_shared` has left empty."""
     return {
         name: {leaf: given for leaf, given in value.items() if leaf not in _OWN.get(name, ())}
         if isinstance(value, dict)
@@ -252,7 +250,7 @@ def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings
     with tempfile.TemporaryDirectory(prefix="abliterate-worker-") as name:
         folder = Path(name)
         (folder / "settings.toml").write_text(setup.settings, encoding="utf-8")
-        # Over the environment of the worker, which a run's own options overrode, too.
+        # They override the worker's environment, as the run's own options have overridden the run's.
         overrides = merge(_without_own(read_toml(folder / "settings.toml")), {"load": {"dtypes": [setup.dtype]}})
         for option, content in setup.files.items():
             section, leaf = option.split(".")

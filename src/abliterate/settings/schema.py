@@ -230,7 +230,7 @@ class EvaluationSettings(_Section):
 class EfficiencySettings(_Section):
     """One switch per optimization; `--reference` turns them off.
 
-    No switch but `use_amp_for_residuals` may change the search's front in float32; refinement's steps add up rounding.
+    In float32 no switch but `use_amp_for_residuals` may change the search's front; refinement's steps add up rounding.
     """
 
     enable_residual_cache: bool = True

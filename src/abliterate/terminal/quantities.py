@@ -42,9 +42,10 @@ def in_words(record: Mapping[str, Any], *, arithmetic: bool = True) -> dict[str,
 def _purposes(cost: Mapping[str, Any]) -> str:
     """What the cost is for."""
     refinement = cost["tokens"]["refinement_at_most"]
+    trials = f"{cost['trials']} trials, which usually take a fifth to half as long"
     if not refinement:
-        return f"{cost['trials']} trials, which usually take a fifth to half of that time"
-    rest = f", the rest mostly for {cost['trials']} trials, usually a fifth to half of its time" if cost["trials"] else ""
+        return trials
+    rest = f", the rest mostly for {trials}" if cost["trials"] else ""
     return f"{_count(refinement)} tokens for refinement{rest}"
 
 

@@ -12,7 +12,7 @@ import transformers
 
 from abliterate.errors import InputError
 from abliterate.model.loader import demo_path
-from abliterate.pipeline.lengths import check_lengths, has_table, named_sets, positions_of
+from abliterate.pipeline.lengths import _response_tokens, check_lengths, has_table, named_sets, positions_of
 from abliterate.pipeline.workbench import load
 from abliterate.prompts.sets import HeldoutSets, PromptSets
 from abliterate.settings.schema import Settings
@@ -167,3 +167,11 @@ def test_a_run_beyond_the_trained_range_warns_once(prompt_files: dict[str, str],
     with load(quick_settings(prompt_files, tmp_path / "cache", model=str(folder)), recorder):
         pass
     assert len([text for text in recorder.warnings if "trained on 40" in text]) == 1
+
+
+def test_answers_along_which_inputs_are_captured_count() -> None:
+    over = {"search": {"objectives": ("refusals", "kl")}, "refine": {"enabled": False}}
+    plain = Settings.model_validate(over)
+    assert "harmless" not in _response_tokens(plain)
+    captured = Settings.model_validate(over | {"edit": {"mode": "least-squares", "capture_tokens": 7}})
+    assert _response_tokens(captured) == _response_tokens(plain) | {"harmless": 7}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from abliterate.scorers.kl import (
     kl_divergence,
     small_forms,
     smallest_form,
+    with_float64,
 )
 
 VOCABULARY = 3000
@@ -264,3 +266,9 @@ def test_the_scorer_lets_go_of_all_log_probabilities() -> None:
     assert ref() is None
     score = scorer.score(Observation((), edited))
     assert score.value == pytest.approx(float(expected.mean()), abs=1e-5)
+
+
+def test_a_device_without_float64_is_left() -> None:
+    elsewhere, here = SimpleNamespace(device=torch.device("mps"), cpu=lambda: "a copy"), torch.zeros(2)
+    assert with_float64(elsewhere) == "a copy"  # type: ignore[arg-type]
+    assert with_float64(here) is here
