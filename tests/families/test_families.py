@@ -46,7 +46,7 @@ NO_ADAPTER = {
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 
 
-# Text towers and dense decoders that are built like another specimen: ./scripts/test --all has them.
+# Specimens that are built like another one: ./scripts/test --all has them.
 _ALIKE = """
 qwen2_5_vl qwen3_vl llava_next internvl glm4v glm46v glm4v_moe aya_vision cohere2_vision idefics2 smolvlm
 llava_onevision ovis2 deepseek_vl chameleon exaone4_5 kimi_k25 qwen2_5_omni qwen3_omni_moe aria minicpmv4_6
@@ -54,6 +54,9 @@ mistral4_vl mistral_large4 minimax_m3_vl gemma4_unified hunyuan_vl nemotron_h_om
 lfm2_vl arcee apertus helium seed_oss ministral ministral3 hunyuan ernie4_5 persimmon gpt_bigcode gpt_neox_japanese
 biogpt nanochat vaultgemma internlm3 iquestcoder starcoder2 stablelm exaone4 olmo olmo3 glm4 granitemoehybrid_dense
 deepseek_v2_dense glm4_moe_dense
+mistral smollm3 gptj mpt nemotron jamba_dense falcon_mamba zamba lfm3 mistral3 idefics3 llama4_vl step3p7 flex_olmo mellum
+dots1 minimax_m2 solar_open kolibri1 laguna afmoe cohere2_moe hy_v3 axk2 granitemoe_swa glm_moe_dsa mistral4 lfm2_moe
+qwen3_5_moe
 """
 ALIKE = frozenset(_ALIKE.split())
 assert set(ZOO) > ALIKE

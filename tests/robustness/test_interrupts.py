@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ def read(run: Path) -> dict[str, Any]:
     return json.loads((run / "result.json").read_text(encoding="utf-8"))
 
 
-def test_a_signal_in_any_stage_keeps_everything(whole: Whole, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [STAGES[::2], pytest.param(STAGES, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_a_signal_in_any_stage_keeps_everything(stages: Sequence[str], whole: Whole, tmp_path: Path) -> None:
     """One run, interrupted in each stage and continued, is the uninterrupted one."""
     config, directory, _ = whole
     expected = read(directory)
     arguments = ["run", "demo", "-c", config, "--cache-dir", tmp_path / "cache", "-o", "run", "--resume", "--json"]
-    for index, stage in enumerate(STAGES):
+    for index, stage in enumerate(stages):
         number = (signal.SIGINT, signal.SIGTERM)[index % 2]
         command = Command(arguments, tmp_path, before=Slow(stage))
         assert command.wait_for(of_stage(stage)), command.err
@@ -36,7 +38,7 @@ def test_a_signal_in_any_stage_keeps_everything(whole: Whole, tmp_path: Path) ->
         assert "Traceback" not in message
         assert "error: interrupted" in message
         assert [event["name"] for event in command.events if event["event"] == "stage"][-1] == stage, "not stages later"
-        if index >= STAGES.index("residuals"):  # from here on there is a study
+        if STAGES.index(stage) >= STAGES.index("residuals"):  # from here on there is a study
             assert "--resume --out run" in message
         if stage in ("export", "verify", "pick"):
             assert f"--trial {expected['selected']}" in message

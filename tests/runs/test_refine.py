@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from abliterate.artifacts.cache import ArtifactStore
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
@@ -25,7 +26,7 @@ from abliterate.pipeline.workbench import load
 from abliterate.refine.betas import Tried, next_descent
 from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
-from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams, weight_name
+from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams
 from support.cli import Invoke
 from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
@@ -104,31 +105,6 @@ def test_several_directions_are_searched_learned_and_exported(prompt_files: File
     assert weights.std() > 1e-4, "weights are learned, too"
     assert (result["selected"], result["export"]["verified"]) == (1, True)
     assert (result["export"]["method"], result["export"]["rank"]) == ("dora", 2)
-
-
-@pytest.mark.parametrize("directions", [{}, {"method": "kmeans", "count": 2}])
-def test_an_edit_computed_from_inputs_begins_at_its_teacher(
-    prompt_files: Files, warm: Path, directions: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every module's edit is that of the teacher, and modules that it leaves alone are as they were, ready to learn."""
-    edit = {"mode": "least-squares", "capture_prompts": 5, "capture_tokens": 2}
-    settings = quick_settings(prompt_files, warm, refine={"enabled": True}, edit=edit, directions=directions)
-    with load(settings, Recorder()) as bench:
-        stages.find_directions(bench)
-        kernels = {name: Kernel(2.0, 8.0, -0.3 if name.startswith("mlp") else 0.3, 3.5) for name in bench.space.components}
-        weights = {weight_name(place): weight for place, weight in enumerate((0.5, 0.8)) if directions}
-        teacher = TrialParams("global", 6.4, kernels, weights)
-        refinement = refine.Refinement(bench, None, [], 0)  # type: ignore[arg-type]
-        begun, _ = refinement._parameters(teacher)
-        expected, found = bench.editor.factors(teacher), begun.factors()
-        assert 0 < len(expected) < len(found) == len(begun.modules)
-        for module in begun.modules:
-            weight = module.read_weight()
-            delta, own = found[module.name].delta(weight).detach(), torch.zeros_like(weight)
-            torch.testing.assert_close(delta, expected[module.name].delta(weight) if module.name in expected else own)
-        torch.testing.assert_close(begun.directions.flatten(1).norm(dim=1), torch.ones(len(begun.modules)))
-        monkeypatch.setattr(refine, "needs_inputs", lambda method: False)  # of other edits it begins weakly everywhere
-        assert len(set(refinement._parameters(teacher)[0].coeffs.tolist())) == 1
 
 
 def test_facts_say_how_it_was_found(refined: Refined) -> None:
@@ -254,18 +230,24 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
 def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
     prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So do a run that ended after its first descent and is continued, and a run without a cache."""
-    other = shutil.copytree(warm, tmp_path / "other")  # before there are moments in it
+    """So do a run that ended after its first descent and is continued, and a run whose cache has none."""
+    others = [shutil.copytree(warm, tmp_path / name) for name in ("through", "anew")]  # before there are moments in it
     ended = settings_of(prompt_files, warm, betas=[1.0], steps=3)
     longer = ended.model_copy(update={"refine": ended.refine.model_copy(update={"betas": (1.0, 2.0)})})
-    without = longer.efficiency.model_copy(update={"enable_residual_cache": False})
-    through, _ = run_in(tmp_path / "through", longer.model_copy(update={"efficiency": without}))
     run_in(tmp_path / "run", ended)
     continued, recorder = run_in(tmp_path / "run", longer, resume=True)
-    assert outcomes(continued) == outcomes(through)
     assert not any("Adam begins anew" in text for text in recorder.notes)
+    get = ArtifactStore.get
+    with monkeypatch.context() as patch:  # nothing of a descent comes from the cache
+
+        def without(store: ArtifactStore, kind: str, *given: Any, **options: Any) -> Any:
+            return None if kind == "descent" else get(store, kind, *given, **options)
+
+        patch.setattr(ArtifactStore, "get", without)
+        through, _ = run_in(tmp_path / "run-through", longer.model_copy(update={"cache_dir": str(others[0])}))
+    assert outcomes(continued) == outcomes(through)
     monkeypatch.setattr(Descent, "load_moments", lambda *given: None)
-    anew, _ = run_in(tmp_path / "anew", longer.model_copy(update={"cache_dir": str(other)}))
+    anew, _ = run_in(tmp_path / "run-anew", longer.model_copy(update={"cache_dir": str(others[1])}))
     assert outcomes(anew)[0] == outcomes(through)[0]
     assert outcomes(anew)[1] != outcomes(through)[1]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
-from abliterate.edits import edit_method, is_refinable, needs_inputs
+from abliterate.edits import edit_method, is_refinable
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import memory_errors, usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
@@ -35,19 +35,11 @@ from abliterate.refine.parameters import Module, Parameters
 from abliterate.search.pruner import DominancePruner
 from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
-from abliterate.types import Params, RefinedParams, Trial
+from abliterate.types import RefinedParams, Trial
 
-# The sum of all strengths at the start, where the teacher isn't it; and Adam's peak steps: of strengths as a share of their
-# mean at the start, and of directions, to be divided by √d_model, or for k directions a module by √(k · d_model).
-_START, _COEFF_STEP, _DIRECTION_STEP = 6.0, 0.2, 0.2
-
-
-@dataclass(frozen=True)
-class _Start:
-    """Where everything began: `coeffs` (n) and `directions` (n, d_model) or (n, k, d_model)."""
-
-    coeffs: Tensor
-    directions: Tensor
+# The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
+# to be divided by √d_model, or for k directions a module by √(k · d_model).
+_START, _COEFF_STEP, _DIRECTION_STEP = 6.0, 1.2, 0.2
 
 
 @dataclass(frozen=True)
@@ -143,7 +135,7 @@ class Refinement:
         passes, prompts = passes_of(self._bench), self._bench.prompts
         try:
             with self._bench.learning(), memory_errors():
-                passes.probe(self._bench.chat.token_ids(prompts.harmless[0]), self._parameters()[0].factors())
+                passes.probe(self._bench.chat.token_ids(prompts.harmless[0]), self._parameters(None)[0].factors())
         except torch.OutOfMemoryError as error:
             raise TrialError(first_line(error)) from error
         except (RuntimeError, NotImplementedError) as error:
@@ -188,10 +180,9 @@ class Refinement:
         take many steps to become right.
         """
         bench, settings, beta = self._bench, self._settings, plan.beta
-        parameters, start = self._parameters(lesson.teacher, plan.before)
-        entries = parameters.directions[0].numel()
-        turn = _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0
-        rates = Rates(_COEFF_STEP * float(start.coeffs.abs().mean()), turn)
+        parameters, starts = self._parameters(plan.before)
+        n, entries = parameters.directions.flatten(1).shape
+        rates = Rates(_COEFF_STEP / n, _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0)
         passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
@@ -216,7 +207,7 @@ class Refinement:
             kept.keep(descent, best)
         best = ranks.agree(lambda: best)  # the last bits of gradients may differ between ranks, and the file's hash must not
         assert best is not None
-        params = self._stored(lesson, plan, stage, number, best, descent, start)
+        params = self._stored(lesson, plan, stage, number, best, descent, starts)
         self._keep_moments(_identity(params), descent.moments())
         return params
 
@@ -247,13 +238,13 @@ class Refinement:
         return {"lesson": key_digest(self._lesson_key), "after": point}
 
     def _stored(
-        self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, start: _Start
+        self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor
     ) -> RefinedParams:
         """The point as parameters of a trial, with the shares of validation prompts that it refuses, as it is and weaker."""
         bench, settings, before = self._bench, self._settings, plan.before
         names = [module.name for module in descent.parameters.modules]
         sets = {"harmful": bench.prompts.harmful, "harmless": bench.prompts.harmless}
-        cosines = (best.directions * start.directions).flatten(1).sum(dim=1).clamp(-1, 1).tolist()
+        cosines = (best.directions * starts).flatten(1).sum(dim=1).clamp(-1, 1).tolist()
         facts = {
             "beta": plan.beta,
             "steps": descent.steps + (before.params.facts["steps"] if before else 0),
@@ -276,50 +267,29 @@ class Refinement:
         validation = {**best.record, **shares, "margin": settings.margin, "prompts": len(asked)}
         return replace(params, facts={**params.facts, "validation": validation})
 
-    def _parameters(self, teacher: Params | None = None, before: _Point | None = None) -> tuple[Parameters, _Start]:
-        """θ at the start of a descent, and where everything began.
+    def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:
+        """θ at the start of a descent, and the directions that everything began with, (n, d_model) or (n, k, d_model).
 
-        An edit that is computed from inputs hardly touches harmless ones, so the first descent begins at the teacher's. Others
-        begin at weak equal strengths along each layer's own directions, with equal weights (docs/decisions.md).
+        Everything begins at weak equal strengths along each layer's own directions, several of them with equal weights: from a
+        teacher's edit, later words of harmless answers would move more (docs/decisions.md).
         """
         bench = self._bench
         given, method_of = bench.editor.directions, bench.editor.method_of
         table = given.vectors[1:].float().cpu()
-        if not needs_inputs(edit_method(bench.settings.edit.mode)):
-            teacher = None
-        edited = bench.editor.plan(teacher) if teacher else {}
-        targets = [target for target in bench.loaded.targets if table[target.layer].any() or target.name in edited]
-        targets = [target for target in targets if method_of(target) is not None]
+        targets = [target for target in bench.loaded.targets if table[target.layer].any() and method_of(target) is not None]
         modules = [
             Module(target.name, target.layer, partial(_weight, target.module), method_of(target), target.reads)
             for target in targets
         ]
-        own = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
-        found = own.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
-        own = (own.flatten(1) / found.clamp_min(1).sqrt()[:, None]).view_as(own)
-        start = _Start(torch.full((len(targets),), _START / len(targets)), own)
-        if teacher is not None:
-            start = self._of_teacher(teacher, [module.name for module in modules], own)
-        coeffs, directions = start.coeffs.clone(), start.directions.clone()
+        starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
+        found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
+        starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
+        coeffs, directions = torch.full((len(targets),), _START / len(targets)), starts.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)
             coeffs = torch.tensor([before.params.coeffs[module.name] for module in modules])
             directions = torch.stack([stored[module.name] for module in modules]).clone()
-        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), start
-
-    def _of_teacher(self, teacher: Params, names: Sequence[str], own: Tensor) -> _Start:
-        """The strengths and directions of a teacher's modules; one that it leaves alone has a strength of 0 and its `own`."""
-        editor = self._bench.editor
-        plan, coeffs, directions = editor.plan(teacher), torch.zeros(len(names)), own.clone()
-        matrices = directions.view(len(names), -1, own.shape[-1])  # the same tensor, with a row for each direction of a module
-        for index, name in enumerate(names):
-            if name in plan:
-                vectors, strengths = editor.vectors(teacher, plan[name])
-                given = torch.tensor(strengths, dtype=torch.float64)
-                coeffs[index] = coeff = given.norm().copysign(given.sum())
-                matrices[index] = 0.0  # a direction that the teacher doesn't use isn't learned
-                matrices[index, : len(given)] = (vectors.cpu() * (given / coeff)[:, None]).float()
-        return _Start(coeffs, directions)
+        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), starts
 
 
 @dataclass(frozen=True)
