@@ -214,9 +214,8 @@ def profile(plan: Plan) -> Found:
 
 def tune(plan: Plan) -> Found:
     """Batch sizes, measured anew."""
-    sets = [f"prompts.{name}={demo_path() / 'prompts' / f'{stem}.jsonl'}" for name, stem in PROMPTS.items()]
     options = ["--device", plan.device, "--dtype", plan.dtype, "--json", "--cache-dir", plan.out / "cache-tune"]
-    lines = tool(command("tune-batch", plan.model, *options, *(word for text in sets for word in ("--set", text))))
+    lines = tool(command("tune-batch", plan.model, *options, *(word for text in demo_prompts() for word in ("--set", text))))
     found = json.loads(lines[-1])["operations"]
     return {name: {"size": one["size"], "estimate": one["estimate"]} for name, one in found.items()}
 
@@ -233,7 +232,7 @@ def heretic(plan: Plan) -> Found:
     """heretic on the same model, prompts and seed, if it is installed."""
     from peer import run_heretic  # not needed by the other steps
 
-    settings = settings_of("demo", 1, [f"model={plan.model}", f"load.dtypes=['{plan.dtype}']"])
+    settings = settings_of("demo", 1, [f"model={plan.model}", f"load.dtypes=['{plan.dtype}']", *demo_prompts()])
     folder = plan.out / "heretic"
     folder.mkdir(parents=True, exist_ok=True)
     peer = run_heretic(settings, plan.trials["heretic"], torch.get_num_threads(), folder)
@@ -260,6 +259,11 @@ STEPS: tuple[tuple[str, Callable[[Plan], Found], int], ...] = (
 
 
 # -- what steps share
+
+
+def demo_prompts() -> list[str]:
+    """The demo's prompt sets, as assignments."""
+    return [f"prompts.{name}={demo_path() / 'prompts' / f'{stem}.jsonl'}" for name, stem in PROMPTS.items()]
 
 
 def tool(words: Sequence[str]) -> list[str]:

@@ -26,10 +26,9 @@ from unittest import mock
 
 import torch
 from ground_truth import is_good
-from optuna.storages import InMemoryStorage
 from rig import Counters, Quiet, settings_of
 
-from abliterate import Workbench, find_directions, load
+from abliterate import Workbench, find_directions, load, search
 from abliterate.evaluation.teacher_forced import TeacherForced
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import passes, refine, stages, workbench
@@ -37,13 +36,11 @@ from abliterate.pipeline.heldout import measured as measured_heldout
 from abliterate.pipeline.heldout import read_heldout, views
 from abliterate.pipeline.lesson import Lesson, Teacher
 from abliterate.pipeline.refine import Refinement
-from abliterate.pipeline.search import Search
 from abliterate.prompts.sets import HUB_HELDOUT
 from abliterate.refine.descent import Pass
 from abliterate.refine.loss import Rows
 from abliterate.search.front import pareto_front
 from abliterate.search.selection import parse_rule
-from abliterate.search.study import STUDY_NAME, Study
 from abliterate.settings.schema import Settings
 from abliterate.types import Baseline, Params, Prompt, RefinedParams, Trial
 
@@ -93,7 +90,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
     started, counters, points = time.perf_counter(), Counters(), list[dict[str, Any]]()
     with load(settings, Quiet()) as bench:
         bench.loaded.model.register_forward_pre_hook(counters.count, with_kwargs=True)
-        find_directions(bench)
+        directions = find_directions(bench)
         baseline = stages.baseline(bench)
         ready = {"tokens": counters.tokens, "seconds": round(time.perf_counter() - started, 2)}
 
@@ -103,16 +100,15 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
             if isinstance(trial.params, RefinedParams):
                 print(json.dumps(points[-1]), flush=True)
 
-        space = replace(bench.space, settings=bench.settings.search.model_copy(update={"trials": trials}))
-        study = Study(InMemoryStorage(), STUDY_NAME, space, settings.seed)
-        search = Search(bench, study, baseline, trials)
-        for trial in search if trials else ():
+        bench.baseline = baseline
+        searched = search(bench, directions, trials)
+        for trial in searched if trials else ():
             note(trial, 0)
         if refined:
             with backward_tokens(counters) as fed:
-                for trial in Refinement(bench, study, search.trials, trials):
+                for trial in Refinement(bench, searched.study, searched.trials, trials):
                     note(trial, sum(fed))
-        everything = study.trials()
+        everything = searched.study.trials()
         best = {str(share): least_kl(everything, baseline, share) for share in SHARES}
         seconds = round(time.perf_counter() - started, 1)
         found = {share: None if trial is None else measured(bench, settings, trial) for share, trial in best.items()}

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from refinement_page import ROOT, Line, assigned, identity, rounded, spent
+from refinement_page import ROOT, Line, assigned, identity, model_of, rounded, spent
 
 DEFAULT = "the default"
 TEXT = (
@@ -92,7 +92,7 @@ def page(lines: Sequence[Line]) -> str:
     """The page in Markdown."""
     groups: dict[tuple[str, str], dict[str, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        groups[line["model"], budget(line)][method(line)].append(line)
+        groups[model_of(line), budget(line)][method(line)].append(line)
     command = "python scripts/methods_page.py LINES"
     kept = "from the output of `scripts/measure_refinement.py`, kept in methods.jsonl"
     parts = ["# Methods beside the default", "", f"Written by `{command}` {kept}.", "", *TEXT]

@@ -114,7 +114,8 @@ def _write_config(settings: Settings, trials: int, folder: Path) -> None:
         "study_checkpoint_dir": str(folder / "checkpoints"),
         "system_prompt": settings.prompts.system,
         "refusal_markers": list(read_markers(Path(config_path("markers.txt")))),
-        "dtypes": ["float32"],
+        # One that was asked for, as on a GPU; the default is float32 on CPUs.
+        "dtypes": list(settings.load.dtypes) if len(settings.load.dtypes) == 1 else ["float32"],
     }
     for name, source in prompt_sources(settings).items():
         path = folder / f"{name}.txt"

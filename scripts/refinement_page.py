@@ -43,7 +43,7 @@ def courses_of(lines: Sequence[Line]) -> dict[str, Courses]:
         given = assigned(line)
         given += [f"{line['spoil']:.0%} of the targets spoiled"] if line.get("spoil") else []
         given += ["nothing shared"] if line.get("apart") else []
-        found[line["model"]][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
+        found[model_of(line)][line["refined"], line["trials"], ", ".join(given)][line["seed"]] = line
     return dict(found)
 
 
@@ -73,8 +73,14 @@ def assigned(line: Line) -> list[str]:
 
 def identity(line: Line) -> str:
     """What a line is of: of two such lines the later one counts."""
-    names = ("model", "seed", "trials", "refined", "spoil", "apart")
-    return json.dumps([*(line.get(name) or None for name in names), assigned(line)])
+    names = ("seed", "trials", "refined", "spoil", "apart")
+    return json.dumps([model_of(line), *(line.get(name) or None for name in names), assigned(line)])
+
+
+def model_of(line: Line) -> str:
+    """The model, and of one that a script makes a few digits of its weights' hash, which differs between kinds of CPU."""
+    name, weights = line["model"], line.get("weights")
+    return name if name == "demo" or not weights else f"{name} {weights.removeprefix('sha256:')[:8]}"
 
 
 def least_kl(line: Line) -> float | None:
@@ -91,7 +97,7 @@ def spent(line: Line, tokens: int) -> int:
 def tokens_until(line: Line, kl: float) -> int | None:
     """The tokens of a course until its first trial with a KL of at most `kl` and no more than `SHARE` refusals."""
     for point in line["points"]:
-        if point["kl"] <= kl and good_enough(point, line["prompts"]):
+        if good_enough(point, line["prompts"]) and point["kl"] <= kl:
             return spent(line, point["tokens"])
     return None
 

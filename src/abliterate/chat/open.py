@@ -38,8 +38,8 @@ from abliterate.pipeline.from_settings import chat_of, markup_of
 from abliterate.pipeline.workbench import Workbench, open_workbench, probe_inputs
 from abliterate.report.tables import counts_text
 from abliterate.settings.schema import Settings
-from abliterate.settings.sources import load_settings, merge
-from abliterate.settings.untrusted import code_note, unsaid, without
+from abliterate.settings.sources import by_section, load_settings
+from abliterate.settings.untrusted import code_note, unsaid, with_places_of, without
 from abliterate.types import Reporter, Trial
 
 # Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
@@ -188,8 +188,10 @@ def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: R
         )
     stored = directory.stored_settings()
     own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
-    left_out = unsaid(own, load_settings("", given), directory.path)
-    settings = load_settings(str(directory.settings), merge(without(own, left_out), given))
+    mine = load_settings("", given)
+    left_out = unsaid(own, mine, directory.path)
+    settings = load_settings(str(directory.settings), by_section(without(own, left_out), given))
+    settings = with_places_of(mine, settings)
     if note := code_note(left_out):
         reporter.warn(note)
     return settings

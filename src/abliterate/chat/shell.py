@@ -48,7 +48,7 @@ class Shell:
         self._session = session
         self._face = face
         self._lines = lines
-        self._hearer = _ReplyListener(face)
+        self._hearer = _ReplyListener(face, interactive=lines.interactive)
         self._count = 0
         self.failed: list[AbliterateError] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -204,12 +204,14 @@ class Shell:
 class _ReplyListener:
     """The `Listener` of a session: shows the answers and watches for Ctrl+C."""
 
-    def __init__(self, face: Display) -> None:
+    def __init__(self, face: Display, *, interactive: bool) -> None:
         self._face = face
+        self._interactive = interactive
         self.presses = Presses()
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
-        self.presses.next_answer()
+        if self._interactive:  # in a pipe it ends all of them
+            self.presses.next_answer()
         self._face.begin(side, trial, sides)
 
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:

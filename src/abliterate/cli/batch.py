@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.artifacts.result import Result
+from abliterate.artifacts.result import ExportRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path
 from abliterate.cli.exit import explain, show_traceback
 from abliterate.cli.run import RunFlags, carry_out, resolve
@@ -29,6 +29,7 @@ from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter, show_error, show_heading
 from abliterate.terminal.tables import print_table
+from abliterate.types import RefinedParams
 
 # Settings that change neither the result of a run nor its files.
 _WITHOUT_EFFECT = ("out", "device", "cache_dir", "efficiency")
@@ -71,6 +72,8 @@ class Outcome:
         """The outcome of a run that has a result."""
         trial = next(trial for trial in result.trials if trial.number == result.selected)
         export, baseline = result.export, result.baseline
+        if export.trial != result.selected:  # an earlier session's
+            export = ExportRecord()
         assert baseline is not None
         return Outcome(
             model=model,
@@ -235,14 +238,31 @@ def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
     """The result of a run that has nothing left to do under these settings; None if work is left."""
     with contextlib.suppress(InputError, KeyError, TypeError):
         result = Result.read(directory)
-        export, kind = result.export, settings.export.kind
-        is_exported = export.kind == kind and export.path and (directory.path / export.path).is_dir()
-        is_complete = kind == "none" or is_exported
-        is_complete = is_complete and bool(export.pushed or not settings.export.push) and directory.report.exists()
-        has_trials = len(result.trials) >= settings.search.trials and result.selected is not None
+        is_complete = settings.export.kind == "none" or _is_exported(settings, directory, result)
+        is_complete = is_complete and result.selected is not None and directory.report.exists()
+        searched = sum(not isinstance(trial.params, RefinedParams) for trial in result.trials)
+        has_trials = searched >= settings.search.trials and _is_refined(settings, len(result.trials) - searched)
         if has_trials and is_complete and _is_of(settings, read_toml(directory.settings)):
             return result
     return None
+
+
+def _is_exported(settings: Settings, directory: RunDirectory, result: Result) -> bool:
+    """Whether the selected trial's export is there as asked; an earlier session may have left another trial's."""
+    export, wanted = result.export, settings.export
+    is_there = export.kind == wanted.kind and export.path and (directory.path / export.path).is_dir()
+    is_checked = export.verified is not None or not wanted.verify
+    return bool(is_there and export.trial == result.selected and is_checked and (export.pushed or not wanted.push))
+
+
+def _is_refined(settings: Settings, descents: int) -> bool:
+    """Whether refinement has made all of its trials; a model that can't be refined is asked again."""
+    if not settings.refine.enabled or descents >= settings.refine.n_descents:
+        return True
+    from abliterate.edits import edit_method, is_refinable  # imports torch, so only where it matters
+    from abliterate.pipeline.preflight import with_edit_mode
+
+    return not is_refinable(edit_method(with_edit_mode(settings).edit.mode))
 
 
 def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:

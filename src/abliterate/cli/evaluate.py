@@ -14,7 +14,7 @@ from abliterate.evaluation.lm_eval import Tasks
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
 from abliterate.report.tables import heldout_table
-from abliterate.settings.sources import load_settings, merge, options_of
+from abliterate.settings.sources import load_settings, options_of
 from abliterate.settings.untrusted import Request, code_note, scorers_note, to_measure, unsaid, without
 from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import make_reporter
@@ -26,14 +26,14 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     candidate = parse_candidate(text)
     options = options_of(given, assignments)
     left_out: tuple[Request, ...] = ()
-    doubt = ""
+    doubt, of_run = "", {}
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.source))
         doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
         stored = directory.stored_settings()
         left_out = unsaid(stored, load_settings(config, options), directory.path)
-        options = merge(to_measure(without(stored, left_out)), options)
-    settings = load_settings(config, options)
+        of_run = to_measure(without(stored, left_out))
+    settings = load_settings(config, options, stored=of_run)
     exit.quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     for note in filter(None, (doubt, scorers_note(left_out), code_note(left_out))):

@@ -93,16 +93,20 @@ def _emit_json_error(message: str, exit_code: int) -> None:
 
 
 @contextlib.contextmanager
-def ending_at_once(reporter: Reporter, message: str) -> Iterator[None]:
+def ending_at_once(reporter: Reporter, message: str | Callable[[], str]) -> Iterator[None]:
     """End the `with` block with `message` at the first Ctrl+C or SIGTERM, because there is nothing to finish first."""
+
+    def said() -> str:
+        return message if isinstance(message, str) else message()
+
     interrupts = Interrupts()
     try:
         with interrupts.listening(), interrupts.at_once():
             yield
     except Interrupted as error:
-        raise Interrupted(error.exit_code, message) from error
+        raise Interrupted(error.exit_code, said()) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=message) from error
+        raise Interrupted(message=said()) from error
     finally:
         reporter.close()
 

@@ -14,7 +14,7 @@ from abliterate.pipeline import export_gguf as pipeline_export_gguf
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import load_settings
-from abliterate.settings.untrusted import code_note, unsaid, without
+from abliterate.settings.untrusted import code_note, unsaid, with_places_of, without
 from abliterate.terminal.reporters import make_reporter
 from abliterate.types import Reporter
 
@@ -56,8 +56,24 @@ def _reporting(doubts: Sequence[str], final: Path, *, as_json: bool) -> Iterator
     reporter = make_reporter(as_json=as_json)
     for note in doubts:
         reporter.warn(note)
-    with ending_at_once(reporter, f"interrupted; no export was made in {final}; repeat the command to make it."):
+    before = _identity(final)
+
+    def interrupted() -> str:
+        if _identity(final) in (before, None):
+            return f"interrupted; no export was made in {final}; repeat the command to make it."
+        return f"interrupted; the export in {final} is written, but not checked; repeat the command to make and check it."
+
+    with ending_at_once(reporter, interrupted):
         yield reporter
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file or folder from another one of its name; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _open(path: Path, kind: str, push: str, *, trust: bool) -> tuple[RunDirectory, Settings, list[str]]:
@@ -75,4 +91,5 @@ def _open(path: Path, kind: str, push: str, *, trust: bool) -> tuple[RunDirector
     left_out = [request for request in unsaid(options, own) if request.setting.startswith("load.") and not trust]
     export = {"kind": kind, "push": push, "push_private": own.export.push_private}
     settings = load_settings(str(directory.settings), without(options, left_out) | {"export": export})
+    settings = with_places_of(own, settings)
     return directory, settings, list(filter(None, (doubt, code_note(left_out, "--trust-remote-code"))))

@@ -172,8 +172,13 @@ def _how_to_continue(directory: RunDirectory, settings: Settings) -> str:
         return "interrupted before the first result was saved; start the run again."
     values = settings.model_dump(mode="json")
     asked = untrusted.requests(values, path)
-    # A run's own folder isn't taken from its directory, and without it the residuals would be computed again.
-    cache = ["--cache-dir", settings.cache_dir] if settings.cache_dir not in ("", load_settings("").cache_dir) else []
+    # A run's own folders aren't taken from its directory, and without them the residuals would be computed again.
+    own = load_settings("")
+    cache = ["--cache-dir", settings.cache_dir] if settings.cache_dir not in ("", own.cache_dir) else []
+    if (folder := settings.efficiency.residual_cache_dir) not in ("", own.efficiency.residual_cache_dir):
+        cache += ["--set", f"efficiency.residual_cache_dir={folder}"]
+    if (folder := settings.load.offload_folder) not in ("", own.load.offload_folder):
+        cache += ["--set", f"load.offload_folder={folder}"]
     again = as_command("run", "--resume", "--out", path, *cache, *untrusted.options(values, asked))
     text = f"interrupted; finished trials are kept in {path}. Continue with {again}"
     if (best := _best_so_far(directory, settings)) is None:

@@ -60,7 +60,7 @@ class NormPreserving(EditMethod):
             return Factors(scale.float(), a[..., None, :], b.float()[..., None])
         if a.ndim == 2:
             return Factors.stacked([self.factors(matrix, blend, coeff) for matrix in prepared.parts()])
-        one = torch.tensor([coeff], dtype=v.dtype, device=v.device)
+        one = torch.as_tensor(coeff, dtype=v.dtype, device=v.device)[None]  # with the gradient that refinement needs
         return _with_dense_rows(prepared, scale, a[None], b[:, None], v[None], one, degenerate.nonzero().flatten())
 
     def product(self, prepared: Prepared, blends: Sequence[Blend], coeffs: Tensor) -> Factors:

@@ -26,6 +26,7 @@ from abliterate.errors import AbliterateError, first_line
 from abliterate.export.base_weights import Matrices
 from abliterate.export.check_weights import RereadAdapter
 from abliterate.export.companions import save_companions
+from abliterate.export.folder import empty
 from abliterate.export.job import ExportJob, Reread, check_modules
 from abliterate.export.safetensors_copy import check_room
 from abliterate.model.architectures import Target
@@ -64,6 +65,7 @@ class Adapter:
         check_room(4 * sum(rank * sum(matrices.shape(name)) + matrices.shape(name)[0] for name in job.factors), folder)
         from peft import LoraConfig
 
+        empty(folder)  # of what a killed process has left there
         config = LoraConfig(
             r=rank,
             lora_alpha=rank,  # scaling alpha/r = 1

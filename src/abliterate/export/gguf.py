@@ -5,7 +5,7 @@ Every other tensor keeps its bytes, and the metadata their order and types. Memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -33,6 +33,8 @@ CHUNK = 1 << 18
 # The cosine between a random matrix and itself quantized is 0.996 in Q4_0 and 0.70 in TQ1_0, of three values; that between two
 # models' matrices is near 0.
 LIKE = 0.3
+# The tensors whose columns converters keep in order; those of others they reorder in some families.
+_SAME_COLUMNS = (".ffn_down", ".attn_output")
 NAME = "general.name"
 OURS = "abliterate."  # the entries of the metadata that an export adds begin with this
 
@@ -77,6 +79,17 @@ class GgufMatrices:
         return dequantize(data, tensor.type, d_in)
 
 
+def check_columns(base: GgufMatrices, edited: Iterable[str], mode: str) -> None:
+    """Raise InputError if edits of this mode, which is computed from the inputs of modules, may not fit the file's columns."""
+    for name in edited:
+        tensor = base.tensors[name].name
+        if not any(part in tensor for part in _SAME_COLUMNS):
+            raise InputError(
+                f"The edit mode {mode} is computed from the inputs of modules, and in some families a file has those of "
+                f"{tensor} in another order; export the trial with --kind merged, and convert that to GGUF."
+            )
+
+
 def compare_with(base: GgufMatrices, source: str, load: LoadSettings, config: PretrainedConfig, model: PreTrainedModel) -> str:
     """Compare one matrix of the file with the model's own weights; "" if that could be done, else the reason why not.
 
@@ -85,9 +98,7 @@ def compare_with(base: GgufMatrices, source: str, load: LoadSettings, config: Pr
     Raises:
         InputError: the file is of another model.
     """
-    # Converters reorder the columns of other matrices in some families.
-    same = (name for part in (".ffn_down", ".attn_output") for name in base.tensors if part in base.tensors[name].name)
-    name = next(same, "")
+    name = next((name for part in _SAME_COLUMNS for name in base.tensors if part in base.tensors[name].name), "")
     if not name:
         return "the file has neither ffn_down nor attn_output"
     target = base.targets[name]

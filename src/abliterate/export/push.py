@@ -11,6 +11,9 @@ from abliterate.errors import AbliterateError, first_line
 from abliterate.export.folder import LOCK
 from abliterate.settings.schema import ExportSettings
 
+# What an earlier export in the same repository consists of: an adapter beside merged weights would be put onto them.
+_REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+
 
 def push(folder: Path, settings: ExportSettings) -> str:
     """Upload a finished export to `settings.push`, a new repository where there is none; returns its address.
@@ -22,7 +25,11 @@ def push(folder: Path, settings: ExportSettings) -> str:
     try:
         address = api.create_repo(settings.push, private=settings.push_private, exist_ok=True)
         api.upload_folder(
-            repo_id=settings.push, folder_path=folder, commit_message="Upload by abliterate", ignore_patterns=[LOCK]
+            repo_id=settings.push,
+            folder_path=folder,
+            commit_message="Upload by abliterate",
+            ignore_patterns=[LOCK],
+            delete_patterns=_REPLACED,
         )
     # The Hub's library raises its own errors, those of its HTTP library and of its uploader; all mean that the upload failed.
     except Exception as error:

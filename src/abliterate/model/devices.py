@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import psutil
 import torch
 
 from abliterate.errors import InputError
+from abliterate.model.memory import free_memory, total_memory
 
 
 def choose_device(device: str) -> torch.device:
@@ -30,9 +30,5 @@ def device_name(device: torch.device) -> str:
 
 def memory_text(device: torch.device) -> str:
     """Free and total memory of the device, in words."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-    else:
-        memory = psutil.virtual_memory()
-        free, total = memory.available, memory.total
+    free, total = free_memory(device), total_memory(device)
     return f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"

@@ -100,7 +100,7 @@ def load_model(
     info = ModelInfo(
         id=public_name(name),
         source=source,
-        revision=model_files.commit_of(source, config, load.revision) or load.revision,
+        revision=_revision(source, config, load.revision),
         fingerprint=ranks.agree(lambda: fingerprint(source, config, load.revision)),
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
@@ -156,7 +156,7 @@ def skeleton(
     info = ModelInfo(
         id=public_name(name),
         source=source,
-        revision=model_files.commit_of(source, config, load.revision) or load.revision,
+        revision=_revision(source, config, load.revision),
         fingerprint="",
         family=architecture.family,
         n_layers=len(architectures.decoder_layers(model, architecture)),
@@ -167,6 +167,11 @@ def skeleton(
         quantization=quantized.expected_label(config, load, device),
     )
     return Skeleton(model, info, architecture, architectures.find_targets(model, architecture, info.d_model))
+
+
+def _revision(source: str, config: PretrainedConfig, asked: str) -> str:
+    """The commit of a Hub model, or the revision that was asked for; a local directory has neither."""
+    return model_files.commit_of(source, config, asked) or ("" if Path(source).is_dir() else asked)
 
 
 def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:

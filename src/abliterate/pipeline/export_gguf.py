@@ -17,6 +17,7 @@ from typing import Any
 from abliterate._version import __version__
 from abliterate.artifacts.result import ExportRecord, Result
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.edits import edit_method, needs_inputs
 from abliterate.errors import AbliterateError
 from abliterate.export.base_weights import targets_by_name
 from abliterate.export.check_behaviour import Verification
@@ -27,6 +28,7 @@ from abliterate.export.gguf import (
     OURS,
     GgufMatrices,
     RereadGguf,
+    check_columns,
     compare_with,
     edited_pieces,
     marked,
@@ -63,7 +65,7 @@ def export_gguf(settings: Settings, reporter: Reporter, directory: RunDirectory,
     The file gets its name once it has been read back and compared with the edits' definition.
 
     Raises:
-        InputError: the output exists, the file can't be read or isn't of the run's model, or the model has changed.
+        InputError: the output exists, the file can't be read isn't of the run's model or may not fit the edits' inputs, or the model has changed.
         AbliterateError: the disk is full, or what was written differs from the trial.
     """
     check_new_file(request.final)  # since nothing shows that a file is an earlier export
@@ -74,6 +76,8 @@ def export_gguf(settings: Settings, reporter: Reporter, directory: RunDirectory,
     base = _open_base(stored, file, request)
     stored.check(base.targets)
     edits = edits_of(context, base, stored.directions, stored.refined, stored.trial)
+    if needs_inputs(edit_method(context.settings.edit.mode)):
+        check_columns(base, edits.factors, context.settings.edit.mode)
     kinds = planned_types(base, edits.factors, wanted)
     _tell_types(reporter, base, kinds)
     with _finished_file(request.final) as partial:

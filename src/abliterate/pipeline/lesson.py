@@ -5,6 +5,7 @@ They cost as much as a few trials, so they are kept in the cache.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ import torch
 
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.evaluation.teacher_forced import TeacherForced
+from abliterate.pipeline.cache_keys import model_key
 from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.refine.betas import first_beta
@@ -93,8 +95,15 @@ def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     """Everything that a lesson depends on."""
     settings = bench.settings.refine.model_dump(include={"prompts", "tokens", "validation"})
     settings["responses"] = bench.settings.refinement_response_tokens
-    of_teachers = [asdict(params) for _, params in teachers]
-    return {"version": [_VERSION, YARDSTICK_VERSION], "study": bench.identity(), "settings": settings, "teachers": of_teachers}
+    return {
+        "version": [_VERSION, YARDSTICK_VERSION],
+        "model": model_key(bench.settings, bench.loaded),
+        "study": bench.identity(),
+        # Of a library's caller, they may be others than those that the settings name.
+        "directions": hashlib.sha256(bench.editor.directions.vectors.cpu().float().numpy().tobytes()).hexdigest(),
+        "settings": settings,
+        "teachers": [asdict(params) for _, params in teachers],
+    }
 
 
 def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:

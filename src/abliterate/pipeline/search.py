@@ -126,6 +126,7 @@ class Search:
 
     def refine(self) -> Iterator[Sequence[Trial]]:
         """Refine the front by gradient after the search; gives the newly finished trials after each refined one."""
+        self.bench.prepare(self._directions)  # another search may have changed them
         for _ in Refinement(self.bench, self.study, self.trials, self._slots):
             before = {trial.number for trial in self.trials}
             self.trials = self.study.trials()

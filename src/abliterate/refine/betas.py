@@ -63,7 +63,7 @@ def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last:
     beta = last.beta * growth if last.refused <= limit else last.beta / (1 + FALL * last.refused)
     if not is_last:
         return Next(beta, after)
-    with_margin = [place for place, one in enumerate(tried) if one.weaker <= limit]
+    with_margin = [place for place, one in enumerate(tried) if max(one.refused, one.weaker) <= limit]
     if not with_margin:
         return Next(min(beta, min(one.beta for one in tried) / LAST), None)
     widest = max(with_margin, key=lambda place: tried[place].beta)

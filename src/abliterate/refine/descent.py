@@ -259,10 +259,12 @@ class Descent:
 def _drawn(rows: Sequence[TeacherForced], count: int, seed: int, step: int) -> list[TeacherForced]:
     """The rows of a step: all rows in a random order, then all in another order, and so on, `count` at a time."""
     chosen: list[TeacherForced] = []
+    count = min(count, len(rows))
     position = step * count
-    while len(chosen) < min(count, len(rows)):
+    while len(chosen) < count:
         round_number, index = divmod(position, len(rows))
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 100_003 + round_number)).tolist()
+        generator = torch.Generator().manual_seed((seed * 100_003 + round_number) % 2**63)
+        order = torch.randperm(len(rows), generator=generator).tolist()
         chosen.append(rows[order[index]])
         position += 1
     return chosen

@@ -41,7 +41,8 @@ def summary(result: Result, where: str, *, with_front: bool = True) -> tuple[Tab
         parts.append(heldout_table(heldout, f"trial {trial.number}"))
     export = result.export
     if export.path:
-        parts.append(f"exported ({export.kind}): {where}/{export.path}, {export_text(export.model_dump())}")
+        whose = "" if export.trial in (None, trial.number) else f" of trial {export.trial}"  # an earlier session's
+        parts.append(f"exported ({export.kind}{whose}): {where}/{export.path}, {export_text(export.model_dump())}")
         if export.pushed:
             parts.append(f"pushed: {export.pushed}")
     return tuple(parts)

@@ -223,7 +223,9 @@ def summary(material: Material) -> str:
     if material.progress:
         facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
     export = material.result["export"]
-    facts["export"] = f"{export['kind']}, {export_text(export)}" if export.get("path") else "none"
+    other = export.get("trial") not in (None, chosen.number if chosen else None)  # an earlier session's
+    whose = f" of trial {export['trial']}" if other else ""
+    facts["export"] = f"{export['kind']}{whose}, {export_text(export)}" if export.get("path") else "none"
     return paragraph(in_a_sentence(material)) + numbers(facts)
 
 

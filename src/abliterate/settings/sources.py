@@ -71,19 +71,19 @@ class Settings(schema.Settings, metaclass=_Loading):
 def load_settings(
     config: str = "",
     overrides: Mapping[str, Any] | None = None,
-    stored: Path | None = None,
+    stored: Path | Mapping[str, Any] | None = None,
     entry: Mapping[str, Any] | None = None,
 ) -> Settings:
     """The settings from all sources, with absolute paths, so that a run can be continued from anywhere.
 
-    `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of the run
-    that is continued, over which every other source wins; `entry` is one run's entry in a list of runs, which wins over
-    `config`.
+    `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of a run,
+    or some of its settings, over which every other source wins; `entry` is one run's entry in a list of runs, which wins over
+    `config`. A table is replaced as a whole.
 
     Raises:
         InputError: a setting is unknown (the sentence gives the nearest name), of a wrong type, or out of range.
     """
-    file_values = read_toml(stored) if stored else {}
+    file_values = read_toml(stored) if isinstance(stored, Path) else dict(stored or {})
     if config:
         found = _find_config(config)
         file_values = by_section(file_values, _beside(read_toml(found), found.absolute().parent))
@@ -101,7 +101,9 @@ def load_settings(
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, lambda: file_values  # type: ignore[return-value]
+            # By sections, because sources of their own would be merged down to the entries of tables.
+            lower = by_section(file_values, env_settings())
+            return (lambda: by_section(lower, init_settings()),)  # type: ignore[return-value]
 
     try:
         loaded = FromSources(**overrides)
