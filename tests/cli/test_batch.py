@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from abliterate.model.loader import demo_path
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import stages
 from abliterate.settings.sources import dump_settings
+from abliterate.types import RefinedParams
 from support.cli import Invoke, Outcome, assert_json_lines, assert_sentence
 from support.models import make_model as tiny_model
 from support.models import save_model
@@ -214,6 +216,19 @@ def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, 
     assert batch._finished(settings.model_copy(update={"edit": edit, "refine": refine}), directory)  # which it can't be
     assert batch._finished(settings, directory) is None
     directory.settings.write_text(dump_settings(settings), encoding="utf-8")
+    done = Result.read(directory)
+    trial = done.trials[0]
+    learned = replace(trial, number=len(done.trials), params=RefinedParams({"m": 1.0}, "refined/0.safetensors", "0" * 64, {}))
+    for change in (  # what an interrupted second session leaves
+        {"export": done.export.model_copy(update={"trial": trial.number + 100})},
+        {"export": done.export.model_copy(update={"verified": None})},
+        {"selected": None},
+        {"trials": [*done.trials[:-1], learned]},
+    ):
+        done.model_copy(update=change).write(directory)
+        assert batch._finished(settings, directory) is None, change
+    done.write(directory)
+    assert batch._finished(settings, directory)
     shutil.rmtree(directory.export)
     assert batch._finished(settings, directory) is None
     directory.result.unlink()

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
+from abliterate.pipeline import export as pipeline_export
 from abliterate.settings.schema import Settings
-from support.runs import quick_settings, run_in
+from support.runs import copy_run, quick_settings, run_in
 
 FAILURES = (
     torch.OutOfMemoryError("CUDA out of memory"),
@@ -51,6 +52,25 @@ def undisturbed(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathF
     """The result of a run with all the memory it wants."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return run_in(folder / "run", settings_in(prompt_files, folder / "cache", 12))[0]
+
+
+@pytest.mark.usefixtures("lean")
+def test_an_export_that_memory_doesnt_hold_is_written_and_not_checked(
+    finished: tuple[Path, dict[str, Any], Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a model that ran quantized: for its check an export is loaded dense."""
+    path, _, settings = finished
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(pipeline_export, "_verify", full)
+    more = settings.model_copy(update={"export": settings.export.model_copy(update={"kind": "adapter"})})
+    result, recorder = run_in(copy_run(path, tmp_path / "run"), more, resume=True)
+    assert (result["export"]["kind"], result["export"]["verified"]) == ("adapter", None)
+    assert any("written but not checked, because the memory of cpu doesn't hold it" in text for text in recorder.warnings)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "recipe.json").exists()
 
 
 # A given size, and one that is tuned on the flaky device itself.

@@ -260,6 +260,7 @@ def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt
     more = settings.model_copy(update={"refine": settings.refine.model_copy(update={"betas": (0.5, 3.0, 1.0), "steps": 2})})
     longer, recorder = run_in(tmp_path / "run", more, resume=True)
     assert recorder.stages.count("refine") == 1
+    assert any("finished descents stay as they are; refine.steps act" in note for note in recorder.notes)
     assert outcomes(longer)[:2] == outcomes(again)
     assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
 

@@ -12,7 +12,9 @@ from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.engine.prefill import NoEdit
 from abliterate.engine.reference import ReferenceEngine
+from abliterate.engine.self_check import FAULTS
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
+from abliterate.errors import TrialError
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.model.loader import LoadedModel
 from abliterate.model.thinking import Markup
@@ -122,8 +124,8 @@ def prefix_responses(
     """Raw responses of the base model; those of the trial engine end once their shared beginning is known."""
     if switches.use_trial_engine:
         # The prefills are plain, because no mechanism has been checked yet.
-        plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False})
-        with contextlib.suppress(Unsupported):
+        plain = switches.model_copy(update={"use_shared_prefix": False, "use_layer_skip": False, "use_static_cache": False})
+        with contextlib.suppress(Unsupported, TrialError, *FAULTS):  # the self-check, which comes later, says what is wrong
             return TrialEngine(reference, layers, NoEdit(), plain, None).raw_responses(prompts)
     return reference.raw_responses(prompts)
 
@@ -145,7 +147,7 @@ def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, promp
 def response_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
     """The given prefix, or the common beginning of the responses to a few prompts of both sets."""
     response = context.settings.response
-    if not response.detect_prefix:
+    if response.prefix or not response.detect_prefix:
         return response.prefix
     count = response.prefix_prompts
     sample = (*prompts.harmful_eval[:count], *prompts.harmless_eval[:count])

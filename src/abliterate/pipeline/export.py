@@ -52,6 +52,7 @@ from abliterate.model.architectures import Target
 from abliterate.model.devices import choose_device
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor, RefinedDirections
+from abliterate.model.memory import unless_full
 from abliterate.model.quantized import checkpoint_quantization
 from abliterate.model.weights import dense_weight
 from abliterate.objectives import UNANSWERED, other_names
@@ -264,11 +265,12 @@ def write(
     return record
 
 
-def verify(context: Context, picked: Picked, final: Path) -> Verification:
-    """Reload the export and compare its outputs with the trial's."""
+def verify(context: Context, picked: Picked, final: Path) -> Verification | None:
+    """Reload the export and compare its outputs with the trial's; None if the device's memory doesn't hold it, being dense."""
+    device = choose_device(context.settings.device)
     with context.stage("verify"):
         try:
-            return _verify(context, EXPORTERS[context.settings.export.kind], picked, final)
+            return unless_full(lambda: _verify(context, EXPORTERS[context.settings.export.kind], picked, final, device), device)
         except TrialError as error:  # above all NaN logits, a fault that verification is there to find
             return Verification(False, {"ok": False, "checks": {}, "reason": str(error)})
 
@@ -303,6 +305,12 @@ def export_and_verify(context: Context, picked: Picked, result: Result, final: P
     yield record
     if context.settings.export.verify:
         verdict = verify(context, picked, final)
+        if verdict is None:
+            context.reporter.warn(
+                f"The export was written but not checked, because the memory of {choose_device(context.settings.device)} "
+                "doesn't hold it; abliterate export with this run and trial checks its weights file by file."
+            )
+            return
         record = concluded(record, verdict)
         yield record
         conclude(context, record, final, trial, len(picked.prompts.harmful_eval), verdict)
@@ -380,9 +388,8 @@ def push_export(context: Context, record: ExportRecord, final: Path) -> ExportRe
     return pushed
 
 
-def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path) -> Verification:
+def _verify(context: Context, exporter: Exporter, picked: Picked, final: Path, device: torch.device) -> Verification:
     settings, prompts = context.settings, picked.prompts
-    device = choose_device(settings.device)
     run_dtype = picked.dtype
     # A user of the export loads its tokenizer and template, too, so both are taken from the export.
     tokenizer = loader.load_tokenizer(str(final), settings.load.model_copy(update={"chat_template": "", "revision": ""}))

@@ -65,7 +65,8 @@ def export_gguf(settings: Settings, reporter: Reporter, directory: RunDirectory,
     The file gets its name once it has been read back and compared with the edits' definition.
 
     Raises:
-        InputError: the output exists, the file can't be read isn't of the run's model or may not fit the edits' inputs, or the model has changed.
+        InputError: the output exists, the file can't be read, isn't of the run's model or may have inputs in another order, or
+            the model has changed.
         AbliterateError: the disk is full, or what was written differs from the trial.
     """
     check_new_file(request.final)  # since nothing shows that a file is an earlier export

@@ -170,7 +170,7 @@ def write_and_check(
     verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
     if expected is not None:
         scored = verify(context, replace(expected, job=job), final)
-        verdict = _both(verdict, scored) if verdict is not None else scored
+        verdict = _both(verdict, scored) if verdict and scored else verdict or scored
     if verdict is None:
         context.reporter.warn(
             f"The export was written but not checked, because memory doesn't hold it beside the base; free some and repeat "

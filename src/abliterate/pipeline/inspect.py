@@ -48,6 +48,7 @@ def inspect(settings: Settings, reporter: Reporter, *, weights: bool) -> dict[st
         if isinstance(loaded, LoadedModel):
             with context.stage("measure speed"):
                 speeds = speeds_of(context, loaded, plain_engine(context, loaded), prompts)
+                speeds = speeds if all(speeds.values()) else None  # not one prompt fits, or none was timed
     except InputError as error:  # a model can be inspected without prompts or a chat template
         work = Workload.usual(str(error))
     return requirements_of(settings, loaded, device, work, speeds)

@@ -13,6 +13,7 @@ import torch
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError
+from abliterate.settings.schema import Settings
 
 
 class LocalWorkers:
@@ -83,6 +84,13 @@ def local_workers(
         yield workers.check
     finally:
         workers.end()
+
+
+def own_places(settings: Settings) -> list[str]:
+    """The run's folders of caches as options: a worker of another machine has its own, but those of this one share them."""
+    cache = ["--cache-dir", settings.cache_dir] if settings.cache_dir else []
+    folder = settings.efficiency.residual_cache_dir
+    return cache + (["--set", f"efficiency.residual_cache_dir={folder}"] if folder else [])
 
 
 def devices_of(gpus: int, device: torch.device, named: str = "auto") -> list[str]:

@@ -40,6 +40,8 @@ from abliterate.types import RefinedParams, Trial
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
 # to be divided by √d_model, or for k directions a module by √(k · d_model).
 _START, _COEFF_STEP, _DIRECTION_STEP = 6.0, 1.2, 0.2
+# The settings that a descent depends on, which a continued run may change.
+_ASKED = {"steps", "learn", "batch", "tokens", "prompts", "validation"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class Refinement:
     def _refined(self) -> Iterator[Trial]:
         points: list[_Point] = []
         lesson: Lesson | None = None
+        self._tell_changes()
         while len(points) < self._settings.n_descents:
             trial = self._known(len(points))
             if trial is None:
@@ -110,6 +113,17 @@ class Refinement:
             assert isinstance(trial.params, RefinedParams)
             points.append(_Point(trial.params.facts["beta"], trial.params))
             yield trial
+
+    def _tell_changes(self) -> None:
+        """Note the settings that finished descents were made with other values of."""
+        asked, changed = self._settings.model_dump(include=_ASKED), set[str]()
+        for trial in self._trials:
+            before = trial.params.facts.get("asked", {}) if isinstance(trial.params, RefinedParams) else {}
+            changed |= {f"refine.{name}" for name in before.keys() & asked.keys() if before[name] != asked[name]}
+        if changed:
+            self._bench.context.reporter.note(
+                f"finished descents stay as they are; {', '.join(sorted(changed))} act on further ones (--restart begins anew)"
+            )
 
     def _known(self, stage: int) -> Trial | None:
         """The trial of a finished descent, at the weight that is asked for."""
@@ -252,6 +266,7 @@ class Refinement:
             "stage": stage,
             "ends": plan.ends,
             "learn": settings.learn,
+            "asked": settings.model_dump(include=_ASKED),
             "seed": bench.settings.seed,
             "start": lesson.start,
             "prompts": {name: {"count": len(prompts), "digest": digest(prompts)} for name, prompts in sets.items()},

@@ -28,7 +28,7 @@ from abliterate.pipeline.context import Context, StageClock, make_store, read_pr
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records, push_export, write_recipe
 from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
-from abliterate.pipeline.local_workers import devices_of, local_workers
+from abliterate.pipeline.local_workers import devices_of, local_workers, own_places
 from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter, with_edit_mode
 from abliterate.pipeline.requirements import note_time
@@ -39,6 +39,7 @@ from abliterate.pipeline.workers import publish
 from abliterate.prompts.sets import Heldout
 from abliterate.report.ending import ending
 from abliterate.report.page import write_report
+from abliterate.scorers.yardstick import Yardstick
 from abliterate.search.front import no_front
 from abliterate.search.selection import SelectionRule
 from abliterate.search.study import Study, check_database, open_study
@@ -95,6 +96,11 @@ def run(
             rule = check_names(settings)
             settings = as_refinable(settings, reporter.note)
             devices = devices_of(gpus, choose_device(settings.device), settings.device)
+            if devices and settings.load.device_map:
+                raise InputError(
+                    "With load.device_map the model lies on several devices, so --gpus has none left for further copies of it; "
+                    "leave one of the two out."
+                )
             directory.check(resume=resume, restart=restart)
             check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:
@@ -156,6 +162,8 @@ class _Run:
             bench.refined = RefinedStore(directory.refined)
             stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
+            if result.yardstick:  # its bounds decide what earlier trials' counts mean, and a new one's may differ by rounding
+                bench.yardstick = Yardstick.from_record(result.yardstick)
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench, study)  # 3 and 4
             bench.prepare(directions)
@@ -243,8 +251,8 @@ class _Run:
         """The finished search; `result.json` is written after every trial, so that none is lost."""
         settings = self.context.settings.search
         search = Search(bench, study, baseline, settings.trials, self.rule)
-        warn, trusted = self.context.reporter.warn, untrusted.to_share(self.context.settings)
-        with local_workers(self.directory, devices, settings.storage, warn, trusted) as watch:
+        options = [*untrusted.to_share(self.context.settings), *own_places(self.context.settings)]
+        with local_workers(self.directory, devices, settings.storage, self.context.reporter.warn, options) as watch:
             for _ in search.rounds(watch):
                 self._save_search(search)
         return search

@@ -51,9 +51,10 @@ def open_storage(url: str, journal: Path, *, dead_lock: int = _DEAD_LOCK) -> Bas
     `dead_lock` is as in `CheckedJournal`.
     """
     if not url:
-        drop_torn_line(journal)
+        backend = CheckedJournal(journal, dead_lock)
+        backend.drop_torn_line()
         check_journal(journal)
-        return JournalStorage(CheckedJournal(journal, dead_lock))
+        return JournalStorage(backend)
     # `pool_pre_ping` notices connections that a restart of the server cut before they are used.
     return make_schema(partial(RDBStorage, url, {} if url.startswith("sqlite") else {"pool_pre_ping": True}))
 
@@ -137,14 +138,25 @@ class CheckedJournal(JournalFileBackend):
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         try:
             super().append_logs([{**log, _CHECKSUM: _checksum(json.loads(json.dumps(log)))} for log in logs])
+        except RuntimeError as error:
+            # While this process waited for a disk that stalled, others took its lock for abandoned; the records are written.
+            if "possess lock" not in str(error):
+                raise
         except OSError:
             with contextlib.suppress(OSError):
-                self._lock.acquire()
-                try:
-                    drop_torn_line(Path(self._file_path))
-                finally:
-                    self._lock.release()
+                self.drop_torn_line()
             raise
+
+    def drop_torn_line(self) -> None:
+        """`drop_torn_line` under the lock: a record that another process is writing isn't torn."""
+        path = Path(self._file_path)
+        if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n"):  # a lock can't be had where nothing may be written
+            return
+        self._lock.acquire()
+        try:
+            drop_torn_line(path)
+        finally:
+            self._lock.release()
 
 
 def check_journal(journal: Path) -> None:

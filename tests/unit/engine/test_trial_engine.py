@@ -439,6 +439,8 @@ def test_prefix_responses_stop_at_divergence(llama: Lab, monkeypatch: pytest.Mon
     assert all(text.startswith(start.rstrip("\ufffd")) for text, start in zip(expected, cut, strict=True))
     off = prefix_responses(long, llama.loaded.layers, EfficiencySettings(use_trial_engine=False), HARMFUL)
     assert off == expected
+    monkeypatch.setattr(TrialEngine, "raw_responses", lambda *given: [][0])  # what code that the engine can't run may raise
+    assert prefix_responses(long, llama.loaded.layers, EfficiencySettings(), HARMFUL) == expected
 
 
 def test_prefix_responses_in_small_batches(llama: Lab) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def test_a_run_pushes_its_export(
     assert (upload, uploaded["repo_id"], uploaded["folder_path"]) == ("upload_folder", "me/model", run / "model")
     assert {"model.safetensors", "config.json", "README.md", MARKER} <= set(uploaded["names"])
     assert uploaded["ignore_patterns"] == [LOCK]
+    earlier = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "adapter_config.json")
+    assert all(any(fnmatch(name, pattern) for pattern in uploaded["delete_patterns"]) for name in earlier)
+    assert not any(fnmatch("model-Q8_0.gguf", pattern) for pattern in uploaded["delete_patterns"])
     assert recorder.stages[-1] == "push"
     assert no_token_in(run)
     assert TOKEN not in "".join(capfd.readouterr())

@@ -21,6 +21,7 @@ from abliterate.artifacts.result import Result
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import base_weights
 from abliterate.export import gguf as export_gguf_module
+from abliterate.export.gguf import check_columns
 from abliterate.model import loader
 from abliterate.objectives import DEFAULT
 from abliterate.pipeline import export_gguf as export_gguf_pipeline
@@ -257,6 +258,14 @@ def test_a_file_of_another_model_is_refused(case: str, made: Made, tmp_path: Pat
 def test_other_weights_of_the_same_sizes_are_refused(made: Made, tmp_path: Path) -> None:
     other = write_gguf(make_model("llama", 1, **WIDE), tmp_path / "other.gguf", "F32")
     assert_refused(made, r"the weights in blk.0.ffn_down.weight are others than the model's \(cosine", base=other)
+
+
+def test_edits_from_inputs_are_for_tensors_whose_columns_stay_in_order(made: Made) -> None:
+    names = {"a": "blk.0.ffn_down_exps.weight", "b": "blk.0.attn_output.weight", "c": "blk.0.ssm_out.weight"}
+    base = SimpleNamespace(tensors={name: SimpleNamespace(name=tensor) for name, tensor in names.items()})
+    check_columns(base, ["a", "b"], "least-squares")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"least-squares is computed from .*blk.0.ssm_out.weight in another .*--kind merged"):
+        check_columns(base, ["a", "c"], "least-squares")  # type: ignore[arg-type]
 
 
 def test_nothing_is_replaced_and_nothing_unreadable_is_taken(made: Made, tmp_path: Path) -> None:

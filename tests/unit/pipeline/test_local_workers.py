@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from abliterate.errors import InputError
-from abliterate.pipeline.local_workers import devices_of
+from abliterate.pipeline.local_workers import devices_of, own_places
+from abliterate.pipeline.run import run
 from abliterate.pipeline.stages import own_markers
 from abliterate.settings.presets import config_path
 from abliterate.settings.schema import Settings
@@ -31,6 +32,17 @@ def test_a_cpu_is_shared_only_if_it_is_named() -> None:
     assert devices_of(3, torch.device("cpu"), "cpu") == ["cpu", "cpu"]
     with pytest.raises(InputError, match=r"no GPU that torch can use, so --gpus 3 finds none; .* --device cpu"):
         devices_of(3, torch.device("cpu"), "auto")
+
+
+def test_workers_of_this_machine_use_the_runs_caches() -> None:
+    assert own_places(Settings(cache_dir="")) == []
+    settings = Settings(cache_dir="/scratch/c", efficiency={"residual_cache_dir": "/big"})  # type: ignore[arg-type]
+    assert own_places(settings) == ["--cache-dir", "/scratch/c", "--set", "efficiency.residual_cache_dir=/big"]
+
+
+def test_a_model_on_all_devices_leaves_none_for_workers() -> None:
+    with pytest.raises(InputError, match="device_map the model lies on several devices, so --gpus has none left"):
+        run(Settings(model="demo", device="cpu", load={"device_map": "auto"}), gpus=2)  # type: ignore[arg-type]
 
 
 def test_a_workers_copy_of_the_default_markers_tells_refusals(tmp_path: Path) -> None:

@@ -58,6 +58,12 @@ def test_where_the_next_descent_begins(tried: list[Tried], expected: Next) -> No
     assert (found.beta, found.after) == (pytest.approx(expected.beta), expected.after)
 
 
+def test_a_weight_that_leaves_too_many_refusals_kept_no_margin() -> None:
+    """With few validation prompts the weaker edit may happen to leave fewer than the edit itself."""
+    tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, LIMIT + 0.02, LIMIT), Tried(2.6, LIMIT + 0.02, 1.0)]
+    assert next_descent(tried, 1.0, LIMIT, is_last=True) == Next(math.sqrt(2.6), 0)
+
+
 @pytest.mark.parametrize("refused", [0.0, 0.1, 1.0])
 def test_the_last_weight_is_beyond_the_largest_that_kept_a_margin(refused: float) -> None:
     tried = [Tried(1.0, 0.0, 0.0), Tried(3.0, 0.0, LIMIT), Tried(2.0, 0.1, 0.2), Tried(9.0, 0.0, 0.4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -16,7 +17,7 @@ from abliterate.evaluation.teacher_forced import TeacherForced, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
-from abliterate.refine.descent import Descent, Pass, Rates
+from abliterate.refine.descent import Descent, Pass, Rates, _drawn
 from abliterate.refine.loss import Loss, Rows
 from abliterate.refine.parameters import Module, Parameters
 from support.models import CPU, dense_edit, make_directions, make_loaded, make_model, write_weight
@@ -190,6 +191,15 @@ def test_a_pass_leaves_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(loaded.model(ids).logits, before)
     assert not any("forward" in vars(layer) for layer in passes.layers)
     assert not passes.hooks.active
+
+
+@pytest.mark.parametrize("seed", [3, 2**53 - 1])
+def test_every_row_is_learned_from_as_often_as_others(seed: int) -> None:
+    rows = [TeacherForced([index], [0]) for index in range(5)]
+    few = [_drawn(rows, 24, seed, step) for step in range(4)]
+    assert all(sorted(row.prompt[0] for row in step) == list(range(5)) for step in few), "fewer than a batch"
+    many = Counter(row.prompt[0] for step in range(5) for row in _drawn(rows, 3, seed, step))
+    assert set(many.values()) == {3}
 
 
 def test_descent_lowers_the_loss_and_depends_on_its_seed_alone() -> None:

@@ -41,6 +41,37 @@ def told(study: Study, asked: Asked | None, seconds: float = 0.0) -> bool:
 BOTH = pytest.mark.parametrize("kind", ["journal", "database"])
 
 
+def test_a_record_whose_lock_was_taken_away_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that stalls for seconds makes others take the lock for abandoned; nothing is lost and nothing ends."""
+    journal = storage.CheckedJournal(tmp_path / "study.journal")
+    release = type(journal._lock).release
+
+    def robbed(lock: Any) -> None:
+        release(lock)
+        raise RuntimeError("Error: did not possess lock")
+
+    monkeypatch.setattr(type(journal._lock), "release", robbed)
+    journal.append_logs([{"op_code": 0}])
+    assert [record["op_code"] for record in journal.read_logs(0)] == [0]
+    monkeypatch.setattr(type(journal._lock), "release", lambda lock: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        journal.append_logs([{"op_code": 0}])
+
+
+def test_a_torn_line_is_cut_off_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "study.journal"
+    journal, taken = storage.CheckedJournal(path), list[bool]()
+    acquire = journal._lock.acquire
+    monkeypatch.setattr(journal._lock, "acquire", lambda: taken.append(True) or acquire())
+    path.write_bytes(b"whole\n")
+    journal.drop_torn_line()
+    assert not taken, "nothing is torn, and the folder may be read-only"
+    path.write_bytes(b"whole\ntorn")
+    journal.drop_torn_line()
+    assert (path.read_bytes(), taken) == (b"whole\n", [True])
+    assert not Path(f"{path}.lock").is_symlink()
+
+
 # Slots
 
 

@@ -72,6 +72,17 @@ def test_stored_settings_are_the_lowest_source(tmp_path: Path, monkeypatch: pyte
     assert (loaded.seed, loaded.search.ei_candidates) == (1, 11)
     assert (loaded.search.trials, loaded.evaluation.batch_size, loaded.search.select) == (25, 7, "knee")
     assert loaded.search.max_coeff == {"default": (0.5, 0.6)}  # a table is one option
+    assert load_settings(config, stored={"seed": 3, "search": {"trials": 4}}).seed == 3
+
+
+def test_a_table_is_replaced_as_a_whole_by_every_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, '[load]\nrevision = "v2"\ncomponents = {"attn.o_proj" = "o", "mlp.down_proj" = "d"}\n')
+    assert len(load_settings(config).load.components) == 2
+    monkeypatch.setenv("ABLITERATE_LOAD__COMPONENTS", '{"attn.o_proj": "by the environment"}')
+    assert load_settings(config).load.components == {"attn.o_proj": "by the environment"}
+    given = load_settings(config, parse_assignments(['load.components={"mlp.down_proj"="by a person"}'])).load
+    assert (given.components, given.revision) == ({"mlp.down_proj": "by a person"}, "v2")
+    assert load_settings(config, {"load": {"components": {}}}).load.components == {}
 
 
 def test_paths_are_stored_absolute_and_names_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
