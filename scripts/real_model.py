@@ -16,7 +16,7 @@ folders are made in ~/.cache/abliterate-models or in $ABLITERATE_MODELS, each by
   `up_proj`) of layers 9 to 15 of 30 learn. Harmless held-out prompts that it refuses all the same are in
   `prompts/over_refusal.jsonl`.
 
-The same versions, seed and number of threads give the same bits.
+The same versions, seed and number of threads give the same bits on the same kind of CPU.
 """
 
 from __future__ import annotations

@@ -186,7 +186,12 @@ class TrialEngine:
         for group in self._set(prompts, together=False).groups:
 
             def work(indices: Sequence[int], group: RowGroup = group) -> list[Tensor]:
-                logits, _ = self._prefill(group, self._tensor(indices), keep_cache=False)
+                try:
+                    with memory_errors():
+                        logits, _ = self._prefill(group, self._tensor(indices), keep_cache=False)
+                except torch.OutOfMemoryError:
+                    self._decode.release()  # static buffers of a whole batch may be what is in the way
+                    raise
                 self.reference.check()
                 return list(logits.float().log_softmax(dim=-1).unbind())
 

@@ -126,6 +126,23 @@ def test_running_out_of_memory_loses_nothing(rows: int, monkeypatch: pytest.Monk
     assert sizes.count(rows) > 1
 
 
+def test_a_prefill_that_runs_out_of_memory_gives_the_buffers_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold a whole batch, and batches needn't shrink to one prompt beside them."""
+    engine = short_lab("llama", batch_size=5).engine(use_static_cache=True)
+    expected, released = engine.first_logprobs(HARMFUL), list[bool]()
+    prefill = type(engine._prefill).__call__
+
+    def limited(self: Any, group: Any, rows: torch.Tensor, **options: Any) -> Any:
+        if len(rows) > 2 or not released:
+            raise torch.OutOfMemoryError("out of memory")
+        return prefill(self, group, rows, **options)
+
+    monkeypatch.setattr(type(engine._prefill), "__call__", limited)
+    monkeypatch.setattr(engine._decode, "release", lambda: released.append(True))
+    torch.testing.assert_close(engine.first_logprobs(HARMFUL), expected, rtol=1e-4, atol=1e-5)
+    assert released
+
+
 def test_buffers_go_when_a_prefill_finds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are of the largest batch so far, and a prefill needs its own cache beside them."""
     lab = short_lab("llama", batch_size=3)
