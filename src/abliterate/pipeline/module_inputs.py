@@ -13,14 +13,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, Keys, ModuleInputs
 from abliterate.directions.inputs import MOST_ROWS, from_tensors, to_tensors
 from abliterate.edits import EditMethod, edit_method, needs_answers, needs_inputs
 from abliterate.errors import InputError
+from abliterate.model.architectures import Target
 from abliterate.model.inputs import Text, capture_inputs
-from abliterate.model.memory import affordable, unless_full
+from abliterate.model.memory import affordable, unless_full, usable_memory
 from abliterate.model.readers import with_gains
+from abliterate.model.weights import in_features
 from abliterate.pipeline.cache_keys import answers_key, inputs_key
 from abliterate.pipeline.workbench import Workbench
 from abliterate.types import Prompt
@@ -69,19 +72,39 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     if stored is not None:
         context.reporter.note("module inputs come from the cache", cached=True)
         return from_tensors(stored)
-    captured = [_captured(bench, name, [Text(bench.chat.token_ids(p)) for p in chosen]) for name, chosen in sets.items()]
-    texts = [Text(bench.chat.token_ids(prompt), ids) for prompt, ids in zip(asked, answers, strict=True) if ids]
-    captured += [_captured(bench, "answers to harmless", texts)] if texts else []
+    texts = {name: [Text(bench.chat.token_ids(p)) for p in chosen] for name, chosen in sets.items()}
+    along = [Text(bench.chat.token_ids(prompt), ids) for prompt, ids in zip(asked, answers, strict=True) if ids]
+    texts |= {"answers to harmless": along} if along else {}
     inputs: dict[str, ModuleInputs | Keys] = {}
     home = loaded.device if loaded.device.type == "cuda" else torch.device("cpu")  # decompositions in float64
-    for done, target in enumerate(loaded.targets, start=1):
-        kept = _reduced(method, [rows.pop(target.name) for rows in captured], home)
-        inputs[target.name] = replace(kept, **{part: rows.cpu() for part, rows in vars(kept).items() if rows is not None})
-        context.reporter.progress(done, len(loaded.targets), "modules")
-        context.check()
+    for group in _groups(loaded.targets, sum(len(text.answer) or 1 for several in texts.values() for text in several)):
+        captured = [_captured(bench, group, name, several) for name, several in texts.items()]
+        for target in group:
+            kept = _reduced(method, [rows.pop(target.name) for rows in captured], home)
+            inputs[target.name] = replace(kept, **{part: rows.cpu() for part, rows in vars(kept).items() if rows is not None})
+            context.reporter.progress(len(inputs), len(loaded.targets), "modules")
+            context.check()
     label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
     context.store.put("inputs", key, to_tensors(inputs), label)
     return inputs
+
+
+def _groups(targets: Sequence[Target], rows: int) -> list[list[Target]]:
+    """The modules in groups whose inputs, so many rows of each, fit half of the free memory; a pass is made for each group.
+
+    While they are put together, inputs are in memory twice. An 8B model's take 2.7 GB once, a 70B model's 13.
+    """
+    most = ranks.agree(lambda: usable_memory(torch.device("cpu")) // 4)
+    groups: list[list[Target]] = []
+    taken = 0
+    for target in targets:
+        needed = 4 * rows * in_features(target.module)
+        if not groups or taken + needed > most:
+            groups.append([])
+            taken = 0
+        groups[-1].append(target)
+        taken += needed
+    return groups
 
 
 def _reduced(method: EditMethod, captured: Sequence[Tensor], home: torch.device) -> ModuleInputs | Keys:
@@ -106,7 +129,7 @@ def _own_answers(bench: Workbench, prompts: Sequence[Prompt], tokens: int) -> An
     return [list(ids) for ids in json.loads(from_bytes(stored["record"]))]
 
 
-def _captured(bench: Workbench, name: str, texts: Sequence[Text]) -> dict[str, Tensor]:
+def _captured(bench: Workbench, targets: Sequence[Target], name: str, texts: Sequence[Text]) -> dict[str, Tensor]:
     context, loaded = bench.context, bench.loaded
 
     def progress(done: int, total: int) -> None:
@@ -114,4 +137,4 @@ def _captured(bench: Workbench, name: str, texts: Sequence[Text]) -> dict[str, T
         context.check()
 
     size = affordable(bench.sizes.residuals, bench.sizes.row_bytes[0], loaded.device)
-    return capture_inputs(loaded.model, loaded.targets, texts, batch_size=size, device=loaded.device, progress=progress)
+    return capture_inputs(loaded.model, targets, texts, batch_size=size, device=loaded.device, progress=progress)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from abliterate.artifacts.cache import ArtifactStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.batch import _is_of
@@ -116,7 +117,7 @@ def test_a_strangers_file(fault: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
+def test_the_stage(prompt_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One capture for each set, kept in the cache; workers get directions alone and capture the same."""
     over = {
         "response": {"max_new_tokens": 4, "detect_prefix": False},
@@ -139,6 +140,15 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path) -> None:
         assert stages.directions_record(again) == stages.directions_record(found)
         assert len(bench.own_answers) == 5
         assert max(map(len, bench.own_answers)) == 3
+        with monkeypatch.context() as patch:  # memory for few modules at a time, and nothing in the cache
+            patch.setattr(module_inputs, "usable_memory", lambda device: 4 * 4 * 25 * 1000)
+            patch.setattr(ArtifactStore, "get", lambda *given, **options: None)
+            groups = module_inputs._groups(bench.loaded.targets, 25)
+            assert len(groups) > 2
+            assert [target for group in groups for target in group] == list(bench.loaded.targets)
+            apart = with_inputs(bench, alone)
+        for name, own in found.inputs.items():
+            torch.testing.assert_close(apart.inputs[name].selector, own.selector)  # type: ignore[union-attr]
         others = with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
         assert not torch.equal(others.inputs[name].selector, found.inputs[name].selector)  # type: ignore[union-attr]
         with pytest.raises(InputError, match="The run has 2 answers to 5 prompts"):
