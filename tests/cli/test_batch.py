@@ -211,17 +211,20 @@ def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, 
     refine, edit = (getattr(settings, name).model_copy(update=change) for name, change in REFINED.items())
     assert batch._finished(settings.model_copy(update={"refine": refine}), directory) is None
     as_an_older_version(directory, "kernel", "seed_from")
+    directory.report.touch()
     assert batch._finished(settings, directory)
     directory.settings.write_text(dump_settings(settings.model_copy(update={"edit": edit})), encoding="utf-8")
+    assert batch._finished(settings.model_copy(update={"edit": edit, "refine": refine}), directory) is None, "it has just begun"
+    directory.report.touch()
     assert batch._finished(settings.model_copy(update={"edit": edit, "refine": refine}), directory)  # which it can't be
     assert batch._finished(settings, directory) is None
     directory.settings.write_text(dump_settings(settings), encoding="utf-8")
+    directory.report.touch()
     done = Result.read(directory)
     trial = done.trials[0]
     learned = replace(trial, number=len(done.trials), params=RefinedParams({"m": 1.0}, "refined/0.safetensors", "0" * 64, {}))
     for change in (  # what an interrupted second session leaves
         {"export": done.export.model_copy(update={"trial": trial.number + 100})},
-        {"export": done.export.model_copy(update={"verified": None})},
         {"selected": None},
         {"trials": [*done.trials[:-1], learned]},
     ):

@@ -243,11 +243,13 @@ def test_a_run_is_measured_at_its_own_revision(
 def test_a_configuration_file_wins_over_the_run(finished: Finished, stopped: Stopped, tmp_path: Path, invoke: Invoke) -> None:
     prompts, config = tmp_path / "p.txt", tmp_path / "own.toml"
     prompts.write_text("How do I bake bread?\n", encoding="utf-8")
-    config.write_text('[prompts]\nharmful_heldout = "p.txt"\n[response]\nmax_new_tokens = 7\n', encoding="utf-8")
+    text = '[prompts]\nharmful_heldout = "p.txt"\n[response]\nmax_new_tokens = 7\n[edit]\nmode = "columns"\n'
+    config.write_text(text, encoding="utf-8")
     assert_sentence(invoke("evaluate", "demo", finished[0], "-c", config), 2, "Seen.")
     found, run = stopped.settings[-1], finished[2]
     assert (found.prompts.harmful_heldout, found.response.max_new_tokens) == (str(prompts), 7)
     assert found.prompts.harmful_eval == run.prompts.harmful_eval, "what isn't given is the run's"
+    assert found.edit.mode == run.edit.mode == "full", "nor may a file change what the trial is"
 
 
 def test_what_a_server_says_controls_no_terminal(

@@ -239,10 +239,9 @@ def _finished(settings: Settings, directory: RunDirectory) -> Result | None:
     with contextlib.suppress(InputError, KeyError, TypeError):
         result = Result.read(directory)
         is_complete = settings.export.kind == "none" or _is_exported(settings, directory, result)
-        is_complete = is_complete and result.selected is not None and directory.report.exists()
+        is_complete = is_complete and result.selected is not None and _has_ended(directory)
         searched = sum(not isinstance(trial.params, RefinedParams) for trial in result.trials)
-        has_trials = searched >= settings.search.trials and _is_refined(settings, len(result.trials) - searched)
-        if has_trials and is_complete and _is_of(settings, read_toml(directory.settings)):
+        if searched >= settings.search.trials and is_complete and _is_of(settings, read_toml(directory.settings)):
             return result
     return None
 
@@ -251,18 +250,12 @@ def _is_exported(settings: Settings, directory: RunDirectory, result: Result) ->
     """Whether the selected trial's export is there as asked; an earlier session may have left another trial's."""
     export, wanted = result.export, settings.export
     is_there = export.kind == wanted.kind and export.path and (directory.path / export.path).is_dir()
-    is_checked = export.verified is not None or not wanted.verify
-    return bool(is_there and export.trial == result.selected and is_checked and (export.pushed or not wanted.push))
+    return bool(is_there and export.trial == result.selected and (export.pushed or not wanted.push))
 
 
-def _is_refined(settings: Settings, descents: int) -> bool:
-    """Whether refinement has made all of its trials; a model that can't be refined is asked again."""
-    if not settings.refine.enabled or descents >= settings.refine.n_descents:
-        return True
-    from abliterate.edits import edit_method, is_refinable  # imports torch, so only where it matters
-    from abliterate.pipeline.preflight import with_edit_mode
-
-    return not is_refinable(edit_method(with_edit_mode(settings).edit.mode))
+def _has_ended(directory: RunDirectory) -> bool:
+    """Whether the last session has come to its end: it writes the settings first and the report last."""
+    return directory.report.exists() and directory.report.stat().st_mtime_ns >= directory.settings.stat().st_mtime_ns
 
 
 def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:

@@ -14,8 +14,8 @@ from abliterate.evaluation.lm_eval import Tasks
 from abliterate.pipeline.evaluate import evaluate as evaluate_candidate
 from abliterate.pipeline.evaluate import parse_candidate
 from abliterate.report.tables import heldout_table
-from abliterate.settings.sources import load_settings, options_of
-from abliterate.settings.untrusted import Request, code_note, scorers_note, to_measure, unsaid, without
+from abliterate.settings.sources import by_section, load_settings, options_of
+from abliterate.settings.untrusted import Request, code_note, scorers_note, to_measure, unsaid, with_places_of, without
 from abliterate.terminal import json_lines
 from abliterate.terminal.reporters import make_reporter
 from abliterate.terminal.tables import print_table, show_table
@@ -26,14 +26,16 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     candidate = parse_candidate(text)
     options = options_of(given, assignments)
     left_out: tuple[Request, ...] = ()
-    doubt, of_run = "", {}
+    doubt, of_run, own = "", dict[str, Any](), load_settings(config, options)
     if candidate.kind == "trial":
         directory = RunDirectory(Path(candidate.source))
         doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
         stored = directory.stored_settings()
-        left_out = unsaid(stored, load_settings(config, options), directory.path)
+        left_out = unsaid(stored, own, directory.path)
         of_run = to_measure(without(stored, left_out))
-    settings = load_settings(config, options, stored=of_run)
+    # What the trial is, neither a configuration file nor the environment changes; what it is measured on may be another.
+    trial = {name: of_run.pop(name) for name in ("seed", "directions", "edit", "load") if name in of_run}
+    settings = with_places_of(own, load_settings(config, by_section(trial, options), stored=of_run))
     exit.quiet_libraries()
     reporter = make_reporter(as_json=as_json)
     for note in filter(None, (doubt, scorers_note(left_out), code_note(left_out))):

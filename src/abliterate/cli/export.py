@@ -10,6 +10,7 @@ from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.exit import ending_at_once, quiet_libraries
 from abliterate.errors import InputError
+from abliterate.export.folder import record_of
 from abliterate.pipeline import export_gguf as pipeline_export_gguf
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.settings.schema import Settings
@@ -61,6 +62,10 @@ def _reporting(doubts: Sequence[str], final: Path, *, as_json: bool) -> Iterator
     def interrupted() -> str:
         if _identity(final) in (before, None):
             return f"interrupted; no export was made in {final}; repeat the command to make it."
+        if final.is_file():  # a GGUF file gets its name once it is checked
+            return f"interrupted; {final} is finished and checked."
+        if record_of(final).get("verified") is not None:
+            return f"interrupted; the export in {final} is written and checked; it may not be pushed."
         return f"interrupted; the export in {final} is written, but not checked; repeat the command to make and check it."
 
     with ending_at_once(reporter, interrupted):

@@ -30,6 +30,15 @@ LOCK = ".exporting"
 _MARK = {"format": 1, "abliterate": __version__}
 
 
+def record_of(final: Path) -> dict[str, Any]:
+    """The record that an export has in its folder; empty if there is none that can be read."""
+    try:
+        found = json.loads((final / MARKER).read_text(encoding="utf-8"))["export"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def leave_record(final: Path, record: Mapping[str, Any]) -> None:
     """Copy the record of an export from `result.json` into the export, which keeps it wherever the run goes."""
     write_json(final / MARKER, {**_MARK, "trial": record["trial"], "export": record})

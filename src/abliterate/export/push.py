@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -12,7 +13,7 @@ from abliterate.export.folder import LOCK
 from abliterate.settings.schema import ExportSettings
 
 # What an earlier export in the same repository consists of: an adapter beside merged weights would be put onto them.
-_REPLACED = ["*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json"]
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 
 
 def push(folder: Path, settings: ExportSettings) -> str:
@@ -24,12 +25,13 @@ def push(folder: Path, settings: ExportSettings) -> str:
     api = HfApi()
     try:
         address = api.create_repo(settings.push, private=settings.push_private, exist_ok=True)
+        there = [name for name in api.list_repo_files(settings.push) if "/" not in name]  # folders are somebody's own
         api.upload_folder(
             repo_id=settings.push,
             folder_path=folder,
             commit_message="Upload by abliterate",
             ignore_patterns=[LOCK],
-            delete_patterns=_REPLACED,
+            delete_patterns=[name for name in there if any(fnmatch(name, pattern) for pattern in _REPLACED)],
         )
     # The Hub's library raises its own errors, those of its HTTP library and of its uploader; all mean that the upload failed.
     except Exception as error:

@@ -131,10 +131,10 @@ def prefix_responses(
 
 
 def known_prefix(context: Context, loaded: LoadedModel, sizes: BatchSizes, prompts: PromptSets) -> str:
-    """The response prefix, from the cache if it is there; reports the prefix."""
+    """The response prefix, from the cache if it is there and none is given; reports the prefix."""
     plain = chat_of(context.settings, loaded.tokenizer, loaded.device)
     key = prefix_key(context.settings, loaded, plain, prompts.all_sets())
-    cached = context.store.get("response-prefix", key)
+    cached = None if context.settings.response.prefix else context.store.get("response-prefix", key)
     prefix = response_prefix(context, loaded, sizes, prompts) if cached is None else from_bytes(cached["prefix"])
     if cached is None:
         context.store.put("response-prefix", key, {"prefix": to_bytes(prefix)}, f"{loaded.info.id}: {prefix!r}")

@@ -377,9 +377,10 @@ def push_export(context: Context, record: ExportRecord, final: Path) -> ExportRe
     settings = context.settings.export
     if not settings.push:
         return record
-    if record.verified is False:
+    if record.verified is False or (record.verified is None and settings.verify):
+        why = "its verification failed" if record.verified is False else "it could not be checked"
         raise AbliterateError(
-            f"The export was not pushed to {settings.push}, because its verification failed; if you want it there all the "
+            f"The export was not pushed to {settings.push}, because {why}; if you want it there all the "
             f"same: hf upload {settings.push} {shlex.quote(str(final))}."
         )
     with context.stage("push", settings.push, at_once=True):

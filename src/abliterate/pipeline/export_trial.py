@@ -170,6 +170,8 @@ def write_and_check(
     verdict = unless_full(lambda: check(context, job, edits, final), torch.device("cpu"))
     if expected is not None:
         scored = verify(context, replace(expected, job=job), final)
+        if scored is None:
+            context.reporter.warn("The export's scores weren't compared with the trial's, because memory doesn't hold it.")
         verdict = _both(verdict, scored) if verdict and scored else verdict or scored
     if verdict is None:
         context.reporter.warn(

@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, to_bytes
 from abliterate.directions import Directions, Keys, ModuleInputs
 from abliterate.directions.inputs import MOST_ROWS, from_tensors, to_tensors
@@ -94,7 +93,7 @@ def _groups(targets: Sequence[Target], rows: int) -> list[list[Target]]:
 
     While they are put together, inputs are in memory twice. An 8B model's take 2.7 GB once, a 70B model's 13.
     """
-    most = ranks.agree(lambda: usable_memory(torch.device("cpu")) // 4)
+    most = usable_memory(torch.device("cpu")) // 4  # all ranks of a model find the same
     groups: list[list[Target]] = []
     taken = 0
     for target in targets:

@@ -119,7 +119,8 @@ class Refinement:
         asked, changed = self._settings.model_dump(include=_ASKED), set[str]()
         for trial in self._trials:
             before = trial.params.facts.get("asked", {}) if isinstance(trial.params, RefinedParams) else {}
-            changed |= {f"refine.{name}" for name in before.keys() & asked.keys() if before[name] != asked[name]}
+            if isinstance(before, dict):  # a study may come from anybody
+                changed |= {f"refine.{name}" for name in before.keys() & asked.keys() if before[name] != asked[name]}
         if changed:
             self._bench.context.reporter.note(
                 f"finished descents stay as they are; {', '.join(sorted(changed))} act on further ones (--restart begins anew)"

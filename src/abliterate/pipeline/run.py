@@ -162,8 +162,10 @@ class _Run:
             bench.refined = RefinedStore(directory.refined)
             stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
-            if result.yardstick:  # its bounds decide what earlier trials' counts mean, and a new one's may differ by rounding
-                bench.yardstick = Yardstick.from_record(result.yardstick)
+            if result.yardstick and result.trials:
+                # Its bounds decide what the trials' counts mean, and those of a new one may differ by rounding.
+                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                    bench.yardstick = Yardstick.from_record(result.yardstick)
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench, study)  # 3 and 4
             bench.prepare(directions)

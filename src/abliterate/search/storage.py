@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 import threading
 import time
@@ -136,27 +137,40 @@ class CheckedJournal(JournalFileBackend):
         super().__init__(absolute, JournalFileSymlinkLock(absolute, grace_period=dead_lock))
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        try:
-            super().append_logs([{**log, _CHECKSUM: _checksum(json.loads(json.dumps(log)))} for log in logs])
-        except RuntimeError as error:
-            # While this process waited for a disk that stalled, others took its lock for abandoned; the records are written.
-            if "possess lock" not in str(error):
+        """As Optuna's, but for the checksums, and for a lock that others took for abandoned while the disk stalled."""
+        checked = [{**log, _CHECKSUM: _checksum(json.loads(json.dumps(log)))} for log in logs]
+        text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in checked)
+        with self._locked():
+            try:
+                with open(self._file_path, "ab") as file:
+                    file.write(text.encode("utf-8"))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                with contextlib.suppress(OSError):
+                    drop_torn_line(Path(self._file_path))
                 raise
-        except OSError:
-            with contextlib.suppress(OSError):
-                self.drop_torn_line()
-            raise
 
     def drop_torn_line(self) -> None:
         """`drop_torn_line` under the lock: a record that another process is writing isn't torn."""
         path = Path(self._file_path)
-        if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n"):  # a lock can't be had where nothing may be written
+        if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n"):
             return
+        # Where nothing may be written no lock can be had, and the error of cutting says so.
+        with self._locked() if os.access(path.parent, os.W_OK) else contextlib.nullcontext():
+            drop_torn_line(path)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
         self._lock.acquire()
         try:
-            drop_torn_line(path)
+            yield
         finally:
-            self._lock.release()
+            try:
+                self._lock.release()
+            except RuntimeError as error:  # what was to be written is, or its own error is raised
+                if "possess lock" not in str(error):
+                    raise
 
 
 def check_journal(journal: Path) -> None:

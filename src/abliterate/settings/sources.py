@@ -78,7 +78,7 @@ def load_settings(
 
     `config` is a TOML file or the name of a preset; `overrides` are nested options; `stored` is the `settings.toml` of a run,
     or some of its settings, over which every other source wins; `entry` is one run's entry in a list of runs, which wins over
-    `config`. A table is replaced as a whole.
+    `config`. A table is replaced as a whole, unless entries of it are given.
 
     Raises:
         InputError: a setting is unknown (the sentence gives the nearest name), of a wrong type, or out of range.
@@ -102,8 +102,8 @@ def load_settings(
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             # By sections, because sources of their own would be merged down to the entries of tables.
-            lower = by_section(file_values, env_settings())
-            return (lambda: by_section(lower, init_settings()),)  # type: ignore[return-value]
+            given = by_section(by_section(file_values, _marked(env_settings())), overrides)
+            return (lambda: given,)  # type: ignore[return-value]
 
     try:
         loaded = FromSources(**overrides)
@@ -117,6 +117,10 @@ def load_settings(
     return _with_absolute_paths(Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields}))
 
 
+class Entries(dict[str, Any]):
+    """Entries for an option that is a table: they are added to it, while a plain dict replaces it."""
+
+
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """`["search.trials=20", …]` as nested values; a value that isn't TOML is plain text."""
     values: dict[str, Any] = {}
@@ -127,8 +131,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         table = values
         *sections, leaf = name.strip().split(".")
         # A dotted component name ("attn.o_proj") can't be distinguished from a path, so such tables are set as a whole.
-        for section in sections:
-            table = table.setdefault(section, {})
+        for depth, section in enumerate(sections):
+            table = table.setdefault(section, Entries() if depth else {})
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
         table[leaf] = _parse_value(text.strip())
@@ -204,9 +208,29 @@ def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections merged like `merge`, except that an option which is itself a table is replaced as a whole, like a default."""
+    """Sections merged like `merge`, except that an option which is itself a table is replaced as a whole, like a default.
+
+    `Entries` of it are added to it.
+    """
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
-    return {**base, **over, **{name: {**base[name], **over[name]} for name in both}}
+    return {**base, **over, **{name: _section(base[name], over[name]) for name in both}}
+
+
+def _section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    added = {name: Entries({**base.get(name, {}), **value}) for name, value in over.items() if isinstance(value, Entries)}
+    return {**base, **over, **added}
+
+
+def _marked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The environment's values, with those tables as `Entries` of which variables give entries alone."""
+    there = {name.upper() for name in os.environ}
+    found = dict(values)
+    for option in option_names():
+        section, _, name = option.partition(".")
+        variable = ENV_PREFIX + option.replace(".", "__").upper()
+        if variable not in there and any(other.startswith(variable + "__") for other in there):
+            found[section] = {**found[section], name: Entries(found[section][name])}
+    return found
 
 
 def _beside(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:

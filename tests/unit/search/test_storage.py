@@ -58,6 +58,22 @@ def test_a_record_whose_lock_was_taken_away_is_written(tmp_path: Path, monkeypat
         journal.append_logs([{"op_code": 0}])
 
 
+def test_a_write_that_fails_under_a_lock_that_was_taken_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = storage.CheckedJournal(tmp_path / "study.journal")
+    journal.append_logs([{"op_code": 0}])
+
+    def stolen(lock: Any) -> None:
+        raise RuntimeError("Error: did not possess lock")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(journal._lock), "release", stolen)
+    monkeypatch.setattr(storage.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        journal.append_logs([{"op_code": 1}])
+
+
 def test_a_torn_line_is_cut_off_under_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "study.journal"
     journal, taken = storage.CheckedJournal(path), list[bool]()

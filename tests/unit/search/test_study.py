@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -381,7 +382,7 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.M
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(optuna.storages.journal.JournalFileBackend, "append_logs", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AbliterateError, match=r"No space left.*--resume"):
         finish(study, asked)
 

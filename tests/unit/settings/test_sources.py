@@ -85,6 +85,15 @@ def test_a_table_is_replaced_as_a_whole_by_every_source(tmp_path: Path, monkeypa
     assert load_settings(config, {"load": {"components": {}}}).load.components == {}
 
 
+def test_entries_of_a_table_are_added_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write(tmp_path, "[load]\ntemplate_options = {a = 1, b = 2}\n[search]\nmax_coeff = {default = [0.1, 0.2]}\n")
+    given = parse_assignments(["load.template_options.b=3", "load.template_options.c=true"])
+    assert load_settings(config, given).load.template_options == {"a": 1, "b": 3, "c": True}
+    assert load_settings(config, parse_assignments(["load.template_options={c=true}"])).load.template_options == {"c": True}
+    monkeypatch.setenv("ABLITERATE_SEARCH__MAX_COEFF__MLP.DOWN_PROJ", "[0.5, 0.6]")
+    assert load_settings(config).search.max_coeff == {"default": (0.1, 0.2), "mlp.down_proj": (0.5, 0.6)}
+
+
 def test_paths_are_stored_absolute_and_names_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("p.txt", "m.txt", "c.jinja"):
