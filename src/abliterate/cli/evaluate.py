@@ -34,7 +34,7 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
         left_out = unsaid(stored, own, directory.path)
         of_run = to_measure(without(stored, left_out))
     # What the trial is, neither a configuration file nor the environment changes; what it is measured on may be another.
-    trial = {name: of_run.pop(name) for name in ("seed", "directions", "edit", "load") if name in of_run}
+    trial: dict[str, Any] = {name: of_run.pop(name) for name in ("seed", "directions", "edit", "load") if name in of_run}
     settings = with_places_of(own, load_settings(config, by_section(trial, options), stored=of_run))
     exit.quiet_libraries()
     reporter = make_reporter(as_json=as_json)

@@ -89,7 +89,7 @@ def load_settings(
         file_values = by_section(file_values, _beside(read_toml(found), found.absolute().parent))
     file_values = by_section(file_values, entry or {})
     _check_environment()
-    overrides = dict(overrides or {})
+    own = dict(overrides or {})
 
     class FromSources(schema.Settings):
         @classmethod
@@ -102,11 +102,11 @@ def load_settings(
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             # By sections, because sources of their own would be merged down to the entries of tables.
-            given = by_section(by_section(file_values, _marked(env_settings())), overrides)
+            given = by_section(by_section(file_values, _marked(env_settings())), own)
             return (lambda: given,)  # type: ignore[return-value]
 
     try:
-        loaded = FromSources(**overrides)
+        loaded = FromSources(**own)
     except ValidationError as error:
         raise InputError(_sentence(error)) from error
     except SettingsError as error:
