@@ -50,7 +50,7 @@ def lab(family: str) -> Lab:
 
 def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
     engine = lab.engine()
-    edited, count = 0, 24 if family in KINDS else 6
+    edited, count = 0, 12 if family in KINDS else 6
     for params in trials(lab, count):
         expected = lab.expected(params)
         edited += bool(lab.editor.hooks.active)

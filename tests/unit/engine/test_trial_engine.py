@@ -66,7 +66,7 @@ def llama() -> Lab:
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_5"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "qwen3_5"])
 def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
     lab = short_lab(family)
     markers = markers_of(whole(lab.reference)[1])
