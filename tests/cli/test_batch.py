@@ -234,6 +234,8 @@ def test_what_is_done_is_known_by_what_is_asked(finished: tuple[Path, dict[str, 
     assert batch._finished(settings, directory)
     shutil.rmtree(directory.export)
     assert batch._finished(settings, directory) is None
+    directory.settings.unlink()
+    assert batch._finished(settings, directory) is None
     directory.result.unlink()
     assert batch._finished(settings, directory) is None
 

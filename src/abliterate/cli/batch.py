@@ -255,7 +255,8 @@ def _is_exported(settings: Settings, directory: RunDirectory, result: Result) ->
 
 def _has_ended(directory: RunDirectory) -> bool:
     """Whether the last session has come to its end: it writes the settings first and the report last."""
-    return directory.report.exists() and directory.report.stat().st_mtime_ns >= directory.settings.stat().st_mtime_ns
+    begun, ended = directory.settings, directory.report
+    return begun.exists() and ended.exists() and ended.stat().st_mtime_ns >= begun.stat().st_mtime_ns
 
 
 def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:

@@ -26,10 +26,11 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
     candidate = parse_candidate(text)
     options = options_of(given, assignments)
     left_out: tuple[Request, ...] = ()
-    doubt, of_run, own = "", dict[str, Any](), load_settings(config, options)
-    if candidate.kind == "trial":
-        directory = RunDirectory(Path(candidate.source))
-        doubt = Result.read(directory).doubt  # read first, so that "no run there" is the first error
+    of_run: dict[str, Any] = {}
+    directory = RunDirectory(Path(candidate.source)) if candidate.kind == "trial" else None
+    doubt = Result.read(directory).doubt if directory else ""  # read first, so that "no run there" is the first error
+    own = load_settings(config, options)
+    if directory:
         stored = directory.stored_settings()
         left_out = unsaid(stored, own, directory.path)
         of_run = to_measure(without(stored, left_out))

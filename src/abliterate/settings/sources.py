@@ -217,8 +217,8 @@ def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 
 def _section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    added = {name: Entries({**base.get(name, {}), **value}) for name, value in over.items() if isinstance(value, Entries)}
-    return {**base, **over, **added}
+    tables = {name for name, value in over.items() if isinstance(value, Entries) and isinstance(base.get(name), dict)}
+    return {**base, **over, **{name: Entries({**base[name], **over[name]}) for name in tables}}
 
 
 def _marked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,8 +228,10 @@ def _marked(values: Mapping[str, Any]) -> dict[str, Any]:
     for option in option_names():
         section, _, name = option.partition(".")
         variable = ENV_PREFIX + option.replace(".", "__").upper()
-        if variable not in there and any(other.startswith(variable + "__") for other in there):
-            found[section] = {**found[section], name: Entries(found[section][name])}
+        options = found.get(section)
+        table = options.get(name) if isinstance(options, dict) else None
+        if isinstance(table, dict) and variable not in there and any(other.startswith(variable + "__") for other in there):
+            found[section] = {**found[section], name: Entries(table)}
     return found
 
 

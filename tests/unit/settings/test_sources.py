@@ -92,6 +92,9 @@ def test_entries_of_a_table_are_added_to_it(tmp_path: Path, monkeypatch: pytest.
     assert load_settings(config, parse_assignments(["load.template_options={c=true}"])).load.template_options == {"c": True}
     monkeypatch.setenv("ABLITERATE_SEARCH__MAX_COEFF__MLP.DOWN_PROJ", "[0.5, 0.6]")
     assert load_settings(config).search.max_coeff == {"default": (0.1, 0.2), "mlp.down_proj": (0.5, 0.6)}
+    for name in ("search.select.x=1", "search.trials.x=1", "seed.x=1"):  # of an option that is no table
+        with pytest.raises(InputError):
+            load_settings(write(tmp_path, 'seed = 1\n[search]\ntrials = 9\nselect = "knee"\n'), parse_assignments([name]))
 
 
 def test_paths_are_stored_absolute_and_names_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
