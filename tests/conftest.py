@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ import pytest
 pytest.register_assert_rewrite("support")  # before its first import
 # ruff: noqa: E402
 import torch
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers import AutoModelForSequenceClassification, LlamaConfig, PretrainedConfig
 
 from abliterate.engine import self_check
+from abliterate.export.adapter import peft_refusal
+from abliterate.model.architectures import Target
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import report_data
+from abliterate.pipeline import preflight, report_data
 from abliterate.report import draw
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.types import Trial
 from support.cli import Invoke
 from support.forked import finish, write_config
@@ -85,6 +87,23 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _adapters_tried_once() -> Iterator[None]:
+    """Whether PEFT takes a model's modules is tried once for equal models: each run asks, and the answer takes 0.2 s."""
+    answers: dict[tuple[object, ...], str] = {}
+
+    def once(config: PretrainedConfig, load: LoadSettings, targets: Collection[Target], *, dora: bool = True) -> str:
+        modules = frozenset((target.name, type(target.module)) for target in targets)
+        key = (config.to_json_string(use_diff=False), load.model_dump_json(), modules, dora)
+        if key not in answers:
+            answers[key] = peft_refusal(config, load, targets, dora=dora)
+        return answers[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "peft_refusal", once)
         yield
 
 

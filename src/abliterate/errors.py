@@ -55,6 +55,10 @@ class TrialError(AbliterateError):
     """One trial could not be evaluated; the study records it as failed and continues. `str(error)` is the reason."""
 
 
+class ScorerUnavailable(TrialError):
+    """A scorer's server or model can't be had, whatever the trial: a search ends there, and repeats it when continued."""
+
+
 class Interrupted(AbliterateError):
     """Ctrl+C or SIGTERM stopped the work at a safe point; all finished work is on disk."""
 

@@ -28,6 +28,8 @@ except ImportError:  # on Windows, locks keep nobody out
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # Seconds to wait before each further try to take a lock: `is_locked` holds it for an instant in every process that polls it.
 _PAUSES = (0.02, 0.03)
+# Seconds to wait before each further try to replace a file that another process reads.
+_READERS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 def take_lock(path: Path) -> IO[bytes]:
@@ -63,7 +65,9 @@ def _try_lock(path: Path) -> IO[bytes]:
 
 def drop_lock(file: IO[bytes], path: Path) -> None:
     """Remove the file and release the lock."""
-    with contextlib.suppress(OSError):  # Windows can't remove an open file
+    if fcntl is None:  # Windows can't remove an open file; elsewhere another process could take it before it is removed
+        file.close()
+    with contextlib.suppress(OSError):
         path.unlink(missing_ok=True)
     file.close()
 
@@ -140,7 +144,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        _replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):  # a read-only disk refuses this, too
             temporary.unlink(missing_ok=True)
@@ -148,6 +152,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             f"The file {path} can't be written: {error.strerror}; {disk_remedy(error)} and repeat the command (a run continues "
             "with --resume)."
         ) from error
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Give the file its name; Windows refuses while another process has the old file open, which is read in an instant."""
+    for pause in _READERS if os.name == "nt" else ():
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            time.sleep(pause)
+    temporary.replace(path)
 
 
 def digest_of(record: Mapping[str, Any]) -> str:

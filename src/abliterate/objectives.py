@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Literal
 
+from abliterate.errors import InputError
 from abliterate.types import Baseline, Objective, Sense, Trial
 
 Vector = tuple[float, ...]
@@ -27,6 +28,12 @@ JUDGES = (CLASSIFIER, *ASKING)
 DEFAULT: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(UNANSWERED, "minimize"))
 # The objectives of comparable tools, which count refusal markers alone.
 BY_MARKERS: tuple[Objective, ...] = (Objective(KL, "minimize"), Objective(REFUSALS, "minimize"))
+
+
+def check_searchable(objectives: Sequence[Objective]) -> None:
+    """InputError for objectives of which no edit is better than none."""
+    if tuple(objectives) == (Objective(KL, "minimize"),):
+        raise InputError("KL is least without any edit, so alone it leaves nothing to find; add --objective unanswered.")
 
 
 def split(text: str) -> tuple[str, Sense | Literal[""]]:

@@ -313,7 +313,7 @@ def test_config_prints_every_option(invoke: Invoke, tmp_path: Path) -> None:
     file.write_text(outcome.out, encoding="utf-8")
     settings = load_settings(str(file))
     assert settings.search.storage == "postgresql://me:***@db/x"
-    assert (settings.search.trials, settings.search.startup_trials, settings.seed) == (200, 60, 3)
+    assert (settings.search.trials, settings.search.startup_trials, settings.seed) == (200, 0, 3)
     assert settings.load.template_options == {"think": False}
     assert settings.search.max_coeff == {"default": (0, 1.5)}
 

@@ -50,7 +50,7 @@ def lab(family: str) -> Lab:
 
 def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
     engine = lab.engine()
-    edited, count = 0, 12 if family in KINDS else 6
+    edited, count = 0, 8 if family in KINDS else 4
     for params in trials(lab, count):
         expected = lab.expected(params)
         edited += bool(lab.editor.hooks.active)
@@ -90,12 +90,12 @@ def test_joined_chunks_give_the_references_responses(lab: Lab, monkeypatch: pyte
     reference = with_batch_size(lab.reference, batch_size=5)
     large = dataclasses.replace(lab, reference=reference, pacing=Pacing(margin=0, pause=4, pass_cost=64))
     engine = large.engine(Refusals(["no such text"]), use_drafts=False)  # drafts could end a chunk before it would wait
-    for params in trials(lab, 5):
+    for params in trials(lab, 3):
         expected = lab.expected(params)
         found = engine.respond(HARMFUL, limit=2)
         assert found is not None
         assert [response.text for response in found] == expected[1]
-    assert joined.count(2) == 5
+    assert joined.count(2) == 3
 
 
 def test_the_self_check_passes_what_is_right(lab: Lab) -> None:

@@ -57,7 +57,7 @@ def test_a_process_ends_with_its_parent_at_a_safe_point_or_soon(deaf: bool, said
     assert parent.out.strip() == said
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+@pytest.mark.parametrize("kind", [pytest.param("sqlite", marks=pytest.mark.slow), "postgres"])
 def test_eight_processes_begin_at_one_new_database(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     url = f"sqlite:///{tmp_path}/new.db" if kind == "sqlite" else request.getfixturevalue("postgres").make("new")
     given = [[url, str(tmp_path / "no.journal"), "s", f"w{index}", "8", "0", "60"] for index in range(8)]

@@ -81,6 +81,7 @@ def test_every_weight_gives_a_trial_that_the_front_treats_like_others(refined: R
     assert 0 < trials[0].kl < 0.2
 
 
+@pytest.mark.slow
 def test_several_directions_are_searched_learned_and_exported(prompt_files: Files, warm: Path, tmp_path: Path) -> None:
     """An adapter of k-means directions, whose refinement goes on from there as of one direction."""
     refine_options = {"enabled": True, "steps": 3, "betas": [1.0], "batch": 6, "tokens": 6}
@@ -227,6 +228,7 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     assert not recorder.warnings
 
 
+@pytest.mark.slow
 def test_a_descent_takes_over_the_moments_of_the_one_it_goes_on_from(
     prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,6 +441,7 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
     assert any("the unedited model answers only 0 harmless training prompts" in text for text in recorder.warnings)
 
 
+@pytest.mark.slow
 def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
     prompt_files: Files, unlearned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

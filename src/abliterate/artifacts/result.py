@@ -443,8 +443,8 @@ class Result(_Record):
             raise InputError(f"The run in {run} has no finished trial {number}; see {as_command('trials', run)}.")
         if trial.state == "stopped":
             raise InputError(
-                f"Trial {number} was stopped because another trial is no worse in any objective; choose a trial that "
-                f"{as_command('trials', run)} shows as complete."
+                f"Trial {number} was stopped because the unedited model or another trial is no worse in any objective; choose "
+                f"a trial that {as_command('trials', run)} shows as complete."
             )
         if trial.state == "failed":
             reason = trial.reason.rstrip(".") or "no reason is recorded"

@@ -42,8 +42,8 @@ from abliterate.settings.sources import by_section, load_settings
 from abliterate.settings.untrusted import code_note, unsaid, with_places_of, without
 from abliterate.types import Reporter, Trial
 
-# Settings that can change without changing the trials of a run; `prompts` is here for its system prompt.
-_FREE = ("cache_dir", "device", "load", "prompts", "response", "seed")
+# The settings that a chat uses; all others would have no effect, or belong to a run's trials.
+_USED = ("cache_dir", "device", "load", "prompts.system", "response.thinking_blocks", "response.answer_tags")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def open_session(
         InputError: `target` is no run or model, or has no such trial. AbliterateError: the model can't be loaded.
     """
     path = expanded(target)
+    _check_given(given)
     if is_run(target):
         return _open_run(RunDirectory(path), wanted, given, reporter)
     check_trial_of_run(target, wanted.trial)
@@ -74,6 +75,21 @@ def open_session(
             f"The directory {target} holds neither a run (result.json) nor a model (config.json); name another directory."
         )
     return _open_model(load_settings("", {**given, "model": target}), wanted, reporter)
+
+
+def _check_given(given: Mapping[str, Any]) -> None:
+    """Raise InputError for settings that a chat doesn't use."""
+    names = [
+        name
+        for section, value in given.items()
+        for name in ([f"{section}.{leaf}" for leaf in value] if isinstance(value, Mapping) and section != "load" else [section])
+    ]
+    unused = [name for name in names if name not in _USED]
+    if unused:
+        raise InputError(
+            f"A chat doesn't use {', '.join(unused)}; it takes {', '.join(_USED)}, and has the options --max-new-tokens, "
+            "--response-prefix and --seed."
+        )
 
 
 def _open_run(
@@ -134,15 +150,19 @@ def _open_adapter(
     """A base model with the adapter in `path`, which belongs to the run whose directory it lies in, if any."""
     check_adapter(path)
     # The run's settings say where the base is; the adapter has only the base's name.
-    run = RunDirectory(path.resolve().parent)
+    run, stored = RunDirectory(path.resolve().parent), read_json(str(path), ADAPTER)
     if is_run(str(run.path)):
         settings = _run_settings(run, given, reporter)
     else:
-        base = read_json(str(path), ADAPTER).get("base_model_name_or_path")
+        base = stored.get("base_model_name_or_path")
         if not isinstance(base, str):
             raise InputError(f"The adapter in {path} can't be used, because its {ADAPTER} names no base; export it again.")
         settings = load_settings("", {**given, "model": base})
-    model, _, fields = _load(settings, loader.resolve_source(settings.model), reporter)
+    # The commit that the adapter was made on, since the Hub's `main` may have moved.
+    source, revision = loader.resolve_source(settings.model), stored.get("revision")
+    if isinstance(revision, str) and not settings.load.revision:
+        settings = settings.model_copy(update={"load": pinned(settings.load, source, revision)})
+    model, _, fields = _load(settings, source, reporter)
     tokenizer = loader.load_tokenizer(str(path), settings.load.model_copy(update={"revision": ""}))
     tuned = with_adapter(model, path)
     edits = AdapterEdits(tuned.base_model, _trial_in(path))
@@ -180,12 +200,6 @@ def _session(
 
 def _run_settings(directory: RunDirectory, given: Mapping[str, Any], reporter: Reporter) -> Settings:
     """The run's own settings, whatever the environment says, with the settings that are given for this chat."""
-    foreign = sorted(set(given) - set(_FREE))
-    if foreign:
-        raise InputError(
-            f"The settings {', '.join(foreign)} belong to the run, whose trials would change with them; only load, "
-            "prompts.system and response can be set for a chat with a run."
-        )
     stored = directory.stored_settings()
     own = {name: value for name, value in stored.items() if name not in ("cache_dir", "device", "efficiency", "out")}
     mine = load_settings("", given)

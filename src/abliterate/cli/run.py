@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 from abliterate import ranks
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, latest_run
+from abliterate.artifacts.runs import no_run
 from abliterate.cli import live
 from abliterate.cli.checks import check_run
 from abliterate.cli.exit import quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
+from abliterate.files import expanded
 from abliterate.report.live import Activity
 from abliterate.report.tables import SearchRecord, front_table
 from abliterate.search.selection import parse_rule
@@ -61,7 +63,8 @@ def run(given: Mapping[str, Any], config: str, assignments: list[str], flags: Ru
             follow(settings, flags)
             return
         at_terminal = sys.stdin.isatty() and sys.stdout.isatty() and ranks.size() == 1
-        asks = at_terminal and not (flags.as_json or flags.yes or "select" in options.get("search", {}))
+        chosen_for = flags.as_json or flags.yes or "select" in options.get("search", {}) or settings.export.kind == "none"
+        asks = at_terminal and not chosen_for
         carry_out(settings, directory, flags, Interrupts(), ask=asks)
 
 
@@ -86,6 +89,8 @@ def resolve(
     """The settings and the directory of a run, new or continued; `entry` is the run's entry in a list of runs."""
     settings = load_settings(config, options, entry=entry)
     directory = _existing(settings) if flags.resume else None
+    if flags.resume and directory is None and settings.out and not settings.model:
+        raise no_run(expanded(settings.out))
     if directory:
         # A continued run begins with its own settings, and every setting given now overrides them.
         directory.stored_settings()

@@ -22,7 +22,8 @@ class Batches:
     """Runs at most `size` items at a time and halves that when the device is out of memory.
 
     Other processes come and go, so a halved size grows back step by step. A CPU raises no error before the kernel kills the
-    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow.
+    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow. Before it gives
+    a single item up it calls `free`, which frees what can be made again, and says whether there was anything.
     """
 
     def __init__(self, size: int, device: torch.device, *, row_bytes: int = 0) -> None:
@@ -33,6 +34,7 @@ class Batches:
         self._full_batches = 0
         self._patience = PATIENCE
         self._has_grown = False
+        self.free: Callable[[], bool] = lambda: False
 
     def run(self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
         """The results of `work` over all items, in order.
@@ -48,14 +50,15 @@ class Batches:
                 with memory_errors():
                     batch_results = work(batch)
             except torch.OutOfMemoryError:
-                if len(batch) == 1:
-                    raise TrialError("the device is out of memory even for a single prompt") from None
+                pass
             # Outside the `except` block: inside it the traceback keeps the batch's tensors alive.
-            if batch_results is None:
-                self.shrink(len(batch))
-            else:
+            if batch_results is not None:
                 results.extend(batch_results)
                 self._grow(len(batch))
+            elif self.free() or len(batch) > 1:
+                self.shrink(len(batch))
+            else:
+                raise TrialError("the device is out of memory even for a single prompt")
         return results
 
     def affordable(self) -> int:

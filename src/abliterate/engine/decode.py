@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -232,7 +232,9 @@ class Decoder:
             proposed = [draft[: width - 1] for draft in proposed]
             blocks = [[tokens[-1], *draft] for tokens, draft in zip(rows.generated, proposed, strict=True)]
             started = time.perf_counter()
-            new = self._checked(rows, blocks)
+            # A finished row may wait for others to leave. It isn't fed beyond the limit, where a table of positions may end.
+            spent = {index for index in rows.finished if len(rows.generated[index]) >= limit}
+            new = self._checked(rows, blocks, spent)
             drafts.times.note(len(blocks) * max(map(len, blocks)), time.perf_counter() - started)
             drafts.score(proposed, [len(tokens) - 1 for tokens in new])
             if pauses:
@@ -243,17 +245,17 @@ class Decoder:
         most = min(_block(rows.logits, self._block_bytes), limit - len(generated)) - 1
         return drafts.propose(rows.rows[index], generated, most) if most > 0 and index not in rows.finished else ()
 
-    def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> list[list[int]]:
+    def _checked(self, rows: Decoding, blocks: Sequence[Sequence[int]], spent: Set[int]) -> list[list[int]]:
         """Feed a token and a draft of each row; return the right part of each draft, and the model's own token after it.
 
-        The device is waited for once.
+        Tokens of rows that are `spent` are masked. The device is waited for once.
         """
-        logits = self._feed_blocks(rows, blocks)
+        logits = self._feed_blocks(rows, blocks, spent)
         new = []
         for block, chosen in zip(blocks, logits.argmax(dim=-1).tolist(), strict=True):
             right = next((index for index, token in enumerate(block[1:]) if token != chosen[index]), len(block) - 1)
             new.append([*block[1 : 1 + right], chosen[right]])
-        self._hold(rows, logits, list(map(len, new)))
+        self._hold(rows, logits, [0 if index in spent else len(tokens) for index, tokens in enumerate(new)])
         return new
 
     def forced(self, rows: Decoding, tokens: Tensor, *, in_blocks: bool = False) -> Tensor:
@@ -298,11 +300,12 @@ class Decoder:
         logits = self._feed_blocks(rows, [tokens[-1:] or [0] for tokens in rows.generated])
         self._hold(rows, logits, [0] * len(rows.rows))
 
-    def _feed_blocks(self, rows: Decoding, blocks: Sequence[Sequence[int]]) -> Tensor:
-        """Feed blocks of unequal lengths; logits (n, B, vocabulary) at all their positions."""
+    def _feed_blocks(self, rows: Decoding, blocks: Sequence[Sequence[int]], masked: Set[int] = frozenset()) -> Tensor:
+        """Feed blocks of unequal lengths; logits (n, B, vocabulary) at all their positions, meaningless for rows `masked`."""
         width = max(map(len, blocks))
         ids = [[*block, *([block[0]] * (width - len(block)))] for block in blocks]
-        fed = [[1] * len(block) + [0] * (width - len(block)) for block in blocks]
+        lengths = [0 if index in masked else len(block) for index, block in enumerate(blocks)]
+        fed = [[1] * length + [0] * (width - length) for length in lengths]
         device = rows.mask.device
         return self._feed(rows, torch.tensor(ids, device=device), torch.tensor(fed, device=device))
 
@@ -346,10 +349,9 @@ class Decoder:
         finally:
             rows.static = None
 
-    def release(self) -> None:
-        """Give up the static buffers, if there are some; the next rows make their own."""
-        if self._static is not None:
-            self._static.release()
+    def release(self) -> bool:
+        """Give up the static buffers; the next rows make their own. Whether there were any."""
+        return self._static is not None and self._static.release()
 
     def _give_back(self, rows: Decoding) -> None:
         """Take the rows out of the static buffers, if they are in them; rows that need no more passes can be left there."""

@@ -100,6 +100,8 @@ class Prefill:
         self.left_out: dict[str, str] = {}
         self._prompts_not_kept = 0
         self._kept_groups: list[RowGroup] = []
+        self._kept_prefixes: dict[tuple[tuple[int, ...], ...], KeptStates] = {}  # groups that begin alike share them
+        self._counted: tuple[tuple[int, ...], int, float] = ((), 0, 0.0)  # (resume layers, groups, the bytes of their rows)
         self._dropped_layers: set[int] = set()
         self.passes = passes
         self.sharing = sharing
@@ -136,6 +138,8 @@ class Prefill:
             fits = self._keep(group, resume_layers, batch_size, with_cache, kept)
         if not fits:
             group.kept, group.prefix = KeptStates(), KeptStates()
+            used = {id(other.prefix) for other in self._kept_groups}
+            self._kept_prefixes = {key: prefix for key, prefix in self._kept_prefixes.items() if id(prefix) in used}
             self.forget()
             clear_device_cache(group.layout.ids.device)
             self._prompts_not_kept += len(group.rows)
@@ -147,15 +151,19 @@ class Prefill:
     @property
     def nbytes(self) -> int:
         """The bytes of the base model's states that are kept."""
-        return sum(kept.nbytes(list(kept.hidden)) for group in self._kept_groups for kept in (group.kept, group.prefix))
+        kept_states = [*(group.kept for group in self._kept_groups), *self._kept_prefixes.values()]
+        return sum(kept.nbytes(list(kept.hidden)) for kept in kept_states)
 
     def _keep(
         self, group: RowGroup, resume_layers: list[int], size: int, with_cache: bool, kept: Callable[[int], None]
     ) -> bool:
         """`keep` in chunks that are halved if they don't fit; False if a single row doesn't fit."""
-        cache = self._prefix(group, 0, keeping=resume_layers)
-        lower = cache.layers[: max(resume_layers)] if cache is not None else []
-        group.prefix.layers = [merge_layer([layer]) for layer in lower]
+        key = group.layout.prefix_key
+        if key in self._kept_prefixes:
+            group.prefix = self._kept_prefixes[key]
+        elif (cache := self._prefix(group, 0, keeping=resume_layers)) is not None:
+            group.prefix.layers = [merge_layer([layer]) for layer in cache.layers[: max(resume_layers)]]
+            self._kept_prefixes[key] = group.prefix
         rows = torch.arange(len(group.rows), device=group.layout.ids.device)
         states_by_chunk: list[KeptStates] = []
         done = 0
@@ -190,11 +198,11 @@ class Prefill:
 
     def _fitting(self, group: RowGroup, resume_layers: list[int], states: KeptStates, times: float) -> list[int]:
         """The resume layers that fit the budget if the group's rows take `times` the bytes of `states`."""
-        resume_layers = list(resume_layers)
-        others = [kept for other in self._kept_groups if other is not group for kept in (other.kept, other.prefix)]
+        resume_layers, before = list(resume_layers), len(self._dropped_layers)
 
         def needed() -> float:
-            return states.nbytes(resume_layers) * times + sum(kept.nbytes(resume_layers) for kept in (group.prefix, *others))
+            prefixes = sum(kept.nbytes(resume_layers) for kept in self._kept_prefixes.values())
+            return states.nbytes(resume_layers) * times + prefixes + self._of_earlier_groups(tuple(resume_layers))
 
         while resume_layers and needed() > self.budget_bytes:
             self._dropped_layers.add(resume_layers.pop())
@@ -202,9 +210,20 @@ class Prefill:
                 f"the base model's states at layers {sorted(self._dropped_layers)} take more than the rest of "
                 "efficiency.max_kept_mb, so no pass begins there"
             )
-        for kept in (group.prefix, *others):
-            kept.cut(resume_layers)
+        if len(self._dropped_layers) > before:
+            for kept in (*(other.kept for other in self._kept_groups), *self._kept_prefixes.values()):
+                kept.cut(resume_layers)
         return resume_layers
+
+    def _of_earlier_groups(self, resume_layers: tuple[int, ...]) -> float:
+        """The bytes that all groups but the last need; those that were counted before aren't again."""
+        layers, counted, total = self._counted
+        if layers != resume_layers:
+            counted, total = 0, 0.0
+        earlier = self._kept_groups[counted:-1]
+        total += sum(group.kept.nbytes(resume_layers) for group in earlier)
+        self._counted = (resume_layers, counted + len(earlier), total)
+        return total
 
     def __call__(self, group: RowGroup, rows: Tensor, *, keep_cache: bool) -> tuple[Tensor, Cache | None]:
         """The first response token's logits (n, vocabulary) for some of a group's rows, and the cache after the prompts."""

@@ -188,8 +188,12 @@ def _apart(device: torch.device, compare: Callable[[list[int]], Compared], rows:
 def _compare_responses(engine: TrialEngine, setup: EngineSetup, rows: list[int]) -> Compared:
     reference = setup.reference
     prompts = [setup.harmful[row] for row in rows]
-    tokens, expected = reference.raw_logits(prompts, TOKENS)
+    # No row is fed further than a response may be, where a table of positions may end; a wrong draft follows the last token.
+    tokens, expected = reference.raw_logits(prompts, max(2, min(TOKENS, reference.max_new_tokens - 2)))
+    ends_at_once = tokens.shape[1] == 1  # every row; a second token, whatever it is, lets both halves be compared
+    tokens = tokens.repeat(1, 2) if ends_at_once else tokens
     plain = torch.stack([_plain_logits(reference, prompt, row) for prompt, row in zip(prompts, tokens, strict=True)])
+    expected = plain if ends_at_once else expected
     cut = tokens.shape[1] // 2
     apart, together = engine.forced_logits(setup.harmful, rows, tokens)
     difference = max(distance(expected[:, :cut], apart), distance(expected[-len(together) :, cut:], together))

@@ -155,11 +155,13 @@ class StaticCache:
             layer.values = values[: self._rows, :, : self._used].clone()
         return self._mask[: self._rows, : self._used].clone()
 
-    def release(self) -> None:
-        """Give up the buffers and the rows in them."""
+    def release(self) -> bool:
+        """Give up the buffers and the rows in them. Whether there were any."""
+        held = bool(self._states or self._caches)
         self._run.forget()
         self._states, self._caches, self._columns = [], {}, {}
         self._rows = self._used = 0
+        return held
 
     def _pass(self, bucket: Bucket) -> Tensor:
         """One pass over a bucket: every shape in it follows from the bucket, and every value from the buffers."""

@@ -110,6 +110,8 @@ class TrialEngine:
         self._early = early
         self._pacing = pacing
         self._prefills, self._decodes = batches_of_trials(reference.sizes, self.chat.device)
+        self._prefills.free = self._decodes.free = self._free
+        self._paused: list[Decoding] = []  # rows that wait to be decoded together, and are decoded again if they are dropped
         for name in STATEFUL:
             if getattr(reference.model.generation_config, name, None) not in (None, 1):
                 raise Unsupported(f"the generation config has {name}, whose processor depends on all earlier passes")
@@ -183,19 +185,15 @@ class TrialEngine:
     ) -> Tensor:
         """`first_logprobs` of the given rows of a prompt set, in their order."""
         by_row: dict[int, Tensor] = {}
+        wanted = set(rows)
         for group in self._set(prompts, together=False).groups:
 
             def work(indices: Sequence[int], group: RowGroup = group) -> list[Tensor]:
-                try:
-                    with memory_errors():
-                        logits, _ = self._prefill(group, self._tensor(indices), keep_cache=False)
-                except torch.OutOfMemoryError:
-                    self._decode.release()  # static buffers of a whole batch may be what is in the way
-                    raise
+                logits, _ = self._prefill(group, self._tensor(indices), keep_cache=False)
                 self.reference.check()
                 return list(logits.float().log_softmax(dim=-1).unbind())
 
-            indices = [index for index, row in enumerate(group.rows) if row in set(rows)]
+            indices = [index for index, row in enumerate(group.rows) if row in wanted]
             logprobs = self._prefills.run(indices, work)
             by_row |= zip((group.rows[index] for index in indices), logprobs, strict=True)
             progress(len(by_row), len(prompts))
@@ -299,7 +297,8 @@ class TrialEngine:
         So a hopeless trial ends after few rows, and long responses share their passes. The rows in memory, waiting rows
         included, never exceed one batch.
         """
-        paused: list[Decoding] = []
+        paused = self._paused
+        paused.clear()  # of a trial that was interrupted
 
         def begin(batch: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
@@ -307,14 +306,8 @@ class TrialEngine:
             if sum(len(rows.rows) for rows in paused) + len(batch) > self._decodes.affordable():
                 self._finish_paused(paused, watch, prompt_set.drafts, length)
             watch.begin(batch)  # a batch that ran out of memory is decoded again from its start
-            try:
-                with memory_errors():
-                    rows = self._started(prompt_set.groups[0], batch)
-                    self._decode(rows, length, min(self._pacing.pause, length), watch, prompt_set.drafts)
-            except torch.OutOfMemoryError:
-                paused.clear()  # the paused rows hold memory; they are decoded again below
-                self._decode.release()
-                raise
+            rows = self._started(prompt_set.groups[0], batch)
+            self._decode(rows, length, min(self._pacing.pause, length), watch, prompt_set.drafts)
             if rows.open and rows.count < length:
                 paused.append(rows)
             return batch
@@ -324,6 +317,12 @@ class TrialEngine:
         self._finish_paused(paused, watch, prompt_set.drafts, length)
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
         self._decodes.run(left, lambda batch: batch if watch.satisfied else self._whole(prompt_set, batch, watch, length))
+
+    def _free(self) -> bool:
+        """Drop what takes memory beside a batch: paused rows, and static buffers of a whole batch."""
+        held = bool(self._paused)
+        self._paused.clear()
+        return self._decode.release() or held
 
     def _finish_paused(self, paused: list[Decoding], watch: StopWhenDecided, drafts: Drafts | None, length: int) -> None:
         """Decode the paused rows to their end. If they don't fit into memory together, they are left undone."""

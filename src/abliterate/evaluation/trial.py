@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from abliterate.errors import TrialError
 from abliterate.scorers.base import BaseView, EarlyScorer, Follower, Observation, Scorer, asks_base, ignores_responses
 from abliterate.scorers.custom import own_errors
 from abliterate.search.pruner import DominancePruner
-from abliterate.types import Prompt, Score
+from abliterate.types import LARGEST_SCORE, Prompt, Score
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def score_of(scorer: Scorer, observation: Observation) -> Score:
         score = scorer.score(observation)
         if not isinstance(score, Score):
             raise TrialError(f"the scorer {scorer.name} gives {type(score).__name__} and no Score")
-        if not math.isfinite(score.value):
+        if not abs(score.value) <= LARGEST_SCORE:  # a larger one, or none, could not be read back
             raise TrialError(f"the scorer {scorer.name} gives {score.value}")
         json.dumps(score.record, allow_nan=False)
     return score

@@ -73,6 +73,7 @@ class Adapter:
             use_dora=dora,
             fan_in_fan_out=any(isinstance(matrices.targets[name].module, Conv1D) for name in job.factors),
             base_model_name_or_path=job.base_model,
+            revision=_commit(job),
             task_type="CAUSAL_LM",
         )
         config.save_pretrained(str(folder))
@@ -94,6 +95,11 @@ class Adapter:
 
     def reread(self, folder: Path, job: ExportJob, base: Matrices) -> Reread:
         return RereadAdapter(folder, job)
+
+
+def _commit(job: ExportJob) -> str | None:
+    """The commit of the base on the Hub, with which PEFT loads it; None for a folder, which has none."""
+    return None if Path(job.source).is_dir() else job.load.revision or None
 
 
 def _sort_modules(path: Path) -> None:

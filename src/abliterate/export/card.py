@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -97,6 +98,11 @@ def code(text: str) -> str:
 def plain(text: str) -> str:
     """Any text escaped for a line of Markdown, which then shows it as it is."""
     return re.sub(r"([\\`*\[\]<>|&#~])", r"\\\1", visible(" ".join(text.split())))
+
+
+def is_visible(text: str) -> bool:
+    """Whether a name can be shown as it is. File names may have other spaces than ours, and emoji that are joined."""
+    return all(char.isprintable() or char == "\u200d" or unicodedata.category(char) == "Zs" for char in text)
 
 
 def visible(text: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import InputError, first_line
 from abliterate.export.base_weights import config_file, fetched, listed_files
+from abliterate.export.card import is_visible
 from abliterate.export.folder import MARKER
 from abliterate.export.job import ExportJob
 from abliterate.files import expanded
@@ -83,7 +84,7 @@ def is_companion(name: str) -> bool:
     Weights, model cards and what a repository keeps for itself aren't: hidden files, and compiled code.
     """
     path = PurePosixPath(name)
-    if name in _OWN or _CARD.fullmatch(path.name) or path.is_absolute() or not name.isprintable():
+    if name in _OWN or _CARD.fullmatch(path.name) or path.is_absolute() or not is_visible(name):
         return False
     if any(part.startswith(".") or part == "__pycache__" or part.endswith(_WEIGHT_FOLDERS) for part in path.parts):
         return False

@@ -8,13 +8,13 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from abliterate._version import __version__
 from abliterate.errors import AbliterateError, InputError, disk_remedy
-from abliterate.files import write_json
+from abliterate.files import expanded, write_json
 
 try:
     import fcntl
@@ -26,6 +26,9 @@ MARKER = "abliterate.json"
 
 # An unfinished folder holds this file. The process that has locked it writes there.
 LOCK = ".exporting"
+
+# What file managers leave in any folder.
+_LEFT_ANYWHERE = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 _MARK = {"format": 1, "abliterate": __version__}
 
@@ -41,11 +44,18 @@ def record_of(final: Path) -> dict[str, Any]:
 
 def leave_record(final: Path, record: Mapping[str, Any]) -> None:
     """Copy the record of an export from `result.json` into the export, which keeps it wherever the run goes."""
-    write_json(final / MARKER, {**_MARK, "trial": record["trial"], "export": record})
+    write_json(final / MARKER, {**_MARK, "files": _own_files(final), "trial": record["trial"], "export": record})
 
 
-def check_output(final: Path) -> None:
-    """InputError if an export to `final` would replace anything but an earlier export; changes nothing."""
+def check_output(final: Path, source: str = "") -> None:
+    """InputError if an export to `final` would replace anything but an earlier export; changes nothing.
+
+    `source`, the path or id of the model that the export is made from, may be an export itself, but not this one.
+    """
+    if source and os.path.isdir(expanded(source)):
+        model = expanded(source).resolve()
+        if final.resolve() in (model, *model.parents):
+            raise InputError(f"The folder {final} holds the model that the export is made from; choose another --out.")
     if not final.exists() or (final / MARKER).is_file() or (final.is_dir() and not any(final.iterdir())):
         return
     raise InputError(
@@ -54,8 +64,11 @@ def check_output(final: Path) -> None:
 
 
 @contextlib.contextmanager
-def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
+def finished_folder(final: Path, key: str = "", warn: Callable[[str], None] = lambda text: None) -> Iterator[Path]:
     """A folder beside `final` that takes its name on success and vanishes on failure; an old export stays until then.
+
+    An old export with files that no export wrote, such as a conversion that somebody put there, is kept under another name, and
+    `warn` is told.
 
     After a kill the hidden folder stays, and the next export to `final` gets it. Its finished files stay, too, if that export
     has the same `key`, which stands for the export's content.
@@ -68,9 +81,15 @@ def finished_folder(final: Path, key: str = "") -> Iterator[Path]:
     try:
         with _claimed(final, key) as partial:
             yield partial
-            (partial / MARKER).write_text(json.dumps(_MARK) + "\n", encoding="utf-8")
+            written = sorted({*_files(partial), MARKER} - {LOCK})
+            (partial / MARKER).write_text(json.dumps({**_MARK, "files": written}) + "\n", encoding="utf-8")
             _follow_umask(partial)
-            _rename(partial, final)
+            kept = _rename(partial, final)
+            if kept is not None:
+                warn(
+                    f"The earlier export in {final.name} has files that abliterate didn't write, so its folder is kept as "
+                    f"{kept.name}; remove it once you need none of them."
+                )
             # After the rename: a kill in between leaves a finished export with a lock file in it, which does no harm. The other
             # way round it left a hidden folder that no export would take.
             with contextlib.suppress(OSError):
@@ -156,12 +175,29 @@ def _follow_umask(partial: Path) -> None:
             path.chmod(mode)
 
 
-def _rename(partial: Path, final: Path) -> None:
-    """Give `partial` the name `final`; an old export is removed only once the new one has its name."""
+def _files(folder: Path) -> list[str]:
+    """The names of the files in a folder and its folders, and of links."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _own_files(export: Path) -> list[str]:
+    """The files that an export consists of, by its own record; empty if there is none."""
+    try:
+        found = json.loads((export / MARKER).read_text(encoding="utf-8"))["files"]
+        return [str(name) for name in found]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _rename(partial: Path, final: Path) -> Path | None:
+    """Give `partial` the name `final`; an old export is removed only once the new one has its name.
+
+    Returns the name under which an old export is kept because it has files that no export wrote.
+    """
     check_output(final)  # again, because time has passed since the first check
     if not final.exists():
         partial.rename(final)
-        return
+        return None
     # Not a hidden name: after a kill between the two renames this is the last whole export, and a person must find it.
     old = final.with_name(f"{final.name}.old-{uuid.uuid4().hex[:8]}")
     final.rename(old)
@@ -171,7 +207,10 @@ def _rename(partial: Path, final: Path) -> None:
         if not final.exists():
             old.rename(final)
         raise
+    if {*_files(old)} - {*_own_files(old), LOCK, *_LEFT_ANYWHERE}:
+        return old
     shutil.rmtree(old, ignore_errors=True)
+    return None
 
 
 def disk_sentence(final: Path, error: OSError) -> str:

@@ -23,7 +23,7 @@ from abliterate.artifacts.refined import tensors_of
 from abliterate.edits import Factors
 from abliterate.edits.fingerprint import sketch
 from abliterate.errors import InputError, first_line
-from abliterate.export.card import FILES, PROTECTED, UNTRIED, file_digest
+from abliterate.export.card import FILES, PROTECTED, UNTRIED, file_digest, is_visible
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.files import write_json
 from abliterate.objectives import SETTINGS_NAMING_SCORERS, public
@@ -36,7 +36,7 @@ Origin = Literal["trial", "weight files"]
 
 
 def _printable(text: str) -> str:
-    if not text.isprintable():  # the text may be shown on a terminal or in a model card
+    if not is_visible(text):  # the text may be shown on a terminal or in a model card
         raise ValueError("characters that can't be printed")
     return text
 

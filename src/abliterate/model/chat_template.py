@@ -10,6 +10,7 @@ import hashlib
 import signal
 import threading
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -263,6 +264,7 @@ class PromptEncoder:
         self.template = Template(tokenizer, options or {}, now)
         self._forms: dict[bool, Form] = {}
         self._rendered: dict[Prompt, str] = {}
+        self._tokens: dict[tuple[Prompt, str], array[int]] = {}
 
     def form(self, prompt: Prompt) -> Form:
         """The form of messages for this prompt; it depends on whether there is a system prompt."""
@@ -324,15 +326,21 @@ class PromptEncoder:
         the row's own first token: the model's mask hides them, but a repetition penalty sees them, and if the pad token is
         the end token, a response would depend on the lengths of the other rows.
         """
-        texts = [self.render(prompt) for prompt in prompts]
-        batch = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        batch["input_ids"] = torch.where(mask.bool(), ids, ids.gather(1, mask.argmax(dim=1, keepdim=True)))
-        return batch.to(self.device)
+        rows = [self.token_ids(prompt) for prompt in prompts]
+        pads = [max(map(len, rows)) - len(row) for row in rows]
+        ids = torch.tensor([[row[0]] * count + row for row, count in zip(rows, pads, strict=True)])
+        mask = torch.tensor([[0] * count + [1] * len(row) for row, count in zip(rows, pads, strict=True)])
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask}).to(self.device)
 
     def token_ids(self, prompt: Prompt) -> list[int]:
-        """The token ids of one prompt, as in `encode` but without pads."""
-        return list(self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
+        """The token ids of one prompt, as in `encode` but without pads.
+
+        They are kept: a run asks for those of each prompt some ten times before its first trial.
+        """
+        key = (prompt, self.response_prefix)
+        if key not in self._tokens:
+            self._tokens[key] = array("q", self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"])
+        return self._tokens[key].tolist()
 
     def decode(self, ids: Sequence[int] | Tensor, *, skip_special_tokens: bool = True) -> str:
         """The text of generated ids. Only the search for thinking blocks keeps special tokens."""

@@ -10,10 +10,23 @@ from dataclasses import dataclass, field, replace
 from abliterate import ranks
 from abliterate.artifacts.cache import ArtifactStore, SharedStore, default_root
 from abliterate.artifacts.result import Memory, Result
+from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import PeakMeter
 from abliterate.prompts.sets import PromptSets, read_prompt_sets
 from abliterate.settings.schema import Settings
 from abliterate.types import Reporter
+
+
+@contextlib.contextmanager
+def unedited_errors() -> Iterator[None]:
+    """Make whole sentences of the errors of measuring the unedited model, which no further trial could mend."""
+    try:
+        yield
+    except TrialError as error:
+        raise AbliterateError(
+            f"The unedited model can't be measured ({first_line(error)}); give a smaller --batch-size, shorter prompts or "
+            "another --dtype."
+        ) from error
 
 
 class StageClock:

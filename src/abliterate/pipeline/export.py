@@ -251,7 +251,7 @@ def write(
     exporter = EXPORTERS[context.settings.export.kind]
     with (
         context.stage("export", exporter.kind, at_once=True),
-        finished_folder(final, job.key(exporter.kind)) as folder,
+        finished_folder(final, job.key(exporter.kind), context.reporter.warn) as folder,
     ):
         facts = dict(exporter.write(job, folder))
         entry = export_record(exporter.kind, origin, folder, job.factors)
@@ -326,9 +326,8 @@ def export(bench: Workbench, trial: Trial, out: str | Path, kind: str = "") -> E
         InputError: `out` holds files that aren't an export of this tool, the kind is unknown or can't hold the edits, or the
             trial wasn't measured in full.
     """
-    final = Path(out)
-    check_output(final)
-    settings = bench.settings
+    final, settings = Path(out), bench.settings
+    check_output(final, settings.model)
     kind = kind or (settings.export.kind if settings.export.kind != "none" else "merged")
     if kind == "none" or trial.state != "complete":
         raise InputError(

@@ -123,7 +123,7 @@ def export_trial(
     check_kind(settings.export.kind)
     if settings.export.kind == "adapter" and (reason := mode_refusal(settings)):
         raise InputError(f"An adapter can't hold this trial's edits ({reason}); choose --kind merged.")
-    check_output(final)
+    check_output(final, settings.model)
     check_push(settings.export)
     stored = StoredTrial.read(settings, reporter, directory, number)
     context, result, trial = stored.context, stored.result, stored.trial

@@ -24,6 +24,7 @@ from abliterate.model.memory import affordable, unless_full, usable_memory
 from abliterate.model.readers import with_gains
 from abliterate.model.weights import in_features
 from abliterate.pipeline.cache_keys import answers_key, inputs_key
+from abliterate.pipeline.context import unedited_errors
 from abliterate.pipeline.workbench import Workbench
 from abliterate.types import Prompt
 
@@ -42,7 +43,8 @@ def with_inputs(bench: Workbench, directions: Directions, answers: Answers | Non
         return directions
     most = context.settings.edit.capture_prompts
     sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
-    with context.stage("module inputs", " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"), bench.base():
+    title = " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"
+    with context.stage("module inputs", title), bench.base(), unedited_errors():
         return replace(directions, inputs=_inputs(bench, sets, answers))
 
 

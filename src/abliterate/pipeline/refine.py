@@ -94,8 +94,9 @@ class Refinement:
             self._bench.context.reporter.note(unrefined(self._bench.settings))
             return
         try:
-            yield from self._refined()
-        except TrialError as error:  # out of memory even for one row, or losses that aren't finite
+            with memory_errors():
+                yield from self._refined()
+        except (TrialError, torch.OutOfMemoryError) as error:  # out of memory even for one row, or losses that aren't finite
             reporter = self._bench.context.reporter
             reporter.warn(f"Refinement ends here ({first_line(error)}); the front so far stands.")
 

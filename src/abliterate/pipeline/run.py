@@ -23,10 +23,12 @@ from abliterate.errors import AbliterateError, InputError
 from abliterate.export import check_output
 from abliterate.files import read_toml, write_atomically
 from abliterate.model.devices import choose_device
+from abliterate.objectives import check_searchable
 from abliterate.pipeline import report_data, stages
 from abliterate.pipeline.context import Context, StageClock, make_store, read_prompts
 from abliterate.pipeline.export import Picked, export_and_verify, prepare, prompt_records, push_export, write_recipe
 from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_check
+from abliterate.pipeline.from_settings import objectives_of, scorers_of
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers, own_places
 from abliterate.pipeline.module_inputs import with_inputs
@@ -35,7 +37,7 @@ from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
-from abliterate.pipeline.workers import publish
+from abliterate.pipeline.workers import announce, publish
 from abliterate.prompts.sets import Heldout
 from abliterate.report.ending import ending
 from abliterate.report.page import write_report
@@ -45,7 +47,7 @@ from abliterate.search.selection import SelectionRule
 from abliterate.search.study import Study, check_database, open_study
 from abliterate.settings import untrusted
 from abliterate.settings.schema import LoadSettings, Settings
-from abliterate.settings.sources import dump_settings
+from abliterate.settings.sources import dump_settings, load_settings
 from abliterate.terminal.progress_bar import default_reporter
 from abliterate.types import Baseline, Reporter, Trial
 
@@ -94,6 +96,7 @@ def run(
         with directory.locked():
             settings = with_edit_mode(settings, reporter.note)
             rule = check_names(settings)
+            check_searchable(objectives_of(settings, scorers_of(settings)))
             settings = as_refinable(settings, reporter.note)
             devices = devices_of(gpus, choose_device(settings.device), settings.device)
             if devices and settings.load.device_map:
@@ -104,7 +107,7 @@ def run(
             directory.check(resume=resume, restart=restart)
             check_database(settings.search.storage)
             if settings.export.kind != "none" and not restart:
-                check_output(directory.export)
+                check_output(directory.export, settings.model)
             seeds = cache(lambda: ranks.agree(lambda: seed_trials(settings.search)))
             if settings.search.seed_from and not ranks.agree(lambda: resume and directory.holds_run):
                 seeds()  # before a model is loaded, and before the run that it names may be moved aside
@@ -155,7 +158,8 @@ class _Run:
         held = ranks.agree(lambda: read_heldout(context, prompts.all_sets()))
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
-        with load_calibrated(context, prompts, held=held.sets if held else None) as bench:  # steps 1 and 2 of docs/design.md §2
+        known, kept_out = ranks.agree(self._known_prefix), held.sets if held else None
+        with load_calibrated(context, prompts, known, held=kept_out) as bench:  # steps 1 and 2 of docs/design.md §2
             context = self.context = bench.context  # its settings have the moment that the run keeps
             if not bench.time_told:
                 note_time(context, bench.loaded, bench.chat, bench.prompts)
@@ -169,7 +173,7 @@ class _Run:
             write_atomically(directory.settings, dump_settings(context.settings))
             directions = self._find_directions(bench, study)  # 3 and 4
             bench.prepare(directions)
-            baseline = stages.baseline(bench)  # 5
+            baseline = self._kept_baseline(stages.baseline(bench))  # 5
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
             publish(bench, study, baseline, directions, result.identity or {})
             search = self._search(bench, study, baseline, devices)  # 6
@@ -212,6 +216,7 @@ class _Run:
         identity = bench.identity()
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
+        announce(study)
         if settings.search.seed_from and not study.has("seeds"):
             study.begin(seeds=seed_values(bench.space, *self.seeds()))
             numbers = ", ".join(str(trial.number) for trial in self.seeds()[1])
@@ -247,6 +252,23 @@ class _Run:
             return None
         with contextlib.suppress(InputError):  # a file that isn't the run's is replaced
             return stages.read_directions(self.directory.directions, self.result)
+        return None
+
+    def _kept_baseline(self, here: Baseline) -> Baseline:
+        """The baseline of a continued run, to which its trials are relative; another device or library may give another one."""
+        before = self.result.baseline
+        if before is None or not self.result.trials:
+            return here
+        stages.warn_of_another_baseline(self.context, here, before, "In this session")
+        return before
+
+    def _known_prefix(self) -> str | None:
+        """The response prefix that a continued run has found by the present settings; None: it is to be found."""
+        response, prefix = self.context.settings.response, self.result.response_prefix
+        if prefix is None or not self.result.trials or response.prefix:
+            return None
+        with contextlib.suppress(InputError):
+            return prefix if load_settings(str(self.directory.settings)).response == response else None
         return None
 
     def _search(self, bench: Workbench, study: Study, baseline: Baseline, devices: Sequence[str]) -> Search:

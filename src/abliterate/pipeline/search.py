@@ -11,6 +11,7 @@ from optuna.storages import InMemoryStorage
 
 from abliterate.directions import Directions
 from abliterate.errors import AbliterateError, InputError
+from abliterate.objectives import check_searchable
 from abliterate.pipeline import stages
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.seeds import seed_trials, seed_values
@@ -125,7 +126,8 @@ class Search:
             self._running = False
 
     def refine(self) -> Iterator[Sequence[Trial]]:
-        """Refine the front by gradient after the search; gives the newly finished trials after each refined one."""
+        """Run the remaining trials, and refine the front by gradient; gives the new trials after each refined one."""
+        self.finish()
         self.bench.prepare(self._directions)  # another search may have changed them
         for _ in Refinement(self.bench, self.study, self.trials, self._slots):
             before = {trial.number for trial in self.trials}
@@ -211,6 +213,7 @@ def search(bench: Workbench, directions: Directions, trials: int | None = None) 
         AbliterateError: the model refuses none of the prompts, so there is nothing to search for.
         InputError: the run of `search.seed_from` can't be used, or `search.prior` has no residuals to go by.
     """
+    check_searchable(bench.objectives)
     bench.prepare(directions)
     space = bench.space
     if trials is not None:

@@ -26,6 +26,8 @@ def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
     Raises:
         InputError: the run can't be read or has no complete trial that was suggested by a sampler.
     """
+    if settings.trials == 0:
+        raise InputError("Without trials none of another run's is measured; give some with -n, or leave --seed-from out.")
     path = expanded(settings.seed_from)
     result = Result.read(RunDirectory(path))
     objectives, baseline = result.objectives_or_default(), result.baseline

@@ -41,13 +41,13 @@ from abliterate.directions.protected import capability_directions, protect
 from abliterate.edits import edit_method, is_learned
 from abliterate.engine.reference import Progress
 from abliterate.engine.shared_residuals import shared_feed
-from abliterate.errors import AbliterateError, InputError, TrialError, first_line
+from abliterate.errors import AbliterateError, InputError, ScorerUnavailable, TrialError, first_line
 from abliterate.evaluation import trial as trial_evaluation
 from abliterate.model.memory import affordable, memory_errors, unless_full
 from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
-from abliterate.pipeline.context import Context
+from abliterate.pipeline.context import Context, unedited_errors
 from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.capabilities import PLAIN
@@ -86,7 +86,8 @@ def residuals(bench: Workbench) -> Residuals:
     """The base model's residuals on both direction sets; cached residuals are not computed again."""
     context, prompts = bench.context, bench.prompts
     sets = {"harmful": prompts.harmful, "harmless": prompts.harmless}
-    with context.stage("residuals", f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"), bench.base():
+    title = f"{len(prompts.harmful)} + {len(prompts.harmless)} prompts"
+    with context.stage("residuals", title), bench.base(), unedited_errors():
         check_prior(bench)
         size, large = _size(bench)
         method = direction_method(context.settings.directions.method)
@@ -226,10 +227,10 @@ def baseline(bench: Workbench) -> Baseline:
     """The unedited model's scores, to which the scores of edited models are relative."""
     context, prompts = bench.context, bench.prompts
     if any(map(asks_base, bench.scorers)):
-        with context.stage("yardstick", "the model's own harmless answers"):
+        with context.stage("yardstick", "the model's own harmless answers"), unedited_errors():
             bench.asked().yardstick()
     with context.stage("baseline"):
-        with bench.base():
+        with bench.base(), unedited_errors():
             observed = _observe_base(bench)
         try:
             scores = trial_evaluation.base_scores(bench.scorers, replace(observed, base=bench.asked()))
@@ -257,6 +258,23 @@ def baseline(bench: Workbench) -> Baseline:
     if measured.refusals == 0 and FEWER & set(bench.objectives):
         raise AbliterateError(_nothing_to_remove(own_markers(context.settings), measured.prompts))
     return measured
+
+
+def warn_of_another_baseline(context: Context, here: Baseline, before: Baseline, where: str) -> None:
+    """Warn if the unedited model's scores, measured again (`where`), aren't those to which the run's trials are relative."""
+    off = "its trials may be off by as much."
+    if here.refusals != before.refusals:
+        context.reporter.warn(f"{where} the model refuses {here.refusals} prompts, in the run {before.refusals}; {off}")
+    elif here.unanswered != before.unanswered:
+        context.reporter.warn(
+            f"{where} the model leaves other prompts unanswered ({here.unanswered}) than in the run ({before.unanswered}); "
+            f"{off}"
+        )
+    for name, value in before.values.items():
+        if not math.isclose(here.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
+            context.reporter.warn(
+                f"{where} the scorer {name} gives the model {here.value(name):.6g}, in the run {value:.6g}; {off}"
+            )
 
 
 def own_markers(settings: Settings) -> str:
@@ -305,6 +323,11 @@ def _evaluated(bench: Workbench, number: int, params: Params, once: Callable[[],
         if evaluation is None:
             with memory_errors():
                 evaluation = once()
+    except ScorerUnavailable as error:
+        raise AbliterateError(
+            f"Trial {number} can't be scored, because {first_line(error)}; mend that and continue with --resume, which repeats "
+            "the trial."
+        ) from error
     except (TrialError, torch.OutOfMemoryError) as error:
         return Trial(number, params, "failed", {}, 0.0, first_line(error))
     records = {name: score.record for name, score in evaluation.scores.items()}

@@ -46,7 +46,7 @@ from abliterate.objectives import DEFAULT
 from abliterate.pipeline import batch_size
 from abliterate.pipeline.cache_keys import rendering, study_identity
 from abliterate.pipeline.calibrate import choose_threads, known_prefix
-from abliterate.pipeline.context import Context, read_prompts
+from abliterate.pipeline.context import Context, read_prompts, unedited_errors
 from abliterate.pipeline.from_settings import (
     asked_for,
     at_a_moment,
@@ -154,7 +154,7 @@ class Workbench:
 
         `prefix` and `sizes` ({operation: batch size}) are given by a run to its workers, or by a recipe.
         """
-        with self.context.stage("calibrate"), self.base():
+        with self.context.stage("calibrate"), self.base(), unedited_errors():
             plain = plain_engine(self.context, self.loaded)
             choose_threads(plain, prompts, self.context.reporter.note)  # before the batch sizes, which depend on it
             tuned = batch_size.batch_sizes(self.context, self.loaded, plain, prompts, sizes)

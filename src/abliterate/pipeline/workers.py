@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shlex
 import tempfile
 import time
@@ -45,6 +44,8 @@ FORMAT = 3
 
 # The names of the entries that a run shares; the setup is written last, so it is complete once it is there.
 _SETUP, _DIRECTIONS = "setup", "directions"
+# A run's present session, and that of the setup; studies of earlier versions have neither.
+_SESSION, _SETUP_OF = "session", "session of setup"
 
 # Settings that each machine has for itself, or that only the run needs, by section; "" names those outside of sections.
 _OWN = {
@@ -139,6 +140,12 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
     # Without the inputs of modules, which are too large for a database: a worker has them from its own model, or the cache.
     study.share(_DIRECTIONS, stages.directions_file(replace(directions, inputs={})))
     study.share(_SETUP, setup.to_bytes())
+    study.share(_SETUP_OF, study.shared(_SESSION) or b"")
+
+
+def announce(study: Study) -> None:
+    """Have workers that start from now on wait for the setup of this session, since an earlier one's may be another."""
+    study.share(_SESSION, uuid.uuid4().bytes)
 
 
 def _file(settings: Settings, name: str) -> Path | None:
@@ -202,7 +209,7 @@ def wait_for_setup(
     noted = False
     while True:
         directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
-        if directions is not None and setup is not None:
+        if directions is not None and setup is not None and shared(study, _SESSION) == shared(study, _SETUP_OF):
             try:
                 return SharedSetup.of_bytes(setup), stages.directions_of(directions)
             except (SafetensorError, KeyError, ValueError) as error:
@@ -308,21 +315,5 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
     bench.prepare(with_inputs(bench, directions, setup.answers))
     if setup.yardstick is not None:  # the bounds decide what counts, so all workers use the run's
         bench.yardstick = Yardstick.from_record(setup.yardstick)
-    here = stages.baseline(bench)
-    if here.refusals != setup.baseline.refusals:
-        context.reporter.warn(
-            f"On this machine the model refuses {here.refusals} prompts, in the run {setup.baseline.refusals}; its trials may "
-            "be off by as much."
-        )
-    elif here.unanswered != setup.baseline.unanswered:
-        context.reporter.warn(
-            f"On this machine the model leaves other prompts unanswered ({here.unanswered}) than in the run "
-            f"({setup.baseline.unanswered}); its trials may be off by as much."
-        )
-    for name, value in setup.baseline.values.items():
-        if not math.isclose(here.value(name), value, rel_tol=1e-3, abs_tol=1e-6):
-            context.reporter.warn(
-                f"On this machine the scorer {name} gives the model {here.value(name):.6g}, in the run {value:.6g}; its trials "
-                "may be off by as much."
-            )
+    stages.warn_of_another_baseline(context, stages.baseline(bench), setup.baseline, "On this machine")
     return study

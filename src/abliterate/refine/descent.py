@@ -20,6 +20,7 @@ from abliterate.edits import Factors
 from abliterate.engine.batching import Batches
 from abliterate.evaluation.teacher_forced import TeacherForced, answer_logits, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.formats import opaque, storage_of
 from abliterate.refine.loss import Loss, Rows, kl_losses, target_loss
 from abliterate.refine.parameters import Parameters
 
@@ -95,9 +96,26 @@ class Pass:
         return _mean(rows, parts)
 
     def probe(self, prompt: Sequence[int], factors: dict[str, Factors]) -> None:
-        """A small forward and backward pass; RuntimeError or NotImplementedError if a layer has no backward pass."""
+        """A small forward and backward pass; RuntimeError or NotImplementedError if a layer has no backward pass.
+
+        A quantized kernel may return outputs that no gradient goes through, which the residual stream beside it would hide. So
+        one module of each quantized kind is asked for the gradient of its own input.
+        """
         row = TeacherForced(prompt[:4], prompt[:2])
-        self.gradients(factors, Rows([row], [row]), 1.0)
+        with _inputs_of(module for module in self.layers.modules() if storage_of(module) or opaque(module)) as calls:
+            self.gradients(factors, Rows([row], [row]), 1.0)
+        self.hooks.suspend()  # an edit beside the module passes gradients on
+        for module, (given, options) in calls.items():
+            places = [index for index, value in enumerate(given) if torch.is_tensor(value) and value.is_floating_point()]
+            if not places:
+                continue
+            place = places[0]
+            asked = given[place].detach().requires_grad_()
+            output = module(*given[:place], asked, *given[place + 1 :], **options)
+            output = output[0] if isinstance(output, tuple) else output
+            (gradient,) = torch.autograd.grad(output.float().sum(), [asked], allow_unused=True)
+            if gradient is None or not gradient.any():
+                raise RuntimeError(f"{type(module).__name__} passes no gradient on")
 
     def gradients(self, factors: dict[str, Factors], rows: Rows, beta: float) -> tuple[Loss, dict[str, list[Tensor | None]]]:
         """The loss of `rows`, and the gradients of its total in every tensor of `factors`."""
@@ -254,6 +272,23 @@ class Descent:
             _drawn(self.rows.harmful, self.batch, self.seed, self.steps),
             _drawn(self.rows.harmless, self.batch, self.seed + 1, self.steps),
         )
+
+
+@contextlib.contextmanager
+def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """While active, the first call of one module of each type is kept: {module: its arguments}."""
+    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def keep(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
+        calls.setdefault(module, (given, options))
+
+    by_type = {type(module): module for module in modules}
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in by_type.values()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _drawn(rows: Sequence[TeacherForced], count: int, seed: int, step: int) -> list[TeacherForced]:

@@ -20,7 +20,7 @@ from abliterate.files import read_toml
 from abliterate.report.tables import SearchRecord
 from abliterate.search.front import progress as hypervolumes
 from abliterate.search.importance import ENOUGH, importances
-from abliterate.types import Baseline, Objective, Trial
+from abliterate.types import Baseline, Objective, Trial, number
 
 # What stands for a part of the report that a run at work may still write.
 LATER = "The run hasn't come to this yet."
@@ -211,8 +211,13 @@ def _check_geometry(record: Any) -> None:
             if len(layer[name]) != len(record["prompts"][name]) or any(len(point) != 2 for point in layer[name]):
                 raise ValueError("points without a prompt")
             numbers += [value for point in layer[name] for value in point]
-    if not all(value is None or isinstance(value, int | float) for value in numbers):
-        raise TypeError("no number")
+    for value in numbers:
+        if value is not None:
+            number(value)
+    if [row["index"] for row in record["layers"]] != list(range(len(record["layers"]))):
+        raise ValueError("other layers")
+    if not isinstance(record["sampled"], Mapping):
+        raise TypeError("no numbers of prompts")
     if len(record["projection"]) not in (0, len(record["layers"])) or not isinstance(record["reason"], str):
         raise ValueError("a projection of other layers")
     if not {"directions", "sampled"} <= record.keys():

@@ -154,7 +154,8 @@ def front(material: Material) -> Plot | None:
         return _of_objectives(material, baseline)
     rows = [{**_point(material, trial), "height": trial.value(name)} for trial in material.scored]
     base = {"kind": "base model", "kl": 0, "height": baseline.value(name), **_base_counts(baseline)}
-    steps = [base, *(row for row in rows if row["order"] > 1)]
+    # A person may have selected a trial that isn't on the front.
+    steps = [base, *(row for trial, row in zip(material.scored, rows, strict=True) if material.is_front(trial))]
     steps.sort(key=lambda row: (row["kl"], -row["height"]))
     y = quantity("height", _counts_of(material)[name])
     line = {

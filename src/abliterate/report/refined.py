@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.types import Cell, Column, RefinedParams, Table, Trial
+from abliterate.types import Cell, Column, RefinedParams, Table, Trial, number
 
 # `model.layers.3.self_attn.o_proj`: the first number is the layer, and the rest is the same in every layer.
 _MODULE = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")
@@ -43,7 +43,9 @@ def margin_text(params: RefinedParams) -> str:
     validation = params.facts.get("validation")
     known = validation if isinstance(validation, Mapping) else {}
     margin, share, prompts = (known.get(name) for name in ("margin", "weaker", "prompts"))
-    if not (isinstance(margin, int | float) and isinstance(share, int | float) and isinstance(prompts, int | float)):
+    try:
+        margin, share, prompts = number(margin), number(share), number(prompts)
+    except (TypeError, ValueError):
         return ""
     return f"{100 * margin:.0f} % weaker: {share * prompts:.0f} of {prompts:.0f} refused"
 

@@ -380,7 +380,7 @@ def layer_text(material: Material, index: int) -> str:
     """A layer of the projection in words."""
     assert material.geometry is not None
     row, shares = material.geometry["layers"][index], material.geometry["projection"][index]["explained"]
-    if row.get("probe") is None:
+    if row.get("probe") is None or row.get("silhouette") is None:
         return f"{layer_name(index)}: all points are the same"
     return f"{layer_name(index)}: axes explain {sum(shares):.0%}, probe {row['probe']:.0%}, silhouette {row['silhouette']:.2f}"
 

@@ -35,7 +35,7 @@ _MARKS = {"stopped": "·", "complete": "o", "front": "★", "base": "B", "select
 
 def show(material: Material) -> None:
     """Show everything, in the page's order."""
-    print(in_a_sentence(material))
+    print(printable(in_a_sentence(material)))
     if not material.trials:
         return
     for section in (_front, _progress, _kernels, _importance, _geometry, _heldout, _answers, _cost, _coverage, _facts):
@@ -47,7 +47,7 @@ def _front(material: Material) -> None:
     show_table(front_table(material.search))
     if material.scored:
         print()
-        print("\n".join(front_lines(material)))
+        print("\n".join(map(printable, front_lines(material))))
 
 
 def front_lines(material: Material) -> list[str]:
@@ -150,7 +150,7 @@ def _refined(material: Material, trial: Trial, params: RefinedParams) -> None:
 
 def _importance(material: Material) -> None:
     if not material.importance:
-        print(material.missing["importance"])
+        print(printable(material.missing["importance"]))
         return
     table = importance_table(material.importance)
     top = max(share for shares in material.importance.values() for share in shares.values()) or 1.0
@@ -166,7 +166,7 @@ def _bar(value: float, top: float, width: int = _BAR) -> str:
 
 def _geometry(material: Material) -> None:
     if material.geometry is None:
-        print(material.missing["geometry"])
+        print(printable(material.missing["geometry"]))
         return
     show_table(geometry_table(material.geometry))
     if material.geometry["reason"]:
@@ -187,7 +187,7 @@ def _heldout(material: Material) -> None:
 def _answers(material: Material) -> None:
     answers = material.answers
     if answers is None:
-        print(material.missing["answers"])
+        print(printable(material.missing["answers"]))
         return
     print(f"Answers of the base model and of trial {answers['trial']}")
     for name in ("harmful", "harmless"):

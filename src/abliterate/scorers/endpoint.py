@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 from abliterate import ranks
-from abliterate.errors import InputError, TrialError
+from abliterate.errors import InputError, ScorerUnavailable
 
 URL, MODEL, KEY = "ABLITERATE_JUDGE_URL", "ABLITERATE_JUDGE_MODEL", "ABLITERATE_JUDGE_KEY"
 TRIES, PAUSE, TIMEOUT = 4, 1.0, 60.0  # tries per request; seconds before the second try, doubled each time; seconds per try
@@ -59,7 +59,7 @@ class ChatEndpoint(Generic[Verdict]):
         """The verdict on a question.
 
         Raises:
-            TrialError: the server can't be reached, answers with an error, or gives no verdict however often it is asked.
+            ScorerUnavailable: the server can't be reached, answers with an error, or gives no verdict in all tries.
         """
         if question not in self._verdicts:
             self._verdicts[question] = ranks.agree(lambda: self._asked(question))
@@ -92,7 +92,7 @@ class ChatEndpoint(Generic[Verdict]):
                 if verdict is not None:
                     return verdict
             failed += 1
-        raise TrialError(f"the judge's endpoint gave no verdict in {failed + busy} tries (last: {reply[:80]!r})")
+        raise ScorerUnavailable(f"the judge's endpoint gave no verdict in {failed + busy} tries (last: {reply[:80]!r})")
 
     def _post(self, body: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"}
@@ -128,11 +128,13 @@ def _is_address(url: str) -> bool:
 
 
 def _check_status(code: int, reply: str) -> None:
-    """Raise TrialError for a status that no further try would change."""
+    """Raise ScorerUnavailable for a status that no further try would change."""
     if 300 <= code < 400:
-        raise TrialError(f"the judge's endpoint redirects ({code}), which isn't followed; give the final address in {URL}")
+        raise ScorerUnavailable(
+            f"the judge's endpoint redirects ({code}), which isn't followed; give the final address in {URL}"
+        )
     if code < 500:
-        raise TrialError(f"the judge's endpoint answers {reply[:80]}")
+        raise ScorerUnavailable(f"the judge's endpoint answers {reply[:80]}")
 
 
 def _retry_after(text: str) -> float:

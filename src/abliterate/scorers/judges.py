@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from abliterate.errors import InputError, TrialError, first_line
+from abliterate.errors import InputError, ScorerUnavailable, first_line
 from abliterate.files import expanded
 from abliterate.model.hub import skip_retries_without_network
 from abliterate.model.loader import public_name
@@ -107,7 +107,7 @@ class Classifier(AnswerJudge):
             try:
                 # Without the option, transformers asks on the terminal whether to run a model's own code.
                 plain = {"trust_remote_code": False}
-                with library_errors(lambda error: TrialError(_not_loaded(self._source, error))):
+                with library_errors(lambda error: ScorerUnavailable(_not_loaded(self._source, error))):
                     config = AutoConfig.from_pretrained(self._source, **plain)
                     config._attn_implementation = "eager"  # it may name kernels from the Hub, which are code, too
                     model = AutoModelForSequenceClassification.from_pretrained(
@@ -115,7 +115,7 @@ class Classifier(AnswerJudge):
                     ).eval()
                     tokenizer = AutoTokenizer.from_pretrained(self._source, **plain)
             except (RuntimeError, MemoryError) as error:  # out of memory
-                raise TrialError(_not_loaded(self._source, error)) from error
+                raise ScorerUnavailable(_not_loaded(self._source, error)) from error
             if tokenizer.pad_token_id is None:
                 tokenizer.pad_token = tokenizer.eos_token
             if model.config.pad_token_id is None:
@@ -141,14 +141,14 @@ def refusal_label(labels: dict[int, str], wanted: str = "") -> int:
     """The number of the label that means a refusal: the `wanted` label, else the only one whose name means a refusal.
 
     Raises:
-        TrialError: no label or several labels fit.
+        ScorerUnavailable: no label or several labels fit.
     """
     if wanted:
         numbers = [number for number, name in labels.items() if name == wanted]
     else:
         numbers = [number for number, name in labels.items() if _REFUSAL_LABEL.search(name) and not _NEGATED.search(name)]
     if len(numbers) != 1:
-        raise TrialError(
+        raise ScorerUnavailable(
             f"it isn't clear which label of the judge's model means a refusal (it has {', '.join(labels.values())}); name the "
             "label with evaluation.judge_label"
         )

@@ -163,8 +163,9 @@ def _topic_bound(own: Sequence[float], exchanged: Sequence[float]) -> float:
     A few prompts that are alike can move the best separation far up, and answers that begin against the base's will lie lower
     than its own answers do.
     """
-    best = separation(own, exchanged)
-    return min(best, (statistics.median(own) + statistics.median(exchanged)) / 2) if exchanged else best
+    if not exchanged:  # of one or two prompts, an answer can't be compared with that to another one
+        return -1.0
+    return min(separation(own, exchanged), (statistics.median(own) + statistics.median(exchanged)) / 2)
 
 
 def separation(above: Sequence[float], below: Sequence[float]) -> float:

@@ -92,6 +92,7 @@ class Study:
         self._patience, self._pause = patience, pause
         self._silence = Silence(space.settings.grace_seconds)
         self._reported: dict[int, Trial] = {}
+        self._known: dict[str, Any] = {}  # what doesn't change any more, because fetching it costs a database's whole answer
         # This sampler is never used, because `ask` sets its own.
         self._study = patiently(
             lambda: optuna.create_study(
@@ -135,8 +136,13 @@ class Study:
     @property
     def n_startup(self) -> int:
         """The number of random trials as the study began: continuing with more trials must not change which are random."""
-        given = self._space.settings.startup_trials
-        return given or int(self._study.user_attrs.get(_STARTUP, self._space.settings.n_startup_trials))
+        given = self._space.settings.startup_trials or self._known.get(_STARTUP)
+        if given is None:
+            stored = self._study.user_attrs.get(_STARTUP)
+            if stored is None:  # it isn't claimed yet
+                return self._space.settings.n_startup_trials
+            given = self._known[_STARTUP] = int(stored)
+        return int(given)
 
     def fail_interrupted(self) -> int:
         """Mark the trials that this worker left unfinished when it last ended as interrupted; returns their number."""
@@ -168,6 +174,9 @@ class Study:
                         return self._patiently(partial(self._suggested, slot, trial_id, bool(running), known))
                     except UpdateFinishedTrialError:  # on a slow machine others took this worker for dead: ask again later
                         return None
+                    except BaseException:
+                        self._interrupt(trial_id)
+                        raise
                 # Workers that look at the same moment see the same free slots. A worker that lost a slot skips as many free
                 # slots as there were workers before it, so n workers begin about 2 n trials, and not n².
                 skipped += passed
@@ -204,19 +213,25 @@ class Study:
         except (ValueError, RecursionError) as error:
             raise _strange(name, error) from error
 
+    def _begun_with(self, name: str) -> Any:
+        """As `_given`, once there are trials: then it stays, and isn't fetched again with all else that the study shares."""
+        if name not in self._known:
+            self._known[name] = self._given(name)
+        return self._known[name]
+
     def _fixed(self, slot: int, known: int) -> dict[str, Value]:
         """The values that a trial must have, by name: those of a seed, or of a start-up trial; the sampler chooses the others.
 
         `known` is the number of trials that the sampler learns from.
         """
-        seeds, name = self._given(_SEEDS) or (), _SEEDS
+        seeds, name = self._begun_with(_SEEDS) or (), _SEEDS
         try:
             if slot < len(seeds):
                 return self._space.fitted(seeds[slot])
             if known >= self.n_startup:
                 return {}
             name = _PRIOR
-            prior = tuple(float(number(weight)) for weight in self._given(_PRIOR) or ())
+            prior = tuple(float(number(weight)) for weight in self._begun_with(_PRIOR) or ())
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _strange(name, error) from error
         return startup_values(replace(self._space, prior=prior), self._seed, slot)

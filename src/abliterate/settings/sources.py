@@ -102,7 +102,7 @@ def load_settings(
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             # By sections, because sources of their own would be merged down to the entries of tables.
-            given = by_section(by_section(file_values, _marked(env_settings())), own)
+            given = _on_defaults(by_section(by_section(file_values, _marked(env_settings())), own))
             return (lambda: given,)  # type: ignore[return-value]
 
     try:
@@ -135,7 +135,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             table = table.setdefault(section, Entries() if depth else {})
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
-        table[leaf] = _parse_value(text.strip())
+        value = _parse_value(text.strip())
+        # A commit or a date may read as a number or date of TOML.
+        table[leaf] = text.strip() if name.strip() in _TEXTS and not isinstance(value, str) else value
     return values
 
 
@@ -194,6 +196,15 @@ def option_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterato
             yield prefix + name
 
 
+def _annotation(option: str) -> Any:
+    """The type of an option, by its dotted name."""
+    model: Any = schema.Settings
+    *sections, name = option.split(".")
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return model.model_fields[name].annotation
+
+
 def _texts(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """(dotted name, text) of every text in nested settings, including the names of table entries."""
     if isinstance(value, str):
@@ -218,7 +229,22 @@ def by_section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, An
 
 def _section(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     tables = {name for name, value in over.items() if isinstance(value, Entries) and isinstance(base.get(name), dict)}
-    return {**base, **over, **{name: Entries({**base[name], **over[name]}) for name in tables}}
+    return {**base, **over, **{name: type(base[name])({**base[name], **over[name]}) for name in tables}}
+
+
+def _on_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with `Entries` that no source has given a table for added to the default table."""
+    found = dict(values)
+    for option in option_names():
+        section, _, name = option.partition(".")
+        options = found.get(section)
+        table = options.get(name) if isinstance(options, dict) else None
+        if isinstance(table, Entries):
+            field = schema.Settings.model_fields[section].annotation.model_fields[name]  # type: ignore[union-attr]
+            default = field.get_default(call_default_factory=True)
+            if isinstance(default, dict):  # else it is no table, which is told later
+                found[section] = {**found[section], name: {**default, **table}}
+    return found
 
 
 def _marked(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -368,6 +394,10 @@ def _parse_value(text: str) -> Any:
         return text
 
 
+_LIST = 'Input should be a list, such as [1, 2] or ["a", "b"]'
+_TEXTS = frozenset(name for name in option_names() if _annotation(name) is str)
+
+
 def _nearest(name: str, known: list[str]) -> str:
     nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
     return f"; did you mean {nearest[0]}?" if nearest else "; see configs/default.toml for all settings."
@@ -388,8 +418,16 @@ def _check_environment() -> None:
 
 def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
+        name = ".".join(map(str, first["loc"]))
         return f"There is no setting {name}{_nearest(name, list(option_names()))}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"The setting {name or 'given'} has a wrong value ({first['input']!r}): {message}."
+    # Behind an option's name stands which of several types an error is about; what such a type allows is said together.
+    place = first["loc"][:2]
+    is_option = ".".join(map(str, place)) in option_names()
+    same = [each for each in error.errors() if each["loc"][:2] == place] if is_option else [first]
+    told = max(same, key=lambda each: len(each["loc"]))
+    name = ".".join(str(part) for part in told["loc"] if not re.search(r"[\[(]", str(part)))
+    messages = [_LIST if each["type"] == "tuple_type" else each["msg"].removeprefix("Value error, ") for each in same]
+    if len(same) == 1 or len(told["loc"]) > 3:
+        messages = [messages[same.index(told)]]
+    return f"The setting {name or 'given'} has a wrong value ({told['input']!r}): {', or '.join(dict.fromkeys(messages))}."

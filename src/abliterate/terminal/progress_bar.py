@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from abliterate.terminal.tables import printable
 from abliterate.types import Reporter, Table, Trial
 
 
@@ -42,7 +43,7 @@ class ProgressBarReporter:
     def warn(self, text: str) -> None:
         if text not in self._warnings:
             self._warnings.add(text)
-            tqdm.write(f"warning: {text}", file=self._out)
+            tqdm.write(f"warning: {printable(text)}", file=self._out)
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         """Show nothing, because the caller iterates over the trials."""

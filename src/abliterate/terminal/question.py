@@ -27,6 +27,9 @@ _KEY = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1bO.|.", re.DOTALL)
 _BEGUN = re.compile(r"\x1b(\[[0-?]*[ -/]*|O)?\Z")
 # A key's further bytes come at once; what comes later is another key.
 _SAME_KEY = 0.05
+# An answer as a line: a number, a word, both or nothing; and the key that its word stands for.
+_LINE = re.compile(r"([0-9]*)\s*(c|chat|q|quit|n|no)?", re.IGNORECASE)
+_MEANT = {"c": "c", "q": "q", "n": "q"}
 # Seconds between two looks at whether a job has come to the foreground.
 _LOOK = 0.5
 
@@ -154,12 +157,15 @@ def _by_line(question: Question, out: TextIO) -> Choice:
             text = input().strip()
         except EOFError:
             return Choice("export", question.proposed)
+        answer = _LINE.fullmatch(text)
+        if answer is None:
+            out.write(f"The answer {text[:40]!r} is none of these. {question.explanation()}\n")
+            continue
+        number, word = answer.groups()
         question._typed = ""  # each line is an answer of its own
-        for key in text:
+        for key in (*number, _MEANT.get((word or "")[:1].lower(), "\n")):
             if (choice := question.key(key)) is not None:
                 return choice
-        if (choice := question.key("\n")) is not None:
-            return choice
 
 
 def _keys(descriptor: int, seconds: float) -> list[str] | None:

@@ -265,6 +265,7 @@ def ask_yes(question: str) -> bool:
 
 def show_heading(text: str) -> None:
     """Print a heading above the output of one run among several."""
+    text = printable(text)
     if sys.stdout.isatty():
         make_console().print(f"\n[bold]{escape(text)}[/]")
     else:

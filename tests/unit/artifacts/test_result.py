@@ -247,8 +247,8 @@ def test_a_trial_is_given_or_the_reason_why_not(tmp_path: Path) -> None:
     assert result.trial(0, "runs/x") == result.trials[0]
     for number, expected in {
         1000: "The run in runs/x has no finished trial 1000; see abliterate trials runs/x.",
-        90: "Trial 90 was stopped because another trial is no worse in any objective; choose a trial that abliterate trials "
-        "runs/x shows as complete.",
+        90: "Trial 90 was stopped because the unedited model or another trial is no worse in any objective; choose a trial "
+        "that abliterate trials runs/x shows as complete.",
         91: "Trial 91 failed (out of memory); choose a trial that abliterate trials runs/x shows as complete.",
     }.items():
         with pytest.raises(InputError) as caught:

@@ -441,7 +441,7 @@ def another_model(result: dict[str, Any]) -> None:
         (no_front, [], ["none of its trials beats the model itself", "--trial"]),
         (another_model, [], ["isn't what it was when the run was made"]),
         (lambda result: result["model"].pop("fingerprint"), [], ["is damaged (model.fingerprint: Field required)"]),
-        (lambda result: None, ["--set", "edit.mode=none"], ["The settings edit belong to the run"]),
+        (lambda result: None, ["--set", "edit.mode=none"], ["A chat doesn't use edit.mode; it takes"]),
         (lambda result: None, ["--temperature", "-1"], ["--temperature needs a number from 0"]),
     ],
 )

@@ -66,7 +66,9 @@ def llama() -> Lab:
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow), "qwen3_5"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "qwen3_5"))]
+)
 def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
     lab = short_lab(family)
     markers = markers_of(whole(lab.reference)[1])
@@ -116,7 +118,7 @@ def test_any_batch_size_gives_the_same_numbers(llama: Lab, size: int) -> None:
     ],
     ids=lambda generation: "+".join(generation),
 )
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma3", marks=pytest.mark.slow)])
 def test_the_models_own_processors_apply(family: str, generation: dict[str, Any]) -> None:
     plain, lab = short_lab(family), short_lab(family, generation=generation)
     engine = lab.engine()
@@ -389,7 +391,14 @@ def test_an_open_thinking_block_at_the_limit_is_no_answer(opens: bool) -> None:
     assert [scorer.is_refusal(r) for r in found] == [scorer.is_refusal(r) for r in expected]
 
 
-@pytest.mark.parametrize(("margin", "pause", "batch_size"), [(4, 4, 3), (0, 1, 5), (1, 9, 2), (9, 24, 1)])
+@pytest.mark.parametrize(
+    ("margin", "pause", "batch_size"),
+    [
+        (4, 4, 3),
+        (0, 1, 5),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in ((1, 9, 2), (9, 24, 1))),
+    ],
+)
 def test_the_front_is_that_of_full_evaluation(llama: Lab, margin: int, pause: int, batch_size: int) -> None:
     """For any order, chunk and batch size."""
     llama.editor.clear()

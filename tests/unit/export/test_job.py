@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import EXPORTERS, ExportJob, finished_folder, model_card
+from abliterate.export import EXPORTERS, ExportJob, check_output, finished_folder, leave_record, model_card
+from abliterate.export.folder import MARKER
 from abliterate.model.architectures import find_targets
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
@@ -285,6 +286,35 @@ def test_finished_folder_replaces_the_old_one(tmp_path: Path) -> None:
         write_whole(final, text)
     assert (final / "f").read_text(encoding="utf-8") == "second"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_old_export_with_a_persons_files_is_kept(tmp_path: Path) -> None:
+    final, told = tmp_path / "model", list[str]()
+    write_whole(final, "first")
+    leave_record(final, {"trial": 3})  # the record of its check leaves the list of its files
+    (final / ".DS_Store").write_text("", encoding="utf-8")
+    write_whole(final, "second")
+    (final / "folder").mkdir()
+    (final / "folder" / "Model-F16.gguf").write_text("mine", encoding="utf-8")
+    with finished_folder(final, warn=told.append) as folder:
+        (folder / "f").write_text("third", encoding="utf-8")
+    assert (final / "f").read_text(encoding="utf-8") == "third"
+    (kept,) = (path for path in tmp_path.iterdir() if path != final)
+    assert (kept / "folder" / "Model-F16.gguf").read_text(encoding="utf-8") == "mine"
+    assert len(told) == 1
+    assert kept.name in told[0]
+
+
+@pytest.mark.parametrize("out", [".", "model", "model/.."])
+def test_the_model_itself_is_never_replaced(out: str, tmp_path: Path) -> None:
+    """It may be an earlier export, which would pass for one that can be replaced."""
+    model = tmp_path / "model"
+    write_whole(model, "weights")
+    (tmp_path / MARKER).write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="holds the model that the export is made from; choose another --out"):
+        check_output(tmp_path / out, str(model))
+    check_output(tmp_path / "other", str(model))
+    check_output(model, "some/model-on-the-hub")
 
 
 def test_what_is_not_ours_is_never_replaced(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def reloaded(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 @pytest.mark.parametrize("family", EXPERTS)
 def test_merged_is_streamed_and_equals_the_trial(family: str, mode: str, tmp_path: Path) -> None:
     case = make_case(make_model(family), tmp_path, mode=mode)

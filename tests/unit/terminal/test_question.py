@@ -100,6 +100,24 @@ def test_without_single_keys_each_line_is_an_answer_of_its_own(monkeypatch: pyte
     assert "If no key" not in question(600).explanation()  # nothing ends the wait for a line
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["exit", "abort", "Q"], Choice("quit", 7)),
+        (["cancel", "no"], Choice("quit", 7)),
+        (["12 c"], Choice("chat", 12)),
+        (["chat"], Choice("chat", 7)),
+        ([""], Choice("export", 7)),
+    ],
+)
+def test_a_line_that_is_no_answer_exports_nothing(lines: list[str], expected: Choice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abliterate.terminal.question.termios", None)
+    given, out = iter(lines), io.StringIO()
+    monkeypatch.setattr("builtins.input", lambda: next(given))
+    assert ask(question(600), out=out) == expected
+    assert out.getvalue().count("is none of these. Enter exports") == len(lines) - 1
+
+
 def test_the_explanation_tells_the_time() -> None:
     assert "for 10 minutes, trial 7 is exported" in question(600).explanation()
     assert "for 30 seconds, trial 7 is exported" in question(30).explanation()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import InputError
-from abliterate.model.formats.base import InFiles, Tensors, fp4_values, powers_of_two, product, scaled, unpacked
+from abliterate.model.formats.base import InFiles, Tensors, fp4_values, powers_of_two, scaled, unpacked
 
 _PARTS = (".weight_scale", ".weight_shape", ".weight_zero_point", ".weight_global_scale", ".weight_g_idx")
 
@@ -32,8 +32,11 @@ class CompressedTensors:
         return module.out_features, module.in_features
 
     def dense(self, module: Any) -> Tensor:
-        if _status(module) != "compressed":  # its weights are rounded in each pass
-            return product(module, module.in_features, module.weight.dtype)
+        if _status(module) != "compressed":  # its weights are rounded in each pass, and its inputs, which W must not depend on
+            from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+            rounded: Tensor = forward_quantize(module, module.weight.detach(), "weight", module.quantization_scheme.weights)
+            return rounded
         tensors = {f".{name}": tensor.detach() for name, tensor in module._parameters.items() if tensor is not None}
         tensors |= {f".{name}": tensor for name, tensor in module._buffers.items() if tensor is not None}
         block = getattr(module.quantization_scheme.weights, "block_structure", None)

@@ -57,7 +57,7 @@ def reproduce(
     check_names(settings)
     final = out or Path(f"{safe_name(recipe.model.id)}-reproduced")
     if settings.export.kind != "none":
-        _check_folder(final, path)
+        _check_folder(final, path, settings.model)
     context = Context.of(settings, reporter, check)
     check_model(settings)
     prompts = read_prompts(context)
@@ -93,12 +93,12 @@ def params_of(recipe: Recipe) -> Params:
     return params_from_record(recipe.trial.params.model_dump())
 
 
-def _check_folder(final: Path, path: Path) -> None:
-    """Raise InputError if the export would replace the recipe's own folder, or files that aren't an export of this tool."""
+def _check_folder(final: Path, path: Path, model: str) -> None:
+    """Raise InputError if the export would replace the recipe's own folder, the model, or anything but an export."""
     folder = path if path.is_dir() else path.parent
     if final.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise InputError(f"The folder {final} holds the recipe itself ({RECIPE}); choose another --out.")
-    check_output(final)
+    check_output(final, model)
 
 
 def _check_prompts(recipe: Recipe, result: Result) -> None:
