@@ -17,10 +17,10 @@ from abliterate.engine import decode, drafts
 from abliterate.engine.decode import Decoding, join
 from abliterate.engine.drafts import Drafts
 from abliterate.engine.kv_cache import take_columns
-from abliterate.engine.trial_engine import Pacing
+from abliterate.engine.trial_engine import Pacing, TrialEngine
 from abliterate.model.chat_template import PromptEncoder
 from abliterate.scorers.refusals import Refusals
-from support.engine import HARMFUL, Lab, make_lab, trials, whole
+from support.engine import HARMFUL, Lab, make_lab, trials, trusted, whole
 
 DRAFTING = ("llama", "qwen2", "qwen3", "phi3", "falcon", "gpt2", "gpt_neox")
 Proposed = Sequence[int]
@@ -276,3 +276,43 @@ def test_parts_of_unequal_width_are_joined_at_the_right() -> None:
     assert joined.generated == [[0], [1], [2]]
     assert joined.mask.tolist() == [[1, 1, 1, 1], [0, 0, 0, 1], [0, 0, 1, 1]]
     assert joined.cache.layers[0].keys[2, 0, :, 0].tolist() == [0, 0, 0, 1]
+
+
+def at_the_end_of_its_table(tokens: int) -> Lab:
+    """A model whose table of positions ends where the longest prompt's response may end."""
+    lab = make_lab("gpt2", batch_size=5, tokens=tokens)
+    longest = max(len(lab.reference.chat.token_ids(prompt)) for prompt in HARMFUL)
+    table = lab.loaded.model.transformer.wpe  # type: ignore[union-attr]
+    table.weight = torch.nn.Parameter(table.weight[: longest + tokens - 1].clone(), requires_grad=False)  # type: ignore[union-attr]
+    return lab
+
+
+def test_finished_rows_are_not_fed_beyond_a_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts bring the longest prompt's row to its limit while the others, which it waits for, have just begun."""
+    lab = at_the_end_of_its_table(14)
+    lab.editor.apply(trials(lab, 1)[0])
+    expected = whole(lab.reference)[1]
+    engine = lab.engine(use_settled_rows=False)
+    lab.editor.apply(trials(lab, 1)[0])
+    longest = max(range(len(HARMFUL)), key=lambda row: len(lab.reference.chat.token_ids(HARMFUL[row])))
+    ids = engine.respond(HARMFUL)
+    assert ids is not None
+    said = list(ids[longest].ids)
+
+    def propose(self: Drafts, row: int, so_far: Sequence[int], length: int) -> Proposed:
+        return said[len(so_far) : len(so_far) + length] if row == longest else ()
+
+    monkeypatch.setattr(Drafts, "propose", propose)
+    always_widest(monkeypatch)
+    found = engine.respond(HARMFUL)
+    assert found is not None
+    assert [response.text for response in found] == expected
+
+
+@pytest.mark.parametrize("tokens", [4, 5, 9, 10])
+def test_the_self_check_stays_within_a_table_of_positions(tokens: int) -> None:
+    warnings: list[str] = []
+    engine = trusted(at_the_end_of_its_table(tokens), warnings)
+    assert isinstance(engine, TrialEngine)
+    assert engine.drafting
+    assert warnings == []

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from abliterate.engine.batching import Batches
 from abliterate.engine.kv_cache import layer_bytes
 from abliterate.engine.prefill import KeptStates, Prefill
 from abliterate.engine.self_check import EngineSetup, check
 from abliterate.engine.trial_engine import TrialEngine
+from abliterate.errors import TrialError
 from abliterate.settings.schema import EfficiencySettings
 from support.engine import HARMFUL, HARMLESS, Lab, assert_same, make_lab, make_setup, trials, trusted, whole
 from support.models import make_params
@@ -269,3 +271,31 @@ def test_a_prefix_is_split_in_trials_too(monkeypatch: pytest.MonkeyPatch) -> Non
             sizes = limit_rows(lab.loaded.model, 2, patch)
             assert_same(whole(engine), expected)
             assert max(sizes) > 2
+
+
+def test_groups_that_begin_alike_keep_one_prefix() -> None:
+    lab = make_lab("llama", batch_size=1)
+    engine = engine_with(lab, float("inf"))
+    groups = [group for prompts in engine._sets.values() for group in prompts.groups]
+    assert len(groups) == 1 + len(HARMLESS)
+    assert len({id(group.prefix) for group in groups}) == 1
+    assert groups[0].prefix.hidden
+
+
+def test_what_can_be_made_again_is_freed_before_a_single_row_is_given_up() -> None:
+    """Once by the rows that wait, or a buffer: then the row is tried again."""
+    batches, tried = Batches(4, torch.device("cpu")), list[int]()
+    held = [True]
+    batches.free = lambda: held.pop() if held else False
+
+    def work(items: Sequence[int]) -> Sequence[int]:
+        tried.append(len(items))
+        if held:
+            raise torch.OutOfMemoryError("out of memory")
+        return items
+
+    assert batches.run([7], work) == [7]
+    assert tried == [1, 1]
+    held[:] = [False]
+    with pytest.raises(TrialError, match="even for a single prompt"):
+        batches.run([7], work)

@@ -6,6 +6,7 @@ import pytest
 
 from abliterate.engine import self_check
 from abliterate.engine.prefill import KeptStates, NoEdit
+from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.self_check import check
 from abliterate.engine.trial_engine import TrialEngine, Unsupported
 from abliterate.settings.schema import EfficiencySettings
@@ -74,3 +75,14 @@ def test_the_self_check_measures(llama: Lab) -> None:
     verdict = check(engine, make_setup(llama))
     assert verdict.ok
     assert verdict.difference < 1e-4
+
+
+def test_answers_that_end_at_once_can_be_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = short_lab("llama")
+    real = ReferenceEngine.raw_logits
+    monkeypatch.setattr(
+        ReferenceEngine, "raw_logits", lambda self, prompts, most: tuple(each[:, :1] for each in real(self, prompts, most))
+    )
+    warnings: list[str] = []
+    assert isinstance(trusted(lab, warnings), TrialEngine)
+    assert warnings == []
