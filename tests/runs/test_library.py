@@ -124,8 +124,7 @@ def test_refinement_adds_trials_that_edit_the_model(prompt_files: Files, cache: 
     few = {"enabled": True, "steps": 3, "betas": [1.0], "batch": 4, "tokens": 4}
     with ab.load(ab.Settings.load("quick", **options_of(prompt_files, cache, refine=few)), Recorder()) as bench:
         study = ab.search(bench, ab.find_directions(bench), trials=2)
-        list(study)
-        (new,) = [trial for trials in study.refine() for trial in trials]
+        (new,) = [trial for trials in study.refine() for trial in trials]  # it runs the search first, as README's example asks
         assert isinstance(new.params, RefinedParams)
         assert [trial.number for trial in study.trials] == [0, 1, new.number]
         base = bench.respond([QUESTION])

@@ -51,6 +51,13 @@ class Odd(Sure):
         self.calls += 1
         return Score(self.name, float("nan") if self.calls == 2 else 1.0 * self.calls, self.goal, {})
 
+class Huge(Odd):
+    name = "huge"
+
+    def score(self, observation):
+        self.calls += 1
+        return Score(self.name, 1e120 if self.calls == 2 else 1.0 * self.calls, self.goal, {})
+
 class Never(Sure):
     name = "never"
 
@@ -163,6 +170,7 @@ def test_from_the_command_line_to_the_export(prompt_files: Files, tmp_path: Path
         (["--objective", "kl:down"], "NAME:minimize"),
         (["--objective", "unfinished_thinking"], "unfinished_thinking:minimize"),
         (["--objective", "absent.py:Words"], "no file"),
+        (["--objective", "kl"], "add --objective unanswered"),
         (["--objective", "kl", "--select", "words>=3"], "names no scorer of this run"),
     ],
 )
@@ -222,12 +230,16 @@ def test_a_single_objective_and_a_study_of_its_own_identity(
     assert "refusals by trial" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8").lower()
 
 
-def test_a_value_that_is_no_number_fails_the_trial(prompt_files: Files, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "value"), [("Odd", "nan"), ("Huge", "1e+120")])
+def test_a_value_that_is_no_number_fails_the_trial(
+    prompt_files: Files, cache: Path, tmp_path: Path, name: str, value: str
+) -> None:
+    """Neither is one that could not be read back."""
     own = written(tmp_path, SURE)
-    over = {"search": {"trials": 3, "objectives": ["kl", f"{own}:Odd"]}, "export": {"kind": "none"}}
+    over = {"search": {"trials": 3, "objectives": ["kl", f"{own}:{name}"]}, "export": {"kind": "none"}}
     result, _ = run_in(tmp_path / "run", quick_settings(prompt_files, cache, **over))
     assert [one["state"] for one in result["trials"]] == ["failed", "complete", "complete"]
-    assert result["trials"][0]["reason"] == "the scorer odd gives nan"
+    assert result["trials"][0]["reason"] == f"the scorer {name.lower()} gives {value}"
     assert set(result["front"]) == front_by_definition(result) == {2}
 
 

@@ -18,10 +18,10 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.export.merged import Merged
-from abliterate.files import digest_of
+from abliterate.files import digest_of, write_json
 from abliterate.model.editor import Editor
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import cache_keys, context, stages
+from abliterate.pipeline import cache_keys, context, stages, workbench
 from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline.context import StageClock
 from abliterate.pipeline.run import Candidates
@@ -484,3 +484,26 @@ def test_prompts_that_are_there_twice_are_said(prompt_files: Files, tmp_path: Pa
     assert any("2 of the 7 prompts in the set harmful_eval are there more than once" in one for one in recorder.warnings)
     assert any("5 of the harmful prompts are in both" in one for one in recorder.warnings)
     assert len(recorder.warnings) == 2
+
+
+def test_a_continued_run_keeps_its_baseline_and_prefix(
+    finished: Finished, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured again on another device or by another library, they may differ, and the old trials are relative to them."""
+    path, result, _ = finished
+    run = copy_run(path, tmp_path / "run")
+    record = json.loads((run / "result.json").read_text(encoding="utf-8"))
+    kept = record["baseline"]["refusals"] - 1
+    record["baseline"]["refusals"] = kept
+    write_json(run / "result.json", {name: value for name, value in record.items() if name != "sha256"})
+    asked: list[Any] = []
+    real = workbench.known_prefix
+    monkeypatch.setattr(workbench, "known_prefix", lambda *given: asked.append(given) or real(*given))
+    settings = quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5})
+    again, recorder = run_in(run, settings, resume=True)
+    assert again["baseline"]["refusals"] == kept
+    assert any(
+        f"In this session the model refuses {kept + 1} prompts, in the run {kept};" in text for text in recorder.warnings
+    )
+    assert not asked
+    assert len(again["trials"]) == 5

@@ -342,3 +342,22 @@ def test_a_database_that_goes_away_and_does_not_come_back(
     assert len(recorder.trials) == 2
     resumed = pipeline_run.run(settings, Recorder(), directory, resume=True).to_record()
     assert outcomes(resumed) == outcomes(whole)[:3]
+
+
+def test_a_worker_waits_for_the_setup_of_the_present_session(finished: Finished, tmp_path: Path) -> None:
+    """A continued run may have more trials than the setup of its earlier session says."""
+    path, _, _ = finished
+    run = copy_run(path, tmp_path / "run")
+    study = optuna.load_study(study_name=None, storage=storage.open_storage("", run / "study.journal"))
+    storage.share(study, "session", b"a later one")
+    looks = itertools.count()
+
+    def check() -> None:
+        if next(looks) == 2:
+            storage.share(study, "session of setup", b"a later one")
+
+    recorder = Recorder()
+    place = ("", run / "study.journal", STUDY_NAME)
+    workers.wait_for_setup(*place, recorder, check, poll=0.01)
+    assert next(looks) == 3
+    assert len(recorder.notes) == 1

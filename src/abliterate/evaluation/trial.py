@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -104,7 +105,7 @@ def score_of(scorer: Scorer, observation: Observation) -> Score:
         score = scorer.score(observation)
         if not isinstance(score, Score):
             raise TrialError(f"the scorer {scorer.name} gives {type(score).__name__} and no Score")
-        if not abs(score.value) <= LARGEST_SCORE:  # a larger one, or none, could not be read back
+        if not math.isfinite(score.value) or abs(score.value) > LARGEST_SCORE:  # a larger one could not be read back
             raise TrialError(f"the scorer {scorer.name} gives {score.value}")
         json.dumps(score.record, allow_nan=False)
     return score

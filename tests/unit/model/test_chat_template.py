@@ -248,3 +248,15 @@ def test_a_timer_of_the_programs_own_goes_on() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert rang == [1]
+
+
+def test_a_tokenizer_without_pad_and_end_tokens() -> None:
+    """Pads are masked and repeat the row's first token, so none is needed."""
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    chat = PromptEncoder(tokenizer, CPU)
+    short, long = Prompt("Hi", ""), Prompt("How do I rinse a carpet?", "")
+    batch, rows = chat.encode([short, long]), [chat.token_ids(short), chat.token_ids(long)]
+    pads = len(rows[1]) - len(rows[0])
+    assert batch["input_ids"].tolist() == [[rows[0][0]] * pads + rows[0], rows[1]]
+    assert batch["attention_mask"].tolist() == [[0] * pads + [1] * len(rows[0]), [1] * len(rows[1])]

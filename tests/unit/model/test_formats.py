@@ -23,7 +23,7 @@ from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.formats import STORAGES, storage_of, storage_remedy
 from abliterate.model.formats.awq import awq
 from abliterate.model.formats.base import scaled
-from abliterate.model.formats.compressed import compressed
+from abliterate.model.formats.compressed import CompressedTensors, compressed
 from abliterate.model.formats.gptq import gptq
 from abliterate.model.formats.mxfp4 import mxfp4
 from abliterate.model.weights import dense_weight, n_matrices, out_features, shape_of
@@ -413,3 +413,20 @@ def test_full_edit_keeps_row_norms_of_a_dequantized_matrix() -> None:
     weight = gptq(parts[".qweight"], parts[".qzeros"], parts[".scales"], parts[".g_idx"], 1)
     edited = dense_edit(weight, make_directions(3, 32).at(1), 1.0, "full")
     torch.testing.assert_close(edited.norm(dim=1), dense.double().norm(dim=1), rtol=1e-6, atol=1e-9)
+
+
+def test_compressed_tensors_that_round_their_inputs_have_the_matrix_that_they_round() -> None:
+    """Static scales of inputs are small, so a product with ones would be cut off."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    lifecycle = pytest.importorskip("compressed_tensors.quantization.lifecycle")
+    linear = nn.Linear(64, 32, bias=False)
+    weights = quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="channel")
+    inputs = quantization.QuantizationArgs(num_bits=8, type="int", symmetric=True, strategy="tensor", dynamic=False)
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+    lifecycle.initialize_module_for_quantization(linear, scheme)
+    linear.weight_scale.data = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    linear.input_scale.data.fill_(0.002)
+    linear.quantization_status = quantization.QuantizationStatus.FROZEN
+    found = CompressedTensors().dense(linear)
+    assert (found - linear.weight).abs().max() < 0.01 * linear.weight.abs().max()
+    assert not torch.equal(found, linear.weight), "it is rounded"

@@ -245,3 +245,28 @@ def test_only_the_moments_go_on_from_a_descent_before() -> None:
         descent.step(0.5, 1.0)
     assert torch.equal(after.parameters.directions, whole.parameters.directions)
     assert not torch.equal(after.parameters.directions, fresh.parameters.directions)
+
+
+class Detached(nn.Linear):
+    """A kernel without a backward pass, whose outputs no gradient goes through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Detached])
+def test_a_kernel_that_passes_no_gradient_on_is_found(kind: type[nn.Linear], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The residual stream beside it has one, so no gradient of the edit is missing, but all are wrong."""
+    loaded = make_loaded(make_model("llama"))
+    monkeypatch.setattr("abliterate.refine.descent.opaque", lambda module: isinstance(module, nn.Linear))
+    for module in loaded.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = kind
+    passes, factors = passes_of(loaded), parameters_of(loaded, "full", torch.float32).factors()
+    assert all(any(given is not None for given in gradients) for gradients in passes.gradients(factors, ROWS, 1.0)[1].values())
+    if kind is nn.Linear:
+        passes.probe([5, 6, 7, 8], factors)
+        return
+    with pytest.raises(RuntimeError, match=r"Detached passes no gradient on|does not require grad"):
+        passes.probe([5, 6, 7, 8], factors)

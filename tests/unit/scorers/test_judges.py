@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.evaluate import _cells
-from abliterate.errors import InputError, Interrupted, TrialError
+from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.evaluation import lm_eval
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
@@ -32,6 +32,7 @@ from abliterate.objectives import JUDGES
 from abliterate.pipeline import evaluate as pipeline_evaluate
 from abliterate.pipeline import export_trial as pipeline_export_trial
 from abliterate.pipeline.cache_keys import _scorers
+from abliterate.pipeline.run import run
 from abliterate.report.tables import heldout_table
 from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, endpoint, make_objectives, make_scorers
 from abliterate.scorers.endpoint import KEY, MODEL, TRIES, URL
@@ -722,3 +723,40 @@ def test_held_out_figures_survive_a_failing_benchmark(
     assert_sentence(outcome, 1, "There are no benchmarks", "the data set can't be reached")
     assert re.search(r"KL of the first token, mean +0 +0\.0000", outcome.out)
     assert re.search(r"harmless answers unchanged +8/8", outcome.out)
+
+
+DOWN = """
+from pathlib import Path
+from abliterate.errors import ScorerUnavailable
+from abliterate.types import Score
+
+class Down:
+    name, goal, reads_responses = "down", "minimize", False
+
+    def setup(self, base): ...
+
+    def score(self, observation):
+        if Path(__file__).with_name("down").exists():
+            raise ScorerUnavailable("the judge's server is down")
+        return Score(self.name, 1.0, self.goal, {})
+"""
+
+
+def test_a_server_that_is_down_costs_no_trial(prompt_files: dict[str, str], cache: Path, tmp_path: Path) -> None:
+    """The run ends with the cause, and repeats the trial when it is continued."""
+    (tmp_path / "mine.py").write_text(DOWN, encoding="utf-8")
+    flag = tmp_path / "down"
+
+    class Cut(Recorder):
+        def stage(self, name: str, detail: str = "", *, at_once: bool = False) -> None:
+            super().stage(name, detail, at_once=at_once)
+            if name == "search":
+                flag.touch()
+
+    over = SHORT | {"evaluation": {"scorers": ["refusals", "kl", f"{tmp_path}/mine.py:Down"]}, "export": {"kind": "none"}}
+    settings, directory = quick_settings(prompt_files, cache, **over), RunDirectory(tmp_path / "run")
+    with pytest.raises(AbliterateError, match=r"Trial 0 can't be scored, because .* down; .*--resume, which repeats the trial"):
+        run(settings, Cut(), directory)
+    flag.unlink()
+    result, _ = run_in(directory.path, settings, resume=True)
+    assert [trial["state"] for trial in result["trials"]] == ["complete"]

@@ -141,3 +141,11 @@ def test_a_record_that_is_none(change: dict[str, object]) -> None:
     record = calibrate([Measures(1.0, 1.0, 0.0)], Spoiled()).to_record()
     with pytest.raises((AttributeError, KeyError, TypeError, ValueError)):
         Yardstick.from_record(record | change)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_so_few_answers_call_nothing_off_topic(count: int) -> None:
+    """There is no pair that could be exchanged."""
+    own = [Measures(1.0, 0.9, 0.1, topic=1.0)] * count
+    yardstick = calibrate(own, Spoiled(greedy=[0.9] * count, looped=[0.1] * count, ends=[0.1] * count, cut=[5.0] * count))
+    assert yardstick.is_on_topic(-0.9)

@@ -404,3 +404,19 @@ def test_a_worker_that_is_taken_for_dead_while_it_asks_asks_again(tmp_path: Path
     asked = slow.ask(1)
     assert asked is not None
     assert asked.number == 0
+
+
+def test_an_interruption_while_a_trial_is_suggested_leaves_its_slot_free(tmp_path: Path) -> None:
+    study = fresh(tmp_path / "run")
+    space = study._space
+
+    class Interrupted(Space):
+        def suggest(self, trial: optuna.Trial) -> TrialParams:
+            raise KeyboardInterrupt
+
+    study._space = Interrupted(SETTINGS, 12, COMPONENTS)
+    with pytest.raises(KeyboardInterrupt):
+        study.ask(2)
+    study._space = space
+    asked = [study.ask(2) for _ in range(3)]
+    assert [one and one.number for one in asked] == [0, 1, None]

@@ -92,6 +92,9 @@ def test_entries_of_a_table_are_added_to_it(tmp_path: Path, monkeypatch: pytest.
     assert load_settings(config, parse_assignments(["load.template_options={c=true}"])).load.template_options == {"c": True}
     monkeypatch.setenv("ABLITERATE_SEARCH__MAX_COEFF__MLP.DOWN_PROJ", "[0.5, 0.6]")
     assert load_settings(config).search.max_coeff == {"default": (0.1, 0.2), "mlp.down_proj": (0.5, 0.6)}
+    assert load_settings("").search.max_coeff == {"default": (0.8, 1.5), "mlp.down_proj": (0.5, 0.6)}, "to the default, too"
+    entry = parse_assignments(["search.max_coeff.default=[0, 1]"])
+    assert load_settings("", entry).search.max_coeff == {"default": (0, 1), "mlp.down_proj": (0.5, 0.6)}
     for name in ("search.select.x=1", "search.trials.x=1", "seed.x=1"):  # of an option that is no table
         with pytest.raises(InputError):
             load_settings(write(tmp_path, 'seed = 1\n[search]\ntrials = 9\nselect = "knee"\n'), parse_assignments([name]))
@@ -368,3 +371,28 @@ def test_reference_turns_every_switch_off_that_an_honest_peer_lacks() -> None:
 def test_numbers_that_overflow_are_refused(option: str, words: str) -> None:
     with pytest.raises(InputError, match=re.escape(words)):
         load_settings("", parse_assignments([option]))
+
+
+def test_texts_that_read_as_numbers_or_dates_are_texts() -> None:
+    given = ["load.template_now=2026-03-31", "load.revision=12345", "evaluation.judge_label='1'", "search.trials=7"]
+    settings = load_settings("", parse_assignments(given))
+    assert (settings.load.template_now, settings.load.revision) == ("2026-03-31", "12345")
+    assert (settings.evaluation.judge_label, settings.search.trials) == ("1", 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("refine.betas=4", "The setting refine.betas has a wrong value (4): Input should be 'auto', or Input should be a list"),
+        ("refine.betas=[0, 1]", "The setting refine.betas.0 has a wrong value (0): Input should be greater than 0"),
+        (
+            "directions.protect=arithmetic",
+            "The setting directions.protect has a wrong value ('arithmetic'): Input should be a list",
+        ),
+        ("search.trials=x", "The setting search.trials has a wrong value ('x'): Input should be a valid integer"),
+    ],
+)
+def test_a_wrong_value_is_told_with_all_that_is_allowed(given: str, said: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_settings("", parse_assignments([given]))
+    assert str(caught.value).startswith(said)
