@@ -28,6 +28,7 @@ except ImportError:  # on Windows, locks keep nobody out
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 # Seconds to wait before each further try to take a lock: `is_locked` holds it for an instant in every process that polls it.
 _PAUSES = (0.02, 0.03)
+IS_WINDOWS = os.name == "nt"
 # Seconds to wait before each further try to replace a file that another process reads.
 _READERS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)
 
@@ -156,7 +157,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def _replace(temporary: Path, path: Path) -> None:
     """Give the file its name; Windows refuses while another process has the old file open, which is read in an instant."""
-    for pause in _READERS if os.name == "nt" else ():
+    for pause in _READERS if IS_WINDOWS else ():
         try:
             temporary.replace(path)
             return

@@ -550,3 +550,12 @@ def test_what_libraries_will_change_is_not_told_to_users(monkeypatch: pytest.Mon
             quiet_libraries()
             warnings.warn("`past_key_values` is deprecated", FutureWarning, stacklevel=1)
         assert len(seen) == told
+
+
+def test_a_run_that_is_not_there_cannot_be_continued(invoke: Invoke, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert_sentence(invoke("run", "--resume", "-o", "runs/mien"), 2, "runs/mien")
+
+
+def test_trials_of_another_run_need_trials(finished: Finished, invoke: Invoke) -> None:
+    assert_sentence(invoke("run", "demo", "-n", "0", "--seed-from", finished[0]), 2, "give some with -n")

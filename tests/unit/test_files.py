@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from abliterate import files
 from abliterate.errors import InputError
 from abliterate.files import check_new_file, drop_lock, is_locked, take_lock
 
@@ -41,3 +42,36 @@ def test_whatever_has_the_name_of_a_new_file_is_not_replaced(tmp_path: Path) -> 
     for path in (tmp_path, tmp_path / "link"):
         with pytest.raises(InputError, match=f"^The file {path} exists and is not replaced; "):
             check_new_file(path)
+
+
+def test_a_lock_file_is_removed_where_open_files_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where a lock keeps nobody out, and the file's existence says that a run is at work."""
+    monkeypatch.setattr(files, "fcntl", None)
+    path, unlink = tmp_path / ".lock", Path.unlink
+    file = files.take_lock(path)
+
+    def refuse(self: Path, **options: bool) -> None:
+        if not file.closed:
+            raise PermissionError(13, "another process has the file open")
+        unlink(self, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert files.is_locked(path)
+    files.drop_lock(file, path)
+    assert not files.is_locked(path)
+
+
+def test_a_reader_of_the_old_file_only_delays_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tries, replace, slept = iter([True, True, False]), Path.replace, list[float]()
+
+    def refuse(self: Path, target: Path) -> Path:
+        if next(tries):
+            raise PermissionError(13, "another process has the file open")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr(files.time, "sleep", slept.append)
+    monkeypatch.setattr(files, "IS_WINDOWS", True)
+    files.write_atomically(tmp_path / "result.json", "new")
+    assert (tmp_path / "result.json").read_text(encoding="utf-8") == "new"
+    assert slept == [0.02, 0.05]

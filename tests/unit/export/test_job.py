@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from abliterate.edits import SvdMemo
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import EXPORTERS, ExportJob, check_output, finished_folder, leave_record, model_card
+from abliterate.export import EXPORTERS, ExportJob, adapter, check_output, companions, finished_folder, leave_record, model_card
+from abliterate.export.card import is_visible
 from abliterate.export.folder import MARKER
 from abliterate.model.architectures import find_targets
 from abliterate.model.edit_hooks import EditHooks
@@ -28,7 +29,7 @@ from abliterate.model.readers import with_gains
 from abliterate.settings.schema import EditSettings, ExportSettings, LoadSettings
 from abliterate.types import Kernel, Objective, TrialParams
 from support.contracts import ExporterContract
-from support.exports import CARD_FACTS, FLOAT32, ON, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
+from support.exports import CARD_FACTS, FLOAT32, ON, make_case, make_job, odd_checkpoint, renamed_checkpoint, write, zero_row
 from support.models import logits_of, make_directions, make_editor, make_loaded, make_model, make_params, save_model
 
 
@@ -394,3 +395,20 @@ def test_card_says_what_was_measured() -> None:
         for part in ("refuses less", "refusal ablated", "it refuses from", "- abliterated"):
             assert part not in other
     assert "It refuses less" in model_card(words)
+
+
+def test_an_adapter_names_the_commit_of_its_base(tmp_path: Path) -> None:
+    """PEFT loads the base with it; a folder has none."""
+    load = LoadSettings(revision="abc123")
+    job = replace(make_case(tmp_path).job, load=load)
+    assert adapter._commit(replace(job, source="somebody/model")) == "abc123"
+    assert adapter._commit(job) is None
+    assert adapter._commit(replace(job, source="somebody/model", load=LoadSettings())) is None
+
+
+@pytest.mark.parametrize("name", ["Screenshot 9.41\u202fAM.txt", "質問\u3000集.txt", "\U0001f469\u200d\U0001f680.txt"])
+def test_names_with_other_spaces_are_names(name: str) -> None:
+    assert is_visible(name)
+    assert companions.is_companion(name)
+    assert not is_visible(name + "\x1b")
+    assert not is_visible(name + "\u202e")

@@ -549,3 +549,36 @@ def test_a_run_warns_of_plots_that_cant_be_drawn(finished: Finished, tmp_path: P
     assert recorder.warnings.count("There are no plots, because of this test.") == 1
     assert "because of this test" in (run / "report.html").read_text(encoding="utf-8")
     assert result["selected"] == finished[1]["selected"]
+
+
+def test_a_selected_trial_beside_the_front_is_not_on_its_line(tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", count=12)
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    beside = next(t["number"] for t in record["trials"] if t["state"] == "complete" and t["number"] not in record["front"])
+    write_json(run.result, {name: value for name, value in record.items() if name != "sha256"} | {"selected": beside})
+    plot = front(gather(run))
+    assert plot is not None
+    line, points = (layer["data"]["values"] for layer in plot.spec["layer"])
+    assert str(beside) in {row.get("number") for row in points}
+    assert {row.get("number") for row in line} == {None, *map(str, record["front"])}
+
+
+@pytest.mark.parametrize(
+    "change", [{"index": 999}, {"norm_harmful": 10**400}, {"norm_harmful": float("nan")}, {"silhouette": None}]
+)
+def test_geometry_that_no_run_wrote_is_left_out_or_shown(change: dict[str, Any], tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    record = json.loads(run.geometry.read_text(encoding="utf-8"))
+    record["layers"][-1] |= change
+    run.geometry.write_text(json.dumps(record), encoding="utf-8")
+    material = gather(run)
+    assert (material.geometry is None) == ("silhouette" not in change)
+    render(material)
+
+
+def test_nothing_foreign_reaches_the_terminals_controls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run", count=4)
+    for path in (run.geometry, run.answers):
+        path.write_text(json.dumps({"format": "\x1b[2J\x1b[31mx"}), encoding="utf-8")
+    show(gather(run))
+    assert "\x1b" not in capsys.readouterr().out

