@@ -430,4 +430,6 @@ def _sentence(error: ValidationError) -> str:
     messages = [_LIST if each["type"] == "tuple_type" else each["msg"].removeprefix("Value error, ") for each in same]
     if len(same) == 1 or len(told["loc"]) > 3:
         messages = [messages[same.index(told)]]
-    return f"The setting {name or 'given'} has a wrong value ({told['input']!r}): {', or '.join(dict.fromkeys(messages))}."
+    first_message, *others = dict.fromkeys(messages)
+    message = ", or ".join([first_message, *(other.removeprefix("Input should be ") for other in others)])
+    return f"The setting {name or 'given'} has a wrong value ({told['input']!r}): {message}."

@@ -383,7 +383,7 @@ def test_texts_that_read_as_numbers_or_dates_are_texts() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("refine.betas=4", "The setting refine.betas has a wrong value (4): Input should be 'auto', or Input should be a list"),
+        ("refine.betas=4", "The setting refine.betas has a wrong value (4): Input should be 'auto', or a list, such as"),
         ("refine.betas=[0, 1]", "The setting refine.betas.0 has a wrong value (0): Input should be greater than 0"),
         (
             "directions.protect=arithmetic",
