@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.directions import Directions
 from abliterate.engine.trial_engine import TrialEngine
 from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
 from abliterate.export.merged import Merged
@@ -507,3 +508,29 @@ def test_a_continued_run_keeps_its_baseline_and_prefix(
     )
     assert not asked
     assert len(again["trials"]) == 5
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_lost_result_is_made_again_from_the_study(
+    content: str | None, finished: Finished, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the baseline and the directions that its trials are relative to, though they would be others now."""
+    path, result, _ = finished
+    run = copy_run(path, tmp_path / "run")
+    if content is None:
+        (run / "result.json").unlink()
+    else:
+        (run / "result.json").write_text(content, encoding="utf-8")
+    real = stages.directions
+
+    def turned(*given: Any) -> Directions:
+        found = real(*given)
+        return Directions(found.vectors.roll(1, dims=-1))
+
+    monkeypatch.setattr(stages, "directions", turned)
+    settings = quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5})
+    again, recorder = run_in(run, settings, resume=True)
+    assert again["directions"] == result["directions"]
+    assert again["baseline"] == result["baseline"]
+    assert outcomes(again)[:4] == outcomes(result)
+    assert any("made again from the study" in note for note in recorder.notes)

@@ -37,7 +37,7 @@ from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
-from abliterate.pipeline.workers import announce, publish
+from abliterate.pipeline.workers import announce, publish, published
 from abliterate.prompts.sets import Heldout
 from abliterate.report.ending import ending
 from abliterate.report.page import write_report
@@ -166,12 +166,13 @@ class _Run:
             bench.refined = RefinedStore(directory.refined)
             stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
+            before = self._recovered(bench, study)
             if result.yardstick and result.trials:
                 # Its bounds decide what the trials' counts mean, and those of a new one may differ by rounding.
                 with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
                     bench.yardstick = Yardstick.from_record(result.yardstick)
             write_atomically(directory.settings, dump_settings(context.settings))
-            directions = self._find_directions(bench, study)  # 3 and 4
+            directions = self._find_directions(bench, study, before)  # 3 and 4
             bench.prepare(directions)
             baseline = self._kept_baseline(stages.baseline(bench))  # 5
             result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
@@ -231,11 +232,27 @@ class _Run:
         study.fail_interrupted()
         return study
 
-    def _find_directions(self, bench: Workbench, study: Study) -> Directions:
+    def _recovered(self, bench: Workbench, study: Study) -> Directions | None:
+        """The directions of a continued run whose `result.json` is gone, from its study, as its workers have them.
+
+        Baseline and yardstick, to which its trials are relative, come from there, too, into `result`.
+        """
+        trials = study.trials()
+        found = published(study) if trials and self.result.baseline is None else None
+        if found is None:
+            return None
+        setup, directions = found
+        self.result.searched(trials, (), setup.baseline, bench.objectives)
+        self.result.yardstick = None if setup.yardstick is None else dict(setup.yardstick)
+        self.context.reporter.note("result.json is made again from the study, with its baseline and directions")
+        return with_inputs(bench, directions, setup.answers)
+
+    def _find_directions(self, bench: Workbench, study: Study, recovered: Directions | None) -> Directions:
         """Residuals and directions, with what the report shows of them, and the layer prior if a new study needs it."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
-        directions = self._kept_directions() or with_inputs(bench, stages.directions(context, residuals))
+        known = recovered or self._kept_directions()
+        directions = known or with_inputs(bench, stages.directions(context, residuals))
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))

@@ -232,12 +232,20 @@ def _shared(settings: Settings) -> Settings:
     return settings.model_copy(update=plain(settings, _OWN[""]) | copies)
 
 
+def published(study: Study) -> tuple[SharedSetup, Directions] | None:
+    """What an earlier session of the run has published; None if there is nothing that this version can read."""
+    setup, directions = study.shared(_SETUP), study.shared(_DIRECTIONS)
+    if not setup or not directions:
+        return None
+    with contextlib.suppress(InputError, SafetensorError, KeyError, ValueError):  # of another version, or of another program
+        return SharedSetup.of_bytes(setup), stages.directions_of(directions)
+    return None
+
+
 def _published_answers(study: Study) -> Sequence[Sequence[int]]:
     """The answers that a continued run has published before: its directions are kept with what was made of these."""
-    with contextlib.suppress(InputError):  # of another version, or of another program
-        before = study.shared(_SETUP)
-        return SharedSetup.of_bytes(before).answers if before else ()
-    return ()
+    before = published(study)
+    return before[0].answers if before else ()
 
 
 def _without_own(stored: Mapping[str, Any]) -> dict[str, Any]:
