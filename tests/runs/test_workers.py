@@ -34,7 +34,7 @@ from support.cli import QUICK, prompt_options
 from support.fake_worker import study_of
 from support.forked import Command, Forked, ForkedPopen, Held, of_stage
 from support.postgres import Server
-from support.runs import Recorder, copy_run, outcomes, quick_settings
+from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
 
 Finished = tuple[Path, dict[str, Any], Settings]
 
@@ -361,3 +361,30 @@ def test_a_worker_waits_for_the_setup_of_the_present_session(finished: Finished,
     workers.wait_for_setup(*place, recorder, check, poll=0.01)
     assert next(looks) == 3
     assert len(recorder.notes) == 1
+
+
+def test_a_session_that_fails_before_its_setup_leaves_the_earlier_one(
+    finished: Finished, prompt_files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is at work a worker waits; after that the earlier setup holds again."""
+    path, _, _ = finished
+    run = copy_run(path, tmp_path / "run")
+    study = optuna.load_study(study_name=None, storage=storage.open_storage("", run / "study.journal"))
+    place, waits = ("", run / "study.journal", STUDY_NAME), list[bool]()
+
+    def stop() -> None:
+        raise Interrupted(130)
+
+    def fail(*given: Any) -> None:
+        with pytest.raises(Interrupted):
+            workers.wait_for_setup(*place, Recorder(), stop, poll=0.01)
+        waits.append(True)
+        raise AbliterateError("The unedited model can't be measured.")
+
+    assert shared(study, "session") == shared(study, "session of setup") != b""
+    monkeypatch.setattr(stages, "baseline", fail)
+    with pytest.raises(AbliterateError, match="can't be measured"):
+        run_in(run, quick_settings(prompt_files, tmp_path / "cache", search={"trials": 5}), resume=True)
+    assert waits == [True]
+    setup, _ = workers.wait_for_setup(*place, Recorder(), stop, poll=0.01)
+    assert setup.identity

@@ -87,8 +87,8 @@ def _check_given(given: Mapping[str, Any]) -> None:
     unused = [name for name in names if name not in _USED]
     if unused:
         raise InputError(
-            f"A chat doesn't use {', '.join(unused)}; it takes {', '.join(_USED)}, and has the options --max-new-tokens, "
-            "--response-prefix and --seed."
+            f"A chat doesn't use {', '.join(unused)}; it takes {', '.join(_USED)}, and has the options --trial, "
+            "--max-new-tokens, --response-prefix, --temperature and --seed."
         )
 
 

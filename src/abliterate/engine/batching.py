@@ -22,8 +22,9 @@ class Batches:
     """Runs at most `size` items at a time and halves that when the device is out of memory.
 
     Other processes come and go, so a halved size grows back step by step. A CPU raises no error before the kernel kills the
-    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow. Before it gives
-    a single item up it calls `free`, which frees what can be made again, and says whether there was anything.
+    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow. Whenever a
+    batch doesn't fit, it calls `free`, which frees what can be made again and says whether there was anything. A single item is
+    given up if there was nothing, or if it doesn't fit then, either.
     """
 
     def __init__(self, size: int, device: torch.device, *, row_bytes: int = 0) -> None:
@@ -43,6 +44,7 @@ class Batches:
             TrialError: a single item doesn't fit.
         """
         results: list[Result] = []
+        freed = False  # for the item that is next
         while len(results) < len(items):
             batch = items[len(results) : len(results) + self.affordable()]
             batch_results: Sequence[Result] | None = None
@@ -55,10 +57,14 @@ class Batches:
             if batch_results is not None:
                 results.extend(batch_results)
                 self._grow(len(batch))
-            elif self.free() or len(batch) > 1:
-                self.shrink(len(batch))
-            else:
+                freed = False
+                continue
+            if len(batch) == 1 and freed:
                 raise TrialError("the device is out of memory even for a single prompt")
+            freed = self.free()
+            if len(batch) == 1 and not freed:
+                raise TrialError("the device is out of memory even for a single prompt")
+            self.shrink(len(batch))
         return results
 
     def affordable(self) -> int:

@@ -23,7 +23,6 @@ from abliterate.engine.forward import Passes
 from abliterate.engine.kv_cache import merge_layer, take_columns, widened, with_layers
 from abliterate.engine.sampling import Drawn, TokenLogprobs
 from abliterate.engine.static_cache import StaticCache
-from abliterate.model.memory import memory_errors
 
 # Passes between two looks at the new tokens. A look costs text work and, on a GPU, a wait for the device; a row that
 # finished in between costs up to LOOK_EVERY - 1 passes.
@@ -339,13 +338,9 @@ class Decoder:
             yield
             return
         try:
-            with memory_errors():
-                self._static.take(rows.cache, rows.mask, more)
+            self._static.take(rows.cache, rows.mask, more)
             rows.static = self._static
             yield
-        except torch.OutOfMemoryError:
-            self._static.release()
-            raise
         finally:
             rows.static = None
 

@@ -298,7 +298,6 @@ class TrialEngine:
         included, never exceed one batch.
         """
         paused = self._paused
-        paused.clear()  # of a trial that was interrupted
 
         def begin(batch: Sequence[int]) -> Sequence[int]:
             if watch.satisfied:
@@ -312,9 +311,12 @@ class TrialEngine:
                 paused.append(rows)
             return batch
 
-        for chunk in chunks:
-            self._decodes.run(chunk, begin)
-        self._finish_paused(paused, watch, prompt_set.drafts, length)
+        try:
+            for chunk in chunks:
+                self._decodes.run(chunk, begin)
+            self._finish_paused(paused, watch, prompt_set.drafts, length)
+        finally:
+            paused.clear()  # after an interruption they would stay in memory
         left = [row for chunk in chunks for row in chunk if row not in watch.responses]
         self._decodes.run(left, lambda batch: batch if watch.satisfied else self._whole(prompt_set, batch, watch, length))
 

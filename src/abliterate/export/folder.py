@@ -44,7 +44,9 @@ def record_of(final: Path) -> dict[str, Any]:
 
 def leave_record(final: Path, record: Mapping[str, Any]) -> None:
     """Copy the record of an export from `result.json` into the export, which keeps it wherever the run goes."""
-    write_json(final / MARKER, {**_MARK, "files": _own_files(final), "trial": record["trial"], "export": record})
+    own = _own_files(final)
+    files = {} if own is None else {"files": own}
+    write_json(final / MARKER, {**_MARK, **files, "trial": record["trial"], "export": record})
 
 
 def check_output(final: Path, source: str = "") -> None:
@@ -86,10 +88,8 @@ def finished_folder(final: Path, key: str = "", warn: Callable[[str], None] = la
             _follow_umask(partial)
             kept = _rename(partial, final)
             if kept is not None:
-                warn(
-                    f"The earlier export in {final.name} has files that abliterate didn't write, so its folder is kept as "
-                    f"{kept.name}; remove it once you need none of them."
-                )
+                old, why = kept
+                warn(f"{why}, so its folder is kept as {old.name}; remove it once you need nothing in it.")
             # After the rename: a kill in between leaves a finished export with a lock file in it, which does no harm. The other
             # way round it left a hidden folder that no export would take.
             with contextlib.suppress(OSError):
@@ -180,19 +180,19 @@ def _files(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
-def _own_files(export: Path) -> list[str]:
-    """The files that an export consists of, by its own record; empty if there is none."""
+def _own_files(export: Path) -> list[str] | None:
+    """The files that an export consists of, by its own record; None if there is none, as in earlier versions."""
     try:
         found = json.loads((export / MARKER).read_text(encoding="utf-8"))["files"]
         return [str(name) for name in found]
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return None
 
 
-def _rename(partial: Path, final: Path) -> Path | None:
+def _rename(partial: Path, final: Path) -> tuple[Path, str] | None:
     """Give `partial` the name `final`; an old export is removed only once the new one has its name.
 
-    Returns the name under which an old export is kept because it has files that no export wrote.
+    Returns the name under which an old export is kept because it has files that no export wrote, and the sentence's beginning.
     """
     check_output(final)  # again, because time has passed since the first check
     if not final.exists():
@@ -207,8 +207,11 @@ def _rename(partial: Path, final: Path) -> Path | None:
         if not final.exists():
             old.rename(final)
         raise
-    if {*_files(old)} - {*_own_files(old), LOCK, *_LEFT_ANYWHERE}:
-        return old
+    found, own = {*_files(old)} - _LEFT_ANYWHERE, _own_files(old)
+    if found and own is None:
+        return old, f"It isn't recorded which files of the earlier export in {final.name} abliterate wrote"
+    if found - {*(own or ()), LOCK}:
+        return old, f"The earlier export in {final.name} has files that abliterate didn't write"
     shutil.rmtree(old, ignore_errors=True)
     return None
 

@@ -37,7 +37,7 @@ from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
 from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
-from abliterate.pipeline.workers import announce, publish, published
+from abliterate.pipeline.workers import announced, publish, published
 from abliterate.prompts.sets import Heldout
 from abliterate.report.ending import ending
 from abliterate.report.page import write_report
@@ -166,17 +166,8 @@ class _Run:
             bench.refined = RefinedStore(directory.refined)
             stages.check_prior(bench)  # here, because a run that is begun can't leave it out
             study = self._claim_study(bench)  # before any file of an older run is overwritten
-            before = self._recovered(bench, study)
-            if result.yardstick and result.trials:
-                # Its bounds decide what the trials' counts mean, and those of a new one may differ by rounding.
-                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
-                    bench.yardstick = Yardstick.from_record(result.yardstick)
-            write_atomically(directory.settings, dump_settings(context.settings))
-            directions = self._find_directions(bench, study, before)  # 3 and 4
-            bench.prepare(directions)
-            baseline = self._kept_baseline(stages.baseline(bench))  # 5
-            result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
-            publish(bench, study, baseline, directions, result.identity or {})
+            with announced(study):
+                baseline = self._set_up(bench, study)  # 3 to 5
             search = self._search(bench, study, baseline, devices)  # 6
             self._refine(search)  # 7
             bench.renew_batch_sizes()
@@ -198,6 +189,22 @@ class _Run:
         write_recipe(context.settings, result, directory, exported=picked is not None)
         return self._end(exported=picked is not None, front_shown=choose is not None)
 
+    def _set_up(self, bench: Workbench, study: Study) -> Baseline:
+        """Prepare the workbench for trials, publish what workers need, and return the baseline."""
+        result = self.result
+        recovered = self._recovered(bench, study)
+        if result.yardstick and result.trials:
+            # Its bounds decide what the trials' counts mean, and those of a new one may differ by rounding.
+            with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+                bench.yardstick = Yardstick.from_record(result.yardstick)
+        write_atomically(self.directory.settings, dump_settings(self.context.settings))
+        directions = self._find_directions(bench, study, recovered)
+        bench.prepare(directions)
+        baseline = self._kept_baseline(stages.baseline(bench))
+        result.yardstick = bench.yardstick.to_record() if bench.yardstick else None
+        publish(bench, study, baseline, directions, result.identity or {})
+        return baseline
+
     def save(self) -> None:
         """Write `result.json`, with the time of the current stage so far, which an interruption must not lose."""
         self.context.clock.count()
@@ -217,7 +224,6 @@ class _Run:
         identity = bench.identity()
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
-        announce(study)
         if settings.search.seed_from and not study.has("seeds"):
             study.begin(seeds=seed_values(bench.space, *self.seeds()))
             numbers = ", ".join(str(trial.number) for trial in self.seeds()[1])

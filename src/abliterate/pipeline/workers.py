@@ -143,9 +143,19 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
     study.share(_SETUP_OF, study.shared(_SESSION) or b"")
 
 
-def announce(study: Study) -> None:
-    """Have workers that start from now on wait for the setup of this session, since an earlier one's may be another."""
+@contextlib.contextmanager
+def announced(study: Study) -> Iterator[None]:
+    """Have workers that start in the `with` block wait for the setup that is published in it, since an earlier may be another.
+
+    If the session fails before, an earlier session's setup holds again.
+    """
     study.share(_SESSION, uuid.uuid4().bytes)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):
+            study.share(_SESSION, study.shared(_SETUP_OF) or b"")
+        raise
 
 
 def _file(settings: Settings, name: str) -> Path | None:
@@ -208,8 +218,10 @@ def wait_for_setup(
         ) from error
     noted = False
     while True:
-        directions, setup = shared(study, _DIRECTIONS), shared(study, _SETUP)
-        if directions is not None and setup is not None and shared(study, _SESSION) == shared(study, _SETUP_OF):
+        # The session first: what is read after it isn't older than it.
+        is_present = (shared(study, _SETUP_OF) or b"") == (shared(study, _SESSION) or b"")
+        directions, setup = (shared(study, name) if is_present else None for name in (_DIRECTIONS, _SETUP))
+        if directions is not None and setup is not None:
             try:
                 return SharedSetup.of_bytes(setup), stages.directions_of(directions)
             except (SafetensorError, KeyError, ValueError) as error:

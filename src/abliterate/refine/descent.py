@@ -7,7 +7,7 @@ short, activations are kept one layer at a time (checkpointing), and batches shr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +28,8 @@ from abliterate.refine.parameters import Parameters
 LOOK = 10
 # The most bytes of the unedited model's logits that are kept in main memory.
 BASE_LOGITS_BYTES = 2**30
+# A module and its arguments.
+_Call = tuple[nn.Module, tuple[Any, ...], dict[str, Any]]
 # One row of a batch: whether it is harmful, and the row.
 _Item = tuple[bool, TeacherForced]
 # A row's prompt and answer; and logits (T, vocabulary) by them.
@@ -105,7 +107,7 @@ class Pass:
         with _inputs_of(module for module in self.layers.modules() if storage_of(module) or opaque(module)) as calls:
             self.gradients(factors, Rows([row], [row]), 1.0)
         self.hooks.suspend()  # an edit beside the module passes gradients on
-        for module, (given, options) in calls.items():
+        for module, given, options in calls:
             places = [index for index, value in enumerate(given) if torch.is_tensor(value) and value.is_floating_point()]
             if not places:
                 continue
@@ -275,17 +277,16 @@ class Descent:
 
 
 @contextlib.contextmanager
-def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """While active, the first call of one module of each type is kept: {module: its arguments}."""
-    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[Collection[_Call]]:
+    """While active, the first call of a module of each type is kept: most experts of a mixture are never called."""
+    calls: dict[type, _Call] = {}
 
     def keep(module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        calls.setdefault(module, (given, options))
+        calls.setdefault(type(module), (module, given, options))
 
-    by_type = {type(module): module for module in modules}
-    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in by_type.values()]
+    handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
     try:
-        yield calls
+        yield calls.values()
     finally:
         for handle in handles:
             handle.remove()

@@ -17,7 +17,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Generic, TypeVar
 
 from abliterate import ranks
-from abliterate.errors import InputError, ScorerUnavailable
+from abliterate.errors import InputError, ScorerUnavailable, TrialError
 
 URL, MODEL, KEY = "ABLITERATE_JUDGE_URL", "ABLITERATE_JUDGE_MODEL", "ABLITERATE_JUDGE_KEY"
 TRIES, PAUSE, TIMEOUT = 4, 1.0, 60.0  # tries per request; seconds before the second try, doubled each time; seconds per try
@@ -59,7 +59,8 @@ class ChatEndpoint(Generic[Verdict]):
         """The verdict on a question.
 
         Raises:
-            ScorerUnavailable: the server can't be reached, answers with an error, or gives no verdict in all tries.
+            ScorerUnavailable: the server can't be reached or answers with an error. TrialError: it refuses this question, or
+                gives no verdict on it in all tries.
         """
         if question not in self._verdicts:
             self._verdicts[question] = ranks.agree(lambda: self._asked(question))
@@ -69,11 +70,12 @@ class ChatEndpoint(Generic[Verdict]):
         """The verdict; a busy server, and a reply without a verdict, is asked again."""
         messages = [{"role": "user", "content": question}]
         body = {"model": self._model, "temperature": 0, "max_tokens": self._max_tokens, "messages": messages}
-        reply, failed, busy, pause = "", 0, 0, 0.0
+        reply, failed, busy, pause, answered = "", 0, 0, 0.0, False
         while failed < TRIES and busy < BUSY_TRIES:
             if failed + busy:
                 self._sleep(pause)
             pause = min(PAUSE * 2 ** (failed + busy), LONGEST)
+            answered = False
             try:
                 reply = self._post(body)
             except urllib.error.HTTPError as error:
@@ -88,11 +90,12 @@ class ChatEndpoint(Generic[Verdict]):
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 reply = type(error).__name__
             else:
-                verdict = self._read(reply)
+                verdict, answered = self._read(reply), True
                 if verdict is not None:
                     return verdict
             failed += 1
-        raise ScorerUnavailable(f"the judge's endpoint gave no verdict in {failed + busy} tries (last: {reply[:80]!r})")
+        error_type = TrialError if answered else ScorerUnavailable
+        raise error_type(f"the judge's endpoint gave no verdict in {failed + busy} tries (last: {reply[:80]!r})")
 
     def _post(self, body: dict[str, Any]) -> str:
         headers = {"Content-Type": "application/json"}
@@ -127,14 +130,19 @@ def _is_address(url: str) -> bool:
     return sound and "@" not in parts.netloc and url.isascii() and url.isprintable() and " " not in url
 
 
+# Statuses of a question that the server won't take: for its content or its length.
+_ABOUT_THE_QUESTION = (400, 413, 422)
+
+
 def _check_status(code: int, reply: str) -> None:
-    """Raise ScorerUnavailable for a status that no further try would change."""
+    """Raise an error for a status that no further try would change; a TrialError if it is about this question alone."""
     if 300 <= code < 400:
         raise ScorerUnavailable(
             f"the judge's endpoint redirects ({code}), which isn't followed; give the final address in {URL}"
         )
     if code < 500:
-        raise ScorerUnavailable(f"the judge's endpoint answers {reply[:80]}")
+        error_type = TrialError if code in _ABOUT_THE_QUESTION else ScorerUnavailable
+        raise error_type(f"the judge's endpoint answers {reply[:80]}")
 
 
 def _retry_after(text: str) -> float:

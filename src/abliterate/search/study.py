@@ -174,6 +174,8 @@ class Study:
                         return self._patiently(partial(self._suggested, slot, trial_id, bool(running), known))
                     except UpdateFinishedTrialError:  # on a slow machine others took this worker for dead: ask again later
                         return None
+                    except AbliterateError:  # the storage is lost, and would be waited for once more
+                        raise
                     except BaseException:
                         self._interrupt(trial_id)
                         raise

@@ -10,8 +10,10 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from datetime import date, time
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ValidationError
@@ -136,8 +138,9 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
         value = _parse_value(text.strip())
-        # A commit or a date may read as a number or date of TOML.
-        table[leaf] = text.strip() if name.strip() in _TEXTS and not isinstance(value, str) else value
+        # A commit or a moment may read as a number or date of TOML.
+        is_text = name.strip() in _TEXTS and isinstance(value, int | float | date | time)
+        table[leaf] = text.strip() if is_text else value
     return values
 
 
@@ -424,7 +427,8 @@ def _sentence(error: ValidationError) -> str:
     # Behind an option's name stands which of several types an error is about; what such a type allows is said together.
     place = first["loc"][:2]
     is_option = ".".join(map(str, place)) in option_names()
-    same = [each for each in error.errors() if each["loc"][:2] == place] if is_option else [first]
+    of_several = is_option and get_origin(_annotation(".".join(map(str, place)))) in (Union, UnionType)
+    same = [each for each in error.errors() if each["loc"][:2] == place] if of_several else [first]
     told = max(same, key=lambda each: len(each["loc"]))
     name = ".".join(str(part) for part in told["loc"] if not re.search(r"[\[(]", str(part)))
     messages = [_LIST if each["type"] == "tuple_type" else each["msg"].removeprefix("Value error, ") for each in same]

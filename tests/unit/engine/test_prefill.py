@@ -296,6 +296,9 @@ def test_what_can_be_made_again_is_freed_before_a_single_row_is_given_up() -> No
 
     assert batches.run([7], work) == [7]
     assert tried == [1, 1]
-    held[:] = [False]
+    batches.free = lambda: True  # what is freed is made again in each try
+    held[:] = [True]
+    tried.clear()
     with pytest.raises(TrialError, match="even for a single prompt"):
         batches.run([7], work)
+    assert tried == [1, 1]

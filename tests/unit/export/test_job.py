@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -289,6 +290,18 @@ def test_finished_folder_replaces_the_old_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_an_old_export_of_an_earlier_version_is_kept(tmp_path: Path) -> None:
+    final, told = tmp_path / "model", list[str]()
+    write_whole(final, "first")
+    (final / MARKER).write_text('{"format": 1}', encoding="utf-8")
+    leave_record(final, {"trial": 3})
+    with finished_folder(final, warn=told.append) as folder:
+        (folder / "f").write_text("second", encoding="utf-8")
+    (kept,) = (path for path in tmp_path.iterdir() if path != final)
+    assert (kept / "f").read_text(encoding="utf-8") == "first"
+    assert "It isn't recorded which files" in told[0]
+
+
 def test_an_old_export_with_a_persons_files_is_kept(tmp_path: Path) -> None:
     final, told = tmp_path / "model", list[str]()
     write_whole(final, "first")
@@ -397,13 +410,15 @@ def test_card_says_what_was_measured() -> None:
     assert "It refuses less" in model_card(words)
 
 
-def test_an_adapter_names_the_commit_of_its_base(tmp_path: Path) -> None:
+def test_an_adapter_names_the_commit_of_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT loads the base with it; a folder has none."""
-    load = LoadSettings(revision="abc123")
-    job = replace(make_case(tmp_path).job, load=load)
-    assert adapter._commit(replace(job, source="somebody/model")) == "abc123"
-    assert adapter._commit(job) is None
+    load, job = LoadSettings(revision="abc123"), make_case(tmp_path).job
+    assert adapter._commit(replace(job, source="somebody/model", load=load)) == "abc123"
+    assert adapter._commit(replace(job, load=load)) is None
     assert adapter._commit(replace(job, source="somebody/model", load=LoadSettings())) is None
+    monkeypatch.setattr(adapter, "_commit", lambda job: "abc123")
+    write("adapter", job, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text(encoding="utf-8"))["revision"] == "abc123"
 
 
 @pytest.mark.parametrize("name", ["Screenshot 9.41\u202fAM.txt", "質問\u3000集.txt", "\U0001f469\u200d\U0001f680.txt"])

@@ -17,7 +17,7 @@ from abliterate.evaluation.teacher_forced import TeacherForced, fed_tokens
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight
-from abliterate.refine.descent import Descent, Pass, Rates, _drawn
+from abliterate.refine.descent import Descent, Pass, Rates, _drawn, _inputs_of
 from abliterate.refine.loss import Loss, Rows
 from abliterate.refine.parameters import Module, Parameters
 from support.models import CPU, dense_edit, make_directions, make_loaded, make_model, write_weight
@@ -270,3 +270,14 @@ def test_a_kernel_that_passes_no_gradient_on_is_found(kind: type[nn.Linear], mon
         return
     with pytest.raises(RuntimeError, match=r"Detached passes no gradient on|does not require grad"):
         passes.probe([5, 6, 7, 8], factors)
+
+
+def test_experts_that_are_not_called_are_not_asked() -> None:
+    """Of many modules of a type, the first that is called is looked at."""
+    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+    with _inputs_of(experts) as calls:
+        experts[2](torch.ones(1, 4))
+        experts[5](torch.zeros(1, 4))
+    ((module, (given,), options),) = calls
+    assert (module, given.tolist(), options) == (experts[2], [[1, 1, 1, 1]], {})
+    assert not any(expert._forward_pre_hooks for expert in experts)

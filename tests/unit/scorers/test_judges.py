@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.evaluate import _cells
-from abliterate.errors import AbliterateError, InputError, Interrupted, TrialError
+from abliterate.errors import AbliterateError, InputError, Interrupted, ScorerUnavailable, TrialError
 from abliterate.evaluation import lm_eval
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
@@ -171,12 +171,18 @@ def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> Non
     assert (first["path"], first["key"]) == ("/v1/chat/completions", f"Bearer {SECRET}")
     assert (first["model"], first["temperature"]) == ("judge-1", 0)
     assert PROMPTS[0].text in first["messages"][0]["content"]
-    with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)"):
+    with pytest.raises(TrialError, match=rf"no verdict in {TRIES} tries \(last: 'hmm'\)") as no_verdict:
         judge.verdicts(Observation([Response("ramble")], torch.zeros(1, 2), PROMPTS[:1]))
+    assert type(no_verdict.value) is TrialError, "about this response alone, so the run goes on"
     stub.status, before = 401, len(stub.asked)
     assert judge.verdicts(SEEN) == [True, False, True, True], "it remembers its verdicts"
     assert len(stub.asked) == before
-    with pytest.raises(TrialError, match="answers 401") as error:
+    stub.status = 413
+    with pytest.raises(TrialError, match="answers 413") as too_long:
+        Endpoint().verdicts(SEEN)
+    assert type(too_long.value) is TrialError
+    stub.status, before = 401, len(stub.asked)
+    with pytest.raises(ScorerUnavailable, match="answers 401") as error:
         Endpoint().verdicts(SEEN)
     assert SECRET not in str(error.value)
     assert len(stub.asked) == before + 1
@@ -185,7 +191,7 @@ def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> Non
 def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(URL, "http://127.0.0.1:9/v1")
     monkeypatch.setenv(MODEL, "judge-1")
-    with pytest.raises(TrialError, match="no verdict"):
+    with pytest.raises(ScorerUnavailable, match="no verdict"):
         Endpoint(lambda seconds: None).verdicts(SEEN)
     monkeypatch.delenv(URL)
     with pytest.raises(InputError, match=URL):

@@ -389,6 +389,11 @@ def test_texts_that_read_as_numbers_or_dates_are_texts() -> None:
             "directions.protect=arithmetic",
             "The setting directions.protect has a wrong value ('arithmetic'): Input should be a list",
         ),
+        (
+            'load.dtypes=["float8"]',
+            "The setting load.dtypes.0 has a wrong value ('float8'): Input should be 'auto', 'float32', ",
+        ),
+        ("device=[1]", "The setting device has a wrong value ([1]): Input should be a valid string."),
         ("search.trials=x", "The setting search.trials has a wrong value ('x'): Input should be a valid integer"),
     ],
 )
