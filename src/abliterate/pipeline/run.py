@@ -159,7 +159,7 @@ class _Run:
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
         known, kept_out = ranks.agree(self._known_prefix), held.sets if held else None
-        with load_calibrated(context, prompts, known, held=kept_out) as bench:  # steps 1 and 2 of docs/design.md §2
+        with load_calibrated(context, prompts, prefix=known, held=kept_out) as bench:  # steps 1 and 2 of docs/design.md §2
             context = self.context = bench.context  # its settings have the moment that the run keeps
             if not bench.time_told:
                 note_time(context, bench.loaded, bench.chat, bench.prompts)
