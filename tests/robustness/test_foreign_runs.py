@@ -259,7 +259,8 @@ def test_the_environment_and_a_configuration_file_are_the_persons(
     assert seen[0].export.push == REPO
     # What the person says instead counts, too.
     harmless = ["--push", "", "--set", "evaluation.scorers=['kl']", "--set", "evaluation.heldout_scorers=[]"]
-    assert_sentence(invoke("run", "--resume", "-o", hostile, *harmless, "--objective", "kl"), 2, "Seen.")
+    objectives = ["--objective", "kl", "--objective", "refusals"]
+    assert_sentence(invoke("run", "--resume", "-o", hostile, *harmless, *objectives), 2, "Seen.")
     assert (seen[1].export.push, seen[1].scorers) == ("", ("kl", "refusals"))
 
 

@@ -510,7 +510,7 @@ def test_a_continued_run_keeps_its_baseline_and_prefix(
     assert len(again["trials"]) == 5
 
 
-@pytest.mark.parametrize("content", [None, "{"])
+@pytest.mark.parametrize("content", [pytest.param(None, marks=pytest.mark.slow), "{"])
 def test_a_lost_result_is_made_again_from_the_study(
     content: str | None, finished: Finished, prompt_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
