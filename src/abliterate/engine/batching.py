@@ -44,7 +44,7 @@ class Batches:
             TrialError: a single item doesn't fit.
         """
         results: list[Result] = []
-        freed = False  # for the item that is next
+        freed = False  # whether memory was freed for a single item, the next one
         while len(results) < len(items):
             batch = items[len(results) : len(results) + self.affordable()]
             batch_results: Sequence[Result] | None = None
@@ -59,11 +59,11 @@ class Batches:
                 self._grow(len(batch))
                 freed = False
                 continue
-            if len(batch) == 1 and freed:
+            is_single = len(batch) == 1
+            there_was_some = not (is_single and freed) and self.free()
+            if is_single and not there_was_some:
                 raise TrialError("the device is out of memory even for a single prompt")
-            freed = self.free()
-            if len(batch) == 1 and not freed:
-                raise TrialError("the device is out of memory even for a single prompt")
+            freed = is_single
             self.shrink(len(batch))
         return results
 
