@@ -6,7 +6,8 @@ Each line of the output is one course of one seed: `trials` trials and no refine
 them. `tokens` counts what the model was fed from the start, prompts for the directions and the baseline included (`ready`): a
 token forward once, backward twice. The model is `demo`, or a folder that `train_demo_model.py --variant` or `real_model.py`
 made, with its prompts. Good answers are counted exactly where the corpus knows them (`ground_truth.py`). With `--heldout`, the
-trial of least KL at 3 % refusals or fewer and the one that a run would select are measured on held-out prompts, too.
+trial of least KL at 3 % refusals or fewer and the one that a run would select are measured on held-out prompts, too; with
+`--heldout refined` every refined trial is.
 """
 
 from __future__ import annotations
@@ -58,7 +59,13 @@ def main() -> None:
     parser.add_argument("--starts", type=int, nargs="*", default=[0, 10, 20, 40], help="trials before refinement")
     parser.add_argument("--spoil", type=float, default=0.0, help="share of the targets whose tokens are shuffled")
     parser.add_argument("--apart", action="store_true", help="share no prompts and keep no logits, to see what that saves")
-    parser.add_argument("--heldout", action="store_true", help="measure two trials on held-out prompts, too")
+    parser.add_argument(
+        "--heldout",
+        nargs="?",
+        const="two",
+        choices=["two", "refined"],
+        help="measure two trials on held-out prompts, too, or every refined one besides",
+    )
     parser.add_argument("--set", nargs="*", default=[], dest="assignments", help="further settings, key=value")
     parser.add_argument("--out", type=Path, required=True, help="file to which lines are added")
     args = parser.parse_args()
@@ -85,7 +92,7 @@ def main() -> None:
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
 
 
-def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = False) -> dict[str, Any]:
+def course(settings: Settings, trials: int, *, refined: bool, heldout: str | None = None) -> dict[str, Any]:
     """One course: its trials, what was best on the way, and the cost of each."""
     started, counters, points = time.perf_counter(), Counters(), list[dict[str, Any]]()
     with load(settings, Quiet()) as bench:
@@ -115,7 +122,8 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
         least = best[str(HELDOUT)] if heldout else None
         front = pareto_front(everything, baseline, bench.objectives) if heldout else ()
         selected = parse_rule("auto", objectives=bench.objectives)(front) if front else None
-        wanted = {trial.number: trial for trial in (least, selected) if trial is not None}
+        every = [trial for trial in everything if isinstance(trial.params, RefinedParams)] if heldout == "refined" else []
+        wanted = {trial.number: trial for trial in (least, selected, *every) if trial is not None}
         figures = {number: on_heldout(bench, trial) for number, trial in wanted.items()}
         return {
             "weights": bench.loaded.info.fingerprint,  # what `real_model.py` makes depends on the kind of CPU
@@ -123,6 +131,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: bool = Fa
             "refined": refined,
             "best": found,
             "heldout": None if least is None else figures[least.number],
+            "every": {trial.number: figures[trial.number] for trial in every},
             "selected": None if selected is None else point(selected) | {"heldout": figures[selected.number]},
             "ready": ready,
             "prompts": baseline.prompts,

@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python scripts/measure_startup.py demo ~/.cache/abliterate-models/smollm2-refusing
 
 The cache is empty, and loading is left out. A reference trial is the mean of three random trials by `model.generate`, which
-answers all prompts of both evaluation sets. Forward passes and the tokens in them are counted, because they don't depend on the
+answers all prompts of both evaluation sets; an answering one is that of the plain ablation under which fewest of them are
+refused, whose responses are longer. Forward passes and the tokens in them are counted, because they don't depend on the
 machine's other work; the seconds are those of the processor. The yardstick's parts are counted apart. A model is `demo`, or a
 folder that `train_demo_model.py --variant` or `real_model.py` made, with its prompts.
 """
@@ -27,6 +28,9 @@ from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
 from abliterate.pipeline import stages, workbench, yardstick
+from abliterate.refine.teachers import plain_ablations
+from abliterate.scorers.refusals import Refusals
+from abliterate.types import Params
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- startup -->", "<!-- /startup -->"
@@ -116,8 +120,8 @@ def counted(costs: Costs) -> Iterator[None]:
         yield
 
 
-def first_start(model: str, assignments: list[str]) -> tuple[dict[str, Cost], Cost]:
-    """{stage: what it costs} of a first start, and what a trial of the reference costs."""
+def first_start(model: str, assignments: list[str]) -> tuple[dict[str, Cost], Cost, Cost]:
+    """{stage: what it costs} of a first start, what a trial of the reference costs, and what one costs whose model answers."""
     costs = Costs()
     with (
         tempfile.TemporaryDirectory() as cache,
@@ -128,16 +132,25 @@ def first_start(model: str, assignments: list[str]) -> tuple[dict[str, Cost], Co
         stages.baseline(bench)
         found = {name: cost for name, cost in costs.of.items() if cost.tokens}
         for params in bench.space.samples(TRIALS, seed=1):
-            with costs.part("reference"), bench.edited(params):
-                bench.plain.observe(bench.prompts.harmful_eval, bench.prompts.harmless_eval, lambda done, total: None)
-    whole = costs.of["reference"]
-    return found, Cost(round(whole.passes / TRIALS), round(whole.tokens / TRIALS), whole.seconds / TRIALS)
+            reference_trial(bench, params, costs, "reference")
+        plain = plain_ablations(bench.space.n_layers, bench.space.components)
+        refused = [reference_trial(bench, params, costs, f"plain {index}") for index, params in enumerate(plain)]
+    whole, answering = costs.of["reference"], costs.of[f"plain {refused.index(min(refused))}"]
+    return found, Cost(round(whole.passes / TRIALS), round(whole.tokens / TRIALS), whole.seconds / TRIALS), answering
 
 
-def rows_of(found: dict[str, Cost], trial: Cost) -> list[str]:
+def reference_trial(bench: Workbench, params: Params, costs: Costs, name: str) -> int:
+    """The number of refusals in a trial of the reference, which is counted as the part `name`."""
+    markers = next(scorer for scorer in bench.scorers if isinstance(scorer, Refusals))
+    with costs.part(name), bench.edited(params):
+        found = bench.plain.observe(bench.prompts.harmful_eval, bench.prompts.harmless_eval, lambda done, total: None)
+    return sum(map(markers.is_refusal, found.responses))
+
+
+def rows_of(found: dict[str, Cost], trial: Cost, answering: Cost) -> list[str]:
     """The rows of a model's table."""
     total = Cost(*(sum(getattr(cost, name) for cost in found.values()) for name in ("passes", "tokens", "seconds")))
-    named = {"a reference trial": trial, **found, "**all stages**": total}
+    named = {"a reference trial": trial, "a reference trial that answers": answering, **found, "**all stages**": total}
     return [
         f"| {name} | {cost.passes} | {cost.tokens} | {cost.seconds:.1f} | {cost.passes / trial.passes:.2f} "
         f"| {cost.tokens / trial.tokens:.2f} | {cost.seconds / trial.seconds:.2f} |"

@@ -60,22 +60,25 @@ def run_heretic(settings: Settings, trials: int, threads: int, folder: Path) -> 
     if command is None:
         return "The peer was not run: no `heretic` command is installed."
     _write_config(settings, trials, folder)
-    started, peer, output = time.perf_counter(), Peer(), list[str]()
+    started, peer, line = time.perf_counter(), Peer(), ""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "200"}
     kl = 0.0
     # heretic ends with a question that nobody answers here; all trials are done by then.
-    with subprocess.Popen(
-        [command],
-        cwd=folder,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    with (
+        (folder / "heretic.log").open("w", encoding="utf-8", buffering=1) as log,
+        subprocess.Popen(
+            [command],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         for line in process.stdout:
-            output.append(line)
+            log.write(line)
             if _TRIAL.search(line) and not peer.before:
                 peer.before = time.perf_counter() - started
             elif peer.before and (found := _KL.search(line)):
@@ -85,9 +88,8 @@ def run_heretic(settings: Settings, trials: int, threads: int, folder: Path) -> 
                 peer.ends.append(time.perf_counter() - started)
                 if len(peer.trials) == trials:
                     process.kill()
-    (folder / "heretic.log").write_text("".join(output), encoding="utf-8")
     if len(peer.trials) < trials:
-        return f"The peer ended before its {trials} trials were done: {''.join(output[-1:]).strip()}"
+        return f"The peer ended before its {trials} trials were done: {line.strip()}"
     return peer
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import time
 import tomllib
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -139,9 +140,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         AbliterateError: the disk refuses.
     """
     data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A new file of a name that nobody can guess: in a stranger's folder a link of that name could lead to any file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

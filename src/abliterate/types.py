@@ -58,11 +58,19 @@ def _values(record: Any) -> Mapping[str, float]:
     return record
 
 
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{type(value).__name__} instead of a table")
+    return value
+
+
 def _kinds(record: Any) -> Mapping[str, int]:
     """The record of the scorer `unanswered`. AttributeError, KeyError, TypeError or ValueError if it is none."""
     for value in record.values():
         count(value)
     count(record["count"])
+    if "broken" in record:
+        count(record["off_topic"])
     return dict(record)
 
 
@@ -343,7 +351,7 @@ class Trial:
             number=count(record["number"]),
             params=params_from_record(record["params"]),
             state=record["state"],
-            scores=record["scores"],
+            scores=_mapping(record["scores"]),
             seconds=float(number(record["seconds"], 0)),
             reason=record["reason"],
             values=_values(record["values"]),

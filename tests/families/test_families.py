@@ -168,7 +168,7 @@ def test_exports_read_back_as_the_edit_or_are_refused(name: str, lab: Lab, saved
     expected = logits_of(lab.loaded.model)
     torch.testing.assert_close(logits_of(merged), expected, **CLOSE)
     if name in NO_ADAPTER:
-        with pytest.raises(AbliterateError, match=f"An adapter can't hold .*{NO_ADAPTER[name]}.*--export merged"):
+        with pytest.raises(AbliterateError, match=f"An adapter can't hold .*{NO_ADAPTER[name]}.*--kind merged"):
             export(lab, "adapter", saved, tmp_path / "adapter")
     else:
         _, adapter = export(lab, "adapter", saved, tmp_path / "adapter")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from pathlib import Path
 
 import pytest
 
 from abliterate import files
-from abliterate.errors import InputError
+from abliterate.errors import AbliterateError, InputError
 from abliterate.files import check_new_file, drop_lock, is_locked, take_lock
 
 
@@ -75,3 +76,17 @@ def test_a_reader_of_the_old_file_only_delays_the_new_one(tmp_path: Path, monkey
     files.write_atomically(tmp_path / "result.json", "new")
     assert (tmp_path / "result.json").read_text(encoding="utf-8") == "new"
     assert slept == [0.02, 0.05]
+
+
+def test_a_link_of_the_temporary_name_isnt_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stranger's folder may hold links of any names that can be guessed."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine", encoding="utf-8")
+    (tmp_path / f".report.html.{os.getpid()}.tmp").symlink_to(victim)
+    files.write_atomically(tmp_path / "report.html", "new")
+    assert (victim.read_text(encoding="utf-8"), (tmp_path / "report.html").is_symlink()) == ("mine", False)
+    (tmp_path / ".report.html.guessed.tmp").symlink_to(victim)
+    monkeypatch.setattr(files.uuid, "uuid4", lambda: type("Guessed", (), {"hex": "guessed"}))
+    with pytest.raises(AbliterateError, match="File exists"):
+        files.write_atomically(tmp_path / "report.html", "newer")
+    assert victim.read_text(encoding="utf-8") == "mine"

@@ -222,6 +222,9 @@ def _yardstick(value: Any) -> Any:
     """The record of the yardstick as it is, if a table can be made of it."""
     if value is not None and not _Yardstick.model_validate(value).bounds.keys() <= value["quantiles"].keys():
         raise ValueError("a bound without quantiles")
+    for shares in value["quantiles"].values() if value is not None else ():
+        if not all(0 <= float(share) <= 1 for share in shares):
+            raise ValueError("a quantile whose name is no share")
     return value
 
 

@@ -19,9 +19,11 @@ from abliterate.types import REFINED
 # A run that works in a directory holds this lock file; the kernel releases it however the process ends.
 LOCK = ".lock"
 
-_TEMPORARY = re.compile(r"\.(settings\.toml|study\.name|directions\.safetensors|result\.json|report\.html)\.\d+\.tmp")
+_TEMPORARY = re.compile(
+    r"\.(settings\.toml|study\.name|directions\.safetensors|(result|geometry|answers|recipe)\.json|report\.html)\.[0-9a-f]+\.tmp"
+)
 
-_TEMPORARY_REFINED = re.compile(r"\.\d+\.safetensors\.\d+\.tmp")
+_TEMPORARY_REFINED = re.compile(r"\.\d+\.safetensors\.[0-9a-f]+\.tmp")
 
 _STUDY_NAME = re.compile(r"abliterate-[A-Za-z0-9._-]+-[0-9a-f]{12}")
 

@@ -5,6 +5,7 @@ A session never writes to a terminal: answers go to a `Listener` as they are gen
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -189,10 +190,11 @@ class Session:
         """
         if not self.turns:
             raise InputError("Nothing was said yet, so there is nothing to save; type a message first.")
-        if path.is_dir() or not path.parent.is_dir():
-            fault = "is a folder" if path.is_dir() else f"lies in a folder that doesn't exist ({path.parent})"
+        # These give False, and no error, for a folder that may not be entered and for a name that is too long.
+        if os.path.isdir(path) or not os.path.isdir(path.parent):
+            fault = "is a folder" if os.path.isdir(path) else f"lies in a folder that isn't there ({path.parent})"
             raise InputError(f"The path {path} {fault}; name another file.")
-        if path.exists() and not overwrite:
+        if os.path.exists(path) and not overwrite:
             raise InputError(f"The file {path} exists; name another file, or replace it with /save --force {path}.")
         if path.suffix.lower() == ".json":
             write_json(path, self.record())

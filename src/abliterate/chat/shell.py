@@ -156,7 +156,7 @@ class Shell:
             self._session.result()  # raises an error with the reason if there is no trial
             self._face.note(f"trial {trial}")
             return
-        if not rest.isdecimal():
+        if not rest.isdecimal() or len(rest) > 18:
             raise InputError(f"The command /trial needs the number of a trial, not {rest!r}; /trials shows the front.")
         chosen = self._session.choose(int(rest))
         total = self._session.result().n_harmful

@@ -49,6 +49,7 @@ from abliterate.cli.options import (
     for_output,
     for_prompts,
     for_search,
+    for_set,
     for_trial,
     prompt_settings,
     shared,
@@ -154,7 +155,7 @@ def chat(
     dtype: Dtype = None,
     system: Annotated[Text, for_answers(help="System prompt. Default: the run's.")] = None,
     max_new_tokens: Annotated[
-        int, for_answers(min=0, help="Length limit of an answer in tokens. Default: the model's, or 2048.")
+        int, for_answers(min=0, show_default=False, help="Length limit of an answer in tokens. Default: the model's, or 2048.")
     ] = 0,
     temperature: Annotated[
         float | None, for_answers(help="Sampling temperature; 0 always takes the likeliest token. Default: the model's.")
@@ -163,7 +164,10 @@ def chat(
     response_prefix: Annotated[str, for_answers(help="Text that every answer begins with.")] = "",
     as_json: Json = False,
     cache_dir: CacheDir = None,
-    assignments: Assignments = None,
+    assignments: Annotated[
+        list[str] | None,
+        for_set(help="Set a setting of load, or prompts.system, response.thinking_blocks or response.answer_tags; repeatable."),
+    ] = None,
 ) -> None:
     """Talk to a trial of RUN beside its base, or to MODEL; see /help. In a pipe, each line is a message or a command."""
     given = shared(None, device, dtype, cache_dir) | {"prompts": {"system": system}}
@@ -502,11 +506,13 @@ def worker(
     model: Annotated[Text, for_model(help="The model, if it lies elsewhere on this machine. Default: the run's.")] = None,
     device: Device = None,
     storage: Annotated[str, for_search(help="The run's Optuna RDB URL, instead of RUN.")] = "",
-    study: Annotated[str, for_search(help="Name of the study there, as the run prints it.")] = "",
+    study: Annotated[str, for_search(help="Name of the study there, which the run directory's file study.name holds.")] = "",
     as_json: Json = False,
     batch_size: BatchSize = None,
     cache_dir: CacheDir = None,
-    assignments: Assignments = None,
+    assignments: Annotated[
+        list[str] | None, for_set(help="Set a setting of this machine, such as load.offload_folder; repeatable.")
+    ] = None,
     end_with_input: Annotated[bool, typer.Option("--end-with-input", hidden=True)] = False,
 ) -> None:
     """Help a run on this device or machine: take trials from its budget until the budget is used up."""

@@ -59,10 +59,8 @@ Config = Annotated[
         autocompletion=preset_names,
     ),
 ]
-Assignments = Annotated[
-    list[str] | None,
-    for_general("--set", metavar="KEY=VALUE", help="Set any setting that abliterate config shows; repeatable."),
-]
+for_set = partial(for_general, "--set", metavar="KEY=VALUE")
+Assignments = Annotated[list[str] | None, for_set(help="Set any setting that abliterate config shows; repeatable.")]
 
 Harmful = Annotated[
     Text,

@@ -40,6 +40,8 @@ from abliterate.settings.schema import LoadSettings
 # base PEFT takes a packed weight for a dense one, or casts the adapter to its dtype, without an error.
 _DORA_ON = ("bitsandbytes_4bit", "bitsandbytes_8bit", "hqq")
 _LORA_ON = (*_DORA_ON, "gptq", "awq")
+# The remedy where no adapter can hold an edit.
+_INSTEAD = "export a merged model: abliterate export RUN --trial N --kind merged"
 
 
 class Adapter:
@@ -54,14 +56,14 @@ class Adapter:
         dora = any(factors.row_scale is not None for factors in job.factors.values())
         rank = max(factors.a.shape[-2] for factors in job.factors.values())
         if any(factors.row_scale is not None and not factors.row_scale.all() for factors in job.factors.values()):
-            raise AbliterateError("This trial's edit has rows that DoRA can't express; export it as --export merged.")
+            raise AbliterateError(f"This trial's edit has rows that DoRA can't express; {_INSTEAD}.")
         if any(factors.column_scale is not None for factors in job.factors.values()):
-            raise AbliterateError("This trial's edit scales columns, as no adapter can; export it as --export merged.")
+            raise AbliterateError(f"This trial's edit scales columns, as no adapter can; {_INSTEAD}.")
         matrices = Matrices(job.source, job.load, job.architecture)
         check_modules(job, matrices.targets)
         reason = peft_refusal(matrices.config, job.load, [matrices.targets[name] for name in job.factors], dora=dora)
         if reason:
-            raise AbliterateError(f"An adapter can't hold this trial's edits ({reason}); export it as --export merged.")
+            raise AbliterateError(f"An adapter can't hold this trial's edits ({reason}); {_INSTEAD}.")
         check_room(4 * sum(rank * sum(matrices.shape(name)) + matrices.shape(name)[0] for name in job.factors), folder)
         from peft import LoraConfig
 

@@ -36,10 +36,11 @@ _TEXTS, _INDEX = (".json", ".jsonl", ".txt", ".csv", ".md", ".py", ".jinja", ".y
 _CARD = re.compile(r"readme([._-].*)?", re.IGNORECASE)
 # Files at the top that the exporters write, or that this tool's earlier export has left.
 _OWN = {"config.json", "adapter_config.json", MARKER, "recipe.json"}
-# Files at the top that loading the model parses as JSON, so another content would end the run before its export.
-_PARSED = {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+# The file at the top that loading the model parses so strictly that another content would end the run before its export.
+_PARSED = "tokenizer.json"
 # Other usual files at the top, which nobody uses as the names of private files.
 _USUAL = {
+    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "LICENSE"),
     *("processor_config.json", "preprocessor_config.json"),
 }
@@ -122,8 +123,8 @@ def _names_below(folder: Path) -> Iterator[str]:
 def _may_be_read(path: Path, folder: Path) -> bool:
     """Whether a file of a model may get into an export: a link in a stranger's directory may lead to any private file.
 
-    Links within the directory and into the Hub's cache are followed. So are, at the top, links of files that are parsed at
-    load, and links of usual files to a file of the same name, as in a directory that is made of links.
+    Links within the directory and into the Hub's cache are followed. So are, at the top, the link of the file that is parsed at
+    load, and links of usual files to a file of the same name or into the cache of a Hub model, as in a directory of links.
     """
     if not path.is_symlink():
         return True
@@ -131,7 +132,9 @@ def _may_be_read(path: Path, folder: Path) -> bool:
     blobs = top.parent.parent / "blobs" if top.parent.name == "snapshots" else top
     if target.is_relative_to(top) or target.is_relative_to(blobs):
         return True
-    return path.parent == folder and (path.name in _PARSED or (path.name in _USUAL and target.name == path.name))
+    in_cache = target.parent.name == "blobs" and target.parent.parent.name.startswith("models--")
+    usual = path.name in _USUAL and (target.name == path.name or in_cache)
+    return path.parent == folder and (usual or path.name == _PARSED)
 
 
 def _is_ours(folder: Path) -> bool:

@@ -27,6 +27,9 @@ MARKER = "abliterate.json"
 # An unfinished folder holds this file. The process that has locked it writes there.
 LOCK = ".exporting"
 
+# How the names of finished files with weights end, which a continued export keeps.
+SHARDS = ".safetensors"
+
 # What file managers leave in any folder.
 _LEFT_ANYWHERE = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
@@ -58,6 +61,12 @@ def check_output(final: Path, source: str = "") -> None:
         model = expanded(source).resolve()
         if final.resolve() in (model, *model.parents):
             raise InputError(f"The folder {final} holds the model that the export is made from; choose another --out.")
+    if final.is_symlink():  # in a stranger's run it may lead to an export of one's own, which would be replaced
+        raise InputError(f"The path {final} is a link; choose another --out, or name the folder that it leads to.")
+    if os.path.ismount(final):  # no folder can take its name, and what is written beside it is on another disk
+        raise InputError(
+            f"The folder {final} is the top of a file system; choose a folder in it, such as --out {final / 'model'}."
+        )
     if not final.exists() or (final / MARKER).is_file() or (final.is_dir() and not any(final.iterdir())):
         return
     raise InputError(
@@ -105,7 +114,7 @@ def finished_folder(final: Path, key: str = "", warn: Callable[[str], None] = la
 
 @contextlib.contextmanager
 def _claimed(final: Path, key: str) -> Iterator[Path]:
-    """A locked, hidden folder beside `final`: empty, or with the files of a killed export of the same `key`."""
+    """A locked, hidden folder beside `final`: empty, or with the finished weights of a killed export of the same `key`."""
     partial = final.with_name(f".{final.name}.partial")
     if fcntl is not None and _is_ours(partial):
         partial.mkdir(parents=True, exist_ok=True)
@@ -117,6 +126,8 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
                     lock.truncate(0)
                     lock.write(key)
                     lock.flush()
+                else:  # other files cost nothing to make again, and the base may no longer have them
+                    empty(partial, keep=SHARDS)
                 with _vanishing(partial):  # under the lock, because another export may be waiting for the name
                     yield partial
                 return
@@ -128,9 +139,9 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
 
 
 def _is_ours(partial: Path) -> bool:
-    """Whether an export may take the hidden folder: it doesn't exist, is empty, or an export left it."""
-    if not partial.is_dir():
-        return not partial.exists()
+    """Whether an export may take the hidden folder: it doesn't exist, is empty, or an export left it; never if it is a link."""
+    if partial.is_symlink() or not partial.is_dir():
+        return not os.path.lexists(partial)
     return (partial / LOCK).is_file() or (partial / MARKER).is_file() or not any(partial.iterdir())
 
 
@@ -158,12 +169,12 @@ def _locked(file: IO[str]) -> bool:
         return False
 
 
-def empty(partial: Path) -> None:
-    """Remove everything from an unfinished folder except its lock."""
+def empty(partial: Path, keep: str = "") -> None:
+    """Remove everything from an unfinished folder except its lock, and files whose names end with `keep`."""
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name != LOCK and not (keep and path.name.endswith(keep)):
             path.unlink()
 
 

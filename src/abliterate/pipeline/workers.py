@@ -177,7 +177,7 @@ def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any]
         raise InputError("A worker needs a run's directory, or --storage URL and --study NAME; give one of them.")
     if run is None:
         if not name:
-            raise InputError("A worker at a database needs the study's name; the run says it, and keeps it in study.name.")
+            raise InputError("A worker at a database needs the study's name; give --study what the run's study.name holds.")
         return url, Path(), name
     directory = RunDirectory(run)
     if not directory.holds_run:

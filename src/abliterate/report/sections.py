@@ -58,7 +58,7 @@ def in_the_end(material: Material) -> str:
         candidate = record["candidate"]
         answers = f"answers {rate_text(candidate[UNANSWERED]['answered'])} and " if candidate.get(UNANSWERED) else ""
         return f"; on held-out prompts it {answers}refuses {rate_text(candidate['refusals'])}"
-    except (ArithmeticError, KeyError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
         return ""
 
 

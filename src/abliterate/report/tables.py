@@ -600,7 +600,7 @@ def coverage_table(coverage: Mapping[str, Any]) -> Table:
             " × ".join(map(str, group["shape"])) if group["shape"] else "?",
             f"{group['parameters']:,}",
             group["parameters"] / total,
-            "yes" if group["edited"] else f"no: {group['left_out']}",
+            "yes" if group["edited"] else f"no: {group.get('left_out')}",
         )
         for group in groups
     )

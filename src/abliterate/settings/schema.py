@@ -6,6 +6,7 @@ equal. An empty string means "not given" and 0 means "choose for me", because TO
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -269,6 +270,14 @@ class ExportSettings(_Section):
     max_shard_size: str = "5GB"
     push: str = ""
     push_private: bool = True
+
+    @field_validator("max_shard_size")
+    @classmethod
+    def _check_size(cls, text: str) -> str:
+        """A size as `transformers` reads it, so that the export doesn't end with it after the search."""
+        if not re.fullmatch(r"(?=.*[1-9])\d+(\.\d+)? ?[KMGT]B", text, re.IGNORECASE):
+            raise ValueError(f"max_shard_size must be a size such as 5GB or 500MB, not {text!r}")
+        return text
 
 
 class Settings(BaseSettings):

@@ -218,6 +218,15 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "trials that are no list": (_change("trials", value=3), "trials: "),
     "an objective that is a number": (_change("objectives", value=[3]), "objectives.0: "),
     "an objective without a goal": (_change("objectives", 0, "goal", drop=True), "objectives.0: "),
+    "a failed trial whose scores are a list": (_change("trials", 4, "scores", value=[]), "trials.4: "),
+    "broken answers without off-topic ones": (
+        _change("trials", 0, "scores", "unanswered", value={"count": 3, "broken": 0}),
+        "trials.0: ",
+    ),
+    "a quantile that is no share": (
+        _change("yardstick", value={"bounds": {"x": 1.0}, "answers": 1, "quantiles": {"x": {"abc": 1.0}}}),
+        "yardstick: ",
+    ),
     "timings of texts": (_change("timings", value={"load": "x"}), "timings.load: "),
     "an export that is a list": (_change("export", value=[]), "export: "),
 }

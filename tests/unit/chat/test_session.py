@@ -32,7 +32,7 @@ from abliterate.cli import chat as cli_chat
 from abliterate.edits import SvdMemo
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.engine.responses import ResponseReader
-from abliterate.errors import InputError, Interrupted
+from abliterate.errors import AbliterateError, InputError, Interrupted
 from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.chat_template import PromptEncoder
@@ -346,6 +346,8 @@ def test_saving(session: Session, tmp_path: Path) -> None:
     for wrong in (tmp_path, tmp_path / "no" / "b.md"):
         with pytest.raises(InputError, match="name another file"):
             session.save(wrong, overwrite=True)
+    with pytest.raises(AbliterateError, match="File name too long"):
+        session.save(tmp_path / ("a" * 300))
     session.save(tmp_path / "a.json")
     record = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert record == session.record()
@@ -504,10 +506,10 @@ def test_in_a_pipe_what_fails_is_said_and_the_rest_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "a.md").write_text("mine", encoding="utf-8")
-    wrong = ("/bas", "/\x1b[2J", "/trial x", "/trial 77", "/base now", "/undo", "/nothing at all")
+    wrong = ("/bas", "/\x1b[2J", "/trial x", f"/trial {'9' * 5000}", "/trial 77", "/base now", "/undo", "/nothing at all")
     piped(monkeypatch, *wrong, ASKED[0], "/save a.md", "/quit", "never read")
     outcome = invoke("chat", finished[0], *QUICK)
-    assert_last_sentence(outcome, "8 of 9 lines could not be carried out", "no command /bas; did")
+    assert_last_sentence(outcome, "9 of 10 lines could not be carried out", "no command /bas; did")
     for told in ("did you mean /base?", "needs the number of a trial", "no finished trial 77", "takes nothing behind it"):
         assert told in outcome.err, told
     assert outcome.out.count("\n") == 1

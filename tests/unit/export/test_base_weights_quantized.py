@@ -369,7 +369,7 @@ def test_adapters_onto_quantized_bases(method: str, dora: bool, refused: bool, t
     assert bool(reason) == refused
     if refused:
         assert f"onto a base that is quantized as {method}" in reason
-        with pytest.raises(AbliterateError, match=r"--export merged"):
+        with pytest.raises(AbliterateError, match=r"--kind merged"):
             write("adapter", make_job(loaded, make_editor(loaded).factors(make_params(1))), tmp_path / "adapter")
 
 

@@ -352,7 +352,12 @@ def test_a_link_out_of_the_model_s_directory_isnt_followed(case: Case, tmp_path:
     (base / "again.txt").symlink_to(base / "inner.txt")
     (base / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (base / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    (tmp_path / "secret.json").write_text('{"auth": "private"}', encoding="utf-8")  # which loads as any of the others
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(tmp_path / "secret.json")
     found = companions.companions_of(case.job)
+    assert not {"generation_config.json", "special_tokens_map.json"} & set(found)
     assert {"again.txt", "inner.txt", "tokenizer.json", "merges.txt"} <= set(found)
     assert not {"NOTICE", "original/tokenizer.json", "tokenizer.model"} & set(found)
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from abliterate.errors import AbliterateError, InputError
-from abliterate.export import ExportJob, base_weights, finished_folder, merged
+from abliterate.export import ExportJob, base_weights, check_output, finished_folder, merged
 from abliterate.export.folder import LOCK, MARKER
 from abliterate.export.safetensors_copy import INDEX, SINGLE, NotStreamable, check_dtype, copy_edited, read_header, shard_files
 from abliterate.settings.schema import LoadSettings
@@ -349,6 +349,48 @@ def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
         assert folder != theirs
     assert (theirs / "thesis.tex").is_file()
     assert (tmp_path / "model").is_dir()
+
+
+@pytest.mark.parametrize("name", ["model", ".model.partial"])
+def test_a_link_isnt_followed(name: str, tmp_path: Path) -> None:
+    """In a stranger's run it may lead to an export of one's own, whose files an export would replace."""
+    mine = tmp_path / "mine"
+    with finished_folder(mine) as folder:
+        (folder / "weights").write_text("mine", encoding="utf-8")
+    (tmp_path / name).symlink_to(mine)
+    if name == "model":
+        with pytest.raises(InputError, match="is a link; choose another --out"):
+            check_output(tmp_path / name)
+    else:
+        with finished_folder(tmp_path / "model", "key") as folder:
+            assert folder != tmp_path / name
+        assert not (tmp_path / "model").is_symlink()
+    assert (mine / "weights").read_text(encoding="utf-8") == "mine"
+
+
+def test_the_top_of_a_file_system_is_no_folder_for_an_export(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No folder can be renamed to it, so the export would fail once everything is written."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(InputError, match="top of a file system; choose a folder in it"):
+        check_output(tmp_path / "volume")
+    check_output(tmp_path / "volume" / "model")
+
+
+def test_a_continued_export_keeps_only_finished_weights(tmp_path: Path) -> None:
+    """The base may have lost other files since then; nobody would look at those that are left."""
+    partial = tmp_path / ".model.partial"
+    (partial / "original").mkdir(parents=True)
+    for name, text in {
+        LOCK: "key",
+        "a.safetensors": "",
+        "b.safetensors.part": "",
+        "notes.txt": "",
+        "original/x.py": "",
+    }.items():
+        (partial / name).write_text(text, encoding="utf-8")
+    with finished_folder(tmp_path / "model", "key") as folder:
+        assert sorted(path.name for path in folder.iterdir()) == [LOCK, "a.safetensors"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's peak memory")

@@ -215,6 +215,8 @@ def test_other_environment_variables_are_no_concern(monkeypatch: pytest.MonkeyPa
         ("load.dtypes", []),
         ("load.dtypes", ["float8"]),
         ("efficiency.max_svd_cache_size", 0),
+        ("export.max_shard_size", "5G"),
+        ("export.max_shard_size", "0GB"),
         ("seed", -1),
     ],
 )
