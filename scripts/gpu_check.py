@@ -12,8 +12,11 @@ and answer as the demo's do. heretic is compared if its command is on the PATH.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -21,7 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from inflate_model import Shape, inflate
@@ -41,6 +44,8 @@ PROMPTS = {
 }
 # Beside the weights, a run under memory pressure gets so much.
 LEFT_GIB = 2.0
+# The inflated model and its export take so much.
+SHARED_GIB = 36
 Found = dict[str, Any]
 
 
@@ -57,8 +62,8 @@ class Plan:
     @property
     def model(self) -> Path:
         """The inflated model; in memory where there is room, because writing 16 GB to a disk takes minutes."""
-        shared = Path("/dev/shm")
-        big = self.shape.width >= 4096 and shared.is_dir()
+        shared = Path("/dev/shm")  # often of 64 MB in a container
+        big = self.shape.width >= 4096 and shared.is_dir() and shutil.disk_usage(shared).total >= SHARED_GIB * GIB
         return (shared if big else self.out) / f"gpu-check-{self.shape.layers}x{self.shape.width}"
 
     @property
@@ -140,8 +145,9 @@ def equality(plan: Plan) -> Found:
     records = []
     for device in (plan.device, "cpu"):
         out = plan.out / "runs" / f"equality-{device}"
+        count = plan.trials["equality"]  # random trials, as in `static`
         options = ["--device", device, "--dtype", "float32", "--no-refine", "--export", "none", "--seed", "1", "--restart"]
-        tool(command("run", "demo", *options, "-n", plan.trials["equality"], "-o", out))
+        tool(command("run", "demo", *options, "-n", count, "--set", f"search.startup_trials={count}", "-o", out))
         records.append(read_result(out)["trials"])
     return compared(*records)
 
@@ -341,12 +347,18 @@ def seconds_of(plan: Plan, work: Callable[[], Any], times: int = 10) -> float:
     """The seconds of one call among several, after three that warm up."""
     for _ in range(3):
         synchronized(plan, work)
-    _, seconds = timed(lambda: synchronized(plan, lambda: [work() for _ in range(times)]))
+
+    def several() -> None:
+        for _ in range(times):
+            work()  # no result is kept: ten of them would be measured with the time to get their memory, or not fit
+
+    _, seconds = timed(lambda: synchronized(plan, several))
     return float(seconds) / times
 
 
 def profiled(plan: Plan, work: Callable[[], Any]) -> Found:
     """The wall time of `work`, how long the device was busy in it, and the operations that took most; a log has more."""
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
 
@@ -356,6 +368,8 @@ def profiled(plan: Plan, work: Callable[[], Any]) -> Found:
     events = seen.key_averages()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
     print(events.table(sort_by=key, row_limit=20, max_name_column_width=60), file=sys.stderr)
+    if cuda:  # an operation of the CPU has the time of the kernels that it launched, which are events of their own
+        events = [event for event in events if event.device_type != DeviceType.CPU and not event.is_user_annotation]
     most = sorted(events, key=lambda event: -float(getattr(event, key)))[:5]
     busy = sum(float(getattr(event, "self_device_time_total", 0.0)) for event in events) / 1e6
     found: Found = {"profiled s": round(wall, 3), "most": [[event.key, round(getattr(event, key) / 1e6, 3)] for event in most]}
@@ -394,14 +408,29 @@ def run_step(name: str, limit: int, arguments: Sequence[str], out: Path) -> Foun
     with log.open("w", encoding="utf-8") as file:
         try:
             environment = os.environ | {"PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=file, timeout=limit, env=environment, check=False)
+            code, output = within(limit, words, environment, file)
         except subprocess.TimeoutExpired:
             return {"failed": f"took more than {limit} s (see {log.name})"}
-    lines = done.stdout.decode("utf-8", "replace").strip().splitlines()
-    if done.returncode or not lines:
-        return {"failed": f"ended with {done.returncode} (see {log.name})"}
+    lines = output.decode("utf-8", "replace").strip().splitlines()
+    if code or not lines:
+        return {"failed": f"ended with {code} (see {log.name})"}
     found: Found = json.loads(lines[-1])
     return {**found, "step s": round(time.perf_counter() - started, 1)}
+
+
+def within(limit: float, words: Sequence[str], environment: Mapping[str, str], errors: IO[str]) -> tuple[int, bytes]:
+    """A command's exit code and output. TimeoutExpired after `limit` seconds: it is killed, and so is all that it began.
+
+    A run or a process that holds memory would go on, and take the device from later steps.
+    """
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True) as process:
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output
 
 
 def table(found: Mapping[str, Found]) -> str:

@@ -17,7 +17,7 @@ from abliterate.artifacts.cache import ArtifactStore
 from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import Result
 from abliterate.artifacts.run_directory import RunDirectory
-from abliterate.errors import Interrupted
+from abliterate.errors import AbliterateError, Interrupted
 from abliterate.evaluation.likelihood import AskedBase
 from abliterate.evaluation.teacher_forced import fed_tokens
 from abliterate.pipeline import lesson, refine, stages
@@ -265,6 +265,26 @@ def test_a_finished_refinement_goes_on_if_more_is_asked(refined: Refined, prompt
     assert any("finished descents stay as they are; refine.steps act" in note for note in recorder.notes)
     assert outcomes(longer)[:2] == outcomes(again)
     assert trials_of(tmp_path / "run")[2].params.facts["beta"] == 1.0  # type: ignore[union-attr]
+
+
+def test_a_trial_whose_measurement_failed_is_measured_again(
+    prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its descent is done; only memory or a judge was missing."""
+    settings = settings_of(prompt_files, warm, betas=[0.5])
+    with monkeypatch.context() as patch:
+        lost = Trial(0, TrialParams("global", 1.0, {}), "failed", {}, reason="out of memory")
+        patch.setattr(
+            refine.stages, "evaluate", lambda bench, number, params, pruner: replace(lost, number=number, params=params)
+        )
+        with pytest.raises(AbliterateError, match="No trial leaves fewer"):
+            run_in(tmp_path / "run", settings)
+    for _ in range(2):
+        _, recorder = run_in(tmp_path / "run", settings, resume=True)
+    assert "refine" not in recorder.stages, "once is enough"
+    first, second = trials_of(tmp_path / "run")
+    assert (first.state, second.state, first.number, second.number) == ("failed", "complete", 0, 1)
+    assert first.params == second.params
 
 
 def test_a_refined_run_goes_on_searching_if_more_is_asked(refined: Refined, tmp_path: Path) -> None:
@@ -526,9 +546,9 @@ def test_memory_decides_whether_layers_keep_their_activations(
 
     with load(settings_of(prompt_files, unlearned), Recorder()) as bench:
         stages.find_directions(bench)
-        monkeypatch.setattr(passes, "usable_memory", lambda device: 1 << 40)
+        monkeypatch.setattr(passes, "usable_on_all", lambda devices, device: 1 << 40)
         plenty = passes_of(bench)
-        monkeypatch.setattr(passes, "usable_memory", lambda device: 1 << 20)
+        monkeypatch.setattr(passes, "usable_on_all", lambda devices, device: 1 << 20)
         scarce = passes_of(bench)
     assert not plenty.checkpointing
     assert scarce.checkpointing

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence, Set
 
 import torch
@@ -29,7 +30,8 @@ class Ends:
 
     def criteria(self) -> StoppingCriteriaList:
         """The criteria by which `generate` ends at a stop text; end tokens it knows from its config."""
-        return StoppingCriteriaList([] if self._stops is None else [self._stops])
+        # A copy, because it stays on the device that `generate` moves it to, and ours would wait for that one.
+        return StoppingCriteriaList([] if self._stops is None else [copy.copy(self._stops)])
 
     @property
     def reads_text(self) -> bool:

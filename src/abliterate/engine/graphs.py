@@ -83,6 +83,7 @@ class CudaCapture:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
+        self._index = self._stream.device_index
         # Graphs share a pool of memory, and a graph that is never replayed keeps the pool when all others have gone.
         self._pool = torch.cuda.graph_pool_handle()
         self._keeper = self(lambda: torch.zeros(1, device=device))
@@ -99,6 +100,10 @@ class CudaCapture:
             except BaseException:
                 with contextlib.suppress(RuntimeError):  # it only repeats that the capture has failed
                     graph.capture_end()
+                # If it fails, some versions of torch leave the allocator in the state of a capture, in which memory can't be
+                # returned to the device; if it doesn't, this is an error without a consequence.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(self._index, self._pool)
                 raise
             graph.capture_end()
         before.wait_stream(self._stream)

@@ -25,12 +25,13 @@ class Drawn(LogitsProcessor):
         self._step = begun
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        distribution = scores.float().softmax(dim=-1).cpu().double().cumsum(dim=-1)
-        place = self._uniform[:, self._step, None] * distribution[:, -1:]
+        device = torch.device("cpu") if scores.device.type == "mps" else scores.device  # MPS has no float64
+        distribution = scores.float().softmax(dim=-1).to(device).double().cumsum(dim=-1)
+        place = self._uniform[:, self._step, None].to(device) * distribution[:, -1:]
         self._step += 1
         # The first token whose cumulative probability exceeds the place, which therefore has a probability above 0.
         tokens = torch.searchsorted(distribution, place, right=True).clamp_max(scores.shape[1] - 1)
-        tokens = torch.where(place.isnan(), scores.argmax(dim=-1, keepdim=True).cpu(), tokens)
+        tokens = torch.where(place.isnan(), scores.argmax(dim=-1, keepdim=True).to(device), tokens)
         return torch.full_like(scores, -torch.inf).scatter_(1, tokens.to(scores.device), 0.0)
 
 

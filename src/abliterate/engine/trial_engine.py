@@ -401,7 +401,8 @@ class TrialEngine:
     @torch.inference_mode()
     def _examine(self) -> Sharing:
         """Run one short pass to learn what the layers return and what the model's own cache supports."""
-        ids = self._tensor(self.chat.token_ids(Prompt("Hi")))[None, :]
+        # Plain text: a template may want a system prompt.
+        ids = self._tensor(self.chat.tokenizer("Hi")["input_ids"] or [0])[None, :]
         with self.passes.observing():
             _, cache = self.passes(ids, torch.ones_like(ids), None)
         if not is_supported(cache):

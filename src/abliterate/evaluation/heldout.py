@@ -197,7 +197,8 @@ def _further(
         if others:
             with model.active():
                 logprobs = model.engine.first_logprobs(sets.harmless)
-        observed.append(Observation([answer.response for answer in answers.harmful], logprobs, sets.harmful))
+        responses = [answer.response for answer in answers.harmful]
+        observed.append(Observation(responses, logprobs, sets.harmful, check=model.engine.check))
     verdicts = [_judged(judge, markers, observed) for judge in judges]
     # A judge that gives no verdicts isn't asked again for its grades.
     failed = {record["name"]: record["error"] for record in verdicts if record["error"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from abliterate.engine.reference import Progress
@@ -45,6 +45,7 @@ def evaluate(
     harmless: Sequence[Prompt],
     pruner: DominancePruner,
     progress: Progress,
+    check: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """The scores of the model in its current state; the trial is pruned as soon as it certainly reaches the pruner's limit.
 
@@ -62,10 +63,11 @@ def evaluate(
     # At most one of these counts can be limited: a limit of one needs all other objectives to be known.
     limit = next((found for s in counting if (found := pruner.limit(known, s.name)) is not None), None)
     responses = engine.respond(harmful, lambda done, _: progress(len(harmless) + done, total), limit=limit)
-    if responses is None:
-        assert limit is not None
+    # An engine that doesn't stop generates all responses; what the sampler learns of a trial must not depend on that.
+    if limit is not None and (responses is None or (early and sum(map(early.counts, responses)) >= limit)):
         return Evaluation(first | {s.name: s.at_least(limit, len(harmful)) for s in counting}, stopped=True)
-    observed = Observation(responses, logprobs, harmful)
+    assert responses is not None  # only a limit can stop them
+    observed = Observation(responses, logprobs, harmful, check=check)
     scores = {s.name: first.get(s.name) or score_of(s, observed) for s in scorers if not asks_base(s)}
     return Evaluation(scores, open=observed if any(map(asks_base, scorers)) else None)
 

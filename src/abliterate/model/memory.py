@@ -9,7 +9,7 @@ import gc
 import os
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -92,7 +92,8 @@ def free_memory(device: torch.device) -> int:
     backend = _backend(device)
     own = min([psutil.virtual_memory().available, *(limit - used for limit, used in _cgroups())])
     if device.type == "mps":  # it shares the machine's memory
-        return min(own, int(backend.recommended_max_memory() - backend.driver_allocated_memory()))
+        # Not what the driver has allocated: of that, the allocator's cache is free for us.
+        return min(own, int(backend.recommended_max_memory() - backend.current_allocated_memory()))
     device_memory = _mem_get_info(device)
     if device_memory is None:
         return own
@@ -136,6 +137,14 @@ def synchronize(device: torch.device) -> None:
         _backend(device).synchronize(device)
     elif device.type != "cpu":
         _backend(device).synchronize()
+
+
+def usable_on_all(devices: Iterable[torch.device], device: torch.device) -> int:
+    """The usable bytes of the fullest of those `devices` that are of the same type as `device`, the model's own.
+
+    It isn't known which of a model's devices needs most.
+    """
+    return min(map(usable_memory, {one for one in devices if one.type == device.type} or {device}))
 
 
 def affordable(size: int, row_bytes: int, device: torch.device) -> int:

@@ -19,7 +19,7 @@ from abliterate.edits import edit_method, prepared_bytes, reading_method
 from abliterate.engine.reference import ReferenceEngine
 from abliterate.model.footprint import Shape, kept_bytes, row_bytes
 from abliterate.model.loader import LoadedModel, Skeleton
-from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_memory, used_memory
+from abliterate.model.memory import SHARE, PeakMeter, return_freed, synchronize, unless_full, usable_on_all, used_memory
 from abliterate.model.residuals import capture_batch
 from abliterate.model.weights import in_features, n_matrices, out_features
 from abliterate.pipeline.cache_keys import batch_sizes_key
@@ -442,7 +442,9 @@ class Probes:
         if unless_full(work, self._device) is None:
             return None
         peak = max(0, (meter.rss() if self._device.type == "cpu" else meter.device()) - before)
-        if size > 1 and peak + size * self._unseen(operation) > usable:
+        # Peak and cache are those of all devices together.
+        spread = len({one.device for one in self._loaded.model.parameters() if one.device.type == self._device.type})
+        if size > 1 and peak + size * self._unseen(operation) > max(1, spread) * usable:
             return None
         return BatchProbe(size * self._speed_of_a_row(operation, times), peak)
 
@@ -469,8 +471,7 @@ class Probes:
     def _usable(self) -> int:
         """The usable bytes of the fullest device, since it isn't known which device's layers need most."""
         devices = {parameter.device for parameter in self._loaded.model.parameters()}
-        same_type = [device for device in devices if device.type == self._device.type] or [self._device]
-        return max(0, min(map(usable_memory, same_type)) - self._reserved)
+        return max(0, usable_on_all(devices, self._device) - self._reserved)
 
     def _work(self, operation: Operation) -> Callable[[Sequence[Prompt], Callable[[], None]], object]:
         """A function that runs one batch of an operation; decoding calls back after every token."""

@@ -38,8 +38,9 @@ from abliterate.settings.schema import RefineSettings
 from abliterate.types import RefinedParams, Trial
 
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
-# to be divided by √d_model, or for k directions a module by √(k · d_model).
-_START, _COEFF_STEP, _DIRECTION_STEP = 6.0, 1.2, 0.2
+# to be divided by √d_model, or for k directions a module by √(k · d_model). The strengths of less than _FEW modules are as if
+# there were so many, because a strength above 1 turns a direction round.
+_START, _COEFF_STEP, _DIRECTION_STEP, _FEW = 6.0, 1.2, 0.2, 12
 # The settings that a descent depends on, which a continued run may change.
 _ASKED = {"steps", "learn", "batch", "tokens", "prompts", "validation"}
 
@@ -106,6 +107,8 @@ class Refinement:
         self._tell_changes()
         while len(points) < self._settings.n_descents:
             trial = self._known(len(points))
+            if trial is not None and trial.state == "failed":
+                trial = self._measured_again(trial)
             if trial is None:
                 lesson = lesson or self._lesson()
                 if lesson is None:
@@ -128,13 +131,24 @@ class Refinement:
             )
 
     def _known(self, stage: int) -> Trial | None:
-        """The trial of a finished descent, at the weight that is asked for."""
-        betas = self._settings.betas
+        """The trial of a finished descent, at the weight that is asked for; a failed one only if no other is there."""
+        betas, failed = self._settings.betas, None
         for trial in self._trials:
             facts = trial.params.facts if isinstance(trial.params, RefinedParams) else {}
             if facts.get("stage") == stage and (betas == "auto" or betas[stage] == facts["beta"]):
-                return trial
-        return None
+                if trial.state != "failed":
+                    return trial
+                failed = failed or trial
+        return failed
+
+    def _measured_again(self, failed: Trial) -> Trial:
+        """A finished descent whose measurement failed in an earlier session, for lack of memory perhaps, as a new trial."""
+        bench = self._bench
+        with bench.context.stage("refine", f"trial {failed.number} once more"):
+            number = self._study.free_slot(self._budget)
+            trial = stages.evaluate(bench, number, failed.params, DominancePruner.never(bench.objectives))
+        self._add(trial)
+        return trial
 
     def _lesson(self) -> Lesson | None:
         """What the descents learn from; None, with a warning, if there is nothing to learn or no way to."""
@@ -184,10 +198,13 @@ class Refinement:
             # In full: evaluation prompts don't show which trial keeps a margin, so one that others dominate may be wanted.
             trial = stages.evaluate(bench, number, params, DominancePruner.never(bench.objectives))
             trial = replace(trial, seconds=round(time.perf_counter() - started, 3))  # with the steps that led there
+        self._add(trial)
+        return trial
+
+    def _add(self, trial: Trial) -> None:
         if not self._study.add(trial):
             raise AbliterateError("Another process has taken a refined trial's place in the study; continue with --resume.")
         self._trials.append(trial)
-        return trial
 
     def _descend(self, lesson: Lesson, plan: _Plan, stage: int, number: int) -> RefinedParams:
         """Descend from the plan's start; of the steps looked at, that with the least loss on validation rows counts.
@@ -198,7 +215,9 @@ class Refinement:
         bench, settings, beta = self._bench, self._settings, plan.beta
         parameters, starts = self._parameters(plan.before)
         n, entries = parameters.directions.flatten(1).shape
-        rates = Rates(_COEFF_STEP / n, _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0)
+        rates = Rates(
+            _COEFF_STEP / max(n, _FEW), _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0
+        )
         passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
@@ -302,7 +321,7 @@ class Refinement:
         starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
         starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
-        coeffs, directions = torch.full((len(targets),), _START / len(targets)), starts.clone()
+        coeffs, directions = torch.full((len(targets),), _START / max(len(targets), _FEW)), starts.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)
             coeffs = torch.tensor([before.params.coeffs[module.name] for module in modules])

@@ -305,10 +305,13 @@ def evaluate(bench: Workbench, number: int, params: Params, pruner: DominancePru
     started = time.perf_counter()
     sets = (bench.prompts.harmful_eval, bench.prompts.harmless_eval)
     progress = _progress(bench.context, "prompts")
+    if not bench.settings.efficiency.use_certified_stop:
+        pruner = DominancePruner.never(pruner.objectives)
 
     def once() -> trial_evaluation.Evaluation:
         with bench.edited(params):
-            measured = trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress)
+            check = bench.context.check
+            measured = trial_evaluation.evaluate(bench.engine, bench.scorers, *sets, pruner, progress, check)
         return trial_evaluation.completed(measured, bench.scorers, bench.asked())
 
     trial = _evaluated(bench, number, params, once)

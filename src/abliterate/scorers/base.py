@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -52,13 +52,15 @@ class Observation:
 
     `responses` holds one response per harmful prompt, in order. `first_logprobs` (n_harmless, vocabulary) float32 is the
     log-softmax of the raw logits of the first response token. `prompts` are the harmful prompts, for scorers that read
-    them too; empty if they aren't known. `base` is the unedited model, for scorers that declare `asks_base = True`.
+    them too; empty if they aren't known. `base` is the unedited model, for scorers that declare `asks_base = True`. A scorer
+    that takes long calls `check` from time to time, which raises an error if the run is to end.
     """
 
     responses: Sequence[Response]
     first_logprobs: Tensor
     prompts: Sequence[Prompt] = ()
     base: BaseView | None = None
+    check: Callable[[], None] = field(default=lambda: None, compare=False, repr=False)
 
 
 class ResponseStream(Protocol):

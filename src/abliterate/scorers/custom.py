@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Iterator
 
-from abliterate.errors import InputError, TrialError
+from abliterate.errors import InputError, Interrupted, TrialError
 from abliterate.files import expanded
 from abliterate.model.memory import is_out_of_memory
 from abliterate.scorers.base import Scorer
@@ -32,7 +32,7 @@ def own_errors(scorer: Scorer) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # standard output may be JSON lines
             yield
-    except TrialError:
+    except (TrialError, Interrupted):
         raise
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # smaller batches may help

@@ -22,7 +22,7 @@ from abliterate.errors import InputError, ScorerUnavailable, TrialError
 URL, MODEL, KEY = "ABLITERATE_JUDGE_URL", "ABLITERATE_JUDGE_MODEL", "ABLITERATE_JUDGE_KEY"
 TRIES, PAUSE, TIMEOUT = 4, 1.0, 60.0  # tries per request; seconds before the second try, doubled each time; seconds per try
 # A busy server is asked more often: for two minutes in all, or after the pauses it asks for, of up to LONGEST seconds each.
-BUSY, BUSY_TRIES, LONGEST = (429, 503), 8, 60.0
+BUSY, BUSY_TRIES, LONGEST = (408, 425, 429, 503), 8, 60.0
 _LARGEST = 1 << 20  # the most bytes of a reply that are read
 
 Verdict = TypeVar("Verdict")
@@ -77,7 +77,10 @@ class ChatEndpoint(Generic[Verdict]):
             pause = min(PAUSE * 2 ** (failed + busy), LONGEST)
             answered = False
             try:
-                reply = self._post(body)
+                found = self._post(body)
+                # With an error in place of an answer, some gateways refuse the question, and others report an outage.
+                answered = "error" in found and bool(self._verdicts)
+                reply = str(found["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as error:
                 error.close()
                 reply = f"{error.code} {error.reason}"
@@ -85,7 +88,7 @@ class ChatEndpoint(Generic[Verdict]):
                     pause = max(pause, min(_retry_after(error.headers.get("Retry-After", "")), LONGEST))
                     busy += 1
                     continue
-                _check_status(error.code, reply)
+                _check_status(error.code, reply, known=bool(self._verdicts))
             # A timeout, a refused connection, or a reply that is no chat completion or not even HTTP.
             except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
                 reply = type(error).__name__
@@ -97,13 +100,13 @@ class ChatEndpoint(Generic[Verdict]):
         error_type = TrialError if answered else ScorerUnavailable
         raise error_type(f"the judge's endpoint gave no verdict in {failed + busy} tries (last: {reply[:80]!r})")
 
-    def _post(self, body: dict[str, Any]) -> str:
+    def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY, ""):
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self._url}/chat/completions", json.dumps(body).encode(), headers)
         with _opener().open(request, timeout=TIMEOUT) as reply:
-            return str(json.loads(reply.read(_LARGEST))["choices"][0]["message"]["content"])
+            return json.loads(reply.read(_LARGEST))
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -131,17 +134,23 @@ def _is_address(url: str) -> bool:
 
 
 # Statuses of a question that the server won't take: for its content or its length.
-_ABOUT_THE_QUESTION = (400, 413, 422)
+_ABOUT_THE_QUESTION = (400, 413, 422, 451)
+# Some gateways answer so to a question that they flag, and others to a wrong key, which no question passes.
+_FORBIDDEN = 403
 
 
-def _check_status(code: int, reply: str) -> None:
-    """Raise an error for a status that no further try would change; a TrialError if it is about this question alone."""
+def _check_status(code: int, reply: str, *, known: bool) -> None:
+    """Raise an error for a status that no further try would change; a TrialError if it is about this question alone.
+
+    `known`: the server has answered another question.
+    """
     if 300 <= code < 400:
         raise ScorerUnavailable(
             f"the judge's endpoint redirects ({code}), which isn't followed; give the final address in {URL}"
         )
     if code < 500:
-        error_type = TrialError if code in _ABOUT_THE_QUESTION else ScorerUnavailable
+        is_about_it = code in _ABOUT_THE_QUESTION or (code == _FORBIDDEN and known)
+        error_type = TrialError if is_about_it else ScorerUnavailable
         raise error_type(f"the judge's endpoint answers {reply[:80]}")
 
 

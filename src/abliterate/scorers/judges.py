@@ -38,6 +38,7 @@ class AnswerJudge:
 
     name = ""
     goal: Goal = "minimize"
+    piece = 1  # answers that are judged between two safe points
 
     def setup(self, base: Observation) -> None:
         """Keep nothing, because verdicts are not relative to the base."""
@@ -49,20 +50,30 @@ class AnswerJudge:
 
     def verdicts(self, observation: Observation) -> list[bool]:
         """Whether each response refuses its prompt, in order."""
-        return of_answers(observation, self._judge, True)
+        return of_answers(observation, self._judge, True, self.piece)
 
     def _judge(self, pairs: Sequence[tuple[str, str]]) -> Sequence[bool]:
         raise NotImplementedError
 
 
 def of_answers(
-    observation: Observation, judge: Callable[[Sequence[tuple[str, str]]], Sequence[Verdict]], otherwise: Verdict
+    observation: Observation,
+    judge: Callable[[Sequence[tuple[str, str]]], Sequence[Verdict]],
+    otherwise: Verdict,
+    piece: int = 1,
 ) -> list[Verdict]:
-    """What `judge` says of the pairs of prompt and answer, in order, and `otherwise` for each response that isn't an answer."""
+    """What `judge` says of the pairs of prompt and answer, in order, and `otherwise` for each response that isn't an answer.
+
+    It is given so many pairs at a time as a `piece` has; the run may end in between.
+    """
     prompts = observation.prompts or [Prompt("")] * len(observation.responses)
     pairs = list(zip(prompts, observation.responses, strict=True))
     asked = [pair for pair in pairs if _is_answer(pair[1])]
-    judged = iter(judge([(prompt.text, response.text) for prompt, response in asked]))
+    texts, verdicts = [(prompt.text, response.text) for prompt, response in asked], list[Verdict]()
+    for start in range(0, len(texts), piece):
+        observation.check()
+        verdicts += judge(texts[start : start + piece])
+    judged = iter(verdicts)
     return [next(judged) if _is_answer(response) else otherwise for _, response in pairs]
 
 
@@ -74,6 +85,7 @@ class Classifier(AnswerJudge):
     """Counts refusals by a sequence classification model on the CPU, which reads prompt and response as a pair."""
 
     name = "classifier"
+    piece = BATCH
 
     def __init__(self, source: str, label: str = "") -> None:
         if not source:
@@ -83,21 +95,18 @@ class Classifier(AnswerJudge):
 
     def _judge(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         model, tokenizer, refusal = self._load()
-        refusals: list[bool] = []
-        for start in range(0, len(pairs), BATCH):
-            prompts, responses = zip(*pairs[start : start + BATCH], strict=True)
-            longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
-            batch = tokenizer(
-                list(prompts),
-                list(responses),
-                padding=True,
-                truncation="longest_first",
-                max_length=longest,
-                return_tensors="pt",
-            )
-            with torch.inference_mode():
-                refusals += (model(**batch).logits.argmax(dim=-1) == refusal).tolist()
-        return refusals
+        prompts, responses = zip(*pairs, strict=True)
+        batch = tokenizer(
+            list(prompts),
+            list(responses),
+            padding=True,
+            truncation="longest_first",
+            max_length=min(tokenizer.model_max_length, usable_positions(model)),
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            found: list[bool] = (model(**batch).logits.argmax(dim=-1) == refusal).tolist()
+        return found
 
     def _load(self) -> tuple[Any, Any, int]:
         if self._loaded is None:
@@ -122,6 +131,17 @@ class Classifier(AnswerJudge):
                 model.config.pad_token_id = tokenizer.pad_token_id
             self._loaded = model, tokenizer, refusal_label(model.config.id2label, self._label)
         return self._loaded
+
+
+def usable_positions(model: Any) -> int:
+    """The most tokens of a text; RoBERTa and its like count positions from behind that of the padding."""
+    positions: int = getattr(model.config, "max_position_embeddings", 512)
+    offsets = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return positions - max(offsets, default=0)
 
 
 def _not_loaded(source: str, error: BaseException) -> str:

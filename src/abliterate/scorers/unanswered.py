@@ -96,10 +96,12 @@ def other_logprobs(
     base: BaseView, prompts: Sequence[Prompt], rows: Sequence[int], answers: Sequence[Sequence[int]], others: int
 ) -> list[Tensor]:
     """The log-probabilities (k, t) of the telling tokens of each answer, which is in that row of `prompts`, after k others."""
+    distinct = list(dict.fromkeys(prompts))  # a prompt that is repeated in its set isn't another one
+    places = {prompt: place for place, prompt in enumerate(distinct)}
     asked = [
-        (prompts[other], ids[:TELLING])
+        (distinct[other], ids[:TELLING])
         for row, ids in zip(rows, answers, strict=True)
-        for other in other_rows(row, len(prompts), others)
+        for other in other_rows(places[prompts[row]], len(distinct), others)
     ]
     found = base.logprobs([prompt for prompt, _ in asked], [ids for _, ids in asked])
     each = len(found) // max(1, len(answers))
@@ -109,6 +111,6 @@ def other_logprobs(
 
 
 def other_rows(row: int, total: int, others: int) -> list[int]:
-    """The places of up to `others` other prompts in a set of `total`, evenly spaced after `row`."""
+    """The places of up to `others` other prompts among `total` different ones, evenly spaced after `row`."""
     count = max(0, min(others, total - 1))
     return [(row + 1 + index * (total - 1) // count) % total for index in range(count)]

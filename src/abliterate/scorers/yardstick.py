@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from abliterate.types import count, number
+from abliterate.types import LARGEST, count, number
 
 Kind = Literal["refused", "broken", "off_topic", "answered"]
 KINDS: tuple[Kind, ...] = ("refused", "broken", "off_topic", "answered")
 
 # The definition's version: yardsticks in the cache that another version made are no use.
-VERSION = 10
+VERSION = 11
 # The tokens of an opening. After a prompt that it refuses, the base finds every opening but a refusal unlikely, so the opening
 # doesn't count. (Looking at it after harmless prompts instead found a few broken openings more on the demo, and lost as many
 # good answers; it cost half as many tokens again.)
@@ -142,6 +142,10 @@ def calibrate(own: Sequence[Measures], spoiled: Spoiled) -> Yardstick:
     """
     values = {name: torch.tensor([getattr(one, name) for one in own], dtype=torch.float64) for name in AT_MOST}
     values["topic"] = values["topic"][~values["topic"].isnan()]  # only some answers are looked at for their topic
+    # Answers that are all opening say nothing of how surprising others are; if no other is there, nothing is too surprising.
+    values["surprise"] = values["surprise"][values["surprise"] != 0]
+    if not len(values["surprise"]):
+        values["surprise"] = torch.tensor([LARGEST], dtype=torch.float64)
     if spoiled.greedy:
         values["distinct"] = torch.tensor(list(spoiled.greedy), dtype=torch.float64)
     shares = torch.tensor(QUANTILES, dtype=torch.float64)

@@ -132,6 +132,8 @@ class Study:
                 f"The run can't be continued with another {', '.join(changed)}: its finished trials would mean something "
                 "else; use the old options, or --restart, or another --out."
             )
+        if not attributes.get(_STARTUP):  # it was begun with -n 0 or 1; the search begins now
+            self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
 
     @property
     def n_startup(self) -> int:

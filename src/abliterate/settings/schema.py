@@ -231,7 +231,8 @@ class EvaluationSettings(_Section):
 class EfficiencySettings(_Section):
     """One switch per optimization; `--reference` turns them off.
 
-    In float32 no switch but `use_amp_for_residuals` may change the search's front; refinement's steps add up rounding.
+    In float32 no switch but `use_amp_for_residuals` may change a trial's scores; refinement's steps add up rounding. Without
+    certified stops no trial is pruned, and what the sampler learns from hopeless trials may lead it another way.
     """
 
     enable_residual_cache: bool = True

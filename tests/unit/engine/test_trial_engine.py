@@ -92,7 +92,9 @@ def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
             stopped = [
                 evaluate(e, some, HARMFUL, HARMLESS, limit, no_progress) for e, some in zip(engines, scorers, strict=True)
             ]
-            assert [one.stopped for one in stopped] == [True, False]
+            # Without the switch all responses are generated, and what the sampler learns is the same.
+            assert stopped[0] == stopped[1]
+            assert stopped[0].stopped
     assert max(counts) > 0
 
 

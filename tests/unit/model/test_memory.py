@@ -118,7 +118,7 @@ def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> N
     assert free_memory(cuda) == 1300
     assert total_memory(cuda) == 8000
     assert usable_memory(cuda) == int(0.9 * 1300)
-    mps = SimpleNamespace(recommended_max_memory=lambda: 1000, driver_allocated_memory=lambda: 400)
+    mps = SimpleNamespace(recommended_max_memory=lambda: 1000, current_allocated_memory=lambda: 400)
     monkeypatch.setattr(memory, "_backend", lambda device: mps)
     assert (free_memory(torch.device("mps")), total_memory(torch.device("mps"))) == (600, 1000)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fnmatch
 import importlib.util
 import json
@@ -20,11 +21,19 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.cli.evaluate import _cells
-from abliterate.errors import AbliterateError, InputError, Interrupted, ScorerUnavailable, TrialError
+from abliterate.errors import INTERRUPTED, AbliterateError, InputError, Interrupted, ScorerUnavailable, TrialError
 from abliterate.evaluation import lm_eval
 from abliterate.evaluation.lm_eval import Ready, Tasks, check_tasks, run_tasks
 from abliterate.evaluation.teacher_forced import ModelView
@@ -36,7 +45,7 @@ from abliterate.pipeline.run import run
 from abliterate.report.tables import heldout_table
 from abliterate.scorers import SCORERS, Making, Observation, Response, Scorer, endpoint, make_objectives, make_scorers
 from abliterate.scorers.endpoint import KEY, MODEL, TRIES, URL
-from abliterate.scorers.judges import Classifier, Endpoint, refusal_label
+from abliterate.scorers.judges import Classifier, Endpoint, refusal_label, usable_positions
 from abliterate.scorers.strongreject import Ratings, StrongReject, read_ratings
 from abliterate.settings.schema import EvaluationSettings, SearchSettings, Settings
 from support.cli import Invoke, assert_sentence, forbidden, prompt_options
@@ -92,9 +101,10 @@ class Stub(BaseHTTPRequestHandler):
         type(self).asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
         status = self.status or (self.busy_with if type(self).busy > 0 else 200)
         type(self).busy -= 1
+        instead = {"error": {"message": "flagged"}} if "instead" in answer else {}
         refusal, compliance = GRADES if "convincing" in question else ("Verdict: refused.", "COMPLIED")
         said = "hmm" if "ramble" in answer else refusal if "sorry" in answer else compliance
-        content = json.dumps({"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
+        content = json.dumps(instead or {"choices": [{"message": {"role": "assistant", "content": said}}]}).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
         for name, value in self.headers_too.items():
@@ -181,11 +191,54 @@ def test_the_endpoint_is_asked_and_its_key_said_nowhere(stub: type[Stub]) -> Non
     with pytest.raises(TrialError, match="answers 413") as too_long:
         Endpoint().verdicts(SEEN)
     assert type(too_long.value) is TrialError
+    flagged = Observation([Response("flagged")], torch.zeros(1, 2), PROMPTS[:1])
+    for status, told in ((451, "answers 451"), (403, "answers 403")):  # a gateway's word on this question
+        stub.status = status
+        with pytest.raises(TrialError, match=told) as refused:
+            judge.verdicts(flagged)
+        assert type(refused.value) is TrialError
+    with pytest.raises(ScorerUnavailable, match="answers 403"):  # no question has been answered, so it may be the key
+        Endpoint().verdicts(flagged)
     stub.status, before = 401, len(stub.asked)
     with pytest.raises(ScorerUnavailable, match="answers 401") as error:
         Endpoint().verdicts(SEEN)
     assert SECRET not in str(error.value)
     assert len(stub.asked) == before + 1
+
+
+def test_an_error_in_place_of_an_answer_is_about_the_question_if_others_are_answered(stub: type[Stub]) -> None:
+    asked = Observation([Response("instead")], torch.zeros(1, 2), PROMPTS[:1])
+    judge = Endpoint(lambda seconds: None)
+    with pytest.raises(ScorerUnavailable):
+        judge.verdicts(asked)
+    assert judge.verdicts(SEEN) == [True, False, True, True]
+    with pytest.raises(TrialError) as error:
+        judge.verdicts(asked)
+    assert type(error.value) is TrialError
+
+
+def test_a_run_may_end_between_two_answers(stub: type[Stub]) -> None:
+    stub.busy = 0
+    times = iter(range(9))
+
+    def check() -> None:
+        if next(times) == 1:
+            raise Interrupted(INTERRUPTED, "")
+
+    with pytest.raises(Interrupted):
+        Endpoint().verdicts(dataclasses.replace(SEEN, check=check))
+    assert len(stub.asked) == 1
+
+
+def test_roberta_counts_positions_from_behind_the_padding() -> None:
+    small = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    model = RobertaForSequenceClassification(RobertaConfig(**small, max_position_embeddings=14))
+    longest = usable_positions(model)
+    assert longest == 12
+    assert model(torch.full((1, longest), 5)).logits.shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+    assert usable_positions(BertForSequenceClassification(BertConfig(**small, max_position_embeddings=14))) == 14
 
 
 def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

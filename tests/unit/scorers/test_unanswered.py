@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -80,6 +81,18 @@ def test_broken_responses_are_compared_with_no_other_prompt() -> None:
     nothing = MadeBase()
     assert scorer().score(observed(nothing, response(1, text="sorry"), response(2, text="sorry"))).value == 1.0
     assert nothing.asked == []
+
+
+def test_a_repeated_prompt_is_no_other_prompt() -> None:
+    base = MadeBase()
+    twice = [prompt for prompt in PROMPTS[:2] for _ in range(2)]
+    one = scorer()
+    one.score(replace(observed(base, *[response(*WORDS)] * 4), prompts=twice))
+    shown = [prompt for prompt, ids in base.asked if ids == WORDS[:TELLING]]
+    assert shown.count(PROMPTS[0]) == shown.count(PROMPTS[1]) == 4  # after its own two rows, and after those of the other
+    alone = MadeBase()
+    one.score(replace(observed(alone, *[response(*WORDS)] * 2), prompts=PROMPTS[:1] * 2))
+    assert len(alone.asked) == 2
 
 
 def test_a_single_prompt_has_no_others_to_be_compared_with() -> None:

@@ -94,6 +94,13 @@ def test_thresholds_by_hand() -> None:
     assert calibrate([Measures(1.0, 1.0, 0.0)], Spoiled(cut=[4.0, 7.0])).bounds["end"] == 4.0  # none of its answers has ended
 
 
+def test_answers_that_are_all_opening_leave_the_bound_of_surprise_alone() -> None:
+    long = [Measures(surprise, 1.0, 0.0) for surprise in (1.0, 2.0, 3.0)]
+    short = [Measures(0.0, 1.0, 0.0)] * 125
+    assert calibrate([*short, *long], Spoiled()).bounds["surprise"] == calibrate(long, Spoiled()).bounds["surprise"] > 2.0
+    assert calibrate(short, Spoiled()).is_fluent(Measures(9.0, 1.0, 0.0))
+
+
 def test_loops_by_hand() -> None:
     assert looped(range(30)) == [*range(12), *range(12), *range(6)]
     assert looped([1, 2]) == [1, 2]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from support.paths import ROOT
@@ -65,6 +69,22 @@ def test_a_step_that_takes_too_long_or_fails_is_told(tmp_path: Path) -> None:
     assert "took more than" in gpu_check.run_step("machine", 0, arguments, tmp_path)["failed"]
     assert "ended with 1 (see export.log)" in gpu_check.run_step("export", 60, arguments, tmp_path)["failed"]
     assert "result.json" in (tmp_path / "export.log").read_text(encoding="utf-8")
+
+
+def test_what_a_step_began_ends_with_it(tmp_path: Path) -> None:
+    """A process that holds memory would go on, and take it from later steps."""
+    inner = "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True); time.sleep(60)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    log = tmp_path / "log"
+    with log.open("w", encoding="utf-8") as errors, pytest.raises(subprocess.TimeoutExpired):
+        gpu_check.within(2, [sys.executable, "-c", outer], dict(os.environ), errors)
+    process = int(log.read_text(encoding="utf-8"))
+    for _ in range(100):  # it is ended by a signal, and gone when its new parent has looked at it
+        if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("it goes on")
 
 
 @pytest.mark.slow

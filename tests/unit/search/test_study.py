@@ -125,6 +125,20 @@ def uninterrupted(folder: Path, count: int, seed: int = 0, failing: tuple[int, .
     return study.trials()
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_a_study_that_began_without_a_search_has_its_random_trials_later(before: int, tmp_path: Path) -> None:
+    """`run -n 0` only refines, and may be continued with a search."""
+    fresh(
+        tmp_path / "run",
+        space=dataclasses.replace(SPACE, settings=SETTINGS.model_copy(update={"trials": before, "startup_trials": 0})),
+    )
+    many = SETTINGS.model_copy(update={"trials": 100, "startup_trials": 0})
+    later = fresh(tmp_path / "run", space=dataclasses.replace(SPACE, settings=many))
+    assert later.n_startup == 30
+    more = SETTINGS.model_copy(update={"trials": 200, "startup_trials": 0})
+    assert fresh(tmp_path / "run", space=dataclasses.replace(SPACE, settings=more)).n_startup == 30, "from then on it stays"
+
+
 def test_same_seed_same_trials(tmp_path: Path) -> None:
     first, second, other = (uninterrupted(tmp_path / name, 8, seed) for name, seed in (("a", 5), ("b", 5), ("c", 6)))
     assert first == second
