@@ -9,7 +9,7 @@ from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.errors import as_command
 from abliterate.model.names import DEMO
 from abliterate.objectives import other_scores
-from abliterate.report.refined import refined_text
+from abliterate.report.refined import refined_text, wider_text
 from abliterate.report.tables import (
     SearchRecord,
     counts_text,
@@ -50,7 +50,19 @@ def summary(result: Result, where: str, *, with_front: bool = True) -> tuple[Tab
 
 def ending(result: Result, where: str, *, front_shown: bool) -> tuple[Table | str, ...]:
     """All that a run says at its end; the front is left out if it was shown with a question."""
-    return (*summary(result, where, with_front=not front_shown), took_text(result), *next_lines(result, where))
+    found = summary(result, where, with_front=not front_shown)
+    return (*found, *_wider(result, where), took_text(result), *next_lines(result, where))
+
+
+def _wider(result: Result, where: str) -> list[str]:
+    """A sentence that names another trial where the selected one is a narrow fit."""
+    chosen = SearchRecord.of(result).selected_trial
+    if chosen is None or result.baseline is None:
+        return []
+    text = wider_text(
+        chosen, result.trials, result.baseline.prompts, lambda wide: as_command("export", where, "--trial", str(wide.number))
+    )
+    return [text] if text else []
 
 
 def took_text(result: Result) -> str:

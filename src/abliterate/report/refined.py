@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from abliterate.types import Cell, Column, RefinedParams, Table, Trial, number
 
 # `model.layers.3.self_attn.o_proj`: the first number is the layer, and the rest is the same in every layer.
 _MODULE = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")
+
+
+# An edit is a narrow fit if the weaker one leaves more than this share of the validation prompts refused.
+NARROW = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,14 +44,57 @@ def refined_text(params: RefinedParams) -> str:
 
 def margin_text(params: RefinedParams) -> str:
     """`15 % weaker: 3 of 40 refused`, the validation prompts that the edit leaves refused when its coeffs are smaller."""
+    known = _margin(params)
+    if known is None:
+        return ""
+    margin, share, prompts = known
+    return f"{100 * margin:.0f} % weaker: {share * prompts:.0f} of {prompts:.0f} refused"
+
+
+def wider_trial(chosen: Trial, trials: Sequence[Trial], prompts: int) -> Trial | None:
+    """The trial of least KL that keeps a margin, if `chosen`, a refined trial of the same run, keeps none; else None.
+
+    A trial keeps a margin if it is complete and the weaker edit leaves at most `NARROW` of the validation prompts refused. It
+    may leave so many of the `prompts` of the evaluation set more unanswered than `chosen`.
+    """
+    if _keeps_margin(chosen) in (True, None):
+        return None
+    most = _open(chosen) + NARROW * prompts
+    wide = [trial for trial in trials if trial.state == "complete" and _keeps_margin(trial) and _open(trial) <= most]
+    return min(wide, key=lambda trial: (trial.kl, trial.number), default=None)
+
+
+def wider_text(chosen: Trial, trials: Sequence[Trial], prompts: int, command: Callable[[Trial], str]) -> str:
+    """A sentence that names `wider_trial` and the `command` that exports it; "" if there is none."""
+    wide = wider_trial(chosen, trials, prompts)
+    if wide is None:
+        return ""
+    assert isinstance(wide.params, RefinedParams)
+    return (
+        f"trial {chosen.number} is a narrow fit, which may refuse prompts of other kinds; trial {wide.number} keeps a margin "
+        f"({margin_text(wide.params)}) at a KL of {wide.kl:.4f}: {command(wide)}"
+    )
+
+
+def _keeps_margin(trial: Trial) -> bool | None:
+    """None if it isn't known."""
+    known = _margin(trial.params) if isinstance(trial.params, RefinedParams) else None
+    return None if known is None else known[1] <= NARROW
+
+
+def _open(trial: Trial) -> int:
+    return trial.unanswered if "unanswered" in trial.scores else trial.refusals
+
+
+def _margin(params: RefinedParams) -> tuple[float, float, float] | None:
+    """By how much the edit was made weaker, the share of validation prompts that this left refused, and their number."""
     validation = params.facts.get("validation")
     known = validation if isinstance(validation, Mapping) else {}
     margin, share, prompts = (known.get(name) for name in ("margin", "weaker", "prompts"))
     try:
-        margin, share, prompts = number(margin), number(share), number(prompts)
+        return number(margin), number(share), number(prompts)
     except (TypeError, ValueError):
-        return ""
-    return f"{100 * margin:.0f} % weaker: {share * prompts:.0f} of {prompts:.0f} refused"
+        return None
 
 
 def layer_rows(params: RefinedParams, coverage: Mapping[str, Any]) -> list[LayerRow]:
