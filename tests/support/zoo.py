@@ -173,7 +173,7 @@ ZOO: dict[str, Specimen] = {
         "Gemma4TextConfig",
         _SIZES
         | HEAD
-        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8, "global_head_dim": 8}
+        | {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "sliding_window": 8, "global_head_dim": 16}
         | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": _IDS["vocab_size"]}
         | {"layer_types": ["sliding_attention", "full_attention"] * 2},
         (f"{PLAIN} per_layer_projection",) * 4,

@@ -247,7 +247,7 @@ def known_architecture(model_type: str, layers: str = "", components: Mapping[st
     if layers and components:
         named = {component: tuple(path.split("|")) for component, path in components.items()}
         return Architecture(f"{model_type} (by settings)", (model_type,), layers, named, found_by="settings")
-    return row
+    return row if row is None or layers == row.layers else replace(row, layers=layers)
 
 
 def separated(model: nn.Module, architecture: Architecture) -> Architecture:

@@ -20,6 +20,8 @@ _VISITED = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_ex
 _ACTIVATIONS = 40
 # Without their kernel packages, linear attention and convolutions run in plain PyTorch, which keeps many float32 copies.
 _RECURRENT_MARGIN = 5
+# Words in the names of layers without keys and values, which keep states of a fixed size, about that of so many tokens.
+_FIXED, _STATE = ("linear", "mamba", "conv", "recurrent", "rwkv", "moe", "mlp"), 64
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Shape:
     """The sizes of a model that determine its memory use.
 
     `widest`: the most hidden entries of a token in any MLP, over all experts it visits. `recurrent`: whether some layers
-    keep states instead of a cache. `cached`: per layer, the most tokens that its cache keeps (0: all). `scores`: bytes of an
+    keep states instead of a cache. `cached`: per layer, the most tokens that its cache keeps (0: all). `entries`: per layer,
+    the numbers that it keeps of a token. `kv_heads` and `head_dim` are those of the layer that has most. `scores`: bytes of an
     attention score over all heads; 0 if attention never stores scores.
     """
 
@@ -41,39 +44,43 @@ class Shape:
     itemsize: int
     recurrent: bool
     cached: tuple[int, ...]
+    entries: tuple[int, ...]
     scores: int
 
     @staticmethod
     def of(config: Any, dtype: torch.dtype) -> Shape:
         """The shape in a (text) config, for passes in `dtype`; fields that a family lacks get their usual values."""
         d_model = config.hidden_size
-        heads = getattr(config, "num_attention_heads", None) or max(1, d_model // 64)
-        hidden = max(_largest(getattr(config, name, None)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
-        experts = visited_experts(config) * (_largest(getattr(config, "moe_intermediate_size", None)) or hidden)
+        heads = _largest(_field(config, "num_attention_heads")) or max(1, d_model // 64)
+        hidden = max(_largest(_field(config, name)) for name in ("intermediate_size", "ffn_hidden_size")) or 4 * d_model
+        experts = visited_experts(config) * (_largest(_field(config, "moe_intermediate_size")) or hidden)
+        kv_heads = [each or heads for each in _by_layer(config, "num_key_value_heads")]
+        head_dims = [each or d_model // heads for each in _by_layer(config, "head_dim")]
         eager = getattr(config, "_attn_implementation", None) == "eager"
         return Shape(
             n_layers=config.num_hidden_layers,
             d_model=d_model,
             heads=heads,
-            kv_heads=_largest(getattr(config, "num_key_value_heads", None)) or heads,
-            head_dim=getattr(config, "head_dim", None) or d_model // heads,
+            kv_heads=max(kv_heads),
+            head_dim=max(head_dims),
             widest=max(hidden, experts),
             vocabulary=config.vocab_size,
             itemsize=dtype.itemsize,
             recurrent=any("attention" not in kind or "linear" in kind for kind in getattr(config, "layer_types", None) or ()),
             cached=tuple(_cached_tokens(config)),
+            entries=tuple(2 * each * dim for each, dim in zip(kv_heads, head_dims, strict=True)),
             scores=heads * (2 * FLOAT32 + dtype.itemsize) if eager else 0,
         )
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Bytes of one token's keys and values in one layer."""
-        return 2 * self.kv_heads * self.head_dim * self.itemsize
+        """Bytes of one token's keys and values in the layer that keeps most of them."""
+        return max(self.entries) * self.itemsize
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of the keys and values of a row of `tokens` tokens in all layers."""
-        kept = sum(min(tokens, most) if most else tokens for most in self.cached)
-        return kept * self.cache_bytes_per_token
+        each = zip(self.cached, self.entries, strict=True)
+        return self.itemsize * sum((min(tokens, most) if most else tokens) * entries for most, entries in each)
 
     def pass_bytes(self, tokens: int) -> int:
         """The most bytes that a pass over `tokens` tokens takes beside weights, cache and logits."""
@@ -119,18 +126,45 @@ def kept_bytes(shape: Shape, resume_layers: int, harmful: int, harmless: int, pr
 
 def visited_experts(config: Any) -> int:
     """Number of routed experts that a token visits; 0 if there are none."""
-    return next((_largest(getattr(config, name)) for name in _VISITED if getattr(config, name, None)), 0)
+    return next((found for name in _VISITED if (found := _largest(_field(config, name)))), 0)
 
 
 def _cached_tokens(config: Any) -> list[int]:
     """Per layer, the most tokens whose keys and values are kept; 0: all."""
-    window = getattr(config, "sliding_window", None) or 0
+    window, chunk = (_largest(_field(config, name)) for name in ("sliding_window", "attention_chunk_size"))
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         return [window] * config.num_hidden_layers
-    # Linear attention and convolutions keep states of a fixed size, about that of a few tokens.
-    return [0 if "full" in kind else window if "sliding" in kind else 64 for kind in kinds]
+    return [_most_tokens(kind, window, chunk) for kind in kinds]
+
+
+def _most_tokens(kind: str, window: int, chunk: int) -> int:
+    """The most tokens that a layer of this kind keeps; 0: all, which every kind may whose name says nothing else."""
+    if "sliding" in kind:
+        return window
+    if "chunked" in kind:
+        return chunk
+    return _STATE if any(word in kind for word in _FIXED) else 0
+
+
+def _field(config: Any, name: str) -> Any:
+    """A field of a config, None if it has no such field; of one that differs from layer to layer, the list of its values.
+
+    Where layers differ, `transformers` 5.23 raises an error of its own for the field of the whole model.
+    """
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def _by_layer(config: Any, name: str) -> list[int]:
+    """A number of every layer; 0 where the config doesn't name it. A list of another length is that of other places."""
+    value, n_layers = _field(config, name), config.num_hidden_layers
+    if isinstance(value, Sequence) and len(value) == n_layers:
+        return [each or 0 for each in value]
+    return [_largest(value)] * n_layers
 
 
 def _largest(value: Any) -> int:
-    return max(value) if isinstance(value, Sequence) else value or 0
+    return max((each or 0 for each in value), default=0) if isinstance(value, Sequence) else value or 0

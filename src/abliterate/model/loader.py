@@ -146,7 +146,7 @@ def skeleton(
         max_memory(load)
     model_type, d_model = config.get_text_config().model_type, d_model_of(source, config)
     model = empty_model(config, load)
-    architecture = architectures.known_architecture(model_type, load.decoder_layers, load.components)
+    architecture = known_architecture(config, load)
     if architecture is None:
         _check_asked(model_type, "structure", load)  # what weights would show can't change it
         if not measure:
@@ -180,9 +180,24 @@ def architecture_of(model: PreTrainedModel, load: LoadSettings) -> Architecture:
     Raises:
         InputError: the structure is unclear.
     """
-    model_type = model.config.get_text_config().model_type
-    known = architectures.known_architecture(model_type, load.decoder_layers, load.components)
-    return _as_asked(model, known or discover(model, model_type), load)
+    known = known_architecture(model.config, load)
+    return _as_asked(model, known or discover(model, model.config.get_text_config().model_type), load)
+
+
+def known_architecture(config: PretrainedConfig, load: LoadSettings) -> Architecture | None:
+    """What the settings or the table say of a model; None if neither knows it.
+
+    The table has the names of modules in the classes of `transformers`. A model that comes with code of its own may have others
+    (a mixture of experts in `block_sparse_moe`, where the row has `mlp`), and those that aren't found would be left unedited.
+    """
+    found = architectures.known_architecture(config.get_text_config().model_type, load.decoder_layers, load.components)
+    is_row = found is not None and found.found_by == "table"
+    return None if is_row and load.trust_remote_code and has_code(config) else found
+
+
+def has_code(config: PretrainedConfig) -> bool:
+    """Whether the repository has a model class of its own, which `trust_remote_code` lets run."""
+    return any(name.startswith("AutoModel") for name in getattr(config, "auto_map", None) or {})
 
 
 def _as_asked(model: PreTrainedModel, architecture: Architecture, load: LoadSettings) -> Architecture:

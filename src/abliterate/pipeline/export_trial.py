@@ -26,7 +26,7 @@ from abliterate.export.check_behaviour import Verification
 from abliterate.export.check_weights import Definition, by_definition, by_definition_of_reading, by_factors, check_weights
 from abliterate.export.gguf import GgufMatrices
 from abliterate.model import loader
-from abliterate.model.architectures import Architecture, Target, known_architecture
+from abliterate.model.architectures import Architecture, Target
 from abliterate.model.checkpoint import dense_load, empty_model, load_weights
 from abliterate.model.editor import EditKey, Editor
 from abliterate.model.hub import check_push
@@ -212,8 +212,7 @@ def open_model(settings: Settings, result: Result, number: int) -> tuple[str, Lo
         if damage:
             raise InputError(f"The files of the model in {settings.model} aren't whole: {damage}; put them back.")
         raise _changed(number, "model")
-    model_type = config.get_text_config().model_type
-    architecture = known_architecture(model_type, load.decoder_layers, load.components)
+    architecture = loader.known_architecture(config, load)
     if architecture is None:  # the structure of an unknown family is found by running its layers, which needs their weights
         architecture = loader.architecture_of(load_weights(source, dense_load(load), config, stored_dtype(config), None), load)
     elif load.separate_kinds or load.readers:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import Gemma4TextConfig, LlamaConfig, PreTrainedModel, Qwen2Config
 
 from abliterate.directions import Keys, ModuleInputs
 from abliterate.edits import METHODS, prepared_bytes
@@ -102,6 +102,33 @@ def test_sliding_windows_keep_no_more_than_a_window() -> None:
     )
     per_token = 2 * 2 * 16 * 4
     assert Shape.of(config, torch.float32).cache_bytes(100) == 2 * 100 * per_token + 2 * 10 * per_token
+
+
+def test_layers_may_differ_in_their_heads() -> None:
+    """Gemma 4: `transformers` refuses to give the size of the whole model."""
+    config = Gemma4TextConfig(
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=16,
+        num_hidden_layers=4,
+        sliding_window=10,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    shape = Shape.of(config, torch.float32)
+    assert shape.cache_bytes(100) == 4 * 2 * 2 * (2 * 10 * 8 + 2 * 100 * 16)
+    assert shape.cache_bytes_per_token == 4 * 2 * 2 * 16
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"),
+    [("hybrid", 400), ("indexed_attention", 400), ("hybrid_sliding", 30), ("chunked_attention", 50), ("linear_attention", 64)],
+)
+def test_a_kind_of_layer_keeps_all_tokens_unless_its_name_says_otherwise(kind: str, tokens: int) -> None:
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, num_hidden_layers=2)
+    config.layer_types, config.sliding_window, config.attention_chunk_size = [kind, "full_attention"], 30, 50
+    assert Shape.of(config, torch.float32).cache_bytes(400) == 4 * 128 * (tokens + 400)
 
 
 @pytest.mark.parametrize("mode", ["full", "columns", "pre", "none"])

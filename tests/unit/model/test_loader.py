@@ -371,3 +371,61 @@ def test_kernels_that_a_config_names_are_code(kernel: Any, tmp_path: Path) -> No
     assert found is not None
     assert found.model.config._attn_implementation == "eager"
     assert load(tmp_path, attn_implementation="eager").model.config._attn_implementation == "eager"
+
+
+OWN_CODE = '''
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+
+
+class OwnLayer(LlamaDecoderLayer):
+    """Its MLP has another name than in the class of transformers."""
+
+    mlp = property(lambda self: self.feed)
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.feed = self._modules.pop("mlp")
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers = nn.ModuleList(OwnLayer(config, index) for index in range(config.num_hidden_layers))
+        self.post_init()
+'''
+
+
+def test_a_models_own_code_may_name_its_modules_otherwise(tmp_path: Path) -> None:
+    """By the table's names its MLPs wouldn't be found, and nothing would say that they stay as they are."""
+    folder = save_model(make_model("llama"), tmp_path / "own")
+    (folder / "modeling_own.py").write_text(OWN_CODE, encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = {name.replace(".mlp.", ".feed."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load(folder, trust_remote_code=True)
+    assert loaded.architecture.found_by == "structure"
+    layers = len(loaded.layers)
+    assert sorted(target.name.split(".", 3)[3] for target in loaded.targets) == sorted(
+        ["self_attn.o_proj"] * layers + ["feed.down_proj"] * layers
+    )
+    config = loader.load_config(str(folder), LoadSettings())
+    plain = loader.known_architecture(config, LoadSettings())  # transformers' own class is loaded
+    assert plain is not None
+    assert plain.found_by == "table"
+    named = loader.known_architecture(
+        config, LoadSettings(trust_remote_code=True, components={MLP: "feed.down_proj"}, decoder_layers="model.layers")
+    )
+    assert named is not None
+    assert named.found_by == "settings"
+
+
+def test_layers_that_settings_name_take_the_place_of_a_rows() -> None:
+    config = make_model("llama").config
+    found = loader.known_architecture(config, LoadSettings(decoder_layers="language_model.model.layers"))
+    row = loader.known_architecture(config, LoadSettings())
+    assert found is not None
+    assert row is not None
+    assert (found.layers, found.components) == ("language_model.model.layers", row.components)
