@@ -3,6 +3,8 @@
 The command line prints that sentence and exits with that code.
 """
 
+from __future__ import annotations
+
 import errno
 import shlex
 
@@ -65,3 +67,8 @@ class Interrupted(AbliterateError):
     def __init__(self, exit_code: int = INTERRUPTED, message: str = "interrupted; finished trials are kept") -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+    @staticmethod
+    def by(error: KeyboardInterrupt, message: str) -> Interrupted:
+        """What a second signal means, with the exit code of the first, which `Interrupts` gives with it."""
+        return Interrupted(error.args[0] if error.args else INTERRUPTED, message)

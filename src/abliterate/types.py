@@ -389,13 +389,14 @@ class BatchSizes:
     """The number of prompts in a batch, by operation.
 
     `residuals`: a pass that keeps only last positions. `prefill`: the logits of the first response token. `decode`: whole
-    responses. `row_bytes`: the memory that one prompt takes in each operation; 0 if unknown.
+    responses. `row_bytes`: the memory that a prompt of `row_tokens` tokens takes in each operation; 0 if unknown.
     """
 
     residuals: int
     prefill: int
     decode: int
     row_bytes: tuple[int, int, int] = (0, 0, 0)
+    row_tokens: tuple[int, int, int] = (0, 0, 0)
 
     @staticmethod
     def same(size: int) -> BatchSizes:
@@ -410,7 +411,7 @@ class BatchSizes:
     def halved(self) -> BatchSizes:
         """Half of each size, at least 1."""
         residuals, prefill, decode = (max(1, size // 2) for size in self.by_name.values())
-        return BatchSizes(residuals, prefill, decode, self.row_bytes)
+        return BatchSizes(residuals, prefill, decode, self.row_bytes, self.row_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -292,7 +292,8 @@ def test_a_refined_run_goes_on_searching_if_more_is_asked(refined: Refined, tmp_
     path, _, settings, _ = refined
     copy_run(path, tmp_path / "run")
     more = settings.model_copy(update={"search": settings.search.model_copy(update={"trials": 2})})
-    run_in(tmp_path / "run", more, resume=True)
+    _, recorder = run_in(tmp_path / "run", more, resume=True)
+    assert recorder.totals[-2:] == [4, 4], "their numbers pass over those of refined trials"
     trials = {trial.number: trial for trial in trials_of(tmp_path / "run")}
     assert [isinstance(trials[number].params, RefinedParams) for number in sorted(trials)] == [True, True, False, False]
     assert trials[2].state == "complete"

@@ -150,6 +150,8 @@ def test_a_worker_needs_to_be_told_where(tmp_path: Path) -> None:
         workers.study_location(None, "sqlite:///x.db", "")
     with pytest.raises(InputError, match="There is no run in"):
         workers.study_location(tmp_path, "", "")
+    with pytest.raises(InputError, match="a run's directory names its own"):
+        workers.study_location(tmp_path, "", "other")
 
 
 def test_a_worker_at_no_study_or_no_database(tmp_path: Path) -> None:
@@ -208,6 +210,9 @@ def test_a_setup_holds_no_path_of_this_machine_and_comes_back(finished: Finished
         assert own.load.dtypes == ("float32",)
         assert Path(own.evaluation.markers).read_text(encoding="utf-8") == setup.files["evaluation.markers"]
     assert not Path(own.evaluation.markers).exists()
+    other = {"search": {"trials": 500}}
+    with pytest.raises(InputError, match=r"doesn't decide search\.trials"), workers.settings_of(setup, other):
+        pass
 
 
 def test_a_worker_with_another_model_is_refused(finished: Finished, tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ class Recorder:
         self.notes: list[str] = []
         self.warnings: list[str] = []
         self.trials: list[Trial] = []
+        self.totals: list[int] = []  # that were reported with each trial
         self.units: set[tuple[str, str]] = set()  # (stage, unit) of what progress was shown for
         self.result: Mapping[str, Any] | None = None
 
@@ -80,6 +81,7 @@ class Recorder:
 
     def trial(self, trial: Trial, total: int, front: bool, best: Trial | None) -> None:
         self.trials.append(trial)
+        self.totals.append(total)
 
     def finish(self, result: Mapping[str, Any], *rest: Any) -> None:
         self.result = result

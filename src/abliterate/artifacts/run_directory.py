@@ -210,7 +210,7 @@ def latest_run(model: str) -> Path | None:
     """The newest run directory of exactly this model under `runs/` with a default name, if any."""
     name = re.compile(re.escape(safe_name(model)) + r"-\d{8}-\d{6}")
     runs = [path for path in RUNS.glob("*") if name.fullmatch(path.name) and _model_of(path) == model]
-    return max(runs, key=lambda path: path.stat().st_mtime, default=None)
+    return max(runs, key=lambda path: path.name, default=None)  # not by the folder's time, which a new report changes, too
 
 
 def _model_of(path: Path) -> str | None:

@@ -77,7 +77,7 @@ class Shell:
                 try:
                     text = self._lines.read(self._prompt())
                     was_pressed = False
-                    if text.strip() == "/quit" or not self._line(text):
+                    if text.split()[:1] == ["/quit"] or not self._line(text):
                         return
                 except EOFError:
                     if self._lines.interactive:

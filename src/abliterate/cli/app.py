@@ -328,10 +328,11 @@ def run(
         "evaluation": {**prompts["evaluation"], "batch_size": batch_size},
         "export": {"kind": export, "push": push},
     }
-    from abliterate.cli import batch
+    from abliterate.cli import batch, checks
     from abliterate.cli import run as cli_run
     from abliterate.settings.sources import options_of
 
+    checks.check_live(live=live, no_open=no_open)
     flags = cli_run.RunFlags(gpus, resume, restart, as_json, reference, yes, wait, live, not no_open)
     if listed or len(models or []) > 1:
         batch.run(models or [], listed, options_of(given, assignments or []), config, flags)
@@ -432,6 +433,7 @@ def report(
     from abliterate.cli import checks
 
     checks.check_run_directory(run_directory)
+    checks.check_live(live=live, no_open=no_open)
     if live:
         if png is not None or terminal:
             raise InputError(

@@ -23,8 +23,8 @@ from abliterate.errors import DONE, INTERRUPTED, AbliterateError, InputError, In
 from abliterate.files import expanded, read_toml, safe_name
 from abliterate.model.hub import ask_again
 from abliterate.objectives import UNANSWERED, other_names
-from abliterate.settings.schema import Settings
-from abliterate.settings.sources import by_section, load_settings
+from abliterate.settings.schema import SearchSettings, Settings
+from abliterate.settings.sources import by_section, load_settings, without_password
 from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter, show_error, show_heading
@@ -222,7 +222,7 @@ def _run_one(planned: Planned, position: tuple[int, int], config: str, flags: Ru
         return Outcome.of(planned.model, "done", directory, carry_out(settings, directory, flags, interrupts, ask=False))
     except (Interrupted, KeyboardInterrupt) as error:
         state, message = "interrupted", str(error) if directory is not None else "interrupted before it began"
-        code = error.exit_code if isinstance(error, Interrupted) else INTERRUPTED
+        code = (error if isinstance(error, Interrupted) else Interrupted.by(error, "")).exit_code
     except Exception as error:
         show_traceback()
         state, (message, code) = "failed", explain(error)
@@ -263,6 +263,7 @@ def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:
     """Whether a run that stored these settings is the run that `settings` ask for."""
     # An earlier version's file lacks settings that came later, which are at their defaults then.
     before = by_section(Settings.model_construct().model_dump(mode="json"), stored)
+    settings = settings.model_copy(update={"search": _as_stored(settings.search)})
 
     def differs(requested: Settings) -> bool:
         given = requested.model_dump(mode="json")
@@ -273,6 +274,11 @@ def _is_of(settings: Settings, stored: Mapping[str, Any]) -> bool:
     from abliterate.pipeline.preflight import as_refinable, with_edit_mode  # imports torch, so only where it may matter
 
     return not differs(as_refinable(with_edit_mode(settings), lambda text: None))
+
+
+def _as_stored(search: SearchSettings) -> SearchSettings:
+    """As `settings.toml` has them: without the password of a database."""
+    return search.model_copy(update={"storage": without_password(search.storage)})
 
 
 def _free_memory(planned: Planned, config: str) -> None:

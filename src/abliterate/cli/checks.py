@@ -55,6 +55,12 @@ def check_settings(settings: Settings, command: str, *, heldout: bool = False) -
         _check_names(settings)
 
 
+def check_live(*, live: bool, no_open: bool) -> None:
+    """InputError for an option that has no effect without --live."""
+    if no_open and not live:
+        raise InputError("The option --no-open belongs to --live, which opens a browser; leave it out, or add --live.")
+
+
 def check_given(command: str, given: Mapping[str, Any], config: str, assignments: Sequence[str]) -> None:
     """`check_settings` for a command that takes the settings of a run and makes none."""
     check_settings(load_settings(config, options_of(given, list(assignments))), command)

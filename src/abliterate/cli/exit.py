@@ -106,7 +106,7 @@ def ending_at_once(reporter: Reporter, message: str | Callable[[], str]) -> Iter
     except Interrupted as error:
         raise Interrupted(error.exit_code, said()) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=said()) from error
+        raise Interrupted.by(error, said()) from error
     finally:
         reporter.close()
 

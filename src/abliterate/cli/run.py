@@ -133,7 +133,7 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
     except Interrupted as error:
         raise Interrupted(error.exit_code, _how_to_continue(directory, settings)) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=_how_to_continue(directory, settings)) from error
+        raise Interrupted.by(error, _how_to_continue(directory, settings)) from error
     finally:
         reporter.close()
 

@@ -45,6 +45,6 @@ def work(
     except Interrupted as error:
         raise Interrupted(error.exit_code, message) from error
     except KeyboardInterrupt as error:
-        raise Interrupted(message=message) from error
+        raise Interrupted.by(error, message) from error
     finally:
         reporter.close()

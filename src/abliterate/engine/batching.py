@@ -22,16 +22,18 @@ class Batches:
     """Runs at most `size` items at a time and halves that when the device is out of memory.
 
     Other processes come and go, so a halved size grows back step by step. A CPU raises no error before the kernel kills the
-    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow. Whenever a
+    process; there a batch is never larger than free memory and `row_bytes` (of one item; 0 if unknown) allow. If these are the
+    bytes of an item of `row_tokens` tokens, `expect` says how long the longest of the next items is. Whenever a
     batch doesn't fit, it calls `free`, which frees what can be made again and says whether there was anything. A single item is
     given up if there was nothing, or if it doesn't fit then, either.
     """
 
-    def __init__(self, size: int, device: torch.device, *, row_bytes: int = 0) -> None:
+    def __init__(self, size: int, device: torch.device, *, row_bytes: int = 0, row_tokens: int = 0) -> None:
         self.size = size
         self._full_size = size
         self._device = device
-        self._row_bytes = row_bytes
+        self._row_bytes, self._row_tokens = row_bytes, row_tokens
+        self._longer = 1.0  # the longest item to come has so many times `row_tokens` tokens
         self._full_batches = 0
         self._patience = PATIENCE
         self._has_grown = False
@@ -67,9 +69,13 @@ class Batches:
             self.shrink(len(batch))
         return results
 
+    def expect(self, tokens: int) -> None:
+        """The longest of the next items has so many tokens: sizes are found by one set, and other prompts may be longer."""
+        self._longer = max(1.0, tokens / self._row_tokens) if self._row_tokens else 1.0
+
     def affordable(self) -> int:
         """`size`, or fewer items if memory doesn't allow that many now."""
-        return affordable(self.size, self._row_bytes, self._device)
+        return affordable(self.size, round(self._longer * self._row_bytes), self._device)
 
     def shrink(self, rows: int) -> None:
         """Halve the size after `rows` items didn't fit. Call it where no traceback keeps their tensors alive."""
@@ -89,5 +95,6 @@ class Batches:
 
 def batches_of_trials(sizes: BatchSizes, device: torch.device) -> tuple[Batches, Batches]:
     """The batches for prefills and those for whole responses."""
-    prefills = Batches(sizes.prefill, device, row_bytes=sizes.row_bytes[1])
-    return prefills, Batches(sizes.decode, device, row_bytes=sizes.row_bytes[2])
+    found = zip((sizes.prefill, sizes.decode), sizes.row_bytes[1:], sizes.row_tokens[1:], strict=True)
+    prefills, decodes = (Batches(size, device, row_bytes=each, row_tokens=tokens) for size, each, tokens in found)
+    return prefills, decodes

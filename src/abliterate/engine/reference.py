@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
 
-from abliterate.engine.batching import batches_of_trials
+from abliterate.engine.batching import Batches, batches_of_trials
 from abliterate.engine.ends import Ends
 from abliterate.engine.responses import Answer, ResponseReader
 from abliterate.model.chat_template import PromptEncoder
@@ -67,7 +67,7 @@ class ReferenceEngine:
             counted.add(len(batch))
             return rows.unbind()
 
-        return torch.stack(self._prefills.run(prompts, work))
+        return torch.stack(self._expecting(self._prefills, prompts).run(prompts, work))
 
     @torch.inference_mode()
     def respond(
@@ -90,7 +90,7 @@ class ReferenceEngine:
             opens = [self.reader.starts_open(self.chat.tail(prompt)) for prompt in batch]
             return [self.reader.read(row, starts_open=is_open) for row, is_open in zip(ids, opens, strict=True)]
 
-        return self._decodes.run(prompts, work)
+        return self._expecting(self._decodes, prompts).run(prompts, work)
 
     @torch.inference_mode()
     def generate_ids(
@@ -139,7 +139,7 @@ class ReferenceEngine:
             counted.add(len(batch))
             return answers
 
-        return self._decodes.run(prompts, work)
+        return self._expecting(self._decodes, prompts).run(prompts, work)
 
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """Responses with their special tokens, up to the end of the turn; the response prefix is detected in them."""
@@ -148,7 +148,11 @@ class ReferenceEngine:
             rows = self.generate_ids(batch, self.max_new_tokens)
             return [self.chat.decode(self.ends.without_end(row), skip_special_tokens=False) for row in rows]
 
-        return self._decodes.run(prompts, work)
+        return self._expecting(self._decodes, prompts).run(prompts, work)
+
+    def _expecting(self, batches: Batches, prompts: Sequence[Prompt]) -> Batches:
+        batches.expect(max((len(self.chat.token_ids(prompt)) for prompt in prompts), default=0))
+        return batches
 
     def _generate(self, prompts: Sequence[Prompt], max_new_tokens: int, **options: Any) -> Any:
         config = greedy_config(self.model, max_new_tokens)

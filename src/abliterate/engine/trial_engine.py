@@ -69,7 +69,7 @@ class _PromptSet:
 
     `opens` tells which prompts end inside a thinking block; `before` holds their last ids, in which a stop text may begin;
     `history` holds [times counted, times decided] for each prompt's responses; `drafts` remembers earlier responses if drafting
-    is on.
+    is on. `longest` is the number of tokens of the longest prompt.
     """
 
     groups: list[RowGroup]
@@ -77,6 +77,7 @@ class _PromptSet:
     before: list[list[int]]
     history: list[list[int]]
     drafts: Drafts | None
+    longest: int
 
     def hardness(self, row: int) -> float:
         """The estimated share of trials in which the response counts."""
@@ -169,6 +170,7 @@ class TrialEngine:
 
         for prompts, with_cache, batches in ((harmful, True, self._decodes), (harmless, False, self._prefills)):
             prompt_set = self._lay_out(prompts, together=with_cache)
+            batches.expect(prompt_set.longest)
             if self._switches.use_layer_skip:
                 for group in prompt_set.groups:
                     self._prefill.keep(group, resume_layers, batches.affordable(), with_cache=with_cache, kept=kept)
@@ -232,6 +234,7 @@ class TrialEngine:
     def raw_responses(self, prompts: Sequence[Prompt]) -> list[str]:
         """The responses of `ReferenceEngine.raw_responses`, cut where they have diverged: a shared prefix needs no more."""
         prompt_set = self._lay_out(prompts, together=True)
+        self._decodes.expect(prompt_set.longest)
         watch = StopWhenDiverged(self.chat, self._ends, self.reference.reader.markup, prompt_set.before)
         prompt_set.drafts = None  # no response comes twice
         self._decodes.run(range(len(prompts)), lambda rows: self._whole(prompt_set, rows, watch, self.reference.max_new_tokens))
@@ -247,6 +250,7 @@ class TrialEngine:
         ends in ascending order. No scorer decides an answer early.
         """
         prompt_set, length = self._lay_out(prompts, together=True), self.reference.max_new_tokens
+        self._decodes.expect(prompt_set.longest)
         watch = StopWhenDecided(self.reference.reader, self._ends, length, prompt_set.opens, prompt_set.before, None, None)
         noted = TokenLogprobs(sorted(self._ends.ids))
 
@@ -375,7 +379,9 @@ class TrialEngine:
         return StaticCache(self.passes, Graphs(edits, capture, lambda text: self.left_out.update(graphs=text)))
 
     def _set(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
-        return self._sets.get((together, tuple(prompts))) or self._lay_out(prompts, together=together)
+        found = self._sets.get((together, tuple(prompts))) or self._lay_out(prompts, together=together)
+        (self._decodes if together else self._prefills).expect(found.longest)
+        return found
 
     def _lay_out(self, prompts: Sequence[Prompt], *, together: bool) -> _PromptSet:
         """Lay out `together`, in one group, so that any rows can share a batch; else by length, which needs fewer pads."""
@@ -393,7 +399,8 @@ class TrialEngine:
         opens = [self.reference.reader.starts_open(self.chat.tail(prompt)) for prompt in prompts]
         drafts = Drafts(len(prompts), self._times) if self.drafting and together else None
         before = [self._ends.context(row) for row in tokens]
-        return _PromptSet(groups, opens, before, [[0, 0] for _ in prompts], drafts)
+        longest = max(map(len, tokens), default=0)
+        return _PromptSet(groups, opens, before, [[0, 0] for _ in prompts], drafts, longest)
 
     def _tensor(self, rows: Sequence[int]) -> Tensor:
         return torch.tensor(list(rows), dtype=torch.long, device=self.chat.device)

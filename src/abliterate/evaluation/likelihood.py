@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from abliterate.engine.batching import Batches
+from abliterate.engine.batching import Batches, batches_of_trials
 from abliterate.engine.reference import ReferenceEngine, greedy_config
 from abliterate.engine.sampling import Drawn
 from abliterate.engine.self_check import Engine
@@ -161,7 +161,8 @@ def _by_generate(
     engine: ReferenceEngine, prompts: Sequence[Prompt], uniform: Tensor, progress: Callable[[int, int], None]
 ) -> list[tuple[int, ...]]:
     """The ids of answers by `generate`, whose tokens are drawn by `uniform` (n, T) (`Drawn`)."""
-    batches = Batches(engine.sizes.decode, engine.chat.device, row_bytes=engine.sizes.row_bytes[2])
+    _, batches = batches_of_trials(engine.sizes, engine.chat.device)
+    batches.expect(max(len(engine.chat.token_ids(prompt)) for prompt in prompts))
     done = 0
 
     def work(batch: Sequence[int]) -> Sequence[tuple[int, ...]]:

@@ -42,6 +42,8 @@ def check_tasks(tasks: Tasks) -> Ready | None:
     if tasks.folder is not None and not tasks.folder.is_dir():
         raise InputError(f"There is no folder {tasks.folder} with tasks; name a folder with --benchmark-path.")
     if not tasks.names:
+        if tasks.limit or tasks.folder is not None:
+            raise InputError("The options --benchmark-limit and --benchmark-path belong to --benchmark NAME; name one, too.")
         return None
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(f"Benchmarks need the package lm-eval; run {install_extra('eval')}.")

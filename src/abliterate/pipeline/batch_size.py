@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -213,17 +213,20 @@ def batch_sizes(
 
     `run_sizes` were found on another machine, so the rows are limited to the memory here by the estimate.
     """
+    if not run_sizes and (fixed_size := context.settings.evaluation.batch_size):
+        _report(context, BatchSizes.same(fixed_size), "as given")
+        return BatchSizes.same(fixed_size)
+    probes = Probes(context, loaded, engine, prompts)
+    residuals, prefill, decode = (probes.lengths[name][1] for name in OPERATIONS)
+    return replace(_sizes(context, loaded, probes, run_sizes), row_tokens=(residuals, prefill, decode))
+
+
+def _sizes(context: Context, loaded: LoadedModel, probes: Probes, run_sizes: Mapping[str, int] | None) -> BatchSizes:
     if run_sizes:
-        probes = Probes(context, loaded, engine, prompts)
         rows = [row_bytes(probes.shape, name, *probes.lengths[name][1:]) for name in OPERATIONS]
         sizes = BatchSizes(run_sizes["residuals"], run_sizes["prefill"], run_sizes["decode"], (rows[0], rows[1], rows[2]))
         _report(context, sizes, "as the run uses")
         return sizes
-    fixed_size = context.settings.evaluation.batch_size
-    if fixed_size:
-        _report(context, BatchSizes.same(fixed_size), "as given")
-        return BatchSizes.same(fixed_size)
-    probes = Probes(context, loaded, engine, prompts)
     if ranks.size() > 1:  # a probe that doesn't fit would end the run, and clocks differ
         sizes = probes.estimated()
         _report(context, sizes, "by estimate")

@@ -97,6 +97,9 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     kept |= {name: value for name, value in _given(settings.edit, *needed).items() if name in needed}
     if (count := direction_count(settings)) > 1:
         kept["directions"] = count
+    if settings.load.device_map:  # it decides which devices hold what, and how much of each is left
+        devices = sorted({str(parameter.device) for parameter in loaded.model.parameters()})
+        kept["layout"] = [settings.load.device_map, dict(settings.load.max_memory), devices]
     return key | {"kept": kept} if kept else key
 
 
@@ -135,8 +138,10 @@ def yardstick_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, 
 
 def model_key(settings: Settings, loaded: LoadedModel) -> dict[str, Any]:
     """A loaded model and the code that runs it."""
-    info, tokenizer = loaded.info, loaded.tokenizer
-    return {
+    info, tokenizer, own = loaded.info, loaded.tokenizer, type(loaded.model)
+    # The class of a repository's own code; its module is named after the repository and the commit.
+    code = {} if own.__module__.startswith("transformers.") else {"class": f"{own.__module__}.{own.__qualname__}"}
+    return code | {
         "format": FORMAT,
         "model": info.id,
         "revision": info.revision,

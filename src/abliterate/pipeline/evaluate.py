@@ -108,7 +108,7 @@ def evaluate(
     _check_candidate(settings, candidate)
     ready = check_tasks(tasks)
     prompts = _search_prompts(context, required=trial is not None)
-    held = read_heldout(context, prompts.all_sets() if prompts else (), required=True)
+    held = read_heldout(context, tuple(prompts.by_name().values()) if prompts else (), required=True)
     assert held is not None
     sets = named_sets(prompts, held.sets)
     bench = open_workbench(context, sets=sets)  # nothing is edited for good, so coverage isn't checked

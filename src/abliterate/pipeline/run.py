@@ -155,7 +155,7 @@ class _Run:
         note_adapter(context)
         check_model(context.settings)  # before prompts are fetched, because the model's name is the likeliest mistake
         prompts = read_prompts(context)
-        held = ranks.agree(lambda: read_heldout(context, prompts.all_sets()))
+        held = ranks.agree(lambda: read_heldout(context, tuple(prompts.by_name().values())))
         directory.prepare(resume=resume, restart=restart)  # not earlier: a mistyped option must not move an old run aside
 
         known, kept_out = ranks.agree(self._known_prefix), held.sets if held else None
@@ -218,7 +218,9 @@ class _Run:
 
         def opened() -> Study:
             name = directory.study_name(settings.model) if url else named_after(settings.model)
-            return open_study(url, directory.journal, bench.space, settings.seed, name)
+            # Ranks of one model must end together, at a safe point of them all.
+            check = self.context.check if ranks.size() == 1 else lambda: None
+            return open_study(url, directory.journal, bench.space, settings.seed, name, check=check)
 
         study = opened() if ranks.size() == 1 else cast(Study, ranks.Owned(Study, opened, alone=("at_work", "give_up")))
         identity = bench.identity()

@@ -180,7 +180,7 @@ class Search:
         front, reporter = self.front_so_far, self.bench.context.reporter
         new = [trial for trial in self.trials if trial.number not in known]
         for trial in new:
-            reporter.trial(trial, max(self.budget, len(self.trials)), trial in front, self._rule.preview(front))
+            reporter.trial(trial, max(self._slots, len(self.trials)), trial in front, self._rule.preview(front))
         return new
 
     def _one_trial(self) -> None:

@@ -180,6 +180,8 @@ def study_location(run: Path | None, url: str, name: str, own: Mapping[str, Any]
             raise InputError("A worker at a database needs the study's name; give --study what the run's study.name holds.")
         return url, Path(), name
     directory = RunDirectory(run)
+    if name:
+        raise InputError("The option --study names a study at a database, with --storage; a run's directory names its own.")
     if not directory.holds_run:
         raise no_run(run)
     directory.check_links()
@@ -284,6 +286,10 @@ def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings
             path = folder / leaf
             path.write_text(content, encoding="utf-8")
             overrides = merge(overrides, {section: {leaf: str(path)}})
+        if others := own.get("search", {}).keys() - {*_OWN["search"], "grace_seconds"}:
+            raise InputError(
+                f"A worker doesn't decide search.{min(others)}, which is the run's; leave it out, or continue the run with it."
+            )
         settings = load_settings("", merge(overrides, own))
         untrusted.check(settings, load_settings("", own))
         yield settings
@@ -328,7 +334,7 @@ def join(bench: Workbench, location: tuple[str, Path, str], setup: SharedSetup, 
             f"This worker can't join the run with another {', '.join(changed)}: its trials would mean something else; give "
             "the same model, and the same versions."
         )
-    study = open_study(url, journal, bench.space, bench.settings.seed, name, worker=uuid.uuid4().hex)
+    study = open_study(url, journal, bench.space, bench.settings.seed, name, uuid.uuid4().hex, check=context.check)
     vocabulary = bench.loaded.model.config.get_text_config().vocab_size
     if any(token >= vocabulary for ids in setup.answers for token in ids):
         raise _strange(ValueError("an answer has ids that the model hasn't"))

@@ -82,7 +82,11 @@ def read_prompt_sets(
         if repeated:
             warn(f"{repeated} of the {len(prompts)} prompts in the set {name} are there more than once, and count as often.")
     for name in ("harmful", "harmless"):
-        shared = set(getattr(sets, name)) & set(getattr(sets, f"{name}_eval"))
+        # The same question whatever its case, spaces and system prompt.
+        directions, evaluation = (
+            {" ".join(prompt.text.casefold().split()) for prompt in getattr(sets, each)} for each in (name, f"{name}_eval")
+        )
+        shared = directions & evaluation
         if shared:
             warn(
                 f"{len(shared)} of the {name} prompts are in both the direction set and the evaluation set, so scores on them "

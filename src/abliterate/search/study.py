@@ -85,8 +85,10 @@ class Study:
         *,
         patience: float = PATIENCE,
         pause: float = FIRST_PAUSE,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._space = space
+        self._check = check
         self._seed = seed
         self._worker = worker
         self._patience, self._pause = patience, pause
@@ -113,7 +115,7 @@ class Study:
             InputError: the study has another identity (the sentence names the parts) or another version's format, or it is new
                 although its run has `begun`.
         """
-        attributes = self._study.user_attrs
+        attributes = self._patiently(lambda: self._study.user_attrs)
         check_format(attributes)
         stored = attributes.get(_IDENTITY)
         if stored is None:
@@ -122,9 +124,9 @@ class Study:
                     "The run's study is gone, though its result.json lists trials; put study.journal (with --storage: "
                     "study.name and the database) back, or start over with --restart."
                 )
-            self._study.set_user_attr(_FORMAT, FORMAT)
-            self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
-            self._study.set_user_attr(_IDENTITY, dict(identity))
+            own = {_FORMAT: FORMAT, _STARTUP: self._space.settings.n_startup_trials, _IDENTITY: dict(identity)}
+            for name, value in own.items():  # the identity last: with it the study is claimed
+                self._patiently(partial(self._study.set_user_attr, name, value))
             return
         changed = changed_parts(stored, identity)
         if changed:
@@ -133,14 +135,14 @@ class Study:
                 "else; use the old options, or --restart, or another --out."
             )
         if not attributes.get(_STARTUP):  # it was begun with -n 0 or 1; the search begins now
-            self._study.set_user_attr(_STARTUP, self._space.settings.n_startup_trials)
+            self._patiently(partial(self._study.set_user_attr, _STARTUP, self._space.settings.n_startup_trials))
 
     @property
     def n_startup(self) -> int:
         """The number of random trials as the study began: continuing with more trials must not change which are random."""
         given = self._space.settings.startup_trials or self._known.get(_STARTUP)
         if given is None:
-            stored = self._study.user_attrs.get(_STARTUP)
+            stored = self._patiently(lambda: self._study.user_attrs).get(_STARTUP)
             if stored is None:  # it isn't claimed yet
                 return self._space.settings.n_startup_trials
             given = self._known[_STARTUP] = int(stored)
@@ -328,7 +330,7 @@ class Study:
                 return stored.state == state and stored.user_attrs.get(_RECORD) == record
             return True
 
-        return self._patiently(once)
+        return self._patiently(once, may_end=False)  # the trial is done, so the run doesn't end before it is stored
 
     def _records(self) -> set[str]:
         """The records of all finished trials as they are stored."""
@@ -347,8 +349,14 @@ class Study:
             return False
         return True
 
-    def _patiently(self, work: Callable[[], Result]) -> Result:
-        return patiently(work, patience=self._patience, pause=self._pause)
+    def _patiently(self, work: Callable[[], Result], *, may_end: bool = True) -> Result:
+        def wait() -> None:
+            # While the database is away no worker's heartbeat comes, so none of them has been silent.
+            self._silence = Silence(self._space.settings.grace_seconds)
+            if may_end:
+                self._check()
+
+        return patiently(work, wait, self._patience, self._pause)
 
     def _all(self) -> list[FrozenTrial]:
         return self._patiently(lambda: self._study.get_trials(deepcopy=False))
@@ -422,10 +430,12 @@ def open_study(
     *,
     patience: float = PATIENCE,
     pause: float = FIRST_PAUSE,
+    check: Callable[[], None] = lambda: None,
 ) -> Study:
     """The study in the run directory's journal, whatever its name, or the study called `name` in the RDB at `url`.
 
-    A new study gets the `name` in both. `patience` and `pause` are as in `patiently`.
+    A new study gets the `name` in both. `patience` and `pause` are as in `patiently`; `check` is called while the database is
+    away, and may end the wait by an error, but not that for a finished trial to be stored.
 
     Raises:
         InputError: the storage can't be reached or read.
@@ -434,7 +444,7 @@ def open_study(
     try:
         storage = open_storage(url, journal)
         known = name if url else name_in_journal(storage, name)
-        return Study(storage, known, space, seed, worker, patience=patience, pause=pause)
+        return Study(storage, known, space, seed, worker, patience=patience, pause=pause, check=check)
     except Exception as error:
         raise _unusable(error, url, journal) from error
 

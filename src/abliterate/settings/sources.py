@@ -137,10 +137,12 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             table = table.setdefault(section, Entries() if depth else {})
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
-        value = _parse_value(text.strip())
-        # A commit or a moment may read as a number or date of TOML.
-        is_text = name.strip() in _TEXTS and isinstance(value, int | float | date | time)
-        table[leaf] = text.strip() if is_text else value
+        value, old = _parse_value(text, is_text=name.strip() in _TEXTS), table.get(leaf)
+        if (
+            not sections and isinstance(old, dict) and isinstance(value, dict)
+        ):  # a section; only tables in it are set as a whole
+            value = merge(old, value)
+        table[leaf] = value
     return values
 
 
@@ -155,8 +157,21 @@ def given_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def options_of(given: Mapping[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """The settings that the command line gives, including --set."""
-    return merge(given_options(given), parse_assignments(assignments))
+    """The settings that the command line gives, including --set. InputError: an option and --set contradict each other."""
+    options, assigned = given_options(given), parse_assignments(assignments)
+    if contradiction := next(_contradictions(options, assigned), None):
+        raise InputError(f"An option and --set {contradiction} give different values; leave one of the two out.")
+    return merge(options, assigned)
+
+
+def _contradictions(options: Mapping[str, Any], assigned: Mapping[str, Any], before: str = "") -> Iterator[str]:
+    """The names of settings that both have, with different values."""
+    for name in options.keys() & assigned.keys():
+        one, other = options[name], assigned[name]
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _contradictions(one, other, f"{before}{name}.")
+        elif (list(one) if isinstance(one, tuple) else one) != other:
+            yield before + name
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -390,11 +405,16 @@ def _find_config(config: str) -> Path:
     raise InputError(f"There is no configuration file {config!r}; give a TOML file or one of the presets: {names}.")
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, *, is_text: bool) -> Any:
+    """A value of TOML, or the text as it is; that of another setting than a text without spaces around it."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return text if is_text else text.strip()
+    # No setting is a date. A commit may read as a number.
+    if isinstance(value, date | time) or (is_text and isinstance(value, int | float)):
+        return text.strip()
+    return value
 
 
 _LIST = 'Input should be a list, such as [1, 2] or ["a", "b"]'

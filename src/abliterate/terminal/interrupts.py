@@ -75,7 +75,7 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._exit_code:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(self._exit_code)
         self._exit_code = INTERRUPTED if number == signal.SIGINT else TERMINATED
         if self._asking:
             self.check()

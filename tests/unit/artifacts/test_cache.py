@@ -63,6 +63,20 @@ def test_every_difference_makes_another_key(change: dict[str, object]) -> None:
     assert key_digest(KEY | change) != key_digest(KEY)
 
 
+def test_a_folder_that_may_not_be_looked_into_is_just_empty(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 has `Path.exists` raise an error there, as in a cache that users share."""
+
+    def refuse(self: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    monkeypatch.setattr("os.path.exists", lambda path: False)
+    store, warnings = make_store(filled)
+    assert not store.has("residuals", KEY)
+    assert store.get("residuals", KEY) is None
+    assert warnings == []
+
+
 def test_key_order_makes_no_difference() -> None:
     assert key_digest(dict(reversed(KEY.items()))) == key_digest(KEY)
 

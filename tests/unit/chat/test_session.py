@@ -507,7 +507,7 @@ def test_in_a_pipe_what_fails_is_said_and_the_rest_done(
 ) -> None:
     (tmp_path / "a.md").write_text("mine", encoding="utf-8")
     wrong = ("/bas", "/\x1b[2J", "/trial x", f"/trial {'9' * 5000}", "/trial 77", "/base now", "/undo", "/nothing at all")
-    piped(monkeypatch, *wrong, ASKED[0], "/save a.md", "/quit", "never read")
+    piped(monkeypatch, *wrong, ASKED[0], "/save a.md", "/quit now", "never read")
     outcome = invoke("chat", finished[0], *QUICK)
     assert_last_sentence(outcome, "9 of 10 lines could not be carried out", "no command /bas; did")
     for told in ("did you mean /base?", "needs the number of a trial", "no finished trial 77", "takes nothing behind it"):

@@ -241,6 +241,20 @@ def test_batches_on_a_cpu_shrink_before_the_killer_comes(monkeypatch: pytest.Mon
     assert tried == [2, 6, 6]
 
 
+def test_longer_items_than_those_of_the_sizes_take_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are found with the evaluation prompts; training and held-out prompts are answered, too."""
+    monkeypatch.setattr(memory, "free_memory", lambda device: 1000)
+    batches = Batches(6, CPU, row_bytes=20, row_tokens=50)
+    found = []
+    for tokens in (10, 50, 400):
+        batches.expect(tokens)
+        found.append(batches.affordable())
+    assert found == [6, 6, 3]
+    without = Batches(6, CPU, row_bytes=20)
+    without.expect(1000)
+    assert without.affordable() == 6
+
+
 def test_a_single_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     cleared: list[int] = []
     monkeypatch.setattr(batching, "clear_device_cache", lambda device: cleared.append(1))

@@ -14,7 +14,7 @@ import optuna
 import pytest
 from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
-from abliterate.errors import AbliterateError, Interrupted
+from abliterate.errors import INTERRUPTED, AbliterateError, Interrupted
 from abliterate.search import storage
 from abliterate.search.storage import Silence, patiently, share, shared
 from abliterate.search.study import Asked, Study
@@ -355,3 +355,31 @@ def test_what_is_no_race_is_raised_at_once(error: Exception) -> None:
     with pytest.raises(type(error)):
         storage.make_schema(connect)
     assert len(calls) == 1
+
+
+def test_while_the_database_is_away_no_worker_is_silent_and_a_run_may_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[int] = []
+
+    def check() -> None:
+        checked.append(1)
+        if len(checked) == 3:
+            raise Interrupted(INTERRUPTED)
+
+    study, _ = two(tmp_path, "journal", pause=SHORT)
+    study._check = check
+    silence = study._silence
+    asked = study.ask()
+    assert asked is not None
+    monkeypatch.setattr(study._study, "get_trials", lost_times(2, study._study.get_trials))
+    study.trials()
+    assert len(checked) == 2
+    assert study._silence is not silence, "their heartbeats could not come, either"
+    monkeypatch.setattr(study._storage, "set_trial_user_attr", lost_times(3, study._storage.set_trial_user_attr))
+    trial = Trial(asked.number, asked.params, "failed", reason="no convergence")
+    assert study.tell(asked, trial, 100), "a finished trial is stored first"
+    assert len(checked) == 2
+    monkeypatch.setattr(study._study, "get_trials", lost_times(9, lambda **options: []))
+    with pytest.raises(Interrupted):
+        study.trials()

@@ -13,7 +13,15 @@ from pydantic import ValidationError
 from abliterate.errors import InputError
 from abliterate.files import read_toml
 from abliterate.settings.schema import EfficiencySettings, SearchSettings, Settings
-from abliterate.settings.sources import config_path, dump_settings, load_settings, merge, option_names, parse_assignments
+from abliterate.settings.sources import (
+    config_path,
+    dump_settings,
+    load_settings,
+    merge,
+    option_names,
+    options_of,
+    parse_assignments,
+)
 
 CONFIGS = sorted(config_path("default.toml").parent.glob("*.toml"))
 
@@ -227,6 +235,22 @@ def test_out_of_range(name: str, value: Any) -> None:
         load_settings("", overrides)
     assert caught.value.exit_code == 2
     assert "\n" not in str(caught.value)
+
+
+def test_assignments_keep_what_was_given() -> None:
+    assert parse_assignments(["search.trials=6", 'search={select="knee"}']) == {"search": {"trials": 6, "select": "knee"}}
+    assert parse_assignments(["prompts.suffix= hi "]) == {"prompts": {"suffix": " hi "}}
+    assert parse_assignments(["search.trials = 6 "]) == {"search": {"trials": 6}}
+    dated = parse_assignments(["load.template_options.date=2026-03-31"])
+    assert dated == {"load": {"template_options": {"date": "2026-03-31"}}}
+
+
+def test_an_option_and_an_assignment_may_not_contradict_each_other() -> None:
+    given = {"model": "A", "search": {"trials": 100}}
+    for assignment, name in (("model=B", "model"), ("search.trials=20", r"search\.trials")):
+        with pytest.raises(InputError, match=f"An option and --set {name} give different values"):
+            options_of(given, [assignment])
+    assert options_of(given, ["search.trials=100", "seed=3"]) == {**given, "seed": 3}
 
 
 def test_files_that_are_no_use(tmp_path: Path) -> None:
