@@ -33,8 +33,8 @@ def run_to_its_end(command: Callable[[], object]) -> None:
             format_message = getattr(ended.__context__, "format_message", None)
             _emit_json_error(format_message() if format_message else "bad usage; standard error says more.", BAD_INPUT)
         raise
-    except KeyboardInterrupt:
-        _fail(f"interrupted; {_KEPT}.", INTERRUPTED)
+    except KeyboardInterrupt as error:
+        _fail(f"interrupted; {_KEPT}.", Interrupted.by(error, "").exit_code)
     except Exception as error:
         if not isinstance(error, Interrupted):
             show_traceback()
@@ -109,6 +109,13 @@ def ending_at_once(reporter: Reporter, message: str | Callable[[], str]) -> Iter
         raise Interrupted.by(error, said()) from error
     finally:
         reporter.close()
+
+
+@contextlib.contextmanager
+def for_lines_alone(*, as_json: bool) -> Iterator[None]:
+    """With --json, send to standard error what a plugin or a model's own code prints; the reporter has its own stream."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
 
 
 def quiet_libraries() -> None:

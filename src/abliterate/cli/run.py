@@ -20,7 +20,7 @@ from abliterate.artifacts.run_directory import RunDirectory, default_path, lates
 from abliterate.artifacts.runs import no_run
 from abliterate.cli import live
 from abliterate.cli.checks import check_run
-from abliterate.cli.exit import quiet_libraries
+from abliterate.cli.exit import for_lines_alone, quiet_libraries
 from abliterate.errors import InputError, Interrupted, as_command
 from abliterate.files import expanded
 from abliterate.report.live import Activity
@@ -117,7 +117,12 @@ def carry_out(settings: Settings, directory: RunDirectory, flags: RunFlags, inte
             return chosen(given, flags, reporter)
 
     try:
-        with interrupts.listening(), ranks.lost_ranks(), _shown(directory, reporter, activity, flags) as told:
+        with (
+            interrupts.listening(),
+            ranks.lost_ranks(),
+            _shown(directory, reporter, activity, flags) as told,
+            for_lines_alone(as_json=flags.as_json),
+        ):
             return pipeline_run.run(
                 settings,
                 interrupts.watched(told),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abliterate.cli.exit import quiet_libraries
+from abliterate.cli.exit import for_lines_alone, quiet_libraries
 from abliterate.errors import Interrupted
 from abliterate.pipeline import workers
 from abliterate.settings.sources import absolute_database, options_of
@@ -33,7 +33,7 @@ def work(
     interrupts = Interrupts()
     message = "interrupted; the run and its other workers continue, and repeat this worker's last trial."
     try:
-        with interrupts.listening():
+        with interrupts.listening(), for_lines_alone(as_json=as_json):
             if end_with_input:
                 end_with(sys.stdin.fileno())
             place = (run_directory, absolute_database(url), study)

@@ -26,6 +26,7 @@ from abliterate.engine.reference import Progress, ReferenceEngine, greedy_config
 from abliterate.engine.sampling import TokenLogprobs
 from abliterate.engine.static_cache import StaticCache
 from abliterate.engine.stopping import StopWhenDecided, StopWhenDiverged
+from abliterate.model.generation import rope_switch
 from abliterate.model.memory import memory_errors
 from abliterate.scorers.base import EarlyScorer, Response
 from abliterate.settings.schema import EfficiencySettings
@@ -157,9 +158,15 @@ class TrialEngine:
         """Lay out both sets and keep the base model's states; the model must carry no edit. `progress` counts prompts.
 
         A trial's passes may begin at `resume_layers`; at most `budget_bytes` are kept.
+
+        Raises:
+            Unsupported: the model turns positions by other angles once a text is long, as some responses may become.
         """
         self._prefill.budget_bytes = budget_bytes
         rows = [self.chat.token_ids(prompt) for prompt in (*harmful, *harmless)]
+        switch, lengths = rope_switch(self.reference.model.config.get_text_config()), sorted(map(len, rows))
+        if switch and lengths[0] <= switch < lengths[-1] + self.reference.max_new_tokens:
+            raise Unsupported(f"the model reads a text of more than {switch} tokens anew from its beginning (LongRoPE)")
         self._prefix = shared_prefix(rows) if self._switches.use_shared_prefix else []
         done = 0
 

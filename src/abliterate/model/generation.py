@@ -100,3 +100,14 @@ def limited_config(model: PreTrainedModel, max_new_tokens: int) -> GenerationCon
         config.pad_token_id = next(iter(ends), None) if isinstance(ends, list) else ends
     assert isinstance(config, GenerationConfig)
     return config
+
+
+def rope_switch(config: Any) -> int:
+    """The number of tokens beyond which a model with LongRoPE turns all positions by other angles; 0 for other models.
+
+    Plain `generate` then feeds the text once more, which a cache of earlier passes would spare.
+    """
+    given = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(given, Mapping) or given.get("rope_type", given.get("type")) != "longrope":
+        return 0
+    return int(given.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0) or 0)

@@ -95,7 +95,7 @@ class Question:
     def line(self) -> str:
         """The question with the present answer."""
         if self.shown not in self.numbers:
-            return f"Export trial {self.shown}? No complete trial has this number"
+            return f"Export trial {self.shown}? (no complete trial)"  # short: a line that wraps can't be cleared
         return f"Export trial {self.shown}? {'(proposed)' if self.shown == self.proposed else ''}".rstrip()
 
     def _move(self, step: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -18,10 +19,11 @@ from abliterate.engine.decode import Decoding
 from abliterate.engine.forward import Passes
 from abliterate.engine.prefill import resume_layers
 from abliterate.engine.reference import ReferenceEngine
-from abliterate.engine.trial_engine import Pacing, TrialEngine
+from abliterate.engine.trial_engine import Pacing, TrialEngine, Unsupported
 from abliterate.errors import Interrupted
 from abliterate.evaluation.trial import early_scorer, evaluate
 from abliterate.model.chat_template import PromptEncoder
+from abliterate.model.generation import rope_switch
 from abliterate.objectives import BY_MARKERS
 from abliterate.pipeline.calibrate import common_start, prefix_responses
 from abliterate.scorers import make_scorers
@@ -96,6 +98,20 @@ def test_each_switch_gives_the_same_numbers(family: str, switch: str) -> None:
             assert stopped[0] == stopped[1]
             assert stopped[0].stopped
     assert max(counts) > 0
+
+
+def test_texts_that_a_model_reads_anew_once_they_are_long_are_left_to_generate() -> None:
+    """With LongRoPE, `generate` feeds a text again at the length at which its angles change."""
+    lab = short_lab("llama")
+    lengths = sorted(len(lab.reference.chat.token_ids(prompt)) for prompt in (*HARMFUL, *HARMLESS))
+    config = lab.reference.model.config
+    for switch, fits in ((lengths[0], False), (lengths[-1] + lab.reference.max_new_tokens, True), (lengths[0] - 1, True)):
+        config.rope_parameters = {"rope_type": "longrope", "original_max_position_embeddings": switch}
+        assert rope_switch(config) == switch
+        with contextlib.nullcontext() if fits else pytest.raises(Unsupported, match=f"more than {switch} tokens anew"):
+            lab.engine()
+    config.rope_parameters = {"rope_type": "default"}
+    assert rope_switch(config) == 0
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

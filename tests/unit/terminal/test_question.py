@@ -72,7 +72,7 @@ def test_keys(keys: str, expected: Choice) -> None:
 def test_a_number_that_is_no_complete_trial_is_told() -> None:
     asked = question()
     assert [asked.key(key) for key in "99\n"] == [None] * 3
-    assert asked.line() == "Export trial 99? No complete trial has this number"
+    assert asked.line() == "Export trial 99? (no complete trial)"
     assert len(asked.line()) < 60
 
 
