@@ -91,6 +91,13 @@ def test_version(invoke: Invoke) -> None:
         (["run", "demo", "--set", 'evaluation.scorers=["refusals", "kl", "tone"]'], "'tone'"),
         (["run", "demo", "--set", 'evaluation.scorers=["beauty"]'], "no scorer 'beauty'"),
         (["run", "demo", "--set", 'search.max_coeff={default=[0, 1], "mlp.down_prj"=[0, 1]}'], "did you mean mlp.down_proj?"),
+        (["run", "demo", "-n", "5", "--set", "search.trials=6"], "search.trials give different values"),
+        (["run", "demo", "--no-open"], "belongs to --live"),
+        (
+            ["run", "demo", "--set", "directions.method=biprojected", "--set", 'directions.protect=["code"]'],
+            "which undoes that; leave directions.protect out",
+        ),
+        (["evaluate", "demo", "demo", "--benchmark-limit", "5"], "belong to --benchmark NAME"),
         (["trials", "nowhere"], "no run"),
         (["export", "nowhere", "--trial", "1"], "no run"),
         (["export", "nowhere", "--trial", "1", "--push", "name"], "no run"),

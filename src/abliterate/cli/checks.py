@@ -69,6 +69,13 @@ def check_given(command: str, given: Mapping[str, Any], config: str, assignments
 def check_run(settings: Settings, directory: RunDirectory, *, resume: bool, restart: bool) -> None:
     """InputError for bad input of `abliterate run`."""
     check_settings(settings, "run", heldout=settings.evaluation.heldout)
+    # A run that has begun so, and its recipe, stay as they are.
+    if not resume and settings.directions.protect and settings.directions.method == "biprojected":
+        raise InputError(
+            "The method biprojected takes the harmless mean of each edited layer off the directions after they were made "
+            "orthogonal to capabilities, which undoes that; leave directions.protect out, or choose another "
+            "--set directions.method."
+        )
     _check_selection(settings, directory if resume else None)
     if settings.export.push:
         from abliterate.model.hub import check_push

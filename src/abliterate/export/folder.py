@@ -118,7 +118,7 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
     partial = final.with_name(f".{final.name}.partial")
     if fcntl is not None and _is_ours(partial):
         partial.mkdir(parents=True, exist_ok=True)
-        with (partial / LOCK).open("a+", encoding="utf-8") as lock:
+        with open(partial / LOCK, "a+", encoding="utf-8", opener=_no_link) as lock:
             if _locked(lock):
                 lock.seek(0)
                 if lock.read() != key:
@@ -138,10 +138,16 @@ def _claimed(final: Path, key: str) -> Iterator[Path]:
         yield partial
 
 
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 def _is_ours(partial: Path) -> bool:
     """Whether an export may take the hidden folder: it doesn't exist, is empty, or an export left it; never if it is a link."""
     if partial.is_symlink() or not partial.is_dir():
         return not os.path.lexists(partial)
+    if (partial / LOCK).is_symlink():
+        return False
     return (partial / LOCK).is_file() or (partial / MARKER).is_file() or not any(partial.iterdir())
 
 
@@ -174,7 +180,7 @@ def empty(partial: Path, keep: str = "") -> None:
     for path in partial.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK and not (keep and path.name.endswith(keep)):
+        elif path.name != LOCK and (path.is_symlink() or not (keep and path.name.endswith(keep))):
             path.unlink()
 
 

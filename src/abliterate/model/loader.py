@@ -191,8 +191,15 @@ def known_architecture(config: PretrainedConfig, load: LoadSettings) -> Architec
     (a mixture of experts in `block_sparse_moe`, where the row has `mlp`), and those that aren't found would be left unedited.
     """
     found = architectures.known_architecture(config.get_text_config().model_type, load.decoder_layers, load.components)
-    is_row = found is not None and found.found_by == "table"
-    return None if is_row and load.trust_remote_code and has_code(config) else found
+    if found is None or found.found_by != "table" or not (load.trust_remote_code and has_code(config)):
+        return found
+    asked = next((name for name in ("readers", "separate_kinds", "decoder_layers") if getattr(load, name)), "")
+    if asked:
+        raise InputError(
+            f"The setting load.{asked} needs the module names of {found.family} in transformers, and this model's own code may "
+            "have others; leave it out, or trust_remote_code, or name modules by load.components and load.decoder_layers."
+        )
+    return None
 
 
 def has_code(config: PretrainedConfig) -> bool:

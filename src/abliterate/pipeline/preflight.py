@@ -186,12 +186,6 @@ def check_names(settings: Settings) -> SelectionRule:
             f"The edit mode {settings.edit.mode!r} uses no directions, so none can spare capabilities; leave "
             "directions.protect out, or choose another --set edit.mode."
         )
-    if settings.directions.protect and settings.directions.method == "biprojected":
-        raise InputError(
-            "The method biprojected takes the harmless mean of each edited layer off the directions after they were made "
-            "orthogonal to capabilities, which undoes that; leave directions.protect out, or choose another "
-            "--set directions.method."
-        )
     refinable = is_refinable(edit_method(settings.edit.mode))
     check_kind(settings.export.kind)
     scorers_of(settings, heldout=True)

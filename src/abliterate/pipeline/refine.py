@@ -222,7 +222,7 @@ class Refinement:
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
-        part |= {"scales": [_START, _COEFF_STEP, _DIRECTION_STEP]}
+        part |= {"scales": [_START, _COEFF_STEP, _DIRECTION_STEP, _FEW]}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import json
 import math
+import time
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -350,9 +351,13 @@ class Study:
         return True
 
     def _patiently(self, work: Callable[[], Result], *, may_end: bool = True) -> Result:
+        began = time.monotonic()
+
         def wait() -> None:
-            # While the database is away no worker's heartbeat comes, so none of them has been silent.
-            self._silence = Silence(self._space.settings.grace_seconds)
+            # While the database is away no worker's heartbeat comes, so none of them has been silent. A moment's trouble, as
+            # with a file that another process has locked, keeps none from coming.
+            if time.monotonic() - began >= HEARTBEAT:
+                self._silence = Silence(self._space.settings.grace_seconds)
             if may_end:
                 self._check()
 

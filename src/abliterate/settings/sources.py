@@ -137,7 +137,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             table = table.setdefault(section, Entries() if depth else {})
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
-        value, old = _parse_value(text, is_text=name.strip() in _TEXTS), table.get(leaf)
+        value, old = _parse_value(text, name.strip()), table.get(leaf)
         if (
             not sections and isinstance(old, dict) and isinstance(value, dict)
         ):  # a section; only tables in it are set as a whole
@@ -405,19 +405,21 @@ def _find_config(config: str) -> Path:
     raise InputError(f"There is no configuration file {config!r}; give a TOML file or one of the presets: {names}.")
 
 
-def _parse_value(text: str, *, is_text: bool) -> Any:
-    """A value of TOML, or the text as it is; that of another setting than a text without spaces around it."""
+def _parse_value(text: str, name: str) -> Any:
+    """A value of TOML, or the text, without spaces around it unless they are part of what the setting means."""
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError:
-        return text if is_text else text.strip()
+        return text if name in _SPACED else text.strip()
     # No setting is a date. A commit may read as a number.
-    if isinstance(value, date | time) or (is_text and isinstance(value, int | float)):
+    if isinstance(value, date | time) or (name in _TEXTS and isinstance(value, int | float)):
         return text.strip()
     return value
 
 
 _LIST = 'Input should be a list, such as [1, 2] or ["a", "b"]'
+# Texts that stand before or behind others, where a space counts.
+_SPACED = frozenset({"prompts.prefix", "prompts.suffix", "prompts.system", "response.prefix"})
 _TEXTS = frozenset(name for name in option_names() if _annotation(name) is str)
 
 

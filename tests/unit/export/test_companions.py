@@ -356,7 +356,14 @@ def test_a_link_out_of_the_model_s_directory_isnt_followed(case: Case, tmp_path:
     for name in ("generation_config.json", "special_tokens_map.json"):
         (base / name).unlink(missing_ok=True)
         (base / name).symlink_to(tmp_path / "secret.json")
+    for name, folder in (("vocab.json", "models--a--b"), ("vocab.txt", "private")):
+        (tmp_path / folder / "blobs").mkdir(parents=True)
+        (tmp_path / folder / "blobs" / "1").write_text("{}", encoding="utf-8")
+        (base / name).unlink(missing_ok=True)
+        (base / name).symlink_to(tmp_path / folder / "blobs" / "1")
     found = companions.companions_of(case.job)
+    assert "vocab.json" in found
+    assert "vocab.txt" not in found
     assert not {"generation_config.json", "special_tokens_map.json"} & set(found)
     assert {"again.txt", "inner.txt", "tokenizer.json", "merges.txt"} <= set(found)
     assert not {"NOTICE", "original/tokenizer.json", "tokenizer.model"} & set(found)

@@ -351,6 +351,23 @@ def test_a_hidden_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "model").is_dir()
 
 
+def test_links_in_a_folder_that_looks_left_behind_arent_followed(tmp_path: Path) -> None:
+    partial, mine = tmp_path / ".model.partial", tmp_path / "mine"
+    partial.mkdir()
+    mine.write_text("precious", encoding="utf-8")
+    mine.chmod(0o600)
+    (partial / LOCK).symlink_to(mine)
+    with finished_folder(tmp_path / "model", "key") as folder:
+        assert folder != partial
+    (partial / LOCK).unlink()
+    (partial / LOCK).write_text("key", encoding="utf-8")
+    (partial / "a.safetensors").symlink_to(mine)
+    shutil.rmtree(tmp_path / "model")
+    with finished_folder(tmp_path / "model", "key") as folder:
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    assert (mine.read_text(encoding="utf-8"), mine.stat().st_mode & 0o777) == ("precious", 0o600)
+
+
 @pytest.mark.parametrize("name", ["model", ".model.partial"])
 def test_a_link_isnt_followed(name: str, tmp_path: Path) -> None:
     """In a stranger's run it may lead to an export of one's own, whose files an export would replace."""

@@ -415,6 +415,8 @@ def test_a_models_own_code_may_name_its_modules_otherwise(tmp_path: Path) -> Non
     plain = loader.known_architecture(config, LoadSettings())  # transformers' own class is loaded
     assert plain is not None
     assert plain.found_by == "table"
+    with pytest.raises(InputError, match=r"load\.readers needs the module names of llama in transformers"):
+        loader.known_architecture(config, LoadSettings(trust_remote_code=True, readers=True))
     named = loader.known_architecture(
         config, LoadSettings(trust_remote_code=True, components={MLP: "feed.down_proj"}, decoder_layers="model.layers")
     )

@@ -71,9 +71,3 @@ def test_directions_that_refinement_could_not_store_are_refused(modules: int, co
 def test_more_directions_than_a_method_finds_are_refused(method: str, count: int, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check_names(Settings.model_validate({"model": "demo", "directions": {"method": method, "count": count}}))
-
-
-def test_directions_that_each_layer_changes_again_cant_spare_capabilities() -> None:
-    given = {"model": "demo", "directions": {"method": "biprojected", "protect": ["code"]}}
-    with pytest.raises(InputError, match=r"undoes that; leave directions\.protect out"):
-        check_names(Settings.model_validate(given))

@@ -16,6 +16,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
 
 from abliterate.errors import INTERRUPTED, AbliterateError, Interrupted
 from abliterate.search import storage
+from abliterate.search import study as study_module
 from abliterate.search.storage import Silence, patiently, share, shared
 from abliterate.search.study import Asked, Study
 from abliterate.types import Trial
@@ -372,6 +373,7 @@ def test_while_the_database_is_away_no_worker_is_silent_and_a_run_may_end(
     silence = study._silence
     asked = study.ask()
     assert asked is not None
+    monkeypatch.setattr(study_module, "HEARTBEAT", 0.0)
     monkeypatch.setattr(study._study, "get_trials", lost_times(2, study._study.get_trials))
     study.trials()
     assert len(checked) == 2

@@ -240,7 +240,7 @@ def test_out_of_range(name: str, value: Any) -> None:
 def test_assignments_keep_what_was_given() -> None:
     assert parse_assignments(["search.trials=6", 'search={select="knee"}']) == {"search": {"trials": 6, "select": "knee"}}
     assert parse_assignments(["prompts.suffix= hi "]) == {"prompts": {"suffix": " hi "}}
-    assert parse_assignments(["search.trials = 6 "]) == {"search": {"trials": 6}}
+    assert parse_assignments(["search.trials = 6 ", "edit.mode = pre"]) == {"search": {"trials": 6}, "edit": {"mode": "pre"}}
     dated = parse_assignments(["load.template_options.date=2026-03-31"])
     assert dated == {"load": {"template_options": {"date": "2026-03-31"}}}
 
