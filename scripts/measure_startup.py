@@ -35,6 +35,7 @@ from abliterate.types import Params
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- startup -->", "<!-- /startup -->"
 TRIALS = 3  # of the reference
+STRONG = 4  # plain ablations, those that edit attention and MLPs alike
 # The parts of the yardstick's stage, as functions of `pipeline/yardstick.py`.
 PARTS = {
     "own_answers": "yardstick: sampled and greedy answers",
@@ -133,7 +134,7 @@ def first_start(model: str, assignments: list[str]) -> tuple[dict[str, Cost], Co
         found = {name: cost for name, cost in costs.of.items() if cost.tokens}
         for params in bench.space.samples(TRIALS, seed=1):
             reference_trial(bench, params, costs, "reference")
-        plain = plain_ablations(bench.space.n_layers, bench.space.components)
+        plain = plain_ablations(bench.space.n_layers, bench.space.components)[:STRONG]
         refused = [reference_trial(bench, params, costs, f"plain {index}") for index, params in enumerate(plain)]
     whole, answering = costs.of["reference"], costs.of[f"plain {refused.index(min(refused))}"]
     return found, Cost(round(whole.passes / TRIALS), round(whole.tokens / TRIALS), whole.seconds / TRIALS), answering

@@ -70,8 +70,8 @@ def test_flags_and_stops_are_the_references(family: str, lab: Lab) -> None:
         if number > 2 and len(counts) > 1 and family not in KINDS:
             break
         lab.editor.apply(params)
-        # The reference never stops, so one evaluation of it serves all limits.
-        expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, DominancePruner(((0.0, 1),), BY_MARKERS), no_progress)
+        # Without a limit, so one evaluation of the reference serves all limits.
+        expected = evaluate(lab.reference, scorers, HARMFUL, HARMLESS, DominancePruner.never(BY_MARKERS), no_progress)
         count = expected.scores["refusals"].record
         counts.add(count)
         assert not expected.stopped

@@ -282,8 +282,7 @@ class Stuck:
         from abliterate.pipeline import stages
 
         def forever(*args: Any) -> Any:
-            sys.stdout.write('{"event": "stuck"}\n')
-            sys.stdout.flush()
+            os.write(1, b'{"event": "stuck"}\n')  # among the lines of --json, where prints don't go
             while True:
                 time.sleep(0.01)
 

@@ -57,6 +57,8 @@ _OWN = {
     "directions": ("protect",),
     "evaluation": ("heldout_scorers",),
 }
+# Settings of the search that no identity has, because a continued run may change them; a worker may not.
+_BUDGET = ("trials", "startup_trials")
 # Settings that name files of the run's machine; the content of these files is shared.
 _FILES = ("evaluation.markers", "load.chat_template")
 
@@ -286,11 +288,12 @@ def settings_of(setup: SharedSetup, own: Mapping[str, Any]) -> Iterator[Settings
             path = folder / leaf
             path.write_text(content, encoding="utf-8")
             overrides = merge(overrides, {section: {leaf: str(path)}})
-        if others := own.get("search", {}).keys() - {*_OWN["search"], "grace_seconds"}:
-            raise InputError(
-                f"A worker doesn't decide search.{min(others)}, which is the run's; leave it out, or continue the run with it."
-            )
-        settings = load_settings("", merge(overrides, own))
+        settings, run = (load_settings("", options) for options in (merge(overrides, own), overrides))
+        for name in _BUDGET:
+            if getattr(settings.search, name) != getattr(run.search, name):
+                raise InputError(
+                    f"A worker doesn't decide search.{name}, which is the run's; leave it out, or continue the run with it."
+                )
         untrusted.check(settings, load_settings("", own))
         yield settings
 
