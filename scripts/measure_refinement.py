@@ -227,7 +227,7 @@ def on_heldout(bench: Workbench, trial: Trial) -> dict[str, Any]:
     sets = {path.stem: str(path) for name in HUB_HELDOUT if (path := folder / f"{name}.jsonl").exists()}
     evaluation = settings.evaluation.model_copy(update={"heldout": True})
     named = settings.model_copy(update={"prompts": settings.prompts.model_copy(update=sets), "evaluation": evaluation})
-    held = read_heldout(bench.context.with_settings(named), bench.prompts.all_sets())
+    held = read_heldout(bench.context.with_settings(named), tuple(bench.prompts.by_name().values()))
     assert held is not None
     found = measured_heldout(bench, *views(bench, trial), held)
     kinds = {name: found[name]["unanswered"] for name in ("base", "candidate")}

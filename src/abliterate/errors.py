@@ -70,5 +70,5 @@ class Interrupted(AbliterateError):
 
     @staticmethod
     def by(error: KeyboardInterrupt, message: str) -> Interrupted:
-        """What a second signal means, with the exit code of the first, which `Interrupts` gives with it."""
+        """The interruption by a second signal, with the exit code of the first one, which `Interrupts` puts into the error."""
         return Interrupted(error.args[0] if error.args else INTERRUPTED, message)

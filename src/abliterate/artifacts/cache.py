@@ -91,7 +91,8 @@ class ArtifactStore:
     def has(self, kind: str, key: Mapping[str, Any]) -> bool:
         """Whether there is an entry under `key`, which may still be corrupt. The query counts as neither hit nor miss."""
         digest = key_digest(key)
-        return (kind, digest) in (self._memory or {}) or (self._enabled and _exists(self.root / kind / f"{digest}.json"))
+        # Not `Path.exists`, which is an error in a folder of another user's that may not be looked into.
+        return (kind, digest) in (self._memory or {}) or (self._enabled and os.path.exists(self.root / kind / f"{digest}.json"))
 
     def get(self, kind: str, key: Mapping[str, Any], *, remember: bool = True) -> dict[str, Tensor] | None:
         """The tensors stored under `key`, or None if they are absent, disabled, or corrupt (which is a warning).
@@ -207,7 +208,7 @@ class ArtifactStore:
 
     def _read(self, kind: str, digest: str) -> dict[str, Tensor] | None:
         path = self.root / kind / f"{digest}.json"
-        if not _exists(path):
+        if not os.path.exists(path):
             return None
         entry = _read_entry(path)
         try:
@@ -268,11 +269,6 @@ def _read_entry(sidecar: Path) -> Entry | None:
         return None
 
 
-def _exists(path: Path) -> bool:
-    """False, too, in a folder of another user's that may not be looked into, where `Path.exists` is an error."""
-    return os.path.exists(path)
-
-
 def _modified(path: Path) -> float:
     """The time of a file's last change; now, if it has gone since it was listed."""
     try:
@@ -282,7 +278,7 @@ def _modified(path: Path) -> float:
 
 
 def _why_unusable(sidecar: Path) -> str:
-    return "unreadable or of another format" if _exists(sidecar) else "its description is missing"
+    return "unreadable or of another format" if os.path.exists(sidecar) else "its description is missing"
 
 
 def _is_our_data(data: Path) -> bool | None:

@@ -30,7 +30,7 @@ class Ends:
 
     def criteria(self) -> StoppingCriteriaList:
         """The criteria by which `generate` ends at a stop text; end tokens it knows from its config."""
-        # A copy, because it stays on the device that `generate` moves it to, and ours would wait for that one.
+        # A copy: `generate` moves its tensors to the device and leaves them there, where our own lookups would wait for it.
         return StoppingCriteriaList([] if self._stops is None else [copy.copy(self._stops)])
 
     @property

@@ -101,7 +101,7 @@ class CudaCapture:
                 with contextlib.suppress(RuntimeError):  # it only repeats that the capture has failed
                     graph.capture_end()
                 # If it fails, some versions of torch leave the allocator in the state of a capture, in which memory can't be
-                # returned to the device; if it doesn't, this is an error without a consequence.
+                # returned to the device. After a capture that has ended this call only raises an error.
                 with contextlib.suppress(RuntimeError, AttributeError):
                     torch._C._cuda_endAllocateToPool(self._index, self._pool)
                 raise

@@ -139,7 +139,7 @@ def _cached_tokens(config: Any) -> list[int]:
 
 
 def _most_tokens(kind: str, window: int, chunk: int) -> int:
-    """The most tokens that a layer of this kind keeps; 0: all, which every kind may whose name says nothing else."""
+    """The most tokens that a layer of this kind keeps; 0 means all, as for every kind whose name says nothing else."""
     if "sliding" in kind:
         return window
     if "chunked" in kind:
@@ -159,7 +159,7 @@ def _field(config: Any, name: str) -> Any:
 
 
 def _by_layer(config: Any, name: str) -> list[int]:
-    """A number of every layer; 0 where the config doesn't name it. A list of another length is that of other places."""
+    """A number of every layer; 0 where the config doesn't name it. Of a list that isn't by layer the largest one counts."""
     value, n_layers = _field(config, name), config.num_hidden_layers
     if isinstance(value, Sequence) and len(value) == n_layers:
         return [each or 0 for each in value]

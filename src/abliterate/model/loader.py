@@ -191,7 +191,7 @@ def known_architecture(config: PretrainedConfig, load: LoadSettings) -> Architec
     (a mixture of experts in `block_sparse_moe`, where the row has `mlp`), and those that aren't found would be left unedited.
     """
     found = architectures.known_architecture(config.get_text_config().model_type, load.decoder_layers, load.components)
-    if found is None or found.found_by != "table" or not (load.trust_remote_code and has_code(config)):
+    if found is None or found.found_by != "table" or not runs_own_code(config, load):
         return found
     asked = next((name for name in ("readers", "separate_kinds", "decoder_layers") if getattr(load, name)), "")
     if asked:
@@ -202,9 +202,9 @@ def known_architecture(config: PretrainedConfig, load: LoadSettings) -> Architec
     return None
 
 
-def has_code(config: PretrainedConfig) -> bool:
-    """Whether the repository has a model class of its own, which `trust_remote_code` lets run."""
-    return any(name.startswith("AutoModel") for name in getattr(config, "auto_map", None) or {})
+def runs_own_code(config: PretrainedConfig, load: LoadSettings) -> bool:
+    """Whether the model's class is one of its own repository, which `load.trust_remote_code` lets run."""
+    return load.trust_remote_code and any(name.startswith("AutoModel") for name in getattr(config, "auto_map", None) or {})
 
 
 def _as_asked(model: PreTrainedModel, architecture: Architecture, load: LoadSettings) -> Architecture:

@@ -38,7 +38,7 @@ from abliterate.settings.schema import RefineSettings
 from abliterate.types import RefinedParams, Trial
 
 # The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
-# to be divided by √d_model, or for k directions a module by √(k · d_model). The strengths of less than _FEW modules are as if
+# to be divided by √d_model, or for k directions a module by √(k · d_model). The strengths of fewer than _FEW modules are as if
 # there were so many, because a strength above 1 turns a direction round.
 _START, _COEFF_STEP, _DIRECTION_STEP, _FEW = 6.0, 1.2, 0.2, 12
 # The settings that a descent depends on, which a continued run may change.

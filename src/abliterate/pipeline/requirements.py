@@ -23,7 +23,7 @@ from abliterate.model.coverage import coverage_of
 from abliterate.model.devices import device_name, memory_text
 from abliterate.model.experts import is_fused
 from abliterate.model.footprint import Shape, learning_bytes, row_bytes, visited_experts
-from abliterate.model.loader import LoadedModel, Skeleton, has_code
+from abliterate.model.loader import LoadedModel, Skeleton, runs_own_code
 from abliterate.model.memory import usable_memory
 from abliterate.model.quantized import DEQUANTIZED, checkpoint_quantization
 from abliterate.model.weights import in_features, n_matrices, out_features
@@ -85,8 +85,8 @@ def describe(context: Context, loaded: LoadedModel, device: torch.device, prompt
         )
     if loaded.architecture.found_by == "structure":
         named = "; ".join(f"{component}: {', '.join(paths)}" for component, paths in loaded.architecture.components.items())
-        own = has_code(loaded.model.config) and settings.load.trust_remote_code
-        why = "the model has code of its own" if own else "the family isn't in the table"
+        is_own = runs_own_code(loaded.model.config, settings.load)
+        why = "the model has code of its own" if is_own else "the family isn't in the table"
         context.reporter.note(f"{why}; by a test of its layers, these modules write to the residual stream: {named}")
     for component, count in record["coverage"]["layers_without"].items():
         context.reporter.warn(f"{count} of {loaded.info.n_layers} layers have no {component}; nothing is edited there.")

@@ -57,7 +57,7 @@ _OWN = {
     "directions": ("protect",),
     "evaluation": ("heldout_scorers",),
 }
-# Settings of the search that no identity has, because a continued run may change them; a worker may not.
+# Settings of the search that are no part of a study's identity, because a continued run may change them; a worker may not.
 _BUDGET = ("trials", "startup_trials")
 # Settings that name files of the run's machine; the content of these files is shared.
 _FILES = ("evaluation.markers", "load.chat_template")

@@ -64,7 +64,7 @@ def of_answers(
 ) -> list[Verdict]:
     """What `judge` says of the pairs of prompt and answer, in order, and `otherwise` for each response that isn't an answer.
 
-    It is given so many pairs at a time as a `piece` has; the run may end in between.
+    `judge` gets `piece` pairs at a time, and the run may end in between.
     """
     prompts = observation.prompts or [Prompt("")] * len(observation.responses)
     pairs = list(zip(prompts, observation.responses, strict=True))

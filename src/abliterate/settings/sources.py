@@ -138,10 +138,8 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             if not isinstance(table, dict):
                 raise InputError(f"--set {assignment!r} contradicts another --set.")
         value, old = _parse_value(text, name.strip()), table.get(leaf)
-        if (
-            not sections and isinstance(old, dict) and isinstance(value, dict)
-        ):  # a section; only tables in it are set as a whole
-            value = merge(old, value)
+        if not sections and isinstance(old, dict) and isinstance(value, dict):
+            value = merge(old, value)  # of a whole section; only a table in a section replaces what was given before
         table[leaf] = value
     return values
 

@@ -52,7 +52,7 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
             "device_map": machine.device_map,
             "max_memory": machine.max_memory,
             "trust_remote_code": machine.trust_remote_code and bool(load.get("trust_remote_code")),
-            # The recipe's needs a package or a device that may be missing here.
+            # The implementation that the recipe names may need a package or a device that is missing here.
             **({"attn_implementation": machine.attn_implementation} if machine.attn_implementation else {}),
         },
         "prompts": _sources(recipe, base, model),
