@@ -18,12 +18,17 @@ from abliterate.errors import TrialError
 from abliterate.evaluation import trial as evaluation
 from abliterate.terminal import json_lines
 from support.cli import QUICK, Finished, Invoke, filled_cache, prompt_options
-from support.events import ROOT, SCHEMA, check, checked, strict
+from support.events import ROOT, SCHEMA, check, checked, let_models_print, strict
 from support.runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("lean")
 EVENTS = {name: part for name, part in SCHEMA["$defs"].items() if "allOf" in part}
 TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(abliterate.__file__).parent.rglob("*.py")]
+
+
+@pytest.fixture(autouse=True)
+def _models_that_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_models_print(monkeypatch)
 
 
 def calls(name: str) -> Iterator[ast.Call]:

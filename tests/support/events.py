@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from jsonschema import Draft202012Validator
+from transformers import AutoConfig
 
 from support.cli import Outcome
 from support.paths import ROOT
@@ -43,3 +45,14 @@ def checked(outcome: Outcome, command: str, code: int = 0, last: str = "result")
     assert [line["event"] for line in lines if line["event"] in ("result", "summary", "error")][-1] == last
     assert lines[-1]["event"] == last
     return lines
+
+
+def let_models_print(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a model's config prints, as a model's own code may, which is no line of `--json`."""
+    read = AutoConfig.from_pretrained
+
+    def printing(*args: Any, **kwargs: Any) -> Any:
+        print("what a model's own code prints")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", printing)

@@ -51,7 +51,7 @@ def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignment
     wanted = ChatTarget(options.trial, options.response_prefix, sampling)
     interrupts = Interrupts()
     try:
-        with interrupts.listening(), interrupts.at_once():
+        with interrupts.listening(), interrupts.at_once(), exit.for_lines_alone(as_json=as_json):
             session, fields = open_session(target, wanted, settings, reporter)
             reporter.header(fields)
     except KeyboardInterrupt as error:
@@ -68,7 +68,8 @@ def chat(target: str, options: ChatOptions, given: Mapping[str, Any], assignment
     if interactive:
         face.note("/help shows the commands")
     shell = Shell(session, face, lines)
-    shell.run()
+    with exit.for_lines_alone(as_json=as_json):
+        shell.run()
     if as_json and not shell.failed:
         json_lines.emit("result", conversation=session.record())
     shell.check()

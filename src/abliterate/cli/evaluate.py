@@ -47,7 +47,7 @@ def evaluate(text: str, given: Mapping[str, Any], config: str, assignments: list
             reporter.close()
             show_table(heldout_table(heldout, "candidate"))
 
-    with exit.ending_at_once(reporter, "interrupted; nothing was changed."):
+    with exit.ending_at_once(reporter, "interrupted; nothing was changed.", as_json=as_json):
         record = evaluate_candidate(settings, reporter, candidate, tasks, show=show)
     if as_json:
         json_lines.emit("result", **record)

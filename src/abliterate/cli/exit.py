@@ -93,15 +93,18 @@ def _emit_json_error(message: str, exit_code: int) -> None:
 
 
 @contextlib.contextmanager
-def ending_at_once(reporter: Reporter, message: str | Callable[[], str]) -> Iterator[None]:
-    """End the `with` block with `message` at the first Ctrl+C or SIGTERM, because there is nothing to finish first."""
+def ending_at_once(reporter: Reporter, message: str | Callable[[], str], *, as_json: bool = False) -> Iterator[None]:
+    """End the `with` block with `message` at the first Ctrl+C or SIGTERM, because there is nothing to finish first.
+
+    With --json, the block's standard output is for the reporter's lines alone.
+    """
 
     def said() -> str:
         return message if isinstance(message, str) else message()
 
     interrupts = Interrupts()
     try:
-        with interrupts.listening(), interrupts.at_once():
+        with interrupts.listening(), interrupts.at_once(), for_lines_alone(as_json=as_json):
             yield
     except Interrupted as error:
         raise Interrupted(error.exit_code, said()) from error

@@ -68,7 +68,7 @@ def _reporting(doubts: Sequence[str], final: Path, *, as_json: bool) -> Iterator
             return f"interrupted; the export in {final} is written and checked; it may not be pushed."
         return f"interrupted; the export in {final} is written, but not checked; repeat the command to make and check it."
 
-    with ending_at_once(reporter, interrupted):
+    with ending_at_once(reporter, interrupted, as_json=as_json):
         yield reporter
 
 

@@ -21,7 +21,7 @@ def inspect(given: Mapping[str, Any], config: str, assignments: list[str], *, we
     settings = load_settings(config, options_of(given, assignments))
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with ending_at_once(reporter, "interrupted; nothing was changed."):
+    with ending_at_once(reporter, "interrupted; nothing was changed.", as_json=as_json):
         record = pipeline_inspect.inspect(settings, reporter, weights=weights)
     if as_json:
         json_lines.emit("result", **record)

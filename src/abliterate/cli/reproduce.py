@@ -22,6 +22,7 @@ def reproduce_recipe(path: Path, model: str, given: Mapping[str, Any], kind: str
         raise InputError("The current directory can't be an export; name a folder with --out.")
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with ending_at_once(reporter, "interrupted; an export that is written already isn't checked, so repeat the command."):
+    message = "interrupted; an export that is written already isn't checked, so repeat the command."
+    with ending_at_once(reporter, message, as_json=as_json):
         # The recipe or the command line names the model, never the environment.
         pipeline_reproduce_reproduce.reproduce(path, {**given_options(given), "model": model}, reporter, kind=kind, out=out)

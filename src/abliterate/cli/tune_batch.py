@@ -19,7 +19,8 @@ def tune_batch(given: Mapping[str, Any], config: str, assignments: list[str], *,
     settings = load_settings(config, options_of(given, assignments))
     quiet_libraries()
     reporter = make_reporter(as_json=as_json)
-    with ending_at_once(reporter, "interrupted; batch sizes are kept only once all are measured, so repeat the command."):
+    message = "interrupted; batch sizes are kept only once all are measured, so repeat the command."
+    with ending_at_once(reporter, message, as_json=as_json):
         tuning = tune(settings, reporter)
     if as_json:
         json_lines.emit("result", operations={tuned.operation: tuned.to_record() for tuned in tuning})

@@ -44,7 +44,7 @@ from abliterate.pipeline import stages
 from abliterate.settings.schema import ExportSettings, ResponseSettings
 from abliterate.types import BatchSizes, Prompt, Trial
 from support.cli import Finished, Invoke, Outcome, assert_sentence
-from support.events import checked
+from support.events import checked, let_models_print
 from support.forked import CONTEXT
 from support.models import CPU, make_tokenizer
 from support.runs import Recorder, copy_run
@@ -526,6 +526,7 @@ def test_a_model_alone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_json_lines(invoke: Invoke, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    let_models_print(monkeypatch)
     piped(monkeypatch, "/both", ASKED[0], "/trials", "/save x.json")
     lines = checked(invoke("chat", finished[0], *QUICK, "--json"), "chat")
     assert {"stage", "header", "note", "piece", "answer", "front", "result"} == {line["event"] for line in lines}
