@@ -48,17 +48,23 @@ def lab(family: str) -> Lab:
     return short_lab(family)
 
 
-def test_trials_give_the_references_numbers(family: str, lab: Lab) -> None:
+# The same with more trials: ./scripts/test --all has them.
+DEPTHS = pytest.mark.parametrize("in_depth", [False, pytest.param(True, marks=pytest.mark.slow)])
+
+
+@DEPTHS
+def test_trials_give_the_references_numbers(family: str, lab: Lab, in_depth: bool) -> None:
     engine = lab.engine()
-    edited, count = 0, 8 if family in KINDS else 4
+    edited, count = 0, (8 if in_depth else 5) if family in KINDS else (4 if in_depth else 3)
     for params in trials(lab, count):
         expected = lab.expected(params)
         edited += bool(lab.editor.hooks.active)
         assert_same(whole(engine), expected)
-    assert edited > 0.75 * count
+    assert edited > (0.75 if in_depth else 0.5) * count
 
 
-def test_flags_and_stops_are_the_references(family: str, lab: Lab) -> None:
+@DEPTHS
+def test_flags_and_stops_are_the_references(family: str, lab: Lab, in_depth: bool) -> None:
     lab.editor.clear()
     markers = markers_of(whole(lab.reference)[1])
     scorers = make_scorers(["refusals", "kl"], markers)
@@ -66,8 +72,9 @@ def test_flags_and_stops_are_the_references(family: str, lab: Lab) -> None:
     for scorer in scorers:
         scorer.setup(Observation(lab.reference.respond(HARMFUL) or [], lab.reference.first_logprobs(HARMLESS)))
     counts = set()
+    enough = 6 if in_depth and family in KINDS else 3 if in_depth or family in KINDS else 2
     for number, params in enumerate(trials(lab, 6)):
-        if number > 2 and len(counts) > 1 and family not in KINDS:
+        if number >= enough and len(counts) > 1:
             break
         lab.editor.apply(params)
         # Without a limit, so one evaluation of the reference serves all limits.
