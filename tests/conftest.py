@@ -24,11 +24,10 @@ pytest.register_assert_rewrite("support")  # before its first import
 import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig, PretrainedConfig
 
-from abliterate.engine import self_check
 from abliterate.export.adapter import peft_refusal
 from abliterate.model.architectures import Target
 from abliterate.model.loader import demo_path
-from abliterate.pipeline import preflight, report_data
+from abliterate.pipeline import preflight
 from abliterate.report import draw
 from abliterate.settings.schema import LoadSettings, Settings
 from abliterate.types import Trial
@@ -39,7 +38,7 @@ from support.once import made_once
 from support.paths import TESTS
 from support.postgres import Server, binaries, server
 from support.refined import refine_by_hand
-from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, copy_run, quick_options, quick_settings, run_in
+from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, copy_run, lean_runs, quick_options, quick_settings, run_in
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
@@ -61,12 +60,10 @@ def lean() -> Iterator[None]:
     """Runs write no answers for their report, and their engine checks itself on two rows of two tokens.
 
     This takes a third of a short run's time. It is for runs whose tests look at neither, as
-    `pytest.mark.usefixtures("lean")`; the fixtures of wider scopes are set up before it, with both.
+    `pytest.mark.usefixtures("lean")`; the fixtures of wider scopes are set up before it, with both, unless they do without
+    by `lean_runs` themselves.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report_data, "answers", lambda bench, trial: None)
-        patch.setattr(self_check, "ROWS", 2)
-        patch.setattr(self_check, "TOKENS", 2)
+    with lean_runs():
         yield
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from abliterate.refine.descent import Descent, Pass
 from abliterate.settings.schema import Settings
 from abliterate.types import Kernel, Prompt, RefinedParams, Trial, TrialParams
 from support.cli import Invoke
-from support.runs import Recorder, copy_run, outcomes, quick_settings, run_in
+from support.runs import Recorder, copy_run, lean_runs, outcomes, quick_settings, run_in
 
 pytestmark = pytest.mark.usefixtures("lean")
 Files = dict[str, str]
@@ -36,10 +36,20 @@ Refined = tuple[Path, dict[str, Any], Settings, Recorder]
 
 
 def settings_of(prompt_files: Files, cache: Path, **over: Any) -> Settings:
-    """A run without trials of its own: 12 steps at each of two weights."""
-    options = {"enabled": True, "steps": 12, "betas": [0.5, 3.0], "batch": 6, "tokens": 6, **over}
+    """A run without trials of its own: 6 steps at each of two weights."""
+    options = {"enabled": True, "steps": 6, "betas": [0.5, 3.0], "batch": 4, "tokens": 6, "prompts": 14, **over}
     search = {"trials": 0, "startup_trials": 0}
-    return quick_settings(prompt_files, cache, refine=options, search=search, export={"kind": "none"})
+    few = {"response": {"max_new_tokens": 12}, "export": {"kind": "none"}}
+    return quick_settings(prompt_files, cache, refine=options, search=search, **few)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small() -> Iterator[None]:
+    """Few steps are looked at after four instead of ten, and teachers are compared by few answers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refine, "LOOK", 4)
+        patch.setattr(lesson, "COMPARED", 8)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,8 @@ def refined(prompt_files: Files, tmp_path_factory: pytest.TempPathFactory) -> Re
     """A run that has only refined trials."""
     folder = tmp_path_factory.mktemp("refined")
     settings = settings_of(prompt_files, folder / "cache")
-    result, recorder = run_in(folder / "run", settings)
+    with lean_runs():
+        result, recorder = run_in(folder / "run", settings)
     return folder / "run", result, settings, recorder
 
 
@@ -77,7 +88,7 @@ def test_every_weight_gives_a_trial_that_the_front_treats_like_others(refined: R
     assert [trial.params.facts["beta"] for trial in trials if isinstance(trial.params, RefinedParams)] == [0.5, 3.0]
     assert {"lesson", "refine"} <= set(recorder.stages)
     assert result["selected"] in result["front"]
-    assert trials[0].refusals < result["baseline"]["refusals"], "twelve steps remove refusals"
+    assert trials[0].refusals < result["baseline"]["refusals"], "six steps remove refusals"
     assert 0 < trials[0].kl < 0.2
 
 
@@ -113,7 +124,7 @@ def test_facts_say_how_it_was_found(refined: Refined) -> None:
     first, second = (trial.params for trial in trials_of(path))
     assert isinstance(first, RefinedParams)
     assert isinstance(second, RefinedParams)
-    assert (first.facts["steps"], second.facts["steps"]) == (12, 24), "the second goes on from the first"
+    assert (first.facts["steps"], second.facts["steps"]) == (6, 12), "the second goes on from the first"
     assert first.facts["start"] == "teachers"
     for name in ("harmful", "harmless"):
         assert first.facts["prompts"][name]["digest"] == result["prompts"][name]["digest"]
@@ -202,14 +213,14 @@ def test_evaluation_prompts_are_never_fed(
 def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     refined: Refined, prompt_files: Files, warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is interrupted after the state of ten steps was kept, and continued by new objects."""
+    """It is interrupted after the state of four steps was kept, and continued by new objects."""
     _, whole, _, _ = refined
     settings = settings_of(prompt_files, warm)
     taken: list[int] = []
     real = Descent.step
 
     def step(self: Descent, beta: float, rate: float) -> Any:
-        if len(taken) == 11:
+        if len(taken) == 5:
             taken.append(-1)
             raise Interrupted
         taken.append(self.steps)
@@ -218,13 +229,13 @@ def test_an_interrupted_refinement_equals_an_uninterrupted_one(
     monkeypatch.setattr(Descent, "step", step)
     with pytest.raises(Interrupted):
         run_in(tmp_path / "run", settings)
-    assert taken == [*range(11), -1]
+    assert taken == [*range(5), -1]
     result, _ = run_in(tmp_path / "run", settings, resume=True)
-    assert taken[12:] == [10, 11, *range(12)], "the eleventh step is repeated, the ten before it are not"
+    assert taken[6:] == [4, 5, *range(6)], "the fifth step is repeated, the four before it are not"
     assert outcomes(result) == outcomes(whole)
     again, recorder = run_in(tmp_path / "run", settings, resume=True)
     assert outcomes(again) == outcomes(whole)
-    assert len(taken) == 26, "finished weights are not computed again"
+    assert len(taken) == 14, "finished weights are not computed again"
     assert not recorder.warnings
 
 
@@ -450,7 +461,9 @@ def test_harmless_prompts_that_the_model_refuses_are_left_out(
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join([*harmless[:10], *harmful[:5]]), encoding="utf-8")
     files = prompt_files | {"harmless": str(mixed)}
-    _, recorder = run_in(tmp_path / "run", settings_of(files, unlearned, steps=1, betas=[1.0]))
+    settings = settings_of(files, unlearned, steps=1, betas=[1.0], prompts=15)
+    longer = settings.response.model_copy(update={"max_new_tokens": 20})  # so that all refusals are seen
+    _, recorder = run_in(tmp_path / "run", settings.model_copy(update={"response": longer}))
     assert any("5 harmless prompts are left out" in text for text in recorder.notes)
     kept = lessons[0]
     assert len(kept.training.harmless) + len(kept.validation.harmless) == 10

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from abliterate.artifacts.run_directory import RunDirectory
+from abliterate.engine import self_check
 from abliterate.errors import Interrupted
 from abliterate.model.loader import demo_path
+from abliterate.pipeline import report_data
 from abliterate.pipeline.run import run
 from abliterate.report import draw
 from abliterate.settings.schema import Settings
@@ -119,6 +123,16 @@ def run_in(path: Path, settings: Settings, *, resume: bool = False, **options: A
     """Run once in a directory, and return the content of `result.json` and the recorder of its reports."""
     recorder = Recorder()
     return run(settings, recorder, RunDirectory(path), resume=resume, **options).to_record(), recorder
+
+
+@contextlib.contextmanager
+def lean_runs() -> Iterator[None]:
+    """Runs in this block write no answers for their report, and their engine checks itself on two rows of two tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_data, "answers", lambda bench, trial: None)
+        patch.setattr(self_check, "ROWS", 2)
+        patch.setattr(self_check, "TOKENS", 2)
+        yield
 
 
 def outcomes(result: Mapping[str, Any]) -> list[tuple[Any, ...]]:
