@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,12 +32,39 @@ PLOTS = {
 }
 
 
+# One line of specifications after the other, until the input ends.
+_PROGRAM = """
+import json, sys
+import vl_convert
+for line in sys.stdin:
+    asked = json.loads(line)
+    print(json.dumps({name: vl_convert.vegalite_to_svg(asked[name], allowed_base_urls=[]) for name in asked}), flush=True)
+"""
+
+
 class Pictures:
-    """Stands for `draw._drawn`, and draws the same only once: `vl-convert` takes most of the time of a page."""
+    """Stands for `draw._drawn`, and draws the same only once, in one process: to start one takes most of the time of a page."""
 
     def __init__(self) -> None:
         self._drawn: dict[str, str] = {}
         self._script = ""
+        self._process: subprocess.Popen[str] | None = None
+
+    def _new(self, svg: Mapping[str, Any]) -> dict[str, str]:
+        """Pictures that weren't drawn before; where this process fails, `draw._drawn` says so."""
+        if self._process is None:  # it ends with its input, when this process does
+            command, pipe = [sys.executable, "-P", "-c", _PROGRAM], subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, encoding="utf-8")
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(draw.drawable(svg)) + "\n")
+            self._process.stdin.flush()
+            found: dict[str, str] = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            self._process = None
+            found = DRAWN(svg=svg)["drawn"]
+        return found
 
     def drawn(self, *, svg: Mapping[str, Any] | None = None, script: bool = False, **more: Any) -> dict[str, Any]:
         """As `draw._drawn`; images of other kinds (`more`) are drawn each time."""
@@ -44,11 +73,10 @@ class Pictures:
         svg = svg or {}
         places = {name: json.dumps(spec) for name, spec in svg.items()}
         missing = {name: svg[name] for name, place in places.items() if place not in self._drawn}
-        script_too = script and not self._script
-        if missing or script_too:
-            found = DRAWN(svg=missing, script=script_too)
-            self._script = self._script or found["script"]
-            self._drawn |= {places[name]: picture for name, picture in found["drawn"].items()}
+        if missing:
+            self._drawn |= {places[name]: picture for name, picture in self._new(missing).items()}
+        if script and not self._script:
+            self._script = DRAWN(script=True)["script"]
         return {"drawn": {name: self._drawn[place] for name, place in places.items()}, "script": self._script}
 
 

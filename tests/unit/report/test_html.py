@@ -525,6 +525,7 @@ def test_plots_that_cant_be_drawn_are_a_warning(
         python.write_text(program, encoding="utf-8")
         python.chmod(0o755)
         with monkeypatch.context() as patch:
+            patch.setattr(draw, "_drawn", DRAWN)
             patch.setattr(draw.sys, "executable", str(python))
             if not program:
                 patch.setattr(draw.importlib.util, "find_spec", lambda name: None)
