@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import runpy
@@ -23,7 +24,12 @@ from support.runs import copy_run
 
 pytestmark = pytest.mark.usefixtures("lean")
 EVENTS = {name: part for name, part in SCHEMA["$defs"].items() if "allOf" in part}
-TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in Path(abliterate.__file__).parent.rglob("*.py")]
+
+
+@functools.cache  # not at the import, because every test process imports every test
+def trees() -> list[ast.Module]:
+    """The parsed sources of the package."""
+    return [ast.parse(path.read_text(encoding="utf-8")) for path in Path(abliterate.__file__).parent.rglob("*.py")]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +39,7 @@ def _models_that_print(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def calls(name: str) -> Iterator[ast.Call]:
     """Every call of a function or method of that name in the package."""
-    for tree in TREES:
+    for tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and name in (getattr(node.func, "attr", ""), getattr(node.func, "id", "")):
                 yield node
@@ -77,7 +83,7 @@ def test_the_code_notes_the_fields_of_the_schema() -> None:
 
 def test_no_field_of_the_schema_is_unknown_to_the_code() -> None:
     words: set[str] = set()
-    for tree in TREES:
+    for tree in trees():
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 words.add(node.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -31,7 +32,12 @@ def module_of(path: Path) -> str:
 
 
 FILES = {module_of(path): path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] != "demo"}
-TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
+
+
+@functools.cache  # not at the import, because every test process imports every test
+def trees() -> dict[str, ast.Module]:
+    """The parsed source of each module."""
+    return {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
@@ -46,7 +52,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def own_imports(module: str) -> set[str]:
     """Modules of the package that a module imports."""
-    names = (name.removeprefix("abliterate.") for name in imported(TREES[module]) if name.startswith("abliterate."))
+    names = (name.removeprefix("abliterate.") for name in imported(trees()[module]) if name.startswith("abliterate."))
     return {name if name in FILES else name.rpartition(".")[0] or "__init__" for name in names} - {module}
 
 
@@ -56,15 +62,18 @@ def unit_of(module: str) -> str:
 
 def outside(module: str) -> set[str]:
     """Top-level packages that a module imports."""
-    return {name.split(".")[0] for name in imported(TREES[module])}
+    return {name.split(".")[0] for name in imported(trees()[module])}
 
 
-IMPORTS = {module: own_imports(module) for module in TREES}
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """{module: the modules of the package that it imports}."""
+    return {module: own_imports(module) for module in trees()}
 
 
 def test_the_walk_sees_the_package() -> None:
     assert len(FILES) > 150
-    assert {"engine.forward", "engine.kv_cache"} <= IMPORTS["engine.decode"]
+    assert {"engine.forward", "engine.kv_cache"} <= imports()["engine.decode"]
     assert {unit_of(module) for module in FILES} == set(RANK), "every unit has a rank here and in docs/design.md §3"
 
 
@@ -81,7 +90,7 @@ def test_the_design_shows_this_house() -> None:
 def test_imports_go_down() -> None:
     upward = [
         f"{module} -> {other}"
-        for module, others in IMPORTS.items()
+        for module, others in imports().items()
         for other in others
         if unit_of(other) != unit_of(module) and RANK[unit_of(other)] >= RANK[unit_of(module)]
     ]
@@ -91,19 +100,19 @@ def test_imports_go_down() -> None:
 def levels() -> dict[str, int]:
     """{module: its distance from the bottom}; a module in or above a circle has none."""
     level: dict[str, int] = {}
-    while ready := [module for module in IMPORTS if module not in level and IMPORTS[module] <= level.keys()]:
+    while ready := [module for module in imports() if module not in level and imports()[module] <= level.keys()]:
         for module in ready:
-            level[module] = 1 + max((level[other] for other in IMPORTS[module]), default=-1)
+            level[module] = 1 + max((level[other] for other in imports()[module]), default=-1)
     return level
 
 
 def test_imports_have_no_circle() -> None:
-    assert not IMPORTS.keys() - levels().keys()
+    assert not imports().keys() - levels().keys()
 
 
 def test_the_house_has_at_most_twelve_floors() -> None:
-    units = {unit_of(module): set[str]() for module in IMPORTS}
-    for module, others in IMPORTS.items():
+    units = {unit_of(module): set[str]() for module in imports()}
+    for module, others in imports().items():
         units[unit_of(module)] |= {unit_of(other) for other in others} - {unit_of(module)}
     del units["__main__"]  # it only calls cli.app
     floor: dict[str, int] = {}
@@ -131,7 +140,7 @@ def test_functions_are_short() -> None:
     """At most 60 lines; only the options of a command, one a line, may be longer."""
     long = [
         f"{module}.{node.name}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and module != "cli.app" and (node.end_lineno or 0) - node.lineno >= 60
     ]
