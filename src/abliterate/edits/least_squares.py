@@ -17,9 +17,10 @@ from abliterate.edits.key_conditional import KeyConditional, shared
 
 # What harmless inputs count beside harmful ones.
 KEPT = 30.0
-# α as a share of all that is weighed, the mean squared lengths times their weights, so that dependent inputs don't divide by
-# rounding.
-RIDGE = 1e-6
+# α as a share of all that is weighed, the mean squared lengths times their weights. Of the directions in which inputs vary, it
+# keeps those that carry more than this share, because a vector that fits the captured prompts in the others leaves later words
+# of answers, and prompts of other kinds, to chance (docs/decisions.md).
+RIDGE = 1e-4
 
 
 class LeastSquares(KeyConditional):
@@ -27,6 +28,7 @@ class LeastSquares(KeyConditional):
 
     name = "least-squares"
     constants = (KEPT, RIDGE)
+    pace = 3.0
 
     def solved(self, inputs: ModuleInputs) -> tuple[Tensor, Tensor]:
         """Xᵀ and C; C is zero if all harmful inputs are."""

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate import ranks
 from abliterate.artifacts.cache import from_bytes, key_digest, to_bytes
-from abliterate.edits import edit_method, is_refinable
+from abliterate.edits import EditMethod, edit_method, is_refinable
 from abliterate.errors import AbliterateError, TrialError, first_line
 from abliterate.model.memory import memory_errors, usable_memory
 from abliterate.model.weights import dense_weight, device_and_dtype
@@ -215,14 +215,15 @@ class Refinement:
         bench, settings, beta = self._bench, self._settings, plan.beta
         parameters, starts = self._parameters(plan.before)
         n, entries = parameters.directions.flatten(1).shape
+        pace = _pace(parameters.method)
         rates = Rates(
-            _COEFF_STEP / max(n, _FEW), _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0
+            pace * _COEFF_STEP / max(n, _FEW), _DIRECTION_STEP / math.sqrt(entries) if settings.learn == "directions" else 0.0
         )
         passes = self._new_passes(lesson)
         descent = Descent(parameters, passes, lesson.training, rates, settings.batch, bench.settings.seed + 7919 * stage)
         begun = _identity(plan.before.params) if plan.before else ""
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
-        part |= {"scales": [_START, _COEFF_STEP, _DIRECTION_STEP, _FEW]}
+        part |= {"scales": [pace * _START, pace * _COEFF_STEP, _DIRECTION_STEP, _FEW]}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
         kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
         best = kept.restore(descent)
@@ -321,12 +322,14 @@ class Refinement:
         starts = torch.stack([given.seen(table[target.layer], target.norm) for target in targets])
         found = starts.any(dim=-1).view(len(targets), -1).sum(dim=1)  # each module's number of directions that aren't zero
         starts = (starts.flatten(1) / found.sqrt()[:, None]).view_as(starts)
-        coeffs, directions = torch.full((len(targets),), _START / max(len(targets), _FEW)), starts.clone()
+        method = edit_method(bench.settings.edit.mode)
+        coeffs = torch.full((len(targets),), _pace(method) * _START / max(len(targets), _FEW))
+        directions = starts.clone()
         if before is not None:
             stored = bench.refined.directions(before.params)
             coeffs = torch.tensor([before.params.coeffs[module.name] for module in modules])
             directions = torch.stack([stored[module.name] for module in modules]).clone()
-        return Parameters(modules, edit_method(bench.settings.edit.mode), coeffs, directions), starts
+        return Parameters(modules, method, coeffs, directions), starts
 
 
 @dataclass(frozen=True)
@@ -370,6 +373,11 @@ class _Kept:
 def _identity(params: RefinedParams) -> str:
     """A hash of a point's θ; directions alone don't tell points apart where only strengths are learned."""
     return key_digest({"coeffs": dict(params.coeffs), "directions": params.sha256})
+
+
+def _pace(method: EditMethod) -> float:
+    """How many times larger a method's coeffs begin and move than plain ablation's."""
+    return float(getattr(method, "pace", 1.0))
 
 
 def _nearest(points: Sequence[_Point], beta: float) -> _Point | None:
