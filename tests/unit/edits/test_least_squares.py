@@ -97,20 +97,36 @@ def test_laws() -> None:
         return float((rows.double() @ delta.T).square().mean() / (rows.double() @ weight.T @ v).square().mean())
 
     assert inputs.along is not None
-    assert moved(inputs.harmless) < 0.02 * moved(inputs.harmful)
-    assert moved(inputs.along) < 0.02 * moved(inputs.harmful)
+    assert moved(inputs.harmless) < 0.03 * moved(inputs.harmful)
+    assert moved(inputs.along) < 0.03 * moved(inputs.harmful)
     without = of(replace(inputs, along=None)).dense(weight, v, 1.0) - weight
     later = inputs.along.double()
     assert (later @ delta.T).norm() < 0.5 * (later @ without.T).norm()
     same = ModuleInputs(64 * inputs.harmful.flip(0), 64 * inputs.harmless.flip(0), 64 * inputs.along.flip(0))
     torch.testing.assert_close(of(same).dense(weight, v, 1.0) - weight, delta, rtol=1e-4, atol=1e-5)
-    # What harmful inputs don't reach isn't edited, and without harmless ones all that they do reach is removed.
+    # What harmful inputs don't reach isn't edited, and without harmless ones what they do reach is removed, but for the ridge.
     assert METHODS["least-squares"].of(replace(inputs, harmful=torch.zeros(3, D_IN))) is None
     alone = of(ModuleInputs(inputs.harmful, torch.zeros(2, D_IN))).dense(weight, v, 1.0)
     before = inputs.harmful.double() @ weight.T @ v
-    assert (inputs.harmful.double() @ alone.T @ v).norm() < 1e-3 * before.norm()
+    assert (inputs.harmful.double() @ alone.T @ v).norm() < 0.05 * before.norm()
 
 
 def test_which_modes_need_answers() -> None:
     assert {name for name in METHODS if needs_answers(METHODS[name])} == {"key-conditional", "least-squares"}
     assert {name for name in METHODS if needs_inputs(METHODS[name])} == {"key-conditional", "least-squares", "arbitrary-rank"}
+
+
+def test_directions_that_few_inputs_have_are_left_out() -> None:
+    """Of two directions that only harmful prompts have, the one that all of them share counts, and the rare one hardly does."""
+    shared, rare = 3 * torch.eye(D_IN)[0], 0.05 * torch.eye(D_IN)[1]
+    common = 5 * torch.eye(D_IN)[2]
+    harmful = torch.stack([common + shared + sign * rare for sign in (1, -1, 1, -1)])
+    inputs = ModuleInputs(harmful, common.expand(3, -1).clone(), common.expand(3, -1).clone())
+    weight, v = make_weight()
+    delta = of(inputs).dense(weight, v, 1.0) - weight
+
+    def lost(x: Tensor) -> float:
+        return float(-(v @ delta @ x.double()) / (v @ weight @ x.double()))
+
+    assert 0.9 < lost(common + shared) < 1
+    assert 0 < lost(rare) < 0.05
