@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -38,6 +39,7 @@ from support.cli import (
     prompt_options,
     spawn,
 )
+from support.events import let_models_print
 from support.forked import Command, Lean, OfHub, finish
 from support.gguf_files import types_of, write_gguf
 from support.models import make_model, save_model
@@ -47,15 +49,17 @@ pytestmark = pytest.mark.usefixtures("lean")
 
 
 def test_help_is_quick(tmp_path: Path) -> None:
+    """By the processor's time, because other tests run beside it."""
     times = []
     for _ in range(3):
-        started = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         process = spawn(["--help"], tmp_path)
         out, _ = process.communicate()
-        times.append(time.perf_counter() - started)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
         assert process.returncode == 0
         assert "run" in out
-    assert min(times) < 0.8
+    assert 0.01 < min(times) < 0.8
 
 
 @pytest.mark.parametrize("command", ["run", "tune-batch", "trials", "export", "reproduce", "evaluate", "report", "cache"])
@@ -259,7 +263,9 @@ def test_export_of_a_gguf_file(invoke: Invoke, finished: Finished, tmp_path: Pat
     model = AutoModelForCausalLM.from_pretrained(demo_path() / "model", dtype=torch.float32)
     base, out = write_gguf(model, tmp_path / "base.gguf", "F16"), tmp_path / "new" / "out.gguf"
     export = ("export", run, "--trial", number)
-    outcome = invoke(*export, "--gguf", base, "--gguf-type", "q8_0", "-o", out, "--json")
+    with pytest.MonkeyPatch.context() as patch:
+        let_models_print(patch)
+        outcome = invoke(*export, "--gguf", base, "--gguf-type", "q8_0", "-o", out, "--json")
     assert outcome.code == 0, outcome
     events = assert_json_lines(outcome.out)
     assert any(event["event"] == "note" and event["fields"].get("type") == "Q8_0" for event in events)
@@ -522,7 +528,7 @@ def test_cache_verify_finds_damage(invoke: Invoke, tmp_path: Path) -> None:
     damaged = next(iter(store.entries())).data
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     outcome = invoke("cache", "verify", "--cache-dir", tmp_path / "c")
-    assert_sentence(outcome, 1, "1 cache entries", "abliterate cache clear deletes them")
+    assert_sentence(outcome, 1, "1 cache entries", "abliterate cache clear deletes them with all others")
     assert "checksum" in outcome.out
     assert "deleted 2 entries" in invoke("cache", "clear", "--yes", "--cache-dir", tmp_path / "c").out
     assert invoke("cache", "verify", "--cache-dir", tmp_path / "c").out == "0 entries are sound\n"

@@ -73,6 +73,11 @@ class RunDirectory:
         return holds_run(self.path)
 
     @property
+    def _lacks_study(self) -> bool:
+        """Whether what else a run leaves is here, but not its study."""
+        return not self.holds_run and self.settings.is_file() and self.result.is_file()
+
+    @property
     def at_work(self) -> bool:
         """Whether a run works here now, in this process or another; a worker alone doesn't count."""
         return is_locked(self.path / LOCK)
@@ -112,7 +117,13 @@ class RunDirectory:
                 f"The directory {self.path} already holds a run; continue it with --resume, start over with --restart "
                 "(the old run is kept under another name), or choose another --out."
             )
-        if not self.holds_run and self.path.is_dir() and any(not _is_ours(path) for path in self.path.iterdir()):
+        if self._lacks_study:
+            if not restart:
+                raise InputError(
+                    f"The study of the run in {self.path} is gone; put its {self.journal.name} back and continue it with "
+                    "--resume, start over with --restart (the old run is kept under another name), or choose another --out."
+                )
+        elif not self.holds_run and self.path.is_dir() and any(not _is_ours(path) for path in self.path.iterdir()):
             raise InputError(f"The directory {self.path} is not empty and holds no run; choose another --out.")
 
     def prepare(self, *, resume: bool, restart: bool) -> None:
@@ -123,7 +134,7 @@ class RunDirectory:
         """
         self.check(resume=resume, restart=restart)
         try:
-            if restart and self.holds_run:
+            if restart and (self.holds_run or self._lacks_study):
                 self._made = True  # so that `remove_if_empty` puts the old run back, wherever an interruption comes
                 self._moved = _free_name(self.path.absolute())
                 self.path.rename(self._moved)

@@ -57,6 +57,7 @@ class PlainDisplay:
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
         self._out, self._err = out, err
+        self._is_open = False  # whether an answer has begun and its line hasn't ended
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
         if len(sides) > 1:
@@ -65,15 +66,20 @@ class PlainDisplay:
     def piece(self, side: Side, trial: int | None, thinking: bool, text: str) -> None:
         if not thinking:
             print(visible(text), end="", file=self._out, flush=True)
+            self._is_open = True
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
         print(file=self._out, flush=True)
+        self._is_open = False
         say_if_unread(self._out)
         for text in _remarks(answer):
             self.note(text)
 
     def close(self) -> None:
-        """Nothing to do: no answer is shown live."""
+        """End the line of an answer that an error cut."""
+        if self._is_open:
+            print(file=self._out, flush=True)
+            self._is_open = False
 
     def note(self, text: str) -> None:
         print(visible(text), file=self._err, flush=True)
@@ -125,6 +131,7 @@ class TerminalDisplay:
         self._columns: dict[Side, tuple[str, Text]] = {}
         self._live: Live | None = None
         self._kind = ""  # whether the last piece was thinking or answer
+        self._is_open = False  # whether an answer has begun outside of a table and its line hasn't ended
 
     def begin(self, side: Side, trial: int | None, sides: tuple[Side, ...]) -> None:
         self._kind = ""
@@ -148,6 +155,7 @@ class TerminalDisplay:
             return
         # Soft wrap: the terminal breaks the lines, so that a copied answer has the model's own line breaks.
         self._console.print(Text(gap + visible(text), style=style), end="", soft_wrap=True, highlight=False)
+        self._is_open = True
 
     def end(self, turn: int, prompt: str, answer: Answer) -> None:
         remarks = _remarks(answer)
@@ -156,11 +164,15 @@ class TerminalDisplay:
             shown.append("".join(f"\n({remark})" for remark in remarks), style="magenta")
             return
         self._console.print()
+        self._is_open = False
         for remark in remarks:
             self._console.print(Text(f"({remark})", style="magenta"))
 
     def close(self) -> None:
-        """Print the final table in place of the live one."""
+        """Print the final table in place of the live one, or end the line of an answer that an error cut."""
+        if self._is_open:
+            self._console.print()
+            self._is_open = False
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -178,7 +190,7 @@ class TerminalDisplay:
 
     def _say(self, text: str, style: str) -> None:
         console = self._live.console if self._live else self._console
-        console.print(Text(visible(text), style=style), highlight=False)
+        console.print(Text(visible(text), style=style), highlight=False, soft_wrap=True)
 
     def _table(self) -> Table:
         table = Table(expand=True, box=None, padding=(0, 2, 0, 0))

@@ -111,7 +111,7 @@ def cache_verify(cache_dir: CacheDir = None, as_json: Json = False) -> None:
     if unusable:
         raise AbliterateError(
             f"{len(unusable)} cache entries are not usable; they are recomputed when needed, and abliterate cache clear "
-            "deletes them."
+            "deletes them with all others."
         )
     if not as_json:
         print(f"{sound} entries are sound")

@@ -23,6 +23,9 @@ def compare_runs(paths: Sequence[Path], page: Path | None, select: str, *, as_js
     if page is not None and page.suffix.lower() not in (".html", ".htm"):  # an older file there is replaced
         raise InputError(f"The page of a comparison is HTML, and {page} doesn't end in .html; give such a name with -o.")
     found = compare([RunDirectory(path) for path in paths], select)
+    for run in found.runs:
+        for doubt in run.doubts:
+            _warn(f"{run.label}: {doubt}")
     if page is not None:
         write_atomically(page, compare_page(found, _warn))
     if as_json:

@@ -97,7 +97,8 @@ def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
     settings["responses"] = bench.settings.refinement_response_tokens
     return {
         "version": [_VERSION, YARDSTICK_VERSION],
-        "model": model_key(bench.settings, bench.loaded),
+        "model": bench.loaded.info.id,
+        "base": model_key(bench.settings, bench.loaded),
         "study": bench.identity(),
         # Of a library's caller, they may be others than those that the settings name.
         "directions": hashlib.sha256(bench.editor.directions.vectors.cpu().float().numpy().tobytes()).hexdigest(),

@@ -37,6 +37,8 @@ class LocalWorkers:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
+                    # A terminal's Ctrl+C is for the run alone, which asks its workers: a second signal would end them at once.
+                    start_new_session=True,
                 )
 
     def check(self) -> None:

@@ -37,9 +37,9 @@ from abliterate.search.study import Study
 from abliterate.settings.schema import RefineSettings
 from abliterate.types import RefinedParams, Trial
 
-# The strength at the start and Adam's peak step of it, to be divided by the number of modules; and the peak step of directions,
-# to be divided by √d_model, or for k directions a module by √(k · d_model). The strengths of fewer than _FEW modules are as if
-# there were so many, because a strength above 1 turns a direction round.
+# The strength at the start and Adam's peak step of it, to be divided by the number of modules and multiplied by a method's
+# `pace`; and the peak step of directions, to be divided by √d_model, or for k directions a module by √(k · d_model). The
+# strengths of fewer than _FEW modules are as if there were so many: in plain ablation one above 1 turns a direction round.
 _START, _COEFF_STEP, _DIRECTION_STEP, _FEW = 6.0, 1.2, 0.2, 12
 # The settings that a descent depends on, which a continued run may change.
 _ASKED = {"steps", "learn", "batch", "tokens", "prompts", "validation"}
@@ -225,7 +225,7 @@ class Refinement:
         part = {"stage": stage, "begun": begun, "beta": beta, "steps": plan.steps}
         part |= {"scales": [pace * _START, pace * _COEFF_STEP, _DIRECTION_STEP, _FEW]}
         part |= {"settings": settings.model_dump(include={"learn", "batch"})}
-        kept = _Kept(bench, {"lesson": key_digest(self._lesson_key)}, part)
+        kept = _Kept(bench, self._key(), part)
         best = kept.restore(descent)
         if best is None and plan.before:
             descent.load_moments(self._moments(begun))
@@ -272,7 +272,11 @@ class Refinement:
         return found or {}
 
     def _moments_key(self, point: str) -> dict[str, Any]:
-        return {"lesson": key_digest(self._lesson_key), "after": point}
+        return {**self._key(), "after": point}
+
+    def _key(self) -> dict[str, Any]:
+        """What all that is kept of this refinement has in its key."""
+        return {"model": self._bench.loaded.info.id, "lesson": key_digest(self._lesson_key)}
 
     def _stored(
         self, lesson: Lesson, plan: _Plan, stage: int, number: int, best: _Best, descent: Descent, starts: Tensor

@@ -17,7 +17,8 @@ from abliterate.prompts.json_files import JSON, Records, read_json
 from abliterate.prompts.tables import PARQUET, SEPARATED, Texts, read_parquet, read_separated
 from abliterate.types import Prompt
 
-_COLUMN = r"(?P<split>[^:\[\]]+(?:\[[^\[\]]*\])?):(?P<column>[^:]+)$"
+_SLICE = r"[^:\[\]]+(?:\[[^\[\]]*\])?"
+_COLUMN = rf"(?P<split>{_SLICE}(?:\+{_SLICE})*):(?P<column>[^:]+)$"
 _DATASET = re.compile(r"^(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?:" + _COLUMN)
 _OF_FOLDER = re.compile("^" + _COLUMN)
 _TEXT = (".txt",)
@@ -121,6 +122,8 @@ def read_prompts(
         prompts = table.prompts if isinstance(table, Records) else [Prompt(text, system) for text in table.texts]
         if not column and table.column not in ("", "prompt"):
             note(f"The column {table.column!r} of {path.name} holds the prompts (its columns: {shown(table.names)}).")
+        if isinstance(table, Texts) and "system" in table.names and table.column != "system":
+            note(f"The column 'system' of {path.name} isn't read; give the prompts as .jsonl for system prompts of their own.")
     elif column:
         raise InputError(f"The prompt file {path} is text and has no column {column!r}; give {FORMS}.")
     else:

@@ -49,13 +49,17 @@ _RECORDED = {
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """One run: `label` is a letter and the directory's name; `settings` are without places of this machine."""
+    """One run: `label` is a letter and the directory's name; `settings` are without places of this machine.
+
+    `doubts` say what is wrong with its files, each in a sentence.
+    """
 
     directory: RunDirectory
     label: str
     record: Mapping[str, Any]
     search: SearchRecord
     settings: Mapping[str, Any]
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,10 @@ def _read(directory: RunDirectory, letter: str) -> ComparedRun:
     search = SearchRecord.of(result)
     if search.baseline is None or not search.baseline.prompts or all(trial.state == "failed" for trial in search.trials):
         raise InputError(f"The run in {directory.path} has no scored trial yet; wait for one, or leave it out.")
-    settings = public_settings(directory, {})
-    return ComparedRun(directory, f"{letter}: {directory.path.resolve().name}", result.to_record(), search, settings)
+    missing: dict[str, str] = {}
+    settings = public_settings(directory, missing)
+    doubts = tuple(filter(None, (result.doubt, *missing.values())))
+    return ComparedRun(directory, f"{letter}: {directory.path.resolve().name}", result.to_record(), search, settings, doubts)
 
 
 def _rule_of(runs: Sequence[ComparedRun], select: str) -> tuple[str, float]:
@@ -280,7 +286,7 @@ def differences_table(found: Comparison) -> Table:
     """The same as a table with a column a run."""
     columns = (Column("name", "setting", "word"), *(Column(run.label, run.label, "text") for run in found.runs))
     rows = tuple((name, *map(as_text, values)) for name, values in differences(found).items())
-    notes = () if rows else ("All settings are the same.",)
+    notes = () if rows or not all(run.settings for run in found.runs) else ("All settings are the same.",)
     return Table("What differs between the runs", columns, rows, notes=notes)
 
 

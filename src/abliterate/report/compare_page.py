@@ -28,7 +28,8 @@ def compare_page(found: Comparison, warn: Callable[[str], None] = lambda text: N
             ("runs", "Runs", table(runs_table(found))),
             ("settings", "What differs", table(differences_table(found))),
         ]
-        said = "".join(map(paragraph, verdict(found)))
+        doubts = [f"{run.label}: {doubt}" for run in found.runs for doubt in run.doubts]
+        said = "".join(map(paragraph, [*verdict(found), *doubts]))
         words = used_in(said + "".join(html for _, _, html in parts))
         parts.append(("words", "Words used here", details("What the words of this page mean", glossary(words))))
         return {

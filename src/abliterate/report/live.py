@@ -135,7 +135,8 @@ class LiveReport:
     def _build(self, running: bool) -> None:
         begun = time.thread_time()
         try:
-            result = Result.read(self.directory) if self.directory.result.exists() else Result()
+            is_new = running and not self.directory.result.exists()
+            result = Result() if is_new else Result.so_far(self.directory)
             self._content = content_of(gather(self.directory, result, unfinished=running))
             self._fault, self._count = "", len(result.trials)
         except InputError as error:

@@ -30,6 +30,8 @@ from abliterate.report.tables import (
 from abliterate.report.words import reading, used_in
 from abliterate.types import Baseline, RefinedParams, Trial
 
+NOTHING_HELD_OUT = "Nothing was measured on held-out prompts (abliterate evaluate does it)."
+OF_ANOTHER_TRIAL = "The figures on held-out prompts are of another trial than the selected; abliterate evaluate measures it."
 _SETS = {"harmful_heldout": "harmful", "harmless_heldout": "harmless", "over_refusal": "harmless that look harmful"}
 
 
@@ -37,12 +39,10 @@ def heldout(material: Material) -> str:
     """The figures on prompts that neither directions nor search have seen."""
     record = material.heldout
     if not record:
-        text = material.missing.get("heldout", "Nothing was measured on held-out prompts (abliterate evaluate does it).")
+        text = material.missing.get("heldout", NOTHING_HELD_OUT)
         return missing(text) if material.selected else ""
     if record.get("trial") != material.search.selected:
-        return missing(
-            "The figures on held-out prompts are of another trial than the selected; abliterate evaluate measures it."
-        )
+        return missing(OF_ANOTHER_TRIAL)
     try:
         return _section(record, material.search.baseline)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):  # another version's record
@@ -126,8 +126,9 @@ def coverage(material: Material) -> str:
     if not record:
         return missing(material.missing.get("coverage", "The file result.json doesn't say which matrices are edited."))
     text = f"{record['share']:.1%} of the parameters that write to the residual stream can be edited."
-    unknown = paragraph(f"The share is unknown: {record['untold']}.") if record.get("untold") else ""
-    return paragraph(text) + table(coverage_table(record)) + unknown
+    if record.get("untold"):
+        text = f"What share of the parameters that write to the residual stream can be edited is unknown: {record['untold']}."
+    return paragraph(text) + table(coverage_table(record))
 
 
 def facts(material: Material) -> str:

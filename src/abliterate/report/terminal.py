@@ -12,7 +12,7 @@ from typing import Literal
 from abliterate.objectives import COUNTS, KL
 from abliterate.report.data import Material, changed_first
 from abliterate.report.refined import components_of, fact_pairs, layer_rows, refined_table
-from abliterate.report.sections import in_a_sentence
+from abliterate.report.sections import NOTHING_HELD_OUT, OF_ANOTHER_TRIAL, in_a_sentence
 from abliterate.report.tables import (
     cache_table,
     coverage_table,
@@ -176,7 +176,7 @@ def _geometry(material: Material) -> None:
 def _heldout(material: Material) -> None:
     record = material.heldout
     if not record or record.get("trial") != material.search.selected:
-        print("Nothing was measured on held-out prompts.")
+        print(printable(material.missing.get("heldout", OF_ANOTHER_TRIAL if record else NOTHING_HELD_OUT)))
         return
     if heldout_fault(record) is not None:
         print("This version can't read the figures on held-out prompts.")
@@ -211,8 +211,10 @@ def _cost(material: Material) -> None:
 def _coverage(material: Material) -> None:
     if not material.coverage:
         return
-    table = coverage_table(material.coverage)
-    show_table(replace(table, title=f"{table.title}: {material.coverage['share']:.1%} of its parameters can be edited"))
+    table, untold = coverage_table(material.coverage), material.coverage.get("untold")
+    share = f"what share can be edited is unknown ({untold})" if untold else ""
+    share = share or f"{material.coverage['share']:.1%} of its parameters can be edited"
+    show_table(replace(table, title=f"{table.title}: {share}"))
 
 
 def _facts(material: Material) -> None:

@@ -135,12 +135,19 @@ class CheckedJournal(JournalFileBackend):
         if lock.is_symlink() and not lock.exists():  # the lock of a killed run whose directory was moved afterwards
             lock.unlink(missing_ok=True)
         super().__init__(absolute, JournalFileSymlinkLock(absolute, grace_period=dead_lock))
+        self._file = _file_at(absolute)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        """As Optuna's; AbliterateError if the file isn't the one that was opened."""
+        self._check_file()
+        yield from super().read_logs(log_number_from)
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """As Optuna's, but for the checksums, and for a lock that others took for abandoned while the disk stalled."""
         checked = [{**log, _CHECKSUM: _checksum(json.loads(json.dumps(log)))} for log in logs]
         text = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in checked)
         with self._locked():
+            self._check_file()
             try:
                 with open(self._file_path, "ab") as file:
                     file.write(text.encode("utf-8"))
@@ -160,6 +167,13 @@ class CheckedJournal(JournalFileBackend):
         with self._locked() if os.access(path.parent, os.W_OK) else contextlib.nullcontext():
             drop_torn_line(path)
 
+    def _check_file(self) -> None:
+        """A run that begins anew makes a new file: what a worker of the old one writes would be taken for the new one's."""
+        if _file_at(self._file_path) != self._file:
+            raise AbliterateError(
+                f"The run in {Path(self._file_path).parent} was moved, deleted or begun anew; start this process again."
+            )
+
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self._lock.acquire()
@@ -171,6 +185,15 @@ class CheckedJournal(JournalFileBackend):
             except RuntimeError as error:  # what was to be written is, or its own error is raised
                 if "possess lock" not in str(error):
                     raise
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    """What tells a file from others of its name; None if there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def check_journal(journal: Path) -> None:

@@ -212,7 +212,8 @@ class RichReporter:
             if isinstance(part, Table):
                 print_on(self._console, part, " or abliterate report")
             else:
-                self._console.print(escape(printable(part)))
+                # Soft wrap: the terminal breaks the lines, so that commands and paths can be copied whole.
+                self._console.print(escape(printable(part)), soft_wrap=True)
 
     def close(self) -> None:
         """Take the progress bar off the terminal, before a question or at the end."""

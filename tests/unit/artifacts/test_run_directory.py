@@ -64,6 +64,19 @@ def test_foreign_directories_are_refused(tmp_path: Path, name: str, restart: boo
     assert list(tmp_path.rglob("*")) == [tmp_path / "mine", tmp_path / "mine" / name]
 
 
+def test_a_run_without_its_study_says_so_and_begins_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    for path in (run.settings, run.result):
+        path.write_text("x")
+    run.journal.unlink()
+    for resume in (False, True):
+        with pytest.raises(InputError, match=r"study .* is gone; put its study.journal back .*--resume.*--restart.*--out"):
+            run.prepare(resume=resume, restart=False)
+    run.prepare(resume=False, restart=True)
+    assert list(run.path.iterdir()) == []
+    assert {path.name for path in (tmp_path / "run.old-1").iterdir()} == {run.settings.name, run.result.name}
+
+
 @pytest.mark.parametrize("restart", [False, True])
 def test_files_are_refused(tmp_path: Path, restart: bool) -> None:
     (tmp_path / "mine.txt").write_text("x")

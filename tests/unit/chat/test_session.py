@@ -369,6 +369,21 @@ def hostile_turn(face: Any) -> None:
         face.close()
 
 
+def test_an_answer_that_an_error_cuts_ends_its_line() -> None:
+    plain, rich = io.StringIO(), io.StringIO()
+    for face in (PlainDisplay(plain, plain), TerminalDisplay(Console(file=rich, width=80))):
+        for _ in range(2):
+            face.begin("model", None, ("model",))
+            face.piece("model", None, False, "The answer so far")
+            face.close()
+            face.problem("There is too little memory")
+        face.piece("model", None, False, "whole")
+        face.end(1, "a", Answer("model", None, Reply("whole", "whole", "end", 1, 0.1)))
+        face.close()
+    assert plain.getvalue() == 2 * "The answer so far\nerror: There is too little memory\n" + "whole\n"
+    assert rich.getvalue() == 2 * "The answer so far\nThere is too little memory\n" + "whole\n"
+
+
 @pytest.mark.parametrize("width", [40, 120])
 def test_control_characters_are_shown_not_obeyed(width: int) -> None:
     assert visible("a\tb\nc é") == "a\tb\nc é"
@@ -527,6 +542,13 @@ def test_a_model_alone(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_json_lines(invoke: Invoke, finished: Finished, monkeypatch: pytest.MonkeyPatch) -> None:
     let_models_print(monkeypatch)
+    ask = Session.ask
+
+    def printing(*args: Any, **kwargs: Any) -> Any:
+        print("what a model's own code prints")
+        return ask(*args, **kwargs)
+
+    monkeypatch.setattr(Session, "ask", printing)
     piped(monkeypatch, "/both", ASKED[0], "/trials", "/save x.json")
     lines = checked(invoke("chat", finished[0], *QUICK, "--json"), "chat")
     assert {"stage", "header", "note", "piece", "answer", "front", "result"} == {line["event"] for line in lines}

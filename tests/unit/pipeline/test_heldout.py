@@ -30,7 +30,7 @@ from abliterate.settings.schema import Settings
 from abliterate.types import Prompt, Score
 from support.cli import Invoke, assert_sentence, prompt_options
 from support.engine import make_engine
-from support.events import check, checked
+from support.events import check, checked, let_models_print
 from support.models import PROMPTS, make_editor, make_loaded, make_model, make_params, write_dense
 from support.runs import SMALL, Files, Recorder, quick_settings, run_in
 
@@ -274,7 +274,9 @@ def test_the_edit_in_memory_is_the_export(
     options = [*prompt_options(heldout_files), "--batch-size", "12", "--cache-dir", settings.cache_dir]
     own = ["--set", "response.max_new_tokens=20", "--set", "response.prefix_prompts=4"]
     sets = [part for name, path in prompt_files.items() for part in ("--set", f"prompts.{name}={path}")]
-    lines = checked(invoke("evaluate", "demo", folder, "--json", "--batch-size", "12"), "evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        let_models_print(patch)
+        lines = checked(invoke("evaluate", "demo", folder, "--json", "--batch-size", "12"), "evaluate")
     trial = lines[-1]["heldout"]
     # Nothing but rounding: the run's step had another batch before it.
     assert trial["candidate"] == result["heldout"]["candidate"]

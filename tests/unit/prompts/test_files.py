@@ -106,6 +106,8 @@ def test_a_file_that_cant_be_read(tmp_path: Path) -> None:
         ("mlabonne/harmless_alpaca:train[:400]:text", ("mlabonne/harmless_alpaca", "train[:400]", "text")),
         ("a/b:test[10:20]:col", ("a/b", "test[10:20]", "col")),
         ("a/b:train[:10%]:col", ("a/b", "train[:10%]", "col")),
+        ("a/b:train+test:col", ("a/b", "train+test", "col")),
+        ("a/b:train[:10]+test[10:20]:col", ("a/b", "train[:10]+test[10:20]", "col")),
         ("squad:validation:question", ("squad", "validation", "question")),
         ("a-b/c.d_e:train:two words", ("a-b/c.d_e", "train", "two words")),
     ],

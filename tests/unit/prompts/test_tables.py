@@ -30,6 +30,13 @@ def texts(path: Path | str, notes: list[str] | None = None) -> list[str]:
     return [prompt.text for prompt in found]
 
 
+def test_a_column_of_system_prompts_is_not_read_in_silence(tmp_path: Path) -> None:
+    notes: list[str] = []
+    assert texts(write(tmp_path, "own.csv", "prompt,system\nHello,Be brief.\n"), notes) == ["Hello"]
+    (note,) = notes
+    assert note == "The column 'system' of own.csv isn't read; give the prompts as .jsonl for system prompts of their own."
+
+
 def test_advbench_is_its_goals(tmp_path: Path) -> None:
     notes: list[str] = []
     path = write(tmp_path, "harmful.csv", ADVBENCH)

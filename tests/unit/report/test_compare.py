@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -206,6 +207,19 @@ def test_a_part_that_no_run_records_isnt_known_to_be_equal(runs: list[RunDirecto
     )
     assert found.best is None
     assert {row[1] for row in fronts_table(found).rows} == {"A: one", "B: two"}  # they are shown all the same
+
+
+def test_doubts_are_told(runs: list[RunDirectory], invoke: Invoke) -> None:
+    record = json.loads(runs[0].result.read_text(encoding="utf-8"))
+    runs[0].result.write_text(json.dumps({name: value for name, value in record.items() if name != "sha256"}))
+    for run in runs:
+        run.settings.unlink()
+    outcome = invoke("compare", *(run.path for run in runs))
+    assert outcome.code == 0
+    assert re.search("warning: A: one: .*checksum", outcome.err)
+    assert outcome.err.count("settings.toml isn't in the run directory") == 2
+    assert "All settings are the same" not in outcome.out
+    assert "checksum" in compare_page(compare(runs))
 
 
 def test_no_torch_is_imported() -> None:

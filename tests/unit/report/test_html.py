@@ -28,6 +28,7 @@ from abliterate.report.terminal import show
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.types import Baseline, Column, RefinedParams, Table, Trial, TrialParams, weight_name
 from support.cli import Finished, Invoke, assert_sentence
+from support.paths import TESTS
 from support.reports import DRAWN, HOSTILE, PICTURES, PLOTS, made_run, made_trials
 from support.runs import copy_run, quick_settings, run_in
 
@@ -288,14 +289,16 @@ def test_facts_of_another_form_are_shown_as_they_are(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "said", "printed"),
     [
-        ({"trial": 999}, "are of another trial than the selected"),
-        ({"kl": 7}, "can't read all that was measured"),
-        (None, "Nothing was measured on held-out prompts"),
+        ({"trial": 999}, "are of another trial than the selected", "are of another trial than the selected"),
+        ({"kl": 7}, "can't read all that was measured", "can't read the figures on held-out prompts"),
+        (None, "Nothing was measured on held-out prompts", "Nothing was measured on held-out prompts"),
     ],
 )
-def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said: str, tmp_path: Path) -> None:
+def test_held_out_scores_that_are_not_there(
+    change: dict[str, Any] | None, said: str, printed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = made_run(tmp_path / "run")
     record = json.loads(run.result.read_text(encoding="utf-8"))
     write_json(run.result, record | {"heldout": None if change is None else record["heldout"] | change})
@@ -303,6 +306,19 @@ def test_held_out_scores_that_are_not_there(change: dict[str, Any] | None, said:
     assert said in text
     assert ("it answers 97/100 [91.5–99.4 %] and refuses 3/100" in text) == (change == {"kl": 7})
     show(gather(run))
+    assert printed in capsys.readouterr().out
+
+
+def test_a_share_that_is_unknown_is_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path / "run")
+    record = json.loads(run.result.read_text(encoding="utf-8"))
+    coverage = json.loads((TESTS / "support" / "golden" / "result.json").read_text(encoding="utf-8"))["coverage"]
+    write_json(run.result, record | {"coverage": coverage | {"untold": "load.path names the modules", "share": 1.0}})
+    text = Page(render(gather(run))).text
+    show(gather(run))
+    for told in (text, capsys.readouterr().out):
+        assert re.search(r"can be edited is unknown.*load.path names the modules", told)
+        assert "100.0%" not in told
 
 
 def test_the_progress_is_the_hypervolume_of_the_front_so_far() -> None:

@@ -190,6 +190,15 @@ def test_a_run_of_another_process_works_while_it_holds_its_lock(run: RunDirector
     assert not live.data(working["version"])["running"]
 
 
+def test_a_page_keeps_what_it_shows_when_the_run_is_gone(run: RunDirectory) -> None:
+    live = LiveReport(run)
+    shown = live.data(None)
+    run.path.rename(run.path.with_name("elsewhere"))
+    state = live.data(None)
+    assert state["sections"] == shown["sections"]
+    assert "There is no run" in state["status"]
+
+
 def test_a_run_that_has_written_nothing_has_a_page(tmp_path: Path) -> None:
     live = LiveReport(RunDirectory(tmp_path / "run"), Activity("load", step="3 of 9 files"))
     page = live.page(live.data(None))

@@ -89,6 +89,28 @@ def test_a_torn_line_is_cut_off_under_the_lock(tmp_path: Path, monkeypatch: pyte
     assert not Path(f"{path}.lock").is_symlink()
 
 
+@pytest.mark.parametrize("begun_anew", [False, True])
+def test_a_run_that_begins_anew_gets_nothing_from_a_worker_of_the_old_one(tmp_path: Path, begun_anew: bool) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    old = storage.CheckedJournal(folder / "study.journal")
+    old.append_logs([{"op_code": 0}])
+    folder.rename(tmp_path / "moved")
+    folder.mkdir()
+    if begun_anew:
+        new = storage.CheckedJournal(folder / "study.journal")
+        new.append_logs([{"op_code": 1}])
+    for act in (lambda: old.append_logs([{"op_code": 2}]), lambda: list(old.read_logs(0))):
+        with pytest.raises(
+            AbliterateError, match=f"run in {folder} was moved, deleted or begun anew; start this process again"
+        ):
+            act()
+    if begun_anew:
+        assert [record["op_code"] for record in new.read_logs(0)] == [1]
+    else:
+        assert not (folder / "study.journal").exists()
+
+
 # Slots
 
 

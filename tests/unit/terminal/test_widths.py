@@ -49,6 +49,13 @@ def test_count_and_times_stay_whole_and_trials_take_one_line(width: int) -> None
     assert "best" in bars[-1]  # what gives way
 
 
+def test_commands_at_the_end_can_be_copied_whole() -> None:
+    console, out = console_of(60)
+    command = f"  abliterate evaluate owner/model runs/{'long-name-' * 8}model-20260101-120000  try other prompts"
+    RichReporter(console).finish({}, "run", [command])  # type: ignore[arg-type]
+    assert _CODES.sub("", out.getvalue()) == f"{command}\n"
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_numbers_stay_whole_and_words_give_way(width: int) -> None:
     columns = (*(Column(name, name) for name in ("trial", "unanswered", "refusals")), Column("how", "how", "word"))
