@@ -201,8 +201,11 @@ class OfHub:
 class ForkedPopen:
     """`subprocess.Popen` of `python -m abliterate …`, as far as `local_workers` uses it, forked and so started at once."""
 
-    def __init__(self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: int, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: int, env: Mapping[str, str], start_new_session: bool
+    ) -> None:
         assert list(command[:4]) == [sys.executable, "-P", "-m", "abliterate"]
+        assert start_new_session, "a terminal's Ctrl+C would reach the worker beside the run's signal, and end it at once"
         self.stdin = None  # a forked child ends with its parent in any case
         arguments = [argument for argument in command[4:] if argument != "--end-with-input"]
         given = (arguments, os.getcwd(), dict(env), None, stdout.name, stdout.name)
