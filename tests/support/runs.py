@@ -99,7 +99,7 @@ def quick_options(prompt_files: Mapping[str, str], cache: Path, **over: Any) -> 
         "model": "demo",
         "cache_dir": str(cache),
         "prompts": dict(prompt_files),
-        "response": {"max_new_tokens": 12, "prefix_prompts": 4},
+        "response": {"max_new_tokens": 20, "prefix_prompts": 4},
         "search": {
             "trials": 4,
             "startup_trials": 2,
