@@ -17,7 +17,7 @@ from abliterate.prompts.json_files import JSON, Records, read_json
 from abliterate.prompts.tables import PARQUET, SEPARATED, Texts, read_parquet, read_separated
 from abliterate.types import Prompt
 
-_SLICE = r"[^:\[\]]+(?:\[[^\[\]]*\])?"
+_SLICE = r"[^:\[\]+]+(?:\[[^\[\]]*\])?"
 _COLUMN = rf"(?P<split>{_SLICE}(?:\+{_SLICE})*):(?P<column>[^:]+)$"
 _DATASET = re.compile(r"^(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:@(?P<config>[\w.-]+))?:" + _COLUMN)
 _OF_FOLDER = re.compile("^" + _COLUMN)
