@@ -340,6 +340,10 @@ class Late(Raises):
     def setup(self, base):
         raise KeyError("nothing\\nhere")
 
+class Missing(Raises):
+    def score(self, observation):
+        return open(__file__ + ".words")
+
 class Full(Raises):
     def score(self, observation):
         raise torch.OutOfMemoryError("no room")
@@ -354,6 +358,7 @@ class Full(Raises):
         ("Tensor", "the scorer raises fails: TypeError: .* not JSON serializable"),
         ("Word", "the scorer raises fails: TypeError: must be real number"),
         ("Late", r"the scorer raises fails: KeyError: 'nothing\\nhere'"),
+        ("Missing", r"No such file or directory: '\w+\.py\.words'"),  # and not where on this machine
     ],
 )
 def test_what_an_own_scorer_does_wrong_is_said(

@@ -15,6 +15,8 @@ from abliterate.scorers.base import Scorer
 
 _MODULE = "abliterate_own_"
 _PACKAGE = __name__.partition(".")[0]
+# An absolute path, of which a trial's reason keeps the last part: the report, which may be passed on, shows it.
+_PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\:]+[/\\])+(?=[^\s'\"/\\:])")
 # A scorer's name heads a column and appears in rules such as NAME<=X.
 _NAME = re.compile(r"\w(?:[\w .-]{0,38}[\w.-])?")
 _TAKEN = {
@@ -37,7 +39,8 @@ def own_errors(scorer: Scorer) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # smaller batches may help
             raise
-        raise TrialError(f"the scorer {scorer.name} fails: {' '.join(f'{type(error).__name__}: {error}'.split())}") from error
+        message = _PATH.sub("", " ".join(f"{type(error).__name__}: {error}".split()))
+        raise TrialError(f"the scorer {scorer.name} fails: {message}") from error
 
 
 def load_scorer(name: str) -> Scorer:
