@@ -254,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         options = [f"cache_dir={cache}", f'load.dtypes=["{args.dtype}"]', f"response.max_new_tokens={args.tokens}"]
-        options += [f"evaluation.batch_size={args.sizes[0]}", 'search.objectives=["refusals", "kl"]']
+        options += [f"evaluation.batch_size={args.sizes[0]}", 'search.objectives=["refusals", "kl"]', "edit.mode=full"]
         lines = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
         given = {"model": Path(args.model).name, "dtype": args.dtype, "tokens": args.tokens, "sizes": args.sizes, "seed": SEED}
         if lines and any(lines[0][name] != value for name, value in given.items()):

@@ -60,7 +60,7 @@ def make_base(folder: Path, width: int, layers: int) -> None:
 
 def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
     """Write a run directory with one trial that edits the upper half of the layers; its scores are invented."""
-    settings = load_settings("", {"model": str(base)})
+    settings = load_settings("", {"model": str(base), "edit": {"mode": "full"}})
     directory = RunDirectory(folder)
     folder.mkdir()
     config = loader.load_config(str(base), settings.load)
@@ -86,7 +86,8 @@ def make_run(folder: Path, base: Path, width: int, layers: int) -> None:
 def export(kind: str, folder: Path) -> dict[str, Any]:
     """Make one export in this process: its seconds, and its peak resident memory above the memory before it."""
     base, run = folder / "base", folder / "run"
-    settings = load_settings("", {"model": str(base), "export": {"kind": kind if kind != "whole" else "merged"}})
+    options = {"model": str(base), "edit": {"mode": "full"}, "export": {"kind": kind if kind != "whole" else "merged"}}
+    settings = load_settings("", options)
     before, meter, started = psutil.Process().memory_info().rss, PeakMeter(), time.perf_counter()
     verified = None
     if kind == "whole":

@@ -83,13 +83,19 @@ def main() -> None:
                 "day": datetime.date.today().isoformat(),
                 "model": Path(args.model).name,
                 "seed": seed,
-                "set": args.assignments,
+                "set": _with_mode(args.assignments, line.pop("mode")),
                 "spoil": args.spoil,
                 "apart": args.apart,
             }
             with args.out.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
             print(json.dumps({key: line[key] for key in ("trials", "refined", "best", "tokens", "seconds")}), flush=True)
+
+
+def _with_mode(assignments: Sequence[str], mode: str) -> list[str]:
+    """The settings that were set, with the edit mode that the run had."""
+    given = [text for text in assignments if not text.startswith("edit.mode=")]
+    return [f"edit.mode={mode}", *given]
 
 
 def course(settings: Settings, trials: int, *, refined: bool, heldout: str | None = None) -> dict[str, Any]:
@@ -127,6 +133,7 @@ def course(settings: Settings, trials: int, *, refined: bool, heldout: str | Non
         figures = {number: on_heldout(bench, trial) for number, trial in wanted.items()}
         return {
             "weights": bench.loaded.info.fingerprint,  # what `real_model.py` makes depends on the kind of CPU
+            "mode": bench.settings.edit.mode,
             "trials": trials,
             "refined": refined,
             "best": found,

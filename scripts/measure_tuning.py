@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 def measure(model: str, folder: Path) -> list[str]:
     """The rows of the table, one for each search."""
     prompts = {name: str(demo_path() / "prompts" / file) for name, file in DEMO_PROMPTS.items()}
-    settings = load_settings("", {"model": model, "cache_dir": str(folder), "prompts": prompts})
+    settings = load_settings("", {"model": model, "cache_dir": str(folder), "prompts": prompts, "edit": {"mode": "full"}})
     context = Context.of(settings, Quiet())
     sets = read_prompts(context)
     loaded = open_workbench(context).loaded

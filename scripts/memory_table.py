@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from abliterate.model.loader import skeleton
+from abliterate.pipeline.preflight import with_edit_mode
 from abliterate.pipeline.requirements import Workload, requirements_of
 from abliterate.settings.sources import load_settings
 
@@ -47,6 +48,7 @@ def record_of(config: Mapping[str, Any]) -> dict[str, Any]:
         settings = load_settings("", {"model": folder, "load": {"dtypes": ["bfloat16"]}})
         found = skeleton(folder, settings.load, torch.device("cpu"))
         assert found is not None
+        settings = with_edit_mode(settings)
         record = requirements_of(settings, found, torch.device("cpu"), Workload.usual("no tokenizer"))
         ends = {module.weight for module in (found.model.get_input_embeddings(), found.model.get_output_embeddings())}
         return record | {"whole_bytes": torch.bfloat16.itemsize * sum(weight.numel() for weight in ends)}

@@ -18,9 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from refinement_page import ROOT, Line, assigned, identity, model_of, rounded, spent
+from refinement_page import BEFORE, ROOT, Line, assigned, identity, model_of, rounded, spent
 
-DEFAULT = "the default"
 TEXT = (
     "For each method: the trial of least KL among those that leave at most 3 % of the harmful evaluation prompts refused, and",
     "what it scores on held-out prompts. *Found*: of how many seeds there is such a trial. Each figure is the median over the",
@@ -57,7 +56,7 @@ def budget(line: Line) -> str:
 
 def method(line: Line) -> str:
     """The settings that make the method."""
-    return ", ".join(assigned(line)) or DEFAULT
+    return ", ".join(assigned(line))
 
 
 def without_points(line: Line) -> Line:
@@ -95,11 +94,11 @@ def page(lines: Sequence[Line]) -> str:
         groups[model_of(line), budget(line)][method(line)].append(line)
     command = "python scripts/methods_page.py LINES"
     kept = "from the output of `scripts/measure_refinement.py`, kept in methods.jsonl"
-    parts = ["# Methods beside the default", "", f"Written by `{command}` {kept}.", "", *TEXT]
+    parts = ["# Methods beside each other", "", f"Written by `{command}` {kept}.", "", *TEXT]
     for (model, spent_on), methods in sorted(groups.items()):
         heads = ["method", "found", *(heading for heading, _, _ in FIGURES), "M tokens"]
         parts += ["", f"## {model}, {spent_on}", "", "| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-        ordered = sorted(methods, key=lambda name: (name != DEFAULT, name))
+        ordered = sorted(methods, key=lambda name: (name != BEFORE, name))
         parts += [row(name, methods[name]) for name in ordered]
         selected = {name: [line for line in methods[name] if line.get("selected")] for name in ordered}
         if any(selected.values()):

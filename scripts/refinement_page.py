@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 SHARE = "0.03"
+BEFORE = "edit.mode=full"  # the default until 2026-12-01; lines of those days name the mode only where it was another one
 Line = Mapping[str, Any]
 TEXT = (
     "*KL* is the least KL of a trial that leaves at most 3 % of the harmful evaluation prompts refused: its median over",
@@ -67,8 +68,9 @@ def rounded(value: Any) -> Any:
 
 
 def assigned(line: Line) -> list[str]:
-    """The settings that were set, without the cache's place."""
-    return [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
+    """The settings that were set, without the cache's place, and the edit mode."""
+    given = [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
+    return given if any(text.startswith("edit.mode=") for text in given) else [BEFORE, *given]
 
 
 def identity(line: Line) -> str:
@@ -162,7 +164,7 @@ def page(found: Mapping[str, Courses], command: str) -> str:
     ]
     for model, courses in sorted(found.items()):
         alone = sorted(course for course in courses if not course[0])
-        usual = [course for course in alone if not course[2]] or alone
+        usual = [course for course in alone if course[2] == BEFORE] or alone
         search = courses[usual[-1]] if usual else {}
         lines += [
             "",

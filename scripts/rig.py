@@ -15,6 +15,7 @@ from abliterate import Workbench, find_directions, load
 from abliterate.model.memory import PeakMeter
 from abliterate.objectives import KL, REFUSALS
 from abliterate.pipeline import stages
+from abliterate.pipeline.preflight import AUTO
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
 from abliterate.settings.schema import Settings
@@ -86,11 +87,13 @@ def make_rig(settings: Settings, *, with_baseline: bool = True) -> Rig:
     """Carry out the stages of a run before its search: load, calibrate, residuals, directions, engine, baseline.
 
     A random model refuses nothing, so without a baseline only its log-probabilities are kept, for the KL. The objectives are
-    those of comparable tools, because these scripts measure the engine, which no other scorer concerns.
+    those of comparable tools, because these scripts measure the engine, which no other scorer concerns; the edit mode is full,
+    by which the recorded trials were found, unless another one is given.
     """
     reporter = Quiet()
     search = settings.search.model_copy(update={"objectives": (REFUSALS, KL)})
-    bench = load(settings.model_copy(update={"search": search}), reporter)
+    edit = settings.edit.model_copy(update={"mode": "full"}) if settings.edit.mode == AUTO else settings.edit
+    bench = load(settings.model_copy(update={"search": search, "edit": edit}), reporter)
     find_directions(bench)
     rig = Rig(bench, stages.baseline(bench) if with_baseline else _log_probabilities_only(bench), reporter.memory)
     bench.loaded.model.register_forward_pre_hook(rig.counters.count, with_kwargs=True)

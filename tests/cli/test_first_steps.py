@@ -127,7 +127,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     make_runs(folder)
     table = folder / "table.json"
     table.write_text(json.dumps([arguments for arguments, _ in BAD]), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "ABLITERATE_REFINE"))}
+    ours = ("HF_", "ABLITERATE_REFINE", "ABLITERATE_EDIT")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     done = subprocess.run(
         [sys.executable, early.__file__, str(table)],
         cwd=folder,

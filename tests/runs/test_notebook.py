@@ -39,6 +39,7 @@ def executed(prompt_files: dict[str, str], tmp_path_factory: pytest.TempPathFact
             patch.setenv(f"ABLITERATE_PROMPTS__{name.upper()}", file)
         patch.setenv("ABLITERATE_EVALUATION__BATCH_SIZE", "12")
         patch.delenv("ABLITERATE_REFINE__ENABLED")
+        patch.delenv("ABLITERATE_EDIT__MODE")
         # No start-up file and no kernel of the person who runs the test.
         for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
             patch.setenv(name, str(folder / "jupyter"))

@@ -208,7 +208,8 @@ def make_editor(
     directions = make_directions(loaded.info.n_layers, loaded.info.d_model, count=count)
     adapters = EditHooks(loaded.targets, incremental=incremental)
     refined = (store or RefinedStore()).directions
-    return Editor(loaded.targets, directions, EditSettings(**settings), adapters, SvdMemo(memo_size), refined=refined)
+    edit = EditSettings(**{"mode": "full", **settings})
+    return Editor(loaded.targets, directions, edit, adapters, SvdMemo(memo_size), refined=refined)
 
 
 def make_params(seed: int, n_layers: int = 3, scope: str = "") -> TrialParams:

@@ -31,7 +31,7 @@ from abliterate.types import Params, Prompt, Trial, params_from_record
 # An edited model and its name: a trial's number, or "teachers" for a plain ablation.
 Teacher = tuple[int | str, Params]
 # The version of how a lesson is made: those in the cache that another version made are no use.
-_VERSION = 5
+_VERSION = 6
 # The fewest answers of a kind that are worth learning from.
 _FEWEST = 8
 

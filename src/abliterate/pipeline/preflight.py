@@ -141,8 +141,8 @@ def check_refined_size(settings: Settings, modules: int, d_model: int) -> None:
 def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text: None) -> Settings:
     """The settings with an edit mode in place of "auto", by what the model's config tells; a note if it isn't least-squares.
 
-    It is full where modules that read are edited, where the inputs of some module can't be captured, as of fused experts, and
-    where only weights show which modules there are.
+    It is full where modules that read are edited, where the inputs of some module can't be captured, as of fused experts, where
+    only weights show which modules there are, and where a LoRA is to approximate the edit (that of least-squares is exact).
 
     Raises:
         InputError: there is no such model, or it can't be edited.
@@ -150,7 +150,9 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
     if settings.edit.mode != AUTO:
         return settings
     skeleton, why = loader.skeleton(settings.model, settings.load, torch.device("cpu")), ""
-    if skeleton is None:
+    if settings.edit.representation == "svd":
+        why = "a LoRA of several ranks is to approximate it"
+    elif skeleton is None:
         why = "only its weights show what can be edited in this model"
     elif any(target.reads for target in skeleton.targets):
         why = "modules that read are edited"

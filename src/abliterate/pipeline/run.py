@@ -227,7 +227,7 @@ class _Run:
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
         if settings.search.seed_from and not study.has("seeds"):
-            study.begin(seeds=seed_values(bench.space, *self.seeds()))
+            study.begin(seeds=seed_values(bench.space, settings.edit.mode, *self.seeds()))
             numbers = ", ".join(str(trial.number) for trial in self.seeds()[1])
             self.context.reporter.note(f"the first trials repeat trials {numbers} of {settings.search.seed_from}")
         lost = listed - len(study.trials())

@@ -12,7 +12,7 @@ from abliterate.errors import InputError
 from abliterate.files import expanded, read_toml
 from abliterate.objectives import vector
 from abliterate.search.front import pareto_front
-from abliterate.search.space import Space, Value, values_of
+from abliterate.search.space import Space, Value, is_coeff, values_of
 from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
 
@@ -68,16 +68,18 @@ def check_continued(settings: SearchSettings, directory: RunDirectory) -> None:
         )
 
 
-def seed_values(space: Space, result: Result, trials: Sequence[Trial]) -> list[dict[str, Value]]:
+def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]) -> list[dict[str, Value]]:
     """The values of the trials' parameters in a search of its own `space`: scaled to its model's depth, and clamped.
 
-    Components are matched by name; what the other run doesn't have is left to the sampler.
+    Components are matched by name; what the other run doesn't have is left to the sampler, and so are its largest coeffs if its
+    edit mode wasn't `mode`, because in another mode they mean something else.
 
     Raises:
         InputError: the run's model has none of the space's components.
     """
     assert result.model is not None
     scale = (space.n_layers - 1) / max(1, result.model.n_layers - 1)
+    alike = _edit_mode(RunDirectory(expanded(space.settings.seed_from)), mode) == mode
     values = []
     for trial in trials:
         assert isinstance(trial.params, TrialParams)
@@ -86,8 +88,17 @@ def seed_values(space: Space, result: Result, trials: Sequence[Trial]) -> list[d
                 f"The run of search.seed_from edits {', '.join(trial.params.kernels)}, and this model has only "
                 f"{', '.join(space.components)}; name a run of a model with the same components."
             )
-        values.append(space.fitted(values_of(trial.params, scale)))
+        fitted = space.fitted(values_of(trial.params, scale))
+        values.append({name: value for name, value in fitted.items() if alike or not is_coeff(name)})
     return values
+
+
+def _edit_mode(directory: RunDirectory, unknown: str) -> str:
+    """The edit mode of a run; `unknown` if its settings don't say it."""
+    with contextlib.suppress(InputError):
+        edit = read_toml(directory.settings).get("edit")
+        return str(edit.get("mode", unknown)) if isinstance(edit, dict) else unknown
+    return unknown
 
 
 def _spread(trials: Sequence[Trial], most: int) -> list[Trial]:

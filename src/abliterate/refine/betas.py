@@ -16,6 +16,9 @@ from dataclasses import dataclass
 # The first weight, as a share of the teacher's gain per nat of KL: at 1 the teacher's own edit would just pay, and refined
 # edits reach the same answers at a fraction of its KL. The first trial is to have a wide margin.
 FIRST = 0.1
+# The KL that a teacher is taken to have at least: one that needs hardly any, by luck or by its kind of edit, would have the
+# course begin at a weight that leaves no margin.
+LEAST_KL = 0.02
 # The factors by which the weight grows until refusals come back, and from then on.
 FAR, NEAR = 3.0, 1.4
 # How the weight falls with the share of refused prompts: it is divided by one plus so many times the share.
@@ -44,8 +47,11 @@ class Next:
 
 
 def first_beta(gain: float, kl: float) -> float:
-    """The first weight for a teacher that lowers the targets' loss by `gain` nats a token at a KL of `kl` nats."""
-    return FIRST * max(gain, 1e-3) / max(kl, 1e-6)
+    """The first weight for a teacher that lowers the targets' loss by `gain` nats a token at a KL of `kl` nats.
+
+    The KL is that of the first token and along the answers together, as in the loss.
+    """
+    return FIRST * max(gain, 1e-3) / max(kl, LEAST_KL)
 
 
 def next_descent(tried: Sequence[Tried], first: float, limit: float, *, is_last: bool = False) -> Next:

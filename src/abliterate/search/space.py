@@ -195,6 +195,11 @@ def values_of(params: TrialParams, scale: float = 1.0) -> dict[str, Value]:
     return values
 
 
+def is_coeff(name: str) -> bool:
+    """Whether the value of this name is the largest coeff of a component."""
+    return name.endswith(_MAX_COEFF)
+
+
 def layer_quantile(u: float, low: float, high: float, weights: Sequence[float]) -> float:
     """The position in [low, high] below which a share `u` of the weight lies, where layer l weighs `weights[l]` on l ± ½.
 

@@ -57,7 +57,7 @@ def test_edited_modules_multiply_by_the_edited_matrix(quantized: LoadedModel) ->
     editor = Editor(
         quantized.targets,
         make_directions(info.n_layers, info.d_model),
-        EditSettings(),
+        EditSettings(mode="full"),
         EditHooks(quantized.targets),
         SvdMemo(0),
     )

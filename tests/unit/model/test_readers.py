@@ -44,7 +44,8 @@ def loaded_with_readers(family: str) -> LoadedModel:
 
 def editor_of(loaded: LoadedModel, **settings: object) -> Editor:
     directions = with_gains(make_directions(loaded.info.n_layers, loaded.info.d_model), loaded.model, loaded.targets)
-    return Editor(loaded.targets, directions, EditSettings(**settings), EditHooks(loaded.targets), SvdMemo(9))  # type: ignore[arg-type]
+    edit = EditSettings.model_validate({"mode": "full", **settings})
+    return Editor(loaded.targets, directions, edit, EditHooks(loaded.targets), SvdMemo(9))
 
 
 def only_readers(loaded: LoadedModel, coeff: float = 1.0) -> TrialParams:
@@ -187,8 +188,9 @@ def test_gains_that_are_missing_or_wrong_are_said() -> None:
         with pytest.raises(ValueError, match="weights of the norm"):
             replace(directions, gains=gains | {name: wrong})
     del gains[name]
+    edit, known = EditSettings(mode="full"), replace(directions, gains=gains)
     with pytest.raises(InputError, match=f"without the weights of {name}"):
-        Editor(loaded.targets, replace(directions, gains=gains), EditSettings(), EditHooks(loaded.targets), SvdMemo(9))
+        Editor(loaded.targets, known, edit, EditHooks(loaded.targets), SvdMemo(9))
 
 
 def test_biprojected_readers_keep_the_harmless_mean_of_what_they_read() -> None:

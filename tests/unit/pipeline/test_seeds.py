@@ -19,6 +19,7 @@ from abliterate.types import Trial, TrialParams
 from support.reports import made_run, made_trials
 
 COMPONENTS = ("attn plain", "mlp plain")
+MODE = "full"
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +68,8 @@ def test_another_depth_scales_what_is_measured_in_layers(other: Path) -> None:
         seed_from=str(other), position=(0, 1), direction_index=(0, 1), distance=9, max_coeff={"default": (0, 9)}
     )
     result, trials = seed_trials(settings)
-    same = seed_values(Space(settings, 10, COMPONENTS), result, trials)
-    twice = seed_values(Space(settings, 19, COMPONENTS), result, trials)
+    same = seed_values(Space(settings, 10, COMPONENTS), MODE, result, trials)
+    twice = seed_values(Space(settings, 19, COMPONENTS), MODE, result, trials)
     for trial, ours, deeper in zip(trials, same, twice, strict=True):
         assert isinstance(trial.params, TrialParams)
         kernel = trial.params.kernels["attn plain"]
@@ -85,12 +86,24 @@ def test_values_are_clamped_and_other_components_are_left_to_the_sampler(other: 
     settings = SearchSettings(seed_from=str(other))
     space = Space(settings, 10, ("attn plain", "experts.down_proj"))
     result, trials = seed_trials(settings)
-    for values in seed_values(space, result, trials):
+    for values in seed_values(space, MODE, result, trials):
         assert 0.8 <= values["attn plain.max_coeff"] <= 1.5  # type: ignore[operator]
         assert 0.6 * 9 <= values["attn plain.position"] <= 9  # type: ignore[operator]
         assert not any(name.startswith(("mlp", "experts")) for name in values)
     with pytest.raises(InputError, match="same components"):
-        seed_values(Space(settings, 10, ("experts.down_proj",)), result, trials)
+        seed_values(Space(settings, 10, ("experts.down_proj",)), MODE, result, trials)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"), [('edit = {mode = "full"}', True), ('edit = {mode = "none"}', False), ("", True)]
+)
+def test_coeffs_of_another_edit_mode_are_left_to_the_sampler(settings: str, kept: bool, tmp_path: Path) -> None:
+    run = made_run(tmp_path / "run").path
+    (run / "settings.toml").write_text(settings, encoding="utf-8")
+    space = Space(SearchSettings(seed_from=str(run)), 10, COMPONENTS)
+    for values in seed_values(space, MODE, *seed_trials(space.settings)):
+        assert ("attn plain.max_coeff" in values, "mlp plain.max_coeff" in values) == (kept, kept)
+        assert "attn plain.position" in values
 
 
 def changed(record: dict[str, Any], how: str) -> dict[str, Any]:

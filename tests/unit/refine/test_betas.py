@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from abliterate.refine.betas import ALL, FALL, FAR, FIRST, LAST, NEAR, Next, Tried, first_beta, next_descent
+from abliterate.refine.betas import ALL, FALL, FAR, FIRST, LAST, LEAST_KL, NEAR, Next, Tried, first_beta, next_descent
 
 LIMIT = 0.03
 
@@ -86,3 +86,4 @@ def test_while_every_weight_keeps_its_margin_they_grow_to_the_end() -> None:
 def test_the_first_weight_is_a_share_of_the_teachers_gain_per_nat() -> None:
     assert first_beta(0.5, 0.1) == pytest.approx(FIRST * 5)
     assert 0 < first_beta(-0.2, 0.1) < first_beta(0.0, 0.0) < math.inf
+    assert first_beta(0.5, LEAST_KL) == first_beta(0.5, 0.001), "little KL gives no margin"

@@ -40,7 +40,7 @@ def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default comes first; a seed without such a trial is the worst and has no figure; new lines join the old ones."""
+    """The earlier default comes first; a seed without such a trial is the worst, without a figure; new lines join old ones."""
     out = tmp_path / "methods.md"
     batches = [[line(seed, kl) for seed, kl in enumerate((0.01, 0.02, 0.04))], [line(0, 0.5, "a.b=c"), line(1, None, "a.b=c")]]
     for index, lines in enumerate(batches):
@@ -51,10 +51,10 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [row for row in out.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
     *rows, heads, selected = rows
     assert heads.startswith("| selected | seeds | KL | unanswered |")
-    assert selected == "| the default | 3 | 0.2000 (0.2000) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 60% (50%) |"
+    assert selected == "| edit.mode=full | 3 | 0.2000 (0.2000) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 60% (50%) |"
     assert rows == [
-        "| the default | 3 of 3 | 0.0200 (0.0400) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 3.00 |",
-        "| a.b=c | 1 of 2 | 0.5000 (–) | 5% (–) | 0.0200 (–) | 0.00300 (–) | 3.00 |",
+        "| edit.mode=full | 3 of 3 | 0.0200 (0.0400) | 5% (5%) | 0.0200 (0.0200) | 0.00300 (0.00300) | 3.00 |",
+        "| edit.mode=full, a.b=c | 1 of 2 | 0.5000 (–) | 5% (–) | 0.0200 (–) | 0.00300 (–) | 3.00 |",
     ]
     stored = [json.loads(one) for one in out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()]
     assert len(stored) == 5

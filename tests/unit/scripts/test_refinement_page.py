@@ -44,6 +44,8 @@ def test_a_later_line_of_the_same_course_counts() -> None:
     assert identity(again) == identity(SEARCH)
     assert identity({**SEARCH, "apart": True}) != identity(SEARCH)
     assert identity({**SEARCH, "set": ["refine.batch=16"]}) != identity(SEARCH)
+    assert identity({**SEARCH, "set": ["edit.mode=full"]}) == identity(SEARCH), "which was the default without a name"
+    assert identity({**SEARCH, "set": ["edit.mode=none"]}) != identity(SEARCH)
 
 
 def test_the_page_compares_with_the_search_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +58,8 @@ def test_the_page_compares_with_the_search_as_it_is(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(sys, "argv", ["refinement_page.py", str(given), "--out", str(out)])
         refinement_page.main()
     rows = [row.split(" | ") for row in out.read_text(encoding="utf-8").splitlines() if row.startswith("| ")][1:]
-    assert [row[0] for row in rows] == ["| 4 trials", "| 4 trials: nothing shared", "| 1 trials, refined"]
+    names = ["4 trials: edit.mode=full", "4 trials: edit.mode=full, nothing shared", "1 trials, refined: edit.mode=full"]
+    assert [row[0] for row in rows] == [f"| {name}" for name in names]
     # 0.02 beside 0.2, which was reached with the search's 1000 tokens, too; 500 of them until then.
     assert rows[2][5:] == ["0.10 (0.10 to 0.10)", "0.10 (0.10 to 0.10)", "50% (50% to 50%) |"]
     assert len(out.with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()) == 3
