@@ -49,7 +49,7 @@ def measure(model: str, limit: int) -> dict[str, float]:
     prompts = {name: str(demo_path() / "prompts" / file) for name, file in FILES.items()}
     with tempfile.TemporaryDirectory() as folder:
         options: dict[str, Any] = {"model": model, "cache_dir": folder, "prompts": prompts}
-        options |= {"efficiency": {"max_residuals_mb": limit}}
+        options |= {"efficiency": {"max_residuals_mb": limit}, "edit": {"mode": "full"}}
         options |= {"evaluation": {"batch_size": 16}, "response": {"max_new_tokens": 8, "detect_prefix": False}}
         bench = load(load_settings("", options), Quiet())
         bench.engine.first_logprobs(bench.prompts.harmful[:16])  # a first pass's lasting allocations are not the residuals'

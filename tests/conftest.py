@@ -73,7 +73,7 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("ABLITERATE_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         # Gradient steps take longer than the few trials of a test's run; tests of refinement switch it on.
         patch.setenv("ABLITERATE_REFINE__ENABLED", "false")
-        # One mode for all families; what edit.mode=auto, the default, chooses has tests of its own.
+        # One mode for all families, whatever the default; what edit.mode=auto chooses has tests of its own.
         patch.setenv("ABLITERATE_EDIT__MODE", "full")
         yield
 

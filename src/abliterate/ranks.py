@@ -49,6 +49,11 @@ def size() -> int:
     return _size
 
 
+def on_this_machine() -> int:
+    """The number of those ranks that share this machine's main memory, as torchrun says."""
+    return min(_size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def is_first() -> bool:
     """Whether this process is rank 0, which owns files and terminal, or works alone."""
     return _rank == 0

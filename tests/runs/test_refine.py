@@ -524,12 +524,14 @@ def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
 
 
 def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The option turns refinement off, whatever the environment says."""
+    """The option turns refinement off, whatever the environment says. The edit mode is the one that is found by the model."""
     monkeypatch.setenv("ABLITERATE_REFINE__ENABLED", "true")
     given = ["run", "demo", "-n", "1", "--no-refine", "--out", str(tmp_path / "run"), "--export", "none", "--batch-size", "12"]
     options = [item for name, path in prompt_files.items() for item in (f"--{name.replace('_', '-')}", path)]
+    options += ["--set", "edit.mode=auto"]
     done = invoke(*given, *options, "--set", "response.max_new_tokens=8", "--set", "evaluation.heldout=false")
     assert "== search" in done.out + done.err
+    assert "== prepare edits: least-squares" in done.out + done.err
     assert "== refine" not in done.out + done.err
     nothing = invoke("run", "demo", "-n", "0", "--no-refine", "--out", str(tmp_path / "none"))
     assert (nothing.code, "without refinement finds nothing" in nothing.err) == (2, True)

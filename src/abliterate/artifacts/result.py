@@ -144,10 +144,14 @@ class PromptSetRecord(_Record):
 
 
 class DirectionsRecord(_Record):
-    """Hashes of the file `directions.safetensors`, and of the vectors alone, by which two runs can be compared."""
+    """Hashes of the file `directions.safetensors`, and of the vectors alone, by which two runs can be compared.
+
+    `answers`: the ids of the model's own answers along which inputs of modules were captured, for edits that need them.
+    """
 
     sha256: str
     vectors_sha256: str
+    answers: list[list[Count]] = Field([], exclude_if=lambda answers: not answers)
 
 
 class ExportRecord(_Record):

@@ -7,7 +7,7 @@ means of residuals, which `ResidualMeans` accumulates in the memory of one promp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -106,14 +106,15 @@ class Directions:
     With several directions for each index, `vectors` is (n_layers+1, count, d_model), and the most important ones come first.
     `harmless` (n_layers+1, d_model), where a method biprojects, has the unit harmless means: a direction that is removed from a
     module of some layer is orthogonal to that layer's. `inputs` has the inputs of each module to edit, by its name, or what is
-    needed of them, for edit methods that need them. `gains` has the weights γ (d_model) of norms by name: a module that reads
-    the residual stream through one sees γ∘v of a direction v.
+    needed of them, for edit methods that need them, and `answers` the ids of answers along which they were captured. `gains`
+    has the weights γ (d_model) of norms by name: a module that reads the residual stream through one sees γ∘v of a direction v.
     """
 
     vectors: Tensor
     harmless: Tensor | None = None
     inputs: Mapping[str, ModuleInputs | Keys] = field(default_factory=dict)
     gains: Mapping[str, Tensor] = field(default_factory=dict)
+    answers: Sequence[Sequence[int]] = ()
     _found: dict[tuple[float, int | None, str], tuple[Blend, ...]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )

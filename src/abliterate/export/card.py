@@ -371,7 +371,7 @@ def _trained(params: Params) -> str:
         return _UNTRAINED
     facts, sets = params.facts, prompt_texts(params)
     begun = facts.get("start")
-    start = {int: f", taught by the answers of trial {begun}", str: ", taught by the answers of a plain ablation"}.get(
+    start = {int: f", taught by the answers of trial {begun}", str: ", taught by the answers of a plain edit"}.get(
         type(begun), ""
     )
     prompts = "; ".join(f"{plain(name)} prompts ({plain(text)})" for name, text in sets.items()) or "not recorded"

@@ -210,7 +210,9 @@ class EnvironmentPart(_Part):
 class Recipe(_Part):
     """The file. `settings`: nested, as resolved, without those of one machine; `rendering`: a hash of a rendered prompt.
 
-    `refined`: of a refined trial the file of its directions in base64, which the hash in its parameters vouches for.
+    `refined`: of a refined trial the file of its directions in base64, which the hash in its parameters vouches for. `answers`:
+    the ids of the model's own answers along which inputs of modules were captured, for edits that need them; other devices may
+    choose other words.
     """
 
     format: Literal[1]
@@ -230,6 +232,7 @@ class Recipe(_Part):
     trial: TrialPart
     export: ExportPart
     refined: str = ""
+    answers: list[list[Whole]] = []
 
     @property
     def refined_file(self) -> bytes:
@@ -304,6 +307,7 @@ def recipe_record(
         "trial": {name: value for name, value in trial.to_record().items() if name in TrialPart.model_fields},
         "export": dict(export),
         **({"refined": base64.b64encode(refined).decode("ascii")} if refined else {}),
+        **({"answers": answers} if (answers := record["directions"].get("answers")) else {}),
     }
 
 

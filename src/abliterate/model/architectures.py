@@ -237,6 +237,12 @@ def _row_of(model_type: str) -> Architecture | None:
     return rows[0] if rows else None
 
 
+def is_built_in(model_type: str) -> bool:
+    """Whether a row of the built-in table, and not one of a plugin, has a `model_type`."""
+    row = _row_of(model_type)
+    return row is not None and ARCHITECTURES.plugin(row.family) is None
+
+
 def known_architecture(model_type: str, layers: str = "", components: Mapping[str, str] | None = None) -> Architecture | None:
     """The row of `model_type`, or one made from `load.components` and the layers of `load.decoder_layers` or of that row.
 

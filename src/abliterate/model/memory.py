@@ -127,8 +127,12 @@ def _mem_get_info(device: torch.device) -> tuple[int, int] | None:
 
 
 def usable_memory(device: torch.device) -> int:
-    """The part of `free_memory` that plans may count on; on several ranks rank 0's, so that all plan alike."""
-    return ranks.agree(lambda: int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device))))
+    """The part of `free_memory` that plans may count on; on several ranks rank 0's, so that all plan alike.
+
+    Main memory is shared by the ranks of a machine, which all take theirs at the same time.
+    """
+    sharing = ranks.on_this_machine() if device.type == "cpu" else 1
+    return ranks.agree(lambda: int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device)) / sharing))
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from abliterate.pipeline.passes import passes_of
 from abliterate.pipeline.workbench import Workbench
 from abliterate.refine.betas import first_beta
 from abliterate.refine.loss import Rows
-from abliterate.refine.teachers import COMPARED, best_trials, plain_ablations
+from abliterate.refine.teachers import COMPARED, best_trials, plain_edits
 from abliterate.scorers import Observation, Response
 from abliterate.scorers.refusals import Refusals
 from abliterate.scorers.unanswered import Unanswered, measure_fluency
@@ -28,7 +28,7 @@ from abliterate.scorers.yardstick import VERSION as YARDSTICK_VERSION
 from abliterate.scorers.yardstick import Kind
 from abliterate.types import Params, Prompt, Trial, params_from_record
 
-# An edited model and its name: a trial's number, or "teachers" for a plain ablation.
+# An edited model and its name: a trial's number, or "teachers" for a plain edit.
 Teacher = tuple[int | str, Params]
 # The version of how a lesson is made: those in the cache that another version made are no use.
 _VERSION = 6
@@ -40,7 +40,7 @@ _FEWEST = 8
 class Lesson:
     """Training and validation rows; the first `n_asked` harmful training prompts are those of validation.
 
-    `start` names the teacher: a trial's number, or "teachers" for a plain ablation. `teacher` is its edit, and `first_beta` the
+    `start` names the teacher: a trial's number, or "teachers" for a plain edit. `teacher` is its edit, and `first_beta` the
     weight to begin with.
     """
 
@@ -108,8 +108,8 @@ def lesson_key(bench: Workbench, teachers: Sequence[Teacher]) -> dict[str, Any]:
 
 
 def teachers_of(bench: Workbench, trials: Sequence[Trial]) -> list[Teacher]:
-    """The best trials of a search as teachers, and after them plain ablations, which are better than a few bad trials."""
-    plain = plain_ablations(bench.space.n_layers, bench.space.components)
+    """The best trials of a search as teachers, and after them plain edits, which are better than a few bad trials."""
+    plain = plain_edits(bench.space.n_layers, bench.space.components)
     return [*((trial.number, trial.params) for trial in best_trials(trials)), *(("teachers", params) for params in plain)]
 
 
@@ -185,7 +185,7 @@ def _made(bench: Workbench, start: int | str, teacher: Params) -> Lesson:
     n_held = max(1, round(settings.validation * len(own)))
     if len(own) - n_held < _FEWEST:
         return Lesson(Rows(answered, own[n_held:]), Rows([], []), n_asked, start, teacher, 0.0)
-    whose = f"trial {start}" if isinstance(start, int) else "a plain ablation"
+    whose = f"trial {start}" if isinstance(start, int) else "a plain edit"
     refused = f"; {len(harmless) - len(own)} harmless prompts are left out, because the model refuses them"
     bench.context.reporter.note(
         f"{len(answered)} answers of {whose} to learn from{refused if len(own) < len(harmless) else ''}"

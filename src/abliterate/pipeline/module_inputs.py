@@ -34,8 +34,11 @@ Answers = Sequence[Sequence[int]]  # the ids of each answer
 def with_inputs(bench: Workbench, directions: Directions, answers: Answers | None = None) -> Directions:
     """The directions with what the modules to edit need beside them: weights of the norms that they read through, and inputs.
 
-    Inputs are captured or come from the cache, if the edit mode needs them. `answers` are the run's, for its workers: another
-    device may choose other words.
+    Inputs are captured or come from the cache, if the edit mode needs them. `answers` are the run's, for its workers and for
+    `reproduce`: another device may choose other words.
+
+    Raises:
+        InputError: the given answers aren't of these prompts or of this model.
     """
     context, prompts = bench.context, bench.prompts
     directions = with_gains(directions, bench.loaded.model, bench.loaded.targets)
@@ -45,7 +48,8 @@ def with_inputs(bench: Workbench, directions: Directions, answers: Answers | Non
     sets = {"harmful": _spread(prompts.harmful, most), "harmless": _spread(prompts.harmless, most)}
     title = " + ".join(str(len(chosen)) for chosen in sets.values()) + " prompts"
     with context.stage("module inputs", title), bench.base(), unedited_errors():
-        return replace(directions, inputs=_inputs(bench, sets, answers))
+        inputs = _inputs(bench, sets, answers)
+    return replace(directions, inputs=inputs, answers=bench.own_answers)
 
 
 def _spread(prompts: Sequence[Prompt], most: int) -> tuple[Prompt, ...]:
@@ -63,9 +67,11 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     asked = _spread(sets["harmless"], MOST_ROWS // tokens) if tokens else ()
     if answers is None or not asked:
         answers = _own_answers(bench, asked, tokens) if asked else ()
-    if len(answers) != len(asked):
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    if len(answers) != len(asked) or any(token >= vocabulary for ids in answers for token in ids):
         raise InputError(
-            f"The run has {len(answers)} answers to {len(asked)} prompts; continue it with --resume, and join it then."
+            f"The run's {len(answers)} answers aren't this model's to {len(asked)} prompts; continue the run with --resume and "
+            "join it then, or give the recipe's own model and settings."
         )
     bench.own_answers = answers
     key = inputs_key(context.settings, loaded, bench.chat, list(sets.values()), answers)

@@ -26,7 +26,15 @@ from abliterate.errors import InputError
 from abliterate.export import check_kind
 from abliterate.export.adapter import peft_refusal
 from abliterate.model import loader
-from abliterate.model.architectures import ARCHITECTURES, READERS, Architecture, Target, kind_names, known_architecture
+from abliterate.model.architectures import (
+    ARCHITECTURES,
+    READERS,
+    Architecture,
+    Target,
+    is_built_in,
+    kind_names,
+    known_architecture,
+)
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
 from abliterate.model.experts import is_fused
@@ -38,7 +46,7 @@ from abliterate.pipeline.context import Context
 from abliterate.pipeline.from_settings import direction_count, objectives_of, scorers_of
 from abliterate.search.samplers import check_packages
 from abliterate.search.selection import SelectionRule, parse_rule
-from abliterate.settings.schema import Settings
+from abliterate.settings.schema import SearchSettings, Settings
 
 AUTO = "auto"  # an edit mode by the model
 
@@ -154,6 +162,8 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
         why = "a LoRA of several ranks is to approximate it"
     elif skeleton is None:
         why = "only its weights show what can be edited in this model"
+    elif not any(map(is_built_in, skeleton.architecture.model_types)):
+        why = "whether the inputs of its modules can be captured is known only of the built-in families"
     elif any(target.reads for target in skeleton.targets):
         why = "modules that read are edited"
     elif _family(skeleton.architecture) in UNCAPTURED or any(is_fused(target.module) for target in skeleton.targets):
@@ -161,6 +171,11 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
     if why:
         note(f"the edit mode is full, because {why}")
     mode = "full" if why else "least-squares"
+    if not why and settings.search.max_coeff != SearchSettings().max_coeff:
+        note(
+            "search.max_coeff takes the place of the range of the edit mode least-squares, 1 to 8; if it was chosen for "
+            "another mode, such as full, give that one with --set edit.mode"
+        )
     return settings.model_copy(update={"edit": settings.edit.model_copy(update={"mode": mode})})
 
 

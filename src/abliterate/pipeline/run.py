@@ -35,7 +35,7 @@ from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter, with_edit_mode
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
-from abliterate.pipeline.seeds import check_continued, seed_trials, seed_values
+from abliterate.pipeline.seeds import check_continued, edit_mode_of, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
 from abliterate.pipeline.workers import announced, publish, published
 from abliterate.prompts.sets import Heldout
@@ -228,8 +228,12 @@ class _Run:
         study.claim(identity, begun=listed > 0)
         if settings.search.seed_from and not study.has("seeds"):
             study.begin(seeds=seed_values(bench.space, settings.edit.mode, *self.seeds()))
-            numbers = ", ".join(str(trial.number) for trial in self.seeds()[1])
-            self.context.reporter.note(f"the first trials repeat trials {numbers} of {settings.search.seed_from}")
+            numbers, mode = ", ".join(str(trial.number) for trial in self.seeds()[1]), settings.edit.mode
+            other = edit_mode_of(settings.search, mode)
+            but = (
+                "" if other == mode else f", but for their largest coeffs, which mean something else in its edit mode, {other}"
+            )
+            self.context.reporter.note(f"the first trials repeat trials {numbers} of {settings.search.seed_from}{but}")
         lost = listed - len(study.trials())
         if lost > 0:
             self.context.reporter.warn(
@@ -260,7 +264,7 @@ class _Run:
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
         known = recovered or self._kept_directions()
-        directions = known or with_inputs(bench, stages.directions(context, residuals))
+        directions = known or with_inputs(bench, stages.directions(context, residuals), self._kept_answers())
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
@@ -278,6 +282,11 @@ class _Run:
         with contextlib.suppress(InputError):  # a file that isn't the run's is replaced
             return stages.read_directions(self.directory.directions, self.result)
         return None
+
+    def _kept_answers(self) -> list[list[int]] | None:
+        """The answers along which a continued run has captured inputs, where its ranks capture them anew."""
+        record = ranks.agree(lambda: self.result.directions)
+        return (record and record.answers) or None
 
     def _kept_baseline(self, here: Baseline) -> Baseline:
         """The baseline of a continued run, to which its trials are relative; another device or library may give another one."""

@@ -10,9 +10,11 @@ from functools import partial
 from optuna.storages import InMemoryStorage
 
 from abliterate.directions import Directions
+from abliterate.edits import edit_method, needs_inputs
 from abliterate.errors import AbliterateError, InputError
 from abliterate.objectives import check_searchable
 from abliterate.pipeline import stages
+from abliterate.pipeline.module_inputs import with_inputs
 from abliterate.pipeline.refine import Refinement
 from abliterate.pipeline.seeds import seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench
@@ -214,6 +216,8 @@ def search(bench: Workbench, directions: Directions, trials: int | None = None) 
         InputError: the run of `search.seed_from` can't be used, or `search.prior` has no residuals to go by.
     """
     check_searchable(bench.objectives)
+    if not directions.inputs and needs_inputs(edit_method(bench.settings.edit.mode)):  # a caller's own
+        directions = with_inputs(bench, directions)
     bench.prepare(directions)
     space = bench.space
     if trials is not None:

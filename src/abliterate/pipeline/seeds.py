@@ -79,7 +79,7 @@ def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]
     """
     assert result.model is not None
     scale = (space.n_layers - 1) / max(1, result.model.n_layers - 1)
-    alike = _edit_mode(RunDirectory(expanded(space.settings.seed_from)), mode) == mode
+    alike = edit_mode_of(space.settings, mode) == mode
     values = []
     for trial in trials:
         assert isinstance(trial.params, TrialParams)
@@ -93,10 +93,10 @@ def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]
     return values
 
 
-def _edit_mode(directory: RunDirectory, unknown: str) -> str:
-    """The edit mode of a run; `unknown` if its settings don't say it."""
+def edit_mode_of(settings: SearchSettings, unknown: str) -> str:
+    """The edit mode of the run that `search.seed_from` names; `unknown` if its settings don't say it."""
     with contextlib.suppress(InputError):
-        edit = read_toml(directory.settings).get("edit")
+        edit = read_toml(RunDirectory(expanded(settings.seed_from)).settings).get("edit")
         return str(edit.get("mode", unknown)) if isinstance(edit, dict) else unknown
     return unknown
 

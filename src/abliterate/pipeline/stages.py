@@ -48,7 +48,7 @@ from abliterate.model.residuals import Feed, capture_residuals, stream_residuals
 from abliterate.objectives import COUNTS, KL
 from abliterate.pipeline.cache_keys import baseline_key, means_key, residuals_key
 from abliterate.pipeline.context import Context, unedited_errors
-from abliterate.pipeline.module_inputs import with_inputs
+from abliterate.pipeline.module_inputs import Answers, with_inputs
 from abliterate.pipeline.workbench import Workbench
 from abliterate.prompts.capabilities import PLAIN
 from abliterate.prompts.files import public_source
@@ -154,14 +154,16 @@ def _needs_silhouettes(context: Context) -> bool:
     return context.settings.search.prior == "silhouette"
 
 
-def find_directions(bench: Workbench) -> Directions:
+def find_directions(bench: Workbench, answers: Answers | None = None) -> Directions:
     """Compute the directions of the workbench's harmful and harmless prompts, and prepare the workbench for edits along them.
+
+    `answers` are those of a run whose trial is made again (`with_inputs`).
 
     Raises:
         AbliterateError: the two sets give the same residuals.
     """
     found = residuals(bench)
-    computed, bench.prior = with_inputs(bench, directions(bench.context, found)), layer_prior(bench.context, found)
+    computed, bench.prior = with_inputs(bench, directions(bench.context, found), answers), layer_prior(bench.context, found)
     bench.prepare(computed)
     return computed
 
@@ -192,7 +194,8 @@ def directions_record(directions: Directions) -> DirectionsRecord:
     for tensor in _tensors(directions).values():
         vectors.update(tensor.cpu().contiguous().numpy().tobytes())
     sha256 = hashlib.sha256(directions_file(directions)).hexdigest()
-    return DirectionsRecord(sha256=sha256, vectors_sha256=vectors.hexdigest())
+    answers = [list(ids) for ids in directions.answers]
+    return DirectionsRecord(sha256=sha256, vectors_sha256=vectors.hexdigest(), answers=answers)
 
 
 def read_directions(path: Path, result: Result) -> Directions:
@@ -215,7 +218,7 @@ def read_directions(path: Path, result: Result) -> Directions:
             raise ValueError("too many directions")
         if any(trial.params.fault(stored.n_layers) for trial in result.trials):
             raise ValueError("directions of fewer layers than the trials use")
-        return stored
+        return replace(stored, answers=result.directions.answers)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise InputError(
             f"The directions of the run can't be read or aren't its own ({path.name}); "

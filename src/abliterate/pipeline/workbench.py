@@ -433,6 +433,7 @@ def open_workbench(
     If the chat template writes the date, the workbench's settings have the moment at which it renders; they have an edit mode
     in place of "auto".
     """
+    context = context.with_settings(with_edit_mode(context.settings))  # evaluate and tune-batch give settings of their own
     settings = context.settings
     device = choose_device(settings.device)
     if device.type == "cpu":
@@ -448,7 +449,7 @@ def open_workbench(
 
     with context.stage("load", loader.public_name(settings.model), at_once=True):
         loaded = loader.load_model(settings.model, settings.load, device, inputs, context.reporter.warn)
-        context = context.with_settings(with_edit_mode(at_a_moment(settings, loaded.tokenizer)))
+        context = context.with_settings(at_a_moment(settings, loaded.tokenizer))
         if prompts is not None:
             coverage, time_told = describe(context, loaded, device, prompts)
     return Workbench(context, loaded, coverage, time_told=time_told)

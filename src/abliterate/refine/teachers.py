@@ -8,7 +8,7 @@ from abliterate.types import Kernel, Trial, TrialParams
 
 # Trials that are tried as teachers, those with the most answers first; and the training prompts on which teachers are compared.
 BEST, COMPARED = 4, 16
-# Plain ablations, which rival the trials: positions of the one direction, as fractions of n_layers − 1, None for each layer's
+# Plain edits, which rival the trials: positions of the one direction, as fractions of n_layers − 1, None for each layer's
 # own; and the coeff of the MLPs beside the attention's 1. Each edits the upper 70 % of the layers.
 _POSITIONS: tuple[float | None, ...] = (0.5, 0.6, 0.7, None)
 _MLP = (1.0, 0.0)
@@ -27,8 +27,8 @@ def best_trials(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(complete, key=lambda trial: (unanswered(trial), trial.kl, trial.number))[:BEST]
 
 
-def plain_ablations(n_layers: int, components: Sequence[str]) -> list[TrialParams]:
-    """A handful of plain ablations, which need no search."""
+def plain_edits(n_layers: int, components: Sequence[str]) -> list[TrialParams]:
+    """A handful of edits of equal strength in the upper layers, in the run's own mode, which need no search."""
     last = n_layers - 1
     found = []
     for mlp in _MLP if any(component.startswith("mlp") for component in components) else _MLP[:1]:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterate import ranks
 from abliterate.engine import batching
 from abliterate.engine.batching import PATIENCE, Batches
 from abliterate.errors import TrialError
@@ -107,6 +108,9 @@ def test_memory_is_what_the_tightest_limit_leaves(monkeypatch: pytest.MonkeyPatc
     assert free_memory(CPU) == 600
     assert total_memory(CPU) == 1500
     assert usable_memory(CPU) == 300, "never near the killer"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranks, "on_this_machine", lambda: 3)
+        assert usable_memory(CPU) == 100, "the ranks of a machine share its main memory"
 
 
 def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

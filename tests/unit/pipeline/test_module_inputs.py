@@ -22,15 +22,17 @@ from abliterate.model import loader
 from abliterate.model.architectures import known_architecture
 from abliterate.model.edit_hooks import EditHooks
 from abliterate.model.editor import Editor
-from abliterate.pipeline import module_inputs, stages
+from abliterate.pipeline import module_inputs, preflight, stages
 from abliterate.pipeline.cache_keys import inputs_key, study_identity
 from abliterate.pipeline.context import Context
 from abliterate.pipeline.export import approximation_of
 from abliterate.pipeline.export_trial import export_trial
 from abliterate.pipeline.module_inputs import _spread, with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_edit, check_names, with_edit_mode
-from abliterate.pipeline.workbench import load
-from abliterate.settings.schema import EditSettings, Settings
+from abliterate.pipeline.reproduce.reproduce import reproduce
+from abliterate.pipeline.search import search
+from abliterate.pipeline.workbench import load, open_workbench
+from abliterate.settings.schema import EditSettings, SearchSettings, Settings
 from support.exports import make_run
 from support.inputs import params_of, random_inputs
 from support.models import PROMPTS, logits_of, make_chat, make_loaded, make_model, save_model
@@ -139,6 +141,7 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path, monkeypatch: py
         assert {"harmful prompts", "harmless prompts", "answers to harmless prompts"} <= {unit for _, unit in recorder.units}
         assert stages.directions_record(again) == stages.directions_record(found)
         assert len(bench.own_answers) == 5
+        assert found.answers == bench.own_answers
         assert max(map(len, bench.own_answers)) == 3
         with monkeypatch.context() as patch:  # memory for few modules at a time, and nothing in the cache
             patch.setattr(module_inputs, "usable_memory", lambda device: 4 * 4 * 25 * 1000)
@@ -151,10 +154,12 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path, monkeypatch: py
             torch.testing.assert_close(apart.inputs[name].selector, own.selector)  # type: ignore[union-attr]
         others = with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
         assert not torch.equal(others.inputs[name].selector, found.inputs[name].selector)  # type: ignore[union-attr]
-        with pytest.raises(InputError, match="The run has 2 answers to 5 prompts"):
-            with_inputs(bench, alone, [[5], [7]])
+        for strange in ([[5], [7]], [[5], [7], [9], [5], [10**6]]):
+            with pytest.raises(InputError, match=f"The run's {len(strange)} answers aren't this model's to 5 prompts"):
+                with_inputs(bench, alone, strange)
         with pytest.raises(InputError, match="come without them"):
             bench.prepare(alone)
+        assert search(bench, alone, trials=0).bench.directions is not alone, "directions of a caller's own get their inputs"
         same = {key: replace(own, selector=torch.zeros_like(own.selector)) for key, own in found.inputs.items()}  # type: ignore[call-arg,union-attr]
         with pytest.raises(InputError, match="can edit no module, because"):
             bench.prepare(replace(found, inputs=same))
@@ -207,6 +212,14 @@ def test_auto_is_a_mode_that_the_model_allows(
     assert (found.edit.mode, found.edit.rank) == (mode, 5)
     assert with_edit_mode(found) is found
     if family == "llama" and not load:
+        lora = settings.model_copy(update={"edit": EditSettings(mode="auto", representation="svd")})
+        assert with_edit_mode(lora).edit.mode == "full"
+        ranged = settings.model_copy(update={"search": SearchSettings(max_coeff={"default": (0, 1)})})
+        notes: list[str] = []
+        assert with_edit_mode(ranged, notes.append).edit.mode == "least-squares"
+        assert [note for note in notes if "1 to 8" in note] == notes != []
+        monkeypatch.setattr(preflight, "is_built_in", lambda model_type: False)  # as of modules that only settings name
+        assert with_edit_mode(settings).edit.mode == "full"
         monkeypatch.setattr(loader, "skeleton", lambda *_: None)  # only weights show what can be edited
         assert with_edit_mode(settings).edit.mode == "full"
 
@@ -228,8 +241,18 @@ def test_a_run_keeps_the_mode_that_was_found_and_its_directions(
     assert again["directions"] == first["directions"]
     (tmp_path / "run" / "directions.safetensors").write_bytes(b"another file")
     made, _ = run_in(tmp_path / "run", settings.model_copy(update={"cache_dir": str(tmp_path / "other")}), resume=True)
-    assert made["directions"] != first["directions"], "what isn't the run's is replaced"
+    assert made["directions"] == first["directions"], "what isn't the run's is made again, along its answers"
+    own = {"model": "", "prompts": prompt_files, "cache_dir": str(tmp_path / "third")}
+    repeated = reproduce(tmp_path / "run" / "recipe.json", own, Recorder(), out=tmp_path / "again").to_record()
+    assert (repeated["reproduction"]["outcome"], repeated["reproduction"]["directions_equal"]) == ("identical", True)
     assert _is_of(settings, read_toml(tmp_path / "run" / "settings.toml"))
+
+
+def test_whoever_opens_a_model_has_a_mode() -> None:
+    """`evaluate` and `tune-batch` open it with settings that no run has resolved; the prompts' lengths need the mode."""
+    settings = Settings.model_validate({"model": "demo", "edit": {"mode": "auto"}})
+    with open_workbench(Context.of(settings, Recorder()), sets={"harmful": PROMPTS}) as bench:
+        assert bench.settings.edit.mode == "least-squares"
 
 
 def test_keys_and_identity() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abliterate.refine.teachers import BEST, best_trials, plain_ablations
+from abliterate.refine.teachers import BEST, best_trials, plain_edits
 from abliterate.types import RefinedParams, Trial
 from support.models import make_params
 
@@ -36,9 +36,9 @@ def test_refined_trials_are_no_teachers() -> None:
     assert best_trials([Trial(3, refined, "complete", {"refusals": 0, "kl": {"mean": 0.0}})]) == []
 
 
-def test_plain_ablations_reach_the_upper_layers_of_both_components() -> None:
+def test_plain_edits_reach_the_upper_layers_of_both_components() -> None:
     n_layers, components = 12, ("attn.o_proj", "mlp.down_proj")
-    found = plain_ablations(n_layers, components)
+    found = plain_edits(n_layers, components)
     assert len({str(params.to_record()) for params in found}) == len(found) == 8
     for params in found:
         coeffs = {name: [params.kernels[name].coeff(layer) for layer in range(n_layers)] for name in components}

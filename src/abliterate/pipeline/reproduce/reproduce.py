@@ -70,7 +70,7 @@ def reproduce(
         params = params_of(recipe)
         if isinstance(params, RefinedParams):
             bench.refined.add(params, recipe.refined_file)
-        directions, refined = stages.find_directions(bench), bench.refined
+        directions, refined = stages.find_directions(bench, recipe.answers or None), bench.refined
         baseline = stages.baseline(bench)
         with context.stage("trial", str(recipe.trial.number)):
             never = DominancePruner.never()  # the scores are compared, so the trial mustn't be stopped
