@@ -67,8 +67,7 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     asked = _spread(sets["harmless"], MOST_ROWS // tokens) if tokens else ()
     if answers is None or not asked:
         answers = _own_answers(bench, asked, tokens) if asked else ()
-    vocabulary = loaded.model.config.get_text_config().vocab_size
-    if len(answers) != len(asked) or any(token >= vocabulary for ids in answers for token in ids):
+    elif len(answers) != len(asked) or any(token >= _vocabulary(bench) for ids in answers for token in ids):
         raise InputError(
             f"The run's {len(answers)} answers aren't this model's to {len(asked)} prompts; continue the run with --resume and "
             "join it then, or give the recipe's own model and settings."
@@ -94,6 +93,10 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     label = f"{loaded.info.id}: inputs of {len(inputs)} modules for {edit.mode}"
     context.store.put("inputs", key, to_tensors(inputs), label)
     return inputs
+
+
+def _vocabulary(bench: Workbench) -> int:
+    return int(bench.loaded.model.config.get_text_config().vocab_size)
 
 
 def _groups(targets: Sequence[Target], rows: int) -> list[list[Target]]:
