@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 SHARE = "0.03"
-BEFORE = "edit.mode=full"  # the default until 2026-12-01; lines of those days name the mode only where it was another one
+BEFORE = "edit.mode=full"  # of lines that name no mode: it was the default when they were made
 Line = Mapping[str, Any]
 TEXT = (
     "*KL* is the least KL of a trial that leaves at most 3 % of the harmful evaluation prompts refused: its median over",

@@ -8,6 +8,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from abliterate.pipeline import run as pipeline_run
 from abliterate.pipeline import workers
 from abliterate.prompts.sets import PromptSets
 from abliterate.scorers.base import Observation
-from abliterate.scorers.custom import load_scorer
+from abliterate.scorers.custom import load_scorer, own_errors
 from abliterate.types import Baseline, Objective, Prompt, Trial
 from support.cli import QUICK, Finished, Invoke, assert_sentence, prompt_options
 from support.objectives import OWN, brute_force
@@ -371,6 +372,20 @@ def test_what_an_own_scorer_does_wrong_is_said(
     found = capsys.readouterr()
     assert found.out == ""  # where --json has its lines
     assert ("hello" in found.err) == (name != "Late")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file", "/home/Jane Doe/w/words.txt"), "[Errno 2] No such file: 'words.txt'"),
+        (OSError(r"'C:\\Users\\me\\words.txt' is gone"), "'words.txt' is gone"),
+        (ValueError("/home/me/a.txt has 3/4 of https://host/a/b and ~/w/x"), "a.txt has 3/4 of https://host/a/b and ~/w/x"),
+    ],
+)
+def test_a_reason_names_files_without_their_folders(error: Exception, said: str) -> None:
+    with pytest.raises(TrialError) as raised, own_errors(SimpleNamespace(name="mine")):  # type: ignore[arg-type]
+        raise error
+    assert str(raised.value) == f"the scorer mine fails: {type(error).__name__}: {said}"
 
 
 def test_an_own_scorer_without_memory_is_tried_again(tmp_path: Path) -> None:

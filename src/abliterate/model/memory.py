@@ -131,8 +131,12 @@ def usable_memory(device: torch.device) -> int:
 
     Main memory is shared by the ranks of a machine, which all take theirs at the same time.
     """
-    sharing = ranks.on_this_machine() if device.type == "cpu" else 1
-    return ranks.agree(lambda: int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device)) / sharing))
+
+    def usable() -> int:
+        sharing = ranks.on_this_machine() if device.type == "cpu" else 1
+        return int(SHARE.get(device.type, _OTHER_SHARE) * max(0, free_memory(device)) / sharing)
+
+    return ranks.agree(usable)
 
 
 def synchronize(device: torch.device) -> None:

@@ -93,13 +93,14 @@ def batch_sizes_key(settings: Settings, loaded: LoadedModel, lengths: Mapping[st
     }
     # What is kept between trials takes memory for each edited matrix and direction, as much as the edit mode needs.
     kept = {name: value for name, value in _given(settings.load, *_CHOOSING).items() if name in _CHOOSING}
-    kept |= {"mode": settings.edit.mode, "capture_prompts": settings.edit.capture_prompts}
+    needed = ("mode", "capture_prompts")
+    kept |= {name: value for name, value in _given(settings.edit, *needed).items() if name in needed}
     if (count := direction_count(settings)) > 1:
         kept["directions"] = count
     if settings.load.device_map:  # it decides which devices hold what, and how much of each is left
         devices = sorted({str(parameter.device) for parameter in loaded.model.parameters()})
         kept["layout"] = [settings.load.device_map, dict(settings.load.max_memory), devices]
-    return key | {"kept": kept}
+    return key | {"kept": kept} if kept else key
 
 
 def prefix_key(settings: Settings, loaded: LoadedModel, chat: PromptEncoder, sets: PromptLists) -> dict[str, Any]:

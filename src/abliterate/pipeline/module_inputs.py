@@ -67,7 +67,7 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     asked = _spread(sets["harmless"], MOST_ROWS // tokens) if tokens else ()
     if answers is None or not asked:
         answers = _own_answers(bench, asked, tokens) if asked else ()
-    elif len(answers) != len(asked) or any(token >= _vocabulary(bench) for ids in answers for token in ids):
+    elif len(answers) != len(asked) or not all(_may_be_answer(bench, ids, tokens) for ids in answers):
         raise InputError(
             f"The run's {len(answers)} answers aren't this model's to {len(asked)} prompts; continue the run with --resume and "
             "join it then, or give the recipe's own model and settings."
@@ -95,8 +95,9 @@ def _inputs(bench: Workbench, sets: Mapping[str, Sequence[Prompt]], answers: Ans
     return inputs
 
 
-def _vocabulary(bench: Workbench) -> int:
-    return int(bench.loaded.model.config.get_text_config().vocab_size)
+def _may_be_answer(bench: Workbench, ids: Sequence[int], most: int) -> bool:
+    """Whether the model can have given an answer of these ids, of which a stranger's recipe may have any."""
+    return len(ids) <= most and max(ids, default=0) < bench.loaded.model.config.get_text_config().vocab_size
 
 
 def _groups(targets: Sequence[Target], rows: int) -> list[list[Target]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +19,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import REPORT_STAGE, Result
 from abliterate.artifacts.run_directory import RunDirectory, default_path, named_after
 from abliterate.directions import Directions
+from abliterate.edits import edit_method, needs_answers
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import check_output
 from abliterate.files import read_toml, write_atomically
@@ -31,13 +32,13 @@ from abliterate.pipeline.export_trial import StoredEdits, edits_on, export_and_c
 from abliterate.pipeline.from_settings import objectives_of, scorers_of
 from abliterate.pipeline.heldout import evaluate_trial, read_heldout
 from abliterate.pipeline.local_workers import devices_of, local_workers, own_places
-from abliterate.pipeline.module_inputs import with_inputs
+from abliterate.pipeline.module_inputs import Answers, with_inputs
 from abliterate.pipeline.preflight import as_refinable, check_model, check_names, note_adapter, with_edit_mode
 from abliterate.pipeline.requirements import note_time
 from abliterate.pipeline.search import Search
-from abliterate.pipeline.seeds import check_continued, edit_mode_of, seed_trials, seed_values
+from abliterate.pipeline.seeds import Seeds, check_continued, seed_trials, seed_values
 from abliterate.pipeline.workbench import Workbench, load_calibrated
-from abliterate.pipeline.workers import announced, publish, published
+from abliterate.pipeline.workers import announced, publish, published, published_answers
 from abliterate.prompts.sets import Heldout
 from abliterate.report.ending import ending
 from abliterate.report.page import write_report
@@ -147,7 +148,7 @@ class _Run:
     directory: RunDirectory
     result: Result
     rule: SelectionRule
-    seeds: Callable[[], tuple[Result, tuple[Trial, ...]]]
+    seeds: Callable[[], Seeds]
 
     def go(self, devices: Sequence[str], choose: Choose | None, *, resume: bool, restart: bool) -> Result:
         """Carry out the stages in their order."""
@@ -227,13 +228,14 @@ class _Run:
         listed = len(result.trials)
         study.claim(identity, begun=listed > 0)
         if settings.search.seed_from and not study.has("seeds"):
-            study.begin(seeds=seed_values(bench.space, settings.edit.mode, *self.seeds()))
-            numbers, mode = ", ".join(str(trial.number) for trial in self.seeds()[1]), settings.edit.mode
-            other = edit_mode_of(settings.search, mode)
-            but = (
-                "" if other == mode else f", but for their largest coeffs, which mean something else in its edit mode, {other}"
+            seeds = self.seeds()
+            study.begin(seeds=seed_values(bench.space, settings.edit.mode, seeds))
+            numbers = ", ".join(str(trial.number) for trial in seeds.trials)
+            but = f", but for their largest coeffs, which mean something else in its edit mode, {seeds.mode}"
+            self.context.reporter.note(
+                f"the first trials repeat trials {numbers} of {settings.search.seed_from}"
+                f"{'' if seeds.mode in ('', settings.edit.mode) else but}"
             )
-            self.context.reporter.note(f"the first trials repeat trials {numbers} of {settings.search.seed_from}{but}")
         lost = listed - len(study.trials())
         if lost > 0:
             self.context.reporter.warn(
@@ -263,8 +265,11 @@ class _Run:
         """Residuals and directions, with what the report shows of them, and the layer prior if a new study needs it."""
         context, directory = self.context, self.directory
         residuals = stages.residuals(bench)
+        answers = self._kept_answers(study)
         known = recovered or self._kept_directions()
-        directions = known or with_inputs(bench, stages.directions(context, residuals), self._kept_answers())
+        directions = known or with_inputs(bench, stages.directions(context, residuals), answers)
+        if answers and not directions.answers:  # of a run by a version whose result.json hadn't them
+            directions = replace(directions, answers=answers)
         write_atomically(directory.directions, stages.directions_file(directions))
         self.result.directions = stages.directions_record(directions)
         report_data.write_one_line(directory.geometry, report_data.geometry(context, bench.prompts, residuals, directions))
@@ -283,10 +288,12 @@ class _Run:
             return stages.read_directions(self.directory.directions, self.result)
         return None
 
-    def _kept_answers(self) -> list[list[int]] | None:
-        """The answers along which a continued run has captured inputs, where its ranks capture them anew."""
+    def _kept_answers(self, study: Study) -> Answers | None:
+        """The answers along which a continued run has captured inputs, by its `result.json` or as its workers have them."""
         record = ranks.agree(lambda: self.result.directions)
-        return (record and record.answers) or None
+        if record is None or not needs_answers(edit_method(self.context.settings.edit.mode)):
+            return None
+        return record.answers or published_answers(study) or None
 
     def _kept_baseline(self, here: Baseline) -> Baseline:
         """The baseline of a continued run, to which its trials are relative; another device or library may give another one."""

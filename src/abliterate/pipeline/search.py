@@ -224,7 +224,7 @@ def search(bench: Workbench, directions: Directions, trials: int | None = None) 
         space = replace(space, settings=space.settings.model_copy(update={"trials": trials}))
     study = Study(InMemoryStorage(), STUDY_NAME, space, bench.settings.seed)
     if space.settings.seed_from:
-        study.begin(seeds=seed_values(space, bench.settings.edit.mode, *seed_trials(space.settings)))
+        study.begin(seeds=seed_values(space, bench.settings.edit.mode, seed_trials(space.settings)))
     if space.settings.prior == "silhouette":
         if not space.prior:
             raise InputError("The setting search.prior needs residuals; call find_directions before search, or leave it out.")

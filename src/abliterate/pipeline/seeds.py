@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from abliterate.artifacts.result import Result
@@ -17,7 +18,16 @@ from abliterate.settings.schema import SearchSettings
 from abliterate.types import Trial, TrialParams
 
 
-def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
+@dataclass(frozen=True)
+class Seeds:
+    """The run that `search.seed_from` names, its edit mode ("" if its settings don't say it), and its trials to repeat."""
+
+    result: Result
+    mode: str
+    trials: tuple[Trial, ...]
+
+
+def seed_trials(settings: SearchSettings) -> Seeds:
     """The run that `search.seed_from` names, and its trials that are measured again, in the order of their costs.
 
     They are the trials on its front, half of the budget at most. Where these are fewer than the start-up trials, others of its
@@ -42,7 +52,8 @@ def seed_trials(settings: SearchSettings) -> tuple[Result, tuple[Trial, ...]]:
     others = [trial for trial in complete if trial not in front]
     others.sort(key=lambda trial: (vector(trial, objectives), trial.number))
     taken = [*taken, *_spread(others, settings.n_startup_trials - len(taken))]
-    return result, tuple(sorted(taken, key=lambda trial: (vector(trial, objectives), trial.number)))
+    trials = tuple(sorted(taken, key=lambda trial: (vector(trial, objectives), trial.number)))
+    return Seeds(result, _edit_mode(RunDirectory(path)), trials)
 
 
 def check_continued(settings: SearchSettings, directory: RunDirectory) -> None:
@@ -68,7 +79,7 @@ def check_continued(settings: SearchSettings, directory: RunDirectory) -> None:
         )
 
 
-def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]) -> list[dict[str, Value]]:
+def seed_values(space: Space, mode: str, seeds: Seeds) -> list[dict[str, Value]]:
     """The values of the trials' parameters in a search of its own `space`: scaled to its model's depth, and clamped.
 
     Components are matched by name; what the other run doesn't have is left to the sampler, and so are its largest coeffs if its
@@ -77,11 +88,11 @@ def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]
     Raises:
         InputError: the run's model has none of the space's components.
     """
-    assert result.model is not None
-    scale = (space.n_layers - 1) / max(1, result.model.n_layers - 1)
-    alike = edit_mode_of(space.settings, mode) == mode
+    assert seeds.result.model is not None
+    scale = (space.n_layers - 1) / max(1, seeds.result.model.n_layers - 1)
+    alike = seeds.mode in ("", mode)
     values = []
-    for trial in trials:
+    for trial in seeds.trials:
         assert isinstance(trial.params, TrialParams)
         if not set(trial.params.kernels) & set(space.components):
             raise InputError(
@@ -93,12 +104,11 @@ def seed_values(space: Space, mode: str, result: Result, trials: Sequence[Trial]
     return values
 
 
-def edit_mode_of(settings: SearchSettings, unknown: str) -> str:
-    """The edit mode of the run that `search.seed_from` names; `unknown` if its settings don't say it."""
+def _edit_mode(directory: RunDirectory) -> str:
     with contextlib.suppress(InputError):
-        edit = read_toml(RunDirectory(expanded(settings.seed_from)).settings).get("edit")
-        return str(edit.get("mode", unknown)) if isinstance(edit, dict) else unknown
-    return unknown
+        edit = read_toml(directory.settings).get("edit")
+        return str(edit.get("mode", "")) if isinstance(edit, dict) else ""
+    return ""
 
 
 def _spread(trials: Sequence[Trial], most: int) -> list[Trial]:

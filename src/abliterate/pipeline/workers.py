@@ -137,7 +137,7 @@ def publish(bench: Workbench, study: Study, baseline: Baseline, directions: Dire
         baseline=baseline,
         identity=identity,
         yardstick=bench.yardstick.to_record() if bench.yardstick else None,
-        answers=bench.own_answers or _published_answers(study),
+        answers=bench.own_answers or published_answers(study),
     )
     # Without the inputs of modules, which are too large for a database: a worker has them from its own model, or the cache.
     study.share(_DIRECTIONS, stages.directions_file(replace(directions, inputs={})))
@@ -258,7 +258,7 @@ def published(study: Study) -> tuple[SharedSetup, Directions] | None:
     return None
 
 
-def _published_answers(study: Study) -> Sequence[Sequence[int]]:
+def published_answers(study: Study) -> Sequence[Sequence[int]]:
     """The answers that a continued run has published before: its directions are kept with what was made of these."""
     before = published(study)
     return before[0].answers if before else ()

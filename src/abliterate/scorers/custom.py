@@ -16,7 +16,9 @@ from abliterate.scorers.base import Scorer
 _MODULE = "abliterate_own_"
 _PACKAGE = __name__.partition(".")[0]
 # An absolute path, of which a trial's reason keeps the last part: the report, which may be passed on, shows it.
-_PATH = re.compile(r"(?<![\w./:\\])(?:[A-Za-z]:)?[/\\](?:[^\s'\"/\\:]+[/\\])+(?=[^\s'\"/\\:])")
+_PATH = re.compile(r"(?<![\w./:~\\])(?:[A-Za-z]:)?[/\\]+(?:[^\s'\"/\\:]+[/\\]+)+(?=[^\s'\"/\\:])")
+# The same between quotes, where a path may have spaces; nothing that has a scheme, as https://.
+_QUOTED = re.compile(r"(?<=['\"])(?:[A-Za-z]:)?[/\\][^'\":]*[/\\](?=[^'\"/\\:]+['\"])")
 # A scorer's name heads a column and appears in rules such as NAME<=X.
 _NAME = re.compile(r"\w(?:[\w .-]{0,38}[\w.-])?")
 _TAKEN = {
@@ -39,7 +41,7 @@ def own_errors(scorer: Scorer) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if is_out_of_memory(error):  # smaller batches may help
             raise
-        message = _PATH.sub("", " ".join(f"{type(error).__name__}: {error}".split()))
+        message = _PATH.sub("", _QUOTED.sub("", " ".join(f"{type(error).__name__}: {error}".split())))
         raise TrialError(f"the scorer {scorer.name} fails: {message}") from error
 
 

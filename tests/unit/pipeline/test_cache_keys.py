@@ -74,6 +74,7 @@ def test_batch_sizes_know_what_is_kept_between_trials(loaded: LoadedModel) -> No
         *(key(edit={"mode": "columns"}), key(edit={"mode": "arbitrary-rank"}), key(edit={"capture_prompts": 9})),
     ]
     assert all(one not in found[:place] for place, one in enumerate(found))
+    assert "kept" not in found[0], "so sizes that were found before are found again"
 
 
 def test_a_yardstick_of_another_definition_is_no_use(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_the_stage(prompt_files: dict[str, str], tmp_path: Path, monkeypatch: py
             torch.testing.assert_close(apart.inputs[name].selector, own.selector)  # type: ignore[union-attr]
         others = with_inputs(bench, alone, [[5, 7], *bench.own_answers[1:]])  # as a worker whose run has other words
         assert not torch.equal(others.inputs[name].selector, found.inputs[name].selector)  # type: ignore[union-attr]
-        for strange in ([[5], [7]], [[5], [7], [9], [5], [10**6]]):
+        for strange in ([[5], [7]], [[5], [7], [9], [5], [10**6]], [[5], [7], [9], [5], [7] * 4]):
             with pytest.raises(InputError, match=f"The run's {len(strange)} answers aren't this model's to 5 prompts"):
                 with_inputs(bench, alone, strange)
         with pytest.raises(InputError, match="come without them"):

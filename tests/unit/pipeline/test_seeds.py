@@ -29,7 +29,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(run: Path, trials: int, **settings: Any) -> tuple[Trial, ...]:
-    return seed_trials(SearchSettings(seed_from=str(run), trials=trials, **settings))[1]
+    return seed_trials(SearchSettings(seed_from=str(run), trials=trials, **settings)).trials
 
 
 def front_of(run: Path) -> list[int]:
@@ -67,10 +67,10 @@ def test_another_depth_scales_what_is_measured_in_layers(other: Path) -> None:
     settings = SearchSettings(
         seed_from=str(other), position=(0, 1), direction_index=(0, 1), distance=9, max_coeff={"default": (0, 9)}
     )
-    result, trials = seed_trials(settings)
-    same = seed_values(Space(settings, 10, COMPONENTS), MODE, result, trials)
-    twice = seed_values(Space(settings, 19, COMPONENTS), MODE, result, trials)
-    for trial, ours, deeper in zip(trials, same, twice, strict=True):
+    seeds = seed_trials(settings)
+    same = seed_values(Space(settings, 10, COMPONENTS), MODE, seeds)
+    twice = seed_values(Space(settings, 19, COMPONENTS), MODE, seeds)
+    for trial, ours, deeper in zip(seeds.trials, same, twice, strict=True):
         assert isinstance(trial.params, TrialParams)
         kernel = trial.params.kernels["attn plain"]
         assert ours["scope"] == deeper["scope"] == trial.params.scope
@@ -85,13 +85,13 @@ def test_another_depth_scales_what_is_measured_in_layers(other: Path) -> None:
 def test_values_are_clamped_and_other_components_are_left_to_the_sampler(other: Path) -> None:
     settings = SearchSettings(seed_from=str(other))
     space = Space(settings, 10, ("attn plain", "experts.down_proj"))
-    result, trials = seed_trials(settings)
-    for values in seed_values(space, MODE, result, trials):
+    seeds = seed_trials(settings)
+    for values in seed_values(space, MODE, seeds):
         assert 0.8 <= values["attn plain.max_coeff"] <= 1.5  # type: ignore[operator]
         assert 0.6 * 9 <= values["attn plain.position"] <= 9  # type: ignore[operator]
         assert not any(name.startswith(("mlp", "experts")) for name in values)
     with pytest.raises(InputError, match="same components"):
-        seed_values(Space(settings, 10, ("experts.down_proj",)), MODE, result, trials)
+        seed_values(Space(settings, 10, ("experts.down_proj",)), MODE, seeds)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def test_coeffs_of_another_edit_mode_are_left_to_the_sampler(settings: str, kept
     run = made_run(tmp_path / "run").path
     (run / "settings.toml").write_text(settings, encoding="utf-8")
     space = Space(SearchSettings(seed_from=str(run)), 10, COMPONENTS)
-    for values in seed_values(space, MODE, *seed_trials(space.settings)):
+    seeds = seed_trials(space.settings)
+    run.rename(tmp_path / "aside")  # as --restart does to the run that is named, before its trials are used
+    for values in seed_values(space, MODE, seeds):
         assert ("attn plain.max_coeff" in values, "mlp plain.max_coeff" in values) == (kept, kept)
         assert "attn plain.position" in values
 
