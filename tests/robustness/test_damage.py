@@ -187,6 +187,7 @@ def test_results_of_other_versions_are_refused(finished: Finished, tmp_path: Pat
 def test_damaged_settings_are_refused_or_change_nothing_of_a_trial(
     finished: Finished, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ABLITERATE_EDIT__MODE")  # it would win over the run's settings
     path, first, _ = finished
     run = copy_run(path, tmp_path / "run")
     content = (path / "settings.toml").read_bytes()
