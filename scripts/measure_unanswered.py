@@ -63,7 +63,7 @@ def settings_of(model: str, search: Mapping[str, Any]) -> Any:
             "prompts": prompts,
             "search": search,
             "evaluation": {"batch_size": 50},
-            "edit": {"mode": "full"},  # a search with higher coeffs breaks answers in this mode, which is what is to be told
+            "edit": {"mode": "full"},  # its higher coeffs break answers, and the scorer has to tell these from good ones
         },
     )
 

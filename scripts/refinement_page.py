@@ -68,7 +68,7 @@ def rounded(value: Any) -> Any:
 
 
 def assigned(line: Line) -> list[str]:
-    """The settings that were set, without the cache's place, and the edit mode."""
+    """The settings that were set, without the cache's place, and always with the edit mode."""
     given = [text for text in line.get("set", ()) if not text.startswith("cache_dir=")]
     return given if any(text.startswith("edit.mode=") for text in given) else [BEFORE, *given]
 

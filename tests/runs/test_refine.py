@@ -524,7 +524,7 @@ def test_the_best_teacher_is_found_without_all_of_its_rivals_answers(
 
 
 def test_no_refine(prompt_files: Files, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The option turns refinement off, whatever the environment says. The edit mode is the one that is found by the model."""
+    """The option turns refinement off, whatever the environment says. The model decides the edit mode."""
     monkeypatch.setenv("ABLITERATE_REFINE__ENABLED", "true")
     given = ["run", "demo", "-n", "1", "--no-refine", "--out", str(tmp_path / "run"), "--export", "none", "--batch-size", "12"]
     options = [item for name, path in prompt_files.items() for item in (f"--{name.replace('_', '-')}", path)]
