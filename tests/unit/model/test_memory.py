@@ -113,6 +113,17 @@ def test_memory_is_what_the_tightest_limit_leaves(monkeypatch: pytest.MonkeyPatc
         assert usable_memory(CPU) == 100, "the ranks of a machine share its main memory"
 
 
+@pytest.mark.parametrize(("size", "local", "sharing"), [(8, "4", 4), (2, "4", 2), (1, "4", 1), (8, None, 1)])
+def test_ranks_of_other_machines_share_no_memory(
+    size: int, local: str | None, sharing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "_size", size)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    assert ranks.on_this_machine() == sharing
+
+
 def test_an_accelerators_own_cache_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = SimpleNamespace(
         mem_get_info=lambda d: (1000, 8000), memory_reserved=lambda d: 500, memory_allocated=lambda d: 200
