@@ -31,6 +31,7 @@ from inflate_model import Shape, inflate
 from rig import make_rig, settings_of, timed
 from tool import command
 
+from abliterate.files import read_toml
 from abliterate.model.devices import device_name
 from abliterate.model.loader import demo_path
 from abliterate.settings.sources import load_settings
@@ -147,6 +148,7 @@ def equality(plan: Plan) -> Found:
         out = plan.out / "runs" / f"equality-{device}"
         count = plan.trials["equality"]  # random trials, as in `static`
         options = ["--device", device, "--dtype", "float32", "--no-refine", "--export", "none", "--seed", "1", "--restart"]
+        options += ["--set", "edit.mode=full"]  # no inputs of modules, which each device would capture along its own answers
         tool(command("run", "demo", *options, "-n", count, "--set", f"search.startup_trials={count}", "-o", out))
         records.append(read_result(out)["trials"])
     return compared(*records)
@@ -199,8 +201,10 @@ def profile(plan: Plan) -> Found:
     """Where a survivor's time goes, and what plain passes of the model take."""
     sets = {name: str(demo_path() / "prompts" / f"{stem}.jsonl") for name, stem in PROMPTS.items()}
     options = {"model": str(plan.model), "device": plan.device, "load": {"dtypes": [plan.dtype]}, "prompts": sets}
+    run = plan.out / "runs" / "ours"
+    options |= {"edit": {"mode": read_toml(run / "settings.toml")["edit"]["mode"]}}  # for which its trials were found
     rig = make_rig(load_settings("", options | {"cache_dir": str(plan.out / "cache"), "evaluation": {"heldout": False}}))
-    study = trials_of(plan.out / "runs" / "ours")
+    study = trials_of(run)
     survivors = [trial for trial in study if trial.state == "complete"][-3:]
     done: list[Any] = []
     for trial in study[:25]:  # drafts learn from them

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python scripts/measure_startup.py demo ~/.cache/abliterate-models/smollm2-refusing
 
 The cache is empty, and loading is left out. A reference trial is the mean of three random trials by `model.generate`, which
-answers all prompts of both evaluation sets; an answering one is that of the plain ablation under which fewest of them are
+answers all prompts of both evaluation sets; an answering one is that of the plain edit under which fewest of them are
 refused, whose responses are longer. Forward passes and the tokens in them are counted, because they don't depend on the
 machine's other work; the seconds are those of the processor. The yardstick's parts are counted apart. A model is `demo`, or a
 folder that `train_demo_model.py --variant` or `real_model.py` made, with its prompts.
@@ -28,14 +28,14 @@ from rig import Counters, Quiet, settings_of
 
 from abliterate import Workbench, find_directions, load
 from abliterate.pipeline import stages, workbench, yardstick
-from abliterate.refine.teachers import plain_ablations
+from abliterate.refine.teachers import plain_edits
 from abliterate.scorers.refusals import Refusals
 from abliterate.types import Params
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 BEGIN, END = "<!-- startup -->", "<!-- /startup -->"
 TRIALS = 3  # of the reference
-STRONG = 4  # plain ablations, those that edit attention and MLPs alike
+STRONG = 4  # plain edits, those that edit attention and MLPs alike
 # The parts of the yardstick's stage, as functions of `pipeline/yardstick.py`.
 PARTS = {
     "own_answers": "yardstick: sampled and greedy answers",
@@ -134,7 +134,7 @@ def first_start(model: str, assignments: list[str]) -> tuple[dict[str, Cost], Co
         found = {name: cost for name, cost in costs.of.items() if cost.tokens}
         for params in bench.space.samples(TRIALS, seed=1):
             reference_trial(bench, params, costs, "reference")
-        plain = plain_ablations(bench.space.n_layers, bench.space.components)[:STRONG]
+        plain = plain_edits(bench.space.n_layers, bench.space.components)[:STRONG]
         refused = [reference_trial(bench, params, costs, f"plain {index}") for index, params in enumerate(plain)]
     whole, answering = costs.of["reference"], costs.of[f"plain {refused.index(min(refused))}"]
     return found, Cost(round(whole.passes / TRIALS), round(whole.tokens / TRIALS), whole.seconds / TRIALS), answering

@@ -12,10 +12,10 @@ import psutil
 import torch
 
 from abliterate import Workbench, find_directions, load
+from abliterate.edits import AUTO
 from abliterate.model.memory import PeakMeter
 from abliterate.objectives import KL, REFUSALS
 from abliterate.pipeline import stages
-from abliterate.pipeline.preflight import AUTO
 from abliterate.scorers import Observation
 from abliterate.search.pruner import DominancePruner
 from abliterate.settings.schema import Settings

@@ -17,11 +17,10 @@ from abliterate.artifacts.runs import JOURNAL, RESULT, SETTINGS
 from abliterate.cli import app, checks
 from abliterate.cli import doctor as cli_doctor
 from abliterate.directions import METHODS as DIRECTION_METHODS
+from abliterate.edits import AUTO, is_refinable
 from abliterate.edits import METHODS as EDIT_METHODS
-from abliterate.edits import is_refinable
 from abliterate.export import EXPORTERS, NOTHING
 from abliterate.files import DIGEST, read_toml, write_json
-from abliterate.pipeline.preflight import AUTO
 from abliterate.scorers import SCORERS
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path, load_settings, options_of

@@ -12,7 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from abliterate.files import read_toml
 from abliterate.settings.schema import Settings
+from abliterate.settings.sources import load_settings
+from support.cli import Invoke
 from support.paths import TESTS
 from support.runs import copy_run, run_in
 
@@ -53,4 +58,18 @@ def test_a_resumed_run_changes_nothing_in_it(finished: tuple[Path, dict[str, Any
     run_in(copy_run(path, tmp_path / "run"), settings, resume=True)
     found = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     # Residuals come from the cache, and no trial was made again.
+    assert list(differences(found, GOLDEN | {"caches": found["caches"]})) == []
+
+
+def test_a_run_of_the_former_default_goes_on_in_its_mode(
+    finished: tuple[Path, dict[str, Any], Settings], tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings.toml says full, which was the default when it began."""
+    run = copy_run(finished[0], tmp_path / "run")
+    monkeypatch.delenv("ABLITERATE_EDIT__MODE")
+    assert load_settings("", {}).edit.mode == "auto"
+    done = invoke("run", "--resume", "-o", str(run), "--yes")
+    assert (done.code, "module inputs" in done.out + done.err) == (0, False)
+    assert read_toml(run / "settings.toml")["edit"]["mode"] == "full"
+    found = json.loads((run / "result.json").read_text(encoding="utf-8"))
     assert list(differences(found, GOLDEN | {"caches": found["caches"]})) == []

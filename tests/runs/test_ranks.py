@@ -99,10 +99,11 @@ def test_a_rank_that_dies_ends_all_and_nothing_is_lost(prompt_files: Files, tmp_
 
 
 @pytest.mark.slow
-def test_refinement_on_two_ranks_is_that_of_one_process(prompt_files: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["full", "least-squares"])
+def test_refinement_on_two_ranks_is_that_of_one_process(mode: str, prompt_files: Files, tmp_path: Path) -> None:
     """Two descents: the coeffs and directions, the scores on evaluation prompts, and the points that are kept."""
     refine = {"enabled": True, "steps": 4, "betas": [1.0, 4.0], "descents": 2, "batch": 4}
-    over = {"search": {"trials": 2}, "refine": refine, "export": {"kind": "none"}}
+    over = {"search": {"trials": 2}, "refine": refine, "edit": {"mode": mode}, "export": {"kind": "none"}}
     config = write_config(tmp_path / "quick.toml", quick_options(prompt_files, tmp_path / "cache", **over))
     words = ["--debug", "run", "demo", "-c", config, "--refine", "--json"]
     ranks.finish(ranks.command([*words, "-o", "run"], tmp_path, before=Lean()))

@@ -33,6 +33,7 @@ from abliterate.errors import InputError
 from abliterate.plugins import Registry
 from abliterate.types import Range
 
+AUTO = "auto"  # no method: a run's choice by the model (pipeline/preflight.py)
 _BUILT_IN = (
     *(NormPreserving(), PreNormalized(), PlainAblation(), ColumnPreserving()),
     *(KeyConditional(), LeastSquares(), ArbitraryRank()),
@@ -43,6 +44,7 @@ METHODS: Registry[EditMethod] = Registry(
     {method.name: method for method in _BUILT_IN},
     named="name",
     needs=("name", "prepare", "factors", "dense", "along", "dense_rows"),
+    reserved=(AUTO,),
 )
 
 

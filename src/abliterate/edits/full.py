@@ -1,4 +1,4 @@
-"""`full` (default): W' = n ∘ rownormalize(Ŵ − λ v aᵀ), a = Ŵᵀv: ablation that keeps every row's norm.
+"""`full`: W' = n ∘ rownormalize(Ŵ − λ v aᵀ), a = Ŵᵀv: ablation that keeps every row's norm.
 
 Norm-preserving abliteration, grimjim 2025: huggingface.co/blog/grimjim/norm-preserving-biprojected-abliteration.
 Closed form (docs/design.md §4): with p = Ŵa, q = a·a, s = √(1 − 2λ v∘p + λ² q v∘v),

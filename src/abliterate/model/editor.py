@@ -161,7 +161,7 @@ class Editor:
             if inputs is None or inputs.d_in != in_features(target.module):
                 raise InputError(
                     f"The edit mode {self._method.name!r} needs the inputs of {target.name}, and these directions come without "
-                    "them; take the directions that find_directions gives, or those of the run itself, or --set edit.mode=full."
+                    "them; take those of find_directions or of the run, give your own to search, or --set edit.mode=full."
                 )
             self._own_methods[target.name] = self._method.of(inputs)
         return self._own_methods[target.name]

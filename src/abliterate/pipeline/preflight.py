@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from abliterate.artifacts.refined import LARGEST, file_bytes
 from abliterate.edits import (
+    AUTO,
     check_several,
     edit_method,
     is_learned,
@@ -34,6 +35,7 @@ from abliterate.model.architectures import (
     is_built_in,
     kind_names,
     known_architecture,
+    members,
 )
 from abliterate.model.coverage import check_coverage, coverage_of
 from abliterate.model.devices import choose_device
@@ -47,8 +49,6 @@ from abliterate.pipeline.from_settings import direction_count, objectives_of, sc
 from abliterate.search.samplers import check_packages
 from abliterate.search.selection import SelectionRule, parse_rule
 from abliterate.settings.schema import SearchSettings, Settings
-
-AUTO = "auto"  # an edit mode by the model
 
 
 def check_model(settings: Settings, *, editing: bool = True) -> None:
@@ -162,21 +162,31 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
         why = "a LoRA of several ranks is to approximate it"
     elif skeleton is None:
         why = "only its weights show what can be edited in this model"
-    elif not any(map(is_built_in, skeleton.architecture.model_types)):
-        why = "whether the inputs of its modules can be captured is known only of the built-in families"
     elif any(target.reads for target in skeleton.targets):
         why = "modules that read are edited"
-    elif _family(skeleton.architecture) in UNCAPTURED or any(is_fused(target.module) for target in skeleton.targets):
-        why = "the inputs of some modules can't be captured"
+    elif not (named := _in_table(skeleton)):
+        why = "only of modules that the built-in table names is it known whether their inputs can be captured"
+    elif _family(skeleton.architecture) in UNCAPTURED or any(is_fused(target.module) for target in named):
+        why = "the inputs of some modules can't be captured"  # of shared experts neither, which see all positions as one
     if why:
         note(f"the edit mode is full, because {why}")
     mode = "full" if why else "least-squares"
     if not why and settings.search.max_coeff != SearchSettings().max_coeff:
         note(
-            "search.max_coeff takes the place of the range of the edit mode least-squares, 1 to 8; if it was chosen for "
-            "another mode, such as full, give that one with --set edit.mode"
+            "ranges given by search.max_coeff take the place of that of the edit mode least-squares, 1 to 8; if they were "
+            "chosen for another mode, such as full, give that one with --set edit.mode"
         )
     return settings.model_copy(update={"edit": settings.edit.model_copy(update={"mode": mode})})
+
+
+def _in_table(skeleton: loader.Skeleton) -> tuple[Target, ...]:
+    """All modules of the model that the built-in table names, if those to edit are among them, else none."""
+    architecture = skeleton.architecture
+    row = known_architecture(architecture.model_types[0], architecture.layers)
+    if row is None or not all(map(is_built_in, architecture.model_types)):
+        return ()
+    named = tuple(target for target, _ in members(skeleton.model, row))
+    return named if {target.name for target in named}.issuperset(target.name for target in skeleton.targets) else ()
 
 
 def unrefined(settings: Settings) -> str:

@@ -1,7 +1,7 @@
 """The stages between a calibrated workbench and the search: residuals, directions, baseline, and one trial.
 
 Each stage takes and returns values; `pipeline/run.py` calls the stages in their order. The stage that captures the inputs of
-modules, which few edits need, is in `module_inputs.py`.
+modules, for edits that are computed from them, is in `module_inputs.py`.
 """
 
 from __future__ import annotations

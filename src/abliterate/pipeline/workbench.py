@@ -127,7 +127,7 @@ class Workbench:
     def editor(self) -> Editor:
         """The editor, which applies a trial's parameters to the model."""
         if self._editor is None:
-            raise AbliterateError("The workbench has no directions yet; call find_directions, or prepare with your own.")
+            raise AbliterateError("The workbench has no directions yet; call find_directions, or search with your own.")
         return self._editor
 
     @property

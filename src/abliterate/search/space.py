@@ -153,17 +153,19 @@ class Space:
 
     def upper_half(self) -> TrialParams:
         """An edit that certainly has an effect and leaves the lower layers alone."""
-        last = self.n_layers - 1
-        kernel = Kernel(max_coeff=1.0, position=0.75 * last, min_coeff=0.5, distance=max(1.0, 0.3 * last))
+        last, coeff = self.n_layers - 1, 1.0 if self.coeffs is None else math.sqrt(self.coeffs[0] * self.coeffs[1])
+        kernel = Kernel(max_coeff=coeff, position=0.75 * last, min_coeff=coeff / 2, distance=max(1.0, 0.3 * last))
         extra = {name: wanted.middle for name, wanted in self.extra.items()}
         return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel), extra)
 
     def _kernel(self, trial: Suggests, component: str, last: float) -> Kernel:
         ranges = self.settings
         whole = component.rpartition(".")[0]  # of a component for one kind of module, as `mlp.down_proj.experts`
-        coeff_range = ranges.max_coeff.get(component) or ranges.max_coeff.get(whole) or ranges.max_coeff["default"]
-        if self.coeffs is not None and ranges.max_coeff == SearchSettings().max_coeff:
-            coeff_range = self.coeffs
+        usual, given = SearchSettings().max_coeff, ranges.max_coeff
+        if self.coeffs is not None:  # the mode's own range stands for those that nobody gave, which are another mode's
+            given = {name: low_high for name, low_high in given.items() if usual.get(name) != low_high}
+            given = {"default": self.coeffs} | given
+        coeff_range = given.get(component) or given.get(whole) or given["default"]
         # Values below 0 are clamped, which gives "off" a real probability.
         max_coeff = max(0.0, trial.suggest_float(f"{component}{_MAX_COEFF}", *coeff_range))
         low, high = ranges.position

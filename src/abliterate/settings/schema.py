@@ -141,7 +141,7 @@ class DirectionSettings(_Section):
 class EditSettings(_Section):
     """How a trial edits a matrix."""
 
-    mode: str = "full"
+    mode: str = "auto"
     representation: Literal["exact", "svd"] = "exact"
     rank: int = Field(3, ge=1)
     coeff_grid: float = Field(0.0, ge=0)

@@ -44,6 +44,8 @@ def settings_of(command: list[str]) -> Settings:
 
 OPTIONS: list[dict[str, Any]] = [
     {},
+    {"edit": {"mode": "full"}},
+    {"edit": {"mode": "least-squares"}},
     {"edit": {"mode": "pre", "representation": "svd", "rank": 5, "coeff_grid": 0.02}},
     {"prompts": {"system": "", "prefix": "a\n\t\"b\" 'c' $HOME \\ 😀 é \x7f", "suffix": " -- = ["}},
     {"response": {"thinking_blocks": [["<a>", "<a></a>"], ["[b]", "[b]{b = 1}"]], "detect_prefix": False, "prefix": "So,"}},
@@ -60,7 +62,9 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ",".join(options))
-def test_the_command_says_every_setting(options: dict[str, Any]) -> None:
+def test_the_command_says_every_setting(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EDIT__MODE", "REFINE__ENABLED"):  # which would say what the command doesn't
+        monkeypatch.delenv(f"ABLITERATE_{name}")
     settings = load_settings("", {"model": "owner/name", "seed": 3, **options})
     first, second = export_card.commands(settings, RECORD, "adapter", 7)
     command = shlex.split(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 from accelerate import dispatch_model
 
-from abliterate.edits import METHODS
+from abliterate.directions import ModuleInputs
+from abliterate.edits import METHODS, SvdMemo
 from abliterate.engine import drafts as drafts_module
 from abliterate.engine import trial_engine
 from abliterate.engine.batching import Batches
@@ -20,13 +22,15 @@ from abliterate.engine.trial_engine import Pacing
 from abliterate.evaluation.teacher_forced import TeacherForced
 from abliterate.model import loader
 from abliterate.model.edit_hooks import EditHooks
+from abliterate.model.editor import Editor
+from abliterate.model.inputs import Text, capture_inputs
 from abliterate.model.loader import LoadedModel
 from abliterate.model.weights import dense_weight, device_and_dtype
 from abliterate.refine.descent import Pass
 from abliterate.refine.loss import Rows
 from abliterate.refine.parameters import Module, Parameters
 from abliterate.scorers.refusals import Refusals
-from abliterate.settings.schema import LoadSettings
+from abliterate.settings.schema import EditSettings, LoadSettings
 from support.engine import HARMFUL, HARMLESS, TOKENS, Lab, assert_same, last_layer, make_engine, make_lab, make_setup, trials
 from support.models import (
     CPU,
@@ -74,8 +78,10 @@ def test_offloaded_modules_are_read_and_edited(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_run_of_a_spread_model_is_the_run(tmp_path: Path, prompt_files: dict[str, str]) -> None:
+@pytest.mark.parametrize("mode", ["full", "auto"])
+def test_a_run_of_a_spread_model_is_the_run(mode: str, tmp_path: Path, prompt_files: dict[str, str]) -> None:
     short: dict[str, Any] = {
+        "edit": {"mode": mode},
         "search": {"trials": 2},
         "response": {"max_new_tokens": 6, "detect_prefix": False},
         "export": {"kind": "none"},
@@ -104,6 +110,24 @@ def dispatched(folder: Path, family: str) -> LoadedModel:
     model.tie_weights()
     placed = dispatch_model(model, PLACES, offload_dir=str(folder), main_device="cpu")
     return make_loaded(placed)
+
+
+def test_inputs_of_offloaded_modules_and_their_edits(tmp_path: Path) -> None:
+    """Least squares, the default, reads both: what goes into a module, and its weight."""
+    found = []
+    for loaded in (make_loaded(make_model("llama")), dispatched(tmp_path, "llama")):
+        texts = [Text(make_chat().token_ids(prompt)) for prompt in PROMPTS]
+        captured = capture_inputs(loaded.model, loaded.targets, texts, batch_size=2, device=CPU)
+        inputs = {name: ModuleInputs(rows[:2], rows[2:]) for name, rows in captured.items()}
+        directions = replace(make_directions(loaded.info.n_layers, loaded.info.d_model), inputs=inputs)
+        edit = EditSettings(mode="least-squares")
+        editor = Editor(loaded.targets, directions, edit, EditHooks(loaded.targets), SvdMemo(0))
+        base = logits_of(loaded.model)
+        editor.apply(everywhere(loaded.info.n_layers))
+        found.append((captured, logits_of(loaded.model)))
+        assert (found[-1][1] - base).abs().max() > 1e-3
+        editor.clear()
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("switches", [{}, {"use_static_cache": True}], ids=["drafts", "static"])

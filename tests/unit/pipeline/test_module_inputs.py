@@ -200,7 +200,10 @@ def test_what_a_low_rank_holds_exactly_is_not_computed_again(mode: str) -> None:
     [
         ("llama", {}, "least-squares"),
         ("llama", {"readers": True}, "full"),
+        ("llama", {"components": {"mlp.down_proj": "mlp.down_proj"}}, "least-squares"),
+        ("llama", {"components": {"attn.q_proj": "self_attn.q_proj"}}, "full"),
         ("mixtral", {}, "full"),  # fused experts
+        ("qwen2_moe", {"components": {"mlp.down_proj": "mlp.shared_expert.down_proj"}}, "full"),  # which sees all rows as one
     ],
 )
 def test_auto_is_a_mode_that_the_model_allows(
@@ -218,7 +221,7 @@ def test_auto_is_a_mode_that_the_model_allows(
         notes: list[str] = []
         assert with_edit_mode(ranged, notes.append).edit.mode == "least-squares"
         assert [note for note in notes if "1 to 8" in note] == notes != []
-        monkeypatch.setattr(preflight, "is_built_in", lambda model_type: False)  # as of modules that only settings name
+        monkeypatch.setattr(preflight, "is_built_in", lambda model_type: False)  # as of a plugin's family
         assert with_edit_mode(settings).edit.mode == "full"
         monkeypatch.setattr(loader, "skeleton", lambda *_: None)  # only weights show what can be edited
         assert with_edit_mode(settings).edit.mode == "full"

@@ -374,6 +374,7 @@ HOSTILE: list[tuple[str, Any, str]] = [
     ("batch_sizes", None, "'batch_sizes' is wrong"),
     ("settings.edit.new", 1, "setting 'edit.new' can't be used"),
     ("settings.edit.rank", 0, "setting 'edit.rank' can't be used"),
+    ("settings.edit.mode", "auto", "doesn't name its edit mode"),
     ("settings.place", {"x": 1}, "settings 'place' that this version doesn't know"),
     ("prompts.harmful", None, "'prompts.harmful' is wrong"),
     (

@@ -434,3 +434,16 @@ def test_an_interruption_while_a_trial_is_suggested_leaves_its_slot_free(tmp_pat
     study._space = space
     asked = [study.ask(2) for _ in range(3)]
     assert [one and one.number for one in asked] == [0, 1, None]
+
+
+def test_a_modes_own_range_of_coeffs_stands_for_those_that_nobody_gave() -> None:
+    def highest(**max_coeff: Any) -> list[float]:
+        given = SearchSettings().max_coeff | {name.replace("_", ".", 1): high for name, high in max_coeff.items()}
+        space = Space(SearchSettings(max_coeff=given), 12, ("attn.o_proj", "mlp.down_proj"), coeffs=(1.0, 8.0))
+        found = space.at(lambda name: 1 - 2**-53)
+        return [round(float(found[f"{name}.max_coeff"]), 6) for name in ("attn.o_proj", "mlp.down_proj")]
+
+    assert highest() == [8, 8]
+    assert highest(default=(1, 6)) == [6, 6]
+    assert highest(mlp_down_proj=(0, 4)) == [8, 4]
+    assert highest(default=(1, 6), mlp_down_proj=(0, 4)) == [6, 4]

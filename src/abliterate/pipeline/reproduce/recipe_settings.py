@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from pydantic import ValidationError
 
+from abliterate.edits import AUTO
 from abliterate.errors import InputError
 from abliterate.export.card import FILES, UNTRIED
 from abliterate.export.recipe import LEFT_OUT, Recipe
@@ -77,7 +78,10 @@ def settings_of(recipe: Recipe, own: Mapping[str, Any], kind: str) -> Settings:
                 f"The recipe's setting {option!r} can't be used by this version: {first['msg'].removeprefix('Value error, ')}; "
                 f"install abliterate {recipe.environment.versions.get('abliterate', '')!r}, which made it."
             ) from error
-    return base.model_copy(update={**sections, "model": model, "seed": recipe.seed, "out": ""})
+    settings = base.model_copy(update={**sections, "model": model, "seed": recipe.seed, "out": ""})
+    if settings.edit.mode == AUTO:  # a run's recipe names the mode that was found
+        raise InputError("The recipe doesn't name its edit mode (edit.mode); get another copy.")
+    return settings
 
 
 def left_scorers(recipe: Recipe) -> list[str]:
