@@ -56,7 +56,7 @@ KL_TOLERANCE = 1e-5  # float32
 def call(options: argparse.Namespace, out: Path, cache: Path, *more: str) -> dict[str, Any]:
     """Run scripts/benchmark_variant.py in a process of its own and return the JSON that it wrote."""
     command = [sys.executable, str(ROOT / "scripts" / "benchmark_variant.py"), "--model", options.model, "--out", str(out)]
-    command += ["--cache", str(cache), "--threads", str(options.threads), *more]
+    command += ["--cache", str(cache), "--threads", str(options.threads), "--edit-mode", options.edit_mode, *more]
     command += ["--set", *options.prompts] if options.prompts else []
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": str(options.threads)})
     return json.loads(out.read_text(encoding="utf-8"))
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--edit-mode", default="full", help="of the recorded trials; auto: a run's default")
     parser.add_argument("--peer", choices=["heretic"])
     parser.add_argument("--title", default="")
     parser.add_argument("--prompts", nargs="*", default=[], help="prompt sources as name=path, for a model other than demo")

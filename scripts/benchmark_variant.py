@@ -14,6 +14,7 @@ import torch
 from rig import Rig, make_rig
 
 from abliterate.pipeline import batch_size
+from abliterate.pipeline.preflight import with_edit_mode
 from abliterate.search.study import open_study
 from abliterate.settings.sources import load_settings
 from abliterate.types import BatchSizes, Trial, TrialParams
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--record", type=int, default=0)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--edit-mode", default="full")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--batch-sizes", type=int, nargs=3, help="of residuals, prefill and decoding. Default: measured")
     parser.add_argument("--off", nargs="*", default=[])
@@ -95,10 +97,10 @@ def main() -> None:
         "cache_dir": str(args.cache),
         "prompts": dict(p.split("=", 1) for p in args.set),
     }
-    options |= {"efficiency": dict.fromkeys(args.off, False)}
+    options |= {"efficiency": dict.fromkeys(args.off, False), "edit": {"mode": args.edit_mode}}
     if args.batch_sizes:
         batch_size.batch_sizes = lambda *_: BatchSizes(*args.batch_sizes)  # type: ignore[assignment]
-    settings = load_settings("", options)
+    settings = with_edit_mode(load_settings("", options))
     if args.reference:
         settings = settings.model_copy(update={"efficiency": settings.efficiency.reference()})
     if args.record:

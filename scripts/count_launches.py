@@ -4,13 +4,15 @@
 
 On a GPU every operation is a kernel's launch of some microseconds, and every value that is read back stalls Python. Both are
 counted on a CPU, over one surviving trial of each model without the drafts of earlier trials: what the model's own forward
-pass calls, what the edits add, and what the engine adds beside. A last trial is counted with drafts.
+pass calls, what the edits add, and what the engine adds beside. A last trial is counted with drafts. The edits are the default
+and `full`, in which rows are scaled, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -34,15 +36,16 @@ BEGIN, END = "<!-- launches -->", "<!-- /launches -->"
 # What reads only tensors in main memory, whatever the device: the directions.
 HOST = ("base.py: blend",)
 HEAD = (
-    "| model | drafts | passes | the model's own, a pass | of the edits, a pass and module | of the engine, a pass "
+    "| model | edit | drafts | passes | the model's own, a pass | of the edits, a pass and module | of the engine, a pass "
     "| waits, a pass | factors, a trial and module |"
 )
 
 
-def counted(model: str, *, drafts: bool) -> str:
+def counted(model: str, mode: str, *, drafts: bool) -> str:
     """The table's row of a model."""
     with tempfile.TemporaryDirectory() as cache:
         options = [f"cache_dir={cache}", f"efficiency.use_drafts={str(drafts).lower()}", "evaluation.batch_size=100"]
+        options.append(f"edit.mode={mode}")
         rig = make_rig(settings_of(model, 0, options))
         editor, never, edit = rig.bench.editor, DominancePruner.never(rig.bench.objectives), strong(rig, 0.01)
         rig.evaluate(0, strong(rig, 0.0), never)
@@ -57,6 +60,7 @@ def counted(model: str, *, drafts: bool) -> str:
     own_waits = sum(count for place, count in waits.places.items() if place not in ("model", *HOST))
     cells: Sequence[Any] = (
         Path(model).name,
+        f"`{mode}`",
         "on" if drafts else "off",
         passes,
         round(launches.places["model"] / passes),
@@ -77,8 +81,8 @@ def main() -> None:
     command = f"python scripts/count_launches.py {' '.join(args.models)}".replace(str(Path.home()), "~")
     lines = [f"{datetime.date.today()}, `{command}`:", "", HEAD, "|---|" + "---|" * (HEAD.count("|") - 2)]
     for model in args.models:
-        for drafts in (False, True):
-            lines.append(counted(model, drafts=drafts))
+        for mode, drafts in itertools.product(("least-squares", "full"), (False, True)):
+            lines.append(counted(model, mode, drafts=drafts))
             print(lines[-1], flush=True)
     text = PAGE.read_text(encoding="utf-8")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
