@@ -44,6 +44,14 @@ def number(value: Any, low: float = -LARGEST_SCORE, high: float = LARGEST_SCORE)
     return value
 
 
+def kl_text(value: float) -> str:
+    """A KL, in nats, as people read it: four digits behind the point, and of less than 0.001 two that aren't 0, to 0.000001."""
+    for digits in (4, 5, 6):
+        if abs(value) >= 10.0 ** (1 - digits):
+            return f"{value:.{digits}f}"
+    return f"{value:.6f}" if abs(value) >= 5e-7 else "0.0000"
+
+
 def count(value: Any, high: int = LARGEST_COUNT) -> int:
     """A whole number of a record, from 0. TypeError: it is none. ValueError: it is outside [0, high]."""
     if isinstance(value, float):
@@ -490,8 +498,9 @@ Cell = str | int | float | None
 class Column:
     """One column of a `Table`: programs know it by its `key`, people by its `heading`.
 
-    Numbers stand at the right and words at the left; texts are words that wrap. `digits` is the format of its floats. A narrow
-    terminal leaves out the columns of the highest `optional` first, and never those of 0. `legend` explains signs in its cells.
+    Numbers stand at the right and words at the left; texts are words that wrap. `digits` is the format of its floats, or "KL"
+    for that of `kl_text`. A narrow terminal leaves out the columns of the highest `optional` first, and never those of 0.
+    `legend` explains signs in its cells.
     """
 
     key: str
@@ -507,6 +516,8 @@ class Column:
             return ""
         if isinstance(cell, bool):
             return "yes" if cell else "no"
+        if self.digits == "KL" and isinstance(cell, float):
+            return kl_text(cell)
         return format(cell, self.digits) if isinstance(cell, float) else str(cell)
 
 

@@ -40,7 +40,7 @@ from abliterate.report.tables import counts_text
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import by_section, load_settings
 from abliterate.settings.untrusted import code_note, unsaid, with_places_of, without
-from abliterate.types import Reporter, Trial
+from abliterate.types import Reporter, Trial, kl_text
 
 # The settings that a chat uses; all others would have no effect, or belong to a run's trials.
 _USED = ("cache_dir", "device", "load", "prompts.system", "response.thinking_blocks", "response.answer_tags")
@@ -131,7 +131,7 @@ def session_on(bench: Workbench, directory: RunDirectory, trial: Trial, wanted: 
     others = "".join(f", {text}" for text in other_scores(trial, baseline.values))
     fields = {
         "model": f"{info.id} ({info.family}, {info.dtype}, {info.device})",
-        "trial": f"{trial.number}: {counts_text(trial, baseline)}, KL {trial.kl:.4f}{others}",
+        "trial": f"{trial.number}: {counts_text(trial, baseline)}, KL {kl_text(trial.kl)}{others}",
     }
     edits, path = RunEdits(directory, bench, trial), str(directory.path)
     return _session(bench.settings, wanted, bench.loaded.model, bench.loaded.tokenizer, edits, path, fields)

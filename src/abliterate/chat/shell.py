@@ -16,6 +16,7 @@ from abliterate.errors import INTERRUPTED, TERMINATED, AbliterateError, InputErr
 from abliterate.files import expanded, safe_name
 from abliterate.objectives import other_scores
 from abliterate.report.tables import unanswered_text
+from abliterate.types import kl_text
 
 _FORCE = "--force "
 
@@ -162,7 +163,7 @@ class Shell:
         total = self._session.result().n_harmful
         unanswered = [f"unanswered {text}"] if (text := unanswered_text(chosen, total)) else []
         refusals = f"refusals {chosen.refusals}/{total}"
-        scores = ", ".join([*unanswered, refusals, f"KL {chosen.kl:.4f}", *other_scores(chosen)])
+        scores = ", ".join([*unanswered, refusals, f"KL {kl_text(chosen.kl)}", *other_scores(chosen)])
         self._face.note(f"trial {chosen.number} answers: {scores}")
 
     def _trials(self, rest: str) -> None:

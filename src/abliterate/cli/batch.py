@@ -29,7 +29,7 @@ from abliterate.terminal import json_lines
 from abliterate.terminal.interrupts import Interrupts
 from abliterate.terminal.reporters import make_reporter, show_error, show_heading
 from abliterate.terminal.tables import print_table
-from abliterate.types import RefinedParams
+from abliterate.types import RefinedParams, kl_text
 
 # Settings that change neither the result of a run nor its files.
 _WITHOUT_EFFECT = ("out", "device", "cache_dir", "efficiency")
@@ -311,7 +311,7 @@ def _show(outcomes: Sequence[Outcome], *, as_json: bool) -> None:
         if outcome.kl is not None:
             refusals = f"{outcome.refusals_before}/{outcome.prompts} → {outcome.refusals}/{outcome.prompts}"
             unanswered = "" if outcome.unanswered is None else f"{outcome.unanswered}/{outcome.prompts}"
-            scores = [str(outcome.trial), unanswered, refusals, f"{outcome.kl:.4f}"]
+            scores = [str(outcome.trial), unanswered, refusals, kl_text(outcome.kl)]
         scores += [f"{outcome.others[name]:.4g}" if name in outcome.others else "" for name in others]
         remark = outcome.message or outcome.export or outcome.directory or ""
         remark += " (NOT verified)" if outcome.verified is False else ""

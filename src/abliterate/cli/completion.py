@@ -16,6 +16,7 @@ from abliterate.artifacts.runs import RESULT, RUNS, runs_in
 from abliterate.errors import AbliterateError
 from abliterate.files import expanded
 from abliterate.settings.presets import presets
+from abliterate.types import kl_text
 
 Offered = list[tuple[str, str]]
 # Shells evaluate what they are offered, and a run directory may come from anybody, so other names are left to the shell's own
@@ -84,5 +85,5 @@ def _described(trial: dict[str, Any], front: list[Any]) -> str:
             parts.append(f"{name} {count}")
     kl = scores.get("kl")
     if isinstance(kl, dict) and isinstance(kl.get("mean"), float):
-        parts.append(f"KL {kl['mean']:.4f}")
+        parts.append(f"KL {kl_text(kl['mean'])}")
     return ", ".join(parts)

@@ -44,7 +44,7 @@ from abliterate.model import loader
 from abliterate.model.checkpoint import dense_load, empty_model
 from abliterate.pipeline.export_trial import StoredEdits, StoredTrial, edits_of, open_model, report_end, with_yardstick
 from abliterate.settings.schema import Settings
-from abliterate.types import Reporter
+from abliterate.types import Reporter, kl_text
 
 # A larger share of a module's edit that storage loses is worth a warning: Q8_0 loses under 1 %, Q4_0 most (docs/decisions.md).
 _LOSS = 0.1
@@ -170,7 +170,7 @@ def _additions(stored: StoredTrial, base: GgufMatrices) -> dict[str, Field]:
         f"{OURS}version": __version__,
         f"{OURS}base_model": model.id,
         f"{OURS}edit": f"directional ablation, mode {edit.mode}, representation {edit.representation}",
-        f"{OURS}scores": f"refusals {baseline.refusals} -> {trial.refusals} of {baseline.prompts}, KL {trial.kl:.4f}, "
+        f"{OURS}scores": f"refusals {baseline.refusals} -> {trial.refusals} of {baseline.prompts}, KL {kl_text(trial.kl)}, "
         "measured on the base model's own weights",
     }
     return {key: string_field(key, text) for key, text in texts.items()} | {

@@ -22,7 +22,7 @@ from abliterate.report.tables import (
 )
 from abliterate.search.front import hypervolume, pareto_front
 from abliterate.search.selection import parse_rule
-from abliterate.types import Cell, Column, Objective, Table, Trial
+from abliterate.types import Cell, Column, Objective, Table, Trial, kl_text
 
 # Runs are named by letters in plots.
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -200,7 +200,8 @@ def verdict(found: Comparison) -> list[str]:
     index, trial = found.best
     run, base = found.runs[index], found.runs[index].search.baseline
     assert base is not None
-    said = f"Best by the rule {found.rule}: trial {trial.number} of {run.label}; {counts_text(trial, base)}, KL {trial.kl:.4f}."
+    scores = f"{counts_text(trial, base)}, KL {kl_text(trial.kl)}"
+    said = f"Best by the rule {found.rule}: trial {trial.number} of {run.label}; {scores}."
     per_run = ", ".join(
         f"{sum(owner == place for owner, _ in found.front)} of {run.label}" for place, run in enumerate(found.runs)
     )
@@ -229,7 +230,7 @@ def runs_table(found: Comparison) -> Table:
         Column("selected", "selected"),
         Column("unanswered", "unanswered"),
         Column("refusals", "refusals"),
-        Column("kl", "KL mean", digits=".4f"),
+        Column("kl", "KL mean", digits="KL"),
     )
     rows = []
     for run in found.runs:

@@ -19,7 +19,7 @@ from abliterate.report.tables import (
     heldout_table,
 )
 from abliterate.terminal.quantities import duration_text
-from abliterate.types import RefinedParams, Table
+from abliterate.types import RefinedParams, Table, kl_text
 
 # The stages that an ending names if they take at least this share of the time.
 SHARE = 0.1
@@ -35,7 +35,7 @@ def summary(result: Result, where: str, *, with_front: bool = True) -> tuple[Tab
     others = "".join(f", {text}" for text in other_scores(trial, base.values))
     counts = counts_text(trial, base)
     how = f" (refined by gradient: {refined_text(trial.params)})" if isinstance(trial.params, RefinedParams) else ""
-    parts.append(f"selected trial {trial.number}{how}: {counts}, KL {trial.kl:.4f}{others}")
+    parts.append(f"selected trial {trial.number}{how}: {counts}, KL {kl_text(trial.kl)}{others}")
     heldout = result.heldout
     if heldout and heldout.get("trial") == trial.number and heldout_fault(heldout) is None:
         parts.append(heldout_table(heldout, f"trial {trial.number}"))

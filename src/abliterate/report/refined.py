@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from abliterate.types import Cell, Column, RefinedParams, Table, Trial, number
+from abliterate.types import Cell, Column, RefinedParams, Table, Trial, kl_text, number
 
 # `model.layers.3.self_attn.o_proj`: the first number is the layer, and the rest is the same in every layer.
 _MODULE = re.compile(r"(?:.*?\.)??(\d{1,6})\.(.+)")
@@ -72,7 +72,7 @@ def wider_text(chosen: Trial, trials: Sequence[Trial], prompts: int, command: Ca
     assert isinstance(wide.params, RefinedParams)
     return (
         f"trial {chosen.number} is a narrow fit, which may refuse prompts of other kinds; trial {wide.number} keeps a margin "
-        f"({margin_text(wide.params)}) at a KL of {wide.kl:.4f}: {command(wide)}"
+        f"({margin_text(wide.params)}) at a KL of {kl_text(wide.kl)}: {command(wide)}"
     )
 
 

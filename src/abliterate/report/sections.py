@@ -28,7 +28,7 @@ from abliterate.report.tables import (
     yardstick_table,
 )
 from abliterate.report.words import reading, used_in
-from abliterate.types import Baseline, RefinedParams, Trial
+from abliterate.types import Baseline, RefinedParams, Trial, kl_text
 
 NOTHING_HELD_OUT = "Nothing was measured on held-out prompts (abliterate evaluate does it)."
 OF_ANOTHER_TRIAL = "The figures on held-out prompts are of another trial than the selected; abliterate evaluate measures it."
@@ -191,7 +191,7 @@ def in_a_sentence(material: Material) -> str:
         how = ", refined by gradient," if isinstance(chosen.params, RefinedParams) else ""
         text += (
             f"; trial {chosen.number}{how} refuses {chosen.refusals}{_left_open(chosen)}, at a mean first-token KL of "
-            f"{chosen.kl:.4f} on harmless ones"
+            f"{kl_text(chosen.kl)} on harmless ones"
         )
         text += "".join(f"; {score}" for score in other_scores(chosen, base.values)) + in_the_end(material)
     return text + "."
@@ -217,7 +217,7 @@ def summary(material: Material) -> str:
         if UNANSWERED in chosen.scores and base.unanswered is not None:
             facts["unanswered"] = f"{base.unanswered['count']} → {chosen.unanswered}/{base.prompts}"
         kl = chosen.scores["kl"]
-        facts |= {"KL mean": f"{kl['mean']:.4f}", "KL max": f"{kl['max']:.4f}", "selected": f"trial {chosen.number}"}
+        facts |= {"KL mean": kl_text(kl["mean"]), "KL max": kl_text(kl["max"]), "selected": f"trial {chosen.number}"}
         for name in other_names(chosen.values):
             first = f"{base.values[name]:.4g} → " if name in base.values else ""
             facts[name] = f"{first}{chosen.values[name]:.4g}"

@@ -25,6 +25,7 @@ from abliterate.types import (
     Table,
     Trial,
     TrialParams,
+    kl_text,
 )
 
 _KL = ("mean", "median", "max")
@@ -159,7 +160,7 @@ def _count_text(trial: Trial, name: str, prompts: int) -> str:
 
 def spread_text(kl: Mapping[str, float]) -> str:
     """`mean 0.0412, median 0.0103, max 0.4000`."""
-    return ", ".join(f"{name} {kl[name]:.4f}" for name in _KL)
+    return ", ".join(f"{name} {kl_text(kl[name])}" for name in _KL)
 
 
 def rate_text(rate: Mapping[str, Any]) -> str:
@@ -205,7 +206,7 @@ def trial_table(search: SearchRecord, trials: Sequence[Trial], title: str, *, ba
         *([Column("unanswered", "unanswered", legend=stopped)] if search.tells_kinds else []),
         Column("refusals", "refusals", legend=stopped),
         *(Column(name, heading, optional=2) for name, heading in _KINDS.items() if search.tells_kinds),
-        *(Column(f"kl_{name}", f"KL {name}", digits=".4f", optional=0 if name == "mean" else 2) for name in _KL),
+        *(Column(f"kl_{name}", f"KL {name}", digits="KL", optional=0 if name == "mean" else 2) for name in _KL),
         *(Column(f"score {name}", name, digits=".4g") for name in search.others),
         *([Column("refined", "refined by gradient", "word", optional=1)] if search.has_refined else []),
         Column("seconds", "seconds", digits=".1f", optional=1),
@@ -385,8 +386,8 @@ def verification_table(record: Mapping[str, Any], trial: Trial, prompts: int) ->
         (f"refusals of {prompts} harmful prompts", trial.refusals, scores["refusals"]),
         ("KL(base‖edited), first token, mean", trial.kl, scores["kl"]["mean"]),
     )
-    columns = (Column("score", "", "word"), Column("trial", "trial", digits=".4f"))
-    return Table("", (*columns, Column("export", "this export, reloaded", digits=".4f")), rows)
+    columns = (Column("score", "", "word"), Column("trial", "trial", digits="KL"))
+    return Table("", (*columns, Column("export", "this export, reloaded", digits="KL")), rows)
 
 
 def yardstick_table(record: Mapping[str, Any]) -> Table:
@@ -413,9 +414,9 @@ def heldout_table(record: Mapping[str, Any], candidate: str) -> Table:
     """
     columns = (
         Column("figure", "", "word"),
-        Column("base", "base model", digits=".4f"),
-        Column("candidate", candidate, digits=".4f"),
-        Column("search", "in the search", digits=".4f", optional=1),
+        Column("base", "base model", digits="KL"),
+        Column("candidate", candidate, digits="KL"),
+        Column("search", "in the search", digits="KL", optional=1),
     )
     rows = (*_answer_rows(record), *_judge_rows(record), *_drift_rows(record), *_score_rows(record))
     failed = [f"{judge['name']} gives no verdicts: {judge['error']}" for judge in record["judges"] if judge["error"]]

@@ -28,7 +28,7 @@ from abliterate.terminal.json_lines import JsonReporter
 from abliterate.terminal.question import Choice, Question, ask
 from abliterate.terminal.streams import say_if_unread
 from abliterate.terminal.tables import between_words, make_console, plain_lines, print_on, printable
-from abliterate.types import Reporter, Table, Trial
+from abliterate.types import Reporter, Table, Trial, kl_text
 
 
 def make_reporter(*, as_json: bool) -> Reporter:
@@ -57,7 +57,8 @@ def trial_line(trial: Trial, total: int, front: bool, *, short: bool = False) ->
     others = "".join(f"  {text}" for text in other_scores(trial))
     unanswered = f"  unanswered {bound}{trial.unanswered:>3}" if UNANSWERED in trial.scores else ""
     seconds = "" if short else f"  {trial.seconds:5.1f} s"
-    return f"{start}{unanswered}  refusals {bound}{trial.refusals:>3}  KL {trial.kl:.4f}{others}{seconds}{mark}"
+    kl = kl_text(trial.kl) if short else f"{kl_text(trial.kl):<8}"  # longer where it is small
+    return f"{start}{unanswered}  refusals {bound}{trial.refusals:>3}  KL {kl}{others}{seconds}{mark}"
 
 
 class PlainReporter:
@@ -223,7 +224,7 @@ class RichReporter:
 
     def _best_text(self, best: Trial) -> str:
         """The best trial so far, in as many words as the terminal has room for."""
-        tells_kinds, kl = UNANSWERED in best.scores, f"KL {best.kl:.3f}"
+        tells_kinds, kl = UNANSWERED in best.scores, f"KL {kl_text(best.kl)}"
         if self._console.width < NARROW:
             return f"best {best.unanswered if tells_kinds else best.refusals}, {kl}"
         unanswered = [f"{best.unanswered} unanswered"] if tells_kinds else []

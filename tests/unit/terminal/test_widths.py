@@ -10,7 +10,7 @@ from rich.cells import cell_len
 
 from abliterate.terminal.reporters import RichReporter, show_error
 from abliterate.terminal.tables import make_console, print_on
-from abliterate.types import Column, Kernel, Table, Trial, TrialParams
+from abliterate.types import Column, Kernel, Table, Trial, TrialParams, kl_text
 
 WIDTHS = (60, 80, 120)
 _CODES = re.compile("\x1b\\[[0-9;?]*[a-zA-Z]")
@@ -25,8 +25,9 @@ def console_of(width: int, **options: object) -> tuple[object, io.StringIO]:
 def trial_of(number: int) -> Trial:
     """A trial whose numbers take many columns."""
     params = TrialParams("global", 2.0, {"attn.o_proj": Kernel(1.0, 2.0, 0.5, 3.0)})
-    scores = {"unanswered": {"count": 100}, "refusals": 100, "kl": {"mean": 0.1234}}
-    return Trial(number, params, "stopped", scores, 123.4, values={"unanswered": 100.0, "refusals": 100.0, "kl": 0.1234})
+    kl = 0.1234 if number % 2 else 0.00001234
+    scores = {"unanswered": {"count": 100}, "refusals": 100, "kl": {"mean": kl}}
+    return Trial(number, params, "stopped", scores, 123.4, values={"unanswered": 100.0, "refusals": 100.0, "kl": kl})
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -45,8 +46,23 @@ def test_count_and_times_stay_whole_and_trials_take_one_line(width: int) -> None
     assert all(re.search(r"trials .*\d+/200 .*\d:\d\d:\d\d left [-\d]:[-\d]{2}:[-\d]{2}", line) for line in bars)
     shown = [line for line in lines if "★" in line]
     assert len(shown) == 3
-    assert all("unanswered ≥100" in line and "refusals ≥100" in line and "KL 0.1234" in line for line in shown)
+    for line, kl in zip(shown, ("0.1234", "0.000012", "0.1234"), strict=True):
+        assert "unanswered ≥100" in line
+        assert "refusals ≥100" in line
+        assert f"KL {kl} " in line
     assert "best" in bars[-1]  # what gives way
+
+
+@pytest.mark.parametrize(
+    ("kl", "text"),
+    [
+        *((0.0, "0.0000"), (4e-7, "0.0000"), (6e-7, "0.000001"), (1.24e-5, "0.000012"), (0.000987, "0.00099")),
+        *((0.001, "0.0010"), (0.01236, "0.0124"), (1.5, "1.5000"), (-0.00032, "-0.00032"), (float("inf"), "inf")),
+    ],
+)
+def test_small_kls_keep_two_digits(kl: float, text: str) -> None:
+    assert kl_text(kl) == text
+    assert Column("kl", "KL", digits="KL").text(kl) == text
 
 
 def test_commands_at_the_end_can_be_copied_whole() -> None:
