@@ -138,9 +138,9 @@ def tooltip(columns: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 KL_AXIS = {
-    **quantity("kl", "mean KL of the first token, nats (log. scale above 0.01)"),
-    "scale": {"type": "symlog", "constant": 0.01},
-    "axis": {"values": [0, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~g", "labelOverlap": True},
+    **quantity("kl", "mean KL of the first token, nats (log. scale above 0.001)"),
+    "scale": {"type": "symlog", "constant": 0.001},
+    "axis": {"values": [0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30], "format": "~g", "labelOverlap": True},
 }
 
 

@@ -237,7 +237,7 @@ def _front(material: Material, figure: Figure) -> str:
     counts = {state: sum(trial.state == state for trial in material.trials) for state in ("complete", "stopped", "failed")}
     axes = (
         "Both axes are better towards the lower left. KL says how far the edited model's next-token probabilities are from the "
-        "base model's on harmless prompts; 0 is no change. Its axis is logarithmic above 0.01 and linear below."
+        "base model's on harmless prompts; 0 is no change. Its axis is logarithmic above 0.001 and linear below."
     )
     if not counted(material.objectives):
         of_base = ", ".join(f"{objective.name} {base.value(objective.name):.4g}" for objective in material.objectives)

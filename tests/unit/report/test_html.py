@@ -152,7 +152,7 @@ def test_axes_say_their_scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     specs = {plot.name: json.dumps(plot.spec) for plot in all_plots(material)}
     for name, spec in specs.items():
         assert ("log" in spec.partition('"scale": {"type"')[2][:12]) == (name in ("front", "norms")), name
-    assert "log. scale above 0.01" in specs["front"]
+    assert "log. scale above 0.001" in specs["front"]
     assert "norm (logarithmic scale)" in specs["norms"]
     show(material)
     assert "KL, square-root scale" in capsys.readouterr().out
