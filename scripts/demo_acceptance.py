@@ -92,7 +92,7 @@ def main() -> None:
     ]
     for r in results:
         lines.append(
-            f"| {r['seed']} | {r['before']} | {r['refusals']} | {r['kl']:.4f} | {r['trial']} | {r['verified']} "
+            f"| {r['seed']} | {r['before']} | {r['refusals']} | {r['kl']:.5f} | {r['trial']} | {r['verified']} "
             f"| {r['on_topic']} | {r['heldout']} | {r['seconds']:.0f} |"
         )
     verdict = "Accepted" if accepted else "NOT accepted"

@@ -33,18 +33,18 @@ TEXT = (
 Cells = Sequence[tuple[str, str, Callable[[Line], float]]]
 # (heading, form, what a line says)
 FIGURES: Cells = (
-    ("KL", ".4f", lambda line: line["best"]["0.03"]["kl"]),
+    ("KL", ".5f", lambda line: line["best"]["0.03"]["kl"]),
     ("unanswered", ".0%", lambda line: line["heldout"]["unanswered"]["candidate"]["count"]["share"]),
-    ("KL held out", ".4f", lambda line: line["heldout"]["kl"]["mean"]),
+    ("KL held out", ".5f", lambda line: line["heldout"]["kl"]["mean"]),
     ("KL along", ".5f", lambda line: line["heldout"]["kl_answers"]["mean"]),
 )
 
 
 # The same of the selected trial.
 SELECTED: Cells = (
-    ("KL", ".4f", lambda line: line["selected"]["kl"]),
+    ("KL", ".5f", lambda line: line["selected"]["kl"]),
     ("unanswered", ".0%", lambda line: line["selected"]["heldout"]["unanswered"]["candidate"]["count"]["share"]),
-    ("KL held out", ".4f", lambda line: line["selected"]["heldout"]["kl"]["mean"]),
+    ("KL held out", ".5f", lambda line: line["selected"]["heldout"]["kl"]["mean"]),
     ("KL along", ".5f", lambda line: line["selected"]["heldout"]["kl_answers"]["mean"]),
 )
 

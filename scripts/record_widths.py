@@ -25,7 +25,7 @@ def record(terminal: Terminal) -> list[tuple[str, str]]:
     """The scenes of a run: (what happens, the screen then)."""
     terminal.wait(lambda screen: screen.endswith("$"))
     terminal.type("clear; abliterate run demo -n 6 --no-refine -o my-run", "Enter")
-    searching = terminal.wait(lambda screen: f"4/{TRIALS}" in screen and " left " in screen, 900)
+    searching = terminal.wait(lambda screen: f"4/{TRIALS} " in screen and "trial 3" in screen and " left " in screen, 900)
     asked = terminal.wait(lambda screen: "Export trial" in screen, 900)
     asked = asked[asked.index("Front:") :]
     terminal.type("Down")

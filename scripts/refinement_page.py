@@ -143,7 +143,7 @@ def row(course: Course, by_seed: Mapping[int, Line], search: Mapping[int, Line])
     cells = [
         f"{name}: {given}" if given else name,
         len(by_seed),
-        shown(kls, len(by_seed), ".4f"),
+        shown(kls, len(by_seed), ".5f"),
         shown(known, len(by_seed), "g") if (known := [good for good in goods if good is not None]) or not goods else "–",
         shown([spent(line, line["tokens"]) / 1e6 for line in by_seed.values()], len(by_seed), ".2f"),
         shown(ratios, len(pairs), ".2f"),

@@ -46,6 +46,8 @@ def number(value: Any, low: float = -LARGEST_SCORE, high: float = LARGEST_SCORE)
 
 def kl_text(value: float) -> str:
     """A KL, in nats, as people read it: four digits behind the point, and of less than 0.001 two that aren't 0, to 0.000001."""
+    if not math.isfinite(value):
+        return str(value)
     for digits in (4, 5, 6):
         if abs(value) >= 10.0 ** (1 - digits):
             return f"{value:.{digits}f}"

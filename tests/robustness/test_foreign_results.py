@@ -184,7 +184,12 @@ def test_a_file_without_a_checksum_is_told_so(finished: Finished, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [("", "is empty"), ("# nothing\n", "is empty"), ("seed = 3\n", "names no model")]
+    ("content", "words"),
+    [
+        *(("", "is empty"), ("# nothing\n", "is empty"), ("seed = 3\n", "names no model and no edit mode")),
+        ('model = "demo"\n[edit]\nrank = 3\n', "names no edit mode"),
+        ('model = "demo"\n[edit]\nmode = "auto"\n', "names no edit mode"),
+    ],
 )
 def test_settings_that_no_run_wrote_are_a_sentence(
     content: str, words: str, finished: Finished, tmp_path: Path, invoke: Invoke

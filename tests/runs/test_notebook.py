@@ -86,7 +86,7 @@ def test_fewer_prompts_are_refused_after_the_edit(executed: tuple[list, Path]) -
 def test_a_trial_is_refined_and_the_front_is_drawn(executed: tuple[list, Path]) -> None:
     cells, _ = executed
     (refined,) = [printed(cell) for cell in cells if "study.refine()" in cell.source]
-    assert re.fullmatch(r"trial 10: \d+ of 12 unanswered, KL \d\.\d{4}\n", refined)
+    assert re.fullmatch(r"trial 10: \d+ of 12 unanswered, KL \d\.\d{5}\n", refined)
     pictures = [output.data.get("image/svg+xml") for cell in cells for output in cell.outputs if "data" in output]
     (picture,) = [picture for picture in pictures if picture]
     assert "selected" in picture  # the legend has the picked trial

@@ -29,7 +29,7 @@ from abliterate.pipeline.run import Candidates
 from abliterate.scorers.kl import KL
 from abliterate.settings.schema import Settings
 from abliterate.settings.sources import config_path
-from abliterate.types import Trial
+from abliterate.types import Trial, kl_text
 from support.cli import forbidden
 from support.models import logits_of
 from support.runs import Recorder, copy_run, interrupt_after, outcomes, quick_settings, run_in, with_kind
@@ -137,7 +137,7 @@ def test_model_card_has_the_scores(finished: Finished) -> None:
     card = (path / "model" / "README.md").read_text(encoding="utf-8")
     selected = result["trials"][result["selected"]]
     assert f"| {result['baseline']['refusals']} | {selected['scores']['refusals']} |" in card
-    assert f"mean {selected['scores']['kl']['mean']:.4f}" in card
+    assert f"mean {kl_text(selected['scores']['kl']['mean'])}" in card
     found = result["export"]["verification"]
     assert f"| refusals of 12 harmful prompts | {selected['scores']['refusals']} | {found['scores']['refusals']} |" in card
     assert f"harmless prompts mean {found['kl_from_trial']['harmless']['mean']:.1e}" in card

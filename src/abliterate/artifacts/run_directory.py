@@ -85,8 +85,12 @@ class RunDirectory:
     def stored_settings(self) -> dict[str, Any]:
         """The settings that the run wrote. InputError: the file can't be read, or isn't what a run writes."""
         stored = read_toml(self.settings)
-        if not (isinstance(stored.get("model"), str) and stored["model"]):
-            what = "names no model" if stored else "is empty"
+        edit = stored.get("edit")
+        wanting = [] if isinstance(stored.get("model"), str) and stored["model"] else ["model"]
+        if not isinstance(edit, dict) or edit.get("mode", "auto") == "auto":  # a run writes the mode that was found
+            wanting.append("edit mode")
+        if wanting:
+            what = f"names no {' and no '.join(wanting)}" if stored else "is empty"
             raise InputError(
                 f"The file {self.settings} {what}, so it isn't as the run wrote it; put it back, or make a new run."
             )

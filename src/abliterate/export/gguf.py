@@ -86,7 +86,8 @@ def check_columns(base: GgufMatrices, edited: Iterable[str], mode: str) -> None:
         if not any(part in tensor for part in _SAME_COLUMNS):
             raise InputError(
                 f"The edit mode {mode} is computed from the inputs of modules, and in some families a file has those of "
-                f"{tensor} in another order; export the trial with --kind merged, and convert that to GGUF."
+                f"{tensor} in another order; export the trial with --kind merged and convert that, or make a run with "
+                "--set edit.mode=full."
             )
 
 

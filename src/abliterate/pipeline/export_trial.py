@@ -18,7 +18,7 @@ from abliterate.artifacts.refined import RefinedStore
 from abliterate.artifacts.result import ExportRecord, Result, damaged
 from abliterate.artifacts.run_directory import RunDirectory
 from abliterate.directions import Directions
-from abliterate.edits import AUTO, Factors, edit_method, is_learned
+from abliterate.edits import Factors, edit_method, is_learned
 from abliterate.errors import AbliterateError, InputError
 from abliterate.export import EXPORTERS, ExportJob, check_kind, check_output
 from abliterate.export.base_weights import Matrices, damage_of, stored_dtype
@@ -93,8 +93,6 @@ class StoredTrial:
         lacking = [name for name in _NEEDED if getattr(result, name) is None]
         if result.model is None or lacking:
             raise damaged(directory, f"it lacks {', '.join(lacking)}")
-        if settings.edit.mode == AUTO:  # a run's settings name the mode that was found
-            raise damaged(directory, "its settings lack the edit mode")
         try:
             settings = _as_trials_ran(settings, result.model.dtype)
         except ValidationError as error:

@@ -167,14 +167,16 @@ def with_edit_mode(settings: Settings, note: Callable[[str], None] = lambda text
     elif not (named := _in_table(skeleton)):
         why = "only of modules that the built-in table names is it known whether their inputs can be captured"
     elif _family(skeleton.architecture) in UNCAPTURED or any(is_fused(target.module) for target in named):
-        why = "the inputs of some modules can't be captured"  # of shared experts neither, which see all positions as one
+        why = "in this model the inputs of some modules can't be captured"  # nor of shared experts, which see positions as one
     if why:
         note(f"the edit mode is full, because {why}")
     mode = "full" if why else "least-squares"
-    if not why and settings.search.max_coeff != SearchSettings().max_coeff:
+    given, usual = settings.search.max_coeff, SearchSettings().max_coeff
+    if not why and given != usual:
+        chosen = [f"{name} {low:g} to {high:g}" for name, (low, high) in given.items() if usual.get(name) != (low, high)]
         note(
-            "ranges given by search.max_coeff take the place of that of the edit mode least-squares, 1 to 8; if they were "
-            "chosen for another mode, such as full, give that one with --set edit.mode"
+            f"largest coeffs: {', '.join(chosen)} by search.max_coeff, and otherwise 1 to 8, as of the edit mode "
+            "least-squares; if the former were chosen for another mode, such as full, give that one with --set edit.mode"
         )
     return settings.model_copy(update={"edit": settings.edit.model_copy(update={"mode": mode})})
 

@@ -226,7 +226,7 @@ def runs_table(found: Comparison) -> Table:
         Column("model", "model", "word", optional=2),
         Column("trials", "trials"),
         Column("on_front", "on its front", optional=1),
-        *([Column("hypervolume", "hypervolume", digits=".3f", optional=1)] if with_volume else []),
+        *([Column("hypervolume", "hypervolume", digits=".4f", optional=1)] if with_volume else []),
         Column("selected", "selected"),
         Column("unanswered", "unanswered"),
         Column("refusals", "refusals"),

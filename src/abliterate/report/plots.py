@@ -319,7 +319,7 @@ def _progress(material: Material, name: str, over: str, title: str, heading: str
         "tooltip": tooltip({"trial": "trials", "seconds": "seconds", "hypervolume": "hypervolume"}),
     }
     mark = {"type": "line", "interpolate": "step-after", "color": BLUE, "point": {"size": 18, "color": BLUE}}
-    text = f"A line that rises to {material.progress[-1]['hypervolume']:.3f} after {len(material.progress)} trials."
+    text = f"A line that rises to {material.progress[-1]['hypervolume']:.4f} after {len(material.progress)} trials."
     return Plot(name, heading, text, spec_of(220, values=list(material.progress), mark=mark, encoding=encoding))
 
 

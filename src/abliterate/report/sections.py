@@ -87,8 +87,9 @@ def _optimism(record: Mapping[str, Any], baseline: Baseline | None) -> str:
     """`baseline`: the base model in the search."""
     optimism, share = record["optimism"], baseline.refusals / max(1, baseline.prompts) if baseline else 0.0
     return paragraph(
-        f"Optimism, held out less in the search: {100 * optimism['refusals']:+.1f} points of refusals, {optimism['kl']:+.4f} "
-        "nats of KL. Above 0 the search promised too much, if the sets are alike: the base model itself refuses "
+        f"Optimism, held out less in the search: {100 * optimism['refusals']:+.1f} points of refusals, "
+        f"{'+-'[optimism['kl'] < 0]}{kl_text(abs(optimism['kl']))} nats of KL. "
+        "Above 0 the search promised too much, if the sets are alike: the base model itself refuses "
         f"{100 * share:.0f} % in the search and {100 * record['base']['refusals']['share']:.0f} % held out."
     )
 
@@ -222,7 +223,7 @@ def summary(material: Material) -> str:
             first = f"{base.values[name]:.4g} → " if name in base.values else ""
             facts[name] = f"{first}{chosen.values[name]:.4g}"
     if material.progress:
-        facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.3f}"
+        facts["hypervolume"] = f"{material.progress[-1]['hypervolume']:.4f}"
     export = material.result["export"]
     other = export.get("trial") not in (None, chosen.number if chosen else None)  # an earlier session's
     whose = f" of trial {export['trial']}" if other else ""

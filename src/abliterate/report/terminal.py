@@ -26,7 +26,7 @@ from abliterate.report.tables import (
     stage_table,
 )
 from abliterate.terminal.tables import print_marked, printable, show_table
-from abliterate.types import Baseline, Column, RefinedParams, Trial
+from abliterate.types import Baseline, Column, RefinedParams, Trial, kl_text
 
 _WIDE, _HIGH, _BAR = 60, 15, 30
 _STEPS = "·▁▂▃▄▅▆▇█"
@@ -77,7 +77,8 @@ def grid_lines(points: Sequence[tuple[float, float, str]], marks: Mapping[str, s
     labels = [top, *[""] * (_HIGH - 2), bottom]
     lines = [f"{label:>{width}} │{''.join(row).rstrip()}" for label, row in zip(labels, grid, strict=True)]
     start = f"{across.low:g}"
-    end = f"{'KL, square-root scale,' if across.root else across.name} {across.high:{'.3f' if across.root else 'g'}}"
+    end = f"{'KL, square-root scale,' if across.root else across.name} "
+    end += kl_text(across.high) if across.root else f"{across.high:g}"
     lines.append(f"{'':>{width}} └{'─' * _WIDE}")
     lines.append(f"{'':>{width}}  {start}{end:>{_WIDE - len(start)}}")
     return [*lines, "   ".join(f"{mark} {name.removeprefix(f'{mark}: ')}" for name, mark in marks.items())]
@@ -118,7 +119,7 @@ def _progress(material: Material) -> None:
     shown = [values[step * len(values) // _WIDE] for step in range(_WIDE)] if len(values) > _WIDE else values
     end = material.progress[-1]
     after = f"{end['trial']} trials and {end['seconds']:.0f} s in them"
-    print(f"Hypervolume (share of results that the front beats) over trials, up to {end['hypervolume']:.3f} after {after}")
+    print(f"Hypervolume (share of results that the front beats) over trials, up to {end['hypervolume']:.4f} after {after}")
     print(f"│{sparkline(shown, 1.0)}│")
 
 

@@ -153,7 +153,8 @@ class Space:
 
     def upper_half(self) -> TrialParams:
         """An edit that certainly has an effect and leaves the lower layers alone."""
-        last, coeff = self.n_layers - 1, 1.0 if self.coeffs is None else math.sqrt(self.coeffs[0] * self.coeffs[1])
+        last, (low, high) = self.n_layers - 1, self.coeffs or (1.0, 1.0)
+        coeff = math.sqrt(low * high) if low > 0 else max(high / 2, 0.5)
         kernel = Kernel(max_coeff=coeff, position=0.75 * last, min_coeff=coeff / 2, distance=max(1.0, 0.3 * last))
         extra = {name: wanted.middle for name, wanted in self.extra.items()}
         return TrialParams("per layer", 0.6 * last, dict.fromkeys(self.components, kernel), extra)

@@ -30,7 +30,7 @@ from abliterate.files import digest_of, write_json
 from abliterate.model import loader
 from abliterate.model.loader import demo_path
 from abliterate.pipeline import export_trial as pipeline_export_trial
-from abliterate.settings.schema import EditSettings, Settings
+from abliterate.settings.schema import Settings
 from support.cli import forbidden
 from support.exports import make_run, odd_checkpoint, renamed_checkpoint
 from support.gguf_files import write_gguf
@@ -331,7 +331,7 @@ def test_directions_of_something_else_are_refused(how: str, finished: Finished, 
         )
 
 
-@pytest.mark.parametrize("how", ["no params", "text", "no kernel", "no baseline", "no fingerprint", "dtype", "no edit mode"])
+@pytest.mark.parametrize("how", ["no params", "text", "no kernel", "no baseline", "no fingerprint", "dtype"])
 def test_a_damaged_result_is_refused(how: str, finished: Finished, tmp_path: Path) -> None:
     path, first, settings = finished
     run = copy_run(path, tmp_path / "run")
@@ -347,10 +347,8 @@ def test_a_damaged_result_is_refused(how: str, finished: Finished, tmp_path: Pat
         record["baseline"] = None
     elif how == "no fingerprint":
         del record["model"]["fingerprint"]
-    elif how == "dtype":
+    else:
         record["model"]["dtype"] = "x"
-    else:  # as of settings.toml without it
-        settings = settings.model_copy(update={"edit": EditSettings(mode="auto")})
     record["sha256"] = digest_of(record)  # past the checksum: what a person might write
     write_json(run / "result.json", record)
     with pytest.raises(InputError, match="damaged"):

@@ -27,7 +27,7 @@ from abliterate.prompts import sets
 from abliterate.prompts.files import DatasetName, parse_source
 from abliterate.scorers import Response, make_scorers
 from abliterate.settings.schema import Settings
-from abliterate.types import Prompt, Score
+from abliterate.types import Prompt, Score, kl_text
 from support.cli import Invoke, assert_sentence, prompt_options
 from support.engine import make_engine
 from support.events import check, checked, let_models_print
@@ -259,7 +259,8 @@ def test_the_last_step_of_a_run(measured: tuple[Path, dict[str, Any], Settings])
     assert found["base"]["refusals"]["count"] == 8
     card = (folder / "model" / "README.md").read_text(encoding="utf-8")
     assert "8 of harmful_heldout.jsonl" in card
-    assert f"KL of the first token, mean | 0 | {found['kl']['mean']:.4f} | {trial['scores']['kl']['mean']:.4f}" in card
+    kls = kl_text(found["kl"]["mean"]), kl_text(trial["scores"]["kl"]["mean"])
+    assert f"KL of the first token, mean | 0 | {' | '.join(kls)}" in card
     assert "held-out" in result["timings"]
 
 

@@ -447,3 +447,11 @@ def test_a_modes_own_range_of_coeffs_stands_for_those_that_nobody_gave() -> None
     assert highest(default=(1, 6)) == [6, 6]
     assert highest(mlp_down_proj=(0, 4)) == [8, 4]
     assert highest(default=(1, 6), mlp_down_proj=(0, 4)) == [6, 4]
+
+
+@pytest.mark.parametrize("coeffs", [None, (1.0, 8.0), (0.0, 2.0), (-0.25, 1.5), (-1.0, 0.0)])
+def test_the_edit_of_the_self_check_has_an_effect(coeffs: tuple[float, float] | None) -> None:
+    """In the middle of a mode's own range, whatever that is."""
+    found = Space(SearchSettings(), 12, COMPONENTS, coeffs=coeffs).upper_half().kernels["attn.o_proj"]
+    assert found.max_coeff >= 0.5
+    assert coeffs != (1.0, 8.0) or found.max_coeff == pytest.approx(8**0.5)

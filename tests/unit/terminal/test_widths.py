@@ -57,7 +57,8 @@ def test_count_and_times_stay_whole_and_trials_take_one_line(width: int) -> None
     ("kl", "text"),
     [
         *((0.0, "0.0000"), (4e-7, "0.0000"), (6e-7, "0.000001"), (1.24e-5, "0.000012"), (0.000987, "0.00099")),
-        *((0.001, "0.0010"), (0.01236, "0.0124"), (1.5, "1.5000"), (-0.00032, "-0.00032"), (float("inf"), "inf")),
+        *((0.001, "0.0010"), (0.01236, "0.0124"), (1.5, "1.5000"), (-0.00032, "-0.00032")),
+        *((float("inf"), "inf"), (float("nan"), "nan")),
     ],
 )
 def test_small_kls_keep_two_digits(kl: float, text: str) -> None:
