@@ -544,7 +544,10 @@ def importance_table(importance: Mapping[str, Mapping[str, float]]) -> Table:
 def geometry_table(geometry: Mapping[str, Any]) -> Table:
     """Norms, cosines and separation of the residuals by layer; `geometry` as in `geometry.json`."""
     headings = _GEOMETRY | (_SEPARATION if geometry["projection"] else {})
-    columns = (Column("layer", "layer"), *(Column(name, heading) for name, heading in headings.items()))
+    columns = (
+        Column("layer", "layer"),
+        *(Column(name, heading, optional=int(name.endswith("_direction"))) for name, heading in headings.items()),
+    )
     rows = tuple(
         (row["index"] - 1 if row["index"] else "emb.", *(number_text(row.get(name)) for name in headings))
         for row in geometry["layers"]
