@@ -112,7 +112,7 @@ def make_runs(folder: Path) -> None:
     for run in (good, new):
         run.mkdir(parents=True)
         (run / JOURNAL).touch()
-        (run / SETTINGS).write_text('model = "demo"\n', encoding="utf-8")
+        (run / SETTINGS).write_text('model = "demo"\n[edit]\nmode = "full"\n', encoding="utf-8")
     result = json.loads((TESTS / "support" / "golden" / RESULT).read_text(encoding="utf-8"))
     write_json(good / RESULT, {name: value for name, value in result.items() if name != DIGEST})
     (folder / "a-folder").mkdir()
