@@ -40,7 +40,7 @@ def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Row norms kept comes first; a seed without such a trial is the worst, without a figure; new lines join old ones."""
+    """The edit mode full comes first; a seed without such a trial is the worst, without a figure; new lines join old ones."""
     out = tmp_path / "methods.md"
     batches = [[line(seed, kl) for seed, kl in enumerate((0.01, 0.02, 0.04))], [line(0, 0.5, "a.b=c"), line(1, None, "a.b=c")]]
     for index, lines in enumerate(batches):
