@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+gc.disable()  # until the tests begin: imports leave little to collect, and every collection looks at more of them
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads beside another busy process become many times slower
 
 # A shell's background job ignores Ctrl+C, and one under nohup a closed terminal, too; processes that tests start would do so.
@@ -42,6 +44,13 @@ from support.runs import DRAW, SECRETS, SMALL, Files, Untouched, copy_run, lean_
 from support.zoo import NOT_EDITABLE, ZOO
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _objects_so_far_stay() -> None:
+    """Full garbage collections, of which a run makes many, needn't look at the modules and fixtures of earlier tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -262,6 +271,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Modules and tests stay for good: full garbage collections, of which a run makes many, needn't look at them."""
-    gc.collect()
-    gc.freeze()
+    gc.enable()

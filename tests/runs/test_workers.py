@@ -60,7 +60,8 @@ def test_a_killed_worker_and_a_restarted_server_lose_and_double_nothing(
     processes = [start(url, journal, f"w{index}", budget, 0.1 if index else 200, grace=1.5) for index in range(4)]
     victim = processes[0]
     wait_for(lambda: any(one.user_attrs["worker"] == "w0" for one in watcher._running()), pause=0.01)
-    wait_for(lambda: len(watcher.trials()) >= 3)
+    # Who only opens the study doesn't wait for a server that is gone, so each must have begun a trial before.
+    wait_for(lambda: len({one.user_attrs["worker"] for one in watcher._all()}) == 4 and len(watcher.trials()) >= 3)
     victim.send(signal.SIGKILL)
     if running:
         restart(running)
