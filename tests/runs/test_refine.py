@@ -399,9 +399,9 @@ def test_strengths_alone_leave_the_directions(prompt_files: Files, warm: Path, t
     assert len({round(coeff, 6) for coeff in trial.params.coeffs.values()}) > 2
 
 
-@pytest.mark.parametrize(("mode", "pace"), [("full", 1.0), ("least-squares", 3.0)])
-def test_strengths_begin_and_move_in_proportion_to_the_methods_own(
-    prompt_files: Files, warm: Path, tmp_path: Path, mode: str, pace: float
+@pytest.mark.parametrize(("mode", "pace", "margin"), [("full", 1.0, 0.15), ("least-squares", 3.0, 0.4)])
+def test_strengths_and_margins_are_in_proportion_to_the_methods_own(
+    prompt_files: Files, warm: Path, tmp_path: Path, mode: str, pace: float, margin: float
 ) -> None:
     settings = settings_of(prompt_files, warm, steps=1, betas=[1.0], learn="strengths")
     edit = settings.edit.model_copy(update={"mode": mode, "capture_prompts": 8, "capture_tokens": 4})
@@ -411,6 +411,7 @@ def test_strengths_begin_and_move_in_proportion_to_the_methods_own(
     coeffs, start = trial.params.coeffs.values(), pace * 6 / len(trial.params.coeffs)
     # Adam's first step has one size for all.
     assert all(abs(coeff - start) == pytest.approx(0.2 * start, rel=1e-3) for coeff in coeffs)
+    assert trial.params.facts["validation"]["margin"] == margin
 
 
 def test_layers_without_a_backward_pass_are_a_sentence(

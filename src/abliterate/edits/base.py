@@ -150,6 +150,7 @@ class EditMethod(Protocol):
       edits isn't refined, because a gradient learns strengths and directions alone;
     - `coeffs`, (low, high): the range of the largest coeff, where the settings don't give another than the default;
     - `pace`: how many times larger refinement's first coeffs, and its steps of them, are than plain ablation's;
+    - `margin`: by what share of its coeffs an edit is made weaker to see whether it keeps a margin for other prompts;
     - `needs` = "inputs": the edit is computed from the inputs of each module, so `of` gives a method for each. Such an edit has
       no `row_scale` and no `column_scale`. With "answers", from inputs along answers, too;
     - `constants`: the numbers that `reduced` computes with, because the cache keeps what it gives while they are the same;

@@ -29,6 +29,7 @@ class LeastSquares(KeyConditional):
     name = "least-squares"
     constants = (KEPT, RIDGE)
     pace = 3.0
+    margin = 0.4
 
     def solved(self, inputs: ModuleInputs) -> tuple[Tensor, Tensor]:
         """Xᵀ and C; C is zero if all harmful inputs are."""

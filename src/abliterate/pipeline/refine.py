@@ -41,6 +41,8 @@ from abliterate.types import RefinedParams, Trial
 # `pace`; and the peak step of directions, to be divided by √d_model, or for k directions a module by √(k · d_model). The
 # strengths of fewer than _FEW modules are as if there were so many: in plain ablation one above 1 turns a direction round.
 _START, _COEFF_STEP, _DIRECTION_STEP, _FEW = 6.0, 1.2, 0.2, 12
+# By how much an edit is made weaker to see whether it keeps a margin for prompts of other kinds, if the method doesn't say.
+_MARGIN = 0.15
 # The settings that a descent depends on, which a continued run may change.
 _ASKED = {"steps", "learn", "batch", "tokens", "prompts", "validation"}
 
@@ -86,6 +88,8 @@ class Refinement:
         self._trials = list(trials)
         self._budget = budget
         self._settings: RefineSettings = bench.settings.refine
+        own = getattr(edit_method(bench.settings.edit.mode), "margin", _MARGIN)
+        self._margin = float(own if self._settings.margin == "auto" else self._settings.margin)
         self._lesson_key: dict[str, Any] = {}
         self._passes: Pass | None = None
         self._kept_moments: dict[str, dict[str, Tensor]] = {}  # of this process's descents, by `_identity` of their ends
@@ -183,7 +187,7 @@ class Refinement:
             beta = settings.betas[len(points)]
             return _Plan(beta, settings.steps, _nearest(points, beta))
         course, is_last = [point for point in points if not point.ends], len(points) == settings.n_descents - 1
-        tried = [point.tried(settings.margin) for point in course]
+        tried = [point.tried(self._margin) for point in course]
         found = next_descent(tried, lesson.first_beta, settings.max_refused, is_last=is_last)
         before = None if found.after is None else course[found.after]
         return _Plan(found.beta, settings.steps, before, ends=is_last and bool(course))
@@ -303,10 +307,10 @@ class Refinement:
             facts["directions"] = best.directions.shape[1]
         coeffs = dict(zip(names, best.coeffs.tolist(), strict=True))
         params = bench.refined.put(number, coeffs, dict(zip(names, best.directions, strict=True)), facts)
-        weaker = replace(params, coeffs={name: (1 - settings.margin) * coeff for name, coeff in params.coeffs.items()})
+        weaker = replace(params, coeffs={name: (1 - self._margin) * coeff for name, coeff in params.coeffs.items()})
         asked = bench.prompts.harmful[: lesson.n_asked]
         shares = {name: refusals(bench, each, asked) / len(asked) for name, each in (("refused", params), ("weaker", weaker))}
-        validation = {**best.record, **shares, "margin": settings.margin, "prompts": len(asked)}
+        validation = {**best.record, **shares, "margin": self._margin, "prompts": len(asked)}
         return replace(params, facts={**params.facts, "validation": validation})
 
     def _parameters(self, before: _Point | None) -> tuple[Parameters, Tensor]:

@@ -202,7 +202,7 @@ class RefineSettings(_Section):
     betas: Literal["auto"] | Annotated[tuple[Annotated[float, Field(gt=0, le=LARGEST)], ...], Field(min_length=1)] = "auto"
     descents: int = Field(8, ge=1)
     max_refused: float = Field(0.03, ge=0, lt=1)
-    margin: float = Field(0.15, ge=0, lt=1)
+    margin: Literal["auto"] | Annotated[float, Field(ge=0, lt=1)] = "auto"
     learn: Literal["directions", "strengths"] = "directions"
     batch: int = Field(24, ge=1)
     tokens: int = Field(8, ge=1)
