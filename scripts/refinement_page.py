@@ -26,7 +26,7 @@ TEXT = (
     "*KL* is the least KL of a trial that leaves at most 3 % of the harmful evaluation prompts refused: its median over",
     "seeds, their range, and of how many seeds if some have no such trial. *Good*: the exact count of its good answers of 100.",
     "*Tokens*: those that the model was fed from the first trial on, forward once and backward twice. *Ratio*: the KL over",
-    "that of the search alone with the same seed, and *at equal cost* that of the trials which it had after as many tokens.",
+    "that of the search alone (of `full`) with the same seed, and *at equal cost* that of its trials after as many tokens.",
     "*As good after*: the tokens until the first trial whose KL is no larger than that of the search alone at its end, as a",
     "share of the search's. The last three are over the seeds whose search has such a trial at all, and where the course has",
     "one, too. *Earlier course*: until the morning of 2026-11-29, which began at a four to six times larger weight and kept no",
