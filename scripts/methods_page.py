@@ -109,8 +109,9 @@ def page(lines: Sequence[Line]) -> str:
 
 
 def merged(stored: Sequence[Line], new: Sequence[Line]) -> dict[str, Mapping[str, Any]]:
-    """All lines by what they are of; of two of one the later counts."""
-    return {identity(line): rounded(without_points(line)) for line in (*stored, *new)}
+    """All lines by what they are of; of two of one the later counts. Those whose lesson was spoiled aren't of a method."""
+    every = (line for line in (*stored, *new) if not line.get("spoil"))
+    return {identity(line): rounded(without_points(line)) for line in every}
 
 
 def main() -> None:

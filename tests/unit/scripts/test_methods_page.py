@@ -42,7 +42,9 @@ def line(seed: int, kl: float | None, *assigned: str) -> dict[str, Any]:
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The edit mode full comes first; a seed without such a trial is the worst, without a figure; new lines join old ones."""
     out = tmp_path / "methods.md"
+    spoiled = line(3, 0.001) | {"spoil": 0.1}  # by bad targets; it is left out
     batches = [[line(seed, kl) for seed, kl in enumerate((0.01, 0.02, 0.04))], [line(0, 0.5, "a.b=c"), line(1, None, "a.b=c")]]
+    batches[1].append(spoiled)
     for index, lines in enumerate(batches):
         given = tmp_path / f"{index}.jsonl"
         given.write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
