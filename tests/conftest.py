@@ -271,4 +271,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    """The tests begin, and what they leave is to be collected."""
     gc.enable()

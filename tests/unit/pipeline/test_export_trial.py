@@ -428,7 +428,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int, int]:
 def test_memory_is_some_matrices_not_a_model(kind: str, large: tuple[Path, int, int]) -> None:
     """Reading, preparing, writing and checking: no more than a file of 16 MB and a matrix of 4."""
     folder, shard, matrix = large
-    # The allocator may keep a freed matrix, which happens to one export in hundreds.
+    # On a busy machine the allocator has once kept a freed matrix, so a second measurement decides.
     peaks = [peak_of_a_later_export(folder, kind, 0)]
     if peaks[0] > shard + matrix:
         peaks.append(peak_of_a_later_export(folder, kind, 0))
